@@ -1,0 +1,1 @@
+"""longspan: exact context parallelism for LLM inference."""

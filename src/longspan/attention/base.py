@@ -1,0 +1,117 @@
+"""What an attention kernel must do for the rest of the package.
+
+Holds the protocol and its argument types. Must not know pages, ranks, models or any particular kernel.
+Read next: `longspan.attention.reference` for the meaning, `longspan.attention.cpu` for speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from longspan.attention.partial import PartialAttention, accumulation_dtype
+from longspan.sharding.visibility import Visibility
+
+
+@dataclass(frozen=True, slots=True)
+class RowSegment:
+    """A run of query rows meets a run of key rows of the same request.
+
+    Query row `query_row + i` is the token at position `query_position + i`; under CAUSAL and BAND, key row
+    `key_row + j` is the token at position `key_position + j`. Rows index the tensors of one call, never a request.
+    """
+
+    query_row: int
+    """First row of the packed queries."""
+    num_queries: int
+    """Number of query rows; 0 means that the segment does nothing."""
+    query_position: int
+    """Global position of the first query; the others follow consecutively."""
+    key_row: int
+    """First row of the key and value tensors."""
+    num_keys: int
+    """Number of key rows; 0 means that the segment does nothing."""
+    key_position: int | None
+    """Global position of the first key, the others following; None where only FULL or NONE makes sense of the rows."""
+    visibility: Visibility
+    """How the queries see the keys; FULL ignores positions, so that its rows may be in any order."""
+
+    def __post_init__(self) -> None:
+        if self.key_position is None and self.visibility in (Visibility.CAUSAL, Visibility.BAND):
+            raise ValueError(f"key_position: None; {self.visibility} needs the position of the first key")
+        if min(self.query_row, self.num_queries, self.key_row, self.num_keys) < 0:
+            raise ValueError(f"a row or a count is negative: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """What turns a dot product into a score, for one layer."""
+
+    scale: float
+    """Factor of the dot product."""
+    softcap: float | None = None
+    """Scores become `softcap * tanh(score / softcap)`; None for no cap."""
+    window: int | None = None
+    """Sliding window in tokens, the query's own position included; read by BAND only, which needs it."""
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap: {self.softcap}; legal: None or a positive number")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: {self.window}; legal: None or a positive number of tokens")
+
+
+class AttentionBackend(Protocol):
+    """One rank's attention kernel."""
+
+    @property
+    def name(self) -> str:
+        """The name under which `longspan.attention.select` knows the backend."""
+        ...
+
+    def partial_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
+    ) -> PartialAttention:
+        """Attention of every query row over the keys that the segments let it see.
+
+        Args:
+            q: [T, H, D], any strides, T may be 0.
+            k: [Hkv, S, D], dtype of `q`, contiguous in the last dimension; a view of a page pool or a received buffer.
+                H is a multiple of Hkv; query head h reads KV head `h // (H // Hkv)`. S may be 0.
+            v: [Hkv, S, Dv], as `k`.
+            segments: in any order. Several may cover the same query rows, with disjoint keys; rows that none covers
+                come out empty. Rows of q, k and v outside every segment are never read: they may hold NaN.
+            params: of the layer.
+
+        Returns:
+            [T, H, Dv] and [T, H], new tensors in the accumulation dtype.
+
+        Raises:
+            ValueError: shapes, dtypes or segments do not fit together.
+        """
+        ...
+
+
+def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams) -> None:
+    """Raises ValueError if a backend's arguments do not fit together. Cheap: once per layer and step."""
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise ValueError(f"q, k and v need 3 dimensions, got {q.dim()}, {k.dim()} and {v.dim()}")
+    num_rows, num_heads, width = q.shape
+    num_kv_heads, num_keys, k_width = k.shape
+    if k_width != width or v.shape[:2] != k.shape[:2] or num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
+    for segment in segments:
+        if segment.query_row + segment.num_queries > num_rows or segment.key_row + segment.num_keys > num_keys:
+            raise ValueError(f"{segment} is outside of {num_rows} query rows and {num_keys} key rows")
+        if params.window is None and segment.visibility is Visibility.BAND:
+            raise ValueError("window: None; a BAND segment needs the width of the band in tokens")
+
+
+def empty_like_queries(q: Tensor, v: Tensor) -> PartialAttention:
+    """The empty partial for queries `q` [T, H, D] and values `v` [Hkv, S, Dv]."""
+    return PartialAttention.empty(q.shape[0], q.shape[1], v.shape[2], accumulation_dtype(q.dtype), q.device)

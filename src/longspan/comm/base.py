@@ -1,0 +1,48 @@
+"""What the core asks of a communicator: one primitive, a set of point-to-point messages.
+
+Holds the protocol. Must not know attention, pages or plans.
+Read next: `longspan.comm.distributed`, `longspan.comm.threads`.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Pending(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> None:
+        """Return when everything has arrived, and the sent tensors may be written again.
+
+        Raises:
+            CommunicationError: a peer did not answer within the deadline, or is gone.
+        """
+
+
+class Communicator(Protocol):
+    """Moves tensors between the ranks of a cp_group."""
+
+    @property
+    def rank(self) -> int:
+        """This process's position in the group."""
+
+    @property
+    def size(self) -> int:
+        """Ranks in the group."""
+
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
+        """Start sending and receiving.
+
+        Args:
+            sends: (peer, tensor) pairs; contiguous, not written until `wait` returns.
+            recvs: (peer, tensor) pairs; contiguous, written when `wait` returns.
+
+        Collective: every message needs its counterpart in the peer's own call, with the same dtype and number of
+        elements. Messages between one pair of ranks arrive in the order sent. Messages without elements are not
+        sent: both sides know their sizes.
+        """
+
+    def close(self) -> None:
+        """Leave the group."""

@@ -1,0 +1,138 @@
+"""Engine configuration: every option a user can set, checked once.
+
+Holds values and their legal ranges. Must not know torch, models or processes.
+Read next: `longspan.llm` and `longspan.cli`, the two ways to set these.
+"""
+
+import os
+import re
+from typing import Literal, get_args
+
+import msgspec
+
+from longspan.errors import ConfigError
+from longspan.types import Placement, Strategy
+
+DTypeName = Literal["auto", "float32", "bfloat16"]
+PlacementName = Literal["auto", "packed", "striped", "spill"]
+StrategyName = Literal["auto", "local", "gather_kv", "pass_kv", "pass_q"]
+ExecutorName = Literal["processes", "threads"]
+AttentionName = Literal["auto", "cpu", "reference"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_size(text: str | int, field: str = "size") -> int:
+    """Bytes of a size such as `2GiB`, `500M` or `1048576`.
+
+    Raises:
+        ConfigError: not a positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(text), re.IGNORECASE)
+    num_bytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if num_bytes <= 0:
+        raise ConfigError(f"{field}: got {text!r}, legal is a positive number of bytes or with K, M, G, Ki, Mi, Gi (B)")
+    return num_bytes
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How to split and run one model.
+
+    Raises:
+        ConfigError: a value is illegal, or two values contradict each other.
+    """
+
+    model: str
+    """A directory, `recall` (the bundled model), or a Hub id."""
+    context_parallel_size: int = 1
+    """Ranks that share a sequence."""
+    threads_per_rank: int | None = None
+    """Compute threads of one rank; None is cores / ranks."""
+    dtype: DTypeName = "auto"
+    """Weights, activations and KV; auto is float32 on a CPU."""
+    placement: PlacementName = "auto"
+    strategy: StrategyName = "auto"
+    """Forces the strategy of both phases."""
+    decode_strategy: StrategyName | None = None
+    """Overrides `strategy` for decode."""
+    page_size: int = 16
+    """Tokens per page."""
+    stripe_size: int = 512
+    """Most tokens per stripe, a multiple of `page_size`. Short chunks are cut into shorter stripes."""
+    kv_cache_memory: int | None = None
+    """Bytes per rank; None takes 4 GiB, or what half of the free memory admits."""
+    max_num_batched_tokens: int = 2048
+    """Most tokens that one rank computes in one step."""
+    max_num_seqs: int = 64
+    """Most requests that run at once."""
+    attention_backend: AttentionName = "auto"
+    executor: ExecutorName = "processes"
+    """One worker process per rank, or one thread of this process per rank (for tests and debugging)."""
+    exchange_timeout_s: float = 300.0
+    """Longest wait for a peer in one exchange."""
+
+    def __post_init__(self) -> None:
+        for name in ("context_parallel_size", "page_size", "stripe_size", "max_num_batched_tokens", "max_num_seqs"):
+            self._check_count(name, getattr(self, name))
+        for name in ("threads_per_rank", "kv_cache_memory"):
+            if getattr(self, name) is not None:
+                self._check_count(name, getattr(self, name))
+        if self.context_parallel_size > 128:
+            raise ConfigError(f"context_parallel_size: got {self.context_parallel_size}, legal is 1 to 128")
+        for name, legal in (
+            ("dtype", DTypeName),
+            ("placement", PlacementName),
+            ("strategy", StrategyName),
+            ("decode_strategy", StrategyName),
+            ("executor", ExecutorName),
+            ("attention_backend", AttentionName),
+        ):
+            value = getattr(self, name)
+            if value not in get_args(legal) and not (name == "decode_strategy" and value is None):
+                raise ConfigError(f"{name}: got {value!r}, legal is one of {', '.join(get_args(legal))}")
+        if self.stripe_size % self.page_size:
+            raise ConfigError(
+                f"stripe_size: got {self.stripe_size}, legal is a multiple of page_size ({self.page_size})"
+            )
+        if not self.exchange_timeout_s > 0:
+            raise ConfigError(f"exchange_timeout_s: got {self.exchange_timeout_s!r}, legal is a number above 0")
+        if self.context_parallel_size > 1 and self.placement in ("striped", "spill"):
+            for name in ("strategy", "decode_strategy"):
+                if getattr(self, name) == "local":
+                    raise ConfigError(
+                        f"{name}: got 'local' with placement {self.placement!r} on {self.context_parallel_size} ranks, "
+                        "which must exchange; legal is auto, gather_kv, pass_kv or pass_q, or placement packed"
+                    )
+
+    @staticmethod
+    def _check_count(name: str, value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name}: got {value!r}, legal is a whole number from 1")
+
+    @property
+    def num_threads(self) -> int:
+        """Compute threads of one rank."""
+        return self.threads_per_rank or max(1, num_cores() // self.context_parallel_size)
+
+    @property
+    def forced_strategy(self) -> Strategy | None:
+        """The strategy forced for prefill, or None."""
+        return None if self.strategy == "auto" else Strategy(self.strategy)
+
+    @property
+    def forced_decode_strategy(self) -> Strategy | None:
+        """The strategy forced for decode, or None."""
+        name = self.decode_strategy or self.strategy
+        return None if name == "auto" else Strategy(name)
+
+    @property
+    def forced_placement(self) -> Placement | None:
+        """The placement forced for every request, or None. `local` attention leaves only packed."""
+        if self.placement == "auto":
+            return Placement.PACKED if "local" in (self.strategy, self.decode_strategy) else None
+        return Placement(self.placement)
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

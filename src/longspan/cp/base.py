@@ -1,0 +1,142 @@
+"""What a movement strategy is given, and what it must do.
+
+Holds the protocol and small helpers that several strategies share. Must not know which strategy is chosen, models or
+schedulers.
+Read next: `longspan.cp.local`, `longspan.cp.gather_kv`, `longspan.cp.pass_kv`, `longspan.cp.pass_q`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longspan.attention.base import AttentionBackend, AttentionParams, RowSegment
+from longspan.attention.partial import PartialAttention, merge_rows_
+from longspan.comm.base import Communicator
+from longspan.cp.resolve import PoolLayout
+from longspan.plan.segments import Range
+from longspan.plan.types import GroupStep, QueryRun
+from longspan.sharding.pages import KeyRun, PageTable
+from longspan.types import KVGroup
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """One rank's view of one KV group in one step."""
+
+    comm: Communicator
+    backend: AttentionBackend
+    group: KVGroup
+    step: GroupStep
+    query_runs: Sequence[QueryRun]
+    """Of all ranks, in plan order."""
+    tables: Mapping[int, PageTable]
+    """Page table per request of this group."""
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def pool_layout(self) -> PoolLayout:
+        """Where this rank's own keys lie."""
+        return PoolLayout(self.tables, self.rank)
+
+    def local_query_rows(self) -> dict[Range, int]:
+        """First packed row of every query run that this rank computes."""
+        rows: dict[Range, int] = {}
+        row = 0
+        for run in self.query_runs:
+            if run.compute_rank == self.rank:
+                rows[(run.request_id, run.position, run.end)] = row
+                row += run.num_tokens
+        return rows
+
+
+class MovementStrategy(Protocol):
+    """Brings the queries of a step and their keys together. Made once per step and KV group."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
+        """Attention of this rank's queries over all their keys, wherever these lie.
+
+        Args:
+            q: [T, H, D] this rank's packed queries, T may be 0.
+            k: [Hkv, rows, D] this rank's pool of the layer, this step's tokens included.
+            v: [Hkv, rows, Dv] likewise.
+            params: the layer's attention parameters.
+
+        Returns:
+            One partial over all visible keys, [T, H, Dv].
+
+        Collective: all ranks that the step's exchanges name must call it, in the same order of layers; once per layer.
+        """
+
+
+def accumulate_(
+    acc: PartialAttention,
+    backend: AttentionBackend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Sequence[RowSegment],
+    params: AttentionParams,
+) -> None:
+    """Merge the attention of some segments into `acc` [T, H, Dv], touching only the rows they cover."""
+    if not segments:
+        return
+    first = min(s.query_row for s in segments)
+    last = max(s.query_row + s.num_queries for s in segments)
+    if first:
+        segments = [
+            RowSegment(
+                s.query_row - first,
+                s.num_queries,
+                s.query_position,
+                s.key_row,
+                s.num_keys,
+                s.key_position,
+                s.visibility,
+            )
+            for s in segments
+        ]
+    merge_rows_(acc, first, backend.partial_attention(q[first:last], k, v, segments, params))
+
+
+class KVBlock:
+    """A buffer for K and V of up to `capacity` tokens, sent as one message."""
+
+    def __init__(self, group: KVGroup, capacity: int, like: Tensor) -> None:
+        spec = group.spec
+        self._heads, self._k_width, self._v_width = spec.num_kv_heads, spec.k_width, spec.v_width
+        self._row_elements = spec.num_kv_heads * (spec.k_width + spec.v_width)
+        self._flat = torch.empty(capacity * self._row_elements, dtype=like.dtype, device=like.device)
+
+    def message(self, num_rows: int) -> Tensor:
+        """[elements] the part of the buffer that `num_rows` tokens take."""
+        return self._flat[: num_rows * self._row_elements]
+
+    def views(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """K [Hkv, num_rows, D] and V [Hkv, num_rows, Dv] in the buffer."""
+        k_elements = num_rows * self._heads * self._k_width
+        flat = self.message(num_rows)
+        return (
+            flat[:k_elements].view(self._heads, num_rows, self._k_width),
+            flat[k_elements:].view(self._heads, num_rows, self._v_width),
+        )
+
+    def pack(self, k: Tensor, v: Tensor, runs: Sequence[tuple[int, KeyRun]]) -> int:
+        """Copy runs of a pool into the buffer, one behind the other.
+
+        Returns:
+            Number of rows packed.
+        """
+        num_rows = sum(run.num_tokens for _, run in runs)
+        packed_k, packed_v = self.views(num_rows)
+        row = 0
+        for _, run in runs:
+            packed_k[:, row : row + run.num_tokens] = k[:, run.row : run.row + run.num_tokens]
+            packed_v[:, row : row + run.num_tokens] = v[:, run.row : run.row + run.num_tokens]
+            row += run.num_tokens
+        return num_rows

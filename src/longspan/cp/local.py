@@ -1,0 +1,25 @@
+"""`local`: nothing moves, every key that a query sees is on its own rank.
+
+Holds the strategy. Must not know the others.
+Read next: `longspan.cp.gather_kv`.
+"""
+
+from torch import Tensor
+
+from longspan.attention.base import AttentionParams
+from longspan.attention.partial import PartialAttention
+from longspan.cp.base import RankStep
+from longspan.cp.resolve import resolve
+
+
+class Local:
+    """This rank's queries against this rank's keys; also the first part of every other strategy."""
+
+    def __init__(self, step: RankStep) -> None:
+        rank = step.rank
+        own = [s for s in step.step.segments if s.query_rank == rank and s.key_rank == rank]
+        self._backend = step.backend
+        self._segments = resolve(own, step.local_query_rows(), step.pool_layout, step.group.spec.window)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
+        return self._backend.partial_attention(q, k, v, self._segments, params)

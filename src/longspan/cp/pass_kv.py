@@ -1,0 +1,106 @@
+"""`pass_kv`: K and V go round a ring in blocks of fixed size, the next one in flight while this one is computed.
+
+Good for long chunks with little cached prefix. Temporary memory is three blocks, whatever the number of ranks and the
+context. Source: ring attention (2310.01889); pass-KV (2411.01783).
+
+Holds the strategy. Must not know the others but `local`.
+Read next: `longspan.cp.pass_q`.
+
+Note: three ranks, two rounds
+    Rank 0 holds blocks a0 a1, rank 1 b0 b1, rank 2 c0. What rank 0 sends, receives and computes:
+
+        step        1       2       3       4       (after)
+        send to 1   a0      c0      a1      -
+        recv from 2 c0      b0      -       b1
+        compute     local   c0      b0      -       b1
+
+    A block is forwarded while it is computed; the first step of a round sends an own block instead. So there is at
+    most one block being sent, one being received and one being computed: three buffers. Rank 2 has no second block:
+    its message of round 1 has no rows and is not sent, as every rank knows from the plan.
+"""
+
+from torch import Tensor
+
+from longspan.attention.base import AttentionParams, RowSegment
+from longspan.attention.partial import PartialAttention
+from longspan.cp.base import KVBlock, RankStep, accumulate_
+from longspan.cp.local import Local
+from longspan.cp.resolve import BufferLayout, PoolLayout, cut_blocks, message_runs, resolve
+from longspan.plan.segments import moved_keys
+from longspan.plan.types import RingExchange
+
+
+class PassKV:
+    """Ring of all participants."""
+
+    def __init__(self, step: RankStep) -> None:
+        self._step, self._local = step, Local(step)
+        (ring,) = step.step.exchanges
+        assert isinstance(ring, RingExchange)
+        self._ring, self._num_rounds = ring, 0
+        if step.rank not in ring.participants:
+            return
+        rank, segments, query_rows = step.rank, step.step.segments, step.local_query_rows()
+        self._me = ring.participants.index(rank)
+        self._num_rounds = -(-max(ring.num_rows) // ring.block_len)
+        self._blocks = cut_blocks(message_runs(step.pool_layout, moved_keys(segments, rank)), ring.block_len)
+        self._seen: dict[tuple[int, int], list[RowSegment]] = {}  # (origin, round): what of the block I compute
+        for origin, peer in enumerate(ring.participants):
+            if peer == rank:
+                continue
+            runs = message_runs(PoolLayout(step.tables, peer), moved_keys(segments, peer))
+            assert sum(run.num_tokens for _, run in runs) == ring.num_rows[origin], "plan and page tables disagree"
+            mine = [s for s in segments if s.query_rank == rank and s.key_rank == peer]
+            for index, block in enumerate(cut_blocks(runs, ring.block_len)):
+                layout = BufferLayout(block)
+                self._seen[origin, index] = resolve(mine, query_rows, layout, step.group.spec.window)
+
+    def _block_rows(self, origin: int, index: int) -> int:
+        """Rows of a participant's block of one round."""
+        left = self._ring.num_rows[origin] - index * self._ring.block_len
+        return max(0, min(self._ring.block_len, left))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
+        if self._num_rounds == 0:
+            return self._local.attend(q, k, v, params)
+        step, participants = self._step, self._ring.participants
+        num_ranks = len(participants)
+        successor = participants[(self._me + 1) % num_ranks]
+        predecessor = participants[(self._me - 1) % num_ranks]
+        capacity = min(self._ring.block_len, max(self._ring.num_rows))
+        free = [KVBlock(step.group, capacity, k) for _ in range(3)]
+        acc: PartialAttention | None = None
+        received: tuple[KVBlock, int, int] | None = None  # buffer, origin, round
+
+        def compute(block: KVBlock, origin: int, index: int) -> None:
+            assert acc is not None
+            views = block.views(self._block_rows(origin, index))
+            accumulate_(acc, step.backend, q, *views, self._seen.get((origin, index), []), params)
+
+        for index in range(self._num_rounds):
+            for hop in range(1, num_ranks):
+                sent_origin, origin = (self._me - hop + 1) % num_ranks, (self._me - hop) % num_ranks
+                if hop == 1:
+                    outgoing = free.pop()
+                    if self._block_rows(self._me, index):
+                        outgoing.pack(k, v, self._blocks[index])
+                else:
+                    assert received is not None
+                    outgoing = received[0]
+                incoming = free.pop()
+                pending = step.comm.exchange(
+                    [(successor, outgoing.message(self._block_rows(sent_origin, index)))],
+                    [(predecessor, incoming.message(self._block_rows(origin, index)))],
+                )
+                if received is None:
+                    acc = self._local.attend(q, k, v, params)
+                else:
+                    compute(*received)
+                pending.wait()
+                if received is not None and received[0] is not outgoing:
+                    free.append(received[0])
+                free.append(outgoing)
+                received = (incoming, origin, index)
+        assert received is not None and acc is not None
+        compute(*received)
+        return acc

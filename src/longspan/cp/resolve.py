@@ -1,0 +1,119 @@
+"""From positions to rows: which rows of which tensor a rank's kernels read in one step.
+
+Holds integer bookkeeping, done once per step and KV group, not per layer. Must not know how rows move.
+Read next: `longspan.cp.local`, the simplest strategy.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from longspan.attention.base import RowSegment
+from longspan.plan.segments import Range
+from longspan.plan.types import Segment
+from longspan.sharding.pages import KeyRun, PageTable
+from longspan.sharding.visibility import Visibility, visibility
+
+
+class KeyLayout(Protocol):
+    """Where the keys of requests lie in one tensor."""
+
+    def key_runs(self, request_id: int, start: int, end: int) -> list[KeyRun]:
+        """Runs that hold tokens of positions `[start, end)`, clipped to them, in sequence order."""
+
+
+class PoolLayout:
+    """Keys in one rank's own page pool."""
+
+    def __init__(self, tables: Mapping[int, PageTable], rank: int) -> None:
+        self._tables, self._rank = tables, rank
+
+    def key_runs(self, request_id: int, start: int, end: int) -> list[KeyRun]:
+        return self._tables[request_id].key_runs(self._rank, start, end)
+
+
+class BufferLayout:
+    """Keys in a message: the sender's runs, one behind the other."""
+
+    def __init__(self, runs: Iterable[tuple[int, KeyRun]]) -> None:
+        """Args: (request_id, run) in message order; a request's runs ascend in position."""
+        self.num_rows = 0
+        self._runs: dict[int, list[KeyRun]] = {}
+        for request_id, run in runs:
+            self._runs.setdefault(request_id, []).append(KeyRun(run.position, self.num_rows, run.num_tokens))
+            self.num_rows += run.num_tokens
+
+    def key_runs(self, request_id: int, start: int, end: int) -> list[KeyRun]:
+        runs = self._runs.get(request_id, [])
+        found: list[KeyRun] = []
+        for run in runs[max(0, bisect_right(runs, start, key=lambda run: run.position) - 1) :]:
+            if run.position >= end:
+                break
+            first, last = max(start, run.position), min(end, run.position + run.num_tokens)
+            if first < last:
+                found.append(KeyRun(first, run.row + first - run.position, last - first))
+        return found
+
+
+def message_runs(layout: KeyLayout, ranges: Iterable[Range]) -> list[tuple[int, KeyRun]]:
+    """(request_id, run) of all tokens that a rank stores of some ranges, in the order they travel."""
+    return [(request_id, run) for request_id, start, end in ranges for run in layout.key_runs(request_id, start, end)]
+
+
+def cut_blocks(runs: Sequence[tuple[int, KeyRun]], block_len: int) -> list[list[tuple[int, KeyRun]]]:
+    """Cut runs into blocks of `block_len` rows; the last one may be shorter."""
+    blocks: list[list[tuple[int, KeyRun]]] = []
+    room = 0
+    for request_id, run in runs:
+        position, row, left = run.position, run.row, run.num_tokens
+        while left:
+            if room == 0:
+                blocks.append([])
+                room = block_len
+            taken = min(left, room)
+            blocks[-1].append((request_id, KeyRun(position, row, taken)))
+            position, row, left, room = position + taken, row + taken, left - taken, room - taken
+    return blocks
+
+
+def resolve(
+    segments: Iterable[Segment], query_rows: Mapping[Range, int], keys: KeyLayout, window: int | None
+) -> list[RowSegment]:
+    """Rows for the kernels.
+
+    Full segments merge wherever rows follow each other, whatever the positions: all stripes that a query run sees
+    whole are one kernel call if they lie in consecutive slots.
+
+    Args:
+        segments: those to compute, all with keys in the tensor that `keys` describes.
+        query_rows: first row of every query run in the packed query tensor.
+        keys: where the keys lie.
+        window: the group's sliding window.
+    """
+    resolved: list[RowSegment] = []
+    for s in segments:
+        query_row = query_rows[(s.request_id, s.query_start, s.query_end)]
+        num_queries = s.query_end - s.query_start
+        for run in keys.key_runs(s.request_id, s.key_start, s.key_end):
+            seen = s.visibility
+            if seen is not Visibility.FULL:
+                seen = visibility(s.query_start, s.query_end, run.position, run.position + run.num_tokens, window)
+                if seen is Visibility.NONE:
+                    continue
+            last = resolved[-1] if resolved else None
+            if (
+                last is not None
+                and last.query_row == query_row
+                and last.num_queries == num_queries
+                and last.visibility is seen
+                and last.key_row + last.num_keys == run.row
+                and (seen is Visibility.FULL or last.key_position + last.num_keys == run.position)
+            ):
+                resolved.pop()
+                key_row, key_position, num_keys = last.key_row, last.key_position, last.num_keys + run.num_tokens
+            else:
+                key_row, key_position, num_keys = run.row, run.position, run.num_tokens
+            resolved.append(
+                RowSegment(query_row, num_queries, s.query_start, key_row, num_keys, key_position, seen)
+            )
+    return resolved

@@ -1,0 +1,65 @@
+"""What runs plans: the protocol of executors, and the bookkeeping they share.
+
+Holds futures of plans. Must not know sockets, threads or models.
+Read next: `longspan.engine.processes` (the default), `longspan.engine.threads`.
+"""
+
+import threading
+from concurrent.futures import Future
+from typing import Protocol
+
+from longspan.plan.types import Plan, PlanResult, RankResult
+
+
+class Executor(Protocol):
+    """A group of ranks that run plans."""
+
+    def submit(self, plan: Plan) -> "Future[PlanResult]":
+        """Hand a plan to its ranks.
+
+        Plans on disjoint ranks run at the same time; per rank they run in the order submitted.
+
+        Returns:
+            The answers of all its ranks, or a WorkerError, LongspanError or ConfigError.
+        """
+
+    def close(self) -> None:
+        """End all ranks; returns when they are gone. Plans in flight fail. May be called twice."""
+
+
+class PendingPlans:
+    """Collects the ranks' answers to plans in flight. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: dict[int, tuple[Plan, Future[PlanResult], dict[int, RankResult]]] = {}
+        self._error: BaseException | None = None
+
+    def add(self, plan: Plan) -> "Future[PlanResult]":
+        """A future for a plan; it has failed already if the ranks have."""
+        future: Future[PlanResult] = Future()
+        with self._lock:
+            if self._error is None:
+                self._futures[plan.plan_id] = (plan, future, {})
+                return future
+        future.set_exception(self._error)
+        return future
+
+    def answer(self, result: RankResult) -> None:
+        """Note one rank's answer; the last one completes the future."""
+        with self._lock:
+            plan, future, results = self._futures[result.plan_id]
+            results[result.rank] = result
+            if len(results) < len(plan.ranks):
+                return
+            del self._futures[result.plan_id]
+        future.set_result(PlanResult(plan.plan_id, tuple(results[rank] for rank in plan.ranks)))
+
+    def fail(self, error: BaseException) -> None:
+        """Fail all plans in flight, and all to come. The first error counts."""
+        with self._lock:
+            if self._error is None:
+                self._error = error
+            failed, self._futures = list(self._futures.values()), {}
+        for _, future, _ in failed:
+            future.set_exception(self._error)

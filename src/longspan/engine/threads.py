@@ -1,0 +1,65 @@
+"""Ranks as threads of this process, sharing one set of weights: for tests, debugging, and one rank without a process.
+
+Holds threads and queues. Must not know schedulers or requests.
+Read next: `longspan.engine.processes`, the same between processes.
+"""
+
+import queue
+import threading
+from concurrent.futures import Future
+
+import torch
+
+from longspan.comm.threads import thread_group
+from longspan.engine.executor import PendingPlans
+from longspan.errors import LongspanError
+from longspan.plan.types import Plan, PlanResult
+from longspan.worker.build import build_runner, load_weights
+from longspan.worker.messages import Start
+from longspan.worker.runner import ModelRunner
+
+
+class ThreadExecutor:
+    """One thread per rank. `threads_per_rank` sets the compute threads of the whole process."""
+
+    def __init__(self, start: Start, model: torch.nn.Module | None = None) -> None:
+        """Load the model (or take one that is loaded) and start the ranks."""
+        torch.set_num_threads(start.config.num_threads)
+        model = load_weights(start, show_progress=False) if model is None else model
+        self._pending = PendingPlans()
+        self._inboxes: list[queue.SimpleQueue[Plan | None]] = []
+        self._threads: list[threading.Thread] = []
+        size = start.config.context_parallel_size
+        self.runners = [
+            build_runner(start, model, comm) for comm in thread_group(size, timeout_s=start.config.exchange_timeout_s)
+        ]
+        for runner in self.runners:
+            inbox: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
+            thread = threading.Thread(
+                target=self._serve, args=(runner, inbox), name=f"longspan-rank-{runner.rank}", daemon=True
+            )
+            self._inboxes.append(inbox)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, runner: ModelRunner, inbox: "queue.SimpleQueue[Plan | None]") -> None:
+        while (plan := inbox.get()) is not None:
+            try:
+                self._pending.answer(runner.run(plan))
+            except Exception as error:
+                error.add_note(f"rank {runner.rank}, plan {plan.plan_id} ({plan.phase})")
+                self._pending.fail(error)
+                return
+
+    def submit(self, plan: Plan) -> "Future[PlanResult]":
+        future = self._pending.add(plan)
+        for rank in plan.ranks:
+            self._inboxes[rank].put(plan)
+        return future
+
+    def close(self) -> None:
+        self._pending.fail(LongspanError("the engine is closed"))
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for thread in self._threads:
+            thread.join(timeout=1.0)  # a rank that waits for a failed one gives up by its own deadline

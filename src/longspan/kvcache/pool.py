@@ -1,0 +1,53 @@
+"""Page pool: the memory of one rank and KV group.
+
+Holds tensors and row copies. Must not know requests, page tables or free slots.
+Read next: `longspan.cp.attend`, which writes and reads it.
+
+Layout: `[num_kv_heads, rows, width]` per layer. A run of consecutive slots is then one view for each head, and one
+kernel call reads it at the full memory bandwidth.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.types import KVGroup
+
+
+class PagePool:
+    """K and V of every layer of one KV group on one rank."""
+
+    def __init__(self, group: KVGroup, num_pages: int, page_size: int, device: torch.device) -> None:
+        spec = group.spec
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.group, self.page_size, self.num_rows = group, page_size, num_pages * page_size
+        shape = (spec.num_kv_heads, self.num_rows)
+        # empty, not zeros: the operating system gives memory on first touch, so an unused pool costs nothing
+        self.k = {layer: torch.empty(*shape, spec.k_width, dtype=dtype, device=device) for layer in group.layers}
+        """Per layer: [Hkv, rows, Dk]."""
+        self.v = {layer: torch.empty(*shape, spec.v_width, dtype=dtype, device=device) for layer in group.layers}
+        """Per layer: [Hkv, rows, Dv]."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor, stores: Sequence[tuple[int, int, int]]) -> None:
+        """Store new tokens.
+
+        Args:
+            layer: layer of the model.
+            k: [Hkv, T, Dk], one row per new token.
+            v: [Hkv, T, Dv].
+            stores: (first token in k and v, first row in the pool, number of tokens).
+        """
+        pool_k, pool_v = self.k[layer], self.v[layer]
+        for token, row, count in stores:
+            pool_k[:, row : row + count] = k[:, token : token + count]
+            pool_v[:, row : row + count] = v[:, token : token + count]
+
+    def copy_pages_(self, source_slot: int, target_slot: int, num_pages: int) -> None:
+        """Copy whole pages within this pool, in every layer."""
+        size = self.page_size
+        source = slice(source_slot * size, (source_slot + num_pages) * size)
+        target = slice(target_slot * size, (target_slot + num_pages) * size)
+        for pool in (self.k, self.v):
+            for tensor in pool.values():
+                tensor[:, target] = tensor[:, source].clone()

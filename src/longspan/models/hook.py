@@ -1,0 +1,111 @@
+"""The seam to Transformers: an attention function and a mask builder named `longspan`.
+
+Holds the registration and the record of one attention call. Must not know plans, ranks or strategies: whoever runs the
+model passes a callable as the forward keyword argument `longspan_attend`, and every layer calls it.
+Read next: `longspan.models.inspect`, which passes a recorder; `longspan.worker.runner`, which passes the real thing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from longspan.errors import UnsupportedModelError
+
+ATTENTION_NAME = "longspan"
+
+HARMLESS_ARGUMENTS = frozenset(
+    {
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_causal",
+        "cache_position",
+    }
+)
+"""Keyword arguments that reach attention functions and do not change what attention computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRule:
+    """Stands where a mask would be: the rule that the model asked for, not the mask."""
+
+    mask_function: Callable[..., Any]
+    """(batch, head, query position, key position) -> whether the key is seen; 0-dim integer tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One layer's call of the attention function."""
+
+    layer: int
+    q: Tensor
+    """[T, H, D] after RoPE."""
+    k: Tensor
+    """[Hkv, T, D] after RoPE."""
+    v: Tensor
+    """[Hkv, T, Dv]"""
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    """[H] or None."""
+    mask: MaskRule | None
+    is_causal: bool
+    other_arguments: Mapping[str, object]
+    """Keyword arguments that are not known to be harmless."""
+
+
+AttendFunction = Callable[[AttentionCall], Tensor]
+"""Takes a call, returns [T, H, Dv]."""
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskRule | None,
+    *,
+    longspan_attend: AttendFunction | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """Attention function in Transformers' shape: q, k, v are [1, heads, T, D], the output is [1, T, H, Dv]."""
+    if longspan_attend is None:
+        raise UnsupportedModelError(f"{type(module).__name__} does not pass forward keyword arguments to its attention")
+    call = AttentionCall(
+        layer=getattr(module, "layer_idx", -1),
+        q=query[0].transpose(0, 1),  # [H, T, D] -> [T, H, D]
+        k=key[0],
+        v=value[0],
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        mask=attention_mask,
+        is_causal=bool(getattr(module, "is_causal", True)),
+        other_arguments={
+            name: argument
+            for name, argument in others.items()
+            if argument is not None and name not in HARMLESS_ARGUMENTS
+        },
+    )
+    return longspan_attend(call)[None], None
+
+
+def _mask(*, mask_function: Callable[..., Any], **_: object) -> MaskRule:
+    """Mask builder in Transformers' shape. Builds nothing: attention masks by true positions."""
+    return MaskRule(mask_function)
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)

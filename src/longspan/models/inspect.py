@@ -1,0 +1,160 @@
+"""What a model is, found by running it on the meta device: KV specs, windows, scales.
+
+Reads the facts off the model's own attention calls instead of guessing them from config fields, and refuses what is
+not proven exact. Allocates no weights. Must not know ranks or plans.
+Read next: `longspan.models.loader`.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from longspan.errors import UnsupportedModelError
+from longspan.models.hook import ATTENTION_NAME, AttentionCall, MaskRule
+from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
+
+PROVEN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
+"""Greedy tokens of these are compared with Transformers in the tests, over ranks, strategies and placements."""
+
+PROVEN_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""`dynamic` and `longrope` look at the whole row, which is wrong for packed rows of several requests."""
+
+TRANSFORMERS_VERSIONS = ("5.16", "6")
+"""From the first, below the second."""
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """All rope types a config names, also one per layer type."""
+    found: set[str] = set()
+
+    def walk(value: object) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if key in ("rope_type", "type") and isinstance(inner, str):
+                    found.add(inner)
+                else:
+                    walk(inner)
+
+    walk(getattr(config, "rope_parameters", None))
+    walk(getattr(config, "rope_scaling", None))
+    return found
+
+
+def check_proven(config: PreTrainedConfig) -> None:
+    """Refuse a model that is not proven exact.
+
+    Raises:
+        UnsupportedModelError: names the field, its value and the proven values.
+    """
+
+    def refuse(field: str, value: object, legal: str) -> None:
+        raise UnsupportedModelError(f"{field}: got {value!r}, proven is {legal}")
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    first, last = (tuple(int(part) for part in text.split(".")) for text in TRANSFORMERS_VERSIONS)
+    if not first <= version < last:
+        refuse("transformers", transformers.__version__, f">={TRANSFORMERS_VERSIONS[0]},<{TRANSFORMERS_VERSIONS[1]}")
+    if config.model_type not in PROVEN_MODEL_TYPES:
+        refuse("model_type", config.model_type, ", ".join(PROVEN_MODEL_TYPES))
+    for rope_type in sorted(_rope_types(config)):
+        if rope_type not in PROVEN_ROPE_TYPES:
+            refuse("rope_type", rope_type, ", ".join(PROVEN_ROPE_TYPES))
+    if getattr(config, "quantization_config", None) is not None:
+        refuse("quantization_config", config.quantization_config.get("quant_method", "?"), "none")
+    if getattr(config, "use_bidirectional_attention", None):
+        refuse("use_bidirectional_attention", True, "false")
+
+
+def _check_mask(call: AttentionCall) -> None:
+    """The mask rule that the model asked for must be the causal rule, with the window that the layer was given."""
+    if not isinstance(call.mask, MaskRule):
+        return
+    query = 1_000_000
+    window = call.window
+    keys = {0, query - 2, query - 1, query, query + 1}
+    if window is not None:
+        keys |= {query - window - 1, query - window, query - window + 1}
+    zero = torch.tensor(0)
+    for key in sorted(keys):
+        expected = key <= query and (window is None or key > query - window)
+        if bool(call.mask.mask_function(zero, zero, torch.tensor(query), torch.tensor(key))) != expected:
+            raise UnsupportedModelError(
+                f"attention mask of layer {call.layer}: position {query} and key {key} break the rule 'causal, window "
+                f"{window}', the only one that is proven"
+            )
+
+
+class _Recorder:
+    """Answers attention calls with zeros and keeps them."""
+
+    def __init__(self) -> None:
+        self.calls: list[AttentionCall] = []
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        self.calls.append(call)
+        num_tokens, num_heads, _ = call.q.shape
+        return call.q.new_empty(num_tokens, num_heads, call.v.shape[-1])
+
+
+def inspect_model(
+    config: PreTrainedConfig, generation_config: GenerationConfig | None, dtype: torch.dtype
+) -> ModelSpec:
+    """Find what the engine must know of a model.
+
+    Args:
+        config: the model's config.
+        generation_config: for the end tokens; None takes those of `config`.
+        dtype: of weights and KV.
+
+    Returns:
+        The model's facts. Layers that share KV widths and window form one KV group.
+
+    Raises:
+        UnsupportedModelError: the model does something that is not proven exact.
+    """
+    check_proven(config)
+    with torch.device("meta"), torch.inference_mode():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        recorder = _Recorder()
+        token = torch.zeros(1, 1, dtype=torch.long)
+        model.eval()(
+            input_ids=token,
+            position_ids=token,
+            # A padding mask keeps Transformers from looking for packed rows, which needs data.
+            attention_mask=torch.ones(1, 1, dtype=torch.long),
+            use_cache=False,
+            longspan_attend=recorder,
+        )
+    calls = recorder.calls
+    num_layers: int = config.num_hidden_layers
+    if [call.layer for call in calls] != list(range(num_layers)):
+        raise UnsupportedModelError(
+            f"num_hidden_layers: got {num_layers} layers, of which {len(calls)} called attention in order; proven is "
+            "one attention call per layer"
+        )
+    groups: dict[tuple[KVSpec, int], list[int]] = {}
+    for call in calls:
+        _check_mask(call)
+        if not call.is_causal:
+            raise UnsupportedModelError(f"is_causal: got False in layer {call.layer}, proven is True")
+        if call.other_arguments:
+            raise UnsupportedModelError(
+                f"attention arguments: layer {call.layer} got {', '.join(sorted(call.other_arguments))}, which longspan "
+                "does not know"
+            )
+        num_kv_heads, _, k_width = call.k.shape
+        spec = KVSpec(num_kv_heads, k_width, call.v.shape[-1], str(dtype).removeprefix("torch."), call.window)
+        groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
+    eos = (generation_config or config).eos_token_id
+    return ModelSpec(
+        architecture=type(model).__name__,
+        num_layers=num_layers,
+        vocab_size=config.vocab_size,
+        max_position=getattr(config, "max_position_embeddings", None),
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        kv_groups=tuple(KVGroup(tuple(layers), spec, heads) for (spec, heads), layers in groups.items()),
+        layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
+    )

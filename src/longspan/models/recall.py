@@ -1,0 +1,150 @@
+"""The bundled model: an exact k-gram copier, so that longspan can show that it is right without downloading anything.
+
+If the last k bytes of a context occurred once before, anywhere in it, the model continues with what followed there,
+byte by byte. The output can be checked at any length, and one wrong position, page or merge makes it wrong.
+`recall_path` is the model's directory, built on first use; `build_recall` writes one where you like. Both are ordinary
+Transformers models. Must not know how longspan runs a model. Read next: Note [How recall works] in
+`longspan.models.recall_weights`.
+
+What it cannot do: without a match it says confident nonsense and never end-of-sequence, so use a maximum number of
+tokens or a stop string; the question must end exactly as the needle did, a trailing space included; after a tie
+(followed by A as often as by B) the answer is unspecified.
+"""
+
+import hashlib
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from safetensors.torch import save
+from transformers import AutoConfig, GenerationConfig
+
+from longspan.errors import ConfigError
+from longspan.models import recall_tokenizer, recall_weights
+from longspan.models.recall_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
+from longspan.models.recall_weights import RECALL_VARIANTS, RecallVariant
+
+RECALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+def recall_path(variant: str = "smollm3") -> Path:
+    """Returns the bundled model's directory, in the user's cache directory; builds it on first use (4 MB, float32).
+
+    The directory's name holds a digest of the builder's source: a longspan with another builder has its own. Several
+    processes may call this at once.
+
+    Args:
+        variant: One of `RECALL_VARIANTS`.
+
+    Raises:
+        ConfigError: Unknown variant.
+        OSError: The cache directory cannot be written; on Linux, XDG_CACHE_HOME names another one.
+    """
+    _find_variant(variant)
+    path = platformdirs.user_cache_path("longspan") / f"recall-{variant}-{_builder_digest()}"
+    if not all((path / name).is_file() for name in _FILES):
+        build_recall(path, variant=variant)
+    return path
+
+
+def build_recall(path: Path, *, variant: str = "smollm3", dtype: torch.dtype = torch.float32) -> None:
+    """Writes the model and its tokenizer as a Transformers model directory.
+
+    The directory appears complete or not at all. If it exists already, its files of these names are replaced, one by
+    one, and others stay.
+
+    Args:
+        path: The directory; its parents are created.
+        variant: One of `RECALL_VARIANTS`.
+        dtype: Of the weights, one of `RECALL_DTYPES`.
+
+    Raises:
+        ConfigError: Unknown variant or dtype.
+    """
+    spec = _find_variant(variant)
+    if dtype not in RECALL_DTYPES:
+        raise ConfigError(f"dtype: got {dtype}, expected one of {', '.join(map(str, RECALL_DTYPES))}")
+    path = path.resolve()  # a link is followed, not replaced
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # beside it: a rename must not cross file systems
+    draft.mkdir()
+    try:
+        config = AutoConfig.for_model(**_config_fields(spec), dtype=str(dtype).removeprefix("torch."))
+        config.save_pretrained(draft)
+        special_ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+        generation_config = GenerationConfig(**special_ids, do_sample=False)  # type: ignore[no-untyped-call]
+        generation_config.save_pretrained(draft)
+        recall_tokenizer.build_tokenizer(recall_weights.MAX_CONTEXT_LEN).save_pretrained(str(draft))
+        parameters = recall_weights.compute_weights(spec)
+        weights = {name: parameter.to(dtype).contiguous() for name, parameter in parameters.items()}
+        # `save_file` would make a file that only its owner may read.
+        (draft / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+        _publish(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """Moves a finished draft to its place. Readers of `path` never meet half a file, nor a file gone missing."""
+    try:
+        draft.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        # Somebody else's directory is there: complete (another builder was faster), or with files deleted from it. Two
+        # builders of one name write the same bytes, so replacing file by file is safe in both cases.
+        for name in _FILES:
+            os.replace(draft / name, path / name)
+
+
+def _find_variant(name: str) -> RecallVariant:
+    if name not in RECALL_VARIANTS:
+        raise ConfigError(f"variant: got {name!r}, expected one of {', '.join(RECALL_VARIANTS)}")
+    return RECALL_VARIANTS[name]
+
+
+def _builder_digest() -> str:
+    sources = [Path(__file__), Path(recall_weights.__file__), Path(recall_tokenizer.__file__)]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+
+
+def _config_fields(spec: RecallVariant) -> dict[str, Any]:
+    num_local_layers = len(spec.local_layers())
+    fields: dict[str, Any] = {
+        "model_type": spec.model_type,
+        "architectures": [spec.architecture],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": recall_weights.HIDDEN_SIZE,
+        "intermediate_size": recall_weights.INTERMEDIATE_SIZE,
+        "num_hidden_layers": num_local_layers + 1,
+        "num_attention_heads": spec.num_query_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": recall_weights.HEAD_DIM,
+        "max_position_embeddings": recall_weights.MAX_CONTEXT_LEN,
+        "rms_norm_eps": recall_weights.RMS_NORM_EPS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+    }
+    if spec.model_type == "smollm3":
+        # Spelled out: left to itself, the class puts windows on the layers *without* RoPE. 1 means "has RoPE".
+        fields["no_rope_layers"] = [1] * num_local_layers + [0]
+        fields["use_sliding_window"] = True
+        fields["sliding_window"] = spec.local_window
+        fields["layer_types"] = ["sliding_attention"] * num_local_layers + ["full_attention"]
+    return fields

@@ -1,0 +1,93 @@
+"""Policy: which strategy one KV group uses in one step.
+
+Holds pure functions of integers. Must not know clocks, free memory or anything else that ranks could see differently.
+Only makers of plans call it.
+Read next: `longspan.cp.strategies`, which runs what was chosen.
+
+The first policy picks by bytes moved: the most that any rank sends per layer. For 32 query and 8 KV heads in float32,
+`pass_q` moves less than `pass_kv` once context / chunk exceeds about 6.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from longspan.plan.segments import make_exchanges, make_segments
+from longspan.plan.types import DirectExchange, GroupStep, QueryRun, RingExchange, Segment
+from longspan.sharding.pages import PageTable
+from longspan.types import KVGroup, Strategy
+
+RING_BLOCK_LEN = 2048
+"""Tokens per ring block: long enough for efficient kernels; two blocks are the ring's whole temporary memory."""
+
+LSE_BYTES = 4
+
+
+def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> int:
+    """The most bytes that any participant sends in one layer."""
+    if isinstance(exchange, RingExchange):
+        # Every participant forwards every block, except those that came from its successor: their way ends here.
+        total = sum(exchange.num_rows)
+        return max(total - rows for rows in exchange.num_rows) * group.spec.token_bytes
+    row_bytes = {
+        "kv": group.spec.token_bytes,
+        "query": group.num_query_heads * group.spec.k_width * group.spec.itemsize_bytes,
+        "partial": group.num_query_heads * (group.spec.v_width * group.spec.itemsize_bytes + LSE_BYTES),
+    }[exchange.operand]
+    return max(sum(rows) for rows in exchange.num_rows) * row_bytes
+
+
+def _gathered_rows(exchanges: Sequence[DirectExchange | RingExchange]) -> int:
+    """The most rows that any rank receives in a gather."""
+    (gather,) = exchanges
+    assert isinstance(gather, DirectExchange)
+    return max(sum(column) for column in zip(*gather.num_rows, strict=True))
+
+
+def choose_strategy(
+    segments: Sequence[Segment],
+    tables: Mapping[int, PageTable],
+    group: KVGroup,
+    *,
+    forced: Strategy | None = None,
+    block_len: int = RING_BLOCK_LEN,
+) -> GroupStep:
+    """Pick the strategy that moves the fewest bytes, and write down its exchanges.
+
+    `gather_kv` is a candidate only while what it gathers fits the two blocks that the ring would hold: its memory
+    grows with what is visible. At equal bytes the earlier of gather_kv, pass_kv, pass_q wins.
+
+    Args:
+        segments: of this KV group in this step.
+        tables: page table per request of this group.
+        group: for the widths of rows.
+        forced: the user's choice, or None.
+        block_len: rows per ring block.
+
+    Returns:
+        The group's step. When nothing is remote it is `local`, whatever was forced.
+    """
+    if all(s.query_rank == s.key_rank for s in segments):
+        return GroupStep(Strategy.LOCAL, tuple(segments))
+    candidates = [forced] if forced is not None else [Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q]
+    best: tuple[int, GroupStep] | None = None
+    for strategy in candidates:
+        exchanges = make_exchanges(strategy, segments, tables, block_len)
+        if forced is None and strategy is Strategy.GATHER_KV and _gathered_rows(exchanges) > 2 * block_len:
+            continue
+        cost = sum(exchange_bytes(exchange, group) for exchange in exchanges)
+        if best is None or cost < best[0]:
+            best = (cost, GroupStep(strategy, tuple(segments), exchanges))
+    assert best is not None
+    return best[1]
+
+
+def plan_group(
+    query_runs: Sequence[QueryRun],
+    tables: Mapping[int, PageTable],
+    group: KVGroup,
+    *,
+    forced: Strategy | None = None,
+    block_len: int = RING_BLOCK_LEN,
+) -> GroupStep:
+    """Everything that a plan says of one KV group. Arguments as in `choose_strategy`."""
+    segments = make_segments(query_runs, tables, group.spec.window)
+    return choose_strategy(segments, tables, group, forced=forced, block_len=block_len)

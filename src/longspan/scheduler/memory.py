@@ -1,0 +1,180 @@
+"""Admission and pages: which ranks a request gets, and which slots.
+
+Holds the allocators of all ranks and KV groups, and what running requests have reserved. Must not know steps, torch or
+processes.
+Read next: `longspan.scheduler.scheduler`.
+
+All pages that a request may ever need are *placed* on ranks and reserved at admission, and *allocated* when a step
+first writes them. So a running request never runs out of pages, and what it does not use is never touched.
+"""
+
+from collections.abc import Sequence
+
+from longspan.config import EngineConfig
+from longspan.errors import CapacityError
+from longspan.kvcache.allocator import PageAllocator
+from longspan.kvcache.capacity import window_pages
+from longspan.plan.types import PageRun
+from longspan.scheduler.request import Request, count_pages, last_kv_position
+from longspan.sharding.pages import PageTable
+from longspan.sharding.placement import chunk_len, place, stripe_lengths
+from longspan.types import ModelSpec, Placement
+
+
+class KVMemory:
+    """Pages of all ranks."""
+
+    def __init__(self, model: ModelSpec, config: EngineConfig, num_pages: Sequence[int]) -> None:
+        """Args: `num_pages` per KV group, the same on every rank."""
+        self.model, self.config = model, config
+        self.num_ranks = config.context_parallel_size
+        self.allocators = [[PageAllocator(pages) for pages in num_pages] for _ in range(self.num_ranks)]
+        """[rank][KV group]"""
+        self._reserved = [[0] * len(num_pages) for _ in range(self.num_ranks)]  # [rank][group]
+        self._num_pages = tuple(num_pages)
+        # The group that limits a request's length: one without a window, if there is one.
+        full = [i for i, group in enumerate(model.kv_groups) if group.spec.window is None]
+        self._limiting_group = full[0] if full else None
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def _need(self, group_idx: int, num_pages: int) -> int:
+        """Pages to reserve on a rank for a request with `num_pages` of its pages there."""
+        window = self.model.kv_groups[group_idx].spec.window
+        if window is None:
+            return num_pages
+        return min(num_pages, window_pages(window, self.config.page_size, self.config.max_num_batched_tokens))
+
+    def _place(
+        self, prompt_len: int, end: int, placement: Placement, reserved: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int]] | None:
+        """Ranks of all pages up to position `end` under a placement, or None when they do not fit."""
+        size, num_ranks = self.config.page_size, self.num_ranks
+        if self._limiting_group is None:
+            room = [-(-end // size)] * num_ranks  # windows only: pages are freed as the request goes on
+            free = [self._num_pages[0] - taken[0] for taken in reserved]
+        else:
+            room = [self._num_pages[self._limiting_group] - taken[self._limiting_group] for taken in reserved]
+            free = room
+        home = max(range(num_ranks), key=lambda rank: (free[rank], -rank))
+        stripe_pages = self.config.stripe_size // size
+        budget = max(size, self.config.max_num_batched_tokens // size * size)
+        stripes = stripe_lengths(
+            -(-prompt_len // size),
+            stripe_pages,
+            max(1, chunk_len(budget, min(self.config.stripe_size, budget), num_ranks) // size),
+            num_ranks,
+            -(-end // size) - -(-prompt_len // size),
+        )
+        runs = place(placement, stripes, room, home)
+        if runs is None:
+            return None
+        for rank, pages in enumerate(count_pages(runs, num_ranks)):
+            for group_idx, taken in enumerate(reserved[rank]):
+                if self._need(group_idx, pages) > self._num_pages[group_idx] - taken:
+                    return None
+        return runs
+
+    def _choose(
+        self, prompt_len: int, end: int, reserved: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int]] | None:
+        """Place by the user's policy, or by our own: packed when short, striped when long or when packed is too small."""
+        forced = self.config.forced_placement
+        if forced is not None:
+            return self._place(prompt_len, end, forced, reserved)
+        # From two whole stripes per rank on, striping balances the work and pays for its exchanges.
+        is_short = prompt_len < 2 * self.num_ranks * self.config.stripe_size
+        if self.num_ranks == 1 or is_short:
+            empty = [[0] * len(self._num_pages)] * self.num_ranks
+            packed = self._place(prompt_len, end, Placement.PACKED, reserved)
+            if packed is not None or self._place(prompt_len, end, Placement.PACKED, empty) is not None:
+                return packed  # it fits one rank, if not now then later
+        return self._place(prompt_len, end, Placement.STRIPED, reserved)
+
+    def check_fits(self, prompt_len: int, max_tokens: int) -> None:
+        """Refuse a request that would not fit even on empty ranks.
+
+        Raises:
+            CapacityError: with what was asked, what fits, and what would make it fit.
+        """
+        end = prompt_len + max_tokens - 1
+        empty = [[0] * len(self._num_pages)] * self.num_ranks
+        if self._choose(prompt_len, end, empty) is not None:
+            return
+        config, size = self.config, self.config.page_size
+        is_packed = config.forced_placement is Placement.PACKED
+        used_ranks = 1 if is_packed else self.num_ranks
+        limit = self._num_pages[self._limiting_group or 0]
+        pages = -(-end // size)
+        page_bytes = size * sum(group.token_bytes for group in self.model.kv_groups)
+        ways = [f"kv_cache_memory of at least {-(-pages // used_ranks) * page_bytes} bytes per rank"]
+        if is_packed and pages <= limit * self.num_ranks:
+            ways.insert(0, "placement striped or spill")
+        ways.insert(0, f"context_parallel_size of at least {-(-pages // limit)}" + (" with striped" * is_packed))
+        if size > 1 and end <= used_ranks * limit * size:
+            ways.append(f"a page_size below {size}")
+        raise CapacityError(
+            f"prompt + max_tokens: got {prompt_len} + {max_tokens} = {prompt_len + max_tokens} tokens, legal is at most "
+            f"{used_ranks * limit * size + 1} ({used_ranks} rank{'s' * (used_ranks > 1)} x {limit} pages x {size} tokens, "
+            f"and one that needs no page); what would fit it: {'; or '.join(ways)}"
+        )
+
+    def admit(self, request: Request) -> bool:
+        """Place a request's pages and reserve them; False when they do not fit now."""
+        end = last_kv_position(request.prompt_len, request.params)
+        runs = self._choose(request.prompt_len, end, self._reserved)
+        if runs is None:
+            return False
+        request.page_ranks = runs
+        request.tables = [PageTable(self.config.page_size) for _ in self.model.kv_groups]
+        self._reserve(request, 1)
+        return True
+
+    def _reserve(self, request: Request, sign: int) -> None:
+        for rank, pages in enumerate(count_pages(request.page_ranks, self.num_ranks)):
+            for group_idx in range(len(self._num_pages)):
+                self._reserved[rank][group_idx] += sign * self._need(group_idx, pages)
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    def grow(self, request: Request, end: int) -> list[list[PageRun]]:
+        """Allocate the pages that positions up to `end` need.
+
+        Returns:
+            Per KV group the runs added to the page table.
+        """
+        size = self.config.page_size
+        added: list[list[PageRun]] = []
+        for group_idx, table in enumerate(request.tables):
+            new: list[PageRun] = []
+            for rank, first, last in list(request.ranks_of(table.num_pages * size, -(-end // size) * size, size)):
+                allocator = self.allocators[rank][group_idx]
+                near = next((run.slot + run.num_pages for run in reversed(table.runs) if run.rank == rank), None)
+                for slot, num_pages in allocator.allocate((last - first) // size, near):
+                    new.append(table.append(rank, slot, num_pages))
+            added.append(new)
+        return added
+
+    def slide(self, request: Request) -> None:
+        """Free the pages that no later token's window reaches."""
+        for group_idx, (group, table) in enumerate(zip(self.model.kv_groups, request.tables, strict=True)):
+            if group.spec.window is not None:
+                oldest = max(0, request.num_computed - group.spec.window + 1)
+                self._release(group_idx, table.free_before(oldest // self.config.page_size))
+
+    def free(self, request: Request) -> None:
+        """Give back everything that a request holds and has reserved."""
+        for group_idx, table in enumerate(request.tables):
+            self._release(group_idx, table.free_before(table.num_pages))
+        self._reserve(request, -1)
+
+    def _release(self, group_idx: int, runs: Sequence[PageRun]) -> None:
+        for run in runs:
+            self.allocators[run.rank][group_idx].release(run.slot, run.num_pages)
+
+    def check_integrity(self) -> None:
+        """Assert that the allocators are sound; with no request running, that all pages are free."""
+        for allocators, reserved in zip(self.allocators, self._reserved, strict=True):
+            for allocator, taken in zip(allocators, reserved, strict=True):
+                allocator.check_integrity()
+                assert allocator.num_used <= taken <= allocator.num_pages, "pages in use that nobody reserved"

@@ -1,0 +1,107 @@
+"""Placement: which rank gets each page of a request.
+
+Holds pure functions of integers. Must not know slots, requests or time.
+Read next: `longspan.scheduler.scheduler`, which asks for a placement when it admits a request.
+
+Note: snake order
+    Striped placement lays stripes on ranks 0, 1, .., N-1, N-1, .., 1, 0, 0, 1, .. so that early (cheap) and late
+    (dear) stripes pair up. Causal attention work of stripe i grows as 2i + 1. With N = 2 and 4 equal stripes:
+
+        stripe        0  1  2  3        work  rank 0: 1 + 7 = 8
+        rank          0  1  1  0              rank 1: 3 + 5 = 8      (round-robin: 6 and 10)
+
+    The excess is 0 whenever the number of stripes is a multiple of 2N; `stripe_lengths` cuts chunks that way.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from longspan.types import Placement
+
+
+def snake_order(ranks: Sequence[int]) -> Iterator[int]:
+    """Endless sequence of ranks: forwards, backwards, forwards, ..."""
+    while True:
+        yield from ranks
+        yield from reversed(ranks)
+
+
+def chunk_len(max_tokens_per_rank: int, stripe_len: int, num_ranks: int) -> int:
+    """Tokens of a full striped chunk: the most that keeps every rank at or under its budget.
+
+    A multiple of `2 * num_ranks` stripes when the budget admits one, else of `num_ranks` stripes; where not even one
+    stripe per rank fits, one stripe's budget per step.
+    """
+    per_rank = max_tokens_per_rank // stripe_len
+    if per_rank == 0:
+        return max_tokens_per_rank
+    if per_rank > 1:
+        per_rank -= per_rank % 2
+    return per_rank * stripe_len * num_ranks
+
+
+def stripe_lengths(num_pages: int, stripe_pages: int, chunk_pages: int, num_ranks: int, tail_pages: int) -> list[int]:
+    """Cut `num_pages` pages of prompt, then `tail_pages` of generated tokens, into stripes.
+
+    Full chunks take stripes of `stripe_pages`. A last, shorter chunk is cut into `2 * num_ranks` stripes as equal as
+    pages allow, so that it balances too.
+
+    Returns:
+        Pages per stripe, in sequence order; they sum to `num_pages + tail_pages`.
+    """
+    lengths: list[int] = []
+    left = num_pages
+    while left > 0:
+        pages = min(left, chunk_pages)
+        stripe = min(stripe_pages, -(-pages // (2 * num_ranks)))
+        lengths += [stripe] * (pages // stripe) + ([pages % stripe] if pages % stripe else [])
+        left -= pages
+    lengths += [stripe_pages] * (tail_pages // stripe_pages)
+    if tail_pages % stripe_pages:
+        lengths.append(tail_pages % stripe_pages)
+    return lengths
+
+
+def place(
+    placement: Placement, stripes: Sequence[int], room: Sequence[int], home: int
+) -> list[tuple[int, int]] | None:
+    """Choose the rank of every page of a request, before its first token is computed.
+
+    Args:
+        placement: the policy.
+        stripes: pages per stripe, in sequence order.
+        room: free pages per rank.
+        home: rank that packed and spill fill first, and where snake order starts.
+
+    Returns:
+        `(rank, num_pages)` runs in sequence order, or None when the pages do not fit. A stripe whose rank has no room
+        left goes on to the next rank in snake order that has.
+    """
+    left = list(room)
+    num_ranks = len(room)
+    num_pages = sum(stripes)
+    order = [(home + i) % num_ranks for i in range(num_ranks)]
+    if num_pages > (left[home] if placement is Placement.PACKED else sum(left)):
+        return None
+    runs: list[tuple[int, int]] = []
+
+    def put(rank: int, pages: int) -> int:
+        """Place up to `pages` pages on a rank; return how many did not fit."""
+        taken = min(pages, left[rank])
+        if taken:
+            left[rank] -= taken
+            if runs and runs[-1][0] == rank:
+                runs[-1] = (rank, runs[-1][1] + taken)
+            else:
+                runs.append((rank, taken))
+        return pages - taken
+
+    if placement is not Placement.STRIPED:
+        for rank in order:
+            num_pages = put(rank, num_pages)
+        return runs
+    snake = snake_order(order)
+    for stripe in stripes:
+        pages = put(next(snake), stripe)
+        while pages:
+            pages = put(next(snake), pages)
+    return runs

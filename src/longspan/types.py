@@ -1,0 +1,213 @@
+"""Plain values that every layer may name: KV specs, model facts, sampling parameters, outputs.
+
+Holds frozen data only. Must not know torch, pages, plans or processes. Everything here can travel between driver and
+workers as a message.
+Read next: `longspan.plan.types`, the message that says what a step does.
+"""
+
+import math
+from enum import StrEnum
+
+import msgspec
+
+from longspan.errors import ConfigError
+
+
+class Strategy(StrEnum):
+    """What moves when queries on some ranks must meet keys on others."""
+
+    LOCAL = "local"
+    """Nothing: every key that a query sees is on its own rank."""
+    GATHER_KV = "gather_kv"
+    """The visible K and V rows, at once."""
+    PASS_KV = "pass_kv"
+    """K and V round a ring, in blocks of fixed size."""
+    PASS_Q = "pass_q"
+    """Queries to the owners of the keys, partials back."""
+
+
+class Placement(StrEnum):
+    """Policy for the rank of a request's next page."""
+
+    PACKED = "packed"
+    """All pages on one home rank."""
+    STRIPED = "striped"
+    """Stripes go round the ranks in snake order."""
+    SPILL = "spill"
+    """Packed until the home rank is full, then on."""
+
+
+class Phase(StrEnum):
+    """Whether a step computes prompt tokens or one new token per request."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    """An end token, a stop token id or a stop string."""
+    LENGTH = "length"
+    """`max_tokens` were generated."""
+
+
+class KVSpec(msgspec.Struct, frozen=True):
+    """Shape of what one layer caches per token."""
+
+    num_kv_heads: int
+    k_width: int
+    """Elements of one key head."""
+    v_width: int
+    """Elements of one value head."""
+    dtype: str
+    """Name of a torch dtype: float32, bfloat16."""
+    window: int | None = None
+    """Sliding window in tokens (a query's own position counts), or None for full attention."""
+
+    @property
+    def itemsize_bytes(self) -> int:
+        """Bytes of one element."""
+        return {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in one layer, K and V together."""
+        return self.num_kv_heads * (self.k_width + self.v_width) * self.itemsize_bytes
+
+
+class KVGroup(msgspec.Struct, frozen=True):
+    """Layers that share one spec and window, hence one page table and one pool per rank."""
+
+    layers: tuple[int, ...]
+    """Layer indices of the model, ascending."""
+    spec: KVSpec
+    num_query_heads: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in all layers of the group."""
+        return len(self.layers) * self.spec.token_bytes
+
+
+class AttentionParams(msgspec.Struct, frozen=True):
+    """How one layer turns queries, keys and values into outputs."""
+
+    scale: float
+    """Factor on the dot product of query and key."""
+    softcap: float | None = None
+    """Logits become `softcap * tanh(logits / softcap)`; None leaves them."""
+    window: int | None = None
+    """Sliding window in tokens (a query's own position counts), or None."""
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """What driver and scheduler must know of a model; no weights, no torch."""
+
+    architecture: str
+    num_layers: int
+    vocab_size: int
+    max_position: int | None
+    """Longest sequence that the model's config admits, in tokens, or None when it does not say."""
+    eos_token_ids: tuple[int, ...]
+    """From generation_config; any of them ends a request."""
+    kv_groups: tuple[KVGroup, ...]
+    layer_params: tuple[AttentionParams, ...]
+    """Per layer."""
+
+    def group_of_layer(self) -> tuple[int, ...]:
+        """For every layer the index of its KV group."""
+        owner = {layer: index for index, group in enumerate(self.kv_groups) for layer in group.layers}
+        return tuple(owner[layer] for layer in range(self.num_layers))
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose the next tokens of one request, and when to stop. Shaped like vLLM's.
+
+    Raises:
+        ConfigError: a value is outside its legal range; the message names field, value and range.
+    """
+
+    max_tokens: int = 16
+    """Most tokens to generate."""
+    min_tokens: int = 0
+    """End tokens, `stop_token_ids` and stop strings are not honoured before so many tokens."""
+    temperature: float = 0.0
+    """0 is greedy. vLLM's default is 1.0."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probabilities sum to at least this."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this share of the most probable one."""
+    seed: int | None = None
+    """Key of the random numbers. None takes one from the operating system, per request."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Any of these ends the request, as the model's end tokens do; the text leaves it out."""
+    ignore_eos: bool = False
+    """Go on after an end token of the model."""
+    logprobs: int | None = None
+    """For every generated token: its log-probability and those of so many most probable tokens."""
+    prompt_logprobs: int | None = None
+    """The same for every prompt token but the first."""
+
+    def __post_init__(self) -> None:
+        def check(name: str, legal: bool, rule: str) -> None:
+            if not legal:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is {rule}")
+
+        def number(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        def whole(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(getattr(self, name), list):
+                msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+        check("max_tokens", whole(self.max_tokens) and self.max_tokens >= 1, "a whole number from 1")
+        check(
+            "min_tokens",
+            whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+            f"a whole number from 0 to max_tokens ({self.max_tokens})",
+        )
+        check("temperature", number(self.temperature) and self.temperature >= 0, "a finite number from 0")
+        check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1")
+        check("top_k", whole(self.top_k) and self.top_k >= 0, "a whole number from 0 (0 keeps all)")
+        check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
+        check(
+            "seed",
+            self.seed is None or (whole(self.seed) and 0 <= self.seed < 2**63),
+            "None or a whole number from 0 to 2**63 - 1",
+        )
+        check(
+            "stop",
+            isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
+            "strings that are not empty",
+        )
+        check(
+            "stop_token_ids",
+            isinstance(self.stop_token_ids, tuple) and all(whole(i) and i >= 0 for i in self.stop_token_ids),
+            "whole numbers from 0",
+        )
+        check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(name, value is None or (whole(value) and 0 <= value <= 1000), "None or a whole number from 0 to 1000")
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities at one position, natural log, from the logits before any sampling parameter."""
+
+    token_id: int
+    """The token that stands at the position."""
+    logprob: float
+    rank: int
+    """Place of the token by probability; the most probable one has rank 1."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, log-probability) of the most probable tokens, best first."""

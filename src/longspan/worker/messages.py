@@ -1,0 +1,64 @@
+"""What driver and worker processes say to each other.
+
+Holds message types and their encoding (MessagePack, never pickle). Must not know sockets or processes.
+Read next: `longspan.worker.process`; `longspan.engine.processes`, the other end.
+"""
+
+import msgspec
+
+from longspan.config import EngineConfig
+from longspan.plan.types import Plan, RankResult
+from longspan.types import ModelSpec
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """Driver to worker, first message."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    num_pages: tuple[int, ...]
+    """Per KV group."""
+    init_method: str
+    """Where the ranks meet, as torch.distributed takes it."""
+
+
+class RunPlan(msgspec.Struct, frozen=True, tag=True):
+    """Driver to worker."""
+
+    plan: Plan
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Driver to worker: end now."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Worker to driver: weights are loaded, the group is joined, pools are there."""
+
+    rank: int
+
+
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """Worker to driver: a plan is done."""
+
+    result: RankResult
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Worker to driver: the worker cannot go on and ends."""
+
+    rank: int
+    reason: str
+    """One line for the user."""
+    details: str
+    """Traceback."""
+    is_user_error: bool
+    """Whether the reason lies in what the user asked for (`ConfigError`)."""
+
+
+ToWorker = Start | RunPlan | Stop
+ToDriver = Ready | Answer | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_to_driver = msgspec.msgpack.Decoder(ToDriver).decode

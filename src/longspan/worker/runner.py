@@ -1,0 +1,178 @@
+"""Runs plans on one rank: model, page pools and communicator.
+
+Holds the mirrored page tables and the step. Must not know how plans are made, how they arrive, or what a request's
+text is.
+Read next: `longspan.cp.attend`; `longspan.worker.process`, the process around it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.attention.base import AttentionBackend
+from longspan.comm.base import Communicator
+from longspan.comm.recording import RecordingCommunicator
+from longspan.cp.attend import StepAttention
+from longspan.errors import LongspanError
+from longspan.kvcache.pool import PagePool
+from longspan.models.hook import AttentionCall
+from longspan.plan.types import (
+    Literals,
+    Plan,
+    QueryRun,
+    RankResult,
+    SampledToken,
+    ScoredRun,
+    TableDelta,
+)
+from longspan.sharding.pages import PageTable
+from longspan.types import ModelSpec
+from longspan.worker.sampler import sample, token_logprobs
+
+
+class ModelRunner:
+    """One rank."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        spec: ModelSpec,
+        *,
+        num_pages: Sequence[int],
+        page_size: int,
+        comm: Communicator,
+        backend: AttentionBackend,
+    ) -> None:
+        """Allocate the pools.
+
+        Args:
+            model: loaded with the `longspan` attention function.
+            spec: the model's facts.
+            num_pages: per KV group.
+            page_size: tokens per page.
+            comm: this rank's communicator.
+            backend: this rank's attention kernels.
+        """
+        self._model: Any = model
+        self._spec, self._backend = spec, backend
+        self.comm = RecordingCommunicator(comm)
+        self.rank = comm.rank
+        self._page_size = page_size
+        self._device = next(model.parameters()).device
+        self._pools = [
+            PagePool(group, pages, page_size, self._device)
+            for group, pages in zip(spec.kv_groups, num_pages, strict=True)
+        ]
+        self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
+        self._tokens_computed = 0
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> RankResult:
+        """Run one plan.
+
+        Collective: every rank that the plan names runs it, in the order in which plans were submitted to the rank.
+
+        Raises:
+            CommunicationError: a peer did not answer.
+            LongspanError: the model's output is not a number, or the plan asks for something unknown.
+        """
+        assert self.rank in plan.ranks, f"plan {plan.plan_id} is for ranks {plan.ranks}, this is rank {self.rank}"
+        for request_id in plan.released:
+            for tables in self._tables:
+                tables.pop(request_id, None)
+        for copy in plan.page_copies:
+            if copy.source.rank != copy.target.rank:
+                raise LongspanError(f"plan {plan.plan_id}: copies of pages between ranks are not supported")
+            if copy.source.rank == self.rank:
+                self._pools[copy.group_idx].copy_pages_(copy.source.slot, copy.target.slot, copy.source.num_pages)
+        for delta in plan.table_deltas:
+            self._apply(delta)
+        attention = StepAttention(
+            plan, self._tables, self._pools, self.comm, self._backend, self._spec.layer_params
+        )
+        runs = [run for run in plan.query_runs if run.compute_rank == self.rank]
+        if not runs:
+            for layer in range(self._spec.num_layers):
+                attention.join(layer)
+            return self._result(plan, (), ())
+        return self._result(plan, *self._compute(plan, runs, attention))
+
+    def _apply(self, delta: TableDelta) -> None:
+        tables = self._tables[delta.group_idx]
+        if delta.replace or delta.request_id not in tables:
+            tables[delta.request_id] = PageTable(self._page_size)
+        table = tables[delta.request_id]
+        table.free_before(delta.freed_before)
+        table.apply(list(delta.added))
+
+    def _compute(
+        self, plan: Plan, runs: Sequence[QueryRun], attention: StepAttention
+    ) -> tuple[tuple[SampledToken, ...], tuple[ScoredRun, ...]]:
+        """Forward pass over this rank's tokens, then sampling and scoring."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        row_of: dict[tuple[int, int], int] = {}  # (request, position) to packed row
+        for run in runs:
+            if not isinstance(run.tokens, Literals):
+                raise LongspanError(f"plan {plan.plan_id}: tokens sampled by an earlier plan are not supported")
+            for i in range(run.num_tokens):
+                row_of[run.request_id, run.position + i] = len(positions) + i
+            token_ids += run.tokens.token_ids
+            positions += range(run.position, run.end)
+        samples = [row for row in plan.samples if (row.request_id, row.position) in row_of]
+        scores = [run for run in plan.scores if (run.request_id, run.position) in row_of]
+        rows = [row_of[row.request_id, row.position] for row in samples]
+        for run in scores:
+            rows += [row_of[run.request_id, run.position + i] for i in range(len(run.targets))]
+
+        logits = self._forward(token_ids, positions, rows, attention)  # [len(rows), vocab]
+        self._tokens_computed += len(token_ids)
+
+        sampled: list[SampledToken] = []
+        for i, row in enumerate(samples):
+            token_id = sample(logits[i], row)
+            logprobs = None
+            if row.num_logprobs is not None:
+                (logprobs,) = token_logprobs(logits[i : i + 1], self._ids([token_id]), row.num_logprobs)
+            sampled.append(SampledToken(row.request_id, row.position + 1, token_id, logprobs))
+        scored: list[ScoredRun] = []
+        first = len(samples)
+        for run in scores:
+            count = len(run.targets)
+            found = token_logprobs(logits[first : first + count], self._ids(run.targets), run.num_logprobs)
+            scored.append(ScoredRun(run.request_id, run.position + 1, tuple(found)))
+            first += count
+        return tuple(sampled), tuple(scored)
+
+    def _ids(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
+
+    def _forward(
+        self, token_ids: Sequence[int], positions: Sequence[int], rows: Sequence[int], attention: StepAttention
+    ) -> Tensor:
+        """[len(rows), vocab] logits of some packed rows."""
+        params = self._spec.layer_params
+
+        def attend(call: AttentionCall) -> Tensor:
+            expected = params[call.layer]
+            assert (call.scale, call.softcap, call.window) == (expected.scale, expected.softcap, expected.window)
+            return attention.attend(call.layer, call.q, call.k, call.v, sinks=call.sinks)
+
+        output = self._model(
+            input_ids=self._ids(token_ids)[None],
+            position_ids=self._ids(positions)[None],
+            use_cache=False,
+            logits_to_keep=self._ids(rows),
+            longspan_attend=attend,
+        )
+        logits: Tensor = output.logits[0]
+        assert logits.shape[0] == len(rows)
+        return logits
+
+    def _result(
+        self, plan: Plan, sampled: tuple[SampledToken, ...], scored: tuple[ScoredRun, ...]
+    ) -> RankResult:
+        return RankResult(plan.plan_id, self.rank, sampled, scored, self._tokens_computed, self.comm.bytes_sent)
+
