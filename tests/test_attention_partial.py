@@ -48,7 +48,7 @@ def by_rows(partials: list[PartialAttention]) -> PartialAttention:
 
 
 def pairwise(partials: list[PartialAttention]) -> PartialAttention:
-    merged = partials[0]
+    merged = merge_partials(partials[0])
     for part in partials[1:]:
         merged = merge_partials(part, merged)
     return merged
@@ -130,7 +130,7 @@ def test_the_output_of_an_empty_row_is_never_read(merge):
     for rows in ([0], [1, 3], [0, 1, 2, 3]):
         poison = PartialAttention(torch.zeros(4, 2, 5).double(), torch.full((4, 2), -INF).double())
         poison.out[rows] = NAN
-        for order in (parts + [poison], [poison] + parts, [parts[0], poison, parts[1]]):
+        for order in ([*parts, poison], [poison, *parts], [parts[0], poison, parts[1]]):
             assert_close(merge(order), want, atol=1e-14)
 
 

@@ -92,14 +92,20 @@ class KVGroup(msgspec.Struct, frozen=True):
 
 
 class AttentionParams(msgspec.Struct, frozen=True):
-    """How one layer turns queries, keys and values into outputs."""
+    """How one layer turns dot products into scores."""
 
     scale: float
     """Factor on the dot product of query and key."""
     softcap: float | None = None
-    """Logits become `softcap * tanh(logits / softcap)`; None leaves them."""
+    """Scores become `softcap * tanh(score / softcap)`; None leaves them."""
     window: int | None = None
     """Sliding window in tokens (a query's own position counts), or None."""
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise ConfigError(f"softcap: got {self.softcap}, legal is None or a positive number")
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window: got {self.window}, legal is None or a positive number of tokens")
 
 
 class ModelSpec(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longspan.attention.partial import PartialAttention, accumulation_dtype
 from longspan.sharding.visibility import Visibility
+from longspan.types import AttentionParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +45,6 @@ class RowSegment:
             raise ValueError(f"key_position: None; {self.visibility} needs the position of the first key")
         if min(self.query_row, self.num_queries, self.key_row, self.num_keys) < 0:
             raise ValueError(f"a row or a count is negative: {self}")
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionParams:
-    """What turns a dot product into a score, for one layer."""
-
-    scale: float
-    """Factor of the dot product."""
-    softcap: float | None = None
-    """Scores become `softcap * tanh(score / softcap)`; None for no cap."""
-    window: int | None = None
-    """Sliding window in tokens, the query's own position included; read by BAND only, which needs it."""
-
-    def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap: {self.softcap}; legal: None or a positive number")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window: {self.window}; legal: None or a positive number of tokens")
 
 
 class AttentionBackend(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from longspan.attention.base import AttentionBackend, AttentionParams
+from longspan.attention.base import AttentionBackend
 from longspan.attention.partial import merge_sinks_
 from longspan.comm.base import Communicator
 from longspan.cp.base import MovementStrategy, RankStep
@@ -21,7 +21,7 @@ from longspan.cp.pass_q import PassQ
 from longspan.kvcache.pool import PagePool
 from longspan.plan.types import Plan
 from longspan.sharding.pages import PageTable
-from longspan.types import KVGroup, Strategy
+from longspan.types import AttentionParams, KVGroup, Strategy
 
 _STRATEGIES: Mapping[Strategy, type[Local | GatherKV | PassKV | PassQ]] = {
     Strategy.LOCAL: Local,

@@ -12,14 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longspan.attention.base import AttentionBackend, AttentionParams, RowSegment
+from longspan.attention.base import AttentionBackend, RowSegment
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout
 from longspan.plan.segments import Range
 from longspan.plan.types import GroupStep, QueryRun
 from longspan.sharding.pages import KeyRun, PageTable
-from longspan.types import KVGroup
+from longspan.types import AttentionParams, KVGroup
 
 
 @dataclass(frozen=True, slots=True)

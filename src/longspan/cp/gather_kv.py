@@ -9,13 +9,13 @@ Read next: `longspan.cp.pass_kv`, the same with bounded memory.
 
 from torch import Tensor
 
-from longspan.attention.base import AttentionParams
 from longspan.attention.partial import PartialAttention
 from longspan.cp.base import KVBlock, RankStep, accumulate_
 from longspan.cp.local import Local
 from longspan.cp.resolve import BufferLayout, PoolLayout, message_runs, resolve
 from longspan.plan.segments import moved_keys
 from longspan.plan.types import DirectExchange
+from longspan.types import AttentionParams
 
 
 class GatherKV:
@@ -35,9 +35,7 @@ class GatherKV:
             if exchange.num_rows[me][i]:
                 self._sends[peer] = message_runs(step.pool_layout, moved_keys(segments, rank, peer))
             if exchange.num_rows[i][me]:
-                layout = BufferLayout(
-                    message_runs(PoolLayout(step.tables, peer), moved_keys(segments, peer, rank))
-                )
+                layout = BufferLayout(message_runs(PoolLayout(step.tables, peer), moved_keys(segments, peer, rank)))
                 assert layout.num_rows == exchange.num_rows[i][me], "plan and page tables disagree"
                 seen = [s for s in segments if s.query_rank == rank and s.key_rank == peer]
                 self._recvs[peer] = (layout.num_rows, resolve(seen, query_rows, layout, step.group.spec.window))

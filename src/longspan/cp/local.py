@@ -6,10 +6,10 @@ Read next: `longspan.cp.gather_kv`.
 
 from torch import Tensor
 
-from longspan.attention.base import AttentionParams
 from longspan.attention.partial import PartialAttention
 from longspan.cp.base import RankStep
 from longspan.cp.resolve import resolve
+from longspan.types import AttentionParams
 
 
 class Local:

@@ -21,13 +21,14 @@ Note: three ranks, two rounds
 
 from torch import Tensor
 
-from longspan.attention.base import AttentionParams, RowSegment
+from longspan.attention.base import RowSegment
 from longspan.attention.partial import PartialAttention
 from longspan.cp.base import KVBlock, RankStep, accumulate_
 from longspan.cp.local import Local
 from longspan.cp.resolve import BufferLayout, PoolLayout, cut_blocks, message_runs, resolve
 from longspan.plan.segments import moved_keys
 from longspan.plan.types import RingExchange
+from longspan.types import AttentionParams
 
 
 class PassKV:
@@ -101,6 +102,7 @@ class PassKV:
                     free.append(received[0])
                 free.append(outgoing)
                 received = (incoming, origin, index)
-        assert received is not None and acc is not None
+        assert received is not None
+        assert acc is not None
         compute(*received)
         return acc

@@ -13,13 +13,14 @@ number of ranks.
 import torch
 from torch import Tensor
 
-from longspan.attention.base import AttentionParams, RowSegment
+from longspan.attention.base import RowSegment
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.cp.base import RankStep
 from longspan.cp.local import Local
 from longspan.cp.resolve import resolve
 from longspan.plan.segments import moved_queries
 from longspan.plan.types import DirectExchange
+from longspan.types import AttentionParams
 
 _ALIGNMENT = 8
 
@@ -56,7 +57,8 @@ class PassQ:
         self._sends: dict[int, list[tuple[int, int]]] = {}  # peer: (first row, rows) of my queries
         self._recvs: dict[int, tuple[int, list[RowSegment]]] = {}  # peer: rows of its queries, what to compute
         exchange, back = step.step.exchanges
-        assert isinstance(exchange, DirectExchange) and isinstance(back, DirectExchange)
+        assert isinstance(exchange, DirectExchange)
+        assert isinstance(back, DirectExchange)
         rank, segments, participants = step.rank, step.step.segments, exchange.participants
         if rank not in participants:
             return

@@ -103,6 +103,7 @@ def resolve(
             last = resolved[-1] if resolved else None
             if (
                 last is not None
+                and last.key_position is not None
                 and last.query_row == query_row
                 and last.num_queries == num_queries
                 and last.visibility is seen
@@ -113,7 +114,5 @@ def resolve(
                 key_row, key_position, num_keys = last.key_row, last.key_position, last.num_keys + run.num_tokens
             else:
                 key_row, key_position, num_keys = run.row, run.position, run.num_tokens
-            resolved.append(
-                RowSegment(query_row, num_queries, s.query_start, key_row, num_keys, key_position, seen)
-            )
+            resolved.append(RowSegment(query_row, num_queries, s.query_start, key_row, num_keys, key_position, seen))
     return resolved

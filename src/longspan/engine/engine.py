@@ -50,7 +50,7 @@ class Engine:
 
         Args:
             config: what to run, and how.
-            model: with the `threads` executor, a module that is loaded already (with the `longspan` attention function).
+            model: with the `threads` executor, a loaded module with the `longspan` attention function.
 
         Raises:
             ConfigError: something in the config is illegal or not proven.

@@ -55,7 +55,7 @@ class ProcessExecutor:
             for rank in range(config.context_parallel_size):
                 address = f"ipc://{self._directory}/rank-{rank}"
                 inbox: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
-                inbox.bind(address)
+                inbox.connect(address)  # a connecting socket queues what it sends until the worker binds
                 inbox.send(encode(start))
                 self._inboxes.append(inbox)
                 self._processes.append(

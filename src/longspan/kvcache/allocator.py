@@ -71,9 +71,7 @@ class PageAllocator:
         index = next(i for i, (start, end) in enumerate(self._gaps) if start <= slot < end)
         start, end = self._gaps[index]
         assert slot + num_pages <= end
-        self._gaps[index : index + 1] = [
-            gap for gap in ((start, slot), (slot + num_pages, end)) if gap[0] < gap[1]
-        ]
+        self._gaps[index : index + 1] = [gap for gap in ((start, slot), (slot + num_pages, end)) if gap[0] < gap[1]]
         for i in range(slot, slot + num_pages):
             assert self._references[i] == 0, f"slot {i} is in use"
             self._references[i] = 1

@@ -17,9 +17,7 @@ def window_pages(window: int, page_size: int, max_num_batched_tokens: int) -> in
     return -(-(window + max_num_batched_tokens) // page_size) + 2
 
 
-def pool_pages(
-    model: ModelSpec, kv_cache_memory: int, page_size: int, max_num_batched_tokens: int
-) -> tuple[int, ...]:
+def pool_pages(model: ModelSpec, kv_cache_memory: int, page_size: int, max_num_batched_tokens: int) -> tuple[int, ...]:
     """Split a rank's KV memory over the model's KV groups.
 
     Groups with full attention get the same number of pages. A group with a window needs far fewer for long requests

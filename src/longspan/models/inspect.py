@@ -142,8 +142,8 @@ def inspect_model(
             raise UnsupportedModelError(f"is_causal: got False in layer {call.layer}, proven is True")
         if call.other_arguments:
             raise UnsupportedModelError(
-                f"attention arguments: layer {call.layer} got {', '.join(sorted(call.other_arguments))}, which longspan "
-                "does not know"
+                f"attention arguments: layer {call.layer} got {', '.join(sorted(call.other_arguments))}, which "
+                "longspan does not know"
             )
         num_kv_heads, _, k_width = call.k.shape
         spec = KVSpec(num_kv_heads, k_width, call.v.shape[-1], str(dtype).removeprefix("torch."), call.window)

@@ -111,7 +111,9 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool) -> nn.Mod
     else:
         transformers_logging.disable_progress_bar()
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any
+        info: dict[str, Any]
+        loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             resolve_model(model),
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
@@ -126,6 +128,5 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool) -> nn.Mod
             f"{len(info['mismatched_keys'])} of a wrong shape, such as "
             f"{sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))[0]}"
         )
-    module: Any = loaded.eval()
-    assert isinstance(module, nn.Module)
-    return module.requires_grad_(False)
+    module: nn.Module = loaded
+    return module.eval().requires_grad_(False)

@@ -85,7 +85,7 @@ def build_recall(path: Path, *, variant: str = "smollm3", dtype: torch.dtype = t
         config = AutoConfig.for_model(**_config_fields(spec), dtype=str(dtype).removeprefix("torch."))
         config.save_pretrained(draft)
         special_ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
-        generation_config = GenerationConfig(**special_ids, do_sample=False)  # type: ignore[no-untyped-call]
+        generation_config = GenerationConfig(**special_ids, do_sample=False)
         generation_config.save_pretrained(draft)
         recall_tokenizer.build_tokenizer(recall_weights.MAX_CONTEXT_LEN).save_pretrained(str(draft))
         parameters = recall_weights.compute_weights(spec)

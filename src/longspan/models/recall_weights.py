@@ -142,13 +142,12 @@ def answer_codes() -> Tensor:
     Returns:
         [VOCAB_SIZE, 64] float32; each row has square norm 64.
     """
+    # What a basis adds to the exponent at each x.
+    twists = [[_gf8_trace(_gf8_product(a, _gf8_product(x >> 3, x & 7))) for x in range(_CODE_LEN)] for a in range(4)]
     codes = torch.zeros(VOCAB_SIZE, _CODE_LEN)
     for byte in range(NUM_BYTES):
-        basis, row = byte >> 6, byte & 63
-        for x in range(_CODE_LEN):
-            x1, x2 = x >> 3, x & 7
-            exponent = _gf8_trace(_gf8_product(basis, _gf8_product(x1, x2))) + (row & x).bit_count()
-            codes[byte, x] = (-1) ** exponent
+        a, u = byte >> 6, byte & 63
+        codes[byte] = torch.tensor([(-1.0) ** (twists[a][x] + (u & x).bit_count()) for x in range(_CODE_LEN)])
     for i in range(len(SPECIAL_TOKENS)):
         codes[NUM_BYTES + i, i] = math.sqrt(_CODE_LEN)
     return codes
@@ -158,8 +157,7 @@ def _bit_codes() -> Tensor:
     """[VOCAB_SIZE, 8] float32: a byte's bits as +1 or -1; special token i is sqrt(8) e_i, of the same norm."""
     codes = torch.zeros(VOCAB_SIZE, _BITS)
     for byte in range(NUM_BYTES):
-        for bit in range(_BITS):
-            codes[byte, bit] = 1 if byte >> bit & 1 else -1
+        codes[byte] = torch.tensor([1.0 if byte >> bit & 1 else -1.0 for bit in range(_BITS)])
     for i in range(len(SPECIAL_TOKENS)):
         codes[NUM_BYTES + i, i] = math.sqrt(_BITS)
     return codes

@@ -27,12 +27,13 @@ def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> i
         # Every participant forwards every block, except those that came from its successor: their way ends here.
         total = sum(exchange.num_rows)
         return max(total - rows for rows in exchange.num_rows) * group.spec.token_bytes
-    row_bytes = {
+    row_bytes: int = {
         "kv": group.spec.token_bytes,
         "query": group.num_query_heads * group.spec.k_width * group.spec.itemsize_bytes,
         "partial": group.num_query_heads * (group.spec.v_width * group.spec.itemsize_bytes + LSE_BYTES),
     }[exchange.operand]
-    return max(sum(rows) for rows in exchange.num_rows) * row_bytes
+    most_rows: int = max(sum(rows) for rows in exchange.num_rows)
+    return most_rows * row_bytes
 
 
 def _gathered_rows(exchanges: Sequence[DirectExchange | RingExchange]) -> int:

@@ -14,9 +14,8 @@ from longspan.config import EngineConfig
 from longspan.errors import CapacityError
 from longspan.kvcache.allocator import PageAllocator
 from longspan.kvcache.capacity import window_pages
-from longspan.plan.types import PageRun
 from longspan.scheduler.request import Request, count_pages, last_kv_position
-from longspan.sharding.pages import PageTable
+from longspan.sharding.pages import PageRun, PageTable
 from longspan.sharding.placement import chunk_len, place, stripe_lengths
 from longspan.types import ModelSpec, Placement
 
@@ -75,10 +74,8 @@ class KVMemory:
                     return None
         return runs
 
-    def _choose(
-        self, prompt_len: int, end: int, reserved: Sequence[Sequence[int]]
-    ) -> list[tuple[int, int]] | None:
-        """Place by the user's policy, or by our own: packed when short, striped when long or when packed is too small."""
+    def _choose(self, prompt_len: int, end: int, reserved: Sequence[Sequence[int]]) -> list[tuple[int, int]] | None:
+        """By the user's policy, or by ours: packed when short, striped when long or when one rank is too small."""
         forced = self.config.forced_placement
         if forced is not None:
             return self._place(prompt_len, end, forced, reserved)
@@ -113,9 +110,10 @@ class KVMemory:
         ways.insert(0, f"context_parallel_size of at least {-(-pages // limit)}" + (" with striped" * is_packed))
         if size > 1 and end <= used_ranks * limit * size:
             ways.append(f"a page_size below {size}")
+        fits = used_ranks * limit * size + 1
         raise CapacityError(
-            f"prompt + max_tokens: got {prompt_len} + {max_tokens} = {prompt_len + max_tokens} tokens, legal is at most "
-            f"{used_ranks * limit * size + 1} ({used_ranks} rank{'s' * (used_ranks > 1)} x {limit} pages x {size} tokens, "
+            f"prompt + max_tokens: got {prompt_len} + {max_tokens} = {prompt_len + max_tokens} tokens, "
+            f"legal is at most {fits} ({used_ranks} rank{'s' * (used_ranks > 1)} x {limit} pages x {size} tokens, "
             f"and one that needs no page); what would fit it: {'; or '.join(ways)}"
         )
 

@@ -17,7 +17,6 @@ from longspan.config import EngineConfig
 from longspan.errors import ConfigError
 from longspan.plan.types import (
     Literals,
-    PageRun,
     Plan,
     PlanResult,
     QueryRun,
@@ -28,6 +27,7 @@ from longspan.plan.types import (
 from longspan.policy.choose import plan_group
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
+from longspan.sharding.pages import PageRun
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 MAX_SCORED_TOKENS = 512
@@ -69,9 +69,10 @@ class Scheduler:
                 raise ConfigError(f"token id: got {token_id}, legal is 0 to {self.model.vocab_size - 1}")
         limit = self.model.max_position
         if limit is not None and len(prompt) + params.max_tokens > limit:
+            total = len(prompt) + params.max_tokens
             raise ConfigError(
-                f"prompt + max_tokens: got {len(prompt)} + {params.max_tokens} = {len(prompt) + params.max_tokens} tokens, "
-                f"legal is at most {limit} (max_position_embeddings of the model)"
+                f"prompt + max_tokens: got {len(prompt)} + {params.max_tokens} = {total} tokens, legal is at most "
+                f"{limit} (max_position_embeddings of the model)"
             )
         self.memory.check_fits(len(prompt), params.max_tokens)
         request = Request(
@@ -172,7 +173,9 @@ class Scheduler:
             deltas += self._deltas(request, end, ranks)
             for rank, first, last in request.tables[0].owners(start, end):
                 query_runs.append(
-                    QueryRun(request.request_id, first, last - first, rank, Literals(tuple(request.token_ids[first:last])))
+                    QueryRun(
+                        request.request_id, first, last - first, rank, Literals(tuple(request.token_ids[first:last]))
+                    )
                 )
                 budget[rank] -= last - first
             samples += self._samples(request, end)

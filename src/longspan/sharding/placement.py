@@ -61,9 +61,7 @@ def stripe_lengths(num_pages: int, stripe_pages: int, chunk_pages: int, num_rank
     return lengths
 
 
-def place(
-    placement: Placement, stripes: Sequence[int], room: Sequence[int], home: int
-) -> list[tuple[int, int]] | None:
+def place(placement: Placement, stripes: Sequence[int], room: Sequence[int], home: int) -> list[tuple[int, int]] | None:
     """Choose the rank of every page of a request, before its first token is computed.
 
     Args:

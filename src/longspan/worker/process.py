@@ -73,7 +73,7 @@ def main() -> None:
     quiet_transformers()
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    inbox.connect(inbox_address)
+    inbox.bind(inbox_address)
     outbox.connect(outbox_address)
     status = 0
     try:

@@ -89,9 +89,7 @@ class ModelRunner:
                 self._pools[copy.group_idx].copy_pages_(copy.source.slot, copy.target.slot, copy.source.num_pages)
         for delta in plan.table_deltas:
             self._apply(delta)
-        attention = StepAttention(
-            plan, self._tables, self._pools, self.comm, self._backend, self._spec.layer_params
-        )
+        attention = StepAttention(plan, self._tables, self._pools, self.comm, self._backend, self._spec.layer_params)
         runs = [run for run in plan.query_runs if run.compute_rank == self.rank]
         if not runs:
             for layer in range(self._spec.num_layers):
@@ -124,8 +122,8 @@ class ModelRunner:
         samples = [row for row in plan.samples if (row.request_id, row.position) in row_of]
         scores = [run for run in plan.scores if (run.request_id, run.position) in row_of]
         rows = [row_of[row.request_id, row.position] for row in samples]
-        for run in scores:
-            rows += [row_of[run.request_id, run.position + i] for i in range(len(run.targets))]
+        for score in scores:
+            rows += [row_of[score.request_id, score.position + i] for i in range(len(score.targets))]
 
         logits = self._forward(token_ids, positions, rows, attention)  # [len(rows), vocab]
         self._tokens_computed += len(token_ids)
@@ -139,10 +137,10 @@ class ModelRunner:
             sampled.append(SampledToken(row.request_id, row.position + 1, token_id, logprobs))
         scored: list[ScoredRun] = []
         first = len(samples)
-        for run in scores:
-            count = len(run.targets)
-            found = token_logprobs(logits[first : first + count], self._ids(run.targets), run.num_logprobs)
-            scored.append(ScoredRun(run.request_id, run.position + 1, tuple(found)))
+        for score in scores:
+            count = len(score.targets)
+            found = token_logprobs(logits[first : first + count], self._ids(score.targets), score.num_logprobs)
+            scored.append(ScoredRun(score.request_id, score.position + 1, tuple(found)))
             first += count
         return tuple(sampled), tuple(scored)
 
@@ -171,8 +169,5 @@ class ModelRunner:
         assert logits.shape[0] == len(rows)
         return logits
 
-    def _result(
-        self, plan: Plan, sampled: tuple[SampledToken, ...], scored: tuple[ScoredRun, ...]
-    ) -> RankResult:
+    def _result(self, plan: Plan, sampled: tuple[SampledToken, ...], scored: tuple[ScoredRun, ...]) -> RankResult:
         return RankResult(plan.plan_id, self.rank, sampled, scored, self._tokens_computed, self.comm.bytes_sent)
-

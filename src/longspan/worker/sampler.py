@@ -71,6 +71,11 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> list[Toke
     return [
         TokenLogprobs(token_id, logprob, rank, tuple(zip(top_ids, top_values, strict=True)))
         for token_id, logprob, rank, top_ids, top_values in zip(
-            token_ids.tolist(), chosen[:, 0].tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist(), strict=True
+            token_ids.tolist(),
+            chosen[:, 0].tolist(),
+            ranks.tolist(),
+            top.indices.tolist(),
+            top.values.tolist(),
+            strict=True,
         )
     ]

@@ -1,0 +1,139 @@
+"""`longspan generate`: continue one prompt.
+
+Holds options, prompt files and output. Must not know how anything runs.
+Read next: `longspan.llm`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from longspan.cli.progress import ProgressPrinter
+from longspan.config import (
+    AttentionName,
+    DTypeName,
+    EngineConfig,
+    ExecutorName,
+    PlacementName,
+    StrategyName,
+    parse_size,
+)
+from longspan.errors import ConfigError
+from longspan.types import SamplingParams
+
+
+def _choice(legal: Any) -> click.Choice[str]:
+    return click.Choice(list(legal.__args__))
+
+
+@click.command()
+@click.argument("model")
+@click.argument("stdin", metavar="[-]", required=False)
+@click.option("--prompt", help="The prompt's text, used raw.")
+@click.option("--prompt-file", metavar="FILE", help="Read the prompt from a UTF-8 file; a lone - reads standard input.")
+@click.option("--max-tokens", type=int, default=128, show_default=True, help="Most tokens to generate.")
+@click.option("--min-tokens", type=int, default=0, show_default=True, help="No end before so many tokens.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 keeps all.")
+@click.option("--min-p", type=float, default=0.0, show_default=True)
+@click.option("--seed", type=int, help="Key of the random numbers.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after an end token.")
+@click.option("--context-parallel-size", type=int, default=1, show_default=True, help="Ranks that share the sequence.")
+@click.option("--threads-per-rank", type=int, help="Default: cores / ranks.")
+@click.option("--dtype", type=_choice(DTypeName), default="auto", show_default=True)
+@click.option("--placement", type=_choice(PlacementName), default="auto", show_default=True)
+@click.option("--strategy", type=_choice(StrategyName), default="auto", show_default=True, help="For both phases.")
+@click.option("--decode-strategy", type=_choice(StrategyName), help="Overrides --strategy for decode.")
+@click.option("--page-size", type=int, default=16, show_default=True, help="Tokens per page.")
+@click.option("--stripe-size", type=int, default=512, show_default=True, help="Tokens per stripe, whole pages.")
+@click.option("--kv-cache-memory", metavar="SIZE", help="Per rank; bytes or with K, M, G, Ki, Mi, Gi.")
+@click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step.")
+@click.option("--attention-backend", type=_choice(AttentionName), default="auto", show_default=True)
+@click.option("--executor", type=_choice(ExecutorName), default="processes", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def generate(
+    model: str,
+    stdin: str | None,
+    prompt: str | None,
+    prompt_file: str | None,
+    stop: tuple[str, ...],
+    kv_cache_memory: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Continue one prompt with MODEL: a directory, `recall` (the bundled model), or a Hub id.
+
+    The text goes to standard output, progress to standard error.
+    """
+    sampling_names = SamplingParams.__struct_fields__
+    params = SamplingParams(stop=stop, **{name: value for name, value in options.items() if name in sampling_names})
+    engine_options = {name: value for name, value in options.items() if name not in sampling_names}
+    if kv_cache_memory is not None:
+        engine_options["kv_cache_memory"] = parse_size(kv_cache_memory, "kv_cache_memory")
+    EngineConfig(model=model, **engine_options)  # refuse illegal values before anything is read or imported
+    text = read_prompt(prompt, prompt_file, stdin)
+
+    from longspan.llm import LLM
+    from longspan.models.loader import quiet_transformers
+
+    quiet_transformers()
+    progress = ProgressPrinter(params.max_tokens)
+    with LLM(model, **engine_options) as llm, progress:
+        (output,) = llm.generate(text, params, on_progress=progress.update)
+        progress.close()
+        completion = output.outputs[0]
+        if not as_json:
+            click.echo(completion.text)
+            return
+        report = {
+            "model": model,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+            "usage": {
+                "prompt_tokens": len(output.prompt_token_ids),
+                "completion_tokens": len(completion.token_ids),
+                "cached_tokens": 0,
+            },
+            "timing": {"load_s": llm.load_s, "ttft_s": output.ttft_s, "tpot_s": output.tpot_s},
+            "ranks": llm.rank_stats(),
+            "strategies": llm.strategy_counts(),
+        }
+        click.echo(msgspec.json.encode(report))
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None, stdin: str | None) -> str:
+    """The prompt, from exactly one of its three sources.
+
+    Raises:
+        ConfigError: none or several sources, an unreadable file, or bytes that are not UTF-8.
+    """
+    if stdin not in (None, "-"):
+        raise ConfigError(f"prompt: got {stdin!r} behind the model, legal is - for standard input, or --prompt TEXT")
+    given = [
+        name
+        for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("-", stdin))
+        if value is not None
+    ]
+    if len(given) != 1:
+        raise ConfigError(
+            f"prompt: got {' and '.join(given) or 'none'}, legal is exactly one of --prompt TEXT, --prompt-file FILE, -"
+        )
+    if prompt is not None:
+        return prompt
+    name = prompt_file if prompt_file is not None else "-"
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"prompt-file: got {name!r}, which cannot be read: {error.strerror}") from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"prompt-file: got {name!r}, which is not UTF-8 at byte offset {error.start}: legal is UTF-8 text"
+        ) from error

@@ -1,0 +1,246 @@
+"""The Python API: text or token ids in, text out. Shaped like vLLM's.
+
+    from longspan import LLM, SamplingParams
+
+    with LLM("recall", context_parallel_size=2) as llm:
+        output = llm.generate(text, SamplingParams(max_tokens=32))[0]
+        print(output.outputs[0].text)
+
+Holds outputs, timing and the loop over steps. Must not know how steps run.
+Read next: `longspan.engine.engine`.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, cast
+
+from longspan.config import EngineConfig
+from longspan.engine.engine import Engine, RankStats
+from longspan.errors import ConfigError
+from longspan.models.loader import load_tokenizer
+from longspan.models.text import TextStream, encode_prompt
+from longspan.scheduler.request import Request
+from longspan.types import FinishReason, SamplingParams, TokenLogprobs
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One continuation of a prompt."""
+
+    text: str
+    token_ids: list[int]
+    """All generated tokens, an end token included."""
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None
+    """One per token, if asked for."""
+    index: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """Everything about one finished request."""
+
+    request_id: int
+    prompt: str | None
+    """The prompt's text, if it was given as text."""
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    """One per prompt token, the first one None, if asked for."""
+    ttft_s: float
+    """Seconds from the call of `generate` to the first token."""
+    tpot_s: float | None
+    """Seconds per token after the first; None if there is only one."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one request is."""
+
+    request_idx: int
+    """Place of the prompt in the call of `generate`."""
+    prompt_tokens: int
+    prefilled_tokens: int
+    generated_tokens: int
+    elapsed_s: float
+    """Since the call of `generate`."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """What `generate` keeps of a request beside the engine's own state."""
+
+    request_idx: int
+    prompt: str | None
+    request: Request
+    stream: TextStream
+    num_read: int = 0
+    token_times: list[float] = field(default_factory=list)
+
+
+class LLM:
+    """A model on one cp_group of ranks. Close it, or use it as a context manager: it owns processes."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        """Load the model.
+
+        Args:
+            model: a directory, `recall`, or a Hub id.
+            **options: fields of `longspan.config.EngineConfig`, for example `context_parallel_size=2`.
+
+        Raises:
+            ConfigError: an option is unknown or illegal, or the model is not there or not proven.
+            WorkerError: a worker could not start.
+        """
+        legal = [name for name in EngineConfig.__struct_fields__ if name != "model"]
+        for name in options:
+            if name not in legal:
+                raise ConfigError(f"option: got {name!r}, legal is one of {', '.join(legal)}")
+        config = EngineConfig(model=model, **options)
+        started = time.perf_counter()
+        self.tokenizer = load_tokenizer(model)
+        self._engine = Engine(config)
+        self.load_s = time.perf_counter() - started
+        """Seconds until the ranks were ready."""
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue prompts, all at once.
+
+        Args:
+            prompts: one prompt or several. Text is used raw: nothing stripped, no chat template.
+            sampling_params: for all, or one per prompt.
+            on_progress: called after every step for every request that advanced.
+
+        Returns:
+            One output per prompt, in the order of the prompts.
+
+        Raises:
+            ConfigError: a prompt or a parameter is illegal; nothing was run.
+            WorkerError: a worker died or failed; the LLM is of no more use.
+        """
+        several = _as_prompts(prompts)
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        params = [sampling_params] * len(several) if isinstance(sampling_params, SamplingParams) else [*sampling_params]
+        if len(params) != len(several):
+            raise ConfigError(
+                f"sampling_params: got {len(params)} for {len(several)} prompts, legal is one, or one each"
+            )
+        started = time.perf_counter()
+        running: dict[int, _Running] = {}
+        try:
+            for i, (prompt, one) in enumerate(zip(several, params, strict=True)):
+                text, token_ids = self._token_ids(prompt)
+                request = self._engine.add_request(token_ids, one)
+                running[request.request_id] = _Running(i, text, request, TextStream(self.tokenizer, token_ids, one))
+        except ConfigError:
+            for state in running.values():
+                self._engine.finish(state.request, FinishReason.STOP)
+            raise
+        while self._engine.has_requests:
+            for request in self._engine.step():
+                state = running[request.request_id]
+                self._read(state, time.perf_counter() - started)
+                if on_progress is not None:
+                    on_progress(
+                        Progress(
+                            state.request_idx,
+                            request.prompt_len,
+                            min(request.num_computed, request.prompt_len),
+                            request.num_generated,
+                            time.perf_counter() - started,
+                        )
+                    )
+        return [_output(state) for state in running.values()]
+
+    def _token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if set(prompt) == {"prompt"}:
+                prompt = prompt["prompt"]
+            elif set(prompt) == {"prompt_token_ids"}:
+                prompt = prompt["prompt_token_ids"]
+            else:
+                raise ConfigError(f"prompt: got the keys {sorted(prompt)}, legal is 'prompt' or 'prompt_token_ids'")
+        if isinstance(prompt, str):
+            return prompt, encode_prompt(self.tokenizer, prompt)
+        if not isinstance(prompt, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+            raise ConfigError(f"prompt: got {type(prompt).__name__}, legal is text or a list of token ids")
+        return None, [int(token_id) for token_id in prompt]
+
+    def _read(self, state: _Running, now_s: float) -> None:
+        """Take in a request's new tokens, and end it at a stop string."""
+        request = state.request
+        for token_id in request.output_token_ids[state.num_read :]:
+            state.token_times.append(now_s)
+            state.stream.add(token_id)
+            state.num_read += 1
+        if request.finish_reason is not None:
+            state.stream.finish()
+        if state.stream.stopped:
+            if request.finish_reason is None:
+                self._engine.finish(request, FinishReason.STOP)
+            request.finish_reason = FinishReason.STOP
+
+    def rank_stats(self) -> list[RankStats]:
+        """What every rank holds and has done, since the LLM was made."""
+        return self._engine.rank_stats()
+
+    def strategy_counts(self) -> dict[str, int]:
+        """(plan, KV group) pairs per strategy, since the LLM was made."""
+        return dict(self._engine.strategy_counts)
+
+    def close(self) -> None:
+        """End the ranks. May be called twice."""
+        self._engine.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ConfigError(f"prompts: got {type(prompts).__name__}, legal is one prompt or a list of prompts")
+    if prompts and all(isinstance(prompt, int) for prompt in prompts):
+        return [cast(Sequence[int], prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def _output(state: _Running) -> RequestOutput:
+    request, times = state.request, state.token_times
+    assert request.finish_reason is not None
+    params = request.params
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=state.prompt,
+        prompt_token_ids=request.token_ids[: request.prompt_len],
+        outputs=[
+            CompletionOutput(
+                text=state.stream.text,
+                token_ids=request.output_token_ids,
+                finish_reason=request.finish_reason,
+                logprobs=None if params.logprobs is None else request.logprobs,
+            )
+        ],
+        prompt_logprobs=None if params.prompt_logprobs is None else [None, *request.prompt_logprobs],
+        ttft_s=times[0],
+        tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+    )
