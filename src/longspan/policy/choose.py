@@ -27,20 +27,20 @@ def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> i
         # Every participant forwards every block, except those that came from its successor: their way ends here.
         total = sum(exchange.num_rows)
         return max(total - rows for rows in exchange.num_rows) * group.spec.token_bytes
-    row_bytes: int = {
-        "kv": group.spec.token_bytes,
-        "query": group.num_query_heads * group.spec.k_width * group.spec.itemsize_bytes,
-        "partial": group.num_query_heads * (group.spec.v_width * group.spec.itemsize_bytes + LSE_BYTES),
-    }[exchange.operand]
-    most_rows: int = max(sum(rows) for rows in exchange.num_rows)
-    return most_rows * row_bytes
+    spec = group.spec
+    row_bytes = {
+        "kv": spec.token_bytes,
+        "query": group.num_query_heads * spec.k_width * spec.itemsize_bytes,
+        "partial": group.num_query_heads * (spec.v_width * spec.itemsize_bytes + LSE_BYTES),
+    }
+    return max(sum(rows) for rows in exchange.num_rows) * row_bytes[exchange.operand]
 
 
 def _gathered_rows(exchanges: Sequence[DirectExchange | RingExchange]) -> int:
     """The most rows that any rank receives in a gather."""
     (gather,) = exchanges
     assert isinstance(gather, DirectExchange)
-    return max(sum(column) for column in zip(*gather.num_rows, strict=True))
+    return max(sum(row[i] for row in gather.num_rows) for i in range(len(gather.participants)))
 
 
 def choose_strategy(
