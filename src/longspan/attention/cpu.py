@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longspan.attention import native
 from longspan.attention.base import RowSegment, check_arguments, empty_like_queries
 from longspan.attention.partial import PartialAttention, accumulation_dtype, merge_views_
 from longspan.sharding.visibility import Visibility
@@ -235,7 +236,9 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     num_rows, num_keys = num_queries * group_size, k.shape[1]
     rows = q.transpose(0, 1).reshape(1, num_kv_heads, num_rows, width)  # [1, Hkv, t * G, D], a view for one query
     num_runs = _num_runs(num_kv_heads, num_rows, num_keys, torch.get_num_threads())
-    if num_runs == 1:
+    if native.can_decode(num_rows, width, q.dtype) and native.is_available():
+        out, lse = _merged_runs(*native.decode(rows[0], k, v, scale, num_runs))
+    elif num_runs == 1:
         out, lse = _kernel(rows, k.unsqueeze(0), v.unsqueeze(0), scale)
     else:
         out, lse = _key_runs(rows, k, v, scale, num_runs)
@@ -283,7 +286,14 @@ def _key_runs(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -
     if even < num_keys:  # fewer than num_runs keys
         tail_out, tail_lse = _kernel(rows, k[None, :, even:], v[None, :, even:], scale)
         out, lse = torch.cat((out, tail_out)), torch.cat((lse, tail_lse))
-    shares = torch.softmax(lse, dim=0).unsqueeze(-1)  # no run is empty, so that this is the merge law
+    return _merged_runs(out, lse)
+
+
+def _merged_runs(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The merge law over a first dimension of runs, none of them empty: [runs, Hkv, r, D] and [runs, Hkv, r]."""
+    if out.shape[0] == 1:
+        return out[0], lse[0]
+    shares = torch.softmax(lse, dim=0).unsqueeze(-1)
     return (out * shares).sum(dim=0), torch.logsumexp(lse, dim=0)
 
 

@@ -2,10 +2,12 @@
 
 Holds pure functions of integers. Must not know clocks, free memory or anything else that ranks could see differently.
 Only makers of plans call it.
-Read next: `longspan.cp.strategies`, which runs what was chosen.
+Read next: `longspan.cp.attend`, which runs what was chosen.
 
-The first policy picks by bytes moved: the most that any rank sends per layer. For 32 query and 8 KV heads in float32,
-`pass_q` moves less than `pass_kv` once context / chunk exceeds about 6.
+The first policy picks by bytes moved per layer: of each exchange, what the rank that sends most sends. For 32 query and
+8 KV heads `pass_q` moves less than `pass_kv` once the context, the chunk included, exceeds about 4 chunks: queries and
+partials have 2 * 32 heads, keys and values 2 * 8. (That holds in every dtype, since a partial's `out` travels in the
+model's; with float32 partials of a bfloat16 model it would be 6.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,21 @@ from longspan.types import KVGroup, Strategy
 RING_BLOCK_LEN = 2048
 """Tokens per ring block: long enough for efficient kernels; two blocks are the ring's whole temporary memory."""
 
-LSE_BYTES = 4
+PARTIAL_ALIGNMENT_BYTES = 8
+"""In a message of partials, `lse` starts at a multiple of this."""
+
+
+def _message_bytes(operand: str, num_rows: int, group: KVGroup) -> int:
+    """Bytes of one message."""
+    spec, heads = group.spec, group.num_query_heads
+    if operand == "kv":
+        return num_rows * spec.token_bytes
+    if operand == "query":
+        return num_rows * heads * spec.k_width * spec.itemsize_bytes
+    assert operand == "partial", operand
+    out_bytes = num_rows * heads * spec.v_width * spec.itemsize_bytes
+    lse_bytes = num_rows * heads * max(4, spec.itemsize_bytes)  # float32, beside float64 also float64
+    return -(-out_bytes // PARTIAL_ALIGNMENT_BYTES) * PARTIAL_ALIGNMENT_BYTES + lse_bytes
 
 
 def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> int:
@@ -27,13 +43,7 @@ def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> i
         # Every participant forwards every block, except those that came from its successor: their way ends here.
         total = sum(exchange.num_rows)
         return max(total - rows for rows in exchange.num_rows) * group.spec.token_bytes
-    spec = group.spec
-    row_bytes = {
-        "kv": spec.token_bytes,
-        "query": group.num_query_heads * spec.k_width * spec.itemsize_bytes,
-        "partial": group.num_query_heads * (spec.v_width * spec.itemsize_bytes + LSE_BYTES),
-    }
-    return max(sum(rows) for rows in exchange.num_rows) * row_bytes[exchange.operand]
+    return max(sum(_message_bytes(exchange.operand, n, group) for n in rows) for rows in exchange.num_rows)
 
 
 def _gathered_rows(exchanges: Sequence[DirectExchange | RingExchange]) -> int:

@@ -1,0 +1,84 @@
+"""Our one compiled kernel: decode attention on a CPU (`decode_kernel.c`), found, loaded and called.
+
+Holds the binding. Must not know pages, masks or when the kernel is worth calling.
+Read next: `longspan.attention.cpu`, which calls it; `docs/decisions/0004-decode-kernel.md` for why it exists.
+
+The kernel is compiled when the package is installed, if there is a C compiler; else everything works, and decode is
+slower. It is plain C behind ctypes, so it needs no headers of Python or torch, and one binary fits every version of both.
+Its parallel loops run on the OpenMP threads that torch already has: the library leaves OpenMP's symbols open, and the
+runtime that torch brought answers them. A second runtime would bring a second set of spinning threads.
+"""
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MAX_ROWS, MAX_WIDTH, LANES = 8, 256, 16
+"""As in decode_kernel.c."""
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The loaded kernel, or None where it was not compiled or there is no OpenMP runtime for it."""
+    here = Path(__file__).parent
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_decode_kernel{suffix}").is_file()]
+    if not found:
+        return None
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        (openmp, *_) = [line.split()[-1] for line in maps if "libgomp" in line or "libiomp5" in line]
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+        library = ctypes.CDLL(str(found[0]))
+    except (OSError, ValueError):
+        return None
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    library.longspan_decode.argtypes = [
+        *(pointer, pointer, pointer, long, long, long, long),
+        *(integer, integer, long, integer, integer, integer, integer, pointer, pointer),
+    ]
+    return library
+
+
+def is_available() -> bool:
+    """Whether the kernel was compiled and can be loaded."""
+    return _library() is not None
+
+
+def can_decode(num_rows: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes so many query rows per KV head, this head size and this dtype."""
+    return 1 <= num_rows <= MAX_ROWS and width % LANES == 0 and 0 < width <= MAX_WIDTH and dtype in _DTYPES
+
+
+def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> tuple[Tensor, Tensor]:
+    """Every query row over every key of its KV head.
+
+    Args:
+        rows: [Hkv, r, D], of a shape and dtype that `can_decode` admits.
+        k: [Hkv, s, D], contiguous in the last dimension, s >= 1.
+        v: [Hkv, s, D], likewise.
+        scale: factor on the dot products.
+        num_runs: into how many runs the keys are cut, for more parallel work; no run may be empty.
+
+    Returns:
+        out [num_runs, Hkv, r, D] and lse [num_runs, Hkv, r], float32: one partial per run.
+    """
+    library = _library()
+    assert library is not None
+    num_heads, num_rows, width = rows.shape
+    scaled = (rows.float() * scale).contiguous()
+    out = torch.empty(num_runs, num_heads, num_rows, width)
+    lse = torch.empty(num_runs, num_heads, num_rows)
+    status = library.longspan_decode(
+        *(scaled.data_ptr(), k.data_ptr(), v.data_ptr()),
+        *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        *(num_heads, num_rows, k.shape[1], width, k.dtype is torch.bfloat16, num_runs, torch.get_num_threads()),
+        *(out.data_ptr(), lse.data_ptr()),
+    )
+    assert status == 0, f"decode kernel refused {num_heads} heads, {num_rows} rows, {k.shape[1]} keys, {num_runs} runs"
+    return out, lse
