@@ -40,8 +40,9 @@ class Communicator(Protocol):
             recvs: (peer, tensor) pairs; contiguous, written when `wait` returns.
 
         Collective: every message needs its counterpart in the peer's own call, with the same dtype and number of
-        elements. Messages between one pair of ranks arrive in the order sent. Messages without elements are not
-        sent: both sides know their sizes.
+        elements. Messages between one pair of ranks arrive in the order sent, so exchanges that receive from one
+        peer must be waited for in the order they were started. Messages without elements are not sent: both sides
+        know their sizes.
         """
 
     def close(self) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 from longspan.comm.base import Pending
 from longspan.errors import CommunicationError
 
+JOIN_TIMEOUT_S = 300.0
+"""Shortest wait for all ranks to come: they load their weights before, and not at the same speed."""
+
 
 class DistributedCommunicator:
     """One rank of a `torch.distributed` process group."""
@@ -24,7 +27,7 @@ class DistributedCommunicator:
             rank: this process's position.
             size: ranks in the group.
             init_method: where the ranks meet, as torch.distributed takes it (`file:///...`, `tcp://host:port`, `env://`).
-            timeout_s: longest wait for a peer, here and in every exchange.
+            timeout_s: longest wait for a peer in every exchange; joining may take `JOIN_TIMEOUT_S` at least.
 
         Raises:
             CommunicationError: not all ranks came.
@@ -33,10 +36,9 @@ class DistributedCommunicator:
         """
         self.rank, self.size = rank, size
         self._timeout_s = timeout_s
+        join_timeout = timedelta(seconds=max(timeout_s, JOIN_TIMEOUT_S))
         try:
-            dist.init_process_group(
-                "gloo", init_method=init_method, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
-            )
+            dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size, timeout=join_timeout)
         except (RuntimeError, dist.DistError) as error:
             raise CommunicationError(f"rank {rank}: could not join the group of {size}: {error}") from error
 

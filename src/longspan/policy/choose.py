@@ -18,7 +18,7 @@ from longspan.sharding.pages import PageTable
 from longspan.types import KVGroup, Strategy
 
 RING_BLOCK_LEN = 2048
-"""Tokens per ring block: long enough for efficient kernels; two blocks are the ring's whole temporary memory."""
+"""Tokens per ring block: long enough for efficient kernels; three blocks are the ring's whole temporary memory."""
 
 PARTIAL_ALIGNMENT_BYTES = 8
 """In a message of partials, `lse` starts at a multiple of this."""
@@ -63,8 +63,8 @@ def choose_strategy(
 ) -> GroupStep:
     """Pick the strategy that moves the fewest bytes, and write down its exchanges.
 
-    `gather_kv` is a candidate only while what it gathers fits the two blocks that the ring would hold: its memory
-    grows with what is visible. At equal bytes the earlier of gather_kv, pass_kv, pass_q wins.
+    `gather_kv` is a candidate only while what a rank gathers fits two blocks of the ring (which holds three): its
+    memory grows with what is visible. At equal bytes the earlier of gather_kv, pass_kv, pass_q wins.
 
     Args:
         segments: of this KV group in this step.

@@ -56,12 +56,12 @@ class KVMemory:
             room = [self._num_pages[self._limiting_group] - taken[self._limiting_group] for taken in reserved]
             free = room
         home = max(range(num_ranks), key=lambda rank: (free[rank], -rank))
-        stripe_pages = self.config.stripe_size // size
         budget = max(size, self.config.max_num_batched_tokens // size * size)
+        stripe_len = min(self.config.stripe_size, budget)  # longer, and a step would have work for one rank only
         stripes = stripe_lengths(
             -(-prompt_len // size),
-            stripe_pages,
-            max(1, chunk_len(budget, min(self.config.stripe_size, budget), num_ranks) // size),
+            stripe_len // size,
+            chunk_len(budget, stripe_len, num_ranks) // size,
             num_ranks,
             -(-end // size) - -(-prompt_len // size),
         )

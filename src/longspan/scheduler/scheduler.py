@@ -36,7 +36,11 @@ vocabulary."""
 
 
 class Scheduler:
-    """Continuous batching, first come first served at admission, prefill before decode."""
+    """Continuous batching: first come first served at admission, then prefill and decode take turns.
+
+    So no request starves, and a token waits for one chunk of prefill per rank at most, however long a prompt is and
+    however many wait.
+    """
 
     def __init__(self, model: ModelSpec, config: EngineConfig, num_pages: Sequence[int]) -> None:
         """Args: `num_pages` per KV group, the same on every rank."""
@@ -48,6 +52,7 @@ class Scheduler:
         self._busy: set[int] = set()
         self._in_flight: dict[int, tuple[Plan, list[Request]]] = {}
         self._unreported: dict[int, set[int]] = {rank: set() for rank in range(config.context_parallel_size)}
+        self._last_prefill = [-1] * config.context_parallel_size  # per rank, plan id of the last prefill
         self._next_plan_id = 0
         self._next_request_id = 0
         self._can_slide_away = all(group.spec.window is not None for group in model.kv_groups)
@@ -111,13 +116,19 @@ class Scheduler:
     def schedule(self) -> Plan | None:
         """The next plan to submit, or None when nothing can start now."""
         while self.waiting and len(self.running) < self.config.max_num_seqs and self.memory.admit(self.waiting[0]):
+            self.waiting[0].last_plan_id = self._next_plan_id - 1  # waits from now on; -1 would overtake all others
             self.running.append(self.waiting.popleft())
         num_ranks = self.config.context_parallel_size
         taken = set(self._busy)
-        # Prefill first; then whoever waited longest, and of those scheduled together the one that needs most ranks.
+        # Of equal turns prefill first, then whoever waited longest, then whoever needs most ranks.
         ready = sorted(
             (request for request in self.running if not request.in_flight),
-            key=lambda r: (r.phase is Phase.DECODE, r.last_plan_id, -len(self._ranks(r, num_ranks))),
+            key=lambda r: (
+                self._turn(r, num_ranks),
+                r.phase is Phase.DECODE,
+                r.last_plan_id,
+                -len(self._ranks(r, num_ranks)),
+            ),
         )
         for lead in ready:
             ranks = self._ranks(lead, num_ranks)
@@ -126,6 +137,15 @@ class Scheduler:
                 continue
             return self._make_plan(lead.phase, ranks, [lead, *(r for r in ready if r is not lead)])
         return None
+
+    def _turn(self, request: Request, num_ranks: int) -> int:
+        """Since which plan a request waits for its turn; the lowest is next.
+
+        Prefill waits as a queue: a rank that ran another prompt's chunk since has given prefill its turn.
+        """
+        if request.phase is Phase.DECODE:
+            return request.last_plan_id
+        return max(request.last_plan_id, min(self._last_prefill[rank] for rank in self._ranks(request, num_ranks)))
 
     def _ranks(self, request: Request, num_ranks: int) -> set[int]:
         """Ranks that a request's next step may involve."""
@@ -202,6 +222,9 @@ class Scheduler:
             scores=tuple(scores),
             released=tuple(sorted(released)),
         )
+        if phase is Phase.PREFILL:
+            for rank in ranks:
+                self._last_prefill[rank] = plan_id
         self._busy |= ranks
         self._in_flight[plan_id] = (plan, chosen)
         return plan

@@ -42,19 +42,24 @@ def chunk_len(max_tokens_per_rank: int, stripe_len: int, num_ranks: int) -> int:
 def stripe_lengths(num_pages: int, stripe_pages: int, chunk_pages: int, num_ranks: int, tail_pages: int) -> list[int]:
     """Cut `num_pages` pages of prompt, then `tail_pages` of generated tokens, into stripes.
 
-    Full chunks take stripes of `stripe_pages`. A last, shorter chunk is cut into `2 * num_ranks` stripes as equal as
-    pages allow, so that it balances too.
+    Full chunks take stripes of `stripe_pages`. A last, shorter chunk is cut into the fewest stripes, a multiple of
+    `2 * num_ranks`, that are no longer; they are as equal as pages allow (some are empty when there are fewer pages
+    than stripes), so that it balances too and snake order starts anew behind it.
 
     Returns:
         Pages per stripe, in sequence order; they sum to `num_pages + tail_pages`.
     """
     lengths: list[int] = []
     left = num_pages
-    while left > 0:
-        pages = min(left, chunk_pages)
-        stripe = min(stripe_pages, -(-pages // (2 * num_ranks)))
-        lengths += [stripe] * (pages // stripe) + ([pages % stripe] if pages % stripe else [])
-        left -= pages
+    while left >= chunk_pages:
+        lengths += [stripe_pages] * (chunk_pages // stripe_pages)
+        lengths += [chunk_pages % stripe_pages] * (chunk_pages % stripe_pages > 0)
+        left -= chunk_pages
+    if left:
+        cycle = 2 * num_ranks
+        num_stripes = cycle * -(-left // (cycle * stripe_pages))
+        short, longer = divmod(left, num_stripes)
+        lengths += [short + 1] * longer + [short] * (num_stripes - longer)
     lengths += [stripe_pages] * (tail_pages // stripe_pages)
     if tail_pages % stripe_pages:
         lengths.append(tail_pages % stripe_pages)

@@ -1,0 +1,593 @@
+"""Proves what the scheduler promises, with a fake executor that checks every plan as its ranks would see it.
+
+The executor mirrors page tables per rank from the plans' deltas only, so these tests are also the protocol between
+driver and workers. Plans finish in random order. No torch.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from longspan.config import EngineConfig
+from longspan.errors import CapacityError, ConfigError
+from longspan.kvcache.capacity import pool_pages
+from longspan.plan.types import Literals, Plan, PlanResult, RankResult, SampledToken, ScoredRun
+from longspan.scheduler.request import Request
+from longspan.scheduler.scheduler import Scheduler
+from longspan.sharding.pages import PageTable
+from longspan.types import (
+    AttentionParams,
+    FinishReason,
+    KVGroup,
+    KVSpec,
+    ModelSpec,
+    Phase,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+VOCAB = 50
+EOS = 1
+
+
+def make_model(*windows: int | None, max_position: int | None = None) -> ModelSpec:
+    """One layer and one KV group per window, 8 bytes per token and layer."""
+    groups = tuple(KVGroup((i,), KVSpec(1, 1, 1, "float32", window), 4) for i, window in enumerate(windows))
+    params = tuple(AttentionParams(1.0, window=window) for window in windows)
+    return ModelSpec("fake", len(windows), VOCAB, max_position, (EOS,), groups, params)
+
+
+def make_config(num_ranks: int = 2, **options) -> EngineConfig:
+    defaults = {"page_size": 4, "stripe_size": 8, "max_num_batched_tokens": 16}
+    return EngineConfig(model="fake", context_parallel_size=num_ranks, **{**defaults, **options})
+
+
+def make_scheduler(model: ModelSpec, config: EngineConfig, memory_tokens: int) -> Scheduler:
+    """Ranks with memory for `memory_tokens` tokens in every group together."""
+    num_bytes = memory_tokens * sum(group.token_bytes for group in model.kv_groups)
+    num_pages = pool_pages(model, num_bytes, config.page_size, config.max_num_batched_tokens)
+    return Scheduler(model, config, num_pages)
+
+
+def runs_from(table: PageTable, page_idx: int) -> list:
+    """A table's runs behind a page: what is left of a mirror when late frees are taken into account."""
+    copy = PageTable(table.page_size)
+    copy.apply(list(table.runs))
+    copy.free_before(page_idx)
+    return copy.runs
+
+
+@dataclass
+class FakeRanks:
+    """Executes plans without computing, and checks everything that ranks rely on."""
+
+    scheduler: Scheduler
+    rng: random.Random
+    mirrors: list[list[dict[int, PageTable]]] = field(default_factory=list)
+    """[rank][KV group][request]"""
+    in_flight: dict[int, Plan] = field(default_factory=dict)
+    plans: list[Plan] = field(default_factory=list)
+    written: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
+    """(KV group, rank, row) to (request, position): whose key lies there."""
+
+    def __post_init__(self) -> None:
+        groups = self.scheduler.model.kv_groups
+        self.mirrors = [[{} for _ in groups] for _ in range(self.scheduler.config.context_parallel_size)]
+
+    # -- a plan arrives ---------------------------------------------------------------------------------------------
+
+    def submit(self, plan: Plan) -> None:
+        config = self.scheduler.config
+        assert list(plan.ranks) == sorted(set(plan.ranks))
+        assert plan.ranks
+        assert not any(set(plan.ranks) & set(other.ranks) for other in self.in_flight.values()), "ranks run two plans"
+        assert plan.plan_id == len(self.plans)
+        tokens = dict.fromkeys(plan.ranks, 0)
+        for run in plan.query_runs:
+            tokens[run.compute_rank] += run.num_tokens
+        assert max(tokens.values()) <= config.max_num_batched_tokens
+        assert sum(tokens.values()) > 0
+        for rank in plan.ranks:
+            self._apply(plan, rank)
+        self._check_tables(plan)
+        self._check_requests(plan)
+        self._check_keys(plan)
+        self.in_flight[plan.plan_id] = plan
+        self.plans.append(plan)
+
+    def _apply(self, plan: Plan, rank: int) -> None:
+        """As `ModelRunner` does."""
+        for request_id in plan.released:
+            for tables in self.mirrors[rank]:
+                tables.pop(request_id, None)
+        for delta in plan.table_deltas:
+            tables = self.mirrors[rank][delta.group_idx]
+            if delta.replace or delta.request_id not in tables:
+                tables[delta.request_id] = PageTable(self.scheduler.config.page_size)
+            tables[delta.request_id].free_before(delta.freed_before)
+            tables[delta.request_id].apply(list(delta.added))
+
+    def _check_tables(self, plan: Plan) -> None:
+        """Every rank of the plan knows the scheduler's tables of the plan's requests; no page has two owners."""
+        requests = {request.request_id: request for request in self.scheduler.running}
+        for request_id in {run.request_id for run in plan.query_runs}:
+            for group_idx, table in enumerate(requests[request_id].tables):
+                first = table.runs[0].page_idx
+                for rank in plan.ranks:
+                    mirror = self.mirrors[rank][group_idx][request_id]
+                    assert runs_from(mirror, first) == table.runs, f"rank {rank} missed something"
+        pages = [
+            (group_idx, run.rank, run.slot + i)
+            for request in requests.values()
+            for group_idx, table in enumerate(request.tables)
+            for run in table.runs
+            for i in range(run.num_pages)
+        ]
+        assert len(set(pages)) == len(pages), "a page belongs to two requests"
+        for group_idx, rank, slot in pages:
+            assert 0 <= slot < self.scheduler.memory.allocators[rank][group_idx].num_pages
+
+    def _check_requests(self, plan: Plan) -> None:
+        """Runs continue where the request stands, with its tokens; who computes a token stores it, in every group."""
+        requests = {request.request_id: request for request in self.scheduler.running}
+        starts: dict[int, int] = {}
+        for run in plan.query_runs:
+            request = requests[run.request_id]
+            assert request.in_flight
+            assert run.position == starts.get(run.request_id, request.num_computed)
+            assert isinstance(run.tokens, Literals)
+            assert run.tokens.token_ids == tuple(request.token_ids[run.position : run.end])
+            starts[run.request_id] = run.end
+            for table in request.tables:
+                assert table.owners(run.position, run.end) == [(run.compute_rank, run.position, run.end)]
+            assert request.phase is plan.phase
+        to_sample = {r for r, end in starts.items() if end == len(requests[r].token_ids)}
+        assert [(row.request_id, row.position) for row in plan.samples] == [
+            (r, starts[r] - 1) for r in starts if r in to_sample
+        ]
+        for row in plan.samples:
+            request = requests[row.request_id]
+            must_go_on = request.num_generated < request.params.min_tokens
+            assert set(row.banned_token_ids) == (
+                {*request.eos_token_ids, *request.params.stop_token_ids} if must_go_on else set()
+            )
+        for score in plan.scores:
+            request = requests[score.request_id]
+            first = score.position + 1
+            assert score.targets == tuple(request.token_ids[first : first + len(score.targets)])
+            assert first + len(score.targets) <= request.prompt_len
+
+    def _check_keys(self, plan: Plan) -> None:
+        """New keys go where they belong; every key that a query sees still lies where its table says."""
+        requests = {request.request_id: request for request in self.scheduler.running}
+        for group_idx, group in enumerate(self.scheduler.model.kv_groups):
+            for run in plan.query_runs:
+                table = requests[run.request_id].tables[group_idx]
+                for keys in table.key_runs(run.compute_rank, run.position, run.end):
+                    for i in range(keys.num_tokens):
+                        self.written[group_idx, run.compute_rank, keys.row + i] = (run.request_id, keys.position + i)
+            seen: dict[int, tuple[int, int]] = {}  # per request, hull of the keys seen
+            for run in plan.query_runs:
+                start = 0 if group.spec.window is None else max(0, run.position - group.spec.window + 1)
+                low, high = seen.get(run.request_id, (start, run.end))
+                seen[run.request_id] = (min(low, start), max(high, run.end))
+            for request_id, (start, end) in seen.items():
+                found = 0
+                for rank in plan.ranks:
+                    for keys in self.mirrors[rank][group_idx][request_id].key_runs(rank, start, end):
+                        for i in range(keys.num_tokens):
+                            found += 1
+                            owner = self.written[group_idx, rank, keys.row + i]
+                            assert owner == (request_id, keys.position + i), "another request wrote over a key"
+                assert found == end - start, "the plan leaves out a rank that stores keys"
+            step = plan.groups[group_idx]
+            assert {rank for s in step.segments for rank in (s.query_rank, s.key_rank)} <= set(plan.ranks)
+            assert all(set(exchange.participants) <= set(plan.ranks) for exchange in step.exchanges)
+
+    # -- a plan ends ------------------------------------------------------------------------------------------------
+
+    def complete(self, plan: Plan) -> list[Request]:
+        del self.in_flight[plan.plan_id]
+        results = []
+        for rank in plan.ranks:
+            mine = [run for run in plan.query_runs if run.compute_rank == rank]
+            sampled = tuple(
+                SampledToken(row.request_id, row.position + 1, self._token(row), None)
+                for row in plan.samples
+                if any(run.request_id == row.request_id and run.position <= row.position < run.end for run in mine)
+            )
+            scored = tuple(
+                ScoredRun(s.request_id, s.position + 1, tuple(TokenLogprobs(t, -1.0, 1, ()) for t in s.targets))
+                for s in plan.scores
+                if any(run.request_id == s.request_id and run.position <= s.position < run.end for run in mine)
+            )
+            results.append(RankResult(plan.plan_id, rank, sampled, scored, 0, 0))
+        assert sum(len(r.sampled) for r in results) == len(plan.samples), "one rank samples each row"
+        assert sum(len(r.scored) for r in results) == len(plan.scores)
+        self.rng.shuffle(results)
+        advanced = self.scheduler.update(PlanResult(plan.plan_id, tuple(results)))
+        self.scheduler.memory.check_integrity()
+        return advanced
+
+    @staticmethod
+    def _token(row) -> int:
+        """Depends on the request's seed and the position only; every tenth or so ends a request."""
+        token = random.Random(f"{row.seed} {row.position}").randrange(VOCAB // 2)
+        return 2 if token in row.banned_token_ids else token
+
+    def submit_all(self) -> None:
+        while (plan := self.scheduler.schedule()) is not None:
+            self.submit(plan)
+
+    def step(self) -> list[Request]:
+        """Submit all that can start, then end one plan."""
+        self.submit_all()
+        assert self.in_flight, "requests wait, but nothing runs"
+        return self.complete(self.rng.choice(list(self.in_flight.values())))
+
+    def run_to_the_end(self, max_steps: int = 20_000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_requests:
+                return
+            self.step()
+        raise AssertionError("requests do not end")
+
+
+def assert_all_free(scheduler: Scheduler) -> None:
+    scheduler.memory.check_integrity()
+    for rank, allocators in enumerate(scheduler.memory.allocators):
+        for allocator in allocators:
+            assert allocator.num_free == allocator.num_pages, f"rank {rank} lost pages"
+    assert all(pages == 0 for rank in scheduler.memory._reserved for pages in rank)
+    assert not scheduler._in_flight
+    assert not scheduler._busy
+    assert not scheduler._by_id
+
+
+def check_finished(request: Request) -> None:
+    params, output = request.params, request.output_token_ids
+    ends = {*request.eos_token_ids, *params.stop_token_ids}
+    if request.finish_reason is FinishReason.LENGTH:
+        assert len(output) == params.max_tokens
+        assert not ends & set(output)
+    else:
+        assert request.finish_reason is FinishReason.STOP
+        assert output[-1] in ends
+        assert not ends & set(output[:-1])
+        assert len(output) > params.min_tokens or params.min_tokens == 0
+    assert request.num_computed == len(request.token_ids) - 1
+    if params.prompt_logprobs is not None:
+        assert [entry.token_id for entry in request.prompt_logprobs] == request.token_ids[1 : request.prompt_len]
+
+
+@dataclass
+class Scenario:
+    """A random engine and a random load for it."""
+
+    seed: int
+
+    def run(self) -> tuple[FakeRanks, list[Request]]:
+        rng = random.Random(self.seed)
+        num_ranks = rng.choice([1, 2, 3, 4, 5, 8])
+        page_size = rng.choice([1, 2, 4, 16])
+        config = make_config(
+            num_ranks,
+            page_size=page_size,
+            stripe_size=page_size * rng.choice([1, 2, 4]),
+            max_num_batched_tokens=rng.choice([1, 3, 8, 16, 40]),
+            max_num_seqs=rng.choice([1, 2, 5, 64]),
+            placement=rng.choice(["auto", "auto", "packed", "striped", "spill"]),
+            strategy=rng.choice(["auto", "pass_q", "pass_kv", "gather_kv"]),
+        )
+        windows = rng.choice([[None], [None], [None, 5], [None, 20, 3], [7], [1, 30]])
+        model = make_model(*windows)
+        needed = max(64, *(w + 2 * config.max_num_batched_tokens + 4 * page_size for w in windows if w), 0)
+        scheduler = make_scheduler(model, config, rng.choice([needed, 2 * needed, 600]))
+        ranks = FakeRanks(scheduler, rng)
+        requests: list[Request] = []
+        left = 14
+        while left or scheduler.has_requests:
+            while left and rng.random() < 0.4:
+                left -= 1
+                params = SamplingParams(
+                    max_tokens=(max_tokens := rng.choice([1, 1, 2, 9, 30])),
+                    min_tokens=rng.choice([0, 0, min(2, max_tokens)]),
+                    seed=rng.randrange(1000),
+                    ignore_eos=rng.random() < 0.3,
+                    stop_token_ids=rng.choice([(), (3, 4)]),
+                    prompt_logprobs=rng.choice([None, None, 0]),
+                )
+                prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 5, 16, 17, rng.randint(1, 150)]))]
+                try:
+                    requests.append(scheduler.add_request(prompt, params))
+                except CapacityError:
+                    continue
+            if scheduler.has_requests:
+                ranks.step()
+        return ranks, requests
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_random_loads_keep_every_promise_and_end(seed):
+    ranks, requests = Scenario(seed).run()
+    for request in requests:
+        check_finished(request)
+    assert_all_free(ranks.scheduler)
+
+
+@pytest.mark.parametrize("seed", range(0, 120, 12))
+def test_the_same_calls_give_the_same_plans(seed):
+    first, _ = Scenario(seed).run()
+    second, _ = Scenario(seed).run()
+    assert first.plans == second.plans
+
+
+def test_the_scenarios_reach_what_they_are_meant_to_reach():
+    """Else the tests above prove little: several ranks, spills, replaced tables, parallel plans, holes, waiting."""
+    reached = set()
+    for seed in range(30):
+        ranks, requests = Scenario(seed).run()
+        for plan in ranks.plans:
+            reached.add(f"{len(plan.ranks)} ranks")
+            reached |= {step.strategy.value for step in plan.groups}
+            reached |= {"replace" for delta in plan.table_deltas if delta.replace and delta.added[0].page_idx == 0}
+            reached |= {
+                "late replace" for d in plan.table_deltas if d.replace and sum(r.num_pages for r in d.added) > 9
+            }
+            reached |= {"hole" for delta in plan.table_deltas if delta.freed_before}
+            if plan.released:
+                reached.add("released")
+            if len({run.request_id for run in plan.query_runs}) > 1:
+                reached.add("batch")
+        if any(request.prompt_logprobs for request in requests):
+            reached.add("scores")
+    expected = {f"{n} ranks" for n in (1, 2, 3, 4, 5, 8)} | {"local", "gather_kv", "pass_kv", "pass_q"}
+    assert expected | {"replace", "late replace", "hole", "released", "batch", "scores"} <= reached
+
+
+# -- ends before the end ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_requests_that_are_ended_early_give_everything_back(seed):
+    """While waiting, in the middle of a prefill, in the middle of decode."""
+    rng = random.Random(seed)
+    config = make_config(3, placement=rng.choice(["auto", "striped", "spill"]), max_num_seqs=4)
+    scheduler = make_scheduler(make_model(None, 6), config, 150)
+    ranks = FakeRanks(scheduler, rng)
+    params = SamplingParams(max_tokens=20, ignore_eos=True, seed=1)
+    alive = [scheduler.add_request([5] * rng.randint(1, 200), params) for _ in range(10)]
+    while scheduler.has_requests:
+        ranks.step()
+        for request in alive:
+            if request.finish_reason is None and not request.in_flight and rng.random() < 0.05:
+                scheduler.finish(request, FinishReason.STOP)
+                scheduler.memory.check_integrity()
+    assert all(request.finish_reason is not None for request in alive)
+    assert_all_free(scheduler)
+
+
+def test_ranks_forget_what_was_released():
+    config = make_config(2, placement="striped")
+    scheduler = make_scheduler(make_model(None), config, 200)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    for _ in range(3):
+        scheduler.add_request([5] * 40, SamplingParams(max_tokens=2, ignore_eos=True, seed=0))
+        ranks.run_to_the_end()
+    assert [sorted(tables) for mirror in ranks.mirrors for tables in mirror] == [[2], [2]]
+
+
+# -- fairness --------------------------------------------------------------------------------------------------------
+
+
+def feed(ranks: FakeRanks, watched: Request, prompt_len: int, max_tokens: int, placement_ranks: int) -> int:
+    """Keep short requests waiting all the time; count the plans until the watched request ends."""
+    scheduler = ranks.scheduler
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=0)
+    before = len(ranks.plans)
+    while watched.finish_reason is None:
+        while len(scheduler.waiting) < 2 * placement_ranks:
+            scheduler.add_request([5] * prompt_len, params)
+        ranks.step()
+        assert len(ranks.plans) - before < 4000, "starved"
+    return len(ranks.plans) - before
+
+
+@pytest.mark.parametrize(("prompt_len", "max_tokens"), [(16, 1), (3, 1), (5, 4), (16, 30)])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_striped_request_is_not_starved_by_packed_ones(prompt_len, max_tokens, num_ranks):
+    """In prefill and in decode, however many short requests wait: it has its turn after a few plans of each rank."""
+    scheduler = make_scheduler(make_model(None), make_config(num_ranks, max_num_seqs=8), 400)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    watched = scheduler.add_request([5] * 160, SamplingParams(max_tokens=20, ignore_eos=True, seed=0))
+    num_plans = feed(ranks, watched, prompt_len, max_tokens, num_ranks)
+    assert {rank for rank, _ in watched.page_ranks} == set(range(num_ranks))
+    own = [plan for plan in ranks.plans if any(run.request_id == watched.request_id for run in plan.query_runs)]
+    assert num_plans <= len(own) * (1 + 4 * num_ranks)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_a_decoding_request_is_not_starved_by_prefills_on_its_rank(max_tokens):
+    scheduler = make_scheduler(make_model(None), make_config(1, max_num_seqs=8), 400)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    watched = scheduler.add_request([5] * 4, SamplingParams(max_tokens=20, ignore_eos=True, seed=0))
+    assert feed(ranks, watched, 16, max_tokens, 1) <= 20 * 3
+
+
+def test_a_long_prefill_does_not_stop_the_decode_of_others():
+    """Between two chunks of a long prompt, the requests that decode on its rank get a token each."""
+    scheduler = make_scheduler(make_model(None), make_config(1), 800)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    decoding = [scheduler.add_request([5], SamplingParams(max_tokens=15, ignore_eos=True, seed=0)) for _ in range(3)]
+    ranks.step()
+    long = scheduler.add_request([5] * 160, SamplingParams(max_tokens=1, seed=0))
+    while long.num_computed < 160:
+        ranks.step()
+    assert all(request.num_generated >= 9 for request in decoding)
+    ranks.run_to_the_end()
+
+
+def test_a_burst_of_prompts_lets_a_token_through_after_every_other_chunk():
+    scheduler = make_scheduler(make_model(None), make_config(1), 800)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    for _ in range(8):
+        scheduler.add_request([5] * 16, SamplingParams(max_tokens=12, ignore_eos=True, seed=0))
+    ranks.run_to_the_end()
+    phases = "".join("P" if plan.phase is Phase.PREFILL else "D" for plan in ranks.plans)
+    assert phases.count("P") == 8
+    assert "PPP" not in phases
+    first_tokens = [plan.samples[0].request_id for plan in ranks.plans if plan.phase is Phase.PREFILL]
+    assert first_tokens == sorted(first_tokens), "prompts are computed in the order they came"
+
+
+def test_requests_are_admitted_in_the_order_they_came():
+    """A long one at the head is not overtaken by short ones that would fit."""
+    scheduler = make_scheduler(make_model(None), make_config(2), 64)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    params = SamplingParams(max_tokens=1, seed=0)
+    order = [scheduler.add_request([5] * length, params) for length in (60, 120, 4, 4)]
+    seen: list[int] = []
+    while scheduler.has_requests:
+        ranks.submit_all()
+        seen += [r.request_id for r in scheduler.running if r.request_id not in seen]
+        ranks.step()
+    assert seen == [request.request_id for request in order]
+
+
+def test_plans_on_other_ranks_do_not_wait_for_a_long_prefill():
+    scheduler = make_scheduler(make_model(None), make_config(2, placement="packed"), 200)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    scheduler.add_request([5] * 100, SamplingParams(max_tokens=1, seed=0))
+    short = scheduler.add_request([5] * 4, SamplingParams(max_tokens=8, ignore_eos=True, seed=0))
+    ranks.submit_all()
+    (long_plan,) = [plan for plan in ranks.in_flight.values() if plan.query_runs[0].request_id == 0]
+    while short.finish_reason is None:
+        (other,) = [plan for plan in ranks.in_flight.values() if plan is not long_plan]
+        ranks.complete(other)
+        ranks.submit_all()
+    assert long_plan.plan_id in ranks.in_flight
+
+
+# -- placement in motion ---------------------------------------------------------------------------------------------
+
+
+def test_a_spill_tells_the_rank_that_joins_later_the_whole_table():
+    """Rank 1 joins when the home rank is full; plans before that name rank 0 alone."""
+    scheduler = make_scheduler(make_model(None), make_config(2, placement="spill"), 40)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    scheduler.add_request([5] * 60, SamplingParams(max_tokens=5, ignore_eos=True, seed=0))
+    ranks.run_to_the_end()
+    alone = [plan for plan in ranks.plans if plan.ranks == (0,)]
+    assert [run.end for plan in alone for run in plan.query_runs] == [16, 32]
+    joined = ranks.plans[len(alone)]
+    assert joined.ranks == (0, 1)
+    (delta,) = joined.table_deltas
+    assert delta.replace
+    assert sum(run.num_pages for run in delta.added) * 4 >= 40
+    assert not any(d.replace for plan in ranks.plans[len(alone) + 1 :] for d in plan.table_deltas)
+
+
+@pytest.mark.parametrize("budget", [4, 8, 16, 64])
+def test_every_step_of_a_striped_prefill_keeps_all_ranks_busy(budget):
+    """Also where a rank's budget is smaller than a stripe."""
+    config = make_config(4, page_size=2, stripe_size=16, max_num_batched_tokens=budget, placement="striped")
+    scheduler = make_scheduler(make_model(None), config, 2000)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    scheduler.add_request([5] * 512, SamplingParams(max_tokens=1, seed=0))
+    ranks.run_to_the_end()
+    for plan in ranks.plans:
+        tokens = [sum(run.num_tokens for run in plan.query_runs if run.compute_rank == rank) for rank in range(4)]
+        assert tokens == [budget] * 4
+    assert len(ranks.plans) == 512 // (4 * budget)
+
+
+def test_short_requests_stay_on_one_rank_each_and_long_ones_go_over_all():
+    scheduler = make_scheduler(make_model(None), make_config(4), 400)
+    params = SamplingParams(max_tokens=1, seed=0)
+    shorts = [scheduler.add_request([5] * 20, params) for _ in range(4)]
+    long = scheduler.add_request([5] * 200, params)
+    FakeRanks(scheduler, random.Random(0)).submit_all()
+    assert sorted(request.page_ranks[0][0] for request in shorts) == [0, 1, 2, 3]
+    assert all(len(request.page_ranks) == 1 for request in shorts)
+    assert {rank for rank, _ in long.page_ranks} == {0, 1, 2, 3}
+
+
+def test_a_request_uses_all_memory_of_all_ranks_but_not_a_page_more():
+    config = make_config(3)
+    scheduler = make_scheduler(make_model(None), config, 40)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    request = scheduler.add_request([5] * 118, SamplingParams(max_tokens=3, ignore_eos=True, seed=0))
+    ranks.run_to_the_end()
+    check_finished(request)
+    with pytest.raises(CapacityError):
+        scheduler.add_request([5] * 119, SamplingParams(max_tokens=3))
+    assert_all_free(scheduler)
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refuse(scheduler: Scheduler, prompt: Sequence[int], **params) -> str:
+    with pytest.raises(ConfigError) as error:
+        scheduler.add_request(prompt, SamplingParams(**params))
+    assert not scheduler.has_requests
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_rejects_an_empty_prompt():
+    message = refuse(make_scheduler(make_model(None), make_config(), 64), [])
+    assert message == "prompt: got no tokens, legal is at least one"
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB, 10**9])
+def test_rejects_token_ids_that_the_model_does_not_know(token_id):
+    scheduler = make_scheduler(make_model(None), make_config(), 64)
+    assert refuse(scheduler, [3, token_id, 4]) == f"token id: got {token_id}, legal is 0 to {VOCAB - 1}"
+    if token_id >= 0:
+        assert refuse(scheduler, [3], stop_token_ids=(token_id,)).startswith(f"token id: got {token_id}")
+    scheduler.add_request([0, VOCAB - 1], SamplingParams())
+
+
+def test_rejects_more_positions_than_the_model_has():
+    scheduler = make_scheduler(make_model(None, max_position=30), make_config(), 64)
+    message = refuse(scheduler, [5] * 25, max_tokens=6)
+    assert "got 25 + 6 = 31 tokens, legal is at most 30" in message
+    scheduler.add_request([5] * 25, SamplingParams(max_tokens=5))
+
+
+@pytest.mark.parametrize("placement", ["auto", "packed", "striped", "spill"])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("windows", [[None], [None, 4], [3]])
+def test_rejects_a_request_that_never_fits_with_the_numbers_and_ways_out_that_work(placement, num_ranks, windows):
+    config = make_config(num_ranks, placement=placement)
+    model = make_model(*windows)
+    scheduler = make_scheduler(model, config, 40)
+    if windows == [3]:  # what a window needs fits: then nothing is too long
+        scheduler.add_request([5] * 1000, SamplingParams(max_tokens=10))
+        return
+    message = refuse(scheduler, [5] * 990, max_tokens=11)
+    assert "got 990 + 11 = 1001 tokens" in message
+    (limit,) = map(int, re.findall(r"legal is at most (\d+)", message))
+    scheduler.add_request([5] * (limit - 3), SamplingParams(max_tokens=3))
+    (num_bytes,) = map(int, re.findall(r"kv_cache_memory of at least (\d+) bytes", message))
+    num_pages = pool_pages(model, num_bytes, config.page_size, config.max_num_batched_tokens)
+    Scheduler(model, config, num_pages).add_request([5] * 990, SamplingParams(max_tokens=11))
+    (more_ranks,) = map(int, re.findall(r"context_parallel_size of at least (\d+)", message))
+    wider = make_config(more_ranks, placement="striped" if placement == "packed" else placement)
+    make_scheduler(model, wider, 40).add_request([5] * 990, SamplingParams(max_tokens=11))
+
+
+def test_rejects_one_token_more_than_fits_and_accepts_one_less():
+    scheduler = make_scheduler(make_model(None), make_config(2), 40)
+    message = refuse(scheduler, [5] * 79, max_tokens=3)
+    assert "legal is at most 81 (2 ranks x 10 pages x 4 tokens, and one that needs no page)" in message
+    scheduler.add_request([5] * 78, SamplingParams(max_tokens=3))
+
+
+def test_a_request_that_fits_packed_only_elsewhere_names_the_placement_that_fits():
+    scheduler = make_scheduler(make_model(None), make_config(2, placement="packed"), 40)
+    assert "placement striped or spill" in refuse(scheduler, [5] * 60, max_tokens=1)
