@@ -398,7 +398,7 @@ def test_rejects_segments_and_params_without_a_meaning():
             RowSegment(0, 1, 0, 0, 1, None, seen)
     with pytest.raises(ValueError, match="negative"):
         RowSegment(0, -1, 0, 0, 1, None, FULL)
-    with pytest.raises(ValueError, match="softcap: got 0.0"):
+    with pytest.raises(ValueError, match="softcap: got 0"):
         AttentionParams(1.0, softcap=0.0)
     with pytest.raises(ValueError, match="window: got 0"):
         AttentionParams(1.0, window=0)

@@ -4,8 +4,10 @@ Holds values and their legal ranges. Must not know torch, models or processes.
 Read next: `longspan.llm` and `longspan.cli`, the two ways to set these.
 """
 
+import math
 import os
 import re
+from fractions import Fraction
 from typing import Literal, get_args
 
 import msgspec
@@ -19,6 +21,12 @@ StrategyName = Literal["auto", "local", "gather_kv", "pass_kv", "pass_q"]
 ExecutorName = Literal["processes", "threads"]
 AttentionName = Literal["auto", "cpu", "reference"]
 
+MAX_RANKS = 128
+MAX_THREADS = 1024
+MAX_COUNT = 2**31 - 1
+"""Of tokens and requests."""
+MAX_TIMEOUT_S = 10**6
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -29,7 +37,7 @@ def parse_size(text: str | int, field: str = "size") -> int:
         ConfigError: not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(text), re.IGNORECASE)
-    num_bytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    num_bytes = int(Fraction(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if num_bytes <= 0:
         raise ConfigError(f"{field}: got {text!r}, legal is a positive number of bytes or with K, M, G, Ki, Mi, Gi (B)")
     return num_bytes
@@ -72,13 +80,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Longest wait for a peer in one exchange."""
 
     def __post_init__(self) -> None:
-        for name in ("context_parallel_size", "page_size", "stripe_size", "max_num_batched_tokens", "max_num_seqs"):
+        if not isinstance(self.model, str):
+            raise ConfigError(f"model: got {self.model!r}, legal is a text: a directory, 'recall' or a Hub id")
+        for name in ("page_size", "stripe_size", "max_num_batched_tokens", "max_num_seqs"):
             self._check_count(name, getattr(self, name))
-        for name in ("threads_per_rank", "kv_cache_memory"):
-            if getattr(self, name) is not None:
-                self._check_count(name, getattr(self, name))
-        if self.context_parallel_size > 128:
-            raise ConfigError(f"context_parallel_size: got {self.context_parallel_size}, legal is 1 to 128")
+        if self.threads_per_rank is not None:
+            self._check_count("threads_per_rank", self.threads_per_rank, MAX_THREADS)
+        if self.kv_cache_memory is not None:
+            self._check_count("kv_cache_memory", self.kv_cache_memory, 2**63 - 1)
+        self._check_count("context_parallel_size", self.context_parallel_size, MAX_RANKS)
         for name, legal in (
             ("dtype", DTypeName),
             ("placement", PlacementName),
@@ -94,8 +104,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"stripe_size: got {self.stripe_size}, legal is a multiple of page_size ({self.page_size})"
             )
-        if not self.exchange_timeout_s > 0:
-            raise ConfigError(f"exchange_timeout_s: got {self.exchange_timeout_s!r}, legal is a number above 0")
+        timeout = self.exchange_timeout_s
+        if not isinstance(timeout, (int, float)) or not math.isfinite(timeout) or not 0 < timeout <= MAX_TIMEOUT_S:
+            raise ConfigError(
+                f"exchange_timeout_s: got {timeout!r}, legal is a number above 0 and up to {MAX_TIMEOUT_S} (seconds)"
+            )
         if self.context_parallel_size > 1 and self.placement in ("striped", "spill"):
             for name in ("strategy", "decode_strategy"):
                 if getattr(self, name) == "local":
@@ -105,9 +118,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                     )
 
     @staticmethod
-    def _check_count(name: str, value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name}: got {value!r}, legal is a whole number from 1")
+    def _check_count(name: str, value: object, most: int = MAX_COUNT) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ConfigError(f"{name}: got {value!r}, legal is a whole number from 1 to {most}")
 
     @property
     def num_threads(self) -> int:

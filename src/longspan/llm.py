@@ -19,7 +19,8 @@ from typing import Any, cast
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine, RankStats
 from longspan.errors import ConfigError
-from longspan.models.loader import load_tokenizer
+from longspan.models.inspect import check_proven
+from longspan.models.loader import load_config, load_tokenizer
 from longspan.models.text import TextStream, encode_prompt
 from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
@@ -103,6 +104,7 @@ class LLM:
                 raise ConfigError(f"option: got {name!r}, legal is one of {', '.join(legal)}")
         config = EngineConfig(model=model, **options)
         started = time.perf_counter()
+        check_proven(load_config(model)[0])  # before anything that an unproven model may lack
         self.tokenizer = load_tokenizer(model)
         self._engine = Engine(config)
         self.load_s = time.perf_counter() - started
@@ -132,7 +134,7 @@ class LLM:
         several = _as_prompts(prompts)
         if sampling_params is None:
             sampling_params = SamplingParams()
-        params = [sampling_params] * len(several) if isinstance(sampling_params, SamplingParams) else [*sampling_params]
+        params = _as_params(sampling_params, len(several))
         if len(params) != len(several):
             raise ConfigError(
                 f"sampling_params: got {len(params)} for {len(several)} prompts, legal is one, or one each"
@@ -144,24 +146,24 @@ class LLM:
                 text, token_ids = self._token_ids(prompt)
                 request = self._engine.add_request(token_ids, one)
                 running[request.request_id] = _Running(i, text, request, TextStream(self.tokenizer, token_ids, one))
-        except ConfigError:
-            for state in running.values():
-                self._engine.finish(state.request, FinishReason.STOP)
-            raise
-        while self._engine.has_requests:
-            for request in self._engine.step():
-                state = running[request.request_id]
-                self._read(state, time.perf_counter() - started)
-                if on_progress is not None:
-                    on_progress(
-                        Progress(
-                            state.request_idx,
-                            request.prompt_len,
-                            min(request.num_computed, request.prompt_len),
-                            request.num_generated,
-                            time.perf_counter() - started,
+            while self._engine.has_requests:
+                for request in self._engine.step():
+                    state = running[request.request_id]
+                    self._read(state, time.perf_counter() - started)
+                    if on_progress is not None:
+                        on_progress(
+                            Progress(
+                                state.request_idx,
+                                request.prompt_len,
+                                min(request.num_computed, request.prompt_len),
+                                request.num_generated,
+                                time.perf_counter() - started,
+                            )
                         )
-                    )
+        except BaseException:  # a prompt that is refused, a worker that died, Ctrl-C in a notebook
+            for state in running.values():
+                self._engine.abort(state.request)
+            raise
         return [_output(state) for state in running.values()]
 
     def _token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -174,7 +176,7 @@ class LLM:
                 raise ConfigError(f"prompt: got the keys {sorted(prompt)}, legal is 'prompt' or 'prompt_token_ids'")
         if isinstance(prompt, str):
             return prompt, encode_prompt(self.tokenizer, prompt)
-        if not isinstance(prompt, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+        if not _is_list(prompt) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
             raise ConfigError(f"prompt: got {type(prompt).__name__}, legal is text or a list of token ids")
         return None, [int(token_id) for token_id in prompt]
 
@@ -217,11 +219,27 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not _is_list(prompts):
         raise ConfigError(f"prompts: got {type(prompts).__name__}, legal is one prompt or a list of prompts")
     if prompts and all(isinstance(prompt, int) for prompt in prompts):
         return [cast(Sequence[int], prompts)]
     return list(cast(Sequence[Prompt], prompts))
+
+
+def _as_params(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
+    """One for all prompts, or those given."""
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if not _is_list(params) or not all(isinstance(one, SamplingParams) for one in params):
+        raise ConfigError(
+            f"sampling_params: got {type(params).__name__}, legal is a SamplingParams or a list of SamplingParams"
+        )
+    return [*params]
+
+
+def _is_list(value: object) -> bool:
+    """A sequence that is not text; bytes are neither text nor token ids."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 
 def _output(state: _Running) -> RequestOutput:

@@ -4,7 +4,7 @@ Holds the binding. Must not know pages, masks or when the kernel is worth callin
 Read next: `longspan.attention.cpu`, which calls it; `docs/decisions/0004-decode-kernel.md` for why it exists.
 
 The kernel is compiled when the package is installed, if there is a C compiler; else everything works, and decode is
-slower. It is plain C behind ctypes, so it needs no headers of Python or torch, and one binary fits every version of both.
+slower. It is plain C behind ctypes, so it needs no headers of Python or torch: one binary fits every version of both.
 Its parallel loops run on the OpenMP threads that torch already has: the library leaves OpenMP's symbols open, and the
 runtime that torch brought answers them. A second runtime would bring a second set of spinning threads.
 """

@@ -4,6 +4,7 @@ Holds options, prompt files and output. Must not know how anything runs.
 Read next: `longspan.llm`.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -124,16 +125,27 @@ def read_prompt(prompt: str | None, prompt_file: str | None, stdin: str | None) 
         raise ConfigError(
             f"prompt: got {' and '.join(given) or 'none'}, legal is exactly one of --prompt TEXT, --prompt-file FILE, -"
         )
-    if prompt is not None:
-        return prompt
-    name = prompt_file if prompt_file is not None else "-"
+    source, data = _prompt_bytes(prompt, prompt_file)
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"prompt-file: got {name!r}, which cannot be read: {error.strerror}") from error
-    try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"prompt-file: got {name!r}, which is not UTF-8 at byte offset {error.start}: legal is UTF-8 text"
-        ) from error
+        raise ConfigError(f"{source}: not UTF-8 at byte offset {error.start}, legal is UTF-8 text") from error
+    if not text:
+        raise ConfigError(f"{source}: got an empty text, legal is at least one character")
+    return text
+
+
+def _prompt_bytes(prompt: str | None, prompt_file: str | None) -> tuple[str, bytes]:
+    """Where the prompt comes from, in words, and its bytes."""
+    if prompt is not None:
+        return "prompt", os.fsencode(prompt)  # the bytes of the command line, whatever they were
+    if prompt_file not in (None, "-"):
+        try:
+            return f"prompt-file {prompt_file!r}", Path(prompt_file).read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"prompt-file: got {prompt_file!r}, legal is a file that can be read: {error.strerror}"
+            ) from error
+    if sys.stdin is None:
+        raise ConfigError("prompt: got - with standard input closed, legal is an open one")
+    return "prompt from standard input", sys.stdin.buffer.read()

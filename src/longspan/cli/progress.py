@@ -9,6 +9,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from longspan.cli.estimate import time_left_s
+
 if TYPE_CHECKING:
     from longspan.llm import Progress
 
@@ -24,6 +26,7 @@ class ProgressPrinter:
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._max_tokens = max_tokens
+        self._samples: list[tuple[int, float]] = []  # (tokens prefilled, seconds), once per step
         self._last_line_s = time.perf_counter()
         self._is_terminal = sys.stderr.isatty()
         self._bar = Progress(
@@ -40,9 +43,11 @@ class ProgressPrinter:
         """Show how far the request is."""
         p = progress
         if p.generated_tokens == 0:
-            rate = p.prefilled_tokens / p.elapsed_s
-            left_s = (p.prompt_tokens - p.prefilled_tokens) / rate
-            status = f"{p.prefilled_tokens}/{p.prompt_tokens} tokens, {rate:.0f} tokens/s, {left_s:.0f} s left"
+            self._samples.append((p.prefilled_tokens, p.elapsed_s))
+            left_s = time_left_s(self._samples, p.prompt_tokens)
+            status = f"{p.prefilled_tokens}/{p.prompt_tokens} tokens"
+            if left_s is not None:
+                status += f", {p.prefilled_tokens / p.elapsed_s:.0f} tokens/s, {left_s:.0f} s left"
             self._show("prefill", p.prefilled_tokens, p.prompt_tokens, status)
         else:
             status = f"{p.generated_tokens}/{self._max_tokens} tokens"
@@ -57,10 +62,13 @@ class ProgressPrinter:
 
     def close(self) -> None:
         """Remove the bar."""
-        self._bar.stop()
+        if self._is_terminal:  # else it would write an empty line
+            self._bar.stop()
 
     def __enter__(self) -> "ProgressPrinter":
-        self._bar.start()
+        self._last_line_s = time.perf_counter()
+        if self._is_terminal:
+            self._bar.start()
         return self
 
     def __exit__(

@@ -4,7 +4,6 @@ Holds the loop and the start-up. Must not know text: prompts and outputs are tok
 Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`.
 """
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -15,6 +14,7 @@ import torch
 
 from longspan.config import EngineConfig
 from longspan.engine.executor import Executor
+from longspan.engine.memory import kv_cache_memory
 from longspan.engine.processes import ProcessExecutor
 from longspan.engine.threads import ThreadExecutor
 from longspan.errors import ConfigError
@@ -27,8 +27,6 @@ from longspan.scheduler.scheduler import Scheduler
 from longspan.types import FinishReason, ModelSpec, SamplingParams
 from longspan.worker.build import DEVICE
 from longspan.worker.messages import Start
-
-DEFAULT_KV_CACHE_MEMORY = 4 * 2**30
 
 
 class RankStats(msgspec.Struct, frozen=True):
@@ -59,9 +57,9 @@ class Engine:
         if model is not None and config.executor != "threads":
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
         model_config, generation_config = load_config(config.model)
-        self.config = config
         self.spec: ModelSpec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, DEVICE))
-        memory = config.kv_cache_memory or _default_kv_cache_memory(config.context_parallel_size)
+        memory = kv_cache_memory(config.kv_cache_memory, config.context_parallel_size)
+        self.config = config = msgspec.structs.replace(config, kv_cache_memory=memory)
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
         start = Start(config, self.spec, num_pages, "")
@@ -71,18 +69,31 @@ class Engine:
         self._futures: set[Future[PlanResult]] = set()
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""
+        self._failure: BaseException | None = None
+        self._aborted: set[int] = set()  # requests that end as soon as they are not in flight
         self._rank_totals = [(0, 0)] * config.context_parallel_size  # tokens computed, bytes sent
 
     def add_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Request:
-        """Queue a request. Raises: as `Scheduler.add_request`."""
+        """Queue a request. Raises: as `Scheduler.add_request`, and what made the ranks fail before."""
+        if self._failure is not None:
+            raise self._failure
         return self.scheduler.add_request(prompt_token_ids, params)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request early, for example because its text holds a stop string. Not while it is in flight."""
         self.scheduler.finish(request, reason)
 
+    def abort(self, request: Request) -> None:
+        """End a request that nobody waits for any more, in flight or not. `step` does not return it again."""
+        if request.finish_reason is None and self._failure is None:
+            if request.in_flight:
+                self._aborted.add(request.request_id)
+            else:
+                self.scheduler.finish(request, FinishReason.STOP)
+
     @property
     def has_requests(self) -> bool:
+        """Whether any request has not ended."""
         return self.scheduler.has_requests
 
     def step(self) -> list[Request]:
@@ -94,18 +105,31 @@ class Engine:
         Raises:
             WorkerError: a worker died or failed; the engine is of no more use.
         """
+        if self._failure is not None:
+            raise self._failure
         while (plan := self.scheduler.schedule()) is not None:
             self.strategy_counts.update(group.strategy.value for group in plan.groups)
             self._futures.add(self._executor.submit(plan))
         assert self._futures, "requests wait, but no plan runs"
-        done, self._futures = wait(self._futures, return_when=FIRST_COMPLETED)
+        done, _ = wait(self._futures, return_when=FIRST_COMPLETED)
         advanced: list[Request] = []
         for future in done:
+            self._futures.discard(future)
+            self._failure = future.exception()
+            if self._failure is not None:
+                raise self._failure
             result = future.result()
             for r in result.ranks:
                 self._rank_totals[r.rank] = (r.tokens_computed, r.bytes_sent)
             advanced += self.scheduler.update(result)
-        return advanced
+        return [request for request in advanced if not self._is_aborted(request)]
+
+    def _is_aborted(self, request: Request) -> bool:
+        if request.request_id not in self._aborted:
+            return False
+        self._aborted.discard(request.request_id)
+        self.abort(request)
+        return True
 
     def rank_stats(self) -> list[RankStats]:
         """What every rank holds and has done."""
@@ -138,9 +162,3 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _default_kv_cache_memory(num_ranks: int) -> int:
-    """Bytes per rank: 4 GiB, or an equal share of half the memory that is free now."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return min(DEFAULT_KV_CACHE_MEMORY, free // 2 // num_ranks)

@@ -20,7 +20,7 @@ class Executor(Protocol):
         Plans on disjoint ranks run at the same time; per rank they run in the order submitted.
 
         Returns:
-            The answers of all its ranks, or a WorkerError, LongspanError or ConfigError.
+            The answers of all its ranks, or a LongspanError: WorkerError, or ConfigError for what the user asked for.
         """
 
     def close(self) -> None:
@@ -34,6 +34,8 @@ class PendingPlans:
         self._lock = threading.Lock()
         self._futures: dict[int, tuple[Plan, Future[PlanResult], dict[int, RankResult]]] = {}
         self._error: BaseException | None = None
+        self.num_failed = 0
+        """Plans that were in flight when the ranks failed or the executor closed."""
 
     def add(self, plan: Plan) -> "Future[PlanResult]":
         """A future for a plan; it has failed already if the ranks have."""
@@ -46,8 +48,10 @@ class PendingPlans:
         return future
 
     def answer(self, result: RankResult) -> None:
-        """Note one rank's answer; the last one completes the future."""
+        """Note one rank's answer; the last one completes the future. After the ranks failed it changes nothing."""
         with self._lock:
+            if result.plan_id not in self._futures:
+                return
             plan, future, results = self._futures[result.plan_id]
             results[result.rank] = result
             if len(results) < len(plan.ranks):
@@ -61,5 +65,6 @@ class PendingPlans:
             if self._error is None:
                 self._error = error
             failed, self._futures = list(self._futures.values()), {}
+            self.num_failed += len(failed)
         for _, future, _ in failed:
             future.set_exception(self._error)

@@ -6,17 +6,21 @@ Read next: `longspan.engine.processes`, the same between processes.
 
 import queue
 import threading
+import time
 from concurrent.futures import Future
 
 import torch
 
 from longspan.comm.threads import thread_group
 from longspan.engine.executor import PendingPlans
-from longspan.errors import LongspanError
+from longspan.errors import LongspanError, WorkerError
 from longspan.plan.types import Plan, PlanResult
 from longspan.worker.build import build_runner, load_weights
 from longspan.worker.messages import Start
 from longspan.worker.runner import ModelRunner
+
+STOP_S = 1.0
+"""How long `close` waits for the ranks; one that waits for a failed peer gives up later, by its own deadline."""
 
 
 class ThreadExecutor:
@@ -46,9 +50,15 @@ class ThreadExecutor:
         while (plan := inbox.get()) is not None:
             try:
                 self._pending.answer(runner.run(plan))
-            except Exception as error:
+            except LongspanError as error:
                 error.add_note(f"rank {runner.rank}, plan {plan.plan_id} ({plan.phase})")
                 self._pending.fail(error)
+                return
+            except Exception as error:
+                text = f"{type(error).__name__}: {error} in plan {plan.plan_id} ({plan.phase})"
+                failure = WorkerError(f"rank {runner.rank}: {text}")
+                failure.__cause__ = error
+                self._pending.fail(failure)
                 return
 
     def submit(self, plan: Plan) -> "Future[PlanResult]":
@@ -61,5 +71,6 @@ class ThreadExecutor:
         self._pending.fail(LongspanError("the engine is closed"))
         for inbox in self._inboxes:
             inbox.put(None)
+        deadline = time.monotonic() + STOP_S
         for thread in self._threads:
-            thread.join(timeout=1.0)  # a rank that waits for a failed one gives up by its own deadline
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))

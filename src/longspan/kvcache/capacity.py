@@ -5,7 +5,7 @@ Read next: `longspan.kvcache.allocator`.
 """
 
 from longspan.errors import ConfigError
-from longspan.types import KVGroup, ModelSpec
+from longspan.types import ModelSpec
 
 
 def window_pages(window: int, page_size: int, max_num_batched_tokens: int) -> int:
@@ -17,11 +17,30 @@ def window_pages(window: int, page_size: int, max_num_batched_tokens: int) -> in
     return -(-(window + max_num_batched_tokens) // page_size) + 2
 
 
-def pool_pages(model: ModelSpec, kv_cache_memory: int, page_size: int, max_num_batched_tokens: int) -> tuple[int, ...]:
-    """Split a rank's KV memory over the model's KV groups.
+def pages_by_group(model: ModelSpec, num_pages: int, page_size: int, max_num_batched_tokens: int) -> tuple[int, ...]:
+    """Pages of every KV group's pool where groups with full attention get `num_pages`.
 
-    Groups with full attention get the same number of pages. A group with a window needs far fewer for long requests
-    and as many for short ones: it gets a quarter of that number, but at least what one long request needs.
+    A group with a window needs far fewer for long requests and as many for short ones: it gets a quarter of that
+    number, but at least what one long request needs.
+    """
+    has_full = any(group.spec.window is None for group in model.kv_groups)
+
+    def pages_of(window: int | None) -> int:
+        if window is None or not has_full:
+            return num_pages
+        return min(num_pages, max(num_pages // 4, window_pages(window, page_size, max_num_batched_tokens)))
+
+    return tuple(pages_of(group.spec.window) for group in model.kv_groups)
+
+
+def pool_bytes(model: ModelSpec, num_pages: int, page_size: int, max_num_batched_tokens: int) -> int:
+    """Bytes of one rank's pools. Arguments as in `pages_by_group`."""
+    pages = pages_by_group(model, num_pages, page_size, max_num_batched_tokens)
+    return sum(count * page_size * group.token_bytes for count, group in zip(pages, model.kv_groups, strict=True))
+
+
+def pool_pages(model: ModelSpec, kv_cache_memory: int, page_size: int, max_num_batched_tokens: int) -> tuple[int, ...]:
+    """The most pages that a rank's KV memory holds.
 
     Args:
         model: the model's KV groups.
@@ -35,24 +54,15 @@ def pool_pages(model: ModelSpec, kv_cache_memory: int, page_size: int, max_num_b
     Raises:
         ConfigError: not even one page fits.
     """
-    has_full = any(group.spec.window is None for group in model.kv_groups)
-
-    def pages_of(group: KVGroup, num_pages: int) -> int:
-        window = group.spec.window
-        if window is None or not has_full:
-            return num_pages
-        return min(num_pages, max(num_pages // 4, window_pages(window, page_size, max_num_batched_tokens)))
-
-    def num_bytes(num_pages: int) -> int:
-        return sum(pages_of(group, num_pages) * page_size * group.token_bytes for group in model.kv_groups)
-
-    low, high = 0, kv_cache_memory // (page_size * max(1, min(group.token_bytes for group in model.kv_groups))) + 1
+    low, high = 0, kv_cache_memory // (page_size * min(group.token_bytes for group in model.kv_groups)) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if num_bytes(middle) <= kv_cache_memory else (low, middle)
+        fits = pool_bytes(model, middle, page_size, max_num_batched_tokens) <= kv_cache_memory
+        low, high = (middle, high) if fits else (low, middle)
     if low == 0:
+        one_page = pool_bytes(model, 1, page_size, max_num_batched_tokens)
         raise ConfigError(
-            f"kv_cache_memory: got {kv_cache_memory} bytes per rank, legal is at least {num_bytes(1)} (one page of "
+            f"kv_cache_memory: got {kv_cache_memory} bytes per rank, legal is at least {one_page} (one page of "
             f"{page_size} tokens)"
         )
-    return tuple(pages_of(group, low) for group in model.kv_groups)
+    return pages_by_group(model, low, page_size, max_num_batched_tokens)

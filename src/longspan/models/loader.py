@@ -4,10 +4,11 @@ Holds the calls into Transformers' loaders, and turns their errors into ours. Mu
 Read next: `longspan.models.inspect`, `longspan.models.recall`.
 """
 
-import json
+import functools
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from torch import nn
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from longspan.errors import ConfigError
@@ -31,6 +33,7 @@ RECALL = "recall"
 def quiet_transformers() -> None:
     """Keep Transformers' own remarks from standard error, for processes that are ours (workers, the command line)."""
     transformers_logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
 
 
 def resolve_model(model: str) -> str:
@@ -42,19 +45,41 @@ def resolve_model(model: str) -> str:
     if model == RECALL:
         return str(recall_path())
     path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"model: got {model!r}, a directory without config.json")
+    if path.is_dir() and (path / "config.json").is_file() and model:
         return str(path)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
-        raise ConfigError(f"model: got {model!r}, legal is a model directory, 'recall' or a Hub id such as 'org/name'")
+        raise ConfigError(
+            f"model: got {model!r}, legal is a model directory, 'recall' or a Hub id such as 'org/name'"
+            + "; this directory has no config.json" * (path.is_dir() and bool(model))
+        )
     return model
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Whether the Hub can be reached, asked once per process: Transformers would ask six times for every file."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # whatever the HTTP library of the day raises; what is in the cache can still be used
+        return False
+    return True
+
+
+def _source(model: str) -> tuple[str, bool]:
+    """Directory or Hub id, and whether `from_pretrained` must not ask the Hub."""
+    name = resolve_model(model)
+    return name, Path(name).is_dir() or not _hub_answers()
 
 
 def _loading(model: str, what: str, error: Exception) -> ConfigError:
     """One line that says what could not be loaded."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(f"model: got {model!r}, its {what} cannot be loaded: {reason[:300]}")
+    return ConfigError(
+        f"model: got {model!r}, legal is a model directory, 'recall' or a Hub id that can be reached or is in the "
+        f"cache; its {what} cannot be loaded: {reason[:300]}"
+    )
 
 
 def load_config(model: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
@@ -63,14 +88,18 @@ def load_config(model: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
     Raises:
         ConfigError: there is no such model, or its files are broken.
     """
-    name = resolve_model(model)
+    name, is_offline = _source(model)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, local_files_only=is_offline)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _loading(model, "config", error) from error
+    if Path(name).is_dir() and not (Path(name) / GENERATION_CONFIG_NAME).is_file():
+        return config, None
     try:
-        return config, GenerationConfig.from_pretrained(name)
-    except (OSError, json.JSONDecodeError):
+        return config, GenerationConfig.from_pretrained(name, local_files_only=is_offline)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():  # it is there, and broken
+            raise _loading(model, "generation config", error) from error
         return config, None
 
 
@@ -80,8 +109,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: the model has none.
     """
+    name, is_offline = _source(model)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(model))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, local_files_only=is_offline)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise _loading(model, "tokenizer", error) from error
     return tokenizer
@@ -110,23 +140,27 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool) -> nn.Mod
         transformers_logging.enable_progress_bar()
     else:
         transformers_logging.disable_progress_bar()
+    name, is_offline = _source(model)
     try:
         loaded: Any
         info: dict[str, Any]
         loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            resolve_model(model),
+            name,
+            local_files_only=is_offline,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below: its own error does not name the tensor
         )
     except Exception as error:  # safetensors raises a bare Exception subclass for a truncated file
         raise _loading(model, "weights", error) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(key for key, *_ in info["mismatched_keys"])
+    if missing or mismatched:
         raise ConfigError(
-            f"model: got {model!r}, whose weights lack {len(info['missing_keys'])} tensors and have "
-            f"{len(info['mismatched_keys'])} of a wrong shape, such as "
-            f"{sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))[0]}"
+            f"model: got {model!r}, whose weights lack {len(missing)} tensors and have {len(mismatched)} of a wrong "
+            f"shape, such as {[*missing, *mismatched][0]}"
         )
     module: nn.Module = loaded
     return module.eval().requires_grad_(False)

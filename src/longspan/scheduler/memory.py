@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
 from longspan.kvcache.allocator import PageAllocator
-from longspan.kvcache.capacity import window_pages
+from longspan.kvcache.capacity import pool_bytes, window_pages
 from longspan.scheduler.request import Request, count_pages, last_kv_position
 from longspan.sharding.pages import PageRun, PageTable
 from longspan.sharding.placement import chunk_len, place, stripe_lengths
@@ -98,23 +98,27 @@ class KVMemory:
         empty = [[0] * len(self._num_pages)] * self.num_ranks
         if self._choose(prompt_len, end, empty) is not None:
             return
-        config, size = self.config, self.config.page_size
+        config, size, budget = self.config, self.config.page_size, self.config.max_num_batched_tokens
         is_packed = config.forced_placement is Placement.PACKED
         used_ranks = 1 if is_packed else self.num_ranks
         limit = self._num_pages[self._limiting_group or 0]
-        pages = -(-end // size)
-        page_bytes = size * sum(group.token_bytes for group in self.model.kv_groups)
-        ways = [f"kv_cache_memory of at least {-(-pages // used_ranks) * page_bytes} bytes per rank"]
+        pages = _pages(end, size)
+        others = " and placement striped or spill" if is_packed else ""
+        ways = [f"context_parallel_size of at least {_pages(pages, limit)}{others}"]
         if is_packed and pages <= limit * self.num_ranks:
-            ways.insert(0, "placement striped or spill")
-        ways.insert(0, f"context_parallel_size of at least {-(-pages // limit)}" + (" with striped" * is_packed))
-        if size > 1 and end <= used_ranks * limit * size:
-            ways.append(f"a page_size below {size}")
-        fits = used_ranks * limit * size + 1
+            ways = ["placement striped or spill"]
+        needed = pool_bytes(self.model, _pages(pages, used_ranks), size, budget)
+        ways.append(f"kv_cache_memory of at least {needed} bytes per rank")
+        memory = config.kv_cache_memory or pool_bytes(self.model, limit, size, budget)
+        for smaller in (size >> shift for shift in range(1, size.bit_length())):
+            if pool_bytes(self.model, _pages(_pages(end, smaller), used_ranks), smaller, budget) <= memory:
+                ways.append(f"page_size {smaller}")
+                break
+        room = f"{used_ranks} rank{'s' * (used_ranks > 1)} x {limit} page{'s' * (limit > 1)} x {size} tokens"
         raise CapacityError(
             f"prompt + max_tokens: got {prompt_len} + {max_tokens} = {prompt_len + max_tokens} tokens, "
-            f"legal is at most {fits} ({used_ranks} rank{'s' * (used_ranks > 1)} x {limit} pages x {size} tokens, "
-            f"and one that needs no page); what would fit it: {'; or '.join(ways)}"
+            f"legal is at most {used_ranks * limit * size + 1} ({room}, and one that needs no page); "
+            f"what would fit it: {'; or '.join(ways)}"
         )
 
     def admit(self, request: Request) -> bool:
@@ -176,3 +180,8 @@ class KVMemory:
             for allocator, taken in zip(allocators, reserved, strict=True):
                 allocator.check_integrity()
                 assert allocator.num_used <= taken <= allocator.num_pages, "pages in use that nobody reserved"
+
+
+def _pages(num_tokens: int, page_size: int) -> int:
+    """Pages that hold so many tokens: division, rounded up."""
+    return -(-num_tokens // page_size)

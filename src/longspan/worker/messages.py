@@ -4,6 +4,8 @@ Holds message types and their encoding (MessagePack, never pickle). Must not kno
 Read next: `longspan.worker.process`; `longspan.engine.processes`, the other end.
 """
 
+from typing import Literal
+
 import msgspec
 
 from longspan.config import EngineConfig
@@ -38,6 +40,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     rank: int
 
 
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """Worker to driver, every second: the process runs, whatever it is busy with."""
+
+    rank: int
+
+
 class Answer(msgspec.Struct, frozen=True, tag=True):
     """Worker to driver: a plan is done."""
 
@@ -52,12 +60,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """One line for the user."""
     details: str
     """Traceback."""
-    is_user_error: bool
-    """Whether the reason lies in what the user asked for (`ConfigError`)."""
+    blames: Literal["user", "peer", "rank"]
+    """Where the reason lies: in what the user asked for (ConfigError), another rank (CommunicationError), or here."""
 
 
 ToWorker = Start | RunPlan | Stop
-ToDriver = Ready | Answer | Failed
+ToDriver = Ready | Alive | Answer | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -1,0 +1,78 @@
+"""Time per output token behind one long prompt, per rank count, beside Transformers and the floor.
+
+    python benchmarks/decode.py [--length 16384] [--tokens 64] [--repeats 3] [--json] [--save]
+
+Runs are interleaved, numbers are medians. The floor is the bytes of all weights and of the prompt's KV over the read
+bandwidth of the same number of cores, measured in the same run.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from common import (
+    LongspanRunner,
+    TransformersRunner,
+    median,
+    parser,
+    random_model,
+    random_prompt,
+    read_bandwidth,
+    report,
+    work,
+)
+from longspan.attention import native
+
+
+def time_decode(model: Path, length: int, num_tokens: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of the table, and the facts above it."""
+    bandwidths = {threads: read_bandwidth(threads) for threads in (1, 2)}
+    num_bytes = work(model, length).decode_bytes
+    runners = [
+        (LongspanRunner(model, 1, 1, placement="striped"), 1),
+        (LongspanRunner(model, 2, 1, placement="striped"), 2),
+        (LongspanRunner(model, 1, 2, placement="striped"), 2),
+        (TransformersRunner(model, 2), 2),
+    ]
+    times: dict[str, list[float]] = {runner.name: [] for runner, _ in runners}
+    agree = True
+    for repeat in range(repeats):
+        prompt = random_prompt(length, repeat)
+        found = set()
+        for runner, _ in runners:
+            timing = runner.run(prompt, num_tokens)
+            times[runner.name].append(timing.tpot_s)
+            found.add(tuple(timing.token_ids))
+        agree &= len(found) == 1
+    for runner, _ in runners:
+        runner.close()
+    rows = [
+        {
+            "engine (ranks x threads)": runner.name,
+            "tpot_ms": median(times[runner.name]) * 1e3,
+            "floor_ms": num_bytes / bandwidths[cores] * 1e3,
+            "tpot / floor": median(times[runner.name]) * bandwidths[cores] / num_bytes,
+        }
+        for runner, cores in runners
+    ]
+    facts = {
+        "prompt tokens": length,
+        "bytes per token": f"{num_bytes / 1e6:.0f} MB",
+        "read bandwidth, 1 thread": f"{bandwidths[1] / 1e9:.1f} GB/s",
+        "read bandwidth, 2 threads": f"{bandwidths[2] / 1e9:.1f} GB/s",
+        "compiled decode kernel": native.is_available(),
+        f"all engines agree on {num_tokens} tokens": agree,
+    }
+    return rows, facts
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, default=64, help="tokens to generate")
+    chosen = options.parse_args()
+    with random_model() as model:
+        rows, facts = time_decode(model, chosen.length, chosen.tokens, chosen.repeats)
+        report("decode", rows, facts, chosen)
+
+
+if __name__ == "__main__":
+    main()

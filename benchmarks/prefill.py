@@ -1,0 +1,121 @@
+"""Time to first token of one long prompt, per rank count, beside Transformers and the floor.
+
+    python benchmarks/prefill.py [--length 16384] [--repeats 3] [--json] [--save]
+
+Runs are interleaved, numbers are medians. The floor is the prompt's flops over the matrix product rate of the same
+number of cores, measured in the same run. With `--memory` it also measures what a forced `pass_kv` needs beyond weights
+and KV, per rank count and context: the ring's blocks are of fixed size, so it should stay flat.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from common import (
+    LongspanRunner,
+    TransformersRunner,
+    matmul_rate,
+    median,
+    parser,
+    random_model,
+    random_prompt,
+    report,
+    work,
+)
+
+
+def time_prefill(model: Path, length: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of the table, and the facts above it."""
+    rates = {threads: matmul_rate(threads) for threads in (1, 2)}
+    flops = work(model, length).prefill_flops
+    runners = [
+        (LongspanRunner(model, 1, 1, placement="striped"), 1),
+        (LongspanRunner(model, 2, 1, placement="striped"), 2),
+        (LongspanRunner(model, 1, 2, placement="striped"), 2),
+        (TransformersRunner(model, 2), 2),
+    ]
+    times: dict[str, list[float]] = {runner.name: [] for runner, _ in runners}
+    first_tokens = set()
+    for repeat in range(repeats):
+        prompt = random_prompt(length, repeat)
+        found = set()
+        for runner, _ in runners:
+            timing = runner.run(prompt, 1)
+            times[runner.name].append(timing.ttft_s)
+            found.add(tuple(timing.token_ids))
+        first_tokens.add(len(found))
+    for runner, _ in runners:
+        runner.close()
+    one_rank = median(times["longspan 1 x 1"])
+    rows = [
+        {
+            "engine (ranks x threads)": runner.name,
+            "ttft_s": median(times[runner.name]),
+            "floor_s": flops / rates[cores],
+            "floor / ttft": flops / rates[cores] / median(times[runner.name]),
+            "speed-up over longspan 1 x 1": one_rank / median(times[runner.name]),
+        }
+        for runner, cores in runners
+    ]
+    facts = {
+        "prompt tokens": length,
+        "flops": f"{flops / 1e12:.2f} T",
+        "matmul rate, 1 thread": f"{rates[1] / 1e9:.0f} GFLOP/s",
+        "matmul rate, 2 threads": f"{rates[2] / 1e9:.0f} GFLOP/s",
+        "all engines agree on the first token": first_tokens == {1},
+    }
+    return rows, facts
+
+
+def _status_bytes(pid: int, field: str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def measure_memory(model: Path) -> list[dict[str, Any]]:
+    """Peak memory of workers in a prefill beyond what they held before and the KV they wrote, pass_kv forced."""
+    rows = []
+    for num_ranks in (2, 4):
+        for length in (8192, 16384, 32768):
+            runner = LongspanRunner(model, num_ranks, 1, placement="striped", strategy="pass_kv")
+            runner.run(random_prompt(2048 * num_ranks, 98), 1)  # everything that is allocated once is there now
+            engine = runner.engine
+            pids = [process.pid for process in engine._executor._processes]  # type: ignore[attr-defined]
+            before = {pid: _status_bytes(pid, "RssAnon") for pid in pids}
+            known = [stats.kv_bytes for stats in engine.rank_stats()]
+            for pid in pids:
+                Path(f"/proc/{pid}/clear_refs").write_text("5")  # start a new peak
+            files = {pid: _status_bytes(pid, "RssFile") + _status_bytes(pid, "RssShmem") for pid in pids}
+            runner.run(random_prompt(length, 1), 1)
+            written = [s.kv_bytes - old for s, old in zip(engine.rank_stats(), known, strict=True)]
+            extra = [
+                _status_bytes(pid, "VmHWM") - files[pid] - before[pid] - kv
+                for pid, kv in zip(pids, written, strict=True)
+            ]
+            rows.append(
+                {
+                    "ranks": num_ranks,
+                    "context": length,
+                    "KV per rank, MiB": max(s.kv_bytes for s in engine.rank_stats()) / 2**20,
+                    "temporary, MiB": max(extra) / 2**20,
+                }
+            )
+            runner.close()
+    return rows
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--memory", action="store_true", help="measure the temporary memory of pass_kv instead")
+    chosen = options.parse_args()
+    with random_model() as model:
+        if chosen.memory:
+            report("pass-kv-memory", measure_memory(model), {"strategy": "pass_kv, blocks of 2048 tokens"}, chosen)
+        else:
+            rows, facts = time_prefill(model, chosen.length, chosen.repeats)
+            report("prefill", rows, facts, chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Why a group of worker processes failed: the cause, picked from everything that its ranks showed.
+
+Holds the verdict. Must not know sockets, or how a process is started or ended.
+Read next: `longspan.engine.processes`.
+
+Note: cause and consequence
+    When rank 1 is killed, rank 0's exchange with it breaks, and rank 0 may say so before the driver sees that rank 1 is
+    gone. So the driver listens a little longer after the first sign, and then takes the first that there is of: what
+    the user asked for cannot be done; a rank ended without a word; a rank failed by itself; a rank says that a peer is
+    gone or did not answer; a rank gives no sign of life.
+"""
+
+import signal
+from collections.abc import Callable
+
+from longspan.errors import ConfigError, WorkerError
+from longspan.worker.messages import Failed
+
+
+class Failures:
+    """Signs of failure of one group, as they are noticed."""
+
+    def __init__(self) -> None:
+        self._said: dict[int, Failed] = {}
+        self._ended: dict[int, WorkerError] = {}
+        self._silent: dict[int, WorkerError] = {}
+        self.first_s: float | None = None
+        """When the first sign came, on the caller's clock; None while all is well."""
+
+    def _notice(self, now_s: float) -> None:
+        if self.first_s is None:
+            self.first_s = now_s
+
+    def said(self, message: Failed, now_s: float) -> None:
+        """A rank told why it cannot go on."""
+        self._said[message.rank] = message
+        self._notice(now_s)
+
+    def ended(self, rank: int, pid: int, returncode: int, now_s: float) -> None:
+        """A rank's process is gone."""
+        self._ended.setdefault(rank, WorkerError(f"rank {rank} (pid {pid}) {describe_end(returncode)}"))
+        self._notice(now_s)
+
+    def silent(self, rank: int, pid: int, silence_s: float, now_s: float) -> None:
+        """A rank's process is there, but gives no sign of life."""
+        text = f"rank {rank} (pid {pid}) has given no sign of life for {silence_s:.0f} s: it is stopped or stuck"
+        self._silent.setdefault(rank, WorkerError(text))
+        self._notice(now_s)
+
+    def cause(self) -> Exception:
+        """The error to report: see Note [cause and consequence]."""
+        said = self._said.values()
+        without_a_word = [error for rank, error in self._ended.items() if rank not in self._said]
+        rules: tuple[Callable[[], list[Exception]], ...] = (
+            lambda: [_as_error(message) for message in said if message.blames == "user"],
+            lambda: [*without_a_word],
+            lambda: [_as_error(message) for message in said if message.blames == "rank"],
+            lambda: [_as_error(message) for message in said],
+            lambda: [*self._silent.values()],
+        )
+        return next(found[0] for rule in rules if (found := rule()))
+
+
+def describe_end(returncode: int) -> str:
+    """How a process ended, in words."""
+    if returncode >= 0:
+        return f"ended with exit code {returncode}"
+    try:
+        name = signal.Signals(-returncode).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-returncode}"
+    return f"was killed by {name}"
+
+
+def _as_error(message: Failed) -> Exception:
+    """A worker's last words as an exception."""
+    if message.blames == "user":
+        return ConfigError(message.reason)
+    prefix = f"rank {message.rank}: "
+    error = WorkerError(prefix + message.reason.removeprefix(prefix))
+    error.add_note(message.details)
+    return error

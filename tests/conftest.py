@@ -1,0 +1,55 @@
+"""Fixtures that several files share: the `longspan` command inside the test process, and a cache for `recall`."""
+
+import io
+import os
+import signal
+import sys
+import types
+from dataclasses import dataclass
+
+import pytest
+
+from longspan.cli.main import main
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory):
+    """A cache directory for `recall` that outlives a test, apart from the user's own."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    home = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(home)
+    yield home
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture
+def longspan(cache_home, monkeypatch, capsys):
+    """`longspan(*arguments, stdin=bytes)` returns an Outcome."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("LONGSPAN_DEBUG", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments, stdin=b""):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["longspan", *arguments])
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Outcome(ended.value.code, captured.out, captured.err)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,55 @@
+"""Importing longspan, and asking for help, imports nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "transformers", "tokenizers", "numpy", "zmq", "rich", "huggingface_hub"}
+
+
+def modules_after(code):
+    """Names of the top-level modules that a new interpreter has imported after running some code."""
+    script = f"{code}\nimport sys\nprint('MODULES', *{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    return set(done.stdout.rpartition("MODULES")[2].split())
+
+
+HELP = """
+import sys
+sys.argv = ["longspan", {arguments}]
+from longspan.cli.main import main
+try:
+    main()
+except SystemExit as ended:
+    assert ended.code == {code}
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import longspan; longspan.SamplingParams; longspan.ConfigError",
+        "from longspan.scheduler import scheduler",
+        "from longspan.config import EngineConfig; EngineConfig(model='recall')",
+        HELP.format(arguments="'--help'", code=0),
+        HELP.format(arguments="'--version'", code=0),
+        HELP.format(arguments="'generate', '--help'", code=0),
+        HELP.format(arguments="'generate', 'recall', '--prompt', ''", code=2),
+    ],
+    ids=["package", "scheduler", "config", "help", "version", "generate_help", "refusal"],
+)
+def test_nothing_heavy_is_imported(code):
+    assert not modules_after(code) & HEAVY
+
+
+def test_a_worker_can_hear_its_driver_before_it_imports_torch():
+    assert not modules_after("import longspan.worker.process") & (HEAVY - {"zmq"})
+
+
+def test_the_package_lists_what_it_exports():
+    import longspan
+
+    assert all(getattr(longspan, name) is not None for name in longspan.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        longspan.nothing  # noqa: B018
