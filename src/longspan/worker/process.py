@@ -45,8 +45,8 @@ def _watch_driver(rank: int, outbox_address: str) -> None:
             outbox.send(encode(Alive(rank)), flags=zmq.DONTWAIT)
         except zmq.Again:
             continue  # a driver that is stopped has enough of them already
-    # The driver could not clean up, or has done so.
-    shutil.rmtree(Path(outbox_address.removeprefix("ipc://")).parent, ignore_errors=True)
+    if outbox_address.startswith("ipc://"):  # the driver could not clean up, or has done so
+        shutil.rmtree(Path(outbox_address.removeprefix("ipc://")).parent, ignore_errors=True)
     os._exit(1)
 
 
