@@ -105,22 +105,24 @@ def test_every_head_ratio_occurs():
     assert ratios >= {1, 4, 7, 8}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "smollm3-window"])
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize(
+    ("family", "strategy"), [("llama", "pass_q"), ("gemma2", "pass_kv"), ("smollm3-window", "gather_kv")]
+)
 def test_the_reference_backend_gives_the_same_tokens(family, strategy):
     model = tiny_model(family)
+    references = model.references[:3]
     requests = run_requests(
         model,
-        [(reference.prompt, greedy()) for reference in model.references[:3]],
+        [(reference.prompt, greedy(12)) for reference in references],
         attention_backend="reference",
         context_parallel_size=3,
         placement="striped",
         page_size=4,
-        stripe_size=8,
+        stripe_size=16,
         strategy=strategy,
-        max_num_batched_tokens=33,
+        max_num_batched_tokens=50,
     )
-    assert [r.output_token_ids for r in requests] == [reference.token_ids for reference in model.references[:3]]
+    assert [r.output_token_ids for r in requests] == [reference.token_ids[:12] for reference in references]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])

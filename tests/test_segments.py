@@ -5,6 +5,7 @@ And that what the exchanges announce is what the segments need: row counts, part
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -87,7 +88,19 @@ def test_every_remote_pair_is_among_the_moved_queries_and_the_moved_keys(num_ran
             for destination in (query_rank, None):
                 ranges = moved_keys(segments, key_rank, destination)
                 assert sum((r, start <= s < end) == (request_id, True) for r, start, end in ranges) == 1
-                assert len({r for r, _, _ in ranges}) == len(ranges), "one range per request"
+                one = [(start, end) for r, start, end in ranges if r == request_id]
+                assert all(a[1] < b[0] for a, b in pairwise(one)), "ascending, with gaps: what touches is one range"
+
+
+def test_keys_in_the_gaps_between_windows_stay():
+    table = PageTable(4)
+    for rank in (0, 1, 1, 0, 0, 1, 1, 0):
+        table.append(rank, table.num_pages, 1)
+    runs = [QueryRun(7, start, 4, 0, Literals((0,) * 4)) for start in (0, 12, 16, 28)]
+    segments = make_segments(runs, {7: table}, 3)
+    ranges = moved_keys(segments, 1, 0)
+    assert ranges == [(7, 10, 16), (7, 26, 32)]
+    assert count_keys({7: table}, 1, ranges) == 4  # 10, 11, 26, 27; rank 1 also stores 4..9 and 20..25
 
 
 @pytest.mark.parametrize("num_ranks", RANK_COUNTS)

@@ -47,17 +47,26 @@ def moved_queries(segments: Iterable[Segment], query_rank: int, key_rank: int) -
 
 
 def moved_keys(segments: Iterable[Segment], key_rank: int, query_rank: int | None = None) -> list[Range]:
-    """Key ranges of one rank that queries of another (None: of any other) see, one range per request.
+    """Key ranges of one rank that queries of another (None: of any other) see.
 
-    A range is the hull of what is seen, so that a request's keys travel as one run.
+    Under a sliding window the runs of a striped chunk see ranges with gaps between them; what lies in a gap stays.
+
+    Returns:
+        Disjoint ranges, those of one request together and ascending.
     """
-    hull: dict[int, tuple[int, int]] = {}
+    wanted: dict[int, list[tuple[int, int]]] = {}
     for s in segments:
-        wanted = s.query_rank != key_rank if query_rank is None else s.query_rank == query_rank
-        if s.key_rank == key_rank and wanted:
-            start, end = hull.get(s.request_id, (s.key_start, s.key_end))
-            hull[s.request_id] = (min(start, s.key_start), max(end, s.key_end))
-    return [(request_id, start, end) for request_id, (start, end) in hull.items()]
+        is_mover = s.query_rank != key_rank if query_rank is None else s.query_rank == query_rank
+        if s.key_rank == key_rank and is_mover:
+            wanted.setdefault(s.request_id, []).append((s.key_start, s.key_end))
+    found: list[Range] = []
+    for request_id, spans in wanted.items():
+        for start, end in sorted(spans):
+            if found and found[-1][0] == request_id and start <= found[-1][2]:
+                found[-1] = (request_id, found[-1][1], max(end, found[-1][2]))
+            else:
+                found.append((request_id, start, end))
+    return found
 
 
 def count_keys(tables: Mapping[int, PageTable], key_rank: int, ranges: Iterable[Range]) -> int:
