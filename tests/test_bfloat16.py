@@ -10,7 +10,7 @@ from longspan.models.loader import load_model
 from longspan.types import SamplingParams
 from tiny_models import VOCAB_SIZE, TinyModel, load_reference, random_prompt, run_requests, tiny_model
 
-PROMPT = tuple(random_prompt(400, 11))
+PROMPT = tuple(random_prompt(300, 11))
 FAMILIES = ("llama", "qwen3", "gemma2", "smollm3-window")
 
 
@@ -58,8 +58,10 @@ def root_mean_square(error):
     return float(error.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("strategy", ["gather_kv", "pass_kv", "pass_q"])
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [*((family, "pass_q") for family in FAMILIES), ("llama", "gather_kv"), ("gemma2", "pass_kv")],
+)
 def test_the_error_is_at_most_twice_that_of_eager_and_flat_in_the_ranks(family, strategy):
     exact = eager_logprobs(family, torch.float64, PROMPT)
     eager_error = eager_logprobs(family, torch.bfloat16, PROMPT) - exact

@@ -14,6 +14,7 @@ from tiny_models import FAMILIES, greedy, run_all, tiny_engine, tiny_model
 PROMPTS = slice(1, 3)  # 31 and 97 tokens
 NUM_TOKENS = 32
 PAGE_SIZE = 4
+FAST = ("llama", "mistral-window-7", "qwen2-window-mix", "smollm3-window", "gemma3")
 
 
 def generate(family, strategy):
@@ -120,7 +121,9 @@ def lose_every_third_message(monkeypatch):
     monkeypatch.setattr(ThreadCommunicator, "receive", receive)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+)
 @pytest.mark.parametrize(
     ("mutation", "strategy"),
     [

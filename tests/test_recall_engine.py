@@ -65,7 +65,7 @@ def test_variants_are_continued_over_three_ranks(models, variant):
 
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_facts_at_every_depth_of_a_text_are_found(models, num_ranks):
-    text = SOURCE_TEXT[:8000]
+    text = SOURCE_TEXT[:6000]
     cuts = [int(depth * len(text)) for depth in DEPTHS]
     haystack = b"".join(
         needle(i) + b" " + text[cut:end] for i, (cut, end) in enumerate(zip(cuts, [*cuts[1:], None], strict=True))
