@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+# Parallel test processes share the cores: one compute thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .PHONY: install demo test test-all check bench clean
 .DEFAULT_GOAL := install
@@ -17,13 +19,16 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/needle.py
 
-# Everything that proves correctness in minutes.
+# Everything that proves correctness in minutes: first what runs inside one process, on all cores, then real processes,
+# one test at a time, since they have deadlines.
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -n auto -m "not slow and not processes"
+	$(PYTEST) -m "processes and not slow"
 
 # The all-pairs cover of ranks, strategies, placements, page sizes and chunk cuts; under 30 minutes.
 test-all: $(STAMP)
-	$(BIN)/pytest
+	$(PYTEST) -n auto -m "not processes"
+	$(PYTEST) -m processes
 
 # Format, lint, types, layers, fast tests; under two minutes.
 check: $(STAMP)
@@ -31,10 +36,9 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not slow and not processes" -x
+	$(PYTEST) -n auto -m "not slow and not processes and not cover" -x
 
 bench: $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,bench]"
 	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/decode.py
 

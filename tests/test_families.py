@@ -73,6 +73,7 @@ def check(case):
     assert tokens == [reference.token_ids for reference in model.references]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("case", FAST_CASES, ids=name_of)
 def test_greedy_tokens_are_those_of_transformers(case):
     check(case)
@@ -97,6 +98,7 @@ def test_every_proven_model_type_and_rope_type_has_a_family():
     assert rope_types == set(PROVEN_ROPE_TYPES)
 
 
+@pytest.mark.cover
 def test_every_head_ratio_occurs():
     ratios = set()
     for name in FAMILIES:
@@ -105,6 +107,7 @@ def test_every_head_ratio_occurs():
     assert ratios >= {1, 4, 7, 8}
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("family", "strategy"), [("llama", "pass_q"), ("gemma2", "pass_kv"), ("smollm3-window", "gather_kv")]
 )
