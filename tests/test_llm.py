@@ -352,6 +352,13 @@ def test_rejects_weights_with_missing_tensors(broken):
     assert_refused(broken, "lack 1 tensors", "model.layers.1.self_attn.k_proj.weight")
 
 
+def test_rejects_weights_that_the_config_has_no_place_for(broken):
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.bias"] = torch.ones(64)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(broken, "1 that the config has no place for", "model.layers.1.self_attn.q_proj.bias")
+
+
 def test_rejects_weights_of_a_wrong_shape(broken):
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(8, 64)

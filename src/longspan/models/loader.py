@@ -157,10 +157,11 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool) -> nn.Mod
         raise _loading(model, "weights", error) from error
     missing = sorted(info["missing_keys"])
     mismatched = sorted(key for key, *_ in info["mismatched_keys"])
-    if missing or mismatched:
+    unexpected = sorted(info["unexpected_keys"])  # say, a bias that the config switches off: the output would be wrong
+    if missing or mismatched or unexpected:
         raise ConfigError(
-            f"model: got {model!r}, whose weights lack {len(missing)} tensors and have {len(mismatched)} of a wrong "
-            f"shape, such as {[*missing, *mismatched][0]}"
+            f"model: got {model!r}, whose weights lack {len(missing)} tensors, have {len(mismatched)} of a wrong shape "
+            f"and {len(unexpected)} that the config has no place for, such as {[*missing, *mismatched, *unexpected][0]}"
         )
     module: nn.Module = loaded
     return module.eval().requires_grad_(False)
