@@ -384,7 +384,7 @@ SILENT = ("silent", 1, 11, 5.0)
         ([KILLED, PEER, CONSEQUENCE], "rank 1 (pid 11) was killed by SIGKILL"),
         ([PEER, RAISED, CONSEQUENCE], "rank 1: ValueError: y"),
         ([PEER, CONSEQUENCE, SILENT], "rank 0: receive from rank 1 failed"),
-        ([SILENT], "rank 1 (pid 11) has given no sign of life for 5 s: it is stopped or stuck"),
+        ([SILENT], "rank 1 (pid 11) has given no sign of life for 5 s: its process is stopped"),
         ([CONSEQUENCE, USER], "dtype: got x"),
     ],
 )

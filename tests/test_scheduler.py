@@ -591,3 +591,53 @@ def test_rejects_one_token_more_than_fits_and_accepts_one_less():
 def test_a_request_that_fits_packed_only_elsewhere_names_the_placement_that_fits():
     scheduler = make_scheduler(make_model(None), make_config(2, placement="packed"), 40)
     assert "placement striped or spill" in refuse(scheduler, [5] * 60, max_tokens=1)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize(("stripe_size", "budget"), [(8, 16), (8, 24), (8, 30), (16, 100), (12, 30), (64, 20)])
+def test_every_chunk_of_a_striped_prompt_is_balanced(num_ranks, stripe_size, budget):
+    config = make_config(num_ranks, placement="striped", stripe_size=stripe_size, max_num_batched_tokens=budget)
+    scheduler = make_scheduler(make_model(None), config, 4000)
+    scheduler.add_request([5] * 1600, SamplingParams(max_tokens=1))
+    ranks = FakeRanks(scheduler, random.Random(0))
+    ranks.run_to_the_end()
+    chunks = [plan for plan in ranks.plans if plan.phase is Phase.PREFILL]
+    for plan in chunks[:-1]:
+        tokens = [sum(run.num_tokens for run in plan.query_runs if run.compute_rank == rank) for rank in range(num_ranks)]
+        assert len(set(tokens)) == 1, "same number of tokens"
+        per_stripe = min(stripe_size, budget // 4 * 4)
+        if tokens[0] // per_stripe % 2 == 0:  # snake order comes round: same attention work too
+            work = [
+                sum(t for run in plan.query_runs if run.compute_rank == rank for t in range(run.position, run.end))
+                for rank in range(num_ranks)
+            ]
+            assert len(set(work)) == 1
+
+
+def test_spill_goes_on_to_the_next_rank_where_every_group_has_a_window():
+    config = make_config(2, placement="spill", max_num_batched_tokens=64)
+    model = make_model(64)
+    scheduler = Scheduler(model, config, (20,))  # 80 tokens: less than one window and one step
+    request = scheduler.add_request([5] * 100, SamplingParams(max_tokens=5))
+    FakeRanks(scheduler, random.Random(0)).run_to_the_end()
+    assert request.finish_reason is not None
+    assert {rank for rank, _ in request.page_ranks} == {0, 1}
+
+
+def test_ended_requests_are_reported_only_to_ranks_that_knew_them():
+    config = make_config(4, placement="packed")
+    scheduler = make_scheduler(make_model(None), config, 64)
+    for _ in range(20):
+        scheduler.add_request([5] * 5, SamplingParams(max_tokens=2))
+        FakeRanks(scheduler, random.Random(0)).run_to_the_end()
+    assert [len(scheduler._unreported[rank]) for rank in range(4)] == [1, 0, 0, 0]
+
+
+def test_the_ways_out_of_a_refusal_are_themselves_legal():
+    config = make_config(2, strategy="local", stripe_size=12, page_size=12)
+    message = refuse(Scheduler(make_model(None), config, (1,)), [5] * 20, max_tokens=1)
+    assert "placement striped or spill, and another strategy than local" in message
+    assert "page_size 6" not in message or 12 % 6 == 0
+    config = make_config(1, stripe_size=50, page_size=50, kv_cache_memory=8 * 100)
+    message = refuse(make_scheduler(make_model(None), config, 100), [5] * 101, max_tokens=1)
+    assert all(50 % int(size) == 0 for size in re.findall(r"page_size (\d+)", message))

@@ -122,11 +122,6 @@ class ModelSpec(msgspec.Struct, frozen=True):
     layer_params: tuple[AttentionParams, ...]
     """Per layer."""
 
-    def group_of_layer(self) -> tuple[int, ...]:
-        """For every layer the index of its KV group."""
-        owner = {layer: index for index, group in enumerate(self.kv_groups) for layer in group.layers}
-        return tuple(owner[layer] for layer in range(self.num_layers))
-
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next tokens of one request, and when to stop. Shaped like vLLM's.

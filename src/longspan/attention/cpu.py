@@ -64,6 +64,8 @@ SOFTCAP_SCORES = 2 << 20
 """Scores held at a time by the softcap path, over all heads (8 MiB each for the scores and their temporaries)."""
 SOFTCAP_KEYS = 1024
 """Keys per block of the softcap path."""
+MAX_RUNS = 64
+"""Runs of keys that a call is split into at most; each has at least MIN_RUN_KEYS keys, so that none is ever empty."""
 MIN_RUN_KEYS = 512
 """A thread's share of the keys when a call is split over threads; the kernel's own key block is 512."""
 
@@ -257,7 +259,7 @@ def _num_runs(num_kv_heads: int, num_rows: int, num_keys: int, num_threads: int)
     units = num_kv_heads * -(-num_rows // block_rows)
     if units >= 4 * num_threads:
         return 1
-    return max(1, min(num_threads // gcd(units, num_threads), num_keys // MIN_RUN_KEYS))
+    return max(1, min(num_threads // gcd(units, num_threads), num_keys // MIN_RUN_KEYS, MAX_RUNS))
 
 
 def _key_runs(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> tuple[Tensor, Tensor]:

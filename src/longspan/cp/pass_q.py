@@ -19,10 +19,8 @@ from longspan.cp.base import RankStep
 from longspan.cp.local import Local
 from longspan.cp.resolve import resolve
 from longspan.plan.segments import moved_queries
-from longspan.plan.types import DirectExchange
+from longspan.plan.types import PARTIAL_ALIGNMENT_BYTES, DirectExchange
 from longspan.types import AttentionParams
-
-_ALIGNMENT = 8
 
 
 class PartialMessage:
@@ -31,7 +29,7 @@ class PartialMessage:
     def __init__(self, num_rows: int, num_heads: int, v_width: int, dtype: torch.dtype, device: torch.device) -> None:
         lse_dtype = torch.float64 if dtype is torch.float64 else torch.float32
         out_bytes = num_rows * num_heads * v_width * dtype.itemsize
-        lse_start = -(-out_bytes // _ALIGNMENT) * _ALIGNMENT
+        lse_start = -(-out_bytes // PARTIAL_ALIGNMENT_BYTES) * PARTIAL_ALIGNMENT_BYTES
         lse_bytes = num_rows * num_heads * lse_dtype.itemsize
         self.data = torch.empty(lse_start + lse_bytes, dtype=torch.uint8, device=device)
         """[bytes] what travels."""
@@ -90,10 +88,8 @@ class PassQ:
             peer: torch.empty(num_rows, num_heads, k_width, dtype=k.dtype, device=k.device)
             for peer, (num_rows, _) in self._recvs.items()
         }
-        outgoing = {
-            peer: torch.cat([q[row : row + count] for row, count in runs]).contiguous()
-            for peer, runs in self._sends.items()
-        }
+        rows = q.contiguous()  # once: what several peers get is not copied again
+        outgoing = {peer: _gathered(rows, runs) for peer, runs in self._sends.items()}
         queries = {
             peer: comm.exchange(
                 [(peer, outgoing[peer])] if peer in outgoing else [],
@@ -122,3 +118,11 @@ class PassQ:
                 merge_rows_(acc, first, part)
                 row += count
         return acc
+
+
+def _gathered(rows: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+    """(first, count) runs of rows [T, H, D] behind each other; a view where they follow each other already."""
+    first, last = runs[0][0], runs[-1][0] + runs[-1][1]
+    if last - first == sum(count for _, count in runs):
+        return rows[first:last]
+    return torch.cat([rows[row : row + count] for row, count in runs])

@@ -4,8 +4,9 @@ Holds the loop and the start-up. Must not know text: prompts and outputs are tok
 Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`.
 """
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
 
@@ -14,6 +15,7 @@ import torch
 
 from longspan.config import EngineConfig
 from longspan.engine.executor import Executor
+from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.memory import kv_cache_memory
 from longspan.engine.processes import ProcessExecutor
 from longspan.engine.threads import ThreadExecutor
@@ -54,6 +56,8 @@ class Engine:
             ConfigError: something in the config is illegal or not proven.
             WorkerError: a worker could not start.
         """
+        if sys.platform != "linux":
+            raise ConfigError(f"platform: got {sys.platform!r}, legal is 'linux'")
         if model is not None and config.executor != "threads":
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
         model_config, generation_config = load_config(config.model)
@@ -107,11 +111,17 @@ class Engine:
         """
         if self._failure is not None:
             raise self._failure
-        while (plan := self.scheduler.schedule()) is not None:
-            self.strategy_counts.update(group.strategy.value for group in plan.groups)
-            self._futures.add(self._executor.submit(plan))
+        with deferred_interrupt():
+            while (plan := self.scheduler.schedule()) is not None:
+                self.strategy_counts.update(group.strategy.value for group in plan.groups)
+                self._futures.add(self._executor.submit(plan))
         assert self._futures, "requests wait, but no plan runs"
         done, _ = wait(self._futures, return_when=FIRST_COMPLETED)
+        with deferred_interrupt():
+            return self._take_in(done)
+
+    def _take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
+        """Hand results to the scheduler; returns the requests that advanced and were not aborted meanwhile."""
         advanced: list[Request] = []
         for future in done:
             self._futures.discard(future)
@@ -122,14 +132,12 @@ class Engine:
             for r in result.ranks:
                 self._rank_totals[r.rank] = (r.tokens_computed, r.bytes_sent)
             advanced += self.scheduler.update(result)
-        return [request for request in advanced if not self._is_aborted(request)]
-
-    def _is_aborted(self, request: Request) -> bool:
-        if request.request_id not in self._aborted:
-            return False
-        self._aborted.discard(request.request_id)
-        self.abort(request)
-        return True
+        for request in advanced:
+            if request.request_id in self._aborted:
+                self.abort(request)
+        wanted = [request for request in advanced if request.request_id not in self._aborted]
+        self._aborted -= {request.request_id for request in advanced}
+        return wanted
 
     def rank_stats(self) -> list[RankStats]:
         """What every rank holds and has done."""

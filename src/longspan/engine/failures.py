@@ -43,7 +43,7 @@ class Failures:
 
     def silent(self, rank: int, pid: int, silence_s: float, now_s: float) -> None:
         """A rank's process is there, but gives no sign of life."""
-        text = f"rank {rank} (pid {pid}) has given no sign of life for {silence_s:.0f} s: it is stopped or stuck"
+        text = f"rank {rank} (pid {pid}) has given no sign of life for {silence_s:.0f} s: its process is stopped"
         self._silent.setdefault(rank, WorkerError(text))
         self._notice(now_s)
 

@@ -23,7 +23,6 @@ HARMLESS_ARGUMENTS = frozenset(
         "output_attentions",
         "output_hidden_states",
         "return_dict",
-        "is_causal",
         "cache_position",
     }
 )
@@ -77,6 +76,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Attention function in Transformers' shape: q, k, v are [1, heads, T, D], the output is [1, T, H, Dv]."""
@@ -92,7 +92,7 @@ def _attention(
         softcap=softcap,
         sinks=s_aux,
         mask=attention_mask,
-        is_causal=bool(getattr(module, "is_causal", True)),
+        is_causal=bool(getattr(module, True)),
         other_arguments={
             name: argument
             for name, argument in others.items()

@@ -71,7 +71,10 @@ def check_proven(config: PreTrainedConfig) -> None:
 def _check_mask(call: AttentionCall) -> None:
     """The mask rule that the model asked for must be the causal rule, with the window that the layer was given."""
     if not isinstance(call.mask, MaskRule):
-        return
+        raise UnsupportedModelError(
+            f"attention mask of layer {call.layer}: got {type(call.mask).__name__}, proven is a rule made by "
+            "Transformers' mask functions"
+        )
     query = 1_000_000
     window = call.window
     keys = {0, query - 2, query - 1, query, query + 1}
@@ -88,7 +91,7 @@ def _check_mask(call: AttentionCall) -> None:
 
 
 class _Recorder:
-    """Answers attention calls with zeros and keeps them."""
+    """Answers attention calls with tensors of the right shape, and keeps the calls."""
 
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []

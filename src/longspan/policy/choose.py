@@ -13,15 +13,19 @@ model's; with float32 partials of a bfloat16 model it would be 6.)
 from collections.abc import Mapping, Sequence
 
 from longspan.plan.segments import make_exchanges, make_segments
-from longspan.plan.types import DirectExchange, GroupStep, QueryRun, RingExchange, Segment
+from longspan.plan.types import (
+    PARTIAL_ALIGNMENT_BYTES,
+    DirectExchange,
+    GroupStep,
+    QueryRun,
+    RingExchange,
+    Segment,
+)
 from longspan.sharding.pages import PageTable
 from longspan.types import KVGroup, Strategy
 
 RING_BLOCK_LEN = 2048
 """Tokens per ring block: long enough for efficient kernels; three blocks are the ring's whole temporary memory."""
-
-PARTIAL_ALIGNMENT_BYTES = 8
-"""In a message of partials, `lse` starts at a multiple of this."""
 
 
 def _message_bytes(operand: str, num_rows: int, group: KVGroup) -> int:

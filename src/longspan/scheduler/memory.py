@@ -35,6 +35,19 @@ class KVMemory:
         full = [i for i, group in enumerate(model.kv_groups) if group.spec.window is None]
         self._limiting_group = full[0] if full else None
 
+    @property
+    def _whole_pages_per_step(self) -> int:
+        """Tokens in the whole pages of one rank's token budget; at least one page. No stripe is longer: else a step
+        would have work for one rank only."""
+        size = self.config.page_size
+        return max(size, self.config.max_num_batched_tokens // size * size)
+
+    @property
+    def striped_tokens_per_rank(self) -> int:
+        """Most tokens per rank and step of a striped prompt, so that chunks end where snake order has come round."""
+        budget = self._whole_pages_per_step
+        return chunk_len(budget, min(self.config.stripe_size, budget), self.num_ranks) // self.num_ranks
+
     # -- admission ---------------------------------------------------------------------------------------------------
 
     def _need(self, group_idx: int, num_pages: int) -> int:
@@ -50,20 +63,21 @@ class KVMemory:
         """Ranks of all pages up to position `end` under a placement, or None when they do not fit."""
         size, num_ranks = self.config.page_size, self.num_ranks
         if self._limiting_group is None:
-            room = [-(-end // size)] * num_ranks  # windows only: pages are freed as the request goes on
             free = [self._num_pages[0] - taken[0] for taken in reserved]
+            # Windows only: a rank that holds one window and one step holds any length, since pages are freed on the way.
+            total = _pages(end, size)
+            room = [total if self._need(0, total) <= pages else pages for pages in free]
         else:
             room = [self._num_pages[self._limiting_group] - taken[self._limiting_group] for taken in reserved]
             free = room
         home = max(range(num_ranks), key=lambda rank: (free[rank], -rank))
-        budget = max(size, self.config.max_num_batched_tokens // size * size)
-        stripe_len = min(self.config.stripe_size, budget)  # longer, and a step would have work for one rank only
+        stripe_len = min(self.config.stripe_size, self._whole_pages_per_step)
         stripes = stripe_lengths(
-            -(-prompt_len // size),
+            _pages(prompt_len, size),
             stripe_len // size,
-            chunk_len(budget, stripe_len, num_ranks) // size,
+            self.striped_tokens_per_rank * num_ranks // size,
             num_ranks,
-            -(-end // size) - -(-prompt_len // size),
+            _pages(end, size) - _pages(prompt_len, size),
         )
         runs = place(placement, stripes, room, home)
         if runs is None:
@@ -106,11 +120,13 @@ class KVMemory:
         others = " and placement striped or spill" if is_packed else ""
         ways = [f"context_parallel_size of at least {_pages(pages, limit)}{others}"]
         if is_packed and pages <= limit * self.num_ranks:
-            ways = ["placement striped or spill"]
+            ways = ["placement striped or spill" + (", and another strategy than local") * (config.placement == "auto")]
         needed = pool_bytes(self.model, _pages(pages, used_ranks), size, budget)
         ways.append(f"kv_cache_memory of at least {needed} bytes per rank")
         memory = config.kv_cache_memory or pool_bytes(self.model, limit, size, budget)
         for smaller in (size >> shift for shift in range(1, size.bit_length())):
+            if config.stripe_size % smaller:
+                continue
             if pool_bytes(self.model, _pages(_pages(end, smaller), used_ranks), smaller, budget) <= memory:
                 ways.append(f"page_size {smaller}")
                 break

@@ -32,6 +32,8 @@ class Request:
     """(rank, pages) runs: the placement of all pages that the request may ever need, decided at admission."""
     informed_ranks: set[int] = field(default_factory=set)
     """Ranks that know the page tables as of the last plan."""
+    involved_ranks: set[int] = field(default_factory=set)
+    """Ranks that ever heard of the request."""
     in_flight: bool = False
     last_plan_id: int = -1
     finish_reason: FinishReason | None = None

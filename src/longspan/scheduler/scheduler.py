@@ -108,8 +108,8 @@ class Scheduler:
             return
         self.running.remove(request)
         self.memory.free(request)
-        for unreported in self._unreported.values():
-            unreported.add(request.request_id)
+        for rank in request.involved_ranks:
+            self._unreported[rank].add(request.request_id)
 
     # -- plans -------------------------------------------------------------------------------------------------------
 
@@ -163,6 +163,8 @@ class Scheduler:
             (owner, _, _), *_ = request.ranks_of(request.num_computed, request.num_computed + 1, self.config.page_size)
             return request.num_computed + (1 if budget[owner] else 0)
         left = list(budget)
+        if len({rank for rank, _ in request.page_ranks}) > 1:
+            left = [min(tokens, self.memory.striped_tokens_per_rank) for tokens in left]
         if request.params.prompt_logprobs is not None:
             left = [min(tokens, MAX_SCORED_TOKENS) for tokens in left]
         end = request.num_computed
@@ -236,12 +238,13 @@ class Scheduler:
         replace = not ranks <= request.informed_ranks
         if replace:
             request.informed_ranks |= ranks
+            request.involved_ranks |= ranks
             added = [list(table.runs) for table in request.tables]
         deltas: list[TableDelta] = []
         for group_idx, (table, runs) in enumerate(zip(request.tables, added, strict=True)):
             if runs or replace:
                 freed_before = table.runs[0].page_idx if table.runs else table.num_pages
-                deltas.append(TableDelta(request.request_id, group_idx, replace, _as_tuple(runs), freed_before))
+                deltas.append(TableDelta(request.request_id, group_idx, replace, tuple(runs), freed_before))
                 request.informed_ranks &= ranks  # the others miss this one
         assert all(table.num_pages * size >= end for table in request.tables)
         return deltas
@@ -303,6 +306,3 @@ class Scheduler:
                 self.memory.slide(request)
         return requests
 
-
-def _as_tuple(runs: Sequence[PageRun]) -> tuple[PageRun, ...]:
-    return tuple(runs)
