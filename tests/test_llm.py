@@ -198,7 +198,9 @@ def test_an_end_token_ends_the_text_and_is_not_in_it(llm):
         ([1.0], "prompt: got list, legal is text or a list of token ids"),
         (5, "prompt: got int, legal is text or a list of token ids"),
         (b"abc", "prompt: got bytes, legal is text or a list of token ids"),
-        ({"prompt": 5}, "prompt: got int, legal is text or a list of token ids"),
+        ({"prompt": 5}, "prompt: got int, legal is text"),
+        ({"prompt": [1, 2]}, "prompt: got list, legal is text"),
+        ({"prompt_token_ids": "ab"}, "prompt_token_ids: got str, legal is a list"),
         ({"text": "a"}, "prompt: got the keys ['text'], legal is 'prompt' or 'prompt_token_ids'"),
         (
             {"prompt": "a", "prompt_token_ids": [1]},

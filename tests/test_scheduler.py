@@ -603,7 +603,9 @@ def test_every_chunk_of_a_striped_prompt_is_balanced(num_ranks, stripe_size, bud
     ranks.run_to_the_end()
     chunks = [plan for plan in ranks.plans if plan.phase is Phase.PREFILL]
     for plan in chunks[:-1]:
-        tokens = [sum(run.num_tokens for run in plan.query_runs if run.compute_rank == rank) for rank in range(num_ranks)]
+        tokens = [
+            sum(run.num_tokens for run in plan.query_runs if run.compute_rank == rank) for rank in range(num_ranks)
+        ]
         assert len(set(tokens)) == 1, "same number of tokens"
         per_stripe = min(stripe_size, budget // 4 * 4)
         if tokens[0] // per_stripe % 2 == 0:  # snake order comes round: same attention work too
@@ -627,9 +629,10 @@ def test_spill_goes_on_to_the_next_rank_where_every_group_has_a_window():
 def test_ended_requests_are_reported_only_to_ranks_that_knew_them():
     config = make_config(4, placement="packed")
     scheduler = make_scheduler(make_model(None), config, 64)
+    ranks = FakeRanks(scheduler, random.Random(0))
     for _ in range(20):
         scheduler.add_request([5] * 5, SamplingParams(max_tokens=2))
-        FakeRanks(scheduler, random.Random(0)).run_to_the_end()
+        ranks.run_to_the_end()
     assert [len(scheduler._unreported[rank]) for rank in range(4)] == [1, 0, 0, 0]
 
 

@@ -169,14 +169,16 @@ class LLM:
     def _token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             legal_types = {"prompt": str, "prompt_token_ids": Sequence}
-            (name, *more) = [*prompt] or [None]
-            if name not in legal_types or more:
+            name = next(iter(prompt), "")
+            if name not in legal_types or len(prompt) > 1:
                 raise ConfigError(
                     f"prompt: got the keys {sorted(map(str, prompt))}, legal is 'prompt' or 'prompt_token_ids'"
                 )
             value = prompt[name]
             if not isinstance(value, legal_types[name]) or (name != "prompt" and isinstance(value, str)):
-                raise ConfigError(f"{name}: got {type(value).__name__}, legal is {'text' * (name == 'prompt') or 'a list'}")
+                raise ConfigError(
+                    f"{name}: got {type(value).__name__}, legal is {'text' * (name == 'prompt') or 'a list'}"
+                )
             prompt = value
         if isinstance(prompt, str):
             return prompt, encode_prompt(self.tokenizer, prompt)

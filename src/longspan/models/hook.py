@@ -92,7 +92,7 @@ def _attention(
         softcap=softcap,
         sinks=s_aux,
         mask=attention_mask,
-        is_causal=bool(getattr(module, True)),
+        is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
         other_arguments={
             name: argument
             for name, argument in others.items()

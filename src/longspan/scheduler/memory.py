@@ -64,7 +64,7 @@ class KVMemory:
         size, num_ranks = self.config.page_size, self.num_ranks
         if self._limiting_group is None:
             free = [self._num_pages[0] - taken[0] for taken in reserved]
-            # Windows only: a rank that holds one window and one step holds any length, since pages are freed on the way.
+            # Windows only: a rank with room for one window and one step holds any length, as pages get freed.
             total = _pages(end, size)
             room = [total if self._need(0, total) <= pages else pages for pages in free]
         else:

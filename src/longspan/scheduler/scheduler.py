@@ -27,7 +27,6 @@ from longspan.plan.types import (
 from longspan.policy.choose import plan_group
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
-from longspan.sharding.pages import PageRun
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 MAX_SCORED_TOKENS = 512
@@ -305,4 +304,3 @@ class Scheduler:
             else:
                 self.memory.slide(request)
         return requests
-
