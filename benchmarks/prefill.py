@@ -3,8 +3,8 @@
     python benchmarks/prefill.py [--length 16384] [--repeats 3] [--json] [--save]
 
 Runs are interleaved, numbers are medians. The floor is the prompt's flops over the matrix product rate of the same
-number of cores, measured in the same run. With `--memory` it also measures what a forced `pass_kv` needs beyond weights
-and KV, per rank count and context: the ring's blocks are of fixed size, so it should stay flat.
+number of cores, measured in the same run. With `--memory` it measures instead what a worker holds at most beside its KV
+with `pass_kv` forced, per rank count and context: the ring's blocks are of fixed size, so that stays flat.
 """
 
 from pathlib import Path
@@ -74,34 +74,25 @@ def _status_bytes(pid: int, field: str) -> int:
 
 
 def measure_memory(model: Path) -> list[dict[str, Any]]:
-    """Peak memory of workers in a prefill beyond what they held before and the KV they wrote, pass_kv forced."""
+    """Peak memory of a worker process without its KV, in prefills of growing length with `pass_kv` forced."""
     rows = []
     for num_ranks in (2, 4):
+        runner = LongspanRunner(model, num_ranks, 1, placement="striped", strategy="pass_kv")
+        runner.run(random_prompt(8192, 98), 1)  # what is allocated once is there now
+        pids = [process.pid for process in runner.engine._executor._processes]  # type: ignore[attr-defined]
         for length in (8192, 16384, 32768):
-            runner = LongspanRunner(model, num_ranks, 1, placement="striped", strategy="pass_kv")
-            runner.run(random_prompt(2048 * num_ranks, 98), 1)  # everything that is allocated once is there now
-            engine = runner.engine
-            pids = [process.pid for process in engine._executor._processes]  # type: ignore[attr-defined]
-            before = {pid: _status_bytes(pid, "RssAnon") for pid in pids}
-            known = [stats.kv_bytes for stats in engine.rank_stats()]
-            for pid in pids:
-                Path(f"/proc/{pid}/clear_refs").write_text("5")  # start a new peak
-            files = {pid: _status_bytes(pid, "RssFile") + _status_bytes(pid, "RssShmem") for pid in pids}
             runner.run(random_prompt(length, 1), 1)
-            written = [s.kv_bytes - old for s, old in zip(engine.rank_stats(), known, strict=True)]
-            extra = [
-                _status_bytes(pid, "VmHWM") - files[pid] - before[pid] - kv
-                for pid, kv in zip(pids, written, strict=True)
-            ]
+            kv = [stats.kv_bytes for stats in runner.engine.rank_stats()]
+            peaks = [_status_bytes(pid, "VmHWM") - held for pid, held in zip(pids, kv, strict=True)]
             rows.append(
                 {
                     "ranks": num_ranks,
                     "context": length,
-                    "KV per rank, MiB": max(s.kv_bytes for s in engine.rank_stats()) / 2**20,
-                    "temporary, MiB": max(extra) / 2**20,
+                    "KV per rank, MiB": max(kv) / 2**20,
+                    "peak memory without KV, MiB": max(peaks) / 2**20,
                 }
             )
-            runner.close()
+        runner.close()
     return rows
 
 
