@@ -10,6 +10,8 @@ from longspan.models.loader import load_model
 from longspan.types import SamplingParams
 from tiny_models import VOCAB_SIZE, TinyModel, load_reference, random_prompt, run_requests, tiny_model
 
+pytestmark = pytest.mark.cover
+
 PROMPT = tuple(random_prompt(300, 11))
 FAMILIES = ("llama", "qwen3", "gemma2", "smollm3-window")
 

@@ -11,6 +11,8 @@ from longspan.cp import attend, base, pass_q
 from longspan.worker.runner import ModelRunner
 from tiny_models import FAMILIES, greedy, run_all, tiny_engine, tiny_model
 
+pytestmark = pytest.mark.cover
+
 PROMPTS = slice(1, 3)  # 31 and 97 tokens
 NUM_TOKENS = 32
 PAGE_SIZE = 4

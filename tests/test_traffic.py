@@ -10,6 +10,8 @@ from longspan.errors import ConfigError
 from longspan.types import FinishReason, SamplingParams
 from tiny_models import greedy, memory_for, random_prompt, run_requests, tiny_engine, tiny_model
 
+pytestmark = pytest.mark.cover
+
 FAMILIES = ("llama", "mistral-window-24", "gemma3", "smollm3-window", "mistral-window-7")
 NUM_KINDS = 12
 
