@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -155,7 +155,32 @@ class TransformersRunner:
         """Nothing to release."""
 
 
-def median(values: list[float]) -> float:
+def interleaved(
+    model: Path, length: int, num_tokens: int, repeats: int
+) -> tuple[dict[str, int], dict[str, list[Timing]], bool]:
+    """Run every engine on the same prompts, one after the other, `repeats` times.
+
+    Returns:
+        Cores that each engine uses, its timings, and whether all engines gave the same tokens every time.
+    """
+    runners = [
+        (LongspanRunner(model, 1, 1, placement="striped"), 1),
+        (LongspanRunner(model, 2, 1, placement="striped"), 2),
+        (LongspanRunner(model, 1, 2, placement="striped"), 2),
+        (TransformersRunner(model, 2), 2),
+    ]
+    timings: dict[str, list[Timing]] = {runner.name: [] for runner, _ in runners}
+    for repeat in range(repeats):
+        prompt = random_prompt(length, repeat)
+        for runner, _ in runners:
+            timings[runner.name].append(runner.run(prompt, num_tokens))
+    for runner, _ in runners:
+        runner.close()
+    agree = all(len({tuple(timing.token_ids) for timing in same}) == 1 for same in zip(*timings.values(), strict=True))
+    return {runner.name: cores for runner, cores in runners}, timings, agree
+
+
+def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    LongspanRunner,
-    TransformersRunner,
+    interleaved,
     median,
     parser,
     random_model,
-    random_prompt,
     read_bandwidth,
     report,
     work,
@@ -27,33 +25,18 @@ def time_decode(model: Path, length: int, num_tokens: int, repeats: int) -> tupl
     """Rows of the table, and the facts above it."""
     bandwidths = {threads: read_bandwidth(threads) for threads in (1, 2)}
     num_bytes = work(model, length).decode_bytes
-    runners = [
-        (LongspanRunner(model, 1, 1, placement="striped"), 1),
-        (LongspanRunner(model, 2, 1, placement="striped"), 2),
-        (LongspanRunner(model, 1, 2, placement="striped"), 2),
-        (TransformersRunner(model, 2), 2),
-    ]
-    times: dict[str, list[float]] = {runner.name: [] for runner, _ in runners}
-    agree = True
-    for repeat in range(repeats):
-        prompt = random_prompt(length, repeat)
-        found = set()
-        for runner, _ in runners:
-            timing = runner.run(prompt, num_tokens)
-            times[runner.name].append(timing.tpot_s)
-            found.add(tuple(timing.token_ids))
-        agree &= len(found) == 1
-    for runner, _ in runners:
-        runner.close()
-    rows = [
-        {
-            "engine (ranks x threads)": runner.name,
-            "tpot_ms": median(times[runner.name]) * 1e3,
-            "floor_ms": num_bytes / bandwidths[cores] * 1e3,
-            "tpot / floor": median(times[runner.name]) * bandwidths[cores] / num_bytes,
-        }
-        for runner, cores in runners
-    ]
+    cores, timings, agree = interleaved(model, length, num_tokens, repeats)
+    rows = []
+    for name, several in timings.items():
+        tpot_s, floor_s = median(timing.tpot_s for timing in several), num_bytes / bandwidths[cores[name]]
+        rows.append(
+            {
+                "engine (ranks x threads)": name,
+                "tpot_ms": tpot_s * 1e3,
+                "floor_ms": floor_s * 1e3,
+                "tpot / floor": tpot_s / floor_s,
+            }
+        )
     facts = {
         "prompt tokens": length,
         "bytes per token": f"{num_bytes / 1e6:.0f} MB",

@@ -12,7 +12,7 @@ from typing import Any
 
 from common import (
     LongspanRunner,
-    TransformersRunner,
+    interleaved,
     matmul_rate,
     median,
     parser,
@@ -27,41 +27,24 @@ def time_prefill(model: Path, length: int, repeats: int) -> tuple[list[dict[str,
     """Rows of the table, and the facts above it."""
     rates = {threads: matmul_rate(threads) for threads in (1, 2)}
     flops = work(model, length).prefill_flops
-    runners = [
-        (LongspanRunner(model, 1, 1, placement="striped"), 1),
-        (LongspanRunner(model, 2, 1, placement="striped"), 2),
-        (LongspanRunner(model, 1, 2, placement="striped"), 2),
-        (TransformersRunner(model, 2), 2),
-    ]
-    times: dict[str, list[float]] = {runner.name: [] for runner, _ in runners}
-    first_tokens = set()
-    for repeat in range(repeats):
-        prompt = random_prompt(length, repeat)
-        found = set()
-        for runner, _ in runners:
-            timing = runner.run(prompt, 1)
-            times[runner.name].append(timing.ttft_s)
-            found.add(tuple(timing.token_ids))
-        first_tokens.add(len(found))
-    for runner, _ in runners:
-        runner.close()
-    one_rank = median(times["longspan 1 x 1"])
+    cores, timings, agree = interleaved(model, length, 1, repeats)
+    ttft_s = {name: median(timing.ttft_s for timing in several) for name, several in timings.items()}
     rows = [
         {
-            "engine (ranks x threads)": runner.name,
-            "ttft_s": median(times[runner.name]),
-            "floor_s": flops / rates[cores],
-            "floor / ttft": flops / rates[cores] / median(times[runner.name]),
-            "speed-up over longspan 1 x 1": one_rank / median(times[runner.name]),
+            "engine (ranks x threads)": name,
+            "ttft_s": ttft_s[name],
+            "floor_s": flops / rates[cores[name]],
+            "floor / ttft": flops / rates[cores[name]] / ttft_s[name],
+            "speed-up over longspan 1 x 1": ttft_s["longspan 1 x 1"] / ttft_s[name],
         }
-        for runner, cores in runners
+        for name in timings
     ]
     facts = {
         "prompt tokens": length,
         "flops": f"{flops / 1e12:.2f} T",
         "matmul rate, 1 thread": f"{rates[1] / 1e9:.0f} GFLOP/s",
         "matmul rate, 2 threads": f"{rates[2] / 1e9:.0f} GFLOP/s",
-        "all engines agree on the first token": first_tokens == {1},
+        "all engines agree on the first token": agree,
     }
     return rows, facts
 
