@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml src/longspan/attention/decode_kernel.c
+$(STAMP): pyproject.toml $(wildcard src/longspan/native/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $(STAMP)

@@ -18,7 +18,7 @@ from common import (
     report,
     work,
 )
-from longspan.attention import native
+from longspan.native import kernels
 
 
 def time_decode(model: Path, length: int, num_tokens: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -42,7 +42,7 @@ def time_decode(model: Path, length: int, num_tokens: int, repeats: int) -> tupl
         "bytes per token": f"{num_bytes / 1e6:.0f} MB",
         "read bandwidth, 1 thread": f"{bandwidths[1] / 1e9:.1f} GB/s",
         "read bandwidth, 2 threads": f"{bandwidths[2] / 1e9:.1f} GB/s",
-        "compiled decode kernel": native.is_available(),
+        "compiled kernels": kernels.is_available(),
         f"all engines agree on {num_tokens} tokens": agree,
     }
     return rows, facts

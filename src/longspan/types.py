@@ -51,6 +51,8 @@ class FinishReason(StrEnum):
     """An end token, a stop token id or a stop string."""
     LENGTH = "length"
     """`max_tokens` were generated."""
+    ABORT = "abort"
+    """Nobody waited for the rest."""
 
 
 class KVSpec(msgspec.Struct, frozen=True):

@@ -44,9 +44,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longspan.attention import native
 from longspan.attention.base import RowSegment, check_arguments, empty_like_queries
 from longspan.attention.partial import PartialAttention, accumulation_dtype, merge_views_
+from longspan.native import kernels
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
@@ -238,8 +238,8 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     num_rows, num_keys = num_queries * group_size, k.shape[1]
     rows = q.transpose(0, 1).reshape(1, num_kv_heads, num_rows, width)  # [1, Hkv, t * G, D], a view for one query
     num_runs = _num_runs(num_kv_heads, num_rows, num_keys, torch.get_num_threads())
-    if native.can_decode(num_rows, width, q.dtype) and native.is_available():
-        out, lse = _merged_runs(*native.decode(rows[0], k, v, scale, num_runs))
+    if kernels.can_decode(num_rows, width, q.dtype) and kernels.is_available():
+        out, lse = _merged_runs(*kernels.decode(rows[0], k, v, scale, num_runs))
     elif num_runs == 1:
         out, lse = _kernel(rows, k.unsqueeze(0), v.unsqueeze(0), scale)
     else:

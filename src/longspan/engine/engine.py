@@ -24,7 +24,7 @@ from longspan.kvcache.capacity import pool_pages
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.plan.types import PlanResult
-from longspan.scheduler.request import Request
+from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.types import FinishReason, ModelSpec, SamplingParams
 from longspan.worker.build import DEVICE
@@ -77,11 +77,18 @@ class Engine:
         self._aborted: set[int] = set()  # requests that end as soon as they are not in flight
         self._rank_totals = [(0, 0)] * config.context_parallel_size  # tokens computed, bytes sent
 
-    def add_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Request:
+    def add_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        constraint: Constraint | None = None,
+        is_checked: bool = False,
+    ) -> Request:
         """Queue a request. Raises: as `Scheduler.add_request`, and what made the ranks fail before."""
         if self._failure is not None:
             raise self._failure
-        return self.scheduler.add_request(prompt_token_ids, params)
+        return self.scheduler.add_request(prompt_token_ids, params, constraint=constraint, is_checked=is_checked)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request early, for example because its text holds a stop string. Not while it is in flight."""
@@ -93,7 +100,7 @@ class Engine:
             if request.in_flight:
                 self._aborted.add(request.request_id)
             else:
-                self.scheduler.finish(request, FinishReason.STOP)
+                self.scheduler.finish(request, FinishReason.ABORT)
 
     @property
     def has_requests(self) -> bool:
@@ -109,18 +116,25 @@ class Engine:
         Raises:
             WorkerError: a worker died or failed; the engine is of no more use.
         """
-        if self._failure is not None:
-            raise self._failure
         with deferred_interrupt():
-            while (plan := self.scheduler.schedule()) is not None:
-                self.strategy_counts.update(group.strategy.value for group in plan.groups)
-                self._futures.add(self._executor.submit(plan))
+            self.submit_plans()
         assert self._futures, "requests wait, but no plan runs"
         done, _ = wait(self._futures, return_when=FIRST_COMPLETED)
         with deferred_interrupt():
-            return self._take_in(done)
+            return self.take_in(done)
 
-    def _take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
+    def submit_plans(self) -> list[Future[PlanResult]]:
+        """Submit all plans that can start now; returns their futures. Raises: what made the ranks fail."""
+        if self._failure is not None:
+            raise self._failure
+        submitted: list[Future[PlanResult]] = []
+        while (plan := self.scheduler.schedule()) is not None:
+            self.strategy_counts.update(group.strategy.value for group in plan.groups)
+            submitted.append(self._executor.submit(plan))
+        self._futures.update(submitted)
+        return submitted
+
+    def take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
         """Hand results to the scheduler; returns the requests that advanced and were not aborted meanwhile."""
         advanced: list[Request] = []
         for future in done:

@@ -62,7 +62,7 @@ class ProcessExecutor:
         self._context = zmq.Context()
         self._directory = _socket_directory()
         try:
-            self._launch(msgspec.structs.replace(start, init_method=f"file://{self._directory}/rendezvous"))
+            self._launch(msgspec.structs.replace(start, directory=str(self._directory)))
             self._ready.result()
         except BaseException:
             self.close()

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from longspan.errors import ConfigError
 from longspan.models.hook import ATTENTION_NAME
+from longspan.models.linear import speed_up_few_rows_
 from longspan.models.recall import recall_path
 
 RECALL = "recall"
@@ -163,5 +164,6 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool) -> nn.Mod
             f"model: got {model!r}, whose weights lack {len(missing)} tensors, have {len(mismatched)} of a wrong shape "
             f"and {len(unexpected)} that the config has no place for, such as {[*missing, *mismatched, *unexpected][0]}"
         )
-    module: nn.Module = loaded
-    return module.eval().requires_grad_(False)
+    module: nn.Module = loaded.eval().requires_grad_(False)
+    speed_up_few_rows_(module)
+    return module

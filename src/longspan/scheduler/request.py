@@ -6,9 +6,20 @@ Read next: `longspan.scheduler.scheduler`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from longspan.sharding.pages import PageTable
 from longspan.types import FinishReason, Phase, SamplingParams, TokenLogprobs
+
+
+class Constraint(Protocol):
+    """What a request's output must look like, one token at a time."""
+
+    def allowed(self) -> bytes | None:
+        """Bit mask of the tokens that may come next (bit i % 8 of byte i // 8), or None for all."""
+
+    def accept(self, token_id: int) -> None:
+        """Take the token that came next."""
 
 
 @dataclass(slots=True)
@@ -24,6 +35,9 @@ class Request:
     prompt_len: int
     eos_token_ids: tuple[int, ...]
     """End tokens that count, `ignore_eos` considered."""
+    constraint: Constraint | None = None
+    num_cached: int = 0
+    """Prompt tokens whose KV was found in the prefix cache."""
     num_computed: int = 0
     """Tokens whose KV is stored."""
     tables: list[PageTable] = field(default_factory=list)

@@ -26,7 +26,7 @@ from longspan.plan.types import (
 )
 from longspan.policy.choose import plan_group
 from longspan.scheduler.memory import KVMemory
-from longspan.scheduler.request import Request
+from longspan.scheduler.request import Constraint, Request
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 MAX_SCORED_TOKENS = 512
@@ -58,17 +58,53 @@ class Scheduler:
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def add_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Request:
+    def add_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        constraint: Constraint | None = None,
+        is_checked: bool = False,
+    ) -> Request:
         """Queue a request.
+
+        Args:
+            prompt_token_ids: the prompt.
+            params: how to continue it.
+            constraint: which tokens are allowed next, or None.
+            is_checked: `check_request` has admitted it already.
 
         Raises:
             ConfigError: the prompt is empty, too long for the model, or holds a token that it does not know.
             CapacityError: it would not fit even on empty ranks.
         """
         prompt = list(prompt_token_ids)
+        if not is_checked:
+            self.check_request(prompt, params)
+        request = Request(
+            request_id=self._next_request_id,
+            params=params,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            token_ids=prompt,
+            prompt_len=len(prompt),
+            eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
+            constraint=constraint,
+        )
+        self._next_request_id += 1
+        self._by_id[request.request_id] = request
+        self.waiting.append(request)
+        return request
+
+    def check_request(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Refuse a request that can never run. Reads only what never changes: any thread may call it.
+
+        Raises:
+            ConfigError: the prompt is empty, too long for the model, or holds a token that it does not know.
+            CapacityError: it would not fit even on empty ranks.
+        """
         if not prompt:
             raise ConfigError("prompt: got no tokens, legal is at least one")
-        for token_id in (*prompt, *params.stop_token_ids):
+        for token_id in (min(prompt), max(prompt), *params.stop_token_ids):
             if not 0 <= token_id < self.model.vocab_size:
                 raise ConfigError(f"token id: got {token_id}, legal is 0 to {self.model.vocab_size - 1}")
         limit = self.model.max_position
@@ -79,18 +115,6 @@ class Scheduler:
                 f"{limit} (max_position_embeddings of the model)"
             )
         self.memory.check_fits(len(prompt), params.max_tokens)
-        request = Request(
-            request_id=self._next_request_id,
-            params=params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            token_ids=prompt,
-            prompt_len=len(prompt),
-            eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
-        )
-        self._next_request_id += 1
-        self._by_id[request.request_id] = request
-        self.waiting.append(request)
-        return request
 
     @property
     def has_requests(self) -> bool:

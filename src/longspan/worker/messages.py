@@ -20,8 +20,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     spec: ModelSpec
     num_pages: tuple[int, ...]
     """Per KV group."""
-    init_method: str
-    """Where the ranks meet, as torch.distributed takes it."""
+    directory: str
+    """Where the ranks meet; theirs alone."""
 
 
 class RunPlan(msgspec.Struct, frozen=True, tag=True):

@@ -5,12 +5,13 @@ Read next: `longspan.worker.runner`.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 import zmq
 
 from longspan.comm.base import Communicator
-from longspan.comm.distributed import DistributedCommunicator
+from longspan.comm.local import LocalCommunicator
 from longspan.comm.threads import thread_group
 from longspan.models.loader import quiet_transformers
 from longspan.worker.build import build_runner, load_weights
@@ -38,4 +39,4 @@ def _join_group(rank: int, start: Start) -> Communicator:
     size, timeout_s = start.config.context_parallel_size, start.config.exchange_timeout_s
     if size == 1:
         return thread_group(1, timeout_s=timeout_s)[0]
-    return DistributedCommunicator(rank, size, start.init_method, timeout_s=timeout_s)
+    return LocalCommunicator(rank, size, Path(start.directory), timeout_s=timeout_s)

@@ -1,12 +1,13 @@
-"""Our one compiled kernel: decode attention on a CPU (`decode_kernel.c`), found, loaded and called.
+"""Our compiled kernels for decode on a CPU (`decode.c`, `linear.c`): found, loaded and called.
 
-Holds the binding. Must not know pages, masks or when the kernel is worth calling.
-Read next: `longspan.attention.cpu`, which calls it; `docs/decisions/0004-decode-kernel.md` for why it exists.
+Holds the binding. Must not know pages, masks, models or when a kernel is worth calling.
+Read next: `longspan.attention.cpu` and `longspan.models.linear`, which call them;
+`docs/decisions/0004-decode-kernel.md` for why they exist.
 
-The kernel is compiled when the package is installed, if there is a C compiler; else everything works, and decode is
-slower. It is plain C behind ctypes, so it needs no headers of Python or torch: one binary fits every version of both.
-Its parallel loops run on the OpenMP threads that torch already has: the library leaves OpenMP's symbols open, and the
-runtime that torch brought answers them. A second runtime would bring a second set of spinning threads.
+They are compiled when the package is installed, if there is a C compiler; else everything works, and decode is
+slower. They are plain C behind ctypes, so they need no headers of Python or torch: one binary fits every version of
+both. Their parallel loops run on the OpenMP threads that torch already has: the library leaves OpenMP's symbols open,
+and the runtime that torch brought answers them. A second runtime would bring a second set of spinning threads.
 """
 
 import ctypes
@@ -18,16 +19,16 @@ import torch
 from torch import Tensor
 
 MAX_ROWS, MAX_WIDTH, LANES = 8, 256, 16
-"""As in decode_kernel.c."""
+"""As in decode.c, linear.c and lanes.h."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The loaded kernel, or None where it was not compiled or there is no OpenMP runtime for it."""
+    """The loaded kernels, or None where they were not compiled or there is no OpenMP runtime for them."""
     here = Path(__file__).parent
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_decode_kernel{suffix}").is_file()]
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_kernels{suffix}").is_file()]
     if not found:
         return None
     try:
@@ -42,16 +43,17 @@ def _library() -> ctypes.CDLL | None:
         *(pointer, pointer, pointer, long, long, long, long),
         *(integer, integer, long, integer, integer, integer, integer, pointer, pointer),
     ]
+    library.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
     return library
 
 
 def is_available() -> bool:
-    """Whether the kernel was compiled and can be loaded."""
+    """Whether the kernels were compiled and can be loaded."""
     return _library() is not None
 
 
 def can_decode(num_rows: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes so many query rows per KV head, this head size and this dtype."""
+    """Whether `decode` takes so many query rows per KV head, this head size and this dtype."""
     return 1 <= num_rows <= MAX_ROWS and width % LANES == 0 and 0 < width <= MAX_WIDTH and dtype in _DTYPES
 
 
@@ -82,3 +84,32 @@ def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> t
     )
     assert status == 0, f"decode kernel refused {num_heads} heads, {num_rows} rows, {k.shape[1]} keys, {num_runs} runs"
     return out, lse
+
+
+def can_multiply(num_rows: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether `linear` takes so many rows, this number of inputs and this dtype."""
+    return 1 <= num_rows <= MAX_ROWS and width % LANES == 0 and width > 0 and dtype in _DTYPES
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A few rows times the transpose of a weight matrix, accumulated in float32.
+
+    Args:
+        x: [..., width] of weight's dtype, with as many rows as `can_multiply` admits.
+        weight: [num_out, width], contiguous.
+
+    Returns:
+        [..., num_out] in x's dtype.
+    """
+    library = _library()
+    assert library is not None
+    num_out, width = weight.shape
+    rows = x.float().contiguous()
+    num_rows = rows.numel() // width
+    out = torch.empty(*x.shape[:-1], num_out)
+    status = library.longspan_linear(
+        *(rows.data_ptr(), weight.data_ptr(), width, num_rows, num_out),
+        *(weight.dtype is torch.bfloat16, torch.get_num_threads(), out.data_ptr()),
+    )
+    assert status == 0, f"linear kernel refused {num_rows} rows of {width} for {num_out} outputs"
+    return out.to(x.dtype)

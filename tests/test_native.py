@@ -1,18 +1,20 @@
-"""Proves the compiled decode kernel against float64, and that the backend is right with and without it."""
+"""Proves the compiled kernels against float64, and that what calls them is right with and without them."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from longspan.attention import native
 from longspan.attention.base import RowSegment
 from longspan.attention.cpu import CPUBackend
 from longspan.attention.reference import ReferenceBackend
+from longspan.models.linear import FewRowsLinear, speed_up_few_rows_
+from longspan.native import kernels
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
-needs_kernel = pytest.mark.skipif(not native.is_available(), reason="no C compiler when longspan was installed")
+needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")
 
 
 def expected(rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,7 +26,7 @@ def expected(rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
 @settings(max_examples=150, deadline=None)
 @given(
     heads=st.integers(1, 5),
-    num_rows=st.integers(1, native.MAX_ROWS),
+    num_rows=st.integers(1, kernels.MAX_ROWS),
     num_keys=st.integers(1, 700),
     width=st.sampled_from([16, 32, 48, 64, 80, 128, 256]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -45,7 +47,7 @@ def test_the_kernel_agrees_with_float64(heads, num_rows, num_keys, width, dtype,
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        out, lse = native.decode(rows, k, v, 0.3, num_runs)
+        out, lse = kernels.decode(rows, k, v, 0.3, num_runs)
     finally:
         torch.set_num_threads(before)
     run_len = -(-num_keys // num_runs)
@@ -66,7 +68,7 @@ def test_huge_scores_neither_overflow_nor_underflow(score):
     rows = torch.zeros(1, 2, 16)
     rows[..., 0] = 1.0
     v = torch.randn(1, 300, 16)
-    out, lse = native.decode(rows, k, v, 1.0, 1)
+    out, lse = kernels.decode(rows, k, v, 1.0, 1)
     want_out, want_lse = expected(rows, k, v, 1.0)
     torch.testing.assert_close(out[0].double(), want_out, rtol=0, atol=1e-5)
     torch.testing.assert_close(lse[0].double(), want_lse, rtol=1e-6, atol=0)
@@ -76,7 +78,7 @@ def test_huge_scores_neither_overflow_nor_underflow(score):
 def test_nan_in_a_visible_key_is_not_hidden():
     k, v = torch.randn(1, 200, 32), torch.randn(1, 200, 32)
     k[0, 150, 3] = torch.nan
-    out, lse = native.decode(torch.randn(1, 4, 32), k, v, 1.0, 1)
+    out, lse = kernels.decode(torch.randn(1, 4, 32), k, v, 1.0, 1)
     assert torch.isnan(out).all() or torch.isnan(lse).all()
 
 
@@ -84,7 +86,7 @@ def test_nan_in_a_visible_key_is_not_hidden():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(8, 1), (8, 2), (7, 1), (4, 4)])
 def test_decode_is_right_with_and_without_the_kernel(monkeypatch, available, dtype, heads):
-    monkeypatch.setattr(native, "is_available", lambda: available)
+    monkeypatch.setattr(kernels, "is_available", lambda: available)
     generator = torch.Generator().manual_seed(0)
     num_heads, num_kv_heads = heads
     q = torch.randn(1, num_heads, 32, generator=generator).to(dtype)
@@ -102,9 +104,73 @@ def test_decode_is_right_with_and_without_the_kernel(monkeypatch, available, dty
 
 
 def test_what_the_kernel_cannot_do_is_left_to_the_other_one():
-    assert not native.can_decode(9, 64, torch.float32)
-    assert not native.can_decode(0, 64, torch.float32)
-    assert not native.can_decode(4, 72, torch.float32)
-    assert not native.can_decode(4, 272, torch.float32)
-    assert not native.can_decode(4, 64, torch.float64)
-    assert native.can_decode(4, 64, torch.bfloat16)
+    assert not kernels.can_decode(9, 64, torch.float32)
+    assert not kernels.can_decode(0, 64, torch.float32)
+    assert not kernels.can_decode(4, 72, torch.float32)
+    assert not kernels.can_decode(4, 272, torch.float32)
+    assert not kernels.can_decode(4, 64, torch.float64)
+    assert kernels.can_decode(4, 64, torch.bfloat16)
+
+
+# -- linear layers -----------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+@settings(max_examples=150, deadline=None)
+@given(
+    num_rows=st.integers(1, kernels.MAX_ROWS),
+    width=st.sampled_from([16, 32, 48, 80, 512, 1376]),
+    num_out=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    num_threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_the_linear_kernel_agrees_with_float64(num_rows, width, num_out, dtype, num_threads, seed):
+    """No more threads than outputs, or more; the error is at most twice that of torch's own product."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, num_rows, width, generator=generator).to(dtype)
+    weight = torch.randn(num_out, width, generator=generator).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        got = kernels.linear(x, weight)
+    finally:
+        torch.set_num_threads(before)
+    want = x.double() @ weight.double().T
+    assert (got.shape, got.dtype) == (want.shape, dtype)
+    eps = torch.finfo(torch.float32).eps * width + (torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0)
+    torch.testing.assert_close(got.double(), want, rtol=eps, atol=eps * width**0.5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "is_kernel"), [((1, 1, 64), True), ((8, 64), True), ((9, 64), False), ((0, 64), False)]
+)
+def test_linear_layers_give_few_rows_to_the_kernel(monkeypatch, bias, shape, is_kernel):
+    calls = []
+    real = kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda x, weight: calls.append(1) or real(x, weight))
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 40, bias=bias)
+    x = torch.randn(shape)
+    with torch.inference_mode():
+        want = plain(x)
+        model = nn.Sequential(plain)
+        speed_up_few_rows_(model)
+        assert type(model[0]) is FewRowsLinear
+        torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    assert bool(calls) == is_kernel
+
+
+@needs_kernel
+def test_linear_layers_of_other_widths_dtypes_and_classes_stay_with_torch():
+    class Own(nn.Linear):
+        """Whatever a model's author made of it."""
+
+    model = nn.Sequential(nn.Linear(40, 3), nn.Linear(48, 3, dtype=torch.float64), Own(48, 3))
+    want = [model[0](torch.ones(1, 40)), model[1](torch.ones(1, 48, dtype=torch.float64))]
+    speed_up_few_rows_(model)
+    assert type(model[2]) is Own
+    assert torch.equal(model[0](torch.ones(1, 40)), want[0])
+    assert torch.equal(model[1](torch.ones(1, 48, dtype=torch.float64)), want[1])

@@ -1,0 +1,199 @@
+"""Ranks as processes on one machine: small messages over Unix sockets, large ones over `torch.distributed`.
+
+Holds the sockets and the choice between the two. Must not know attention, pages or plans.
+Read next: `longspan.comm.recording`.
+
+Note [Two ways]
+A round trip of a few kilobytes takes gloo about 0.3 ms, mostly to wake its threads, and a Unix socket 0.01 to 0.02 ms.
+A decode step makes two in every layer. Large messages stay with gloo, whose threads move them while this one computes.
+Both sides know every message's size, so both choose the same way, and each way keeps the order of its messages.
+
+Note [No deadlock]
+A send never blocks: what a socket's buffer does not take waits in a queue, and whoever waits for small messages goes
+on sending from all queues. Only a wait for a large message does not; `SMALL_BYTES` keeps the queues empty then.
+"""
+
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longspan.comm.base import Pending
+from longspan.comm.distributed import DistributedCommunicator
+from longspan.errors import CommunicationError
+
+SMALL_BYTES = 32 * 1024
+"""Largest message that goes over a socket: all that a strategy has under way to one peer, at most four, fit into the
+socket's buffer of about 200 KiB."""
+
+_HELLO = struct.Struct("<I")
+"""What a connecting rank says first: its rank."""
+
+
+class LocalCommunicator:
+    """One rank of a group on this machine, for tensors on the CPU."""
+
+    def __init__(self, rank: int, size: int, directory: Path, *, timeout_s: float = 300.0) -> None:
+        """Join the group.
+
+        Args:
+            rank: this process's position.
+            size: ranks in the group.
+            directory: where the ranks meet; the same for all, and theirs alone.
+            timeout_s: longest wait for a peer in every exchange.
+
+        Raises:
+            CommunicationError: not all ranks came.
+
+        Collective: all `size` ranks must join.
+        """
+        self.rank, self.size = rank, size
+        self._timeout_s = timeout_s
+        self._sockets: dict[int, socket.socket] = {}
+        try:
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(_address(directory, rank)))
+                listener.listen(size)
+                # Returns when all ranks have come, so after it all listeners exist.
+                self._large = DistributedCommunicator(rank, size, f"file://{directory}/rendezvous", timeout_s=timeout_s)
+                self._connect(listener, directory)
+        except OSError as error:
+            raise CommunicationError(f"rank {rank}: could not join the group of {size}: {error}") from error
+        self._unsent: dict[int, deque[memoryview]] = {peer: deque() for peer in self._sockets}
+        self._num_sent = dict.fromkeys(self._sockets, 0)  # small messages that a peer's socket has taken
+
+    def _connect(self, listener: socket.socket, directory: Path) -> None:
+        """Connect to all lower ranks, and let all higher ones connect."""
+        for peer in range(self.rank):
+            connection = socket.socket(socket.AF_UNIX)
+            self._sockets[peer] = connection
+            connection.settimeout(self._timeout_s)
+            connection.connect(str(_address(directory, peer)))
+            connection.sendall(_HELLO.pack(self.rank))
+        listener.settimeout(self._timeout_s)
+        for _ in range(self.rank + 1, self.size):
+            connection, _ = listener.accept()
+            connection.settimeout(self._timeout_s)
+            (peer,) = _HELLO.unpack(connection.recv(_HELLO.size, socket.MSG_WAITALL))
+            self._sockets[peer] = connection
+        for connection in self._sockets.values():
+            connection.setblocking(False)
+        _address(directory, self.rank).unlink()  # everybody who needs it has connected
+
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
+        large_sends = [(peer, tensor) for peer, tensor in sends if tensor.nbytes > SMALL_BYTES]
+        large_recvs = [(peer, tensor) for peer, tensor in recvs if tensor.nbytes > SMALL_BYTES]
+        large = self._large.exchange(large_sends, large_recvs) if large_sends or large_recvs else None
+        outgoing = [(peer, _bytes_of(tensor)) for peer, tensor in sends if 0 < tensor.nbytes <= SMALL_BYTES]
+        incoming = [(peer, _bytes_of(tensor)) for peer, tensor in recvs if 0 < tensor.nbytes <= SMALL_BYTES]
+        num_sent: dict[int, int] = {}  # what `_num_sent` is when the messages of this exchange are on their way
+        for peer, message in outgoing:
+            self._unsent[peer].append(message)
+            num_sent[peer] = self._num_sent[peer] + len(self._unsent[peer])
+            self._send(peer)
+        return _PendingMessages(self, large, num_sent, incoming)
+
+    def close(self) -> None:
+        for connection in self._sockets.values():
+            connection.close()
+        self._large.close()
+
+    # -- for the exchanges under way ---------------------------------------------------------------------------------
+
+    def _send(self, peer: int) -> None:
+        """Give the socket what it takes now of the messages to a peer."""
+        queue = self._unsent[peer]
+        try:
+            while queue:
+                count = self._sockets[peer].send(queue[0])
+                if count < len(queue[0]):
+                    queue[0] = queue[0][count:]
+                else:
+                    queue.popleft()
+                    self._num_sent[peer] += 1
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise CommunicationError(f"rank {self.rank}: send to rank {peer} failed: {error}") from error
+
+    def _receive(self, peer: int, message: memoryview) -> int:
+        """Read what has come of a message from a peer. Returns how many bytes of it."""
+        try:
+            count = self._sockets[peer].recv_into(message)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise CommunicationError(f"rank {self.rank}: receive from rank {peer} failed: {error}") from error
+        if not count:
+            raise CommunicationError(f"rank {self.rank}: receive from rank {peer} failed: it has closed the connection")
+        return count
+
+    def _wait_for(self, readers: Sequence[int], deadline: float) -> None:
+        """Sleep until one of the `readers` has sent something, or anybody can take more."""
+        poller = select.poll()
+        events = dict.fromkeys(readers, select.POLLIN)
+        for peer, queue in self._unsent.items():
+            if queue:
+                events[peer] = events.get(peer, 0) | select.POLLOUT
+        for peer, event in events.items():
+            poller.register(self._sockets[peer], event)
+        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+            waits = [f"{'receive from' if peer in readers else 'send to'} rank {peer}" for peer in sorted(events)]
+            raise CommunicationError(
+                f"rank {self.rank}: {', '.join(waits)} failed: not done within {self._timeout_s:g} s"
+            )
+        for peer, queue in self._unsent.items():
+            if queue:
+                self._send(peer)
+
+
+class _PendingMessages:
+    """An exchange of which some messages may be large and some small."""
+
+    def __init__(
+        self,
+        comm: LocalCommunicator,
+        large: Pending | None,
+        num_sent: dict[int, int],
+        incoming: list[tuple[int, memoryview]],
+    ) -> None:
+        self._comm, self._large, self._num_sent, self._incoming = comm, large, num_sent, incoming
+
+    def wait(self) -> None:
+        comm = self._comm
+        deadline = time.monotonic() + comm._timeout_s
+        unread = self._incoming
+        while True:
+            unread = _receive_all(comm, unread)
+            if not unread and all(comm._num_sent[peer] >= num for peer, num in self._num_sent.items()):
+                break
+            comm._wait_for([peer for peer, _ in unread], deadline)
+        if self._large is not None:
+            self._large.wait()
+
+
+def _receive_all(comm: LocalCommunicator, unread: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
+    """Read what has come. Returns what has not, in order."""
+    rest: list[tuple[int, memoryview]] = []
+    blocked: set[int] = set()  # a peer's second message is behind its first
+    for peer, message in unread:
+        count = 0 if peer in blocked else comm._receive(peer, message)
+        if count < len(message):
+            blocked.add(peer)
+            rest.append((peer, message[count:]))
+    return rest
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _address(directory: Path, rank: int) -> Path:
+    return directory / f"peer-{rank}"

@@ -1,0 +1,267 @@
+"""The engine behind an event loop: requests come in at any moment, tokens go out as they come.
+
+Holds one thread that runs the engine, and the streams that it feeds. Must not know text or HTTP.
+Read next: `longspan.server`, which uses it; `longspan.engine.engine`, which it drives.
+
+Note: one queue
+    The engine thread sleeps on a single queue. New requests, cancels and finished plans all arrive there, so a request
+    that arrives while ranks 0 and 1 run a long chunk starts at once on an idle rank 2.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from longspan.engine.engine import Engine
+from longspan.errors import LongspanError
+from longspan.plan.types import PlanResult
+from longspan.scheduler.request import Constraint, Request
+from longspan.types import FinishReason, SamplingParams, TokenLogprobs
+
+CHECK_INLINE_TOKENS = 10_000
+"""Prompts longer than this are checked and hashed in a thread: a million tokens take more than 100 ms."""
+
+
+class QueueFullError(LongspanError):
+    """As many requests wait as may."""
+
+    def __init__(self, num_waiting: int, limit: int) -> None:
+        super().__init__(f"{num_waiting} requests wait, legal is at most {limit}; try again later")
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one step did for one request."""
+
+    token_ids: list[int]
+    """New tokens; empty while the prompt is being computed."""
+    logprobs: list[TokenLogprobs]
+    """One per new token, if asked for."""
+    num_prefilled: int
+    """Prompt tokens computed or found in the cache so far."""
+    num_cached: int
+    """Prompt tokens that were found in the cache."""
+    finish_reason: FinishReason | None
+    prompt_logprobs: list[TokenLogprobs] | None
+    """With the first token, if asked for: one per prompt token but the first."""
+
+
+class RequestStream:
+    """The updates of one request, in order. Read it from the event loop that submitted the request."""
+
+    def __init__(self, engine: "AsyncEngine", prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        self._engine = engine
+        self.prompt_token_ids, self.params = prompt_token_ids, params
+        self._loop = asyncio.get_running_loop()
+        self._updates: asyncio.Queue[Update | LongspanError] = asyncio.Queue()
+        self._ended = False
+        # The engine thread's own:
+        self._request: Request | None = None
+        self._num_read = 0
+
+    def __aiter__(self) -> AsyncIterator[Update]:
+        return self
+
+    async def __anext__(self) -> Update:
+        """The next update; the one with a `finish_reason` is the last.
+
+        Raises:
+            LongspanError: the engine failed or was closed before the request ended.
+        """
+        if self._ended:
+            raise StopAsyncIteration
+        update = await self._updates.get()
+        if isinstance(update, LongspanError):
+            self._ended = True
+            raise update
+        self._ended = update.finish_reason is not None
+        return update
+
+    def cancel(self) -> None:
+        """Nobody waits for the rest: free its pages before the next step that would have computed it.
+
+        May be called at any time and from any thread; after the end it does nothing.
+        """
+        self._ended = True
+        self._engine._events.put(lambda: self._engine._cancel(self))
+
+
+class AsyncEngine:
+    """Requests from an event loop to an `Engine`, which it owns. `submit` and `close` belong to the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_queued_requests: int | None = None,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """Start the engine's thread.
+
+        Args:
+            engine: from now on used by this object alone.
+            max_queued_requests: most requests that wait for admission; None admits any number.
+            on_failure: called once, from the engine's thread, when the ranks have failed and no request can be served.
+        """
+        self.engine = engine
+        self._max_queued_requests = max_queued_requests
+        self._on_failure = on_failure
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[int, RequestStream] = {}  # the engine thread's own
+        self._num_arriving = 0  # submitted, not yet seen by the engine's thread; guarded by _lock
+        self._lock = threading.Lock()
+        self.failure: BaseException | None = None
+        """What made the ranks fail."""
+        self._done: list[Future[PlanResult]] = []
+        self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
+        self._thread.start()
+
+    # -- the event loop's side ---------------------------------------------------------------------------------------
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+        scheduler = self.engine.scheduler
+        return self._num_arriving + len(scheduler.waiting) + len(scheduler.running)
+
+    async def submit(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, constraint: Constraint | None = None
+    ) -> RequestStream:
+        """Queue a request.
+
+        Raises:
+            ConfigError, CapacityError: as `Scheduler.check_request`.
+            QueueFullError: too many requests wait.
+            LongspanError: the engine has failed or is closed.
+        """
+        self._check_alive()
+        num_waiting = self._num_arriving + len(self.engine.scheduler.waiting)
+        if self._max_queued_requests is not None and num_waiting >= self._max_queued_requests:
+            raise QueueFullError(num_waiting, self._max_queued_requests)
+        with self._lock:
+            self._num_arriving += 1
+        try:
+            check = self.engine.scheduler.check_request
+            if len(prompt_token_ids) > CHECK_INLINE_TOKENS:
+                await asyncio.to_thread(check, prompt_token_ids, params)
+            else:
+                check(prompt_token_ids, params)
+            self._check_alive()
+        except BaseException:
+            with self._lock:
+                self._num_arriving -= 1
+            raise
+        stream = RequestStream(self, prompt_token_ids, params)
+        self._events.put(lambda: self._add(stream, constraint))
+        return stream
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise LongspanError(f"the ranks have failed: {self.failure}")
+        if not self._thread.is_alive():
+            raise LongspanError("the engine is closed")
+
+    def close(self) -> None:
+        """End all requests and the ranks. Blocks until they are gone. May be called twice."""
+        self._events.put(None)
+        self._thread.join()
+        self.engine.close()
+
+    # -- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: BaseException = LongspanError("the engine is closed")
+        try:
+            while True:
+                event: Callable[[], None] | None = self._events.get()
+                while event is not None:  # everything that has come, before the next plans are made
+                    event()
+                    try:
+                        event = self._events.get_nowait()
+                    except queue.Empty:
+                        break
+                if event is None:
+                    break
+                done, self._done = self._done, []
+                self._deliver(self.engine.take_in(done))
+                for future in self.engine.submit_plans():
+                    future.add_done_callback(self._plan_done)
+        except Exception as failure:
+            error = self.failure = failure
+            if self._on_failure is not None:
+                self._on_failure(failure)
+        with self._lock:
+            streams, self._streams = list(self._streams.values()), {}
+        while True:  # requests that came too late are told so as well
+            try:
+                late = self._events.get_nowait()
+            except queue.Empty:
+                break
+            if late is not None:
+                late()
+        streams += self._streams.values()
+        for stream in streams:
+            reason = error if isinstance(error, LongspanError) else LongspanError(f"the engine failed: {error}")
+            _call_soon(stream, reason)
+
+    def _plan_done(self, future: "Future[PlanResult]") -> None:
+        """In whatever thread completed the plan."""
+        self._events.put(lambda: self._done.append(future))
+
+    def _add(self, stream: RequestStream, constraint: Constraint | None) -> None:
+        with self._lock:
+            self._num_arriving -= 1
+        try:
+            stream._request = self.engine.add_request(
+                stream.prompt_token_ids, stream.params, constraint=constraint, is_checked=True
+            )
+        except LongspanError as error:
+            _call_soon(stream, error)
+            return
+        self._streams[stream._request.request_id] = stream
+
+    def _cancel(self, stream: RequestStream) -> None:
+        request = stream._request
+        if request is not None and self._streams.pop(request.request_id, None) is not None:
+            self.engine.abort(request)
+
+    def _deliver(self, advanced: Sequence[Request]) -> None:
+        """One call into every event loop per step, whatever the number of requests."""
+        updates: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Update]]] = {}
+        for request in advanced:
+            stream = self._streams.get(request.request_id)
+            if stream is None:
+                continue
+            first, stream._num_read = stream._num_read, request.num_generated
+            update = Update(
+                token_ids=request.token_ids[request.prompt_len + first :],
+                logprobs=request.logprobs[first:],
+                num_prefilled=min(request.num_computed, request.prompt_len),
+                num_cached=request.num_cached,
+                finish_reason=request.finish_reason,
+                prompt_logprobs=request.prompt_logprobs if first == 0 < request.num_generated else None,
+            )
+            updates.setdefault(stream._loop, []).append((stream, update))
+            if request.finish_reason is not None:
+                del self._streams[request.request_id]
+        for loop, found in updates.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, found)
+            except RuntimeError:  # that loop has closed; nobody waits
+                for stream, _ in found:
+                    self._cancel(stream)
+
+
+def _put_all(updates: Sequence[tuple[RequestStream, Update]]) -> None:
+    for stream, update in updates:
+        stream._updates.put_nowait(update)
+
+
+def _call_soon(stream: RequestStream, error: LongspanError) -> None:
+    try:
+        stream._loop.call_soon_threadsafe(stream._updates.put_nowait, error)
+    except RuntimeError:  # the loop has closed
+        return
