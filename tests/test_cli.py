@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from longspan.cli.estimate import time_left_s
 from longspan.cli.generate import read_prompt
 from longspan.config import EngineConfig, parse_size
+from longspan.engine.estimate import time_left_s
 from longspan.engine.memory import _memory_bytes, kv_cache_memory
 from longspan.errors import ConfigError
 from longspan.llm import CompletionOutput, RequestOutput
@@ -393,8 +393,8 @@ def test_rejects_local_attention_over_several_ranks(longspan, placement, option)
 
 
 def test_rejects_commands_that_do_not_exist(longspan):
-    assert_refused(longspan(), "command", "legal is generate")
-    assert_refused(longspan("serve"), "serve")
+    assert_refused(longspan(), "command", "legal is generate, serve")
+    assert_refused(longspan("compute"), "compute")
     assert_refused(longspan("generate"), "MODEL")
 
 

@@ -4,14 +4,30 @@ import itertools
 import math
 from collections import Counter
 
+import msgspec
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from longspan.errors import ConfigError, LongspanError
 from longspan.plan.types import SampleRow
+from longspan.scheduler.request import Request
+from longspan.scheduler.sampling import sample_row
 from longspan.types import FinishReason, SamplingParams
 from longspan.worker.sampler import sample, token_logprobs, uniform
-from tiny_models import VOCAB_SIZE, greedy, load_reference, random_prompt, run_requests, tiny_model
+from tiny_models import (
+    NEAR_TIE,
+    VOCAB_SIZE,
+    greedy,
+    load_reference,
+    random_prompt,
+    run_all,
+    run_requests,
+    tiny_engine,
+    tiny_model,
+)
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 1.0, 0.0, 0.4])
 
@@ -132,6 +148,202 @@ def test_logprobs_name_the_token_its_rank_and_the_best():
     assert none.top == ()
     (everything,) = token_logprobs(LOGITS[None], torch.tensor([5]), 1000)
     assert len(everything.top) == 8
+
+
+# ------------------------------------------------------------------------------------------------ biases and penalties
+
+
+def bits(token_ids, size=0):
+    """Bit i % 8 of byte i // 8, in as many bytes as needed for `size` tokens."""
+    mask = bytearray(max([size, *(i + 1 for i in token_ids)]) + 7 >> 3)
+    for token_id in token_ids:
+        mask[token_id // 8] |= 1 << token_id % 8
+    return bytes(mask)
+
+
+def naive_logits(logits, row):
+    """One rule after the other, token by token, in float64."""
+    changed = np.array([float(logit) for logit in logits])
+    for i in range(len(changed)):
+        if row.allowed is not None and not (i // 8 < len(row.allowed) and row.allowed[i // 8] >> i % 8 & 1):
+            changed[i] = -np.inf
+        if i in row.banned_token_ids:
+            changed[i] = -np.inf
+        changed[i] += dict(row.logit_bias).get(i, 0.0)
+        if row.seen is not None and i // 8 < len(row.seen) and row.seen[i // 8] >> i % 8 & 1:
+            positive = changed[i] > 0
+            changed[i] = changed[i] / row.repetition_penalty if positive else changed[i] * row.repetition_penalty
+        if i in row.generated_token_ids:
+            count = row.generated_counts[row.generated_token_ids.index(i)]
+            changed[i] -= row.frequency_penalty * count + row.presence_penalty
+    return changed
+
+
+NUM_TOKENS = 21
+TOKEN_IDS = st.lists(st.integers(0, NUM_TOKENS - 1), unique=True, max_size=NUM_TOKENS)
+
+
+@st.composite
+def rows_with_rules(draw):
+    """A row in which every rule may or may not be used, and something is allowed."""
+    generated = draw(TOKEN_IDS)
+    allowed = draw(st.none() | TOKEN_IDS.filter(bool))
+    banned = draw(TOKEN_IDS.filter(lambda ids: set(range(NUM_TOKENS) if allowed is None else allowed) - set(ids)))
+    uses_repetition = draw(st.booleans())
+    return row(
+        draw(st.integers(0, 1000)),
+        banned_token_ids=tuple(banned),
+        allowed=None if allowed is None else bits(allowed, draw(st.sampled_from([0, NUM_TOKENS, 32]))),
+        logit_bias=tuple((i, draw(st.floats(-100, 100))) for i in draw(TOKEN_IDS)),
+        repetition_penalty=draw(st.floats(0.1, 10)) if uses_repetition else 1.0,
+        seen=bits(draw(TOKEN_IDS)) if uses_repetition else None,
+        presence_penalty=draw(st.floats(-2, 2)),
+        frequency_penalty=draw(st.floats(-2, 2)),
+        generated_token_ids=tuple(generated),
+        generated_counts=tuple(draw(st.integers(1, 50)) for _ in generated),
+    )
+
+
+@given(row=rows_with_rules(), seed=st.integers(0, 2**32 - 1))
+def test_every_rule_is_that_of_a_naive_model(row, seed):
+    """Greedy takes the best changed logit, a draw follows the changed distribution; the logits stay as they are."""
+    logits = np.random.default_rng(seed).normal(0, 5, NUM_TOKENS)
+    given_logits = torch.tensor(logits)
+    expected = naive_logits(logits, row)
+    taken = sample(given_logits, msgspec.structs.replace(row, temperature=0.0))
+    assert expected[taken] >= expected.max() - 1e-9 * max(1, abs(expected.max()))
+    weights = np.exp(expected - expected.max())
+    order = np.argsort(-weights, kind="stable")
+    cumulative = np.cumsum(weights[order] / weights.sum())
+    drawn = uniform(row.seed, row.position + 1)
+    if abs(cumulative - drawn).min() > 1e-9:
+        assert sample(given_logits, row) == order[np.searchsorted(cumulative, drawn, side="right")]
+    assert given_logits.tolist() == logits.tolist()
+
+
+def test_rules_come_in_the_documented_order():
+    """The sign is looked at after the bias and before counts; nothing brings a forbidden token back."""
+    bias_first = row(temperature=0.0, logit_bias=((1, -0.9),), repetition_penalty=10.0, seen=bits([1]))
+    assert sample(torch.tensor([-1.0, 0.4]), bias_first) == 0  # (0.4 - 0.9) * 10 = -5, not 0.4 / 10 - 0.9 = -0.86
+    counts_last = row(
+        temperature=0.0,
+        repetition_penalty=4.0,
+        seen=bits([1]),
+        presence_penalty=0.5,
+        generated_token_ids=(1,),
+        generated_counts=(1,),
+    )
+    assert sample(torch.tensor([0.0, 1.0]), counts_last) == 0  # 1 / 4 - 0.5 = -0.25, not (1 - 0.5) / 4 = 0.125
+    for forbidden in ({"allowed": bits([3])}, {"banned_token_ids": (0, 1, 2, 4, 5, 6, 7)}):
+        assert sample(LOGITS, row(temperature=0.0, logit_bias=((0, 100.0),), **forbidden)) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"allowed": bytes(1)},
+        {"allowed": b""},
+        {"banned_token_ids": tuple(range(8))},
+        {"allowed": bits([1, 2]), "banned_token_ids": (1, 2), "logit_bias": ((1, 100.0),)},
+    ],
+    ids=str,
+)
+def test_rejects_a_row_in_which_everything_is_forbidden(rules, temperature):
+    with pytest.raises(LongspanError, match="request 0: no token is allowed after position 9"):
+        sample(LOGITS, row(9, temperature=temperature, **rules))
+
+
+def test_rejects_a_row_whose_allowed_tokens_all_have_logits_of_minus_infinity():
+    logits = LOGITS.clone()
+    logits[[1, 2]] = -torch.inf
+    with pytest.raises(LongspanError, match="no token is allowed"):
+        sample(logits, row(allowed=bits([1, 2])))
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-200, 1e308])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5e-324])
+def test_an_extreme_repetition_penalty_gives_a_token_all_the_same(penalty, temperature):
+    logits = LOGITS.clone()
+    logits[7] = -torch.inf
+    penalised = row(temperature=temperature, repetition_penalty=penalty, seen=bits(range(8)))
+    assert {sample(logits, msgspec.structs.replace(penalised, position=i)) for i in range(20)} <= set(range(7))
+
+
+def request_of(prompt, **params):
+    return Request(0, SamplingParams(max_tokens=1000, **params), 1, list(prompt), len(prompt), ())
+
+
+@given(
+    prompt=st.lists(st.integers(0, 300), min_size=1),
+    output=st.lists(st.integers(0, 300)),
+    asked_from=st.integers(0, 10),
+)
+def test_counts_are_kept_up_to_date_whenever_they_are_first_asked_for(prompt, output, asked_from):
+    request = request_of(prompt, presence_penalty=1.0, repetition_penalty=2.0)
+    for i, token_id in enumerate([*output, 0]):
+        if i >= asked_from:
+            row = sample_row(request, len(request.token_ids) - 1)
+            counts = dict(zip(row.generated_token_ids, row.generated_counts, strict=True))
+            assert counts == Counter(request.output_token_ids)
+            assert row.seen == bits(request.token_ids)
+        request.add_token(token_id, None)
+
+
+def test_a_long_prompt_is_read_once_and_only_for_a_repetition_penalty():
+    class Watched(list):
+        num_reads = 0
+
+        def __iter__(self):
+            Watched.num_reads += 1
+            return super().__iter__()
+
+    for params, num_reads in (({}, 0), ({"presence_penalty": 1.0}, 0), ({"repetition_penalty": 1.5}, 2)):
+        Watched.num_reads = 0
+        request = request_of(range(200), **params)
+        request.token_ids = Watched(request.token_ids)
+        for token_id in range(20):
+            sample_row(request, len(request.token_ids) - 1)
+            request.add_token(token_id, None)
+        assert Watched.num_reads == num_reads
+
+
+def test_a_row_without_rules_is_small_and_any_row_survives_its_message():
+    plain = sample_row(request_of([1, 2, 3]), 2)
+    assert (plain.allowed, plain.seen, plain.generated_token_ids, plain.logit_bias) == (None, None, (), ())
+    request = request_of(
+        [1, 2, 3], presence_penalty=1, frequency_penalty=-1, repetition_penalty=2, logit_bias={5: 1, 6: -2.5}
+    )
+    request.add_token(9, None)
+    full = sample_row(request, 3)
+    assert full.generated_token_ids == (9,)
+    for sent in (plain, full, msgspec.structs.replace(plain, allowed=b"\xff\x00\x80")):
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=SampleRow) == sent
+
+
+class OnlyThese:
+    """A constraint that allows given tokens, one set after the other, and breaks after the last."""
+
+    def __init__(self, *allowed):
+        self.left = list(allowed)
+        self.accepted = []
+
+    def allowed(self):
+        return bits(self.left[0])
+
+    def accept(self, token_id):
+        self.accepted.append(token_id)
+        self.left.pop(0)
+        if not self.left:
+            raise LongspanError("nothing can follow")
+
+
+def test_min_tokens_yields_where_the_constraint_allows_nothing_but_an_end():
+    for allowed, banned in (({3}, ()), ({3, 4}, ()), ({3, 5}, (3, 4)), ({5}, (3, 4))):
+        request = request_of([1], min_tokens=5, stop_token_ids=[4])
+        request.eos_token_ids, request.constraint = (3,), OnlyThese(allowed)
+        row = sample_row(request, 0)
+        assert (row.banned_token_ids, row.allowed) == (banned, bits(allowed))
 
 
 # ------------------------------------------------------------------------------------------------ through the engine
@@ -256,6 +468,99 @@ def test_prompt_logprobs_of_one_token_are_none_at_all(model):
     assert request.prompt_logprobs == []
 
 
+LAYOUT = {"placement": "striped", "page_size": 4, "stripe_size": 8, "max_num_batched_tokens": 24}
+
+
+@torch.inference_mode()
+def test_the_repetition_penalty_is_that_of_transformers_on_any_number_of_ranks(model):
+    def reference(seed):
+        prompt = random_prompt(61, seed)
+        output = load_reference(model.path).generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=40,
+            do_sample=False,
+            eos_token_id=None,
+            repetition_penalty=1.4,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        best = torch.cat(output.scores).topk(2).values
+        return prompt, output.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).min()
+
+    prompt, expected, _ = next(found for found in map(reference, range(8)) if found[2] > NEAR_TIE)
+    plain = SamplingParams(max_tokens=40, ignore_eos=True)
+    penalised = msgspec.structs.replace(plain, repetition_penalty=1.4)
+    for options in ({}, {"context_parallel_size": 2, **LAYOUT}, {"context_parallel_size": 3, **LAYOUT}):
+        assert outputs(model, [prompt, prompt], [penalised, plain], **options)[0] == expected
+    assert outputs(model, [prompt], plain)[0] != expected
+
+
+@torch.inference_mode()
+def test_bias_and_penalties_are_those_of_a_naive_loop_on_any_number_of_ranks(model):
+    values = {"presence_penalty": 1.5, "frequency_penalty": 0.75, "repetition_penalty": 1.2}
+    bias = {7: 1.5, 8: 1.5, 299: -100}
+    reference = load_reference(model.path)
+
+    def naive(seed):
+        token_ids, margin = random_prompt(31, seed), math.inf
+        for _ in range(25):
+            logits = reference(torch.tensor([token_ids])).logits[0, -1]
+            counts = Counter(token_ids[31:])
+            changed = naive_logits(
+                logits,
+                row(
+                    logit_bias=tuple(bias.items()),
+                    seen=bits(token_ids),
+                    generated_token_ids=tuple(counts),
+                    generated_counts=tuple(counts.values()),
+                    **values,
+                ),
+            )
+            second, best = np.sort(changed)[-2:]
+            margin = min(margin, best - second)
+            token_ids.append(int(changed.argmax()))
+        return token_ids, margin
+
+    token_ids, _ = next(found for found in map(naive, range(8)) if found[1] > NEAR_TIE)
+    params = SamplingParams(max_tokens=25, ignore_eos=True, logit_bias=bias, **values)
+    sampled = msgspec.structs.replace(params, temperature=1.0, seed=3)
+    alone = outputs(model, [token_ids[:31]] * 2, [params, sampled])
+    assert alone[0] == token_ids[31:]
+    assert outputs(model, [token_ids[:31]] * 2, [params, sampled], context_parallel_size=2, **LAYOUT) == alone
+
+
+def test_a_large_bias_decides_and_leaves_logprobs_alone(model):
+    prompt = random_prompt(20, 1)
+    params = SamplingParams(max_tokens=3, ignore_eos=True, logit_bias=[[17, 100]], logprobs=0)
+    (request,) = run_requests(model, [(prompt, params)])
+    assert request.output_token_ids == [17, 17, 17]
+    assert all(found.logprob < -0.5 and found.rank > 1 for found in request.logprobs)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_constraint_decides_and_one_that_breaks_ends_its_request_alone(model, num_ranks):
+    prompt = model.references[1].prompt
+    broken, whole = OnlyThese({5, 6}, {7}, {8}), OnlyThese({5, 6}, {7}, {8}, {9}, {2})
+    with tiny_engine(model, context_parallel_size=num_ranks, **LAYOUT) as engine:
+        requests = [
+            engine.add_request(prompt, greedy(10), constraint=broken),
+            engine.add_request(prompt, SamplingParams(max_tokens=10), constraint=whole),
+            engine.add_request(prompt, greedy(10)),
+        ]
+        run_all(engine)
+    first = requests[0].output_token_ids[0]
+    assert first in (5, 6)
+    assert [request.output_token_ids for request in requests] == [
+        [first, 7, 8],
+        [first, 7, 8, 9, 2],
+        model.references[1].token_ids[:10],
+    ]
+    assert [request.finish_reason for request in requests] == ["error", "stop", "length"]
+    assert [request.error for request in requests] == ["nothing can follow", None, None]
+    assert whole.accepted == [first, 7, 8, 9]  # the request does not go on after the end token
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -280,6 +585,40 @@ def test_prompt_logprobs_of_one_token_are_none_at_all(model):
         ("top_k", 1.5, "a whole number from 0 (0 keeps all)"),
         ("min_p", 1.5, "a number from 0 to 1"),
         ("min_p", -0.5, "a number from 0 to 1"),
+        *(
+            (field, value, "a number from -2 to 2")
+            for field in ("presence_penalty", "frequency_penalty")
+            for value in (-2.1, 2.5, math.nan, math.inf, True, None, "1")
+        ),
+        *(
+            ("repetition_penalty", value, "a finite number above 0 (1 changes nothing)")
+            for value in (0, -1.0, math.nan, math.inf, True, None, "1")
+        ),
+        *(
+            ("logit_bias", value, "pairs of a token id, each at most once, and a number from -100 to 100")
+            for value in (
+                {-1: 0.0},
+                {1.0: 0.0},
+                {True: 0.0},
+                {"1": 0.0},
+                {1: 100.5},
+                {1: -101},
+                {1: math.nan},
+                {1: True},
+                {1: None},
+                ((1, 0.0), (1, 0.0)),
+                ((1, 0.0, 0.0),),
+                ((1,),),
+                (1, 0.0),
+                5,
+                None,
+                "1",
+            )
+        ),
+        *(
+            ("json_schema", value, "None or JSON text of an object")
+            for value in ("", "{", "{'a': 1}", "[]", "true", "5", "null", '{"minimum": NaN}', "[" * 5000, {}, b"{}", 5)
+        ),
         ("seed", -1, "None or a whole number from 0 to 2**63 - 1"),
         ("seed", 2**63, "None or a whole number from 0 to 2**63 - 1"),
         ("seed", True, "None or a whole number from 0 to 2**63 - 1"),
@@ -301,7 +640,32 @@ def test_rejects_illegal_values_with_field_value_and_range(field, value, legal):
         SamplingParams(**{field: value})
     received = (value,) if field == "stop" and isinstance(value, str) else value
     received = tuple(received) if isinstance(received, list) else received
-    assert str(caught.value) == f"{field}: got {received!r}, legal is {legal}"
+    received = tuple(received.items()) if field == "logit_bias" and isinstance(received, dict) else received
+    shown = repr(received) if len(repr(received)) <= 200 else f"{received!r:.200}..."
+    assert str(caught.value) == f"{field}: got {shown}, legal is {legal}"
+
+
+def test_rejects_to_ignore_the_end_of_a_complete_output():
+    with pytest.raises(ConfigError, match="ignore_eos: got True, legal is false with json_schema: only an end token"):
+        SamplingParams(ignore_eos=True, json_schema="{}")
+
+
+def test_rejects_biases_outside_the_vocabulary(model):
+    with pytest.raises(ConfigError, match=f"token id: got {VOCAB_SIZE}, legal is 0 to {VOCAB_SIZE - 1}"):
+        run_requests(model, [([5], SamplingParams(logit_bias={VOCAB_SIZE: 1}))])
+
+
+def test_rejects_to_ban_all_tokens(model):
+    everything = list(range(VOCAB_SIZE))
+    with pytest.raises(ConfigError, match="stop_token_ids: got all tokens of the model"):
+        run_requests(model, [([5], SamplingParams(stop_token_ids=everything, min_tokens=1))])
+    (request,) = run_requests(model, [([5], SamplingParams(stop_token_ids=everything))])
+    assert request.finish_reason is FinishReason.STOP
+
+
+def test_rejects_a_schema_without_its_constraint(model):
+    with pytest.raises(ConfigError, match="json_schema: got no constraint with it"):
+        run_requests(model, [([5], SamplingParams(json_schema="{}"))])
 
 
 def test_rejects_stop_tokens_outside_the_vocabulary(model):
@@ -310,5 +674,6 @@ def test_rejects_stop_tokens_outside_the_vocabulary(model):
 
 
 def test_lists_are_taken_for_tuples():
-    params = SamplingParams(stop="a", stop_token_ids=[1, 2])
-    assert (params.stop, params.stop_token_ids) == (("a",), (1, 2))
+    params = SamplingParams(stop="a", stop_token_ids=[1, 2], logit_bias=[[3, 1.5], (4, 0)])
+    assert (params.stop, params.stop_token_ids, params.logit_bias) == (("a",), (1, 2), ((3, 1.5), (4, 0)))
+    assert SamplingParams(logit_bias={3: 1.5}) == SamplingParams(logit_bias=((3, 1.5),))

@@ -6,6 +6,7 @@ driver and workers. Plans finish in random order. No torch.
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ import pytest
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError, ConfigError
 from longspan.kvcache.capacity import pool_pages
-from longspan.plan.types import Literals, Plan, PlanResult, RankResult, SampledToken, ScoredRun
+from longspan.plan.types import Literals, PageCopy, Plan, PlanResult, RankResult, SampledToken, ScoredRun
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.pages import PageTable
@@ -70,8 +71,8 @@ class FakeRanks:
     """[rank][KV group][request]"""
     in_flight: dict[int, Plan] = field(default_factory=dict)
     plans: list[Plan] = field(default_factory=list)
-    written: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
-    """(KV group, rank, row) to (request, position): whose key lies there."""
+    written: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
+    """(KV group, rank, row) to the tokens up to the one whose key lies there: what the key depends on."""
 
     def __post_init__(self) -> None:
         groups = self.scheduler.model.kv_groups
@@ -90,6 +91,8 @@ class FakeRanks:
             tokens[run.compute_rank] += run.num_tokens
         assert max(tokens.values()) <= config.max_num_batched_tokens
         assert sum(tokens.values()) > 0
+        for copy in plan.page_copies:
+            self._copy(plan, copy)
         for rank in plan.ranks:
             self._apply(plan, rank)
         self._check_tables(plan)
@@ -97,6 +100,14 @@ class FakeRanks:
         self._check_keys(plan)
         self.in_flight[plan.plan_id] = plan
         self.plans.append(plan)
+
+    def _copy(self, plan: Plan, copy: PageCopy) -> None:
+        source, target, size = copy.source, copy.target, self.scheduler.config.page_size
+        assert {source.rank, target.rank} <= set(plan.ranks)
+        assert source.num_pages == target.num_pages
+        for i in range(source.num_pages * size):
+            key = self.written[copy.group_idx, source.rank, source.slot * size + i]
+            self.written[copy.group_idx, target.rank, target.slot * size + i] = key
 
     def _apply(self, plan: Plan, rank: int) -> None:
         """As `ModelRunner` does."""
@@ -111,7 +122,7 @@ class FakeRanks:
             tables[delta.request_id].apply(list(delta.added))
 
     def _check_tables(self, plan: Plan) -> None:
-        """Every rank of the plan knows the scheduler's tables of the plan's requests; no page has two owners."""
+        """Every rank of the plan knows the scheduler's tables of the plan's requests; every owner of a page counts."""
         requests = {request.request_id: request for request in self.scheduler.running}
         for request_id in {run.request_id for run in plan.query_runs}:
             for group_idx, table in enumerate(requests[request_id].tables):
@@ -119,16 +130,22 @@ class FakeRanks:
                 for rank in plan.ranks:
                     mirror = self.mirrors[rank][group_idx][request_id]
                     assert runs_from(mirror, first) == table.runs, f"rank {rank} missed something"
-        pages = [
+        pages = Counter(
             (group_idx, run.rank, run.slot + i)
             for request in requests.values()
             for group_idx, table in enumerate(request.tables)
-            for run in table.runs
+            for run in (*table.runs, *(copy.source for copy in request.copies if copy.group_idx == group_idx))
             for i in range(run.num_pages)
-        ]
-        assert len(set(pages)) == len(pages), "a page belongs to two requests"
-        for group_idx, rank, slot in pages:
-            assert 0 <= slot < self.scheduler.memory.allocators[rank][group_idx].num_pages
+        )
+        for (group_idx, rank, slot), owners in pages.items():
+            allocator = self.scheduler.memory.allocators[rank][group_idx]
+            assert 0 <= slot < allocator.num_pages
+            assert not allocator.is_idle(slot)
+            assert allocator._slots.references(slot) == owners
+        used = Counter((group_idx, rank) for group_idx, rank, _ in pages)
+        for rank, allocators in enumerate(self.scheduler.memory.allocators):
+            for group_idx, allocator in enumerate(allocators):
+                assert allocator.num_used == used[group_idx, rank], "a page without an owner is not free"
 
     def _check_requests(self, plan: Plan) -> None:
         """Runs continue where the request stands, with its tokens; who computes a token stores it, in every group."""
@@ -143,7 +160,10 @@ class FakeRanks:
             starts[run.request_id] = run.end
             for table in request.tables:
                 assert table.owners(run.position, run.end) == [(run.compute_rank, run.position, run.end)]
-            assert request.phase is plan.phase
+        phases = {requests[request_id].phase for request_id in starts}
+        assert plan.phase is (Phase.PREFILL if Phase.PREFILL in phases else Phase.DECODE)
+        moving = {s.request_id for step in plan.groups for s in step.segments if s.query_rank != s.key_rank}
+        assert len({requests[request_id].phase for request_id in moving}) <= 1, "one strategy for two phases"
         to_sample = {r for r, end in starts.items() if end == len(requests[r].token_ids)}
         assert [(row.request_id, row.position) for row in plan.samples] == [
             (r, starts[r] - 1) for r in starts if r in to_sample
@@ -168,7 +188,8 @@ class FakeRanks:
                 table = requests[run.request_id].tables[group_idx]
                 for keys in table.key_runs(run.compute_rank, run.position, run.end):
                     for i in range(keys.num_tokens):
-                        self.written[group_idx, run.compute_rank, keys.row + i] = (run.request_id, keys.position + i)
+                        tokens = requests[run.request_id].token_ids[: keys.position + i + 1]
+                        self.written[group_idx, run.compute_rank, keys.row + i] = tuple(tokens)
             seen: dict[int, tuple[int, int]] = {}  # per request, hull of the keys seen
             for run in plan.query_runs:
                 start = 0 if group.spec.window is None else max(0, run.position - group.spec.window + 1)
@@ -180,8 +201,9 @@ class FakeRanks:
                     for keys in self.mirrors[rank][group_idx][request_id].key_runs(rank, start, end):
                         for i in range(keys.num_tokens):
                             found += 1
-                            owner = self.written[group_idx, rank, keys.row + i]
-                            assert owner == (request_id, keys.position + i), "another request wrote over a key"
+                            tokens = requests[request_id].token_ids[: keys.position + i + 1]
+                            key = self.written[group_idx, rank, keys.row + i]
+                            assert key == tuple(tokens), "not the key of this token behind these tokens"
                 assert found == end - start, "the plan leaves out a rank that stores keys"
             step = plan.groups[group_idx]
             assert {rank for s in step.segments for rank in (s.query_rank, s.key_rank)} <= set(plan.ranks)
@@ -204,7 +226,7 @@ class FakeRanks:
                 for s in plan.scores
                 if any(run.request_id == s.request_id and run.position <= s.position < run.end for run in mine)
             )
-            results.append(RankResult(plan.plan_id, rank, sampled, scored, 0, 0))
+            results.append(RankResult(plan.plan_id, rank, sampled, scored, 0, 0, step_s=self.rng.uniform(0.001, 1.0)))
         assert sum(len(r.sampled) for r in results) == len(plan.samples), "one rank samples each row"
         assert sum(len(r.scored) for r in results) == len(plan.scores)
         self.rng.shuffle(results)
@@ -240,11 +262,13 @@ def assert_all_free(scheduler: Scheduler) -> None:
     scheduler.memory.check_integrity()
     for rank, allocators in enumerate(scheduler.memory.allocators):
         for allocator in allocators:
-            assert allocator.num_free == allocator.num_pages, f"rank {rank} lost pages"
-    assert all(pages == 0 for rank in scheduler.memory._reserved for pages in rank)
+            assert allocator.num_used == 0, f"rank {rank} lost pages"
+            assert allocator.num_available == allocator.num_pages
+    assert all(pages == 0 for rank in scheduler.memory._promised for pages in rank)
     assert not scheduler._in_flight
     assert not scheduler._busy
     assert not scheduler._by_id
+    assert not scheduler._cancelled
 
 
 def check_finished(request: Request) -> None:
@@ -281,32 +305,39 @@ class Scenario:
             max_num_seqs=rng.choice([1, 2, 5, 64]),
             placement=rng.choice(["auto", "auto", "packed", "striped", "spill"]),
             strategy=rng.choice(["auto", "pass_q", "pass_kv", "gather_kv"]),
+            max_step_ms=rng.choice([None, None, 1, 100]),
+            enable_prefix_caching=rng.random() < 0.8,
         )
         windows = rng.choice([[None], [None], [None, 5], [None, 20, 3], [7], [1, 30]])
         model = make_model(*windows)
         needed = max(64, *(w + 2 * config.max_num_batched_tokens + 4 * page_size for w in windows if w), 0)
-        scheduler = make_scheduler(model, config, rng.choice([needed, 2 * needed, 600]))
+        scheduler = make_scheduler(model, config, rng.choice([needed, needed, 2 * needed, 600]))
         ranks = FakeRanks(scheduler, rng)
         requests: list[Request] = []
-        left = 14
+        texts = [[rng.randrange(VOCAB) for _ in range(200)] for _ in range(3)]  # prompts start alike
+        left = 16
         while left or scheduler.has_requests:
-            while left and rng.random() < 0.4:
+            while left and rng.random() < 0.6:
                 left -= 1
                 params = SamplingParams(
-                    max_tokens=(max_tokens := rng.choice([1, 1, 2, 9, 30])),
+                    max_tokens=(max_tokens := rng.choice([1, 1, 2, 9, 30, 60])),
                     min_tokens=rng.choice([0, 0, min(2, max_tokens)]),
                     seed=rng.randrange(1000),
                     ignore_eos=rng.random() < 0.3,
                     stop_token_ids=rng.choice([(), (3, 4)]),
                     prompt_logprobs=rng.choice([None, None, 0]),
                 )
-                prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 5, 16, 17, rng.randint(1, 150)]))]
+                length = rng.choice([1, 2, 5, 16, 17, rng.randint(1, 150)])
+                prompt = rng.choice(texts)[:length]
+                prompt[rng.randrange(length) :] = [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 7]))] or [7]
                 try:
                     requests.append(scheduler.add_request(prompt, params))
                 except CapacityError:
                     continue
             if scheduler.has_requests:
                 ranks.step()
+            if rng.random() < 0.03 and requests:
+                scheduler.cancel(rng.choice(requests))
         return ranks, requests
 
 
@@ -314,7 +345,8 @@ class Scenario:
 def test_random_loads_keep_every_promise_and_end(seed):
     ranks, requests = Scenario(seed).run()
     for request in requests:
-        check_finished(request)
+        if request.finish_reason is not FinishReason.ABORT:
+            check_finished(request)
     assert_all_free(ranks.scheduler)
 
 
@@ -328,7 +360,7 @@ def test_the_same_calls_give_the_same_plans(seed):
 def test_the_scenarios_reach_what_they_are_meant_to_reach():
     """Else the tests above prove little: several ranks, spills, replaced tables, parallel plans, holes, waiting."""
     reached = set()
-    for seed in range(30):
+    for seed in range(40):
         ranks, requests = Scenario(seed).run()
         for plan in ranks.plans:
             reached.add(f"{len(plan.ranks)} ranks")
@@ -342,10 +374,44 @@ def test_the_scenarios_reach_what_they_are_meant_to_reach():
                 reached.add("released")
             if len({run.request_id for run in plan.query_runs}) > 1:
                 reached.add("batch")
-        if any(request.prompt_logprobs for request in requests):
-            reached.add("scores")
+            if plan.phase is Phase.PREFILL and any(run.num_tokens == 1 for run in plan.query_runs):
+                reached.add("mixed")
+            reached |= {"copy" for copy in plan.page_copies if copy.source.rank != copy.target.rank}
+        for request in requests:
+            reached |= {"scores"} if request.prompt_logprobs else set()
+            reached |= {"hit"} if request.num_cached else set()
+            reached |= {"cancelled"} if request.finish_reason is FinishReason.ABORT else set()
+        if any(a.num_evicted for allocators in ranks.scheduler.memory.allocators for a in allocators):
+            reached.add("evicted")
     expected = {f"{n} ranks" for n in (1, 2, 3, 4, 5, 8)} | {"local", "gather_kv", "pass_kv", "pass_q"}
-    assert expected | {"replace", "late replace", "hole", "released", "batch", "scores"} <= reached
+    expected |= {"replace", "late replace", "hole", "released", "batch", "mixed", "scores"}
+    expected |= {"hit", "copy", "evicted", "cancelled"}
+    assert expected <= reached, expected - reached
+
+
+# -- preemption ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("windows", [(None,), (None, 6)])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_requests_that_outgrow_the_memory_are_computed_again_and_lose_nothing(num_ranks, windows, caching):
+    config = make_config(num_ranks, enable_prefix_caching=caching)
+    scheduler = make_scheduler(make_model(*windows), config, 80)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    params = SamplingParams(max_tokens=50, ignore_eos=True, seed=0)
+    prompts = [[i] * (3 + i) for i in range(4 * num_ranks)]
+    requests = [scheduler.add_request(prompt, params) for prompt in prompts]
+    ranks.run_to_the_end()
+    assert requests[0].num_preemptions == 0, "the oldest is never preempted"
+    assert sum(request.num_preemptions for request in requests) == scheduler.num_preemptions > 0
+    alone = make_scheduler(make_model(*windows), config, 800)
+    others = FakeRanks(alone, random.Random(0))
+    expected = [alone.add_request(prompt, params) for prompt in prompts]
+    others.run_to_the_end()
+    assert alone.num_preemptions == 0
+    assert [r.token_ids for r in requests] == [r.token_ids for r in expected]
+    assert_all_free(scheduler)
 
 
 # -- ends before the end ---------------------------------------------------------------------------------------------
@@ -430,17 +496,17 @@ def test_a_long_prefill_does_not_stop_the_decode_of_others():
     ranks.run_to_the_end()
 
 
-def test_a_burst_of_prompts_lets_a_token_through_after_every_other_chunk():
+def test_a_burst_of_prompts_lets_a_token_through_with_every_chunk():
     scheduler = make_scheduler(make_model(None), make_config(1), 800)
     ranks = FakeRanks(scheduler, random.Random(0))
     for _ in range(8):
         scheduler.add_request([5] * 16, SamplingParams(max_tokens=12, ignore_eos=True, seed=0))
     ranks.run_to_the_end()
-    phases = "".join("P" if plan.phase is Phase.PREFILL else "D" for plan in ranks.plans)
-    assert phases.count("P") == 8
-    assert "PPP" not in phases
-    first_tokens = [plan.samples[0].request_id for plan in ranks.plans if plan.phase is Phase.PREFILL]
-    assert first_tokens == sorted(first_tokens), "prompts are computed in the order they came"
+    sampled = [[row.request_id for row in plan.samples] for plan in ranks.plans]
+    first = [next(i for i, ids in enumerate(sampled) if request_id in ids) for request_id in range(8)]
+    assert first == sorted(first), "prompts are computed in the order they came"
+    for request_id in range(8):
+        assert all(request_id in ids for ids in sampled[first[request_id] : first[request_id] + 12])
 
 
 def test_requests_are_admitted_in_the_order_they_came():

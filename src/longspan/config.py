@@ -71,6 +71,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes per rank; None takes 4 GiB, or what half of the free memory admits."""
     max_num_batched_tokens: int = 2048
     """Most tokens that one rank computes in one step."""
+    max_step_ms: int | None = None
+    """Chunks of prefill are cut so that a step is predicted to take no longer; None cuts by tokens alone."""
+    enable_prefix_caching: bool = True
+    """Keep the KV of prompts and answers, and go on from it when a prompt starts the same."""
     max_num_seqs: int = 64
     """Most requests that run at once."""
     attention_backend: AttentionName = "auto"
@@ -86,6 +90,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             self._check_count(name, getattr(self, name))
         if self.threads_per_rank is not None:
             self._check_count("threads_per_rank", self.threads_per_rank, MAX_THREADS)
+        if self.max_step_ms is not None:
+            self._check_count("max_step_ms", self.max_step_ms)
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ConfigError(f"enable_prefix_caching: got {self.enable_prefix_caching!r}, legal is true or false")
         if self.kv_cache_memory is not None:
             self._check_count("kv_cache_memory", self.kv_cache_memory, 2**63 - 1)
         self._check_count("context_parallel_size", self.context_parallel_size, MAX_RANKS)

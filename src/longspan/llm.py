@@ -19,6 +19,7 @@ from typing import Any, cast
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine, RankStats
 from longspan.errors import ConfigError
+from longspan.models.grammar import GrammarConstraint, Grammars, make_grammars
 from longspan.models.inspect import check_proven
 from longspan.models.loader import load_config, load_tokenizer
 from longspan.models.text import TextStream, encode_prompt
@@ -40,6 +41,8 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None
     """One per token, if asked for."""
     index: int = 0
+    error: str | None = None
+    """What happened, if `finish_reason` is `ERROR`; the text may then be of no use."""
 
 
 @dataclass(slots=True)
@@ -106,6 +109,7 @@ class LLM:
         started = time.perf_counter()
         check_proven(load_config(model)[0])  # before anything that an unproven model may lack
         self.tokenizer = load_tokenizer(model)
+        self._grammars: Grammars | None = None
         self._engine = Engine(config)
         self.load_s = time.perf_counter() - started
         """Seconds until the ranks were ready."""
@@ -144,7 +148,7 @@ class LLM:
         try:
             for i, (prompt, one) in enumerate(zip(several, params, strict=True)):
                 text, token_ids = self._token_ids(prompt)
-                request = self._engine.add_request(token_ids, one)
+                request = self._engine.add_request(token_ids, one, constraint=self._constraint(one))
                 running[request.request_id] = _Running(i, text, request, TextStream(self.tokenizer, token_ids, one))
             while self._engine.has_requests:
                 for request in self._engine.step():
@@ -185,6 +189,15 @@ class LLM:
         if not _is_list(prompt) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
             raise ConfigError(f"prompt: got {type(prompt).__name__}, legal is text or a list of token ids")
         return None, [int(token_id) for token_id in prompt]
+
+    def _constraint(self, params: SamplingParams) -> GrammarConstraint | None:
+        """What `json_schema` asks for."""
+        if params.json_schema is None:
+            return None
+        if self._grammars is None:
+            spec = self._engine.spec
+            self._grammars = make_grammars(self.tokenizer, spec.vocab_size, spec.eos_token_ids)
+        return self._grammars.compile(params.json_schema)
 
     def _read(self, state: _Running, now_s: float) -> None:
         """Take in a request's new tokens, and end it at a stop string."""
@@ -262,6 +275,7 @@ def _output(state: _Running) -> RequestOutput:
                 token_ids=request.output_token_ids,
                 finish_reason=request.finish_reason,
                 logprobs=None if params.logprobs is None else request.logprobs,
+                error=request.error if request.finish_reason is FinishReason.ERROR else None,
             )
         ],
         prompt_logprobs=None if params.prompt_logprobs is None else [None, *request.prompt_logprobs],

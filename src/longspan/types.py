@@ -5,7 +5,9 @@ workers as a message.
 Read next: `longspan.plan.types`, the message that says what a step does.
 """
 
+import json
 import math
+from collections.abc import Mapping
 from enum import StrEnum
 
 import msgspec
@@ -53,6 +55,8 @@ class FinishReason(StrEnum):
     """`max_tokens` were generated."""
     ABORT = "abort"
     """Nobody waited for the rest."""
+    ERROR = "error"
+    """It could not go on; `Request.error` says why. Others are not affected."""
 
 
 class KVSpec(msgspec.Struct, frozen=True):
@@ -123,10 +127,14 @@ class ModelSpec(msgspec.Struct, frozen=True):
     kv_groups: tuple[KVGroup, ...]
     layer_params: tuple[AttentionParams, ...]
     """Per layer."""
+    num_parameters: int = 0
+    """Weights that every token meets, embeddings not counted."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next tokens of one request, and when to stop. Shaped like vLLM's.
+
+    The order in which the rules apply: `longspan.worker.sampler`.
 
     Raises:
         ConfigError: a value is outside its legal range; the message names field, value and range.
@@ -144,6 +152,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Keep the k most probable tokens; 0 keeps all."""
     min_p: float = 0.0
     """Drop tokens less probable than this share of the most probable one."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of all tokens that were generated before; negative favours them."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for every time that it was generated before; negative favours repetition."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that stand in the prompt or were generated are divided by this if positive, else multiplied."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number added to its logit); a dict is taken too. Also -100 does not forbid a token for certain."""
+    json_schema: str | None = None
+    """JSON text of a JSON schema; the output is JSON that satisfies it, if `max_tokens` and stop strings let it end.
+
+    An end token may come when the output is complete, and nothing else may then. So `min_tokens` yields where nothing
+    but tokens that end the request may follow. Which schemas are taken: `longspan.models.grammar`.
+    """
     seed: int | None = None
     """Key of the random numbers. None takes one from the operating system, per request."""
     stop: tuple[str, ...] = ()
@@ -160,7 +182,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         def check(name: str, legal: bool, rule: str) -> None:
             if not legal:
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is {rule}")
+                received = repr(getattr(self, name))
+                shown = received if len(received) <= 200 else f"{received[:200]}..."
+                raise ConfigError(f"{name}: got {shown}, legal is {rule}")
 
         def number(value: object) -> bool:
             return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -173,6 +197,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("stop", "stop_token_ids"):
             if isinstance(getattr(self, name), list):
                 msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+        if isinstance(self.logit_bias, (Mapping, list)):
+            pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+            bias = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs)
+            msgspec.structs.force_setattr(self, "logit_bias", bias)
         check("max_tokens", whole(self.max_tokens) and self.max_tokens >= 1, "a whole number from 1")
         check(
             "min_tokens",
@@ -183,6 +211,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1")
         check("top_k", whole(self.top_k) and self.top_k >= 0, "a whole number from 0 (0 keeps all)")
         check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            check(name, number(value) and -2 <= value <= 2, "a number from -2 to 2")
+        check(
+            "repetition_penalty",
+            number(self.repetition_penalty) and self.repetition_penalty > 0,
+            "a finite number above 0 (1 changes nothing)",
+        )
+        check(
+            "logit_bias",
+            isinstance(self.logit_bias, tuple)
+            and all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.logit_bias)
+            and all(whole(i) and i >= 0 and number(bias) and -100 <= bias <= 100 for i, bias in self.logit_bias)
+            and len({i for i, _ in self.logit_bias}) == len(self.logit_bias),
+            "pairs of a token id, each at most once, and a number from -100 to 100",
+        )
+        check(
+            "json_schema",
+            self.json_schema is None or _is_json_object(self.json_schema),
+            "None or JSON text of an object",
+        )
         check(
             "seed",
             self.seed is None or (whole(self.seed) and 0 <= self.seed < 2**63),
@@ -199,9 +248,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             "whole numbers from 0",
         )
         check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
+        check(
+            "ignore_eos",
+            not self.ignore_eos or self.json_schema is None,
+            "false with json_schema: only an end token may follow a complete output",
+        )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             check(name, value is None or (whole(value) and 0 <= value <= 1000), "None or a whole number from 0 to 1000")
+
+
+def _is_json_object(text: object) -> bool:
+    """Whether it is standard JSON text of an object."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return isinstance(text, str) and isinstance(json.loads(text, parse_constant=refuse), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

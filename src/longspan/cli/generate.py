@@ -12,22 +12,10 @@ from typing import Any
 import click
 import msgspec
 
+from longspan.cli.options import engine_config, engine_options
 from longspan.cli.progress import ProgressPrinter
-from longspan.config import (
-    AttentionName,
-    DTypeName,
-    EngineConfig,
-    ExecutorName,
-    PlacementName,
-    StrategyName,
-    parse_size,
-)
 from longspan.errors import ConfigError
 from longspan.types import SamplingParams
-
-
-def _choice(legal: Any) -> click.Choice[str]:
-    return click.Choice(list(legal.__args__))
 
 
 @click.command()
@@ -44,18 +32,7 @@ def _choice(legal: Any) -> click.Choice[str]:
 @click.option("--seed", type=int, help="Key of the random numbers.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after an end token.")
-@click.option("--context-parallel-size", type=int, default=1, show_default=True, help="Ranks that share the sequence.")
-@click.option("--threads-per-rank", type=int, help="Default: cores / ranks.")
-@click.option("--dtype", type=_choice(DTypeName), default="auto", show_default=True)
-@click.option("--placement", type=_choice(PlacementName), default="auto", show_default=True)
-@click.option("--strategy", type=_choice(StrategyName), default="auto", show_default=True, help="For both phases.")
-@click.option("--decode-strategy", type=_choice(StrategyName), help="Overrides --strategy for decode.")
-@click.option("--page-size", type=int, default=16, show_default=True, help="Tokens per page.")
-@click.option("--stripe-size", type=int, default=512, show_default=True, help="Tokens per stripe, whole pages.")
-@click.option("--kv-cache-memory", metavar="SIZE", help="Per rank; bytes or with K, M, G, Ki, Mi, Gi.")
-@click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step.")
-@click.option("--attention-backend", type=_choice(AttentionName), default="auto", show_default=True)
-@click.option("--executor", type=_choice(ExecutorName), default="processes", show_default=True)
+@engine_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def generate(
     model: str,
@@ -63,7 +40,6 @@ def generate(
     prompt: str | None,
     prompt_file: str | None,
     stop: tuple[str, ...],
-    kv_cache_memory: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -73,10 +49,9 @@ def generate(
     """
     sampling_names = SamplingParams.__struct_fields__
     params = SamplingParams(stop=stop, **{name: value for name, value in options.items() if name in sampling_names})
-    engine_options = {name: value for name, value in options.items() if name not in sampling_names}
-    if kv_cache_memory is not None:
-        engine_options["kv_cache_memory"] = parse_size(kv_cache_memory, "kv_cache_memory")
-    EngineConfig(model=model, **engine_options)  # refuse illegal values before anything is read or imported
+    options = {name: value for name, value in options.items() if name not in sampling_names}
+    config = engine_config(model, options)  # refuse illegal values before anything is read or imported
+    assert not options
     text = read_prompt(prompt, prompt_file, stdin)
 
     from longspan.llm import LLM
@@ -84,7 +59,7 @@ def generate(
 
     quiet_transformers()
     progress = ProgressPrinter(params.max_tokens)
-    with LLM(model, **engine_options) as llm, progress:
+    with LLM(**msgspec.structs.asdict(config)) as llm, progress:
         (output,) = llm.generate(text, params, on_progress=progress.update)
         progress.close()
         completion = output.outputs[0]

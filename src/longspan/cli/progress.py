@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from longspan.cli.estimate import time_left_s
+from longspan.engine.estimate import time_left_s
 
 if TYPE_CHECKING:
     from longspan.llm import Progress

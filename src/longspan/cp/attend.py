@@ -5,14 +5,15 @@ strategies. Must not know models, schedulers or processes.
 Read next: `longspan.models.hook`, which calls it from Transformers models.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from longspan.attention.base import AttentionBackend
-from longspan.attention.partial import merge_sinks_
-from longspan.comm.base import Communicator
+from longspan.attention.partial import PartialAttention, merge_sinks_
+from longspan.comm.recording import RecordingCommunicator
 from longspan.cp.base import MovementStrategy, RankStep
 from longspan.cp.gather_kv import GatherKV
 from longspan.cp.local import Local
@@ -40,7 +41,7 @@ class StepAttention:
         plan: Plan,
         tables: Sequence[Mapping[int, PageTable]],
         pools: Sequence[PagePool],
-        comm: Communicator,
+        comm: RecordingCommunicator,
         backend: AttentionBackend,
         layer_params: Sequence[AttentionParams],
     ) -> None:
@@ -60,6 +61,10 @@ class StepAttention:
         self.rank = comm.rank
         self._pools, self._layer_params = pools, layer_params
         self._group_of_layer = {layer: i for i, pool in enumerate(pools) for layer in pool.group.layers}
+        self._comm = comm
+        self.bytes_sent: Counter[str] = Counter()
+        """Per strategy, in this step."""
+        self._names = [group_step.strategy.value for group_step in plan.groups]
         self._strategies: list[MovementStrategy] = []
         self._stores: list[list[tuple[int, int, int]]] = []
         for group_step, group_tables, pool in zip(plan.groups, tables, pools, strict=True):
@@ -90,7 +95,7 @@ class StepAttention:
         group_idx = self._group_of_layer[layer]
         pool = self._pools[group_idx]
         pool.write(layer, k, v, self._stores[group_idx])
-        partial = self._strategies[group_idx].attend(q, pool.k[layer], pool.v[layer], self._layer_params[layer])
+        partial = self._attend(group_idx, layer, q)
         if sinks is not None:
             merge_sinks_(partial, sinks)
         return partial.out.to(q.dtype)
@@ -103,7 +108,15 @@ class StepAttention:
         q = torch.empty(
             0, group.num_query_heads, group.spec.k_width, dtype=pool.k[layer].dtype, device=pool.k[layer].device
         )
-        self._strategies[group_idx].attend(q, pool.k[layer], pool.v[layer], self._layer_params[layer])
+        self._attend(group_idx, layer, q)
+
+    def _attend(self, group_idx: int, layer: int, q: Tensor) -> PartialAttention:
+        """One layer by its group's strategy; counts what it sends."""
+        pool = self._pools[group_idx]
+        before = self._comm.bytes_sent
+        partial = self._strategies[group_idx].attend(q, pool.k[layer], pool.v[layer], self._layer_params[layer])
+        self.bytes_sent[self._names[group_idx]] += self._comm.bytes_sent - before
+        return partial
 
 
 def _store_runs(step: RankStep) -> list[tuple[int, int, int]]:

@@ -11,15 +11,20 @@ Note: one queue
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from longspan.engine.engine import Engine
+from longspan.engine.stats import EngineStats
 from longspan.errors import LongspanError
 from longspan.plan.types import PlanResult
 from longspan.scheduler.request import Constraint, Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
+
+IDLE_CHECK_S = 0.5
+"""How often ranks that have nothing to do are looked at: one that died must not go unnoticed until the next request."""
 
 CHECK_INLINE_TOKENS = 10_000
 """Prompts longer than this are checked and hashed in a thread: a million tokens take more than 100 ms."""
@@ -44,6 +49,8 @@ class Update:
     """Prompt tokens computed or found in the cache so far."""
     num_cached: int
     """Prompt tokens that were found in the cache."""
+    since_start_s: float
+    """Seconds since the request's first step was submitted."""
     finish_reason: FinishReason | None
     prompt_logprobs: list[TokenLogprobs] | None
     """With the first token, if asked for: one per prompt token but the first."""
@@ -61,6 +68,7 @@ class RequestStream:
         # The engine thread's own:
         self._request: Request | None = None
         self._num_read = 0
+        self._started_s: float | None = None
 
     def __aiter__(self) -> AsyncIterator[Update]:
         return self
@@ -69,7 +77,7 @@ class RequestStream:
         """The next update; the one with a `finish_reason` is the last.
 
         Raises:
-            LongspanError: the engine failed or was closed before the request ended.
+            LongspanError: the engine failed or was closed before the request ended, or this request cannot go on.
         """
         if self._ended:
             raise StopAsyncIteration
@@ -110,12 +118,14 @@ class AsyncEngine:
         self._max_queued_requests = max_queued_requests
         self._on_failure = on_failure
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[int, RequestStream] = {}  # the engine thread's own
+        self._streams: dict[int, RequestStream] = {}  # the engine thread's own, as the next two
+        self._not_started: dict[int, RequestStream] = {}
+        self._done: list[Future[PlanResult]] = []
         self._num_arriving = 0  # submitted, not yet seen by the engine's thread; guarded by _lock
+        self._takes_requests = True  # guarded by _lock
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
         """What made the ranks fail."""
-        self._done: list[Future[PlanResult]] = []
         self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
         self._thread.start()
 
@@ -149,20 +159,35 @@ class AsyncEngine:
                 await asyncio.to_thread(check, prompt_token_ids, params)
             else:
                 check(prompt_token_ids, params)
-            self._check_alive()
+            stream = RequestStream(self, prompt_token_ids, params)
+            with self._lock:  # else the thread might end between the check and the put, and nobody would answer
+                self._check_alive()
+                self._events.put(lambda: self._add(stream, constraint))
         except BaseException:
             with self._lock:
                 self._num_arriving -= 1
             raise
-        stream = RequestStream(self, prompt_token_ids, params)
-        self._events.put(lambda: self._add(stream, constraint))
         return stream
 
     def _check_alive(self) -> None:
         if self.failure is not None:
             raise LongspanError(f"the ranks have failed: {self.failure}")
-        if not self._thread.is_alive():
+        if not self._takes_requests:
             raise LongspanError("the engine is closed")
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing and has done. May be called from any thread."""
+        scheduler = self.engine.scheduler
+        allocators = scheduler.memory.allocators
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=self._num_arriving + len(scheduler.waiting),
+            kv_pages_used=tuple(sum(group.num_used for group in groups) for groups in allocators),
+            kv_pages_total=tuple(sum(group.num_pages for group in groups) for groups in allocators),
+            busy_s=(0.0,) * len(allocators),
+            tokens_computed=tuple(rank.tokens_computed for rank in self.engine.rank_stats()),
+            steps_per_strategy=dict(self.engine.strategy_counts),
+        )
 
     def close(self) -> None:
         """End all requests and the ranks. Blocks until they are gone. May be called twice."""
@@ -176,7 +201,7 @@ class AsyncEngine:
         error: BaseException = LongspanError("the engine is closed")
         try:
             while True:
-                event: Callable[[], None] | None = self._events.get()
+                event = self._next_event()
                 while event is not None:  # everything that has come, before the next plans are made
                     event()
                     try:
@@ -189,12 +214,14 @@ class AsyncEngine:
                 self._deliver(self.engine.take_in(done))
                 for future in self.engine.submit_plans():
                     future.add_done_callback(self._plan_done)
+                self._note_starts()
         except Exception as failure:
             error = self.failure = failure
             if self._on_failure is not None:
                 self._on_failure(failure)
         with self._lock:
-            streams, self._streams = list(self._streams.values()), {}
+            self._takes_requests = False
+        streams, self._streams = list(self._streams.values()), {}
         while True:  # requests that came too late are told so as well
             try:
                 late = self._events.get_nowait()
@@ -206,6 +233,21 @@ class AsyncEngine:
         for stream in streams:
             reason = error if isinstance(error, LongspanError) else LongspanError(f"the engine failed: {error}")
             _call_soon(stream, reason)
+
+    def _next_event(self) -> Callable[[], None] | None:
+        """What comes next. Raises: what made the ranks fail meanwhile."""
+        while True:
+            try:
+                return self._events.get(timeout=IDLE_CHECK_S)
+            except queue.Empty:
+                failure = self.engine._executor.failure
+                if failure is not None:
+                    raise failure from None
+
+    def _note_starts(self) -> None:
+        started = [request_id for request_id, stream in self._not_started.items() if _has_started(stream)]
+        for request_id in started:
+            self._not_started.pop(request_id)._started_s = time.perf_counter()
 
     def _plan_done(self, future: "Future[PlanResult]") -> None:
         """In whatever thread completed the plan."""
@@ -221,19 +263,25 @@ class AsyncEngine:
         except LongspanError as error:
             _call_soon(stream, error)
             return
-        self._streams[stream._request.request_id] = stream
+        self._streams[stream._request.request_id] = self._not_started[stream._request.request_id] = stream
 
     def _cancel(self, stream: RequestStream) -> None:
         request = stream._request
         if request is not None and self._streams.pop(request.request_id, None) is not None:
+            self._not_started.pop(request.request_id, None)
             self.engine.abort(request)
 
     def _deliver(self, advanced: Sequence[Request]) -> None:
         """One call into every event loop per step, whatever the number of requests."""
-        updates: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Update]]] = {}
+        now = time.perf_counter()
+        updates: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Update | LongspanError]]] = {}
         for request in advanced:
             stream = self._streams.get(request.request_id)
             if stream is None:
+                continue
+            if request.finish_reason is FinishReason.ERROR:
+                del self._streams[request.request_id]
+                updates.setdefault(stream._loop, []).append((stream, LongspanError(request.error)))
                 continue
             first, stream._num_read = stream._num_read, request.num_generated
             update = Update(
@@ -241,6 +289,7 @@ class AsyncEngine:
                 logprobs=request.logprobs[first:],
                 num_prefilled=min(request.num_computed, request.prompt_len),
                 num_cached=request.num_cached,
+                since_start_s=now - (now if stream._started_s is None else stream._started_s),
                 finish_reason=request.finish_reason,
                 prompt_logprobs=request.prompt_logprobs if first == 0 < request.num_generated else None,
             )
@@ -255,7 +304,12 @@ class AsyncEngine:
                     self._cancel(stream)
 
 
-def _put_all(updates: Sequence[tuple[RequestStream, Update]]) -> None:
+def _has_started(stream: RequestStream) -> bool:
+    request = stream._request
+    return request is not None and (request.in_flight or request.num_computed > 0)
+
+
+def _put_all(updates: Sequence[tuple[RequestStream, Update | LongspanError]]) -> None:
     for stream, update in updates:
         stream._updates.put_nowait(update)
 

@@ -74,7 +74,6 @@ class Engine:
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""
         self._failure: BaseException | None = None
-        self._aborted: set[int] = set()  # requests that end as soon as they are not in flight
         self._rank_totals = [(0, 0)] * config.context_parallel_size  # tokens computed, bytes sent
 
     def add_request(
@@ -96,11 +95,8 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """End a request that nobody waits for any more, in flight or not. `step` does not return it again."""
-        if request.finish_reason is None and self._failure is None:
-            if request.in_flight:
-                self._aborted.add(request.request_id)
-            else:
-                self.scheduler.finish(request, FinishReason.ABORT)
+        if self._failure is None:
+            self.scheduler.cancel(request)
 
     @property
     def has_requests(self) -> bool:
@@ -146,12 +142,7 @@ class Engine:
             for r in result.ranks:
                 self._rank_totals[r.rank] = (r.tokens_computed, r.bytes_sent)
             advanced += self.scheduler.update(result)
-        for request in advanced:
-            if request.request_id in self._aborted:
-                self.abort(request)
-        wanted = [request for request in advanced if request.request_id not in self._aborted]
-        self._aborted -= {request.request_id for request in advanced}
-        return wanted
+        return advanced
 
     def rank_stats(self) -> list[RankStats]:
         """What every rank holds and has done."""

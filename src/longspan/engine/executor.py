@@ -23,6 +23,10 @@ class Executor(Protocol):
             The answers of all its ranks, or a LongspanError: WorkerError, or ConfigError for what the user asked for.
         """
 
+    @property
+    def failure(self) -> BaseException | None:
+        """Why no plan can run any more; None while all is well."""
+
     def close(self) -> None:
         """End all ranks; returns when they are gone. Plans in flight fail. May be called twice."""
 
@@ -36,6 +40,11 @@ class PendingPlans:
         self._error: BaseException | None = None
         self.num_failed = 0
         """Plans that were in flight when the ranks failed or the executor closed."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """What every plan fails with; None while all is well."""
+        return self._error
 
     def add(self, plan: Plan) -> "Future[PlanResult]":
         """A future for a plan; it has failed already if the ranks have."""

@@ -155,6 +155,10 @@ class ProcessExecutor:
                 self._inboxes[rank].send(message)
         return future
 
+    @property
+    def failure(self) -> BaseException | None:
+        return self._pending.error
+
     def close(self) -> None:
         if self._closing:
             return

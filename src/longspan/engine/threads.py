@@ -67,6 +67,10 @@ class ThreadExecutor:
             self._inboxes[rank].put(plan)
         return future
 
+    @property
+    def failure(self) -> BaseException | None:
+        return self._pending.error
+
     def close(self) -> None:
         self._pending.fail(LongspanError("the engine is closed"))
         for inbox in self._inboxes:

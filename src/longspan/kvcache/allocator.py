@@ -83,6 +83,10 @@ class PageAllocator:
             assert self._references[i] > 0, f"slot {i} is free"
             self._references[i] += 1
 
+    def references(self, slot: int) -> int:
+        """How many hold a page; 0 for a free one."""
+        return self._references[slot]
+
     def release(self, slot: int, num_pages: int) -> None:
         """Drop a reference; pages without one are free."""
         first_free: int | None = None

@@ -43,6 +43,11 @@ class PagePool:
             pool_k[:, row : row + count] = k[:, token : token + count]
             pool_v[:, row : row + count] = v[:, token : token + count]
 
+    def rows(self, slot: int, num_pages: int) -> list[Tensor]:
+        """Views of whole pages: [Hkv, rows, Dk] and [Hkv, rows, Dv] of every layer, in one order on every rank."""
+        part = slice(slot * self.page_size, (slot + num_pages) * self.page_size)
+        return [tensor[:, part] for pool in (self.k, self.v) for tensor in pool.values()]
+
     def copy_pages_(self, source_slot: int, target_slot: int, num_pages: int) -> None:
         """Copy whole pages within this pool, in every layer."""
         size = self.page_size

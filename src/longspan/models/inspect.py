@@ -160,4 +160,12 @@ def inspect_model(
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
         kv_groups=tuple(KVGroup(tuple(layers), spec, heads) for (spec, heads), layers in groups.items()),
         layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
+        num_parameters=_count_parameters(model),
     )
+
+
+def _count_parameters(model: Any) -> int:
+    """Weights that every token meets: all but those between token ids and the layers."""
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    skipped = {id(weight) for module in ends for weight in module.parameters()}
+    return sum(weight.numel() for weight in model.parameters() if id(weight) not in skipped)

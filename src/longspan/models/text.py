@@ -18,8 +18,8 @@ _INCOMPLETE = "\ufffd"
 """What an unfinished UTF-8 sequence decodes to."""
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a prompt, with the special tokens that the tokenizer adds by itself.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer adds by itself, or without.
 
     Raises:
         ConfigError: the text is empty, or not valid Unicode.
@@ -30,7 +30,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"prompt: got a lone surrogate at character {error.start}, legal is valid Unicode") from None
-    token_ids: list[int] = tokenizer(text)["input_ids"]
+    token_ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     return token_ids
 
 

@@ -144,6 +144,19 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True):
     """Report the token's log-probability and those of so many most probable tokens; None reports nothing."""
     banned_token_ids: tuple[int, ...]
     """Never sampled (end tokens before `min_tokens`)."""
+    allowed: bytes | None = None
+    """Nothing else is sampled: bit i % 8 of byte i // 8 is token i; those past the end are not allowed. None: all are."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number added to its logit)."""
+    repetition_penalty: float = 1.0
+    seen: bytes | None = None
+    """The tokens of prompt and output, in bits as in `allowed`; None if `repetition_penalty` is 1."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    generated_token_ids: tuple[int, ...] = ()
+    """The distinct tokens generated so far, if the request uses a penalty on them."""
+    generated_counts: tuple[int, ...] = ()
+    """How often each of `generated_token_ids` was generated."""
 
 
 class ScoreRun(msgspec.Struct, frozen=True, array_like=True):
@@ -204,6 +217,12 @@ class RankResult(msgspec.Struct, frozen=True):
     """Since the worker started; tokens that a rank computes only to keep shapes fixed are left out."""
     bytes_sent: int
     """Since the worker started, counted by the communicator."""
+    step_s: float = 0.0
+    """Seconds that this rank took for the plan, waits for peers included."""
+    busy_s: float = 0.0
+    """The same over all plans since the worker started."""
+    strategy_bytes: dict[str, int] = {}
+    """Bytes sent per strategy since the worker started."""
 
 
 class PlanResult(msgspec.Struct, frozen=True):

@@ -1,23 +1,70 @@
-"""Admission and pages: which ranks a request gets, and which slots.
+"""Admission and pages: which ranks a request gets, which cached pages it goes on from, and which slots.
 
-Holds the allocators of all ranks and KV groups, and what running requests have reserved. Must not know steps, torch or
-processes.
+Holds the allocators of all ranks and KV groups, and what running requests have been promised. Must not know steps,
+torch or processes.
 Read next: `longspan.scheduler.scheduler`.
 
-All pages that a request may ever need are *placed* on ranks and reserved at admission, and *allocated* when a step
-first writes them. So a running request never runs out of pages, and what it does not use is never touched.
+Note: promises
+    At admission the pages of all tokens that are known (the prompt; after a preemption also what was generated) are
+    *placed* on ranks and *promised*; they are *allocated* when a step first writes them. So a prefill never runs out of
+    pages. Pages for tokens yet to be generated are placed one at a time (`extend`), on any rank with room; when there
+    is none, the scheduler preempts somebody.
+
+        room of a rank  =  pages free or idle  -  pages promised to running requests and not yet allocated
+
+    In a group with a window, a request that gives a page back because its window has left it may count on another one.
+    If somebody else still uses the page, that is one page more than before; so every further user of such a page counts
+    as a promise.
+
+Note: what to do with a hit
+    A short request belongs on one rank. For every rank, compare the tokens it would compute there with the work that
+    already waits there; pages that only another rank has are copied, at `COPY_COST` of computing them. So short chats
+    with a common system prompt stay packed, and the prompt ends up on every rank that serves them. A long request uses
+    cached pages wherever they lie and stripes the rest: attention over several ranks is what it does anyway.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
 
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
-from longspan.kvcache.allocator import PageAllocator
 from longspan.kvcache.capacity import pool_bytes, window_pages
-from longspan.scheduler.request import Request, count_pages, last_kv_position
+from longspan.kvcache.prefix import CachingAllocator, extend_hashes
+from longspan.plan.types import PageCopy
+from longspan.scheduler.request import Request
 from longspan.sharding.pages import PageRun, PageTable
-from longspan.sharding.placement import chunk_len, place, stripe_lengths
+from longspan.sharding.placement import chunk_len, place, snake_rank, stripe_lengths
 from longspan.types import ModelSpec, Placement
+
+COPY_COST = 0.1
+"""Cost of copying a token's KV from another rank, in tokens computed."""
+
+DECODE_COST = 16
+"""Cost of a decoding request to its rank's next prefill, in tokens computed: it takes part in every step."""
+
+
+@dataclass(slots=True)
+class _Hit:
+    """Cached pages that a request goes on from."""
+
+    ranks: list[int] = field(default_factory=list)
+    """Rank per page, from the first page of the request on."""
+
+    def use(self, memory: "KVMemory", request: Request) -> list[list[PageRun]]:
+        """Add references; returns the pages per KV group, those that windows no longer reach left out."""
+        found: list[list[PageRun]] = []
+        for group_idx in range(len(memory.model.kv_groups)):
+            runs: list[PageRun] = []
+            for page_idx in range(memory.first_needed_page(group_idx, len(self.ranks)), len(self.ranks)):
+                rank = self.ranks[page_idx]
+                slot = memory.allocators[rank][group_idx].find(request.page_hashes[page_idx])
+                assert slot is not None
+                memory.use_page(rank, group_idx, slot)
+                runs.append(PageRun(page_idx, rank, slot, 1))
+            found.append(runs)
+        return found
 
 
 class KVMemory:
@@ -27,13 +74,17 @@ class KVMemory:
         """Args: `num_pages` per KV group, the same on every rank."""
         self.model, self.config = model, config
         self.num_ranks = config.context_parallel_size
-        self.allocators = [[PageAllocator(pages) for pages in num_pages] for _ in range(self.num_ranks)]
+        self.allocators = [[CachingAllocator(pages) for pages in num_pages] for _ in range(self.num_ranks)]
         """[rank][KV group]"""
-        self._reserved = [[0] * len(num_pages) for _ in range(self.num_ranks)]  # [rank][group]
+        self._promised = [[0] * len(num_pages) for _ in range(self.num_ranks)]  # [rank][group]
         self._num_pages = tuple(num_pages)
         # The group that limits a request's length: one without a window, if there is one.
         full = [i for i, group in enumerate(model.kv_groups) if group.spec.window is None]
         self._limiting_group = full[0] if full else None
+        self._has_window = [group.spec.window is not None for group in model.kv_groups]
+        self.num_queried_tokens = 0
+        """Tokens of admitted requests that might have been cached."""
+        self.num_hit_tokens = 0
 
     @property
     def _whole_pages_per_step(self) -> int:
@@ -43,64 +94,82 @@ class KVMemory:
         return max(size, self.config.max_num_batched_tokens // size * size)
 
     @property
+    def stripe_len(self) -> int:
+        """Tokens per stripe."""
+        return min(self.config.stripe_size, self._whole_pages_per_step)
+
+    @property
     def striped_tokens_per_rank(self) -> int:
         """Most tokens per rank and step of a striped prompt, so that chunks end where snake order has come round."""
-        budget = self._whole_pages_per_step
-        return chunk_len(budget, min(self.config.stripe_size, budget), self.num_ranks) // self.num_ranks
+        return chunk_len(self._whole_pages_per_step, self.stripe_len, self.num_ranks) // self.num_ranks
 
-    # -- admission ---------------------------------------------------------------------------------------------------
+    # -- placement ---------------------------------------------------------------------------------------------------
 
     def _need(self, group_idx: int, num_pages: int) -> int:
-        """Pages to reserve on a rank for a request with `num_pages` of its pages there."""
+        """Pages that a request with `num_pages` new pages on a rank ever holds there at once."""
         window = self.model.kv_groups[group_idx].spec.window
         if window is None:
             return num_pages
         return min(num_pages, window_pages(window, self.config.page_size, self.config.max_num_batched_tokens))
 
-    def _place(
-        self, prompt_len: int, end: int, placement: Placement, reserved: Sequence[Sequence[int]]
-    ) -> list[tuple[int, int]] | None:
-        """Ranks of all pages up to position `end` under a placement, or None when they do not fit."""
-        size, num_ranks = self.config.page_size, self.num_ranks
-        if self._limiting_group is None:
-            free = [self._num_pages[0] - taken[0] for taken in reserved]
-            # Windows only: a rank with room for one window and one step holds any length, as pages get freed.
-            total = _pages(end, size)
-            room = [total if self._need(0, total) <= pages else pages for pages in free]
-        else:
-            room = [self._num_pages[self._limiting_group] - taken[self._limiting_group] for taken in reserved]
-            free = room
-        home = max(range(num_ranks), key=lambda rank: (free[rank], -rank))
-        stripe_len = min(self.config.stripe_size, self._whole_pages_per_step)
-        stripes = stripe_lengths(
-            _pages(prompt_len, size),
-            stripe_len // size,
-            self.striped_tokens_per_rank * num_ranks // size,
-            num_ranks,
-            _pages(end, size) - _pages(prompt_len, size),
-        )
-        runs = place(placement, stripes, room, home)
-        if runs is None:
-            return None
-        for rank, pages in enumerate(count_pages(runs, num_ranks)):
-            for group_idx, taken in enumerate(reserved[rank]):
-                if self._need(group_idx, pages) > self._num_pages[group_idx] - taken:
-                    return None
-        return runs
+    def first_needed_page(self, group_idx: int, num_pages: int) -> int:
+        """The first of `num_pages` cached pages that later tokens still see; at least the last page counts as seen."""
+        window = self.model.kv_groups[group_idx].spec.window
+        if window is None:
+            return 0
+        size = self.config.page_size
+        return max(0, min(num_pages - 1, (num_pages * size - window + 1) // size))
 
-    def _choose(self, prompt_len: int, end: int, reserved: Sequence[Sequence[int]]) -> list[tuple[int, int]] | None:
-        """By the user's policy, or by ours: packed when short, striped when long or when one rank is too small."""
+    def _fits(self, counts: Sequence[int], room: Sequence[Sequence[int]]) -> bool:
+        """Whether so many new pages per rank fit the room of every rank and group."""
+        return all(
+            self._need(group_idx, pages) <= free
+            for rank, pages in enumerate(counts)
+            if pages
+            for group_idx, free in enumerate(room[rank])
+        )
+
+    def _place(
+        self, prompt_pages: int, tail_pages: int, placement: Placement, room: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int]] | None:
+        """Ranks of new pages under a placement, or None when they do not fit."""
+        num_ranks = self.num_ranks
+        total = prompt_pages + tail_pages
+        if self._limiting_group is None:
+            free = [rooms[0] for rooms in room]
+            # Windows only: a rank with room for one window and one step holds any length, as pages get freed.
+            by_rank = [total if self._need(0, total) <= pages else pages for pages in free]
+        else:
+            by_rank = free = [rooms[self._limiting_group] for rooms in room]
+        home = max(range(num_ranks), key=lambda rank: (free[rank], -rank))
+        size = self.config.page_size
+        chunk_pages = self.striped_tokens_per_rank * num_ranks // size
+        stripes = stripe_lengths(prompt_pages, self.stripe_len // size, chunk_pages, num_ranks, tail_pages)
+        runs = place(placement, stripes, by_rank, home)
+        return runs if runs is not None and self._fits(_count(runs, num_ranks), room) else None
+
+    def _placement(self, num_tokens: int) -> Placement:
+        """By the user's policy, or by ours: packed when short (and when one rank can hold it), else striped."""
         forced = self.config.forced_placement
         if forced is not None:
-            return self._place(prompt_len, end, forced, reserved)
+            return forced
         # From two whole stripes per rank on, striping balances the work and pays for its exchanges.
-        is_short = prompt_len < 2 * self.num_ranks * self.config.stripe_size
+        is_short = num_tokens < 2 * self.num_ranks * self.config.stripe_size
         if self.num_ranks == 1 or is_short:
-            empty = [[0] * len(self._num_pages)] * self.num_ranks
-            packed = self._place(prompt_len, end, Placement.PACKED, reserved)
-            if packed is not None or self._place(prompt_len, end, Placement.PACKED, empty) is not None:
-                return packed  # it fits one rank, if not now then later
-        return self._place(prompt_len, end, Placement.STRIPED, reserved)
+            counts = [_pages(num_tokens, self.config.page_size)] + [0] * (self.num_ranks - 1)
+            if self._fits(counts, self._empty):
+                return Placement.PACKED
+        return Placement.STRIPED
+
+    @property
+    def _empty(self) -> list[tuple[int, ...]]:
+        """The room of ranks that hold nothing."""
+        return [self._num_pages] * self.num_ranks
+
+    @property
+    def _may_leave_home(self) -> bool:
+        """Whether a request may have pages on several ranks."""
+        return self.config.forced_placement is not Placement.PACKED
 
     def check_fits(self, prompt_len: int, max_tokens: int) -> None:
         """Refuse a request that would not fit even on empty ranks.
@@ -108,11 +177,15 @@ class KVMemory:
         Raises:
             CapacityError: with what was asked, what fits, and what would make it fit.
         """
+        size, config = self.config.page_size, self.config
         end = prompt_len + max_tokens - 1
-        empty = [[0] * len(self._num_pages)] * self.num_ranks
-        if self._choose(prompt_len, end, empty) is not None:
+        placement = self._placement(prompt_len)
+        if placement is Placement.PACKED and self._may_leave_home:
+            placement = Placement.SPILL  # what is generated may go on to other ranks
+        prompt_pages = _pages(prompt_len, size)
+        if self._place(prompt_pages, _pages(end, size) - prompt_pages, placement, self._empty) is not None:
             return
-        config, size, budget = self.config, self.config.page_size, self.config.max_num_batched_tokens
+        budget = config.max_num_batched_tokens
         is_packed = config.forced_placement is Placement.PACKED
         used_ranks = 1 if is_packed else self.num_ranks
         limit = self._num_pages[self._limiting_group or 0]
@@ -133,30 +206,257 @@ class KVMemory:
         room = f"{used_ranks} rank{'s' * (used_ranks > 1)} x {limit} page{'s' * (limit > 1)} x {size} tokens"
         raise CapacityError(
             f"prompt + max_tokens: got {prompt_len} + {max_tokens} = {prompt_len + max_tokens} tokens, "
-            f"legal is at most {used_ranks * limit * size + 1} ({room}, and one that needs no page); "
+            f"legal is at most {self.max_request_len} ({room}, and one that needs no page); "
             f"what would fit it: {'; or '.join(ways)}"
         )
 
-    def admit(self, request: Request) -> bool:
-        """Place a request's pages and reserve them; False when they do not fit now."""
-        end = last_kv_position(request.prompt_len, request.params)
-        runs = self._choose(request.prompt_len, end, self._reserved)
-        if runs is None:
+    @property
+    def max_request_len(self) -> int:
+        """Most tokens of one request, prompt and output together; windows may admit more than this."""
+        used_ranks = self.num_ranks if self._may_leave_home else 1
+        return used_ranks * self._num_pages[self._limiting_group or 0] * self.config.page_size + 1
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def admit(self, request: Request, load: Sequence[float]) -> bool:
+        """Find what is cached, place the pages of all known tokens, and promise them.
+
+        Args:
+            request: one without pages.
+            load: work that waits per rank, in tokens to compute.
+
+        Returns:
+            False when they do not fit now; nothing has changed then.
+        """
+        size = self.config.page_size
+        num_tokens = len(request.token_ids)
+        num_pages = _pages(num_tokens, size)
+        copies_on: list[set[int]] = []
+        if self.config.enable_prefix_caching and request.params.prompt_logprobs is None:
+            extend_hashes(request.page_hashes, request.token_ids, size)
+            copies_on = self._find(request, (num_tokens - 1) // size)  # the last token's logits are not cached
+        placement = self._placement(num_tokens)
+        room = [[self._room(rank, group) for group in range(len(self._num_pages))] for rank in range(self.num_ranks)]
+        if placement is Placement.PACKED:
+            chosen = self._admit_packed(request, num_pages, copies_on, room, load)
+        else:
+            chosen = self._admit_spread(request, num_pages, copies_on, room, placement)
+        if not chosen:
             return False
-        request.page_ranks = runs
-        request.tables = [PageTable(self.config.page_size) for _ in self.model.kv_groups]
-        self._reserve(request, 1)
+        self.num_queried_tokens += num_tokens
+        self.num_hit_tokens += request.num_computed
+        if request.num_preemptions == 0:
+            request.num_cached = request.num_computed
         return True
 
-    def _reserve(self, request: Request, sign: int) -> None:
-        for rank, pages in enumerate(count_pages(request.page_ranks, self.num_ranks)):
-            for group_idx in range(len(self._num_pages)):
-                self._reserved[rank][group_idx] += sign * self._need(group_idx, pages)
+    def _find(self, request: Request, num_pages: int) -> list[set[int]]:
+        """Per page, the ranks where later tokens find all that they need of it; as many pages as are of use."""
+        num_groups = len(self.model.kv_groups)
+        found: list[list[set[int]]] = []  # per page and group
+        for page_hash in request.page_hashes[:num_pages]:
+            by_group = [
+                {rank for rank in range(self.num_ranks) if self.allocators[rank][group].find(page_hash) is not None}
+                for group in range(num_groups)
+            ]
+            if not all(by_group[g] for g in range(num_groups) if self.model.kv_groups[g].spec.window is None):
+                break
+            found.append(by_group)
+        while found:
+            firsts = [self.first_needed_page(group, len(found)) for group in range(num_groups)]
+            ranks = [
+                set.intersection(*[by_group[g] for g in range(num_groups) if page_idx >= firsts[g]])
+                if any(page_idx >= first for first in firsts)
+                else set(range(self.num_ranks))
+                for page_idx, by_group in enumerate(found)
+            ]
+            missing = next((i for i in range(len(ranks) - 1, -1, -1) if not ranks[i]), None)
+            if missing is None:
+                return ranks
+            # A gap in a window: a shorter prefix may do without it, one that ends before it surely does not need it.
+            found = found[:-1] if any(firsts) else found[:missing]
+        return []
 
-    # -- pages -------------------------------------------------------------------------------------------------------
+    def _admit_packed(
+        self,
+        request: Request,
+        num_pages: int,
+        copies_on: list[set[int]],
+        room: list[list[int]],
+        load: Sequence[float],
+    ) -> bool:
+        """All pages on one rank: the one where the request is done first. See Note: what to do with a hit."""
+        size = self.config.page_size
+        options: list[tuple[float, int, int, int]] = []
+        for rank in range(self.num_ranks):
+            here = next((i for i, ranks in enumerate(copies_on) if rank not in ranks), len(copies_on))
+            for length in sorted({0, here, len(copies_on)}):
+                hit = _Hit([rank if rank in copies_on[i] else min(copies_on[i]) for i in range(length)])
+                if not self._fits_after(request, hit, rank, num_pages, room):
+                    continue
+                copied = sum(source != rank for source in hit.ranks)
+                cost = load[rank] + (num_pages - length + COPY_COST * copied) * size
+                options.append((cost, rank, copied, length))
+        if not options:
+            return False
+        _, home, _, length = min(options)
+        hit = _Hit([home if home in copies_on[i] else min(copies_on[i]) for i in range(length)])
+        self._start(request, hit, [(home, num_pages - length)] if num_pages > length else [], home)
+        return True
+
+    def _fits_after(self, request: Request, hit: _Hit, home: int, num_pages: int, room: list[list[int]]) -> bool:
+        """Whether all cached pages of a hit exist, and ranks have room for the copied and new pages once it is used."""
+        for group_idx in range(len(self._num_pages)):
+            taken = [0] * self.num_ranks
+            taken[home] = self._need(group_idx, num_pages - len(hit.ranks))
+            for page_idx in range(self.first_needed_page(group_idx, len(hit.ranks)), len(hit.ranks)):
+                rank = hit.ranks[page_idx]
+                slot = self.allocators[rank][group_idx].find(request.page_hashes[page_idx])
+                if slot is None:
+                    return False  # a shorter prefix than was found ends in another window
+                taken[rank] += self._has_window[group_idx] or self.allocators[rank][group_idx].is_idle(slot)
+                taken[home] += rank != home
+            if any(pages > room[rank][group_idx] for rank, pages in enumerate(taken) if pages):
+                return False
+        return True
+
+    def _admit_spread(
+        self,
+        request: Request,
+        num_pages: int,
+        copies_on: list[set[int]],
+        room: list[list[int]],
+        placement: Placement,
+    ) -> bool:
+        """Cached pages where they are, the rest striped or spilled."""
+        ranks: list[int] = []
+        for found in copies_on:  # stay on a rank as long as it has the pages: longer runs, fewer exchanges
+            ranks.append(ranks[-1] if ranks and ranks[-1] in found else min(found))
+        hit = _Hit(ranks)
+        used = hit.use(self, request)
+        room = [[self._room(rank, group) for group in range(len(self._num_pages))] for rank in range(self.num_ranks)]
+        is_full = any(free < 0 for rooms in room for free in rooms)
+        runs = None if is_full else self._place(num_pages - len(ranks), 0, placement, room)
+        for group_idx, pages in enumerate(used):
+            for page in pages:
+                self._release_pages(group_idx, page)
+        if runs is None:
+            # Nobody will make room: do without the hit, whose idle pages may be the room that it needs.
+            if ranks and not self._holds_others():
+                return self._admit_spread(request, num_pages, [], room, placement)
+            return False
+        self._start(request, hit, runs, None)
+        return True
+
+    def _holds_others(self) -> bool:
+        """Whether any request has pages or promises."""
+        return any(any(promised) for promised in self._promised) or any(
+            allocator.num_used for allocators in self.allocators for allocator in allocators
+        )
+
+    def _start(self, request: Request, hit: _Hit, runs: list[tuple[int, int]], home: int | None) -> None:
+        """Give an admitted request its cached pages and its promises.
+
+        Args:
+            request: has no pages yet.
+            hit: the cached pages.
+            runs: (rank, pages) of the new pages.
+            home: where pages of the hit that lie elsewhere are copied to, or None to use them where they lie.
+        """
+        size = self.config.page_size
+        num_groups = len(self._num_pages)
+        request.tables = [PageTable(size) for _ in range(num_groups)]
+        used = hit.use(self, request)
+        for group_idx, pages in enumerate(used):
+            for page in pages:
+                target = page
+                if home is not None and page.rank != home:
+                    last = request.tables[group_idx].runs
+                    near = last[-1].slot + last[-1].num_pages if last else None
+                    ((slot, _),) = self.allocators[home][group_idx].allocate(1, near)
+                    target = PageRun(page.page_idx, home, slot, 1)
+                    _add_copy(request.copies, PageCopy(group_idx, page, target))
+                request.tables[group_idx].apply([target])
+        request.num_hit_pages = request.num_published = len(hit.ranks)
+        if request.copies:  # the copies are not published yet
+            request.num_published = min(copy.source.page_idx for copy in request.copies)
+        request.num_computed = len(hit.ranks) * size
+        for rank in hit.ranks:
+            request.place(home if home is not None else rank, 1)
+        request.claims = [dict[int, int]() for _ in range(num_groups)]
+        request.held = [dict[int, int]() for _ in range(num_groups)]
+        for rank, num_pages in runs:
+            request.place(rank, num_pages)
+            request.num_new[rank] = request.num_new.get(rank, 0) + num_pages
+        for rank, num_pages in request.num_new.items():
+            for group_idx in range(num_groups):
+                self._claim(request, group_idx, rank, self._need(group_idx, num_pages))
+
+    def use_page(self, rank: int, group_idx: int, slot: int) -> None:
+        """Add a reference to a cached page."""
+        is_shared = self.allocators[rank][group_idx].use(slot)
+        self._promised[rank][group_idx] += is_shared and self._has_window[group_idx]
+
+    def _release_pages(self, group_idx: int, run: PageRun) -> None:
+        """Drop a reference to consecutive pages."""
+        num_shared = self.allocators[run.rank][group_idx].release(run.slot, run.num_pages)
+        self._promised[run.rank][group_idx] -= num_shared if self._has_window[group_idx] else 0
+
+    def _room(self, rank: int, group_idx: int) -> int:
+        """Pages that nobody holds or has been promised."""
+        return self.allocators[rank][group_idx].num_available - self._promised[rank][group_idx]
+
+    def _claim(self, request: Request, group_idx: int, rank: int, num_pages: int) -> None:
+        """Promise a request so many new pages on a rank, those it holds included."""
+        held = request.held[group_idx].get(rank, 0)
+        before = request.claims[group_idx].get(rank, 0)
+        request.claims[group_idx][rank] = num_pages
+        self._promised[rank][group_idx] += max(0, num_pages - held) - max(0, before - held)
+
+    def _hold(self, request: Request, group_idx: int, rank: int, change: int) -> None:
+        """Note that a request holds more or fewer of its new pages on a rank."""
+        held = request.held[group_idx].get(rank, 0)
+        claim = request.claims[group_idx].get(rank, 0)
+        request.held[group_idx][rank] = held + change
+        self._promised[rank][group_idx] += max(0, claim - held - change) - max(0, claim - held)
+
+    # -- pages of a running request ----------------------------------------------------------------------------------
+
+    def extend(self, request: Request) -> bool:
+        """Place one more page, for tokens that are generated; False when no rank has room now.
+
+        A packed request's next page goes to the rank of its last one, a striped one's follows snake order; where that
+        rank is full, any rank with room will do.
+        """
+        preferred = self._next_rank(request)
+        others = [rank for rank in range(self.num_ranks) if rank != preferred] if self._may_leave_home else []
+        limiting = self._limiting_group or 0
+        others.sort(key=lambda rank: (-self._room(rank, limiting), rank))
+        for rank in (preferred, *others):
+            pages = request.num_new.get(rank, 0) + 1
+            needs = [self._need(group_idx, pages) for group_idx in range(len(self._num_pages))]
+            if all(
+                need - max(request.claims[g].get(rank, 0), request.held[g].get(rank, 0)) <= self._room(rank, g)
+                for g, need in enumerate(needs)
+            ):
+                request.place(rank, 1)
+                request.num_new[rank] = pages
+                for group_idx, need in enumerate(needs):
+                    self._claim(request, group_idx, rank, need)
+                return True
+        return False
+
+    def _next_rank(self, request: Request) -> int:
+        """Where the next page of generated tokens should go."""
+        last = request.page_ranks[-1][0]
+        if len(request.page_ranks) == 1 or self.config.forced_placement in (Placement.PACKED, Placement.SPILL):
+            return last
+        size = self.config.page_size
+        tail_pages = request.num_pages - _pages(request.prompt_len, size)
+        home = request.page_ranks[0][0]
+        return snake_rank(max(0, tail_pages) // (self.stripe_len // size), home, self.num_ranks)
 
     def grow(self, request: Request, end: int) -> list[list[PageRun]]:
-        """Allocate the pages that positions up to `end` need.
+        """Allocate the pages that positions up to `end` need; they have been promised.
 
         Returns:
             Per KV group the runs added to the page table.
@@ -165,39 +465,93 @@ class KVMemory:
         added: list[list[PageRun]] = []
         for group_idx, table in enumerate(request.tables):
             new: list[PageRun] = []
-            for rank, first, last in list(request.ranks_of(table.num_pages * size, -(-end // size) * size, size)):
-                allocator = self.allocators[rank][group_idx]
-                near = next((run.slot + run.num_pages for run in reversed(table.runs) if run.rank == rank), None)
-                for slot, num_pages in allocator.allocate((last - first) // size, near):
-                    new.append(table.append(rank, slot, num_pages))
+            if table.num_pages * size < end:
+                for rank, first, last in list(request.ranks_of(table.num_pages * size, -(-end // size) * size, size)):
+                    allocator = self.allocators[rank][group_idx]
+                    near = next((run.slot + run.num_pages for run in reversed(table.runs) if run.rank == rank), None)
+                    for slot, num_pages in allocator.allocate((last - first) // size, near):
+                        new.append(table.append(rank, slot, num_pages))
+                    self._hold(request, group_idx, rank, (last - first) // size)
             added.append(new)
         return added
+
+    def publish(self, request: Request) -> None:
+        """Let others find the pages that are full and computed."""
+        if not self.config.enable_prefix_caching:
+            return
+        full = request.num_computed // self.config.page_size
+        if full <= request.num_published:
+            return
+        extend_hashes(request.page_hashes, request.token_ids, self.config.page_size)
+        for page_idx in range(request.num_published, full):
+            for group_idx, table in enumerate(request.tables):
+                page = table.page(page_idx)
+                if page is not None:
+                    self.allocators[page[0]][group_idx].publish(request.page_hashes[page_idx], page[1])
+        request.num_published = full
+
+    def copied(self, request: Request) -> None:
+        """The sources of a request's copies are no longer needed."""
+        for copy in request.copies:
+            self._release_pages(copy.group_idx, copy.source)
+        request.copies = []
 
     def slide(self, request: Request) -> None:
         """Free the pages that no later token's window reaches."""
         for group_idx, (group, table) in enumerate(zip(self.model.kv_groups, request.tables, strict=True)):
             if group.spec.window is not None:
                 oldest = max(0, request.num_computed - group.spec.window + 1)
-                self._release(group_idx, table.free_before(oldest // self.config.page_size))
+                self._release(request, group_idx, table.free_before(oldest // self.config.page_size))
 
     def free(self, request: Request) -> None:
-        """Give back everything that a request holds and has reserved."""
+        """Give back everything that a request holds and has been promised."""
+        self.copied(request)
         for group_idx, table in enumerate(request.tables):
-            self._release(group_idx, table.free_before(table.num_pages))
-        self._reserve(request, -1)
+            self._release(request, group_idx, table.free_before(table.num_pages))
+            for rank in list(request.claims[group_idx]):
+                self._claim(request, group_idx, rank, 0)
+            assert not any(request.held[group_idx].values())
 
-    def _release(self, group_idx: int, runs: Sequence[PageRun]) -> None:
-        for run in runs:
-            self.allocators[run.rank][group_idx].release(run.slot, run.num_pages)
+    def _release(self, request: Request, group_idx: int, runs: Sequence[PageRun]) -> None:
+        for run in reversed(runs):  # the last page becomes idle first, and is evicted first
+            self._release_pages(group_idx, run)
+            new = run.page_idx + run.num_pages - max(run.page_idx, request.num_hit_pages)
+            if new > 0:
+                self._hold(request, group_idx, run.rank, -new)
 
     def check_integrity(self) -> None:
-        """Assert that the allocators are sound; with no request running, that all pages are free."""
-        for allocators, reserved in zip(self.allocators, self._reserved, strict=True):
-            for allocator, taken in zip(allocators, reserved, strict=True):
+        """Assert that the allocators are sound, and that every promise can be kept."""
+        for allocators, promised in zip(self.allocators, self._promised, strict=True):
+            for allocator, pages in zip(allocators, promised, strict=True):
                 allocator.check_integrity()
-                assert allocator.num_used <= taken <= allocator.num_pages, "pages in use that nobody reserved"
+                assert 0 <= pages <= allocator.num_available, "more pages are promised than there are"
+
+
+def _add_copy(copies: list[PageCopy], copy: PageCopy) -> None:
+    """Append a copy, as one with the last where both continue it."""
+    if copies and copies[-1].group_idx == copy.group_idx:
+        last, num_pages = copies[-1], copies[-1].source.num_pages
+        if all(
+            (b.page_idx, b.rank, b.slot) == (a.page_idx + num_pages, a.rank, a.slot + num_pages)
+            for a, b in ((last.source, copy.source), (last.target, copy.target))
+        ):
+            source, target = (
+                msgspec.structs.replace(run, num_pages=num_pages + copy.source.num_pages)
+                for run in (last.source, last.target)
+            )
+            copies[-1] = PageCopy(copy.group_idx, source, target)
+            return
+    copies.append(copy)
 
 
 def _pages(num_tokens: int, page_size: int) -> int:
     """Pages that hold so many tokens: division, rounded up."""
     return -(-num_tokens // page_size)
+
+
+def _count(page_ranks: Sequence[tuple[int, int]], num_ranks: int) -> list[int]:
+    """Pages per rank of a placement."""
+    counts = [0] * num_ranks
+    for rank, num_pages in page_ranks:
+        counts[rank] += num_pages
+    return counts

@@ -4,10 +4,14 @@ Holds token ids, sampling state and page tables. Must not know torch, processes 
 Read next: `longspan.scheduler.scheduler`.
 """
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from longspan.errors import LongspanError
+from longspan.plan.types import PageCopy
 from longspan.sharding.pages import PageTable
 from longspan.types import FinishReason, Phase, SamplingParams, TokenLogprobs
 
@@ -16,10 +20,14 @@ class Constraint(Protocol):
     """What a request's output must look like, one token at a time."""
 
     def allowed(self) -> bytes | None:
-        """Bit mask of the tokens that may come next (bit i % 8 of byte i // 8), or None for all."""
+        """Bit mask of the tokens that may come next (bit i % 8 of byte i // 8; at least one), or None for all."""
 
     def accept(self, token_id: int) -> None:
-        """Take the token that came next."""
+        """Take the token that came next; the request goes on after it.
+
+        Raises:
+            LongspanError: nothing can follow. It ends this request, and no other.
+        """
 
 
 @dataclass(slots=True)
@@ -43,7 +51,24 @@ class Request:
     tables: list[PageTable] = field(default_factory=list)
     """Per KV group, empty before admission."""
     page_ranks: list[tuple[int, int]] = field(default_factory=list)
-    """(rank, pages) runs: the placement of all pages that the request may ever need, decided at admission."""
+    """(rank, pages) runs: the placement of all pages that are allocated or promised, cached ones included."""
+    page_ends: list[int] = field(default_factory=list)
+    """Per run of `page_ranks`, one past its last page."""
+    page_hashes: list[bytes] = field(default_factory=list)
+    """Of the full pages of `token_ids`, as far as they were needed."""
+    num_hit_pages: int = 0
+    """Pages that were found in the prefix cache at admission."""
+    num_published: int = 0
+    """Pages that the prefix cache knows."""
+    copies: list[PageCopy] = field(default_factory=list)
+    """Cached pages of other ranks to copy in the next step; their sources are kept until it is done."""
+    claims: list[dict[int, int]] = field(default_factory=list)
+    """Per KV group: rank to pages promised there, those held included."""
+    held: list[dict[int, int]] = field(default_factory=list)
+    """Per KV group: rank to new pages held there."""
+    num_new: dict[int, int] = field(default_factory=dict)
+    """Rank to pages placed there, cached ones not included."""
+    num_preemptions: int = 0
     informed_ranks: set[int] = field(default_factory=set)
     """Ranks that know the page tables as of the last plan."""
     involved_ranks: set[int] = field(default_factory=set)
@@ -51,15 +76,24 @@ class Request:
     in_flight: bool = False
     last_plan_id: int = -1
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """What happened, if `finish_reason` is `ERROR`."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One per generated token, if asked for."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One per prompt token but the first, if asked for."""
+    _counts: Counter[int] | None = None
+    _seen: bytearray | None = None
 
     @property
     def phase(self) -> Phase:
-        """Prefill until the whole prompt is computed."""
-        return Phase.PREFILL if self.num_computed < self.prompt_len else Phase.DECODE
+        """Prefill while more than the newest token is to be computed: a prompt, or all tokens after a preemption."""
+        return Phase.PREFILL if len(self.token_ids) - self.num_computed > 1 else Phase.DECODE
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that are placed."""
+        return self.page_ends[-1] if self.page_ends else 0
 
     @property
     def num_generated(self) -> int:
@@ -71,12 +105,28 @@ class Request:
 
     def ranks_of(self, start: int, end: int, page_size: int) -> Iterator[tuple[int, int, int]]:
         """(rank, start, end) of the planned placement of positions `[start, end)`, in sequence order."""
-        first = 0
-        for rank, num_pages in self.page_ranks:
-            last = first + num_pages * page_size
-            if max(first, start) < min(last, end):
-                yield rank, max(first, start), min(last, end)
-            first = last
+        index = bisect_right(self.page_ends, start // page_size)
+        while index < len(self.page_ranks) and start < end:
+            last = min(end, self.page_ends[index] * page_size)
+            yield self.page_ranks[index][0], start, last
+            start = last
+            index += 1
+
+    def place(self, rank: int, num_pages: int) -> None:
+        """Note where the next pages go."""
+        if self.page_ranks and self.page_ranks[-1][0] == rank:
+            self.page_ranks[-1] = (rank, self.page_ranks[-1][1] + num_pages)
+            self.page_ends[-1] += num_pages
+        else:
+            self.page_ends.append(self.num_pages + num_pages)
+            self.page_ranks.append((rank, num_pages))
+
+    def forget_pages(self) -> None:
+        """Nothing is placed, promised or held any more."""
+        self.tables, self.page_ranks, self.page_ends = [], [], []
+        self.claims, self.held, self.num_new = [], [], {}
+        self.num_hit_pages = self.num_published = 0
+        self.informed_ranks = set()
 
     def banned_token_ids(self) -> tuple[int, ...]:
         """Tokens that must not be sampled next: whatever would end the request before `min_tokens`."""
@@ -84,25 +134,36 @@ class Request:
             return ()
         return tuple(sorted({*self.eos_token_ids, *self.params.stop_token_ids}))
 
+    def generated_counts(self) -> Counter[int]:
+        """How often each token was generated. Counted once, then kept; not to be changed."""
+        if self._counts is None:
+            self._counts = Counter(self.output_token_ids)
+        return self._counts
+
+    def seen_tokens(self) -> bytes:
+        """The tokens of prompt and output, as bits: bit i % 8 of byte i // 8. Collected once, then kept."""
+        if self._seen is None:
+            self._seen = bytearray(max(self.token_ids) // 8 + 1)
+            for token_id in set(self.token_ids):
+                self._seen[token_id // 8] |= 1 << token_id % 8
+        return bytes(self._seen)
+
     def add_token(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Append a sampled token and see whether it ends the request."""
         self.token_ids.append(token_id)
+        if self._counts is not None:
+            self._counts[token_id] += 1
+        if self._seen is not None:
+            self._seen.extend(bytes(max(0, token_id // 8 + 1 - len(self._seen))))
+            self._seen[token_id // 8] |= 1 << token_id % 8
         if logprobs is not None:
             self.logprobs.append(logprobs)
         if token_id in self.eos_token_ids or token_id in self.params.stop_token_ids:
             self.finish_reason = FinishReason.STOP
         elif self.num_generated >= self.params.max_tokens:
             self.finish_reason = FinishReason.LENGTH
-
-
-def last_kv_position(prompt_len: int, params: SamplingParams) -> int:
-    """One past the last position whose KV is ever stored: the last generated token's is not."""
-    return prompt_len + params.max_tokens - 1
-
-
-def count_pages(page_ranks: Sequence[tuple[int, int]], num_ranks: int) -> list[int]:
-    """Pages per rank of a placement."""
-    counts = [0] * num_ranks
-    for rank, num_pages in page_ranks:
-        counts[rank] += num_pages
-    return counts
+        elif self.constraint is not None:
+            try:
+                self.constraint.accept(token_id)
+            except LongspanError as error:
+                self.finish_reason, self.error = FinishReason.ERROR, str(error)

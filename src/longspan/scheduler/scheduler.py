@@ -7,16 +7,28 @@ Note: lanes
     A plan names its ranks, and plans on disjoint ranks run at the same time. `schedule` therefore returns plans until
     no request's ranks are all idle. A request that must wait for a busy rank claims its other ranks, so that a stream
     of requests on single ranks cannot starve one that needs several.
+
+Note: what a step mixes
+    Tokens of many requests share the weights that a step reads, so a step takes all it can: every decode on its ranks,
+    and chunks of prompts while token budgets and `max_step_ms` last. Only what moves must be of one kind, because a
+    step has one strategy: decodes with keys on several ranks never share a step with such chunks. They take turns.
+
+Note: preemption
+    When no rank has room for the next page of a decode, cached pages have gone first, then every rank was tried, and
+    now the youngest running request gives all its pages back and waits at the head of the queue. Its tokens are kept:
+    it is computed again, often from pages that are still cached. The oldest request is never preempted, so all end.
 """
 
 import secrets
+from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError
 from longspan.plan.types import (
     Literals,
+    PageCopy,
     Plan,
     PlanResult,
     QueryRun,
@@ -25,8 +37,10 @@ from longspan.plan.types import (
     TableDelta,
 )
 from longspan.policy.choose import plan_group
-from longspan.scheduler.memory import KVMemory
+from longspan.policy.cost import StepTime
+from longspan.scheduler.memory import DECODE_COST, KVMemory
 from longspan.scheduler.request import Constraint, Request
+from longspan.scheduler.sampling import sample_row
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 MAX_SCORED_TOKENS = 512
@@ -35,7 +49,7 @@ vocabulary."""
 
 
 class Scheduler:
-    """Continuous batching: first come first served at admission, then prefill and decode take turns.
+    """Continuous batching: first come first served at admission, then whoever waited longest leads the next step.
 
     So no request starves, and a token waits for one chunk of prefill per rank at most, however long a prompt is and
     however many wait.
@@ -45,16 +59,20 @@ class Scheduler:
         """Args: `num_pages` per KV group, the same on every rank."""
         self.model, self.config = model, config
         self.memory = KVMemory(model, config, num_pages)
+        self.step_time = StepTime(model, config.num_threads)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.num_preemptions = 0
         self._by_id: dict[int, Request] = {}
         self._busy: set[int] = set()
-        self._in_flight: dict[int, tuple[Plan, list[Request]]] = {}
+        self._in_flight: dict[int, tuple[Plan, list[Request], float]] = {}  # with the flops of one rank's share
+        self._cancelled: set[int] = set()  # requests that end as soon as they are not in flight
         self._unreported: dict[int, set[int]] = {rank: set() for rank in range(config.context_parallel_size)}
         self._last_prefill = [-1] * config.context_parallel_size  # per rank, plan id of the last prefill
         self._next_plan_id = 0
         self._next_request_id = 0
-        self._can_slide_away = all(group.spec.window is not None for group in model.kv_groups)
+        windows = [group.spec.window for group in model.kv_groups]
+        self._longest_window = None if None in windows else max(window for window in windows if window is not None)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -81,6 +99,8 @@ class Scheduler:
         prompt = list(prompt_token_ids)
         if not is_checked:
             self.check_request(prompt, params)
+        if params.json_schema is not None and constraint is None:
+            raise ConfigError("json_schema: got no constraint with it, legal is one that `models.grammar` made of it")
         request = Request(
             request_id=self._next_request_id,
             params=params,
@@ -104,9 +124,12 @@ class Scheduler:
         """
         if not prompt:
             raise ConfigError("prompt: got no tokens, legal is at least one")
-        for token_id in (min(prompt), max(prompt), *params.stop_token_ids):
+        biased = [token_id for token_id, _ in params.logit_bias]
+        for token_id in (min(prompt), max(prompt), *params.stop_token_ids, *biased):
             if not 0 <= token_id < self.model.vocab_size:
                 raise ConfigError(f"token id: got {token_id}, legal is 0 to {self.model.vocab_size - 1}")
+        if params.min_tokens and len({*self.model.eos_token_ids, *params.stop_token_ids}) >= self.model.vocab_size:
+            raise ConfigError("stop_token_ids: got all tokens of the model, legal with min_tokens is not all")
         limit = self.model.max_position
         if limit is not None and len(prompt) + params.max_tokens > limit:
             total = len(prompt) + params.max_tokens
@@ -128,108 +151,241 @@ class Scheduler:
         self._by_id.pop(request.request_id, None)
         if request in self.waiting:
             self.waiting.remove(request)
-            return
-        self.running.remove(request)
-        self.memory.free(request)
+        else:
+            self.running.remove(request)
+            self.memory.free(request)
         for rank in request.involved_ranks:
             self._unreported[rank].add(request.request_id)
+
+    def cancel(self, request: Request) -> None:
+        """End a request that nobody waits for any more, at any moment; `update` does not return it again.
+
+        Its pages are free before the next step that would have computed it.
+        """
+        if request.finish_reason is not None:
+            return
+        if request.in_flight:
+            self._cancelled.add(request.request_id)
+        else:
+            self.finish(request, FinishReason.ABORT)
+
+    def _preempt(self, request: Request) -> None:
+        """Take all pages from a running request that is not in flight; it will be computed again."""
+        self.running.remove(request)
+        self.memory.free(request)
+        request.forget_pages()
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        waiting = list(self.waiting)
+        insort(waiting, request, key=lambda r: r.request_id)
+        self.waiting = deque(waiting)
 
     # -- plans -------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Plan | None:
         """The next plan to submit, or None when nothing can start now."""
-        while self.waiting and len(self.running) < self.config.max_num_seqs and self.memory.admit(self.waiting[0]):
-            self.waiting[0].last_plan_id = self._next_plan_id - 1  # waits from now on; -1 would overtake all others
-            self.running.append(self.waiting.popleft())
-        num_ranks = self.config.context_parallel_size
-        taken = set(self._busy)
+        if len(self._busy) == self.config.context_parallel_size:
+            return None
+        self._admit()
+        ready: list[tuple[Request, set[int]]] = []
+        for request in sorted(self.running, key=lambda r: r.request_id):  # the oldest gets its page first
+            if not request.in_flight and request.page_ranks and self._has_page(request):
+                ready.append((request, self._ranks(request)))
+        ready = [(request, ranks) for request, ranks in ready if request.page_ranks]  # the others were preempted
         # Of equal turns prefill first, then whoever waited longest, then whoever needs most ranks.
-        ready = sorted(
-            (request for request in self.running if not request.in_flight),
-            key=lambda r: (
-                self._turn(r, num_ranks),
-                r.phase is Phase.DECODE,
-                r.last_plan_id,
-                -len(self._ranks(r, num_ranks)),
-            ),
-        )
-        for lead in ready:
-            ranks = self._ranks(lead, num_ranks)
+        ready.sort(key=lambda r: (self._turn(*r), r[0].phase is Phase.DECODE, r[0].last_plan_id, -len(r[1])))
+        taken = set(self._busy)
+        for lead, ranks in ready:
             if ranks & taken:
                 taken |= ranks
                 continue
-            return self._make_plan(lead.phase, ranks, [lead, *(r for r in ready if r is not lead)])
+            return self._make_plan(lead, ranks, ready)
         return None
 
-    def _turn(self, request: Request, num_ranks: int) -> int:
+    def _admit(self) -> None:
+        """Let requests in, in order, while they fit."""
+        if not self.waiting or len(self.running) >= self.config.max_num_seqs:
+            return
+        load = [0.0] * self.config.context_parallel_size
+        for request in self.running:
+            self._add_load(load, request)
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            if not self.memory.admit(self.waiting[0], load):
+                return
+            request = self.waiting.popleft()
+            request.last_plan_id = self._next_plan_id - 1  # waits from now on; -1 would overtake all others
+            self.running.append(request)
+            self._add_load(load, request)
+
+    def _add_load(self, load: list[float], request: Request) -> None:
+        """Add a running request's work per rank, in tokens to compute."""
+        ranks = {rank for rank, _ in request.page_ranks}
+        work = DECODE_COST + max(0, request.prompt_len - request.num_computed) / len(ranks)
+        for rank in ranks:
+            load[rank] += work
+
+    def _has_page(self, request: Request) -> bool:
+        """Make sure that the request's next token has a page, at the cost of younger requests if need be."""
+        size = self.config.page_size
+        while len(request.token_ids) > request.num_pages * size:
+            if self.memory.extend(request):
+                continue
+            victim = max(self.running, key=lambda r: r.request_id)
+            if victim is request:
+                if len(self.running) > 1:
+                    self._preempt(request)
+                return False
+            idle = [r for r in self.running if r.request_id > request.request_id and not r.in_flight]
+            if not idle:
+                return False  # a younger one is in flight: its turn to give comes when it is back
+            self._preempt(max(idle, key=lambda r: r.request_id))
+        return True
+
+    def _turn(self, request: Request, ranks: set[int]) -> int:
         """Since which plan a request waits for its turn; the lowest is next.
 
         Prefill waits as a queue: a rank that ran another prompt's chunk since has given prefill its turn.
         """
         if request.phase is Phase.DECODE:
             return request.last_plan_id
-        return max(request.last_plan_id, min(self._last_prefill[rank] for rank in self._ranks(request, num_ranks)))
+        return max(request.last_plan_id, min(self._last_prefill[rank] for rank in ranks))
 
-    def _ranks(self, request: Request, num_ranks: int) -> set[int]:
-        """Ranks that a request's next step may involve."""
-        budget = [self.config.max_num_batched_tokens] * num_ranks
-        start, end = request.num_computed, self._chunk_end(request, budget)
-        if self._can_slide_away:
-            start = max(0, start - max(group.spec.window or 0 for group in self.model.kv_groups) + 1)
+    def _ranks(self, request: Request) -> set[int]:
+        """Ranks that a request's next step may involve: those with a key that it may see, or a page to copy."""
+        size, end = self.config.page_size, len(request.token_ids)
+        if request.phase is Phase.PREFILL:
+            end = self._chunk_end(request, [self.config.max_num_batched_tokens] * self.config.context_parallel_size)
+        start = 0 if self._longest_window is None else max(0, request.num_computed - self._longest_window + 1)
+        if start == 0 and end >= len(request.token_ids):
+            ranks = {rank for rank, _ in request.page_ranks}
         else:
-            start = 0
-        return {rank for rank, _, _ in request.ranks_of(start, end, self.config.page_size)}
+            ranks = {rank for rank, _, _ in request.ranks_of(start, end, size)}
+        for copy in request.copies:
+            ranks.add(copy.source.rank)
+        return ranks
 
     def _chunk_end(self, request: Request, budget: Sequence[int]) -> int:
         """How far a request's next step goes: until some rank's token budget is spent."""
+        size = self.config.page_size
         if request.phase is Phase.DECODE:
-            (owner, _, _), *_ = request.ranks_of(request.num_computed, request.num_computed + 1, self.config.page_size)
+            (owner, _, _), *_ = request.ranks_of(request.num_computed, request.num_computed + 1, size)
             return request.num_computed + (1 if budget[owner] else 0)
         left = list(budget)
-        if len({rank for rank, _ in request.page_ranks}) > 1:
+        is_striped = len(request.page_ranks) > 1
+        if is_striped:
             left = [min(tokens, self.memory.striped_tokens_per_rank) for tokens in left]
         if request.params.prompt_logprobs is not None:
             left = [min(tokens, MAX_SCORED_TOKENS) for tokens in left]
         end = request.num_computed
-        for rank, start, stop in request.ranks_of(end, request.prompt_len, self.config.page_size):
+        for rank, start, stop in request.ranks_of(end, len(request.token_ids), size):
             taken = min(stop - start, left[rank])
             left[rank] -= taken
             end += taken
             if start + taken < stop:
                 break
+        if is_striped and min(budget) < self.memory.striped_tokens_per_rank:  # decodes took some of it
+            return self._balanced_end(request, end)
         return end
 
-    def _make_plan(self, phase: Phase, ranks: set[int], candidates: Sequence[Request]) -> Plan:
-        """Fill a plan with all candidates of one phase that fit its ranks and their budgets."""
+    def _balanced_end(self, request: Request, end: int) -> int:
+        """A chunk's end rounded down to where snake order has come round, or at least to where a stripe ends, so that
+        the ranks share the work of this chunk and the next."""
+        size, start = self.config.page_size, request.num_computed
+        num_ranks = len({rank for rank, _ in request.page_ranks})
+        stripe = self.memory.stripe_len if num_ranks > 1 else size
+        origin = request.num_hit_pages * size
+        for unit in (2 * num_ranks * stripe, num_ranks * stripe, stripe, size):
+            rounded = origin + (end - origin) // unit * unit
+            if rounded > start:
+                return rounded
+        return end
+
+    def _end_in_time(self, request: Request, end: int, flops: float) -> int:
+        """The end of a chunk that is predicted to take no more than so many flops per rank; a page goes on anyway."""
+        start, size = request.num_computed, self.config.page_size
+        num_ranks = len({rank for rank, _ in request.page_ranks})
+        if self.step_time.chunk_flops(start, end, num_ranks) <= flops:
+            return end
+        low, high = start, end  # low fits, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.step_time.chunk_flops(start, middle, num_ranks) <= flops
+            low, high = (middle, high) if fits else (low, middle)
+        one_page = min(end, (start // size + 1) * size)
+        return one_page if low <= one_page else self._balanced_end(request, low)
+
+    def _make_plan(self, lead: Request, ranks: set[int], ready: Sequence[tuple[Request, set[int]]]) -> Plan:
+        """Fill a plan with all requests that fit its ranks, their budgets, and what moves.
+
+        Args:
+            lead: has a place for certain.
+            ranks: of the plan.
+            ready: every request that may take part, and its ranks, in the order of their turns.
+        """
+        size = self.config.context_parallel_size
+        budget = [self.config.max_num_batched_tokens] * size
+        flops = [self._step_flops] * size
+        movers = lead.phase if len(ranks) > 1 else None  # the phase of all requests that move something
+        chosen: list[tuple[Request, int]] = []
+        # Decodes first, they are small; the lead before all others of its phase.
+        for request, own in sorted(ready, key=lambda r: (r[0].phase is Phase.PREFILL, r[0] is not lead)):
+            if not own <= ranks or (request.copies and request is not lead):
+                continue
+            if len(own) > 1:
+                if movers not in (None, request.phase):
+                    continue
+                movers = request.phase
+            end = self._chunk_end(request, budget)
+            if request.phase is Phase.PREFILL and self.config.max_step_ms is not None:
+                left = min(flops[rank] for rank in own)
+                if left <= 0 and request is not lead:
+                    continue
+                end = self._end_in_time(request, end, left)
+            if end == request.num_computed:
+                continue
+            for rank in own:
+                flops[rank] -= self.step_time.chunk_flops(request.num_computed, end, len(own))
+            for rank, start, stop in request.ranks_of(request.num_computed, end, self.config.page_size):
+                budget[rank] -= stop - start
+            chosen.append((request, end))
+        share = max(self._step_flops - flops[rank] for rank in ranks)
+        return self._write_plan(ranks, chosen, movers, share)
+
+    @property
+    def _step_flops(self) -> float:
+        """What a rank may compute in one step."""
+        max_step_ms = self.config.max_step_ms
+        return float("inf") if max_step_ms is None else max_step_ms * 1e-3 * self.step_time.flops_per_s
+
+    def _write_plan(
+        self, ranks: set[int], chosen: Sequence[tuple[Request, int]], movers: Phase | None, share: float
+    ) -> Plan:
+        """The plan that takes every chosen request to its end. Args: `share` is one rank's flops."""
         plan_id = self._next_plan_id
         self._next_plan_id += 1
-        budget = [self.config.max_num_batched_tokens] * self.config.context_parallel_size
-        chosen: list[Request] = []
+        phase = Phase.PREFILL if any(request.phase is Phase.PREFILL for request, _ in chosen) else Phase.DECODE
+        if phase is Phase.PREFILL:
+            for rank in ranks:
+                self._last_prefill[rank] = plan_id
         query_runs: list[QueryRun] = []
+        copies: list[PageCopy] = []
         deltas: list[TableDelta] = []
         samples: list[SampleRow] = []
         scores: list[ScoreRun] = []
-        for request in candidates:
-            if request.phase is not phase or not self._ranks(request, len(budget)) <= ranks:
-                continue
-            start, end = request.num_computed, self._chunk_end(request, budget)
-            if start == end:
-                continue
+        for request, end in chosen:
+            start = request.num_computed
+            copies += request.copies
             deltas += self._deltas(request, end, ranks)
             for rank, first, last in request.tables[0].owners(start, end):
-                query_runs.append(
-                    QueryRun(
-                        request.request_id, first, last - first, rank, Literals(tuple(request.token_ids[first:last]))
-                    )
-                )
-                budget[rank] -= last - first
+                tokens = Literals(tuple(request.token_ids[first:last]))
+                query_runs.append(QueryRun(request.request_id, first, last - first, rank, tokens))
             samples += self._samples(request, end)
             scores += self._scores(request, start, end)
             request.in_flight, request.last_plan_id = True, plan_id
-            chosen.append(request)
-        forced = self.config.forced_strategy if phase is Phase.PREFILL else self.config.forced_decode_strategy
+        forced = self.config.forced_decode_strategy if movers is Phase.DECODE else self.config.forced_strategy
         groups = tuple(
-            plan_group(query_runs, {r.request_id: r.tables[i] for r in chosen}, group, forced=forced)
+            plan_group(query_runs, {r.request_id: r.tables[i] for r, _ in chosen}, group, forced=forced)
             for i, group in enumerate(self.model.kv_groups)
         )
         released: set[int] = set()
@@ -245,13 +401,11 @@ class Scheduler:
             groups=groups,
             samples=tuple(samples),
             scores=tuple(scores),
+            page_copies=tuple(copies),
             released=tuple(sorted(released)),
         )
-        if phase is Phase.PREFILL:
-            for rank in ranks:
-                self._last_prefill[rank] = plan_id
         self._busy |= ranks
-        self._in_flight[plan_id] = (plan, chosen)
+        self._in_flight[plan_id] = (plan, [request for request, _ in chosen], share)
         return plan
 
     def _deltas(self, request: Request, end: int, ranks: set[int]) -> list[TableDelta]:
@@ -276,25 +430,12 @@ class Scheduler:
         """The row to sample from, if this step computes the request's last known token."""
         if end < len(request.token_ids):
             return []
-        params = request.params
-        return [
-            SampleRow(
-                request_id=request.request_id,
-                position=end - 1,
-                temperature=float(params.temperature),
-                top_p=float(params.top_p),
-                top_k=params.top_k,
-                min_p=float(params.min_p),
-                seed=request.seed,
-                num_logprobs=params.logprobs,
-                banned_token_ids=request.banned_token_ids(),
-            )
-        ]
+        return [sample_row(request, end - 1)]
 
     def _scores(self, request: Request, start: int, end: int) -> list[ScoreRun]:
-        """Prompt rows whose next token is a prompt token, if prompt_logprobs were asked for."""
+        """Prompt rows whose next token is a prompt token, if prompt_logprobs were asked for and are not known yet."""
         num_logprobs = request.params.prompt_logprobs
-        end = min(end, request.prompt_len - 1)
+        start, end = max(start, len(request.prompt_logprobs)), min(end, request.prompt_len - 1)
         if num_logprobs is None or start >= end:
             return []
         return [
@@ -308,23 +449,37 @@ class Scheduler:
         """Take in what a plan's ranks answered.
 
         Returns:
-            The requests that the plan advanced. Those with a `finish_reason` have ended; `finish` has been called.
+            The requests that the plan advanced, without those that were cancelled meanwhile. Those with a
+            `finish_reason` have ended; `finish` has been called.
         """
-        plan, requests = self._in_flight.pop(result.plan_id)
+        plan, requests, share = self._in_flight.pop(result.plan_id)
         self._busy -= set(plan.ranks)
+        num_tokens = sum(run.num_tokens for run in plan.query_runs)
+        if plan.phase is Phase.PREFILL:
+            self.step_time.learn(share, num_tokens, max(rank_result.step_s for rank_result in result.ranks))
         computed = {run.request_id: run.end for run in plan.query_runs}
         for request in requests:
             request.in_flight = False
             request.num_computed = max(request.num_computed, computed[request.request_id])
+            self.memory.copied(request)
+            self.memory.publish(request)
         for rank_result in result.ranks:
             for sampled in rank_result.sampled:
                 self._by_id[sampled.request_id].add_token(sampled.token_id, sampled.logprobs)
         scored = sorted((run for r in result.ranks for run in r.scored), key=lambda run: (run.request_id, run.position))
         for run in scored:
             self._by_id[run.request_id].prompt_logprobs.extend(run.logprobs)
+        return list(self._settle(requests))
+
+    def _settle(self, requests: Iterable[Request]) -> Iterable[Request]:
+        """End what has ended; the others lose the pages that their windows have left."""
         for request in requests:
+            if request.request_id in self._cancelled:
+                self._cancelled.remove(request.request_id)
+                self.finish(request, FinishReason.ABORT)
+                continue
             if request.finish_reason is not None:
                 self.finish(request, request.finish_reason)
             else:
                 self.memory.slide(request)
-        return requests
+            yield request

@@ -109,6 +109,15 @@ class PageTable:
                 yield run, first, last
             index += 1
 
+    def page(self, page_idx: int) -> tuple[int, int] | None:
+        """`(rank, slot)` of one page, or None where there is none."""
+        index = bisect_right(self._starts, page_idx) - 1
+        if index < 0:
+            return None
+        run = self.runs[index]
+        offset = page_idx - run.page_idx
+        return (run.rank, run.slot + offset) if offset < run.num_pages else None
+
     def owners(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """Cut positions `[start, end)` where the rank changes.
 

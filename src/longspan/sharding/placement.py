@@ -25,6 +25,12 @@ def snake_order(ranks: Sequence[int]) -> Iterator[int]:
         yield from reversed(ranks)
 
 
+def snake_rank(stripe_idx: int, home: int, num_ranks: int) -> int:
+    """Rank of one stripe in the snake order that starts at rank `home`."""
+    step = stripe_idx % (2 * num_ranks)
+    return (home + (step if step < num_ranks else 2 * num_ranks - 1 - step)) % num_ranks
+
+
 def chunk_len(max_tokens_per_rank: int, stripe_len: int, num_ranks: int) -> int:
     """Tokens of a full striped chunk: the most that keeps every rank at or under its budget.
 

@@ -5,6 +5,8 @@ text is.
 Read next: `longspan.cp.attend`; `longspan.worker.process`, the process around it.
 """
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +69,8 @@ class ModelRunner:
         ]
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
         self._tokens_computed = 0
+        self._busy_s = 0.0
+        self._strategy_bytes: Counter[str] = Counter()
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> RankResult:
@@ -78,15 +82,30 @@ class ModelRunner:
             CommunicationError: a peer did not answer.
             LongspanError: the model's output is not a number, or the plan asks for something unknown.
         """
+        started = time.perf_counter()
+        try:
+            sampled, scored = self._run(plan)
+        finally:
+            step_s = time.perf_counter() - started
+            self._busy_s += step_s
+        return RankResult(
+            plan_id=plan.plan_id,
+            rank=self.rank,
+            sampled=sampled,
+            scored=scored,
+            tokens_computed=self._tokens_computed,
+            bytes_sent=self.comm.bytes_sent,
+            step_s=step_s,
+            busy_s=self._busy_s,
+            strategy_bytes=dict(self._strategy_bytes),
+        )
+
+    def _run(self, plan: Plan) -> tuple[tuple[SampledToken, ...], tuple[ScoredRun, ...]]:
         assert self.rank in plan.ranks, f"plan {plan.plan_id} is for ranks {plan.ranks}, this is rank {self.rank}"
         for request_id in plan.released:
             for tables in self._tables:
                 tables.pop(request_id, None)
-        for copy in plan.page_copies:
-            if copy.source.rank != copy.target.rank:
-                raise LongspanError(f"plan {plan.plan_id}: copies of pages between ranks are not supported")
-            if copy.source.rank == self.rank:
-                self._pools[copy.group_idx].copy_pages_(copy.source.slot, copy.target.slot, copy.source.num_pages)
+        self._copy_pages(plan)
         for delta in plan.table_deltas:
             self._apply(delta)
         attention = StepAttention(plan, self._tables, self._pools, self.comm, self._backend, self._spec.layer_params)
@@ -94,8 +113,32 @@ class ModelRunner:
         if not runs:
             for layer in range(self._spec.num_layers):
                 attention.join(layer)
-            return self._result(plan, (), ())
-        return self._result(plan, *self._compute(plan, runs, attention))
+            answer: tuple[tuple[SampledToken, ...], tuple[ScoredRun, ...]] = (), ()
+        else:
+            answer = self._compute(plan, runs, attention)
+        self._strategy_bytes.update(attention.bytes_sent)
+        return answer
+
+    def _copy_pages(self, plan: Plan) -> None:
+        """Copy pages within this rank, and exchange those that go to other ranks or come from them."""
+        sends: list[tuple[int, Tensor]] = []
+        recvs: list[tuple[int, Tensor]] = []
+        arriving: list[tuple[Tensor, Tensor]] = []  # (received, where it belongs)
+        for copy in plan.page_copies:
+            source, target, pool = copy.source, copy.target, self._pools[copy.group_idx]
+            if source.rank == target.rank == self.rank:
+                pool.copy_pages_(source.slot, target.slot, source.num_pages)
+            elif source.rank == self.rank:
+                sends += [(target.rank, rows.contiguous()) for rows in pool.rows(source.slot, source.num_pages)]
+            elif target.rank == self.rank:
+                for rows in pool.rows(target.slot, target.num_pages):
+                    received = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+                    recvs.append((source.rank, received))
+                    arriving.append((received, rows))
+        if sends or recvs:
+            self.comm.exchange(sends, recvs).wait()
+        for received, rows in arriving:
+            rows.copy_(received)
 
     def _apply(self, delta: TableDelta) -> None:
         tables = self._tables[delta.group_idx]
@@ -168,6 +211,3 @@ class ModelRunner:
         logits: Tensor = output.logits[0]
         assert logits.shape[0] == len(rows)
         return logits
-
-    def _result(self, plan: Plan, sampled: tuple[SampledToken, ...], scored: tuple[ScoredRun, ...]) -> RankResult:
-        return RankResult(plan.plan_id, self.rank, sampled, scored, self._tokens_computed, self.comm.bytes_sent)

@@ -2,8 +2,23 @@
 
 Holds pure functions of one row of logits. Must not know requests, plans in flight or ranks: the random number for a
 token depends on the request's seed and the token's position only, so a request that is computed again, on other ranks
-or in other batches, draws the same numbers.
-Read next: `longspan.worker.runner`.
+or in other batches, draws the same numbers. What happened before is in the row: a worker remembers nothing.
+Read next: `longspan.scheduler.sampling`, which makes the rows; `longspan.worker.runner`.
+
+Note: the order of the rules
+    As vLLM's sampler has it:
+
+        1. what the grammar, or `min_tokens`, forbids       logit = -inf
+        2. logit_bias                                       logit += bias
+        3. repetition_penalty r, token seen before          logit /= r if logit > 0, else logit *= r
+        4. frequency_penalty, presence_penalty              logit -= frequency * count + presence * (count > 0)
+        5. temperature 0 takes the largest logit; else      logit /= temperature
+        6. min_p, top_k, top_p                              each keeps the most probable token
+        7. draw
+
+    So a bias counts for the sign that the repetition penalty looks at, greedy feels 1 to 4, and nothing brings a
+    forbidden token back. The code forbids after step 4 instead of before, which is the same: no finite number added
+    to -inf, and no positive factor, changes it.
 """
 
 import numpy as np
@@ -20,23 +35,29 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, 0])).random())
 
 
-def sample(logits: Tensor, row: SampleRow) -> int:
-    """Choose the token that follows `row.position`.
+_LARGEST_LOGIT = 1e300
+"""An extreme repetition penalty stops here, short of infinity."""
 
-    Temperature first, then min_p, top_k, top_p, as vLLM does; each keeps the most probable token.
+
+def sample(logits: Tensor, row: SampleRow) -> int:
+    """Choose the token that follows `row.position`. See "the order of the rules" above.
 
     Args:
-        logits: [vocab] float.
+        logits: [vocab] float; not changed.
         row: sampling parameters.
 
     Raises:
-        LongspanError: the logits hold NaN, so the model's output means nothing.
+        LongspanError: the logits hold NaN, so the model's output means nothing; or no token is allowed.
     """
     logits = logits.double()
     if torch.isnan(logits).any():
         raise LongspanError(f"request {row.request_id}: the model's logits at position {row.position} hold NaN")
-    if row.banned_token_ids:
-        logits = logits.index_fill(0, torch.tensor(row.banned_token_ids, device=logits.device), -torch.inf)
+    if row.logit_bias or row.seen is not None or row.generated_token_ids:
+        logits = _adjusted(logits, row)
+    if row.banned_token_ids or row.allowed is not None:
+        logits = _restricted(logits, row)
+        if logits.max() == -torch.inf:
+            raise LongspanError(f"request {row.request_id}: no token is allowed after position {row.position}")
     if row.temperature == 0:
         return int(logits.argmax())
     # Division by a tiny temperature overflows to inf only after the maximum is subtracted away.
@@ -54,6 +75,40 @@ def sample(logits: Tensor, row: SampleRow) -> int:
     cumulative = (probs * keep).cumsum(-1)
     drawn = uniform(row.seed, row.position + 1) * cumulative[-1]
     return int(order[int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=int(keep.nonzero()[-1])))])
+
+
+def _adjusted(logits: Tensor, row: SampleRow) -> Tensor:
+    """Logits [vocab] float64 with bias and penalties."""
+    device = logits.device
+    if row.logit_bias:
+        ids, biases = zip(*row.logit_bias, strict=True)
+        logits = logits.index_add(
+            0, torch.tensor(ids, device=device), torch.tensor(biases, dtype=logits.dtype, device=device)
+        )
+    if row.seen is not None:
+        scaled = torch.where(logits > 0, logits / row.repetition_penalty, logits * row.repetition_penalty)
+        scaled = scaled.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        logits = torch.where(_bits(row.seen, len(logits)).to(device) & logits.isfinite(), scaled, logits)
+    if row.generated_token_ids:
+        counts = torch.tensor(row.generated_counts, dtype=logits.dtype, device=device)
+        penalties = row.frequency_penalty * counts + row.presence_penalty
+        logits = logits.index_add(0, torch.tensor(row.generated_token_ids, device=device), -penalties)
+    return logits
+
+
+def _restricted(logits: Tensor, row: SampleRow) -> Tensor:
+    """Logits [vocab] with -inf where a token is forbidden."""
+    if row.banned_token_ids:
+        logits = logits.index_fill(0, torch.tensor(row.banned_token_ids, device=logits.device), -torch.inf)
+    if row.allowed is not None:
+        logits = logits.masked_fill(~_bits(row.allowed, len(logits)).to(logits.device), -torch.inf)
+    return logits
+
+
+def _bits(mask: bytes, size: int) -> Tensor:
+    """[size] bool on the CPU: bit i % 8 of byte i // 8, False past the end of `mask`."""
+    padded = mask.ljust((size + 7) // 8, b"\0")  # NumPy would pad too, but an empty mask with whatever is in memory
+    return torch.from_numpy(np.unpackbits(np.frombuffer(padded, np.uint8), count=size, bitorder="little")).bool()
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> list[TokenLogprobs]:

@@ -1,7 +1,7 @@
 """How long a prefill will still take.
 
-Holds one function of numbers. Must not know displays or engines.
-Read next: `longspan.cli.progress`.
+Holds one function of numbers. Must not know displays, requests or ranks.
+Read next: `longspan.cli.progress` and `longspan.server.generation`, which show it.
 
 Note: why not the rate so far
     A token attends to all tokens before it, so the n-th costs a + 2 b n seconds and n tokens take a n + b n^2. At

@@ -1,0 +1,64 @@
+"""Options that several commands share: those of the engine.
+
+Holds click options and their way into an `EngineConfig`. Must not know what a command does with it.
+Read next: `longspan.config`, which says what is legal.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from longspan.config import (
+    AttentionName,
+    DTypeName,
+    EngineConfig,
+    ExecutorName,
+    PlacementName,
+    StrategyName,
+    parse_size,
+)
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def choice(legal: Any) -> click.Choice[str]:
+    """One of a Literal's values."""
+    return click.Choice(list(legal.__args__))
+
+
+_ENGINE_OPTIONS = (
+    click.option(
+        "--context-parallel-size", type=int, default=1, show_default=True, help="Ranks per sequence."
+    ),
+    click.option("--threads-per-rank", type=int, help="Default: cores / ranks."),
+    click.option("--dtype", type=choice(DTypeName), default="auto", show_default=True),
+    click.option("--placement", type=choice(PlacementName), default="auto", show_default=True),
+    click.option("--strategy", type=choice(StrategyName), default="auto", show_default=True, help="For both phases."),
+    click.option("--decode-strategy", type=choice(StrategyName), help="Overrides --strategy for decode."),
+    click.option("--page-size", type=int, default=16, show_default=True, help="Tokens per page."),
+    click.option("--stripe-size", type=int, default=512, show_default=True, help="Tokens per stripe, whole pages."),
+    click.option("--kv-cache-memory", metavar="SIZE", help="Per rank; bytes or with K, M, G, Ki, Mi, Gi."),
+    click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step."),
+    click.option("--attention-backend", type=choice(AttentionName), default="auto", show_default=True),
+    click.option("--executor", type=choice(ExecutorName), default="processes", show_default=True),
+)
+
+
+def engine_options(command: Command) -> Command:
+    """Decorator: give a command all options of the engine."""
+    for option in reversed(_ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
+    """Take the engine's options out of a command's options.
+
+    Raises:
+        ConfigError: one of them is illegal.
+    """
+    taken = {name: options.pop(name) for name in EngineConfig.__struct_fields__ if name in options}
+    if taken.get("kv_cache_memory") is not None:
+        taken["kv_cache_memory"] = parse_size(taken["kv_cache_memory"], "kv_cache_memory")
+    return EngineConfig(model=model, **taken)

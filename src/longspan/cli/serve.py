@@ -1,0 +1,43 @@
+"""`longspan serve`: an OpenAI-compatible server.
+
+Holds options. Must not know how a server works, nor import one before the options are known to be legal.
+Read next: `longspan.server.run`.
+"""
+
+import sys
+from typing import Any
+
+import click
+
+from longspan.cli.options import engine_config, engine_options
+from longspan.config import parse_size
+from longspan.server.config import ServerConfig
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is everywhere.")
+@click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", envvar="LONGSPAN_API_KEY", help="Clients must send it; better in LONGSPAN_API_KEY.")
+@click.option("--served-model-name", metavar="NAME", help="What clients call the model; default: MODEL.")
+@click.option("--max-model-len", type=int, help="Most tokens of a request; default: what the model admits.")
+@click.option("--max-queued-requests", type=int, help="More that wait are answered 429; default: any number.")
+@click.option("--max-num-seqs", type=int, default=64, show_default=True, help="Most requests that run at once.")
+@click.option("--max-step-ms", type=int, help="Cut prefill so that a step is predicted to take no longer.")
+@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True)
+@click.option("--max-body-size", metavar="SIZE", default="64Mi", show_default=True, help="Longest request body.")
+@click.option("--keep-alive-s", type=float, default=5.0, show_default=True, help="A silent stream sends a comment.")
+@engine_options
+def serve(model: str, max_body_size: str, **options: Any) -> None:
+    """Serve MODEL (a directory, `recall`, or a Hub id) to clients of OpenAI's API.
+
+    SIGTERM or Ctrl-C: no new requests, the running ones end, exit code 0. A second one ends at once.
+    """
+    config = engine_config(model, options)
+    server_config = ServerConfig(max_body_bytes=parse_size(max_body_size, "max_body_size"), **options)
+
+    from longspan.models.loader import quiet_transformers
+    from longspan.server.run import serve as run
+
+    quiet_transformers()
+    sys.exit(run(config, server_config))

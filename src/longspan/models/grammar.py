@@ -1,0 +1,211 @@
+"""From a JSON schema to the tokens that may come next.
+
+Holds the use of llguidance, and the map from token ids to bytes that it needs. Must not know requests in flight,
+plans or weights.
+Read next: `longspan.scheduler.request`, whose `Constraint` is fulfilled here.
+
+Note: what a token stands for
+    The grammar is about bytes, so every token id needs the bytes that it adds to the text. Tokenizers do not say. To
+    decode a single token is not enough: some drop a space at the start of a text, some add spaces between tokens. So
+    a token is decoded between two others that stand for "a":
+
+        byte-level     a Ġwas a        -> "a wasa"     the bytes " was"
+        SentencePiece  a ▁was a        -> "a wasa"     the bytes " was"
+        byte           a <0xE2> a      -> "a\ufffda"   part of a character: the byte is in the token's name
+        WordPiece      a was a         -> "a was a"    and "a a a" for three anchors: no bytes of its own, refused
+
+    Special tokens, ids that only pad the vocabulary of the model, and tokens whose bytes remain unknown stand for
+    nothing, and are never allowed. End tokens are allowed exactly when the output is complete.
+
+Note: which schemas
+    What llguidance implements of JSON Schema 2020-12, which is most of what is used. A keyword that it knows and does
+    not implement (`not`, `if`, `uniqueItems`, ...), an unknown `format`, a remote `$ref` or a schema that nothing
+    satisfies is refused. Properties come in the schema's order. A key that the schema does not name may occur twice.
+    White space between elements is free, up to a length: small models would fill the context with it.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from longspan.errors import ConfigError, LongspanError
+
+_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+_ANCHOR = "a"
+_INCOMPLETE = "\ufffd"
+"""What a part of a character decodes to."""
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class GrammarConstraint:
+    """The grammar of one request, as far as its output has come."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self._allowed = self._next()
+
+    def allowed(self) -> bytes:
+        """Bit mask of the tokens that may come next: bit i % 8 of byte i // 8. There is always one."""
+        return self._allowed
+
+    def accept(self, token_id: int) -> None:
+        """Take the token that came next.
+
+        Raises:
+            LongspanError: it was not allowed, or the grammar has become too complex to go on.
+        """
+        if not self._matcher.consume_token(token_id):
+            raise LongspanError(f"json_schema: token {token_id} cannot follow: {_reason(self._matcher)}")
+        self._allowed = self._next()
+
+    def _next(self) -> bytes:
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():  # the mask then allows an end, after whatever there is
+            raise LongspanError(f"json_schema: no token can follow: {_reason(self._matcher)}")
+        return mask
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """What llguidance says went wrong, in one line."""
+    return " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())[:300]
+
+
+class Grammars:
+    """Makes the grammars of one model. Any thread may use it."""
+
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        """See `make_grammars`."""
+        self._tokenizer = tokenizer
+
+    def compile(self, json_schema: str) -> GrammarConstraint:
+        """The constraint of one request. Most schemas take a millisecond, large ones seconds, without the GIL.
+
+        Args:
+            json_schema: JSON text of a schema.
+
+        Raises:
+            ConfigError: the schema means nothing, asks for what cannot be enforced, or cannot be satisfied.
+        """
+        try:
+            if "x-guidance" in json.loads(json_schema):
+                raise ConfigError("json_schema: got the key 'x-guidance', legal are those of JSON Schema")
+            grammar = LLMatcher.grammar_from_json_schema(json_schema, defaults={"whitespace_pattern": _WHITE_SPACE})
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+            if matcher.is_error():
+                raise LongspanError(_reason(matcher))
+            return GrammarConstraint(matcher)
+        except ConfigError:
+            raise
+        except (ValueError, RecursionError, LongspanError) as error:
+            shown = json_schema if len(json_schema) <= 200 else f"{json_schema[:200]}..."
+            reason = str(error).removeprefix("json_schema: ")
+            raise ConfigError(
+                f"json_schema: got {shown!r}, legal is a JSON Schema that can be enforced and satisfied: {reason}"
+            ) from None
+
+
+def make_grammars(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Sequence[int]) -> Grammars:
+    """What turns schemas into constraints for one model. Takes about a second per 100,000 tokens; make it once.
+
+    Args:
+        tokenizer: the model's.
+        vocab_size: width of the model's logits, which may exceed the tokenizer's vocabulary.
+        eos_token_ids: tokens that end a request.
+
+    Raises:
+        ConfigError: the tokenizer does not say what its tokens stand for, or there is no end token.
+    """
+    end_ids = sorted({token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size})
+    if not end_ids:
+        raise ConfigError("json_schema: got a model without an end token, legal is one that can end a complete output")
+    if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+        raise _unmapped(tokenizer, "it has no fast implementation")
+    backend = _private_copy(tokenizer)
+    tokens = _token_bytes(tokenizer, backend, vocab_size)
+    for token_id in end_ids:
+        tokens[token_id] = b""
+    missing = {bytes([byte]) for byte in range(0x20, 0x7F)} - set(tokens)
+    if missing:
+        raise _unmapped(tokenizer, f"no token stands for {min(missing).decode()!r} alone")
+    vocabulary = _Vocabulary(tokens, end_ids[0], backend)
+    vocabulary.mapped = LLTokenizer(vocabulary, eos_token=end_ids)
+    return Grammars(vocabulary.mapped)
+
+
+def _unmapped(tokenizer: PreTrainedTokenizerBase, reason: str) -> ConfigError:
+    return ConfigError(
+        f"json_schema: got {type(tokenizer).__name__}, legal is a tokenizer whose tokens stand for bytes: {reason}"
+    )
+
+
+def _private_copy(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A tokenizer that no other thread reconfigures, and to which special tokens in a text are text."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _token_bytes(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, vocab_size: int) -> list[bytes]:
+    """The bytes of every id, empty for those that stand for none. See "what a token stands for" above."""
+    anchor = backend.token_to_id(_ANCHOR)
+    if anchor is None or backend.decode([anchor] * 3) != _ANCHOR * 3:
+        raise _unmapped(tokenizer, f"it has no token {_ANCHOR!r}, or adds something between tokens")
+    special = set(tokenizer.all_special_ids)
+    for token_id, token in backend.get_added_tokens_decoder().items():
+        if token.special or (token.content.startswith("<") and token.content.endswith(">")):
+            special.add(token_id)  # by convention, marks like <think> and <tool_call> are no text either
+    names = [
+        (name, token_id)
+        for name, token_id in backend.get_vocab(with_added_tokens=True).items()
+        if token_id < vocab_size and token_id not in special
+    ]
+    texts = backend.decode_batch([[anchor, token_id, anchor] for _, token_id in names], skip_special_tokens=True)
+    tokens = [b""] * vocab_size
+    for (name, token_id), text in zip(names, texts, strict=True):
+        if len(text) > 2 and text.startswith(_ANCHOR) and text.endswith(_ANCHOR):
+            tokens[token_id] = _bytes_of(name, text[1:-1])
+    return tokens
+
+
+_BYTES = {name: byte for byte, name in bytes_to_unicode().items()}
+
+
+def _bytes_of(name: str, text: str) -> bytes:
+    """Bytes of the token `name`, which decodes to `text`; empty if they remain unknown."""
+    if _INCOMPLETE not in text:
+        return text.encode()
+    if matched := _BYTE_TOKEN.fullmatch(name):
+        return bytes.fromhex(matched[1])
+    data = bytes(_BYTES[character] for character in name if character in _BYTES)
+    return data if len(data) == len(name) and data.decode(errors="replace") == text else b""
+
+
+class _Vocabulary(TokenizerWrapper):
+    """What llguidance wants to know of a tokenizer: bytes of all tokens, and how it writes a text that is forced."""
+
+    mapped: LLTokenizer
+
+    def __init__(self, tokens: list[bytes], eos_token_id: int, backend: Tokenizer) -> None:
+        self.tokens, self.eos_token_id, self.bos_token_id = tokens, eos_token_id, None
+        self.special_token_ids = []
+        self.is_tokenizer_wrapper = True
+        self._backend = backend
+
+    def __call__(self, text: str) -> list[int]:
+        """Token ids whose bytes are those of `text`: the tokenizer's own, or longest first where it adds a space.
+
+        A line break in front takes the space that some tokenizers put before the first word.
+        """
+        wanted = text.encode()
+        for front, num_dropped in (("", 0), ("\n", 1), ("\n", 2)):
+            ids = self._backend.encode(front + text, add_special_tokens=False).ids[num_dropped:]
+            if b"".join(self.tokens[token_id] for token_id in ids if token_id < len(self.tokens)) == wanted:
+                return ids
+        return self.mapped.greedy_tokenize(text)

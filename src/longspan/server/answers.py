@@ -1,0 +1,122 @@
+"""What completions and chat answers have in common: an id, one response or many chunks, usage, progress, errors.
+
+Holds the frame of an answer. Must not know what is inside a choice.
+Read next: `longspan.server.completions`, `longspan.server.chat`.
+"""
+
+import logging
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from fastapi import Response
+
+from longspan.errors import LongspanError
+from longspan.server.errors import ApiError, as_api_error, json_response
+from longspan.server.generation import Choice, Event, Generation, Progress
+from longspan.server.sse import DONE, KEEP_ALIVE, EventStream, event
+from longspan.server.state import ServerState
+from longspan.server.token_texts import TokenTexts
+
+Result = TypeVar("Result")
+
+INLINE_SIZE = 2_000
+"""Tokens from which an answer is put together in a thread: 2,000 with log-probabilities took 20 ms."""
+
+
+class Answer(ABC):
+    """The answer to one HTTP request."""
+
+    ID_PREFIX: ClassVar[str]
+    OBJECT: ClassVar[str]
+    CHUNK_OBJECT: ClassVar[str]
+
+    def __init__(self, state: ServerState, generation: Generation, *, wants_usage: bool, wants_progress: bool) -> None:
+        self.state, self.generation = state, generation
+        self._wants_usage, self._wants_progress = wants_usage, wants_progress
+        self._head = {
+            "id": f"{self.ID_PREFIX}-{uuid.uuid4().hex}",
+            "object": self.OBJECT,
+            "created": int(time.time()),
+            "model": state.model_name,
+        }
+
+    @abstractmethod
+    def choice(self, choice: Choice, events: Sequence[Event], texts: TokenTexts) -> dict[str, Any]:
+        """A finished choice."""
+
+    @abstractmethod
+    def deltas(self, found: Event, texts: TokenTexts) -> list[dict[str, Any]]:
+        """What an event adds to its choice, as the choices of as many chunks."""
+
+    def size(self, choice: Choice) -> int:
+        """Tokens that an answer has to tell of for one choice."""
+        return choice.num_generated
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens counted."""
+        return self.generation.usage()
+
+    # -- at once -----------------------------------------------------------------------------------------------------
+
+    async def whole(self) -> Response:
+        """One response, when all choices have ended."""
+        events = await self.generation.finish()
+
+        def build(texts: TokenTexts) -> Response:
+            choices = [
+                self.choice(choice, found, texts) for choice, found in zip(self.generation.choices, events, strict=True)
+            ]
+            return json_response({**self._head, "choices": choices, "usage": self.usage()})
+
+        return await self._build(build, sum(self.size(choice) for choice in self.generation.choices))
+
+    async def _build(self, build: Callable[[TokenTexts], Result], size: int) -> Result:
+        if size < INLINE_SIZE:
+            return build(self.state.token_texts)
+        return await self.state.tokenizers.run(lambda tokenizer: build(TokenTexts(tokenizer)), size)
+
+    # -- as it comes -------------------------------------------------------------------------------------------------
+
+    def stream(self) -> Response:
+        """Chunks while the choices are made."""
+        return EventStream(self._chunks(), self.generation.cancel)
+
+    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+        try:
+            async for found in self.generation.events(self.state.config.keep_alive_s):
+                if found is None:
+                    yield KEEP_ALIVE
+                    continue
+                if found.progress is not None and self._wants_progress:
+                    yield self._chunk([], prompt_progress=_progress(found.choice, found.progress))
+                if found.is_answer:
+                    size = self.size(found.choice) if found.choice.num_generated <= len(found.offsets) else 0
+                    for delta in await self._build(lambda texts, found=found: self.deltas(found, texts), size):  # type: ignore[misc]
+                        yield self._chunk([delta])
+            if self._wants_usage:
+                yield event({**self._head, "object": self.CHUNK_OBJECT, "choices": [], "usage": self.usage()})
+            yield DONE
+        except LongspanError as error:
+            yield event(as_api_error(error).body)
+        except Exception as error:
+            logging.getLogger(__name__).exception("internal error in a stream")
+            yield event(ApiError(500, f"internal error: {type(error).__name__}").body)
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        usage = {"usage": None} if self._wants_usage else {}
+        return event({**self._head, "object": self.CHUNK_OBJECT, "choices": choices, **usage, **more})
+
+
+def _progress(choice: Choice, progress: Progress) -> dict[str, Any]:
+    """As llama.cpp's server gives it, and beside it the choice and what is left."""
+    return {
+        "index": choice.index,
+        "total": progress.total,
+        "cache": progress.cached,
+        "processed": progress.processed,
+        "time_ms": round(progress.elapsed_s * 1000),
+        "time_left_ms": None if progress.left_s is None else round(progress.left_s * 1000),
+    }

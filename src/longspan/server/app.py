@@ -1,0 +1,158 @@
+"""The web application: every address, and what it answers.
+
+Holds routes. Must not know how requests run.
+Read next: `longspan.server.completions`, `longspan.server.chat`; `longspan.server.run`, which starts all this.
+"""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute, APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from transformers import PreTrainedTokenizerBase
+
+from longspan import __version__
+from longspan.models.text import encode_prompt
+from longspan.server.chat import chat, encode_messages
+from longspan.server.completions import complete
+from longspan.server.errors import ApiError, error_handlers, json_response
+from longspan.server.limits import HEALTH_PATH, Gate
+from longspan.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from longspan.server.sse import unless_gone
+from longspan.server.state import ServerState
+
+_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        # Unlike the standard library's parser this one refuses NaN, lone surrogates and bytes that are not UTF-8.
+        try:
+            return msgspec.json.decode(await self.body())
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ApiError(400, f"body: not JSON: {error}") from None
+
+
+class _JsonRoute(APIRoute):
+    def get_route_handler(self) -> _Handler:
+        handle = super().get_route_handler()
+        return lambda request: handle(_JsonRequest(request.scope, request.receive))
+
+
+def make_app(state: ServerState) -> FastAPI:
+    """The application around one server's state."""
+    app = FastAPI(
+        title="longspan",
+        version=__version__,
+        docs_url=None,  # they would load scripts from elsewhere
+        redoc_url=None,
+        exception_handlers=error_handlers(),
+        responses={"4XX": {"description": "Refused; see `error`"}, "5XX": {"description": "Failed; see `error`"}},
+    )
+    app.router.redirect_slashes = False
+    app.add_middleware(Gate, state=state)
+    router = APIRouter(route_class=_JsonRoute)
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue prompts."""
+        state.check_model(body.model)
+        return await unless_gone(request, complete(state, body))
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Continue a conversation."""
+        state.check_model(body.model)
+        return await unless_gone(request, chat(state, body))
+
+    # -- tokens ------------------------------------------------------------------------------------------------------
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        """Token ids of a text or a conversation."""
+        state.check_model(body.model)
+        return await unless_gone(request, _tokenize(state, body))
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+        """The text of token ids, special ones left out."""
+        state.check_model(body.model)
+        return await unless_gone(request, _detokenize(state, body))
+
+    # -- the server itself -------------------------------------------------------------------------------------------
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        """The one model that there is."""
+        return json_response({"object": "list", "data": [_model(state)]})
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """The one model that there is, by name."""
+        state.check_model(name)
+        return json_response(_model(state))
+
+    @router.get(HEALTH_PATH)
+    async def health() -> Response:
+        """200 while requests can be served."""
+        if state.engine.failure is not None:
+            raise ApiError(503, f"the ranks have failed: {state.engine.failure}", code="engine_error")
+        if state.is_draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        return json_response({"status": "ok"})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Numbers for Prometheus."""
+        return Response(state.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app.include_router(router)
+    return app
+
+
+def _model(state: ServerState) -> dict[str, Any]:
+    return {
+        "id": state.model_name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "longspan",
+        "root": state.engine_config.model,
+        "max_model_len": state.longest_request,
+    }
+
+
+async def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
+    if body.messages is not None:
+        wants_answer = body.add_generation_prompt is not False
+        special = body.add_special_tokens is True
+        token_ids = await encode_messages(state, body.messages, wants_answer=wants_answer, add_special_tokens=special)
+    else:
+        text = body.prompt or ""
+        add_special_tokens = body.add_special_tokens is not False
+
+        def encode(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+            return encode_prompt(tokenizer, text, add_special_tokens=add_special_tokens)
+
+        token_ids = await state.tokenizers.run(encode, len(text))
+    found: dict[str, Any] = {
+        "count": len(token_ids),
+        "max_model_len": state.longest_request,
+        "tokens": token_ids,
+    }
+
+    def build(tokenizer: PreTrainedTokenizerBase) -> Response:
+        if body.return_token_strs:
+            found["token_strs"] = tokenizer.convert_ids_to_tokens(token_ids)
+        return json_response(found)
+
+    return await state.tokenizers.run(build, len(token_ids))
+
+
+async def _detokenize(state: ServerState, body: DetokenizeRequest) -> Response:
+    if body.tokens:
+        state.check_token_ids("tokens", body.tokens)
+    return json_response({"prompt": await state.decode(body.tokens)})

@@ -1,0 +1,102 @@
+"""`/v1/chat/completions`: continues conversations, by the model's own chat template.
+
+Holds the template's use and the shape of choices. Must not know how anything runs.
+Read next: `longspan.server.answers`, the frame; `longspan.server.completions`, the other kind.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Response
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from longspan.server.answers import Answer
+from longspan.server.errors import ApiError
+from longspan.server.generation import Choice, Event, Generation, Prompt
+from longspan.server.logprobs import chat_logprobs
+from longspan.server.protocol import ChatRequest, Message
+from longspan.server.state import ServerState
+from longspan.server.token_texts import TokenTexts
+
+
+async def chat(state: ServerState, body: ChatRequest) -> Response:
+    """Answer a request. Raises: LongspanError, ApiError."""
+    body.sampling_params(body.asked_max_tokens or body.min_tokens or 1)  # what is wrong with it, before any work
+    token_ids = await encode_messages(state, body.messages)
+    max_tokens = body.asked_max_tokens
+    if max_tokens is None:
+        max_tokens = await state.room_for(len(token_ids))
+    params = body.sampling_params(max_tokens)
+    generation = await Generation.start(state, [Prompt(None, token_ids)], params, body.num_choices)
+    answer = _Chat(state, generation, body)
+    return answer.stream() if body.stream else await answer.whole()
+
+
+async def encode_messages(
+    state: ServerState, messages: Sequence[Message], *, wants_answer: bool = True, add_special_tokens: bool = False
+) -> list[int]:
+    """Token ids of a conversation.
+
+    Args:
+        state: the server's.
+        messages: the conversation.
+        wants_answer: whether the template shall end where the model is to go on.
+        add_special_tokens: whether the tokenizer adds its own; templates write them out.
+
+    Raises:
+        ApiError: the model has no template, or the template refuses the messages.
+    """
+    if state.tokenizers.tokenizer.chat_template is None:
+        raise ApiError(
+            400,
+            f"messages: the model {state.model_name!r} has no chat template; use /v1/completions with a prompt",
+            param="messages",
+            code="no_chat_template",
+        )
+    turns = [message.for_template() for message in messages]
+
+    def encode(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=wants_answer)
+        except TemplateError as error:
+            raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from None
+        token_ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return token_ids
+
+    token_ids = await state.tokenizers.run(encode, sum(len(turn["content"]) for turn in turns))
+    if not token_ids:
+        raise ApiError(400, "messages: they come to no tokens, legal is at least one", param="messages")
+    return token_ids
+
+
+class _Chat(Answer):
+    ID_PREFIX, OBJECT, CHUNK_OBJECT = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, state: ServerState, generation: Generation, body: ChatRequest) -> None:
+        super().__init__(state, generation, wants_usage=body.wants_usage, wants_progress=bool(body.return_progress))
+        self._wants_logprobs = bool(body.logprobs)
+        self._is_begun: set[int] = set()  # choices of which a chunk was sent
+
+    def choice(self, choice: Choice, events: Sequence[Event], texts: TokenTexts) -> dict[str, Any]:
+        assert choice.finish_reason is not None
+        logprobs = [one for event in events for one in event.logprobs]
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text.text, "refusal": None},
+            "logprobs": chat_logprobs(texts, logprobs) if self._wants_logprobs else None,
+            "finish_reason": choice.finish_reason.value,
+        }
+
+    def deltas(self, found: Event, texts: TokenTexts) -> list[dict[str, Any]]:
+        choice = found.choice
+        logprobs = chat_logprobs(texts, found.logprobs) if self._wants_logprobs and found.logprobs else None
+        chunks: list[dict[str, Any]] = []
+        if choice.index not in self._is_begun:
+            self._is_begun.add(choice.index)
+            chunks.append({"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
+        if found.text or logprobs:
+            chunks.append({"delta": {"content": found.text}, "logprobs": logprobs, "finish_reason": None})
+        if choice.finish_reason is not None:
+            chunks.append({"delta": {}, "logprobs": None, "finish_reason": choice.finish_reason.value})
+        return [{"index": choice.index, **chunk} for chunk in chunks]

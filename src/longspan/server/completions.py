@@ -1,0 +1,94 @@
+"""`/v1/completions`: continues prompts as they are.
+
+Holds the prompts' way to token ids and the shape of choices. Must not know how anything runs.
+Read next: `longspan.server.answers`, the frame; `longspan.server.chat`, the other kind.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Response
+
+from longspan.models.text import encode_prompt
+from longspan.server.answers import Answer
+from longspan.server.generation import Choice, Event, Generation, Prompt
+from longspan.server.logprobs import LegacyLogprobs, prompt_offsets
+from longspan.server.protocol import CompletionRequest
+from longspan.server.state import ServerState
+from longspan.server.token_texts import TokenTexts
+
+
+async def complete(state: ServerState, body: CompletionRequest) -> Response:
+    """Answer a request. Raises: LongspanError, ApiError."""
+    params = body.sampling_params()
+    prompts = [await _prompt(state, prompt, needs_text=bool(body.echo)) for prompt in body.prompts]
+    generation = await Generation.start(state, prompts, params, body.num_choices)
+    answer = _Completion(state, generation, body)
+    return answer.stream() if body.stream else await answer.whole()
+
+
+async def _prompt(state: ServerState, prompt: str | list[int], *, needs_text: bool) -> Prompt:
+    if isinstance(prompt, str):
+        token_ids = await state.tokenizers.run(lambda tokenizer: encode_prompt(tokenizer, prompt), len(prompt))
+        return Prompt(prompt, token_ids)
+    state.check_token_ids("prompt", prompt)
+    if not needs_text:
+        return Prompt(None, prompt)
+    return Prompt(await state.decode(prompt), prompt)
+
+
+class _Completion(Answer):
+    ID_PREFIX, OBJECT, CHUNK_OBJECT = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, state: ServerState, generation: Generation, body: CompletionRequest) -> None:
+        super().__init__(state, generation, wants_usage=body.wants_usage, wants_progress=bool(body.return_progress))
+        self._echo, self._only_echo = bool(body.echo), body.is_only_echo
+        self._wants_logprobs = body.logprobs is not None
+        self._is_begun: set[int] = set()  # choices of which a chunk was sent
+
+    def size(self, choice: Choice) -> int:
+        return choice.num_generated + len(choice.prompt.token_ids) * (self._echo and self._wants_logprobs)
+
+    def usage(self) -> dict[str, Any]:
+        found = super().usage()
+        return {**found, "completion_tokens": 0, "total_tokens": found["prompt_tokens"]} if self._only_echo else found
+
+    def choice(self, choice: Choice, events: Sequence[Event], texts: TokenTexts) -> dict[str, Any]:
+        text = "" if self._only_echo else choice.text.text
+        return self._shape(choice, (self._front(choice) or "") + text, self._logprobs(choice, events, texts, True))
+
+    def deltas(self, found: Event, texts: TokenTexts) -> list[dict[str, Any]]:
+        choice = found.choice
+        is_first = choice.index not in self._is_begun
+        self._is_begun.add(choice.index)
+        front = self._front(choice) if is_first else None
+        if not self._only_echo:
+            text = (front or "") + found.text
+            return [self._shape(choice, text, self._logprobs(choice, [found], texts, is_first))]
+        return [self._shape(choice, front or "", self._logprobs(choice, [], texts, is_first))]
+
+    def _front(self, choice: Choice) -> str | None:
+        """The prompt, if the answer repeats it."""
+        return choice.prompt.text if self._echo else None
+
+    def _logprobs(
+        self, choice: Choice, events: Sequence[Event], texts: TokenTexts, is_first: bool
+    ) -> dict[str, Any] | None:
+        if not self._wants_logprobs:
+            return None
+        found = LegacyLogprobs(texts)
+        base = len(self._front(choice) or "")
+        if self._echo and is_first:
+            token_ids = choice.prompt.token_ids
+            found.add_prompt(token_ids, choice.prompt_logprobs or [], prompt_offsets(texts.tokenizer, token_ids))
+        for event in () if self._only_echo else events:
+            found.add(event.logprobs, event.offsets, base)
+        return found.json
+
+    def _shape(self, choice: Choice, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        reason = choice.finish_reason
+        if self._only_echo and reason is not None:
+            reason_text: str | None = "length"
+        else:
+            reason_text = None if reason is None else reason.value
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason_text}

@@ -1,0 +1,48 @@
+"""Structured output: JSON schemas become constraints.
+
+Holds the one `Grammars` of a model, made when it is first asked for. Must not know requests.
+Read next: `longspan.models.grammar`.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from longspan.errors import ConfigError
+from longspan.models.grammar import Grammars
+from longspan.scheduler.request import Constraint
+from longspan.server.errors import ApiError
+from longspan.types import SamplingParams
+
+
+class LazyGrammars:
+    """Compiles schemas in threads. Reading a large vocabulary takes seconds, and many servers never need it."""
+
+    def __init__(self, make: Callable[[], Grammars]) -> None:
+        """Args: `make` is called once; if it raises a ConfigError, structured output is refused with its message."""
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: Grammars | ConfigError | None = None
+
+    async def constraint(self, params: SamplingParams) -> Constraint | None:
+        """What makes an answer follow a schema; None if none was asked for. Raises: ApiError for one that cannot be."""
+        if params.json_schema is None:
+            return None
+        return await asyncio.to_thread(self._compile, params.json_schema)
+
+    def _compile(self, schema: str) -> Constraint:
+        try:
+            return self._grammars().compile(schema)
+        except ConfigError as error:
+            raise ApiError(400, f"response_format: {error}", param="response_format") from None
+
+    def _grammars(self) -> Grammars:
+        with self._lock:
+            if self._made is None:
+                try:
+                    self._made = self._make()
+                except ConfigError as error:
+                    self._made = error
+        if isinstance(self._made, ConfigError):
+            raise self._made
+        return self._made

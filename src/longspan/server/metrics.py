@@ -1,0 +1,155 @@
+"""Numbers for Prometheus, under vLLM's names where they mean the same.
+
+Holds counters, histograms, and the reading of the engine's snapshot. Must not know HTTP.
+Read next: `longspan.engine.stats`.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from longspan.engine.stats import EngineStats
+from longspan.types import FinishReason
+
+_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+_FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+_REQUEST_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120)
+_MODEL = "model_name"
+
+
+class Metrics:
+    """All numbers of one server."""
+
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        """Args: `stats` takes a snapshot of the engine; it is called for every scrape."""
+        self._registry = CollectorRegistry()
+        self._model_name = model_name
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, [_MODEL], registry=self._registry).labels(model_name)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            found = Histogram(name, text, [_MODEL], buckets=buckets, registry=self._registry)
+            return found.labels(model_name)
+
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that came to their first token.")
+        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self._success = Counter(
+            "vllm:request_success",
+            "Requests that ended, by reason; abort: the client had gone.",
+            [_MODEL, "finished_reason"],
+            registry=self._registry,
+        )
+        for reason in FinishReason:
+            self._success.labels(model_name, reason.value)  # a series that is absent looks like a broken scrape
+        self.first_token_s = histogram(
+            "vllm:time_to_first_token_seconds", "From the submission of a request to its first token.", _FIRST_S
+        )
+        self.token_s = histogram("vllm:inter_token_latency_seconds", "From one token to the next.", _TOKEN_S)
+        self.request_s = histogram(
+            "vllm:e2e_request_latency_seconds", "From the submission of a request to its last token.", _REQUEST_S
+        )
+        self._registry.register(_EngineCollector(model_name, stats))
+
+    def count_end(self, reason: FinishReason) -> None:
+        """A request has ended."""
+        self._success.labels(self._model_name, reason.value).inc()
+
+    def text(self) -> bytes:
+        """What a scrape is answered."""
+        return generate_latest(self._registry)
+
+
+class RequestMetrics:
+    """Times of one HTTP request's choices."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._started_s = time.perf_counter()
+        self._last_token_s: dict[int, float] = {}
+
+    def advanced(self, choice_idx: int, prompt_len: int, num_tokens: int) -> None:
+        """A choice has `num_tokens` new tokens."""
+        if not num_tokens:
+            return
+        now, metrics = time.perf_counter(), self._metrics
+        before = self._last_token_s.get(choice_idx)
+        if before is None:
+            metrics.first_token_s.observe(now - self._started_s)
+            metrics.prompt_tokens.inc(prompt_len)
+        else:
+            metrics.token_s.observe(now - before)
+        self._last_token_s[choice_idx] = now
+        metrics.generation_tokens.inc(num_tokens)
+
+    def ended(self, reason: FinishReason) -> None:
+        """A choice has ended."""
+        self._metrics.count_end(reason)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._metrics.request_s.observe(time.perf_counter() - self._started_s)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's snapshot when it is scraped."""
+
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        self._model_name, self._stats = model_name, stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        total = sum(stats.kv_pages_total)
+        yield self._gauge("vllm:num_requests_running", "Requests that hold pages.", stats.num_running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests that wait for admission.", stats.num_waiting)
+        yield self._gauge(
+            "vllm:kv_cache_usage_perc",
+            "KV pages in use, as a share of all: 1 is full.",
+            sum(stats.kv_pages_used) / total if total else 0.0,
+        )
+        yield self._counter("vllm:num_preemptions", "Requests that gave up their pages.", stats.num_preemptions)
+        yield self._counter(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries_tokens
+        )
+        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hit_tokens)
+        yield self._per("rank", GaugeMetricFamily, "longspan:kv_pages_used", "KV pages in use.", stats.kv_pages_used)
+        yield self._per("rank", GaugeMetricFamily, "longspan:kv_pages_total", "KV pages.", stats.kv_pages_total)
+        yield self._per("rank", CounterMetricFamily, "longspan:busy_seconds", "Time spent on plans.", stats.busy_s)
+        yield self._per(
+            "rank", CounterMetricFamily, "longspan:tokens_computed", "Tokens computed.", stats.tokens_computed
+        )
+        yield self._per(
+            "strategy",
+            CounterMetricFamily,
+            "longspan:steps",
+            "(plan, KV group) pairs that used a strategy.",
+            stats.steps_per_strategy,
+        )
+        yield self._per(
+            "strategy",
+            CounterMetricFamily,
+            "longspan:sent_bytes",
+            "Bytes that ranks sent each other.",
+            stats.bytes_per_strategy,
+        )
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=[_MODEL])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=[_MODEL])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _per(
+        self, label: str, kind: type[Any], name: str, text: str, values: Sequence[float] | Mapping[str, float]
+    ) -> Metric:
+        family: Metric = kind(name, text, labels=[_MODEL, label])
+        pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
+        for key, value in pairs:
+            family.add_metric([self._model_name, str(key)], value)  # type: ignore[attr-defined]
+        return family

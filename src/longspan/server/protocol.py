@@ -1,0 +1,353 @@
+"""What clients send: OpenAI's requests, with the fields that vLLM adds and that are honoured here.
+
+Holds the request types and what they say about sampling. Must not know engines, streams or answers.
+Read next: `longspan.server.completions`, `longspan.server.chat`.
+
+Note: no field is ignored
+    A field is declared here and honoured, or stands in a class's `REFUSED` with the values that ask for nothing, or is
+    unknown; the last two are answered 400 by name. The exceptions are in `_Common`: fields about the account at
+    OpenAI's, which mean nothing to a server of one's own.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from longspan.errors import ConfigError
+from longspan.types import SamplingParams
+
+MAX_N = 128
+"""Most answers to one prompt."""
+
+MAX_PROMPTS = 2048
+"""Most prompts in one request."""
+
+
+def _legal(rule: str) -> WrapValidator:
+    """One message for a field whose value may have several types; pydantic would give one for each."""
+
+    def check(value: Any, inner: Callable[[Any], Any]) -> Any:
+        try:
+            return inner(value)
+        except ValidationError:
+            raise PydanticCustomError("longspan", "legal is {rule}", {"rule": rule}) from None
+
+    return WrapValidator(check)
+
+
+class Body(BaseModel):
+    """Refuses what it does not know, and does not guess types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    REFUSED: ClassVar[dict[str, tuple[object, ...]]] = {}
+    """Fields of the API that are not there, and their values beside null that ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        """Drop refused fields that ask for nothing; the others stay, are unknown, and are refused."""
+        if not isinstance(data, dict):
+            return data
+        kept = dict(data)
+        for name, harmless in cls.REFUSED.items():
+            if name in kept:
+                value = kept[name]
+                if value is None or any(type(value) is type(other) and value == other for other in harmless):
+                    del kept[name]
+                elif harmless:
+                    rule = " or ".join(msgspec.json.encode(other).decode() for other in harmless)
+                    error = PydanticCustomError("longspan", "only {rule} is supported", {"rule": rule})
+                    details = InitErrorDetails(type=error, loc=(name,), input=value)
+                    raise ValidationError.from_exception_data(cls.__name__, [details])
+        return kept
+
+
+# -- what completions and chat share -----------------------------------------------------------------------------------
+
+
+class StreamOptions(Body):
+    """How to stream."""
+
+    REFUSED: ClassVar = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+
+    include_usage: bool | None = None
+    """Send `usage` in a last chunk without choices."""
+
+
+class JsonSchema(Body):
+    """A named JSON schema."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    """The answer follows the schema whatever is said here."""
+
+
+class ResponseFormat(Body):
+    """What the answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("longspan", "json_schema goes with the type 'json_schema', and only with it")
+        return self
+
+    def schema_text(self) -> str | None:
+        """The JSON schema that the answer must follow, as JSON."""
+        if self.type == "text":
+            return None
+        schema = {"type": "object"} if self.json_schema is None else self.json_schema.schema_
+        return msgspec.json.encode(schema).decode()
+
+
+class _Common(Body):
+    """Fields of both kinds of request."""
+
+    model: str | None = None
+    """The served model's name; may be left out."""
+
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Annotated[str | list[str] | None, _legal("a text or a list of texts")] = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
+    """With `stream`: chunks that say how much of the prompt is computed."""
+
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _needs_stream(self) -> "_Common":
+        for name in ("stream_options", "return_progress"):
+            if getattr(self, name) and not self.stream:
+                raise PydanticCustomError("longspan", "{name} needs stream to be true", {"name": name})
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def _sampling(self, **more: Any) -> SamplingParams:
+        """Sampling parameters of the first choice.
+
+        Raises:
+            ConfigError: a value is outside its legal range.
+        """
+        given: dict[str, Any] = {
+            name: value
+            for name in SamplingParams.__struct_fields__
+            if name in type(self).model_fields and (value := getattr(self, name)) is not None
+        }
+        if self.logit_bias is not None:
+            given["logit_bias"] = _token_biases(self.logit_bias)
+        if self.response_format is not None:
+            given["json_schema"] = self.response_format.schema_text()
+        return SamplingParams(**{"temperature": 1.0, **given, **more})
+
+
+def _token_biases(biases: dict[str, float]) -> dict[int, float]:
+    """Keys of a JSON object are text."""
+    if not all(key.isascii() and key.isdigit() and len(key) < 20 for key in biases):
+        raise ConfigError(f'logit_bias: got the keys {list(biases)[:5]}, legal is token ids as text, such as "42"')
+    return {int(key): bias for key, bias in biases.items()}
+
+
+def nth_choice(params: SamplingParams, choice_idx: int) -> SamplingParams:
+    """The first choice draws as a request alone would; the others draw from seeds derived from its seed."""
+    if params.seed is None or choice_idx == 0:
+        return params
+    digest = hashlib.blake2b(f"{params.seed} {choice_idx}".encode(), digest_size=8).digest()
+    return msgspec.structs.replace(params, seed=int.from_bytes(digest) >> 1)
+
+
+# -- /v1/completions ---------------------------------------------------------------------------------------------------
+
+DEFAULT_MAX_TOKENS = 16
+"""Of a completion; OpenAI's."""
+
+_PROMPT_RULE = f"a text, a list of token ids, or a list of either with 1 to {MAX_PROMPTS} entries"
+
+
+class CompletionRequest(_Common):
+    """`POST /v1/completions`"""
+
+    REFUSED: ClassVar = {"suffix": ("",), "best_of": (1,), "use_beam_search": (False,)}
+
+    prompt: Annotated[str | list[int] | list[str] | list[list[int]], _legal(_PROMPT_RULE)]
+    max_tokens: int | None = None
+    """With `echo` 0 is legal: nothing is generated."""
+    echo: bool | None = None
+    """The text starts with the prompt."""
+    logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> "CompletionRequest":
+        if not self.prompt or (isinstance(self.prompt[0], (str, list)) and len(self.prompt) > MAX_PROMPTS):
+            raise PydanticCustomError("longspan", "prompt: legal is {rule}", {"rule": _PROMPT_RULE})
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    @property
+    def is_only_echo(self) -> bool:
+        """Nothing but the prompt is asked for."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def sampling_params(self) -> SamplingParams:
+        """Sampling parameters of every prompt's first choice. Raises: ConfigError."""
+        max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        more: dict[str, Any] = {"max_tokens": 1 if self.is_only_echo else max_tokens}
+        if self.echo and self.logprobs is not None:
+            more["prompt_logprobs"] = self.logprobs
+        return self._sampling(**more)
+
+
+# -- /v1/chat/completions ----------------------------------------------------------------------------------------------
+
+MAX_TOP_LOGPROBS = 20
+
+
+class TextPart(Body):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One message of a conversation."""
+
+    REFUSED: ClassVar = {
+        "tool_calls": ([],),
+        "tool_call_id": (),
+        "function_call": (),
+        "refusal": (),
+        "audio": (),
+        "annotations": ([],),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str | list[TextPart], _legal("a text, or a list of parts of the type 'text'")]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates read it."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
+
+
+class ChatRequest(_Common):
+    """`POST /v1/chat/completions`"""
+
+    REFUSED: ClassVar = {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "verbosity": (),
+        "web_search_options": (),
+        "best_of": (1,),
+        "use_beam_search": (False,),
+        "echo": (False,),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    """The newer name of `max_tokens`; absent, the answer may take all that is left."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("longspan", "top_logprobs needs logprobs to be true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError("longspan", "max_tokens and max_completion_tokens differ; send one of them")
+        return self
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        """None asks for all that fits."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def sampling_params(self, max_tokens: int) -> SamplingParams:
+        """Sampling parameters of the first choice. Raises: ConfigError."""
+        return self._sampling(max_tokens=max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+
+# -- /tokenize, /detokenize --------------------------------------------------------------------------------------------
+
+
+class TokenizeRequest(Body):
+    """`POST /tokenize`: a text, or messages through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    """Absent: true for a prompt; a chat template brings its own."""
+    add_generation_prompt: bool | None = None
+    """With `messages`: whether an answer is to follow; absent: true."""
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("longspan", "legal is exactly one of prompt and messages")
+        if self.prompt is not None and self.add_generation_prompt is not None:
+            raise PydanticCustomError("longspan", "add_generation_prompt needs messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """`POST /detokenize`"""
+
+    model: str | None = None
+    tokens: list[int]

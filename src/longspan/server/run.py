@@ -1,0 +1,183 @@
+"""`longspan serve`, from the first check to the exit code.
+
+Holds start, signals and end. Must not know routes.
+Read next: `longspan.server.app`; `longspan.engine.async_engine`.
+
+Note: how a server ends
+    first SIGTERM or SIGINT    no new requests (503), those that run may end; exit code 0
+    second one                 open requests get an error, and the process ends at once; exit code 128 + signal
+    ranks died                 open requests get an error, and the process ends; exit code 1
+"""
+
+import asyncio
+import contextlib
+import copy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from transformers import PreTrainedTokenizerBase
+
+from longspan.config import EngineConfig
+from longspan.engine.async_engine import AsyncEngine
+from longspan.engine.engine import Engine
+from longspan.errors import ConfigError, LongspanError
+from longspan.models.grammar import make_grammars
+from longspan.models.inspect import check_proven
+from longspan.models.loader import load_config, load_tokenizer
+from longspan.server.app import make_app
+from longspan.server.config import ServerConfig
+from longspan.server.grammars import LazyGrammars
+from longspan.server.metrics import Metrics
+from longspan.server.state import ServerState, check_max_model_len
+from longspan.server.token_texts import TokenTexts
+from longspan.server.tokenizers import TokenizerPool
+
+ANSWER_S = 5.0
+"""How long open requests may take to be told that the server ends."""
+
+BACKLOG = 2048
+
+
+def make_state(engine: AsyncEngine, tokenizer: PreTrainedTokenizerBase, config: ServerConfig) -> ServerState:
+    """A server's state around an engine that runs."""
+    spec = engine.engine.spec
+    name = config.served_model_name or engine.engine.config.model
+    return ServerState(
+        engine=engine,
+        tokenizers=TokenizerPool(tokenizer),
+        grammars=LazyGrammars(lambda: make_grammars(copy.deepcopy(tokenizer), spec.vocab_size, spec.eos_token_ids)),
+        config=config,
+        metrics=Metrics(name, engine.stats),
+        token_texts=TokenTexts(tokenizer),
+        model_name=name,
+        created=int(time.time()),
+    )
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+    """Serve until a signal comes; returns the exit code.
+
+    Raises:
+        ConfigError: something is illegal, or the port is in use.
+        LongspanError: the ranks died.
+    """
+    _listen(config).close()  # before minutes of loading; opened again when ready, so that nobody connects before
+    model_config, _ = load_config(engine_config.model)
+    check_proven(model_config)
+    tokenizer = load_tokenizer(engine_config.model)
+    with Engine(engine_config) as engine:
+        check_max_model_len(config, engine.spec.max_position)
+        return asyncio.run(_serve(engine, tokenizer, config))
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: uvicorn would close the port at the first one, and end by the signal, not with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(engine: Engine, tokenizer: PreTrainedTokenizerBase, config: ServerConfig) -> int:
+    loop = asyncio.get_running_loop()
+    failed = asyncio.Event()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for handled in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(handled) is not signal.SIG_IGN:  # else a shell has put us in the background
+            loop.add_signal_handler(handled, signals.put_nowait, handled)
+
+    def on_failure(_error: BaseException) -> None:
+        loop.call_soon_threadsafe(failed.set)
+
+    async_engine = AsyncEngine(engine, max_queued_requests=config.max_queued_requests, on_failure=on_failure)
+    state = make_state(async_engine, tokenizer, config)
+    listener = _listen(config)
+    server = _Server(
+        uvicorn.Config(
+            make_app(state),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    serving = asyncio.create_task(server.serve([listener]))
+    try:
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        _say(_capacity(state))
+        _say(f"ready at {_url(listener)}")
+        number = await _next(signals, failed)
+        state.is_draining = True
+        if number is not None:
+            if state.num_open:
+                _say(f"no new requests; {state.num_open} still run (a second signal ends them)")
+            number = await _next(signals, failed, state.idle)
+    finally:
+        state.is_draining = True
+        await asyncio.to_thread(async_engine.close)  # whatever still runs is told so
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(state.idle.wait(), ANSWER_S)
+        server.should_exit = True
+        await serving
+        state.tokenizers.close()
+    if async_engine.failure is not None:
+        raise LongspanError(str(async_engine.failure)) from async_engine.failure
+    return 0 if number is None else 128 + number
+
+
+async def _next(signals: "asyncio.Queue[int]", *events: asyncio.Event) -> int | None:
+    """The next signal, or None if one of the events is first."""
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(event.wait()) for event in events]
+    signalled = asyncio.create_task(signals.get())
+    try:
+        await asyncio.wait([signalled, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        return signalled.result() if signalled.done() else None
+    finally:
+        for task in (signalled, *tasks):
+            task.cancel()
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    """A socket that listens where the user wants it. Raises: ConfigError if that cannot be."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(f"host: got {config.host!r}, legal is an address of this machine: {error}") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"port: got {config.port} on {config.host}, legal is one that is free there: {error.strerror}"
+        ) from None
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _capacity(state: ServerState) -> str:
+    ranks = state.engine_config.context_parallel_size
+    return (
+        f"model {state.model_name} on {ranks} rank{'s' * (ranks > 1)}: KV for {state.total_tokens} tokens, "
+        f"{state.tokens_per_rank} per rank; longest request {state.longest_request} tokens, prompt and answer together"
+    )
+
+
+def _say(text: str) -> None:
+    print(f"longspan: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,61 @@
+"""Tokenizers for a server: text work runs in threads, so that the event loop always answers.
+
+Holds the threads and their copies of the tokenizer. Must not know requests or engines.
+Read next: `longspan.models.text`.
+
+Note: one copy per thread
+    A fast tokenizer keeps its truncation and padding settings inside the Rust object. Used by two threads at once it
+    may raise "Already borrowed". So every thread has a copy, and the event loop has its own for decoding a few tokens.
+"""
+
+import asyncio
+import copy
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+Result = TypeVar("Result")
+
+LONG_TEXT = 50_000
+"""Characters (or tokens) from which work counts as long: it took 30 ms, and must not stand before short work."""
+
+NUM_LONG_THREADS = 2
+
+
+class TokenizerPool:
+    """A tokenizer for the event loop, and copies of it for threads: one for short work, some for long work."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        """For the event loop alone."""
+        self._local = threading.local()
+        self._copies: queue.SimpleQueue[PreTrainedTokenizerBase] = queue.SimpleQueue()
+        for _ in range(1 + NUM_LONG_THREADS):
+            self._copies.put(copy.deepcopy(tokenizer))
+        self._short = self._threads(1, "longspan-text")
+        self._long = self._threads(NUM_LONG_THREADS, "longspan-long-text")
+
+    def _threads(self, count: int, name: str) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(count, name, initializer=self._take_copy)
+
+    def _take_copy(self) -> None:
+        self._local.tokenizer = self._copies.get_nowait()
+
+    async def run(self, work: Callable[[PreTrainedTokenizerBase], Result], size: int) -> Result:
+        """Call `work` with a tokenizer of its own, in a thread.
+
+        Args:
+            work: what to do.
+            size: of the work, in characters or tokens.
+        """
+        threads = self._long if size >= LONG_TEXT else self._short
+        return await asyncio.get_running_loop().run_in_executor(threads, lambda: work(self._local.tokenizer))
+
+    def close(self) -> None:
+        """End the threads; work that has not begun is dropped."""
+        for threads in (self._short, self._long):
+            threads.shutdown(wait=False, cancel_futures=True)
