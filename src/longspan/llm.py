@@ -60,6 +60,8 @@ class RequestOutput:
     """Seconds from the call of `generate` to the first token."""
     tpot_s: float | None
     """Seconds per token after the first; None if there is only one."""
+    num_cached_tokens: int
+    """Prompt tokens whose KV was found in the prefix cache."""
 
 
 @dataclass(slots=True)
@@ -281,4 +283,5 @@ def _output(state: _Running) -> RequestOutput:
         prompt_logprobs=None if params.prompt_logprobs is None else [None, *request.prompt_logprobs],
         ttft_s=times[0],
         tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+        num_cached_tokens=request.num_cached,
     )

@@ -119,12 +119,19 @@ class CPUBackend:
             )
 
         acc = empty_like_queries(q, v)
-        if not pieces:
-            return acc
+        lone = [] if params.softcap is not None else _lone_queries(pieces, q, k, v)
+        if lone:
+            _decode_lone_queries(q, k, v, lone, params.scale, acc)
+            if len(lone) == len(pieces):
+                return acc
         grouped = (num_rows, num_kv_heads, num_heads // num_kv_heads)
         acc_out, acc_lse = acc.out.view(*grouped, v_width), acc.lse.view(grouped)  # [T, Hkv, G, Dv], [T, Hkv, G]
         touched = bytearray(num_rows)
+        for piece in lone:
+            touched[piece.query_row] = 1
         for piece in pieces:
+            if lone and _is_lone(piece):
+                continue
             start, end = piece.query_row, piece.query_row + piece.num_queries
             out, lse = _run(q, k, v, piece, params)
             if touched.find(1, start, end) >= 0:
@@ -134,6 +141,31 @@ class CPUBackend:
                 acc_lse[start:end] = lse
             touched[start:end] = b"\x01" * piece.num_queries
         return acc
+
+
+def _is_lone(piece: _Piece) -> bool:
+    return piece.num_queries == 1 and piece.visibility is Visibility.FULL
+
+
+def _lone_queries(pieces: Sequence[_Piece], q: Tensor, k: Tensor, v: Tensor) -> list[_Piece]:
+    """The pieces of a batch's decodes, if the compiled kernel takes them at once and has work for every thread."""
+    num_kv_heads, width = k.shape[0], k.shape[2]
+    if v.shape[2] != width or k.dtype is not q.dtype or num_kv_heads == 0 or not kernels.is_available():
+        return []
+    if not kernels.can_decode(q.shape[1] // num_kv_heads, width, q.dtype):
+        return []
+    lone = [piece for piece in pieces if _is_lone(piece)]
+    return lone if len({piece.query_row for piece in lone}) * num_kv_heads >= torch.get_num_threads() else []
+
+
+def _decode_lone_queries(
+    q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[_Piece], scale: float, acc: PartialAttention
+) -> None:
+    """Fill the rows of `acc` that the pieces are about."""
+    keys_of: dict[int, list[tuple[int, int]]] = {}
+    for piece in pieces:
+        keys_of.setdefault(piece.query_row, []).append((piece.key_row, piece.num_keys))
+    kernels.decode_batch(q.contiguous(), k, v, scale, kernels.DecodeBatch(keys_of), acc.out, acc.lse)
 
 
 def _pieces(segment: RowSegment, window: int | None) -> Iterator[_Piece]:

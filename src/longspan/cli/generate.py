@@ -74,7 +74,7 @@ def generate(
             "usage": {
                 "prompt_tokens": len(output.prompt_token_ids),
                 "completion_tokens": len(completion.token_ids),
-                "cached_tokens": 0,
+                "cached_tokens": output.num_cached_tokens,
             },
             "timing": {"load_s": llm.load_s, "ttft_s": output.ttft_s, "tpot_s": output.tpot_s},
             "ranks": llm.rank_stats(),

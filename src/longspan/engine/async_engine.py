@@ -179,14 +179,19 @@ class AsyncEngine:
         """What the engine is doing and has done. May be called from any thread."""
         scheduler = self.engine.scheduler
         allocators = scheduler.memory.allocators
+        ranks = self.engine.rank_stats()
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=self._num_arriving + len(scheduler.waiting),
             kv_pages_used=tuple(sum(group.num_used for group in groups) for groups in allocators),
             kv_pages_total=tuple(sum(group.num_pages for group in groups) for groups in allocators),
-            busy_s=(0.0,) * len(allocators),
-            tokens_computed=tuple(rank.tokens_computed for rank in self.engine.rank_stats()),
+            busy_s=tuple(rank.busy_s for rank in ranks),
+            tokens_computed=tuple(rank.tokens_computed for rank in ranks),
             steps_per_strategy=dict(self.engine.strategy_counts),
+            bytes_per_strategy=self.engine.bytes_per_strategy(),
+            num_preemptions=scheduler.num_preemptions,
+            prefix_queries_tokens=scheduler.memory.num_queried_tokens,
+            prefix_hit_tokens=scheduler.memory.num_hit_tokens,
         )
 
     def close(self) -> None:

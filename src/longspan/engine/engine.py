@@ -23,7 +23,7 @@ from longspan.errors import ConfigError
 from longspan.kvcache.capacity import pool_pages
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
-from longspan.plan.types import PlanResult
+from longspan.plan.types import PlanResult, RankResult
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.types import FinishReason, ModelSpec, SamplingParams
@@ -40,6 +40,8 @@ class RankStats(msgspec.Struct, frozen=True):
     kv_bytes: int
     tokens_computed: int
     bytes_sent: int
+    busy_s: float
+    """Seconds spent on plans, waits for peers included."""
 
 
 class Engine:
@@ -74,7 +76,7 @@ class Engine:
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""
         self._failure: BaseException | None = None
-        self._rank_totals = [(0, 0)] * config.context_parallel_size  # tokens computed, bytes sent
+        self._last_results: dict[int, RankResult] = {}  # per rank; its totals count from the start
 
     def add_request(
         self,
@@ -139,8 +141,7 @@ class Engine:
             if self._failure is not None:
                 raise self._failure
             result = future.result()
-            for r in result.ranks:
-                self._rank_totals[r.rank] = (r.tokens_computed, r.bytes_sent)
+            self._last_results.update({r.rank: r for r in result.ranks})
             advanced += self.scheduler.update(result)
         return advanced
 
@@ -148,7 +149,7 @@ class Engine:
         """What every rank holds and has done."""
         stats: list[RankStats] = []
         for rank, allocators in enumerate(self.scheduler.memory.allocators):
-            tokens_computed, bytes_sent = self._rank_totals[rank]
+            last = self._last_results.get(rank)
             stats.append(
                 RankStats(
                     rank=rank,
@@ -158,11 +159,19 @@ class Engine:
                         allocator.peak_used * self.config.page_size * group.token_bytes
                         for allocator, group in zip(allocators, self.spec.kv_groups, strict=True)
                     ),
-                    tokens_computed=tokens_computed,
-                    bytes_sent=bytes_sent,
+                    tokens_computed=last.tokens_computed if last else 0,
+                    bytes_sent=last.bytes_sent if last else 0,
+                    busy_s=last.busy_s if last else 0.0,
                 )
             )
         return stats
+
+    def bytes_per_strategy(self) -> dict[str, int]:
+        """Bytes that ranks sent each other, per strategy."""
+        total: Counter[str] = Counter()
+        for last in list(self._last_results.values()):
+            total.update(last.strategy_bytes)
+        return dict(total)
 
     def close(self) -> None:
         """End the ranks. May be called twice."""

@@ -39,6 +39,8 @@ _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 _ANCHOR = "a"
 _INCOMPLETE = "\ufffd"
 """What a part of a character decodes to."""
+_NEEDED = {bytes([byte]) for byte in (*range(0x20, 0x7F), *range(0x80, 0xF5)) if byte not in (0xC0, 0xC1)}
+"""Bytes that JSON in UTF-8 may hold. With a token for each, whatever the grammar allows can be written."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -129,9 +131,9 @@ def make_grammars(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token
     tokens = _token_bytes(tokenizer, backend, vocab_size)
     for token_id in end_ids:
         tokens[token_id] = b""
-    missing = {bytes([byte]) for byte in range(0x20, 0x7F)} - set(tokens)
+    missing = _NEEDED - set(tokens)
     if missing:
-        raise _unmapped(tokenizer, f"no token stands for {min(missing).decode()!r} alone")
+        raise _unmapped(tokenizer, f"no token stands for {min(missing)!r} alone")
     vocabulary = _Vocabulary(tokens, end_ids[0], backend)
     vocabulary.mapped = LLTokenizer(vocabulary, eos_token=end_ids)
     return Grammars(vocabulary.mapped)
@@ -145,7 +147,10 @@ def _unmapped(tokenizer: PreTrainedTokenizerBase, reason: str) -> ConfigError:
 
 def _private_copy(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A tokenizer that no other thread reconfigures, and to which special tokens in a text are text."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    try:
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # the library raises nothing more precise where a part is written in Python
+        raise _unmapped(tokenizer, f"it cannot be copied ({error})") from error
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True
@@ -203,9 +208,9 @@ class _Vocabulary(TokenizerWrapper):
 
         A line break in front takes the space that some tokenizers put before the first word.
         """
-        wanted = text.encode()
         for front, num_dropped in (("", 0), ("\n", 1), ("\n", 2)):
             ids = self._backend.encode(front + text, add_special_tokens=False).ids[num_dropped:]
-            if b"".join(self.tokens[token_id] for token_id in ids if token_id < len(self.tokens)) == wanted:
+            parts = [self.tokens[token_id] for token_id in ids if token_id < len(self.tokens)]
+            if all(parts) and b"".join(parts) == text.encode():
                 return ids
         return self.mapped.greedy_tokenize(text)

@@ -33,9 +33,9 @@ INLINE vec exp_lanes(vec x)
     return p * (vec)((exponent + 127) << 23);
 }
 
-/* One KV head: rows x num_keys. out [rows, width] and lse [rows] are float32. */
-INLINE void attend(const float *q, const void *k, const void *v, long k_stride, long v_stride, long num_keys, int rows,
-                   int width, int is_bf16, float *out, float *lse)
+/* One KV head: rows x the keys of all runs, a run being consecutive keys. out [rows, width] and lse [rows] are float32. */
+INLINE void attend(const float *q, const void *k, const void *v, long k_stride, long v_stride, const long *starts,
+                   const long *lengths, long num_runs, int rows, int width, int is_bf16, float *out, float *lse)
 {
     float scores[MAX_ROWS][BLOCK] __attribute__((aligned(64)));
     float top[MAX_ROWS], sum[MAX_ROWS];
@@ -48,10 +48,15 @@ INLINE void attend(const float *q, const void *k, const void *v, long k_stride, 
         for (int c = 0; c < chunks; c++)
             acc[r][c] = (vec){0};
     }
-    for (long start = 0; start < num_keys; start += BLOCK) {
-        const int keys = num_keys - start < BLOCK ? (int)(num_keys - start) : BLOCK;
+    for (long run = 0, start = 0; run < num_runs; start += BLOCK) {
+        const long first = starts[run] + start, left = lengths[run] - start;
+        const int keys = left < BLOCK ? (int)left : BLOCK;
+        if (left <= BLOCK) {
+            run++;
+            start = -BLOCK;
+        }
         for (int s = 0; s < keys; s++) {
-            const long key = (start + s) * k_stride;
+            const long key = (first + s) * k_stride;
             vec dot[MAX_ROWS];
             for (int r = 0; r < rows; r++)
                 dot[r] = (vec){0};
@@ -89,7 +94,7 @@ INLINE void attend(const float *q, const void *k, const void *v, long k_stride, 
                 acc[r][c] *= shrink;
         }
         for (int s = 0; s < keys; s++) {
-            const long key = (start + s) * v_stride;
+            const long key = (first + s) * v_stride;
             for (int c = 0; c < chunks; c++) {
                 const vec part = load(v, key + c * LANES, is_bf16);
                 for (int r = 0; r < rows; r++)
@@ -110,7 +115,7 @@ INLINE void attend(const float *q, const void *k, const void *v, long k_stride, 
 /* Constants for rows and width let the compiler keep queries and sums in registers. */
 #define ROWS(n, width, is_bf16)                                                                                        \
     case n:                                                                                                            \
-        attend(q, k, v, k_stride, v_stride, num_keys, n, width, is_bf16, out, lse);                                    \
+        attend(q, k, v, k_stride, v_stride, starts, lengths, num_runs, n, width, is_bf16, out, lse);                   \
         break;
 #define ALL_ROWS(width, is_bf16)                                                                                       \
     switch (rows) {                                                                                                    \
@@ -119,19 +124,20 @@ INLINE void attend(const float *q, const void *k, const void *v, long k_stride, 
         ROWS(3, width, is_bf16)                                                                                        \
         ROWS(4, width, is_bf16)                                                                                        \
     default:                                                                                                           \
-        attend(q, k, v, k_stride, v_stride, num_keys, rows, width, is_bf16, out, lse);                                 \
+        attend(q, k, v, k_stride, v_stride, starts, lengths, num_runs, rows, width, is_bf16, out, lse);                \
     }
 
 #define HEAD(name, is_bf16)                                                                                            \
     MULTIVERSION static void name(const float *q, const void *k, const void *v, long k_stride, long v_stride,         \
-                                  long num_keys, int rows, int width, float *out, float *lse)                         \
+                                  const long *starts, const long *lengths, long num_runs, int rows, int width,        \
+                                  float *out, float *lse)                                                             \
     {                                                                                                                  \
         if (width == 64) {                                                                                             \
             ALL_ROWS(64, is_bf16)                                                                                      \
         } else if (width == 128) {                                                                                     \
             ALL_ROWS(128, is_bf16)                                                                                     \
         } else                                                                                                         \
-            attend(q, k, v, k_stride, v_stride, num_keys, rows, width, is_bf16, out, lse);                             \
+            attend(q, k, v, k_stride, v_stride, starts, lengths, num_runs, rows, width, is_bf16, out, lse);            \
     }
 
 HEAD(head_float32, 0)
@@ -162,8 +168,46 @@ int longspan_decode(const float *q, const void *k, const void *v, long k_head_st
             const char *keys = (const char *)k + (head * k_head_stride + first * k_stride) * item;
             const char *values = (const char *)v + (head * v_head_stride + first * v_stride) * item;
             const long row = ((long)run * heads + head) * rows;
+            const long start = 0;
             (is_bf16 ? head_bfloat16 : head_float32)(q + (long)head * rows * width, keys, values, k_stride, v_stride,
-                                                     count, rows, width, out + row * width, lse + row);
+                                                     &start, &count, 1, rows, width, out + row * width, lse + row);
+        }
+    }
+    return 0;
+}
+
+/* Many queries at once, each over its own runs of keys: the decode of a batch. Queries and KV heads in parallel.
+ *
+ * q [T, heads, rows, width] of k's dtype, contiguous; scaled here. k and v as above. Query i is row query_rows[i] of q,
+ * out and lse, and sees runs[offsets[i]] up to runs[offsets[i + 1]]: keys [starts[j], starts[j] + lengths[j]), no run
+ * empty. out [T, heads, rows, width] and lse [T, heads, rows]: float32, contiguous; other rows are left alone.
+ * Returns 0, or 1 when a size is not supported (nothing is written then).
+ */
+int longspan_decode_batch(const void *q, const void *k, const void *v, long k_head_stride, long k_stride,
+                          long v_head_stride, long v_stride, int heads, int rows, int width, int is_bf16, float scale,
+                          long num_queries, const long *query_rows, const long *offsets, const long *starts,
+                          const long *lengths, int num_threads, float *out, float *lse)
+{
+    if (num_threads < 1 || rows < 1 || rows > MAX_ROWS || width < LANES || width > MAX_WIDTH || width % LANES)
+        return 1;
+    for (long i = 0; i < num_queries; i++)
+        if (offsets[i] == offsets[i + 1])
+            return 1;
+    const long item = is_bf16 ? 2 : 4;
+#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(num_threads)
+    for (long i = 0; i < num_queries; i++) {
+        for (int head = 0; head < heads; head++) {
+            float scaled[MAX_ROWS * MAX_WIDTH] __attribute__((aligned(64)));
+            const long row = (query_rows[i] * heads + head) * rows;
+            for (long c = 0; c < (long)rows * width; c += LANES) {
+                const vec value = load(q, row * width + c, is_bf16) * scale;
+                memcpy(scaled + c, &value, sizeof value);
+            }
+            (is_bf16 ? head_bfloat16 : head_float32)(scaled, (const char *)k + head * k_head_stride * item,
+                                                     (const char *)v + head * v_head_stride * item, k_stride, v_stride,
+                                                     starts + offsets[i], lengths + offsets[i],
+                                                     offsets[i + 1] - offsets[i], rows, width, out + row * width,
+                                                     lse + row);
         }
     }
     return 0;

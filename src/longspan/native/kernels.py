@@ -11,10 +11,13 @@ and the runtime that torch brought answers them. A second runtime would bring a 
 """
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +45,11 @@ def _library() -> ctypes.CDLL | None:
     library.longspan_decode.argtypes = [
         *(pointer, pointer, pointer, long, long, long, long),
         *(integer, integer, long, integer, integer, integer, integer, pointer, pointer),
+    ]
+    library.longspan_decode_batch.argtypes = [
+        *(pointer, pointer, pointer, long, long, long, long),
+        *(integer, integer, integer, integer, ctypes.c_float, long, pointer, pointer, pointer, pointer),
+        *(integer, pointer, pointer),
     ]
     library.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
     return library
@@ -84,6 +92,48 @@ def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> t
     )
     assert status == 0, f"decode kernel refused {num_heads} heads, {num_rows} rows, {k.shape[1]} keys, {num_runs} runs"
     return out, lse
+
+
+class DecodeBatch:
+    """Which keys every query of a batch sees, as the kernel reads it. Made once per step, used in every layer."""
+
+    def __init__(self, keys_of: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        """Args: `keys_of`: packed query row to (first key row, number of keys) runs, at least one, none empty."""
+        self.num_queries = len(keys_of)
+        runs = [run for runs in keys_of.values() for run in runs]
+        ends = accumulate((len(runs) for runs in keys_of.values()), initial=0)
+        self.query_rows = np.fromiter(keys_of, dtype=np.int64)
+        self.offsets = np.fromiter(ends, dtype=np.int64)
+        self.starts = np.array([start for start, _ in runs], dtype=np.int64)
+        self.lengths = np.array([length for _, length in runs], dtype=np.int64)
+        assert len(self.lengths) == 0 or self.lengths.min() > 0, "an empty run"
+
+
+def decode_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: DecodeBatch, out: Tensor, lse: Tensor) -> None:
+    """Every query of a batch over its own keys; other rows of `out` and `lse` are left alone.
+
+    Args:
+        q: [T, H, D] of k's dtype, contiguous; H / Hkv, D and dtype such that `can_decode` admits them.
+        k: [Hkv, rows, D], contiguous in the last dimension.
+        v: [Hkv, rows, D], likewise.
+        scale: factor on the dot products.
+        batch: what each query sees.
+        out: [T, H, D] float32, contiguous, written.
+        lse: [T, H] float32, contiguous, written.
+    """
+    library = _library()
+    assert library is not None
+    assert q.is_contiguous()
+    assert q.dtype is k.dtype
+    num_kv_heads, _, width = k.shape
+    status = library.longspan_decode_batch(
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr()),
+        *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        *(num_kv_heads, q.shape[1] // num_kv_heads, width, k.dtype is torch.bfloat16, scale, batch.num_queries),
+        *(batch.query_rows.ctypes.data, batch.offsets.ctypes.data, batch.starts.ctypes.data, batch.lengths.ctypes.data),
+        *(torch.get_num_threads(), out.data_ptr(), lse.data_ptr()),
+    )
+    assert status == 0, f"decode kernel refused {batch.num_queries} queries of {q.shape[1]} heads of {width}"
 
 
 def can_multiply(num_rows: int, width: int, dtype: torch.dtype) -> bool:

@@ -145,7 +145,7 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True):
     banned_token_ids: tuple[int, ...]
     """Never sampled (end tokens before `min_tokens`)."""
     allowed: bytes | None = None
-    """Nothing else is sampled: bit i % 8 of byte i // 8 is token i; those past the end are not allowed. None: all are."""
+    """Nothing else is sampled: bit i % 8 of byte i // 8 is token i; ids past the end are forbidden. None allows all."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, number added to its logit)."""
     repetition_penalty: float = 1.0

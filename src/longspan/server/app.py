@@ -38,7 +38,11 @@ class _JsonRequest(Request):
 class _JsonRoute(APIRoute):
     def get_route_handler(self) -> _Handler:
         handle = super().get_route_handler()
-        return lambda request: handle(_JsonRequest(request.scope, request.receive))
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return handle_json
 
 
 def make_app(state: ServerState) -> FastAPI:

@@ -23,9 +23,6 @@ RETRY_AFTER_S = 1
 
 TOO_LONG = "context_length_exceeded"
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
 class ApiError(HTTPException):
     """An answer that is an error."""
 
@@ -44,7 +41,9 @@ class ApiError(HTTPException):
     @property
     def body(self) -> dict[str, Any]:
         """The JSON object that says so."""
-        kind = _TYPES.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        if self.status_code == 429:
+            kind = "rate_limit_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:

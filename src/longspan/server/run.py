@@ -102,6 +102,7 @@ async def _serve(engine: Engine, tokenizer: PreTrainedTokenizerBase, config: Ser
             make_app(state),
             http="h11",
             ws="none",
+            proxy_headers=False,
             lifespan="off",
             log_config=None,
             access_log=False,

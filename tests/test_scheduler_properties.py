@@ -1,0 +1,277 @@
+"""Attacks the scheduler: hypothesis chooses engine, requests, cancellations and the order in which plans end.
+
+Memory is so tight that eviction and preemption are ordinary. After every action the books must balance, and what the
+prefix cache offers must be what it says; at the end every request has ended, with the tokens that it has alone.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, fake_token, make_config, make_model
+from longspan.config import EngineConfig
+from longspan.errors import CapacityError
+from longspan.kvcache.capacity import pages_by_group
+from longspan.scheduler.request import Request
+from longspan.scheduler.sampling import sample_row
+from longspan.scheduler.scheduler import Scheduler
+from longspan.types import FinishReason, Phase, SamplingParams
+
+TEXTS = tuple([[random.Random(f"{i} {j}").randrange(VOCAB) for j in range(160)] for i in range(3)])
+"""Prompts begin with a part of one of these."""
+
+REACHED: Counter[str] = Counter()
+"""What happened in all runs of the machine."""
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> EngineConfig:
+    page_size = draw(st.sampled_from([4, 1, 2, 16]))
+    return make_config(
+        draw(st.sampled_from([2, 3, 1, 4, 5, 8])),
+        page_size=page_size,
+        stripe_size=page_size * draw(st.sampled_from([2, 1, 4])),
+        max_num_batched_tokens=draw(st.sampled_from([16, 3, 1, 8, 40])),
+        max_num_seqs=draw(st.sampled_from([64, 5, 2, 1])),
+        placement=draw(st.sampled_from(["auto", "striped", "spill", "packed"])),
+        strategy=draw(st.sampled_from(["auto", "pass_q", "pass_kv", "gather_kv"])),
+        decode_strategy=draw(st.sampled_from([None, "pass_q", "pass_kv", "gather_kv"])),
+        max_step_ms=draw(st.sampled_from([None, 1, 100, 1000])),
+        enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
+    )
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> list[int]:
+    """A part of a common text, then a few tokens of one's own."""
+    length = draw(st.sampled_from([1, 2, 5, 15, 16, 17, 31, 32, 33, 64, 65, 100, 150]))
+    own = draw(st.lists(st.integers(0, VOCAB - 1), max_size=3))
+    return draw(st.sampled_from(TEXTS))[:length] + own
+
+
+@st.composite
+def sampling_params(draw: st.DrawFn) -> SamplingParams:
+    max_tokens = draw(st.sampled_from([9, 1, 2, 30, 60]))
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=draw(st.sampled_from([0, 1, max_tokens])),
+        seed=draw(st.integers(0, 200)),
+        temperature=draw(st.sampled_from([0.0, 1.0])),
+        ignore_eos=draw(st.booleans()),
+        stop_token_ids=draw(st.sampled_from([(), (3, 4)])),
+        logprobs=draw(st.sampled_from([None, 0])),
+        prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.5])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.5])),
+    )
+
+
+def tokens_alone(request: Request) -> list[int]:
+    """The output of a request with nothing beside it: the simulator's tokens depend on seed and position only."""
+    alone = Request(0, request.params, request.seed, request.token_ids[: request.prompt_len], request.prompt_len, ())
+    alone.eos_token_ids = request.eos_token_ids
+    while alone.finish_reason is None:
+        alone.add_token(fake_token(sample_row(alone, len(alone.token_ids) - 1)), None)
+    return alone.output_token_ids
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """A scheduler with simulated ranks."""
+
+    @initialize(
+        config=configs(),
+        windows=st.sampled_from([(None,), (None, 5), (None, 20, 3), (7,), (1, 30)]),
+        memory_tokens=st.sampled_from([100, 60, 30, 200, 8]),
+        seed=st.integers(0, 1000),
+    )
+    def start(self, config: EngineConfig, windows: tuple[int | None, ...], memory_tokens: int, seed: int) -> None:
+        model = make_model(*windows)
+        num_pages = max(1, memory_tokens // config.page_size)
+        pages = pages_by_group(model, num_pages, config.page_size, config.max_num_batched_tokens)
+        self.scheduler = Scheduler(model, config, pages)
+        self.ranks = FakeRanks(self.scheduler, random.Random(seed))
+        self.requests: list[Request] = []
+        self.ended_early: set[int] = set()
+        self.last_plan: dict[int, int] = {}
+
+    @property
+    def alive(self) -> list[Request]:
+        return [request for request in self.requests if request.finish_reason is None]
+
+    @rule(prompt=prompts(), params=sampling_params())
+    def add(self, prompt: list[int], params: SamplingParams) -> None:
+        try:
+            self.requests.append(self.scheduler.add_request(prompt, params))
+        except CapacityError:
+            REACHED["refused"] += 1
+
+    @rule(
+        text=st.sampled_from(TEXTS),
+        lengths=st.lists(st.integers(1, 80), min_size=2, max_size=10),
+        params=sampling_params(),
+    )
+    def add_several(self, text: list[int], lengths: list[int], params: SamplingParams) -> None:
+        """Prompts that begin alike, some of them the same."""
+        for i, length in enumerate(lengths):
+            self.add(text[:length] + [i] * (i % 3), params)
+
+    @precondition(lambda self: any(r.num_generated for r in self.requests))
+    @rule(data=st.data(), more=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), params=sampling_params())
+    def continue_a_chat(self, data: st.DataObject, more: list[int], params: SamplingParams) -> None:
+        before = data.draw(st.sampled_from([r for r in self.requests if r.num_generated]))
+        self.add(before.token_ids + more, params)
+
+    @rule()
+    def submit(self) -> None:
+        while (plan := self.scheduler.schedule()) is not None:
+            self.ranks.submit(plan)
+            self.note_plan()
+
+    @precondition(lambda self: self.ranks.in_flight)
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        plan_id = data.draw(st.sampled_from(sorted(self.ranks.in_flight)))
+        self.finish_plan(plan_id)
+
+    @precondition(lambda self: self.alive)
+    @rule(num_steps=st.integers(1, 60))
+    def go_on(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            if self.scheduler.has_requests:
+                self.step()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """At any moment: waiting, preempted, running, in flight, ended, cancelled before."""
+        request = data.draw(st.sampled_from(self.requests))
+        if request.finish_reason is None:
+            REACHED["cancelled in flight"] += request.in_flight
+            REACHED["cancelled when waiting"] += request in self.scheduler.waiting
+            REACHED["cancelled when preempted"] += request in self.scheduler.waiting and request.num_preemptions > 0
+            REACHED["cancelled before its copies"] += bool(request.copies) and not request.in_flight
+            self.ended_early.add(request.request_id)
+        self.scheduler.cancel(request)
+
+    @precondition(lambda self: any(not request.in_flight for request in self.alive))
+    @rule(data=st.data())
+    def finish_early(self, data: st.DataObject) -> None:
+        """As a stop string does."""
+        request = data.draw(st.sampled_from([request for request in self.alive if not request.in_flight]))
+        self.ended_early.add(request.request_id)
+        self.scheduler.finish(request, FinishReason.STOP)
+
+    @invariant()
+    def books_balance(self) -> None:
+        if hasattr(self, "ranks"):
+            self.ranks.check_owners()
+
+    @invariant()
+    def the_cache_tells_the_truth(self) -> None:
+        if hasattr(self, "ranks"):
+            self.ranks.check_cached()
+
+    @invariant()
+    def requests_run_in_the_order_they_came(self) -> None:
+        if hasattr(self, "ranks") and self.scheduler.waiting and self.scheduler.running:
+            waiting = [request.request_id for request in self.scheduler.waiting]
+            assert waiting == sorted(waiting)
+            assert max(request.request_id for request in self.scheduler.running) < waiting[0]
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        self.submit()
+        assert self.ranks.in_flight, "requests wait, but nothing runs"
+        self.finish_plan(self.ranks.rng.choice(sorted(self.ranks.in_flight)))
+
+    def finish_plan(self, plan_id: int) -> None:
+        for request in self.ranks.complete(self.ranks.in_flight[plan_id]):
+            assert request.request_id not in self.ended_early, "update returns a request that was cancelled"
+
+    def note_plan(self) -> None:
+        """Count what is of interest, and how long requests wait for their turn."""
+        plan = self.ranks.plans[-1]
+        REACHED[f"{len(plan.ranks)} ranks"] += 1
+        REACHED["plans"] += 1
+        for step in plan.groups:
+            REACHED[step.strategy.value] += 1
+        copied = [copy for copy in plan.page_copies if copy.source.rank != copy.target.rank]
+        REACHED["copied pages"] += sum(copy.source.num_pages for copy in copied)
+        num_requests = len({run.request_id for run in plan.query_runs})
+        REACHED["batch"] += num_requests > 1
+        REACHED["mixed"] += plan.phase is Phase.PREFILL and num_requests > 1 and any(
+            request.phase is Phase.DECODE and request.last_plan_id == plan.plan_id for request in self.scheduler.running
+        )
+        for request in self.scheduler.running:
+            since = self.last_plan.setdefault(request.request_id, plan.plan_id)
+            if request.in_flight:
+                self.last_plan[request.request_id] = plan.plan_id
+            elif not request.in_flight:
+                waited = plan.plan_id - since
+                REACHED["longest wait"] = max(REACHED["longest wait"], waited)
+        for request in self.scheduler.waiting:
+            self.last_plan.pop(request.request_id, None)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "ranks"):
+            return
+        while self.scheduler.has_requests:
+            self.step()
+        assert not self.ranks.in_flight
+        for request in self.requests:
+            assert request.finish_reason is not None
+            if request.request_id not in self.ended_early:
+                check_finished(request)
+                assert request.output_token_ids == tokens_alone(request)
+            else:
+                assert request.output_token_ids == tokens_alone(request)[: request.num_generated]
+            REACHED["hit tokens"] += request.num_cached
+            REACHED["requests"] += 1
+        self.ranks.check_cached()
+        assert_all_free(self.scheduler)
+        REACHED["runs"] += 1
+        REACHED["preemptions"] += self.scheduler.num_preemptions
+        allocators = [allocator for allocators in self.scheduler.memory.allocators for allocator in allocators]
+        REACHED["evicted pages"] += sum(allocator.num_evicted for allocator in allocators)
+
+
+def run_machine(max_examples: int, *, derandomize: bool) -> None:
+    REACHED.clear()
+    run_state_machine_as_test(
+        SchedulerMachine,
+        settings=settings(
+            max_examples=max_examples,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=derandomize,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens():
+    run_machine(60, derandomize=True)
+
+
+if __name__ == "__main__":
+    import sys
+    import time
+
+    t = time.time()
+    try:
+        run_machine(int(sys.argv[1]), derandomize=len(sys.argv) > 2)
+    finally:
+        print(REACHED, time.time() - t)
