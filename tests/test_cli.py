@@ -97,7 +97,7 @@ def test_json_has_exactly_the_documented_keys(longspan):
     assert list(report["timing"]) == ["load_s", "ttft_s", "tpot_s"]
     assert all(seconds > 0 for seconds in report["timing"].values())
     (rank,) = report["ranks"]
-    assert list(rank) == ["rank", "kv_pages_used", "kv_pages_total", "kv_bytes", "tokens_computed", "bytes_sent"]
+    assert list(rank) == ["rank", "kv_pages_used", "kv_pages_total", "kv_bytes", "tokens_computed", "bytes_sent", "busy_s"]
     assert rank["rank"] == 0
     assert rank["bytes_sent"] == 0
     assert rank["tokens_computed"] == num_prompt_tokens + 5 - 1
@@ -220,7 +220,7 @@ def test_every_option_arrives(longspan, monkeypatch):
         def generate(self, text, params, *, on_progress):
             seen.update(text=text, params=params)
             done = CompletionOutput("out", [1], FinishReason.LENGTH, None)
-            return [RequestOutput(0, text, [1, 2], [done], None, 1.0, None)]
+            return [RequestOutput(0, text, [1, 2], [done], None, 1.0, None, 0)]
 
         def __enter__(self):
             return self

@@ -112,6 +112,78 @@ def test_what_the_kernel_cannot_do_is_left_to_the_other_one():
     assert kernels.can_decode(4, 64, torch.bfloat16)
 
 
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+@settings(max_examples=100, deadline=None)
+@given(
+    num_kv_heads=st.integers(1, 3),
+    group=st.integers(1, kernels.MAX_ROWS),
+    width=st.sampled_from([16, 64, 80, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    runs=st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=4), min_size=1, max_size=6),
+    num_threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_a_batch_of_decodes_agrees_with_float64_and_leaves_other_rows_alone(
+    num_kv_heads, group, width, dtype, runs, num_threads, seed
+):
+    """Every query has runs of keys of its own, with NaN between the runs; every second row belongs to somebody else."""
+    generator = torch.Generator().manual_seed(seed)
+    num_rows = 2 * len(runs)
+    q = torch.randn(num_rows, num_kv_heads * group, width, generator=generator).to(dtype)
+    total = sum(length + 3 for lengths in runs for length in lengths)
+    k, v = (torch.full((num_kv_heads, total, width), torch.nan, dtype=dtype) for _ in range(2))
+    keys_of, start = {}, 0
+    for i, lengths in enumerate(runs):
+        keys_of[2 * i + 1] = []
+        for length in lengths:
+            for pool in (k, v):
+                pool[:, start : start + length] = torch.randn(num_kv_heads, length, width, generator=generator)
+            keys_of[2 * i + 1].append((start, length))
+            start += length + 3
+    out = torch.full((num_rows, num_kv_heads * group, width), 7.0)
+    lse = torch.full((num_rows, num_kv_heads * group), 7.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        kernels.decode_batch(q, k, v, 0.3, kernels.DecodeBatch(keys_of), out, lse)
+    finally:
+        torch.set_num_threads(before)
+    for row in range(num_rows):
+        if row not in keys_of:
+            assert out[row].eq(7).all()
+            assert lse[row].eq(7).all()
+            continue
+        index = torch.cat([torch.arange(first, first + length) for first, length in keys_of[row]])
+        want_out, want_lse = expected(q[row].view(num_kv_heads, group, width), k[:, index], v[:, index], 0.3)
+        largest = max(1.0, want_lse.abs().max().item())
+        torch.testing.assert_close(lse[row].double().view(want_lse.shape), want_lse, rtol=0, atol=3e-6 * largest)
+        torch.testing.assert_close(out[row].double().view(want_out.shape), want_out, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("available", [pytest.param(True, marks=needs_kernel), False])
+def test_a_batch_with_prompts_and_decodes_is_right_with_and_without_the_kernel(monkeypatch, available):
+    """Rows 0 to 4 are a prompt, 5 and 7 decode over several runs, 6 sees nothing."""
+    monkeypatch.setattr(kernels, "is_available", lambda: available)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(8, 6, 32, generator=generator)
+    k, v = (torch.randn(2, 500, 32, generator=generator) for _ in range(2))
+    segments = [
+        RowSegment(0, 5, 100, 0, 100, None, Visibility.FULL),
+        RowSegment(0, 5, 100, 100, 5, 100, Visibility.CAUSAL),
+        RowSegment(5, 1, 90, 200, 70, None, Visibility.FULL),
+        RowSegment(5, 1, 90, 300, 21, None, Visibility.FULL),
+        RowSegment(7, 1, 49, 400, 50, None, Visibility.FULL),
+    ]
+    params = AttentionParams(scale=0.2)
+    got = CPUBackend().partial_attention(q, k, v, segments, params)
+    want = ReferenceBackend().partial_attention(q.double(), k.double(), v.double(), segments, params)
+    torch.testing.assert_close(got.out.double(), want.out, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.lse.double(), want.lse, rtol=0, atol=1e-5)
+
+
 # -- linear layers -----------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from longspan.plan.types import SampleRow
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
 from longspan.types import FinishReason, SamplingParams
-from longspan.worker.sampler import sample, token_logprobs, uniform
+from longspan.worker.sampler import sample, sample_all, token_logprobs, uniform
 from tiny_models import (
     NEAR_TIE,
     VOCAB_SIZE,
@@ -677,3 +677,20 @@ def test_lists_are_taken_for_tuples():
     params = SamplingParams(stop="a", stop_token_ids=[1, 2], logit_bias=[[3, 1.5], (4, 0)])
     assert (params.stop, params.stop_token_ids, params.logit_bias) == (("a",), (1, 2), ((3, 1.5), (4, 0)))
     assert SamplingParams(logit_bias={3: 1.5}) == SamplingParams(logit_bias=((3, 1.5),))
+
+
+def test_a_batch_of_rows_gets_what_each_row_gets_alone():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(7, 50, generator=generator)
+    logits[2, 7] = logits[2, 9] = 9.0  # a tie: the first one wins in either way
+    plain = row(temperature=0)
+    rows = [plain, row(temperature=1.0, seed=5), plain, row(temperature=0, banned_token_ids=(int(logits[3].argmax()),))]
+    rows += [plain, row(temperature=0, logit_bias=((4, 50.0),)), plain]
+    assert sample_all(logits, rows) == [sample(row_logits, one) for row_logits, one in zip(logits, rows, strict=True)]
+
+
+def test_a_batch_with_a_row_that_is_not_a_number_names_the_request():
+    logits = torch.zeros(3, 50)
+    logits[1, 4] = torch.nan
+    with pytest.raises(LongspanError, match="request 0: the model's logits at position 3 hold NaN"):
+        sample_all(logits, [row(3, temperature=0)] * 3)

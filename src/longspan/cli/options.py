@@ -28,9 +28,7 @@ def choice(legal: Any) -> click.Choice[str]:
 
 
 _ENGINE_OPTIONS = (
-    click.option(
-        "--context-parallel-size", type=int, default=1, show_default=True, help="Ranks per sequence."
-    ),
+    click.option("--context-parallel-size", type=int, default=1, show_default=True, help="Ranks per sequence."),
     click.option("--threads-per-rank", type=int, help="Default: cores / ranks."),
     click.option("--dtype", type=choice(DTypeName), default="auto", show_default=True),
     click.option("--placement", type=choice(PlacementName), default="auto", show_default=True),

@@ -32,6 +32,9 @@ _STRATEGIES: Mapping[Strategy, type[Local | GatherKV | PassKV | PassQ]] = {
     Strategy.PASS_Q: PassQ,
 }
 
+SCATTER_TOKENS = 16
+"""Runs with fewer tokens than this on average are stored by one indexed copy; copying a run costs 5 us a layer."""
+
 
 class StepAttention:
     """The attention of all layers in one step on one rank."""
@@ -67,6 +70,7 @@ class StepAttention:
         self._names = [group_step.strategy.value for group_step in plan.groups]
         self._strategies: list[MovementStrategy] = []
         self._stores: list[list[tuple[int, int, int]]] = []
+        self._scattered: list[Tensor | None] = []  # pool row of every token, where stores are many and short
         for group_step, group_tables, pool in zip(plan.groups, tables, pools, strict=True):
             for exchange in group_step.exchanges:
                 if isinstance(exchange, DirectExchange) and exchange.padded_rows is not None:
@@ -74,6 +78,7 @@ class StepAttention:
             step = RankStep(comm, backend, pool.group, group_step, plan.query_runs, group_tables)
             self._strategies.append(_STRATEGIES[group_step.strategy](step))
             self._stores.append(_store_runs(step))
+            self._scattered.append(_scattered_rows(self._stores[-1], pool))
         self.num_tokens = sum(run.num_tokens for run in plan.query_runs if run.compute_rank == self.rank)
         """Tokens that this rank computes."""
 
@@ -94,7 +99,11 @@ class StepAttention:
         """
         group_idx = self._group_of_layer[layer]
         pool = self._pools[group_idx]
-        pool.write(layer, k, v, self._stores[group_idx])
+        rows = self._scattered[group_idx]
+        if rows is None:
+            pool.write(layer, k, v, self._stores[group_idx])
+        else:
+            pool.scatter(layer, k, v, rows)
         partial = self._attend(group_idx, layer, q)
         if sinks is not None:
             merge_sinks_(partial, sinks)
@@ -127,3 +136,14 @@ def _store_runs(step: RankStep) -> list[tuple[int, int, int]]:
         assert sum(run.num_tokens for run in runs) == end - start, "a token is computed by the rank that stores it"
         stores += [(token + run.position - start, run.row, run.num_tokens) for run in runs]
     return stores
+
+
+def _scattered_rows(stores: Sequence[tuple[int, int, int]], pool: PagePool) -> Tensor | None:
+    """[T] the pool row of every token, or None where copies of whole runs are cheaper."""
+    num_tokens = sum(count for _, _, count in stores)
+    if len(stores) < 4 or num_tokens > SCATTER_TOKENS * len(stores):
+        return None
+    rows = [0] * num_tokens
+    for token, row, count in stores:
+        rows[token : token + count] = range(row, row + count)
+    return torch.tensor(rows, dtype=torch.long, device=pool.device)

@@ -22,6 +22,7 @@ class PagePool:
         spec = group.spec
         dtype: torch.dtype = getattr(torch, spec.dtype)
         self.group, self.page_size, self.num_rows = group, page_size, num_pages * page_size
+        self.device = device
         shape = (spec.num_kv_heads, self.num_rows)
         # empty, not zeros: the operating system gives memory on first touch, so an unused pool costs nothing
         self.k = {layer: torch.empty(*shape, spec.k_width, dtype=dtype, device=device) for layer in group.layers}
@@ -42,6 +43,18 @@ class PagePool:
         for token, row, count in stores:
             pool_k[:, row : row + count] = k[:, token : token + count]
             pool_v[:, row : row + count] = v[:, token : token + count]
+
+    def scatter(self, layer: int, k: Tensor, v: Tensor, rows: Tensor) -> None:
+        """Store new tokens, each in a row of its own: one call however many requests they belong to.
+
+        Args:
+            layer: layer of the model.
+            k: [Hkv, T, Dk], one row per new token.
+            v: [Hkv, T, Dv].
+            rows: [T] int64, row in the pool of every token.
+        """
+        self.k[layer].index_copy_(1, rows, k)
+        self.v[layer].index_copy_(1, rows, v)
 
     def rows(self, slot: int, num_pages: int) -> list[Tensor]:
         """Views of whole pages: [Hkv, rows, Dk] and [Hkv, rows, Dv] of every layer, in one order on every rank."""

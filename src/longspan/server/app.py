@@ -5,6 +5,7 @@ Read next: `longspan.server.completions`, `longspan.server.chat`; `longspan.serv
 """
 
 from collections.abc import Callable, Coroutine
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -13,7 +14,6 @@ from fastapi.routing import APIRoute, APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import PreTrainedTokenizerBase
 
-from longspan import __version__
 from longspan.models.text import encode_prompt
 from longspan.server.chat import chat, encode_messages
 from longspan.server.completions import complete
@@ -49,7 +49,7 @@ def make_app(state: ServerState) -> FastAPI:
     """The application around one server's state."""
     app = FastAPI(
         title="longspan",
-        version=__version__,
+        version=version("longspan"),
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
         exception_handlers=error_handlers(),

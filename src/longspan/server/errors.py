@@ -23,6 +23,7 @@ RETRY_AFTER_S = 1
 
 TOO_LONG = "context_length_exceeded"
 
+
 class ApiError(HTTPException):
     """An answer that is an error."""
 

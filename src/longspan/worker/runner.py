@@ -31,7 +31,7 @@ from longspan.plan.types import (
 )
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec
-from longspan.worker.sampler import sample, token_logprobs
+from longspan.worker.sampler import sample_all, token_logprobs
 
 
 class ModelRunner:
@@ -172,8 +172,8 @@ class ModelRunner:
         self._tokens_computed += len(token_ids)
 
         sampled: list[SampledToken] = []
-        for i, row in enumerate(samples):
-            token_id = sample(logits[i], row)
+        token_of = sample_all(logits[: len(samples)], samples)
+        for i, (row, token_id) in enumerate(zip(samples, token_of, strict=True)):
             logprobs = None
             if row.num_logprobs is not None:
                 (logprobs,) = token_logprobs(logits[i : i + 1], self._ids([token_id]), row.num_logprobs)

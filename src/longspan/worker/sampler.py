@@ -21,6 +21,8 @@ Note: the order of the rules
     to -inf, and no positive factor, changes it.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,6 +39,39 @@ def uniform(seed: int, position: int) -> float:
 
 _LARGEST_LOGIT = 1e300
 """An extreme repetition penalty stops here, short of infinity."""
+
+
+def sample_all(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """`sample` of every row; plain greedy ones, the usual batch, at once.
+
+    Args:
+        logits: [n, vocab] float; not changed.
+        rows: n sampling parameters.
+
+    Raises:
+        LongspanError: as `sample`.
+    """
+    plain = [i for i, row in enumerate(rows) if _is_plain_greedy(row)]
+    best: dict[int, int] = {}
+    if len(plain) > 1:
+        some = logits if len(plain) == len(rows) else logits[torch.tensor(plain, device=logits.device)]
+        is_sound = ~torch.isnan(some).any(dim=1)
+        best = {
+            i: token for i, token, ok in zip(plain, some.argmax(dim=1).tolist(), is_sound.tolist(), strict=True) if ok
+        }
+    return [best[i] if i in best else sample(logits[i], row) for i, row in enumerate(rows)]
+
+
+def _is_plain_greedy(row: SampleRow) -> bool:
+    """Whether nothing but the largest logit counts."""
+    return (
+        row.temperature == 0
+        and row.allowed is None
+        and row.seen is None
+        and not row.banned_token_ids
+        and not row.logit_bias
+        and not row.generated_token_ids
+    )
 
 
 def sample(logits: Tensor, row: SampleRow) -> int:

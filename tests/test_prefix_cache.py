@@ -1,0 +1,372 @@
+"""Proves that the prefix cache offers what it says, evicts what is missed least, and that hits are used well.
+
+First the allocator of one rank against a naive model, then the choices of the scheduler's memory by small examples.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fake_ranks import FakeRanks, assert_all_free, check_finished, make_config, make_model, make_scheduler
+from longspan.kvcache.allocator import OutOfPagesError
+from longspan.kvcache.prefix import CachingAllocator, extend_hashes
+from longspan.scheduler.request import Request
+from longspan.scheduler.scheduler import Scheduler
+from longspan.types import SamplingParams
+
+NUM_PAGES = 20
+TEXT = tuple(random.Random(0).choices(range(50), k=400))
+
+
+def hashes_of(tokens: list[int], page_size: int) -> list[bytes]:
+    hashes: list[bytes] = []
+    extend_hashes(hashes, tokens, page_size)
+    return hashes
+
+
+# -- hashes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hash_is_the_same_in_every_process_and_release():
+    """Literal digests: whoever changes them invalidates every cache that outlives a process."""
+    assert [page_hash.hex() for page_hash in hashes_of([1, 2, 3, 4, 5, 6, 7, 8, 9], 4)] == [
+        "5c3887ef44b86da26265cb5c108a056b",
+        "d6b1a373e57df1a716df839ea51526d9",
+    ]
+
+
+@given(st.lists(st.integers(0, 2**31), max_size=40), st.sampled_from([1, 2, 3, 16]), st.data())
+def test_hashes_made_bit_by_bit_equal_hashes_made_at_once(tokens, page_size, data):
+    hashes: list[bytes] = []
+    for end in sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=4))):
+        extend_hashes(hashes, tokens[:end], page_size)
+        assert len(hashes) == end // page_size, "only full pages have a hash"
+    extend_hashes(hashes, tokens, page_size)
+    assert hashes == hashes_of(tokens, page_size)
+
+
+@given(st.lists(st.integers(0, 3), min_size=12, max_size=12), st.lists(st.integers(0, 3), min_size=12, max_size=12))
+def test_equal_hashes_mean_equal_tokens_from_the_start(a, b):
+    for i, (x, y) in enumerate(zip(hashes_of(a, 4), hashes_of(b, 4), strict=True)):
+        assert (x == y) == (a[: 4 * i + 4] == b[: 4 * i + 4])
+
+
+def test_the_same_page_behind_another_page_has_another_hash():
+    assert hashes_of([1, 2, 7, 8], 2)[1] != hashes_of([3, 4, 7, 8], 2)[1]
+    assert len(set(hashes_of([5] * 64, 2))) == 32
+    assert hashes_of([1, 2], 2)[0] != hashes_of([2, 1], 2)[0]
+
+
+# -- the allocator of one rank ---------------------------------------------------------------------------------------
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Against lists: references per slot, hash per slot, and idle slots in the order they became idle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocator = CachingAllocator(NUM_PAGES)
+        self.references = [0] * NUM_PAGES
+        self.hashes: dict[int, bytes] = {}
+        self.idle: list[int] = []
+        self.held: list[tuple[int, int]] = []
+        self.peak = self.num_evicted = self.num_hashes = 0
+
+    def note_peak(self) -> None:
+        self.peak = max(self.peak, sum(count > 0 for count in self.references))
+
+    @rule(num_pages=st.integers(0, NUM_PAGES + 1), near=st.none() | st.integers(0, NUM_PAGES))
+    def allocate(self, num_pages: int, near: int | None) -> None:
+        free = [i for i in range(NUM_PAGES) if not self.references[i] and i not in self.idle]
+        if num_pages > len(free) + len(self.idle):
+            with pytest.raises(OutOfPagesError):
+                self.allocator.allocate(num_pages, near)
+            return
+        runs = self.allocator.allocate(num_pages, near)
+        slots = [slot + i for slot, count in runs for i in range(count)]
+        assert len(slots) == len(set(slots)) == num_pages
+        assert all(self.references[slot] == 0 for slot in slots), "a page in use was handed out"
+        evicted = [slot for slot in self.idle if self.allocator.find(self.hashes[slot]) is None]
+        assert evicted == self.idle[: len(evicted)], "longest idle first"
+        missing = max(0, num_pages - len(free))
+        assert missing <= len(evicted) <= (missing + NUM_PAGES // 16 if missing else 0), "no more than there is use for"
+        for slot in evicted:
+            del self.hashes[slot]
+        self.idle = self.idle[len(evicted) :]
+        self.num_evicted += len(evicted)
+        assert not set(slots) & set(self.idle)
+        for slot in slots:
+            self.references[slot] = 1
+        self.held += runs
+        self.note_peak()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), is_known=st.booleans())
+    def publish(self, data: st.DataObject, is_known: bool) -> None:
+        slot, _ = data.draw(st.sampled_from(self.held))
+        page_hash = str(self.num_hashes).encode()
+        if is_known and self.hashes:
+            page_hash = data.draw(st.sampled_from(sorted(self.hashes.values())))
+        self.num_hashes += 1
+        self.allocator.publish(page_hash, slot)
+        if slot not in self.hashes and page_hash not in self.hashes.values():
+            self.hashes[slot] = page_hash
+
+    @precondition(lambda self: self.hashes)
+    @rule(data=st.data())
+    def use(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.hashes)))
+        assert self.allocator.find(self.hashes[slot]) == slot
+        assert self.allocator.is_idle(slot) == (slot in self.idle)
+        assert self.allocator.use(slot) == (self.references[slot] > 0)
+        self.references[slot] += 1
+        if slot in self.idle:
+            self.idle.remove(slot)
+        self.held.append((slot, 1))
+        self.note_peak()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.held) - 1))
+        slot, count = self.held.pop(index)
+        first = data.draw(st.integers(0, count - 1))
+        if first:
+            self.held.append((slot, first))
+        num_shared = self.allocator.release(slot + first, count - first)
+        assert num_shared == sum(self.references[i] > 1 for i in range(slot + first, slot + count))
+        for i in reversed(range(slot + first, slot + count)):
+            self.references[i] -= 1
+            if not self.references[i] and i in self.hashes:
+                self.idle.append(i)
+
+    @invariant()
+    def tells_the_same_story(self) -> None:
+        allocator = self.allocator
+        allocator.check_integrity()
+        assert allocator.num_used == sum(count > 0 for count in self.references)
+        assert allocator.num_available == NUM_PAGES - allocator.num_used
+        assert allocator.peak_used == self.peak
+        assert allocator.num_evicted == self.num_evicted
+        assert allocator._hash_of == self.hashes
+        assert list(allocator._idle) == self.idle
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_pages_in_use_are_never_evicted_and_the_refusal_says_the_numbers():
+    allocator = CachingAllocator(6)
+    ((slot, _),) = allocator.allocate(4)
+    for i in range(4):
+        allocator.publish(bytes([i]), slot + i)
+    allocator.release(slot + 3, 1)
+    with pytest.raises(OutOfPagesError, match="4 pages asked, 3 of 6 available"):
+        allocator.allocate(4)
+    assert allocator.find(bytes([3])) == slot + 3, "a refusal evicts nothing"
+    allocator.allocate(3)
+    assert [allocator.find(bytes([i])) is None for i in range(4)] == [False, False, False, True]
+
+
+def test_rejects_publishing_or_releasing_an_idle_page_and_using_an_unknown_one():
+    allocator = CachingAllocator(2)
+    ((slot, _),) = allocator.allocate(1)
+    with pytest.raises(AssertionError, match="is not published"):
+        allocator.use(slot)
+    allocator.publish(b"a", slot)
+    allocator.release(slot, 1)
+    with pytest.raises(AssertionError, match="is not in use"):
+        allocator.publish(b"b", slot)
+    with pytest.raises(AssertionError, match="is not in use"):
+        allocator.release(slot, 1)
+
+
+def test_eviction_makes_room_for_a_run_of_slots_in_large_pools():
+    allocator = CachingAllocator(640)
+    for i in range(640):
+        ((slot, _),) = allocator.allocate(1)
+        allocator.publish(i.to_bytes(2, "big"), slot)
+        allocator.release(slot, 1)
+    assert allocator.num_evicted == 0
+    allocator.allocate(1)
+    assert allocator.num_evicted == 41
+
+
+# -- one rank of a scheduler -----------------------------------------------------------------------------------------
+
+
+def run_one(ranks: FakeRanks, prompt: tuple[int, ...] | list[int], max_tokens: int = 1, **params) -> Request:
+    """Run a request to its end, with nothing beside it."""
+    options = {"ignore_eos": True, "seed": 0, **params}
+    request = ranks.scheduler.add_request(prompt, SamplingParams(max_tokens=max_tokens, **options))
+    ranks.run_to_the_end()
+    check_finished(request)
+    ranks.check_cached()
+    return request
+
+
+def make_ranks(num_ranks: int = 1, windows=(None,), memory_tokens: int = 400, **options) -> FakeRanks:
+    config = make_config(num_ranks, **{"max_num_batched_tokens": 64, "stripe_size": 64, **options})
+    return FakeRanks(make_scheduler(make_model(*windows), config, memory_tokens), random.Random(0))
+
+
+def cached_pages(ranks: FakeRanks, tokens, rank: int = 0, group_idx: int = 0) -> list[int]:
+    """Indices of a prompt's pages that a rank can offer."""
+    allocator = ranks.scheduler.memory.allocators[rank][group_idx]
+    hashes = hashes_of(list(tokens), ranks.scheduler.config.page_size)
+    return [i for i, page_hash in enumerate(hashes) if allocator.find(page_hash) is not None]
+
+
+def computed(ranks: FakeRanks, request: Request) -> int:
+    return sum(
+        run.num_tokens for plan in ranks.plans for run in plan.query_runs if run.request_id == request.request_id
+    )
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 39, 40, 41])
+@pytest.mark.parametrize("windows", [(None,), (None, 6), (6,), (4, 9), (1,)])
+def test_a_repeated_prompt_computes_what_whole_pages_leave_and_always_its_last_token(windows, length):
+    ranks = make_ranks(windows=windows)
+    first = run_one(ranks, TEXT[:length])
+    assert first.num_cached == 0
+    second = run_one(ranks, TEXT[:length])
+    assert second.num_cached == (length - 1) // 4 * 4
+    assert computed(ranks, second) == length - second.num_cached
+    assert second.output_token_ids == first.output_token_ids
+
+
+def test_a_prompt_that_differs_in_one_token_shares_the_pages_before_it_only():
+    ranks = make_ranks()
+    run_one(ranks, TEXT[:40])
+    for place in (0, 3, 4, 17, 39):
+        prompt = list(TEXT[:40])
+        prompt[place] = 49 - prompt[place]
+        assert run_one(ranks, prompt).num_cached == place // 4 * 4
+
+
+def test_answers_are_cached_too_so_that_a_chat_goes_on_where_it_stood():
+    ranks = make_ranks()
+    first = run_one(ranks, TEXT[:10], max_tokens=31)  # 40 tokens have keys; the last one has none
+    assert len(first.token_ids) == 41
+    second = run_one(ranks, first.token_ids + [7, 7, 7])
+    assert second.num_cached == 40
+
+
+def test_a_window_needs_only_the_pages_that_it_reaches():
+    """Window 6 at token 32 sees 27..31: pages 6 and 7; the pages before them are a hole."""
+    ranks = make_ranks(windows=(6,))
+    run_one(ranks, TEXT[:33])
+    assert cached_pages(ranks, TEXT[:33]) == list(range(8))
+    for i in range(6):
+        forget(ranks, TEXT[:33], i)
+    scheduler = ranks.scheduler
+    request = scheduler.add_request(TEXT[:33], SamplingParams(max_tokens=1, seed=0))
+    ranks.submit_all()
+    assert request.num_cached == 32
+    assert [(run.page_idx, run.num_pages) for run in request.tables[0].runs] == [(6, 3)]
+    ranks.run_to_the_end()
+
+
+def forget(ranks: FakeRanks, tokens, page_idx: int, rank: int = 0, group_idx: int = 0) -> None:
+    """Evict one idle page out of turn."""
+    allocator = ranks.scheduler.memory.allocators[rank][group_idx]
+    slot = allocator.find(hashes_of(list(tokens), ranks.scheduler.config.page_size)[page_idx])
+    assert slot is not None
+    idle = list(allocator._idle)
+    allocator._idle = {slot: None, **dict.fromkeys(idle)}
+    allocator._evict(1)
+    assert allocator.find(hashes_of(list(tokens), ranks.scheduler.config.page_size)[page_idx]) is None
+
+
+@pytest.mark.parametrize(
+    ("windows", "group_idx", "lost", "num_cached"),
+    [
+        ((None,), 0, 3, 12),  # full attention: nothing behind a gap counts
+        ((None,), 0, 0, 0),
+        ((6,), 0, 7, 28),  # the last page of the window is gone: the prefix that ends before it is whole
+        ((6,), 0, 6, 24),
+        ((6,), 0, 5, 32),  # before the window
+        ((None, 6), 1, 7, 28),
+        ((None, 6), 1, 5, 32),
+        ((None, 6), 0, 5, 20),  # the group with full attention lost it
+        ((100,), 0, 3, 12),  # a window longer than the prompt
+    ],
+)
+def test_a_gap_shortens_a_hit_to_what_later_tokens_still_find(windows, group_idx, lost, num_cached):
+    ranks = make_ranks(windows=windows)
+    run_one(ranks, TEXT[:33])
+    forget(ranks, TEXT[:33], lost, group_idx=group_idx)
+    assert run_one(ranks, TEXT[:33]).num_cached == num_cached
+
+
+def test_leaves_are_evicted_before_roots_and_longest_idle_first():
+    ranks = make_ranks(memory_tokens=100)  # 25 pages
+    first, second = TEXT[:40], TEXT[200:240]
+    run_one(ranks, first)
+    run_one(ranks, second)
+    assert cached_pages(ranks, first) == cached_pages(ranks, second) == list(range(10))
+    run_one(ranks, TEXT[300:328])  # 7 pages, 5 are free: two must go, and one more for a run of slots
+    assert cached_pages(ranks, first) == list(range(7))
+    assert cached_pages(ranks, second) == list(range(10))
+    run_one(ranks, first[:20])  # its root is used again, and is missed most from now on
+    run_one(ranks, TEXT[340:380])
+    assert cached_pages(ranks, first) == list(range(5))
+
+
+def test_no_prefix_is_found_for_prompt_logprobs_but_its_pages_serve_others():
+    ranks = make_ranks()
+    run_one(ranks, TEXT[:40])
+    asked = run_one(ranks, TEXT[:40], prompt_logprobs=0)
+    assert (asked.num_cached, computed(ranks, asked)) == (0, 40)
+    assert len(asked.prompt_logprobs) == 39
+    ranks = make_ranks()
+    run_one(ranks, TEXT[:40], prompt_logprobs=0)
+    assert run_one(ranks, TEXT[:40]).num_cached == 36
+
+
+def test_without_caching_everything_is_computed_again_and_nothing_is_hashed():
+    ranks = make_ranks(enable_prefix_caching=False)
+    for _ in range(2):
+        request = run_one(ranks, TEXT[:40])
+        assert (request.num_cached, computed(ranks, request)) == (0, 40)
+        assert request.page_hashes == []
+    assert cached_pages(ranks, TEXT[:40]) == []
+    assert ranks.scheduler.memory.num_hit_tokens == 0
+
+
+def test_pages_are_found_only_when_the_plan_that_wrote_them_has_ended():
+    ranks = make_ranks(num_ranks=1, max_num_seqs=8)
+    scheduler = ranks.scheduler
+    scheduler.add_request(TEXT[:64], SamplingParams(max_tokens=1, seed=0))
+    ranks.submit_all()
+    assert cached_pages(ranks, TEXT[:64]) == []
+    scheduler.add_request(TEXT[:64], SamplingParams(max_tokens=1, seed=0))
+    (plan,) = ranks.in_flight.values()
+    ranks.complete(plan)
+    assert cached_pages(ranks, TEXT[:64]) == list(range(16))
+    ranks.run_to_the_end()
+    assert scheduler.memory.num_hit_tokens == 60
+
+
+def test_a_step_of_a_cancelled_request_still_serves_others():
+    ranks = make_ranks()
+    request = ranks.scheduler.add_request(TEXT[:64], SamplingParams(max_tokens=9, seed=0))
+    ranks.submit_all()
+    ranks.scheduler.cancel(request)
+    (plan,) = ranks.in_flight.values()
+    assert ranks.complete(plan) == []
+    assert cached_pages(ranks, TEXT[:64]) == list(range(16))
+    assert_all_free(ranks.scheduler)
+
+
+def test_queried_and_hit_tokens_are_counted():
+    ranks = make_ranks()
+    for _ in range(3):
+        run_one(ranks, TEXT[:40])
+    memory = ranks.scheduler.memory
+    assert (memory.num_queried_tokens, memory.num_hit_tokens) == (120, 72)
