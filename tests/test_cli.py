@@ -97,7 +97,15 @@ def test_json_has_exactly_the_documented_keys(longspan):
     assert list(report["timing"]) == ["load_s", "ttft_s", "tpot_s"]
     assert all(seconds > 0 for seconds in report["timing"].values())
     (rank,) = report["ranks"]
-    assert list(rank) == ["rank", "kv_pages_used", "kv_pages_total", "kv_bytes", "tokens_computed", "bytes_sent", "busy_s"]
+    assert list(rank) == [
+        "rank",
+        "kv_pages_used",
+        "kv_pages_total",
+        "kv_bytes",
+        "tokens_computed",
+        "bytes_sent",
+        "busy_s",
+    ]
     assert rank["rank"] == 0
     assert rank["bytes_sent"] == 0
     assert rank["tokens_computed"] == num_prompt_tokens + 5 - 1

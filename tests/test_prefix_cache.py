@@ -253,7 +253,7 @@ def test_answers_are_cached_too_so_that_a_chat_goes_on_where_it_stood():
     ranks = make_ranks()
     first = run_one(ranks, TEXT[:10], max_tokens=31)  # 40 tokens have keys; the last one has none
     assert len(first.token_ids) == 41
-    second = run_one(ranks, first.token_ids + [7, 7, 7])
+    second = run_one(ranks, [*first.token_ids, 7, 7, 7])
     assert second.num_cached == 40
 
 
@@ -313,7 +313,7 @@ def test_leaves_are_evicted_before_roots_and_longest_idle_first():
     run_one(ranks, TEXT[300:328])  # 7 pages, 5 are free: two must go, and one more for a run of slots
     assert cached_pages(ranks, first) == list(range(7))
     assert cached_pages(ranks, second) == list(range(10))
-    run_one(ranks, first[:20])  # its root is used again, and is missed most from now on
+    run_one(ranks, first[:21])  # its root is used again, and is missed most from now on
     run_one(ranks, TEXT[340:380])
     assert cached_pages(ranks, first) == list(range(5))
 
@@ -370,3 +370,207 @@ def test_queried_and_hit_tokens_are_counted():
         run_one(ranks, TEXT[:40])
     memory = ranks.scheduler.memory
     assert (memory.num_queried_tokens, memory.num_hit_tokens) == (120, 72)
+
+
+# -- what to do with a hit on several ranks --------------------------------------------------------------------------
+
+SYSTEM = TEXT[:40]
+"""A common prompt of ten pages."""
+
+
+def admit(ranks: FakeRanks, prompt, load: list[float]) -> Request:
+    """A request that the memory has let in; it never runs."""
+    request = Request(10**6, SamplingParams(max_tokens=1), 0, list(prompt), len(prompt), ())
+    assert ranks.scheduler.memory.admit(request, load)
+    ranks.scheduler.memory.check_integrity()
+    return request
+
+
+def homes(request: Request) -> set[int]:
+    return {rank for rank, _ in request.page_ranks}
+
+
+def copied_pages(request: Request) -> list[tuple[int, int]]:
+    """(from, to) per copied page."""
+    return [(copy.source.rank, copy.target.rank) for copy in request.copies for _ in range(copy.source.num_pages)]
+
+
+def cache_on(ranks: FakeRanks, rank: int, tokens=SYSTEM) -> None:
+    """Let one rank compute a prompt, whatever the others have cached."""
+    scheduler = ranks.scheduler
+    request = scheduler.add_request(tokens, SamplingParams(max_tokens=1, seed=0, prompt_logprobs=0))
+    scheduler.waiting.remove(request)
+    busy = 1e6
+    assert scheduler.memory.admit(request, [busy * (i != rank) for i in range(len(scheduler.memory.allocators))])
+    scheduler.running.append(request)
+    ranks.run_to_the_end()
+    assert homes(request) == {rank}
+    assert cached_pages(ranks, tokens, rank) == list(range(len(tokens) // 4))
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 6), (6,)])
+@pytest.mark.parametrize("owner", [0, 1, 2])
+def test_an_idle_owner_of_the_prefix_gets_the_request(owner, windows):
+    """Elsewhere ten pages to copy would cost as much as one to compute."""
+    ranks = make_ranks(3, windows)
+    cache_on(ranks, owner)
+    request = admit(ranks, SYSTEM + (7,) * 5, [0.0, 0.0, 0.0])
+    assert homes(request) == {owner}
+    assert request.copies == []
+    assert request.num_computed == 40
+
+
+def test_a_busy_owner_gets_the_request_while_copying_would_take_longer():
+    """Ten pages of four tokens to copy cost as much as four tokens to compute."""
+    for load, home in [(3.9, 0), (4.1, 1)]:
+        ranks = make_ranks(2)
+        cache_on(ranks, 0)
+        request = admit(ranks, SYSTEM + (7,) * 5, [load, 0.0])
+        assert homes(request) == {home}
+        assert request.num_computed == 40
+        assert copied_pages(request) == [(0, 1)] * (10 * home)
+
+
+@pytest.mark.parametrize(("windows", "pages"), [((None,), [10]), ((None, 6), [10, 2]), ((6,), [2])])
+def test_only_pages_that_later_tokens_see_are_copied(windows, pages):
+    ranks = make_ranks(2, windows)
+    cache_on(ranks, 0)
+    request = admit(ranks, SYSTEM + (7,) * 5, [1000.0, 0.0])
+    assert homes(request) == {1}
+    assert [sum(c.source.num_pages for c in request.copies if c.group_idx == i) for i in range(len(windows))] == pages
+
+
+def test_pages_that_the_new_home_has_already_are_not_copied():
+    ranks = make_ranks(2)
+    cache_on(ranks, 0)
+    cache_on(ranks, 1, SYSTEM[:24])
+    request = admit(ranks, SYSTEM + (7,) * 5, [1000.0, 0.0])
+    assert homes(request) == {1}
+    assert copied_pages(request) == [(0, 1)] * 4
+    assert [copy.source.page_idx for copy in request.copies] == [6]
+
+
+def test_a_prefix_that_cannot_be_copied_is_computed_again():
+    """Using idle pages of rank 0 takes room there, and somebody else has been promised all of it."""
+    ranks = make_ranks(2, memory_tokens=80, placement="packed")
+    cache_on(ranks, 0)
+    memory = ranks.scheduler.memory
+    admit(ranks, TEXT[200:280], [0.0, 1e6])
+    assert [memory._room(rank, 0) for rank in (0, 1)] == [0, 20]
+    request = admit(ranks, SYSTEM + (7,) * 5, [0.0, 1000.0])
+    assert homes(request) == {1}
+    assert (request.num_computed, request.copies) == (0, [])
+
+
+def test_part_of_a_prefix_is_used_where_all_of_it_does_not_fit():
+    """Rank 1 has the first half, and rank 0 cannot give the rest."""
+    ranks = make_ranks(2, memory_tokens=80, placement="packed")
+    cache_on(ranks, 1, SYSTEM[:20])
+    cache_on(ranks, 0)
+    admit(ranks, TEXT[200:280], [0.0, 1e6])
+    request = admit(ranks, SYSTEM + (7,) * 5, [0.0, 0.0])
+    assert (homes(request), request.num_computed, request.copies) == ({1}, 20, [])
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_long_request_uses_cached_pages_where_they_are_and_stripes_the_rest(num_ranks):
+    ranks = make_ranks(num_ranks, stripe_size=16)
+    cache_on(ranks, 1)
+    prompt = SYSTEM + TEXT[100:260]
+    request = ranks.scheduler.add_request(prompt, SamplingParams(max_tokens=3, ignore_eos=True, seed=0))
+    ranks.run_to_the_end()
+    check_finished(request)
+    assert request.num_cached == 40
+    assert [rank for rank, _, _ in request.ranks_of(0, 40, 4)] == [1]
+    new = Counter(rank for rank, first, end in request.ranks_of(40, 200, 4) for _ in range(first, end))
+    assert set(new) == set(range(num_ranks))
+    assert max(new.values()) - min(new.values()) <= 4
+    assert all(not plan.page_copies for plan in ranks.plans)
+
+
+def test_a_long_request_stays_on_a_rank_as_long_as_the_rank_has_its_pages():
+    """Longer runs, fewer exchanges: not back and forth where both ranks have a page."""
+    ranks = make_ranks(2, stripe_size=16)
+    cache_on(ranks, 1)
+    cache_on(ranks, 0, SYSTEM[:20])
+    request = admit(ranks, SYSTEM + TEXT[100:260], [0.0, 0.0])
+    assert request.page_ranks[:2] == [(0, 5), (1, 5)]
+
+
+def test_a_popular_system_prompt_ends_up_on_every_rank_and_short_chats_stay_packed():
+    ranks = make_ranks(4, memory_tokens=800)
+    run_one(ranks, (*SYSTEM, 3))
+    params = SamplingParams(max_tokens=9, ignore_eos=True, seed=0)
+    for num_chats in (4, 12):
+        before = len(ranks.plans)
+        chats = [ranks.scheduler.add_request(SYSTEM + (num_chats + i,) * 6, params) for i in range(num_chats)]
+        ranks.run_to_the_end()
+        assert all(len(homes(chat)) == 1 and chat.num_cached == 40 for chat in chats)
+        assert Counter(rank for chat in chats for rank in homes(chat)) == dict.fromkeys(range(4), num_chats // 4)
+        assert all(cached_pages(ranks, SYSTEM, rank) == list(range(10)) for rank in range(4))
+        assert sum(computed(ranks, chat) for chat in chats) == num_chats * (6 + 8), "the common prompt was there"
+        copies = [copy for plan in ranks.plans[before:] for copy in plan.page_copies]
+        expected = [1, 2, 3] if num_chats == 4 else []
+        assert sorted(copy.target.rank for copy in copies) == expected, "one run of pages for each rank, once"
+    assert all(len(plan.ranks) == 1 + bool(plan.page_copies) for plan in ranks.plans)
+
+
+def test_a_copy_waits_for_the_rank_that_it_comes_from_and_stops_nobody_else():
+    """The source is in the middle of a long chunk; once it is done, the copy has its turn before the next chunk."""
+    ranks = make_ranks(2, placement="packed", memory_tokens=800)
+    cache_on(ranks, 0)
+    scheduler = ranks.scheduler
+    options = {"ignore_eos": True, "seed": 0}
+    scheduler.add_request(TEXT[100:400], SamplingParams(max_tokens=2, **options))
+    ranks.submit_all()
+    (busy,) = [plan for plan in ranks.in_flight.values() if plan.ranks == (0,)]
+    other = scheduler.add_request((9, 9), SamplingParams(max_tokens=20, **options))
+    chat = scheduler.add_request((*SYSTEM, 7), SamplingParams(max_tokens=2, **options))
+    ranks.submit_all()
+    assert copied_pages(chat) == [(0, 1)] * 10
+    first = len(ranks.plans)
+    ranks.complete(busy)
+    while chat.phase is not None and chat.num_generated == 0:
+        ranks.step()
+    (plan,) = [plan for plan in ranks.plans if plan.page_copies]
+    assert plan.ranks == (0, 1)
+    assert plan.plan_id <= first + 2
+    assert other.finish_reason is None
+    ranks.run_to_the_end()
+
+
+def test_a_cancelled_copy_gives_source_and_target_back():
+    ranks = make_ranks(2, placement="packed")
+    cache_on(ranks, 0)
+    cancelled = [admit(ranks, SYSTEM + (7,) * 5, [1000.0, 0.0]) for _ in range(2)]
+    ranks.scheduler.running += cancelled
+    ranks.check_owners()
+    for request in cancelled:
+        ranks.scheduler.running.remove(request)
+        ranks.scheduler.memory.free(request)
+        ranks.check_owners()
+    assert cached_pages(ranks, SYSTEM, 1) == [], "what was never copied is never offered"
+    assert cached_pages(ranks, SYSTEM, 0) == list(range(10))
+
+
+@pytest.mark.parametrize("placement", ["packed", "striped", "spill"])
+def test_what_one_placement_wrote_another_finds(placement):
+    """A short prompt is packed, a long one that begins with it striped, and a short one that begins the long one."""
+    ranks = make_ranks(3, stripe_size=8, placement="auto" if placement == "packed" else placement)
+    run_one(ranks, TEXT[:40])
+    long = run_one(ranks, TEXT[:200])
+    assert long.num_cached == 40
+    assert len(homes(long)) > 1 or placement == "spill"
+    again = run_one(ranks, TEXT[:44])
+    assert again.num_cached == 40
+    assert run_one(ranks, TEXT[:201]).num_cached == 200
+
+
+def test_a_hit_that_does_not_fit_beside_what_is_new_is_given_up_when_nobody_will_make_room():
+    """Window only: the pages of a hit and those of one step together are more than the pool has."""
+    config = make_config(1, max_num_batched_tokens=16)
+    ranks = FakeRanks(Scheduler(make_model(8), config, (8,)), random.Random(0))
+    run_one(ranks, TEXT[:41])
+    request = run_one(ranks, TEXT[:200])
+    assert request.num_computed == 200
+    assert_all_free(ranks.scheduler)

@@ -215,7 +215,8 @@ class CompletionRequest(_Common):
 
     @model_validator(mode="after")
     def _has_prompts(self) -> "CompletionRequest":
-        if not self.prompt or (isinstance(self.prompt[0], (str, list)) and len(self.prompt) > MAX_PROMPTS):
+        is_many = not isinstance(self.prompt, str) and self.prompt and not isinstance(self.prompt[0], int)
+        if not self.prompt or (is_many and len(self.prompt) > MAX_PROMPTS):
             raise PydanticCustomError("longspan", "prompt: legal is {rule}", {"rule": _PROMPT_RULE})
         return self
 
