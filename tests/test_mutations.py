@@ -59,6 +59,7 @@ def change_stores(monkeypatch, change):
         return [(token, row, 1) for token, row in stores.items()]
 
     monkeypatch.setattr(attend, "_store_runs", store_runs)
+    monkeypatch.setattr(attend, "_scattered_rows", lambda stores, pool: None)  # it wants a row for every token
 
 
 def drop_a_page(monkeypatch):

@@ -187,3 +187,36 @@ def test_freeing_in_the_middle_of_a_run_keeps_its_end_in_place():
     assert table.free_before(3) == [PageRun(0, 1, 10, 3)]
     assert table.runs == [PageRun(3, 1, 13, 2)]
     assert table.key_runs(1, 0, 99) == [KeyRun(12, 52, 8)]
+
+
+@given(
+    page_size=st.sampled_from([1, 4]),
+    runs=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(1, 3)), min_size=1, max_size=12),
+    consecutive=st.lists(st.booleans(), min_size=12, max_size=12),
+    freed=st.integers(0, 10),
+    start=st.integers(0, 60),
+    length=st.integers(0, 60),
+)
+def test_row_runs_and_counts_agree_with_a_walk_over_all_tokens(page_size, runs, consecutive, freed, start, length):
+    """Some runs continue the last one of their rank in slots, though other ranks have pages in between."""
+    table = PageTable(page_size)
+    next_slot: dict[int, int] = {}
+    slot_of: list[tuple[int, int]] = []
+    for (rank, slot, num_pages), follows in zip(runs, consecutive, strict=False):
+        slot = next_slot.get(rank, slot) if follows else slot
+        table.append(rank, slot, num_pages)
+        next_slot[rank] = slot + num_pages
+        slot_of += [(rank, slot + i) for i in range(num_pages)]
+    table.free_before(freed)
+    end = start + length
+    for rank in range(3):
+        rows = [
+            slot * page_size + position % page_size
+            for position in range(start, min(end, len(slot_of) * page_size))
+            for owner, slot in [slot_of[position // page_size]]
+            if owner == rank and position // page_size >= freed
+        ]
+        found = table.row_runs(rank, start, end)
+        assert [row + i for row, count in found for i in range(count)] == rows
+        assert all(a + count != b for (a, count), (b, _) in zip(found, found[1:], strict=False)), "runs could be longer"
+        assert table.count_tokens(start, end).get(rank, 0) == len(rows)

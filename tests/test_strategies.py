@@ -215,6 +215,9 @@ def test_the_comparison_notices_a_page_that_lies_on_another_rank_than_the_table_
     table = cluster.tables[0][0]
     (index,) = [i for i, run in enumerate(table.runs) if run.page_idx == 1]
     table.runs[index] = type(table.runs[index])(1, (table.runs[index].rank + 1) % 3, 200, 1)
+    table._by_rank = {}
+    for run in table.runs:
+        table._index(run)
     for pools in ranks.pools:
         pools[0].k[0][:, 800:804] = pools[0].v[0][:, 800:804] = 0
     assert not last_step_is_right(cluster, ranks, strategy)

@@ -6,6 +6,7 @@ Read next: `longspan.cp.local`, the simplest strategy.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from longspan.attention.base import RowSegment
@@ -21,6 +22,9 @@ class KeyLayout(Protocol):
     def key_runs(self, request_id: int, start: int, end: int) -> list[KeyRun]:
         """Runs that hold tokens of positions `[start, end)`, clipped to them, in sequence order."""
 
+    def row_runs(self, request_id: int, start: int, end: int) -> list[tuple[int, int]]:
+        """(row, tokens) runs of the same tokens, as few as consecutive rows admit."""
+
 
 class PoolLayout:
     """Keys in one rank's own page pool."""
@@ -30,6 +34,9 @@ class PoolLayout:
 
     def key_runs(self, request_id: int, start: int, end: int) -> list[KeyRun]:
         return self._tables[request_id].key_runs(self._rank, start, end)
+
+    def row_runs(self, request_id: int, start: int, end: int) -> list[tuple[int, int]]:
+        return self._tables[request_id].row_runs(self._rank, start, end)
 
 
 class BufferLayout:
@@ -52,6 +59,15 @@ class BufferLayout:
             first, last = max(start, run.position), min(end, run.position + run.num_tokens)
             if first < last:
                 found.append(KeyRun(first, run.row + first - run.position, last - first))
+        return found
+
+    def row_runs(self, request_id: int, start: int, end: int) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for run in self.key_runs(request_id, start, end):
+            if found and sum(found[-1]) == run.row:
+                found[-1] = (found[-1][0], found[-1][1] + run.num_tokens)
+            else:
+                found.append((run.row, run.num_tokens))
         return found
 
 
@@ -94,25 +110,38 @@ def resolve(
     for s in segments:
         query_row = query_rows[(s.request_id, s.query_start, s.query_end)]
         num_queries = s.query_end - s.query_start
+        if s.visibility is Visibility.FULL:
+            for row, num_keys in keys.row_runs(s.request_id, s.key_start, s.key_end):
+                resolved.append(RowSegment(query_row, num_queries, s.query_start, row, num_keys, None, s.visibility))
+            continue
         for run in keys.key_runs(s.request_id, s.key_start, s.key_end):
-            seen = s.visibility
-            if seen is not Visibility.FULL:
-                seen = visibility(s.query_start, s.query_end, run.position, run.position + run.num_tokens, window)
-                if seen is Visibility.NONE:
-                    continue
-            last = resolved[-1] if resolved else None
-            if (
-                last is not None
-                and last.key_position is not None
-                and last.query_row == query_row
-                and last.num_queries == num_queries
-                and last.visibility is seen
-                and last.key_row + last.num_keys == run.row
-                and (seen is Visibility.FULL or last.key_position + last.num_keys == run.position)
-            ):
-                resolved.pop()
-                key_row, key_position, num_keys = last.key_row, last.key_position, last.num_keys + run.num_tokens
-            else:
-                key_row, key_position, num_keys = run.row, run.position, run.num_tokens
-            resolved.append(RowSegment(query_row, num_queries, s.query_start, key_row, num_keys, key_position, seen))
-    return resolved
+            seen = visibility(s.query_start, s.query_end, run.position, run.position + run.num_tokens, window)
+            if seen is not Visibility.NONE:
+                resolved.append(
+                    RowSegment(query_row, num_queries, s.query_start, run.row, run.num_tokens, run.position, seen)
+                )
+    return _merged(resolved)
+
+
+def _merged(resolved: Iterable[RowSegment]) -> list[RowSegment]:
+    """Neighbours that continue each other as one."""
+    merged: list[RowSegment] = []
+    for s in resolved:
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and (last.query_row, last.num_queries, last.visibility) == (s.query_row, s.num_queries, s.visibility)
+            and last.key_row + last.num_keys == s.key_row
+            and (
+                s.visibility is Visibility.FULL
+                or (
+                    last.key_position is not None
+                    and s.key_position is not None
+                    and last.key_position + last.num_keys == s.key_position
+                )
+            )
+        ):
+            merged[-1] = replace(last, num_keys=last.num_keys + s.num_keys)
+        else:
+            merged.append(s)
+    return merged

@@ -14,7 +14,7 @@ leave holes. **Rows** are tokens of a pool: page slot `s` holds rows `[s * page_
     rank 0, rows              0..3  4..7               8..      one run of consecutive rows: one kernel call
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 import msgspec
@@ -39,6 +39,61 @@ class KeyRun(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
 
 
+class _RankRows:
+    """One rank's part of a page table, for questions about long ranges: answered by bisection, not by a walk."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []  # per run, its first position
+        self.rows: list[int] = []  # per run, its first row
+        self.before: list[int] = [0]  # per run, tokens of all runs before it; and one more entry for the sum
+        self.heads: list[int] = []  # runs whose rows do not continue those of the run before
+
+    def add(self, position: int, row: int, num_tokens: int) -> None:
+        """Append a run; one that continues the last in position and row becomes part of it."""
+        if self.positions and (position, row) == (self._end(-1), self.rows[-1] + self._len(-1)):
+            self.before[-1] += num_tokens
+            return
+        if not self.rows or row != self.rows[-1] + self._len(-1):
+            self.heads.append(len(self.rows))
+        self.positions.append(position)
+        self.rows.append(row)
+        self.before.append(self.before[-1] + num_tokens)
+
+    def _len(self, index: int) -> int:
+        index %= len(self.positions)
+        return self.before[index + 1] - self.before[index]
+
+    def _end(self, index: int) -> int:
+        return self.positions[index] + self._len(index)
+
+    def _tokens_before(self, position: int) -> int:
+        """Tokens of this rank at lower positions."""
+        index = bisect_left(self.positions, position) - 1
+        if index < 0:
+            return 0
+        return self.before[index] + min(position - self.positions[index], self._len(index))
+
+    def count(self, start: int, end: int) -> int:
+        """Tokens at positions `[start, end)`."""
+        return max(0, self._tokens_before(end) - self._tokens_before(start))
+
+    def row_runs(self, start: int, end: int) -> list[tuple[int, int]]:
+        """`(row, tokens)` of positions `[start, end)`, in as few runs of consecutive rows as there are."""
+        first, last = self._tokens_before(start), self._tokens_before(end)
+        found: list[tuple[int, int]] = []
+        head = bisect_right(self.before, first) - 1  # the run that holds token `first`
+        group = bisect_right(self.heads, head)
+        while first < last:
+            stop = self.before[self.heads[group]] if group < len(self.heads) else self.before[-1]
+            row = self.rows[head] + first - self.before[head]
+            found.append((row, min(stop, last) - first))
+            first = stop
+            if group < len(self.heads):
+                head = self.heads[group]
+            group += 1
+        return found
+
+
 class PageTable:
     """The pages of one request in one KV group, in sequence order.
 
@@ -50,6 +105,7 @@ class PageTable:
         self.page_size = page_size
         self.runs: list[PageRun] = []
         self._starts: list[int] = []  # page_idx of every run, for bisection
+        self._by_rank: dict[int, _RankRows] = {}
         self.num_pages = 0
         """Pages ever appended; holes count."""
 
@@ -69,6 +125,7 @@ class PageTable:
             assert run.page_idx >= self.num_pages, f"pages {run.page_idx}.. are in the table already"
             assert run.num_pages > 0, run
             self.num_pages = run.page_idx + run.num_pages
+            self._index(run)
             if self.runs:
                 last = self.runs[-1]
                 follows = (last.page_idx + last.num_pages, last.rank, last.slot + last.num_pages)
@@ -94,8 +151,17 @@ class PageTable:
                 cut = run.num_pages - keep
                 freed.append(PageRun(run.page_idx, run.rank, run.slot, cut))
                 self.runs[0] = PageRun(page_idx, run.rank, run.slot + cut, keep)
-        self._starts = [run.page_idx for run in self.runs]
+        if freed:
+            self._starts = [run.page_idx for run in self.runs]
+            self._by_rank = {}
+            for run in self.runs:
+                self._index(run)
         return freed
+
+    def _index(self, run: PageRun) -> None:
+        rows = self._by_rank.setdefault(run.rank, _RankRows())
+        size = self.page_size
+        rows.add(run.page_idx * size, run.slot * size, run.num_pages * size)
 
     def _overlapping(self, start: int, end: int) -> Iterator[tuple[PageRun, int, int]]:
         """Runs that hold tokens of positions `[start, end)`, each with the part of that range it holds."""
@@ -156,7 +222,14 @@ class PageTable:
 
     def count_tokens(self, start: int, end: int) -> dict[int, int]:
         """How many of positions `[start, end)` each rank holds; ranks with none are left out."""
-        counts: dict[int, int] = {}
-        for run, first, last in self._overlapping(start, end):
-            counts[run.rank] = counts.get(run.rank, 0) + last - first
-        return counts
+        counts = {rank: rows.count(start, end) for rank, rows in self._by_rank.items()}
+        return {rank: count for rank, count in counts.items() if count}
+
+    def row_runs(self, rank: int, start: int, end: int) -> list[tuple[int, int]]:
+        """Where one rank's pool holds the tokens at positions `[start, end)`, whatever their order means.
+
+        Returns:
+            `(row, tokens)` runs, as few as consecutive rows admit; tokens on other ranks and in holes are left out.
+        """
+        rows = self._by_rank.get(rank)
+        return [] if rows is None else rows.row_runs(start, end)
