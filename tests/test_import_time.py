@@ -5,7 +5,18 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "transformers", "tokenizers", "numpy", "zmq", "rich", "huggingface_hub"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "zmq",
+    "rich",
+    "huggingface_hub",
+    "fastapi",
+    "pydantic",
+    "uvicorn",
+}
 
 
 def modules_after(code):
@@ -36,8 +47,20 @@ except SystemExit as ended:
         HELP.format(arguments="'--version'", code=0),
         HELP.format(arguments="'generate', '--help'", code=0),
         HELP.format(arguments="'generate', 'recall', '--prompt', ''", code=2),
+        HELP.format(arguments="'serve', '--help'", code=0),
+        HELP.format(arguments="'serve', 'recall', '--port', '-1'", code=2),
     ],
-    ids=["package", "scheduler", "config", "help", "version", "generate_help", "refusal"],
+    ids=[
+        "package",
+        "scheduler",
+        "config",
+        "help",
+        "version",
+        "generate_help",
+        "refusal",
+        "serve_help",
+        "serve_refusal",
+    ],
 )
 def test_nothing_heavy_is_imported(code):
     assert not modules_after(code) & HEAVY

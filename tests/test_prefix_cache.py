@@ -368,6 +368,7 @@ def test_queried_and_hit_tokens_are_counted():
     ranks = make_ranks()
     for _ in range(3):
         run_one(ranks, TEXT[:40])
+    run_one(ranks, TEXT[:40], prompt_logprobs=0)  # must not hit
     memory = ranks.scheduler.memory
     assert (memory.num_queried_tokens, memory.num_hit_tokens) == (120, 72)
 

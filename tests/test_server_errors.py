@@ -117,6 +117,9 @@ WRONG = [
     (COMPLETIONS, {"prompt": "a", "n": 129}, "n"),
     (COMPLETIONS, {"prompt": "a", "stop": ""}, "stop"),
     (COMPLETIONS, {"prompt": "a", "stop": [1]}, "stop"),
+    (COMPLETIONS, {"prompt": "a", "stop": ["a"] * 17}, "stop"),
+    (COMPLETIONS, {"prompt": "a", "stop": "a" * 1001}, "stop"),
+    (COMPLETIONS, {"prompt": ["a"] * 17, "n": 128}, "n"),
     (COMPLETIONS, {"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids"),
     (COMPLETIONS, {"prompt": "a", "stop_token_ids": [5000]}, None),
     (COMPLETIONS, {"prompt": "a", "min_tokens": 17}, "min_tokens"),
@@ -149,6 +152,7 @@ WRONG = [
     ("/tokenize", {}, None),
     ("/tokenize", {"prompt": "a", "messages": MESSAGES}, None),
     ("/tokenize", {"prompt": ""}, "prompt"),
+    ("/tokenize", {"messages": []}, "messages"),
     ("/detokenize", {"tokens": [300]}, "tokens"),
     ("/detokenize", {"tokens": "abc"}, "tokens"),
 ]

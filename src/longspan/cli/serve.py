@@ -25,7 +25,7 @@ from longspan.server.config import ServerConfig
 @click.option("--max-num-seqs", type=int, default=64, show_default=True, help="Most requests that run at once.")
 @click.option("--max-step-ms", type=int, help="Cut prefill so that a step is predicted to take no longer.")
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True)
-@click.option("--max-body-size", metavar="SIZE", default="64Mi", show_default=True, help="Longest request body.")
+@click.option("--max-body-size", metavar="SIZE", default="32Mi", show_default=True, help="Longest request body.")
 @click.option("--keep-alive-s", type=float, default=5.0, show_default=True, help="A silent stream sends a comment.")
 @engine_options
 def serve(model: str, max_body_size: str, **options: Any) -> None:

@@ -126,6 +126,7 @@ class AsyncEngine:
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
         """What made the ranks fail."""
+        self._reason = LongspanError("the engine is closed")  # what requests are told that can't be answered any more
         self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
         self._thread.start()
 
@@ -203,7 +204,6 @@ class AsyncEngine:
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error: BaseException = LongspanError("the engine is closed")
         try:
             while True:
                 event = self._next_event()
@@ -221,12 +221,16 @@ class AsyncEngine:
                     future.add_done_callback(self._plan_done)
                 self._note_starts()
         except Exception as failure:
-            error = self.failure = failure
+            self.failure = failure
+            reason = failure if isinstance(failure, LongspanError) else LongspanError(f"the engine failed: {failure}")
+            self._reason = reason
             if self._on_failure is not None:
                 self._on_failure(failure)
         with self._lock:
             self._takes_requests = False
-        streams, self._streams = list(self._streams.values()), {}
+        for stream in self._streams.values():
+            _call_soon(stream, self._reason)
+        self._streams.clear()
         while True:  # requests that came too late are told so as well
             try:
                 late = self._events.get_nowait()
@@ -234,10 +238,6 @@ class AsyncEngine:
                 break
             if late is not None:
                 late()
-        streams += self._streams.values()
-        for stream in streams:
-            reason = error if isinstance(error, LongspanError) else LongspanError(f"the engine failed: {error}")
-            _call_soon(stream, reason)
 
     def _next_event(self) -> Callable[[], None] | None:
         """What comes next. Raises: what made the ranks fail meanwhile."""
@@ -261,6 +261,9 @@ class AsyncEngine:
     def _add(self, stream: RequestStream, constraint: Constraint | None) -> None:
         with self._lock:
             self._num_arriving -= 1
+        if not self._takes_requests:
+            _call_soon(stream, self._reason)
+            return
         try:
             stream._request = self.engine.add_request(
                 stream.prompt_token_ids, stream.params, constraint=constraint, is_checked=True

@@ -100,3 +100,4 @@ class TextStream:
         ]
         if found:
             self.text, self.stopped = self.text[: min(found)], True
+        self._stop_from = len(self.text)  # what was searched needs no second look

@@ -42,11 +42,11 @@ class StepTime:
             total += pairs * pair_flops
         return total
 
-    def chunk_flops(self, start: int, end: int, num_ranks: int) -> float:
-        """Of one rank's share when a chunk is spread over `num_ranks` ranks."""
-        return ((end - start) * self.token_flops + self.attention_flops(start, end)) / num_ranks
+    def chunk_flops(self, start: int, end: int) -> float:
+        """Of tokens `[start, end)`, on all ranks together."""
+        return (end - start) * self.token_flops + self.attention_flops(start, end)
 
     def learn(self, flops: float, num_tokens: int, step_s: float) -> None:
-        """Take in how long the slowest rank of a step took for its share."""
+        """Take in how long a step took. Args: `flops` of the rank with most, `num_tokens` of all ranks."""
         if num_tokens >= MIN_TOKENS and step_s > 0:
             self.flops_per_s += LEARNING_RATE * (flops / step_s - self.flops_per_s)

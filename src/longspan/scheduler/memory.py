@@ -26,8 +26,6 @@ Note: what to do with a hit
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
 from longspan.kvcache.capacity import pool_bytes, window_pages
@@ -62,7 +60,11 @@ class _Hit:
                 slot = memory.allocators[rank][group_idx].find(request.page_hashes[page_idx])
                 assert slot is not None
                 memory.use_page(rank, group_idx, slot)
-                runs.append(PageRun(page_idx, rank, slot, 1))
+                last = runs[-1] if runs else None
+                if last is not None and (last.rank, last.slot + last.num_pages) == (rank, slot):
+                    runs[-1] = PageRun(last.page_idx, rank, last.slot, last.num_pages + 1)
+                else:
+                    runs.append(PageRun(page_idx, rank, slot, 1))
             found.append(runs)
         return found
 
@@ -82,6 +84,7 @@ class KVMemory:
         full = [i for i, group in enumerate(model.kv_groups) if group.spec.window is None]
         self._limiting_group = full[0] if full else None
         self._has_window = [group.spec.window is not None for group in model.kv_groups]
+        self._refused: tuple[Request, int] | None = None  # whom `admit` refused last, and its cached pages then
         self.num_queried_tokens = 0
         """Tokens of admitted requests that might have been cached."""
         self.num_hit_tokens = 0
@@ -228,26 +231,44 @@ class KVMemory:
         Returns:
             False when they do not fit now; nothing has changed then.
         """
+        if self._is_hopeless(request):
+            return False
         size = self.config.page_size
         num_tokens = len(request.token_ids)
         num_pages = _pages(num_tokens, size)
         copies_on: list[set[int]] = []
-        if self.config.enable_prefix_caching and request.params.prompt_logprobs is None:
+        may_hit = self.config.enable_prefix_caching and request.params.prompt_logprobs is None
+        if may_hit:
             extend_hashes(request.page_hashes, request.token_ids, size)
             copies_on = self._find(request, (num_tokens - 1) // size)  # the last token's logits are not cached
         placement = self._placement(num_tokens)
-        room = [[self._room(rank, group) for group in range(len(self._num_pages))] for rank in range(self.num_ranks)]
         if placement is Placement.PACKED:
-            chosen = self._admit_packed(request, num_pages, copies_on, room, load)
+            chosen = self._admit_packed(request, num_pages, copies_on, load)
         else:
-            chosen = self._admit_spread(request, num_pages, copies_on, room, placement)
+            chosen = self._admit_spread(request, num_pages, copies_on, placement)
         if not chosen:
+            self._refused = (request, len(copies_on))
             return False
-        self.num_queried_tokens += num_tokens
+        self._refused = None
+        self.num_queried_tokens += num_tokens if may_hit else 0
         self.num_hit_tokens += request.num_computed
         if request.num_preemptions == 0:
             request.num_cached = request.num_computed
         return True
+
+    def _is_hopeless(self, request: Request) -> bool:
+        """Whether a request has just been refused, and since then no room was made and no more of it was cached.
+
+        The head of the queue asks before every step; to look for a long prompt's pages each time would take longer
+        than the step.
+        """
+        if self._refused is None or self._refused[0] is not request:
+            return False
+        next_page = self._refused[1]
+        if next_page >= len(request.page_hashes):
+            return True
+        page_hash = request.page_hashes[next_page]
+        return all(allocator.find(page_hash) is None for allocators in self.allocators for allocator in allocators)
 
     def _find(self, request: Request, num_pages: int) -> list[set[int]]:
         """Per page, the ranks where later tokens find all that they need of it; as many pages as are of use."""
@@ -281,7 +302,6 @@ class KVMemory:
         request: Request,
         num_pages: int,
         copies_on: list[set[int]],
-        room: list[list[int]],
         load: Sequence[float],
     ) -> bool:
         """All pages on one rank: the one where the request is done first. See Note: what to do with a hit."""
@@ -291,7 +311,10 @@ class KVMemory:
             here = next((i for i, ranks in enumerate(copies_on) if rank not in ranks), len(copies_on))
             for length in sorted({0, here, len(copies_on)}):
                 hit = _Hit([rank if rank in copies_on[i] else min(copies_on[i]) for i in range(length)])
-                if not self._fits_after(request, hit, rank, num_pages, room):
+                room = self._room_after(request, hit, rank)
+                counts = [0] * self.num_ranks
+                counts[rank] = num_pages - length
+                if room is None or not self._fits(counts, room):
                     continue
                 copied = sum(source != rank for source in hit.ranks)
                 cost = load[rank] + (num_pages - length + COPY_COST * copied) * size
@@ -303,28 +326,29 @@ class KVMemory:
         self._start(request, hit, [(home, num_pages - length)] if num_pages > length else [], home)
         return True
 
-    def _fits_after(self, request: Request, hit: _Hit, home: int, num_pages: int, room: list[list[int]]) -> bool:
-        """Whether all cached pages of a hit exist, and ranks have room for the copied and new pages once it is used."""
+    def _room_after(self, request: Request, hit: _Hit, home: int | None) -> list[list[int]] | None:
+        """Room of every rank and group once a hit is used, or None when there is not enough, or a page is missing.
+
+        Args:
+            home: where pages of the hit that lie elsewhere are copied to, or None to use them where they lie.
+        """
+        room = self._rooms()
         for group_idx in range(len(self._num_pages)):
-            taken = [0] * self.num_ranks
-            taken[home] = self._need(group_idx, num_pages - len(hit.ranks))
             for page_idx in range(self.first_needed_page(group_idx, len(hit.ranks)), len(hit.ranks)):
                 rank = hit.ranks[page_idx]
                 slot = self.allocators[rank][group_idx].find(request.page_hashes[page_idx])
                 if slot is None:
-                    return False  # a shorter prefix than was found ends in another window
-                taken[rank] += self._has_window[group_idx] or self.allocators[rank][group_idx].is_idle(slot)
-                taken[home] += rank != home
-            if any(pages > room[rank][group_idx] for rank, pages in enumerate(taken) if pages):
-                return False
-        return True
+                    return None  # a shorter prefix than was found ends in another window
+                room[rank][group_idx] -= self._has_window[group_idx] or self.allocators[rank][group_idx].is_idle(slot)
+                if home is not None:
+                    room[home][group_idx] -= rank != home
+        return None if any(free < 0 for rooms in room for free in rooms) else room
 
     def _admit_spread(
         self,
         request: Request,
         num_pages: int,
         copies_on: list[set[int]],
-        room: list[list[int]],
         placement: Placement,
     ) -> bool:
         """Cached pages where they are, the rest striped or spilled."""
@@ -332,17 +356,12 @@ class KVMemory:
         for found in copies_on:  # stay on a rank as long as it has the pages: longer runs, fewer exchanges
             ranks.append(ranks[-1] if ranks and ranks[-1] in found else min(found))
         hit = _Hit(ranks)
-        used = hit.use(self, request)
-        room = [[self._room(rank, group) for group in range(len(self._num_pages))] for rank in range(self.num_ranks)]
-        is_full = any(free < 0 for rooms in room for free in rooms)
-        runs = None if is_full else self._place(num_pages - len(ranks), 0, placement, room)
-        for group_idx, pages in enumerate(used):
-            for page in pages:
-                self._release_pages(group_idx, page)
+        room = self._room_after(request, hit, None)
+        runs = None if room is None else self._place(num_pages - len(ranks), 0, placement, room)
         if runs is None:
             # Nobody will make room: do without the hit, whose idle pages may be the room that it needs.
             if ranks and not self._holds_others():
-                return self._admit_spread(request, num_pages, [], room, placement)
+                return self._admit_spread(request, num_pages, [], placement)
             return False
         self._start(request, hit, runs, None)
         return True
@@ -366,16 +385,19 @@ class KVMemory:
         num_groups = len(self._num_pages)
         request.tables = [PageTable(size) for _ in range(num_groups)]
         used = hit.use(self, request)
-        for group_idx, pages in enumerate(used):
-            for page in pages:
-                target = page
-                if home is not None and page.rank != home:
-                    last = request.tables[group_idx].runs
-                    near = last[-1].slot + last[-1].num_pages if last else None
-                    ((slot, _),) = self.allocators[home][group_idx].allocate(1, near)
-                    target = PageRun(page.page_idx, home, slot, 1)
-                    _add_copy(request.copies, PageCopy(group_idx, page, target))
-                request.tables[group_idx].apply([target])
+        for table, group_idx, runs_found in zip(request.tables, range(num_groups), used, strict=True):
+            for run in runs_found:
+                if home is None or run.rank == home:
+                    table.apply([run])
+                    continue
+                near = table.runs[-1].slot + table.runs[-1].num_pages if table.runs else None
+                first = run.page_idx
+                for slot, num_pages in self.allocators[home][group_idx].allocate(run.num_pages, near):
+                    source = PageRun(first, run.rank, run.slot + first - run.page_idx, num_pages)
+                    target = PageRun(first, home, slot, num_pages)
+                    request.copies.append(PageCopy(group_idx, source, target))
+                    table.apply([target])
+                    first += num_pages
         request.num_hit_pages = request.num_published = len(hit.ranks)
         if request.copies:  # the copies are not published yet
             request.num_published = min(copy.source.page_idx for copy in request.copies)
@@ -404,6 +426,10 @@ class KVMemory:
     def _room(self, rank: int, group_idx: int) -> int:
         """Pages that nobody holds or has been promised."""
         return self.allocators[rank][group_idx].num_available - self._promised[rank][group_idx]
+
+    def _rooms(self) -> list[list[int]]:
+        """The room of every rank and group."""
+        return [[self._room(rank, group) for group in range(len(self._num_pages))] for rank in range(self.num_ranks)]
 
     def _claim(self, request: Request, group_idx: int, rank: int, num_pages: int) -> None:
         """Promise a request so many new pages on a rank, those it holds included."""
@@ -492,6 +518,8 @@ class KVMemory:
 
     def copied(self, request: Request) -> None:
         """The sources of a request's copies are no longer needed."""
+        if request.copies:
+            self._refused = None
         for copy in request.copies:
             self._release_pages(copy.group_idx, copy.source)
         request.copies = []
@@ -505,6 +533,7 @@ class KVMemory:
 
     def free(self, request: Request) -> None:
         """Give back everything that a request holds and has been promised."""
+        self._refused = None
         self.copied(request)
         for group_idx, table in enumerate(request.tables):
             self._release(request, group_idx, table.free_before(table.num_pages))
@@ -513,6 +542,8 @@ class KVMemory:
             assert not any(request.held[group_idx].values())
 
     def _release(self, request: Request, group_idx: int, runs: Sequence[PageRun]) -> None:
+        if runs and runs[0].page_idx < request.num_hit_pages:
+            self._refused = None  # nobody has been promised a page in its place
         for run in reversed(runs):  # the last page becomes idle first, and is evicted first
             self._release_pages(group_idx, run)
             new = run.page_idx + run.num_pages - max(run.page_idx, request.num_hit_pages)
@@ -525,23 +556,6 @@ class KVMemory:
             for allocator, pages in zip(allocators, promised, strict=True):
                 allocator.check_integrity()
                 assert 0 <= pages <= allocator.num_available, "more pages are promised than there are"
-
-
-def _add_copy(copies: list[PageCopy], copy: PageCopy) -> None:
-    """Append a copy, as one with the last where both continue it."""
-    if copies and copies[-1].group_idx == copy.group_idx:
-        last, num_pages = copies[-1], copies[-1].source.num_pages
-        if all(
-            (b.page_idx, b.rank, b.slot) == (a.page_idx + num_pages, a.rank, a.slot + num_pages)
-            for a, b in ((last.source, copy.source), (last.target, copy.target))
-        ):
-            source, target = (
-                msgspec.structs.replace(run, num_pages=num_pages + copy.source.num_pages)
-                for run in (last.source, last.target)
-            )
-            copies[-1] = PageCopy(copy.group_idx, source, target)
-            return
-    copies.append(copy)
 
 
 def _pages(num_tokens: int, page_size: int) -> int:

@@ -30,7 +30,7 @@ class Constraint(Protocol):
         """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """A request from admission to its end."""
 

@@ -65,7 +65,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._by_id: dict[int, Request] = {}
         self._busy: set[int] = set()
-        self._in_flight: dict[int, tuple[Plan, list[Request], float]] = {}  # with the flops of one rank's share
+        self._in_flight: dict[int, tuple[Plan, list[Request], float]] = {}  # with the flops of the rank with most
         self._cancelled: set[int] = set()  # requests that end as soon as they are not in flight
         self._unreported: dict[int, set[int]] = {rank: set() for rank in range(config.context_parallel_size)}
         self._last_prefill = [-1] * config.context_parallel_size  # per rank, plan id of the last prefill
@@ -301,19 +301,35 @@ class Scheduler:
                 return rounded
         return end
 
-    def _end_in_time(self, request: Request, end: int, flops: float) -> int:
-        """The end of a chunk that is predicted to take no more than so many flops per rank; a page goes on anyway."""
+    def _work(self, request: Request, end: int) -> dict[int, float]:
+        """Flops per rank of a step that takes a request to `end`: a rank has those of the tokens that it computes."""
+        start = request.num_computed
+        per_token = self.step_time.chunk_flops(start, end) / (end - start)
+        work: dict[int, float] = {}
+        for rank, first, last in request.ranks_of(start, end, self.config.page_size):
+            work[rank] = work.get(rank, 0.0) + (last - first) * per_token
+        return work
+
+    def _end_in_time(self, request: Request, end: int, left: Sequence[float], *, is_lead: bool) -> int:
+        """The end of a chunk that is predicted to take no more flops than are left on every rank.
+
+        A lead goes on by a page anyway, others not at all where even that would be too much.
+        """
         start, size = request.num_computed, self.config.page_size
-        num_ranks = len({rank for rank, _ in request.page_ranks})
-        if self.step_time.chunk_flops(start, end, num_ranks) <= flops:
+
+        def fits(end: int) -> bool:
+            return all(flops <= left[rank] for rank, flops in self._work(request, end).items())
+
+        if end == start or fits(end):
             return end
         low, high = start, end  # low fits, high does not
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self.step_time.chunk_flops(start, middle, num_ranks) <= flops
-            low, high = (middle, high) if fits else (low, middle)
+            low, high = (middle, high) if fits(middle) else (low, middle)
         one_page = min(end, (start // size + 1) * size)
-        return one_page if low <= one_page else self._balanced_end(request, low)
+        if low <= one_page:
+            return one_page if is_lead or low == one_page else start
+        return self._balanced_end(request, low)
 
     def _make_plan(self, lead: Request, ranks: set[int], ready: Sequence[tuple[Request, set[int]]]) -> Plan:
         """Fill a plan with all requests that fit its ranks, their budgets, and what moves.
@@ -324,8 +340,12 @@ class Scheduler:
             ready: every request that may take part, and its ranks, in the order of their turns.
         """
         size = self.config.context_parallel_size
-        budget = [self.config.max_num_batched_tokens] * size
-        flops = [self._step_flops] * size
+        most = self.config.max_num_batched_tokens
+        # However many decode, a lead that prefills gets on by a page, or by half of a smaller budget.
+        reserved = min(self.config.page_size, (most + 1) // 2) if lead.phase is Phase.PREFILL else 0
+        budget = [most - reserved] * size
+        is_timed = self.config.max_step_ms is not None
+        flops_left, flops = [self._step_flops] * size, [0.0] * size
         movers = lead.phase if len(ranks) > 1 else None  # the phase of all requests that move something
         chosen: list[tuple[Request, int]] = []
         # Decodes first, they are small; the lead before all others of its phase.
@@ -336,32 +356,30 @@ class Scheduler:
                 if movers not in (None, request.phase):
                     continue
                 movers = request.phase
+            if request is lead:
+                budget = [tokens + reserved for tokens in budget]
             end = self._chunk_end(request, budget)
-            if request.phase is Phase.PREFILL and self.config.max_step_ms is not None:
-                left = min(flops[rank] for rank in own)
-                if left <= 0 and request is not lead:
-                    continue
-                end = self._end_in_time(request, end, left)
+            if is_timed and request.phase is Phase.PREFILL:
+                end = self._end_in_time(request, end, flops_left, is_lead=request is lead)
             if end == request.num_computed:
                 continue
-            for rank in own:
-                flops[rank] -= self.step_time.chunk_flops(request.num_computed, end, len(own))
+            for rank, work in self._work(request, end).items() if is_timed else ():
+                flops_left[rank] -= work
+                flops[rank] += work
             for rank, start, stop in request.ranks_of(request.num_computed, end, self.config.page_size):
                 budget[rank] -= stop - start
             chosen.append((request, end))
-        share = max(self._step_flops - flops[rank] for rank in ranks)
-        return self._write_plan(ranks, chosen, movers, share)
+        return self._write_plan(ranks, chosen, movers, max(flops))
 
     @property
     def _step_flops(self) -> float:
-        """What a rank may compute in one step."""
-        max_step_ms = self.config.max_step_ms
-        return float("inf") if max_step_ms is None else max_step_ms * 1e-3 * self.step_time.flops_per_s
+        """What a rank may compute in one step, if `max_step_ms` is set."""
+        return (self.config.max_step_ms or 0) * 1e-3 * self.step_time.flops_per_s
 
     def _write_plan(
-        self, ranks: set[int], chosen: Sequence[tuple[Request, int]], movers: Phase | None, share: float
+        self, ranks: set[int], chosen: Sequence[tuple[Request, int]], movers: Phase | None, flops: float
     ) -> Plan:
-        """The plan that takes every chosen request to its end. Args: `share` is one rank's flops."""
+        """The plan that takes every chosen request to its end. Args: `flops` of the rank with most."""
         plan_id = self._next_plan_id
         self._next_plan_id += 1
         phase = Phase.PREFILL if any(request.phase is Phase.PREFILL for request, _ in chosen) else Phase.DECODE
@@ -405,7 +423,7 @@ class Scheduler:
             released=tuple(sorted(released)),
         )
         self._busy |= ranks
-        self._in_flight[plan_id] = (plan, [request for request, _ in chosen], share)
+        self._in_flight[plan_id] = (plan, [request for request, _ in chosen], flops)
         return plan
 
     def _deltas(self, request: Request, end: int, ranks: set[int]) -> list[TableDelta]:
@@ -452,11 +470,11 @@ class Scheduler:
             The requests that the plan advanced, without those that were cancelled meanwhile. Those with a
             `finish_reason` have ended; `finish` has been called.
         """
-        plan, requests, share = self._in_flight.pop(result.plan_id)
+        plan, requests, flops = self._in_flight.pop(result.plan_id)
         self._busy -= set(plan.ranks)
         num_tokens = sum(run.num_tokens for run in plan.query_runs)
-        if plan.phase is Phase.PREFILL:
-            self.step_time.learn(share, num_tokens, max(rank_result.step_s for rank_result in result.ranks))
+        if plan.phase is Phase.PREFILL and self.config.max_step_ms is not None:
+            self.step_time.learn(flops, num_tokens, max(rank_result.step_s for rank_result in result.ranks))
         computed = {run.request_id: run.end for run in plan.query_runs}
         for request in requests:
             request.in_flight = False

@@ -19,6 +19,9 @@ from longspan.server.protocol import ChatRequest, Message
 from longspan.server.state import ServerState
 from longspan.server.token_texts import TokenTexts
 
+_TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
+"""What a template raises about messages that it was not written for."""
+
 
 async def chat(state: ServerState, body: ChatRequest) -> Response:
     """Answer a request. Raises: LongspanError, ApiError."""
@@ -59,7 +62,7 @@ async def encode_messages(
     def encode(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=wants_answer)
-        except TemplateError as error:
+        except _TEMPLATE_ERRORS as error:
             raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from None
         token_ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return token_ids

@@ -31,7 +31,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Most tokens of a request, prompt and answer together; None is what the model admits."""
     served_model_name: str | None = None
     """What clients call the model; None is the name it was loaded by."""
-    max_body_bytes: int = 64 * 2**20
+    max_body_bytes: int = 32 * 2**20
     """Longest request body; a longer one is answered 413."""
     keep_alive_s: float = 5.0
     """After so much silence a streaming response sends a comment."""

@@ -16,12 +16,9 @@ from longspan.errors import LongspanError
 from longspan.models.text import TextStream
 from longspan.server.errors import ApiError
 from longspan.server.metrics import RequestMetrics
-from longspan.server.protocol import nth_choice
+from longspan.server.protocol import MAX_PROMPTS, nth_choice
 from longspan.server.state import ServerState
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
-
-INLINE_TOKENS = 64
-"""Updates with more new tokens are turned into text in a thread: it took 20 us per token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +111,13 @@ class Generation:
         Raises:
             LongspanError, ApiError: a choice was refused; nothing runs.
         """
-        limit = state.config.max_queued_requests
+        limit = min(MAX_PROMPTS, state.config.max_queued_requests or MAX_PROMPTS)
         total = len(prompts) * num_choices
-        if limit is not None and total > limit:
+        if total > limit:
             raise ApiError(
                 400,
-                f"n: got {len(prompts)} prompts x {num_choices} answers = {total} requests, legal is at most {limit} "
-                "(--max-queued-requests)",
+                f"n: got {len(prompts)} prompts x {num_choices} answers = {total} requests, legal is at most {limit}"
+                + " (--max-queued-requests)" * (limit < MAX_PROMPTS),
                 param="n",
             )
         for prompt in prompts:
@@ -134,6 +131,7 @@ class Generation:
                     stream = await state.engine.submit(prompt.token_ids, one, constraint=constraint)
                     text = TextStream(state.tokenizers.tokenizer, prompt.token_ids, one)
                     generation.choices.append(Choice(len(generation.choices), prompt, one, stream, text))
+                    await asyncio.sleep(0)  # a thousand choices must not hold up everybody else
         except BaseException:
             generation.cancel()
             raise
@@ -170,10 +168,7 @@ class Generation:
                     raise update
                 if choice.finish_reason is not None:
                     continue  # it ended at a stop string; this was under way
-                if len(update.token_ids) > INLINE_TOKENS:
-                    event = await asyncio.to_thread(_take, choice, update)
-                else:
-                    event = _take(choice, update)
+                event = _take(choice, update)
                 self._metrics.advanced(choice.index, len(choice.prompt.token_ids), len(update.token_ids))
                 if choice.finish_reason is not None:
                     num_running -= 1

@@ -24,7 +24,10 @@ MAX_N = 128
 """Most answers to one prompt."""
 
 MAX_PROMPTS = 2048
-"""Most prompts in one request."""
+"""Most prompts in one request, and most answers to all of them together."""
+
+MAX_STOPS, MAX_STOP_LEN = 16, 1000
+"""Stop strings and their characters: every new token is compared with all of them."""
 
 
 def _legal(rule: str) -> WrapValidator:
@@ -109,6 +112,10 @@ class ResponseFormat(Body):
         return msgspec.json.encode(schema).decode()
 
 
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LEN)]
+_STOP_RULE = f"a text of 1 to {MAX_STOP_LEN} characters, or a list of up to {MAX_STOPS} such texts"
+
+
 class _Common(Body):
     """Fields of both kinds of request."""
 
@@ -121,7 +128,7 @@ class _Common(Body):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: Annotated[str | list[str] | None, _legal("a text or a list of texts")] = None
+    stop: Annotated[_Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None, _legal(_STOP_RULE)] = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
@@ -331,7 +338,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     """Absent: true for a prompt; a chat template brings its own."""
     add_generation_prompt: bool | None = None

@@ -67,7 +67,7 @@ async def unless_gone(request: Request, making: Coroutine[Any, Any, Response]) -
     if task.done():
         return task.result()
     task.cancel()
-    await asyncio.wait({task})
+    await asyncio.gather(task, return_exceptions=True)
     return Response(status_code=CLIENT_GONE)
 
 

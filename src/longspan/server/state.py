@@ -64,7 +64,8 @@ class ServerState:
     def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         """Raises: ApiError for ids that the model does not know."""
         size = self.engine.engine.spec.vocab_size
-        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
+        ends = (min(token_ids), max(token_ids)) if token_ids else ()
+        wrong = next((token_id for token_id in ends if not 0 <= token_id < size), None)
         if wrong is not None or not token_ids:
             got = "no tokens" if wrong is None else f"the token id {wrong}"
             raise ApiError(400, f"{name}: got {got}, legal is at least one token id from 0 to {size - 1}", param=name)
