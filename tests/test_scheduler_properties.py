@@ -100,7 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_pages = max(1, memory_tokens // config.page_size)
         pages = pages_by_group(model, num_pages, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(model, config, pages)
-        self.ranks = FakeRanks(self.scheduler, random.Random(seed))
+        self.ranks = FakeRanks(self.scheduler, random.Random(seed), checks_owners=False)
         self.requests: list[Request] = []
         self.ended_early: set[int] = set()
         self.last_plan: dict[int, int] = {}
@@ -127,14 +127,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.add(text[:length] + [i] * (i % 3), params)
 
     @rule(
-        text=st.sampled_from(TEXTS), length=st.integers(8, 60), num_steps=st.integers(0, 30), params=sampling_params()
+        text=st.sampled_from(TEXTS),
+        length=st.integers(8, 60),
+        num_steps=st.integers(0, 30),
+        params=sampling_params(),
+        cancels=st.booleans(),
     )
-    def ask_again_and_again(self, text: list[int], length: int, num_steps: int, params: SamplingParams) -> None:
+    def ask_again_and_again(
+        self, text: list[int], length: int, num_steps: int, params: SamplingParams, cancels: bool
+    ) -> None:
         """A common prompt that one rank has; then more requests with it than that rank should take."""
         self.add(text[:length], params)
         self.go_on(num_steps)
         for i in range(2 * self.scheduler.config.context_parallel_size):
             self.add(text[:length] + [i] * 3, params)
+        self.submit()
+        for request in [request for request in self.alive if request.copies and not request.in_flight and cancels]:
+            self.cancel(request)
 
     @precondition(lambda self: any(r.num_generated for r in self.requests))
     @rule(data=st.data(), more=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), params=sampling_params())
@@ -161,12 +170,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.scheduler.has_requests:
                 self.step()
 
-    @rule(num_requests=st.integers(2, 12), length=st.integers(1, 20), num_steps=st.integers(10, 80))
-    def outgrow_the_memory(self, num_requests: int, length: int, num_steps: int) -> None:
-        """Short prompts with long answers."""
+    @rule(
+        num_requests=st.integers(2, 12), length=st.integers(1, 20), num_steps=st.integers(10, 80), cancels=st.booleans()
+    )
+    def outgrow_the_memory(self, num_requests: int, length: int, num_steps: int, cancels: bool) -> None:
+        """Short prompts with long answers; who is preempted may be cancelled at once."""
         for i in range(num_requests):
             self.add([i] * length, SamplingParams(max_tokens=50, seed=i, ignore_eos=True))
-        self.go_on(num_steps)
+        for _ in range(num_steps):
+            self.go_on(1)
+            preempted = [request for request in self.scheduler.waiting if request.num_preemptions]
+            if preempted and cancels:
+                self.cancel(preempted[0])
+                return
 
     @precondition(lambda self: any(request.in_flight for request in self.alive))
     @rule(data=st.data())
@@ -178,11 +194,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def cancel_waiting(self, data: st.DataObject) -> None:
         preempted = [request for request in self.scheduler.waiting if request.num_preemptions]
         self.cancel(data.draw(st.sampled_from(preempted or list(self.scheduler.waiting))))
-
-    @precondition(lambda self: any(request.copies and not request.in_flight for request in self.alive))
-    @rule(data=st.data())
-    def cancel_before_its_copies(self, data: st.DataObject) -> None:
-        self.cancel(data.draw(st.sampled_from([r for r in self.alive if r.copies and not r.in_flight])))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())

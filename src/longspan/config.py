@@ -67,6 +67,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens per page."""
     stripe_size: int = 512
     """Most tokens per stripe, a multiple of `page_size`. Short chunks are cut into shorter stripes."""
+    min_striped_len: int | None = None
+    """Shorter prompts stay on one rank where placement is auto; None is two stripes per rank."""
     kv_cache_memory: int | None = None
     """Bytes per rank; None takes 4 GiB, or what half of the free memory admits."""
     max_num_batched_tokens: int = 2048
@@ -90,6 +92,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             self._check_count(name, getattr(self, name))
         if self.threads_per_rank is not None:
             self._check_count("threads_per_rank", self.threads_per_rank, MAX_THREADS)
+        if self.min_striped_len is not None:
+            self._check_count("min_striped_len", self.min_striped_len)
         if self.max_step_ms is not None:
             self._check_count("max_step_ms", self.max_step_ms)
         if not isinstance(self.enable_prefix_caching, bool):
@@ -134,6 +138,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def num_threads(self) -> int:
         """Compute threads of one rank."""
         return self.threads_per_rank or max(1, num_cores() // self.context_parallel_size)
+
+    @property
+    def striped_from(self) -> int:
+        """Tokens of a prompt from which on `auto` stripes it."""
+        # From two whole stripes per rank on, striping balances the work and pays for its exchanges.
+        return self.min_striped_len or 2 * self.context_parallel_size * self.stripe_size
 
     @property
     def forced_strategy(self) -> Strategy | None:

@@ -32,7 +32,7 @@ from longspan.types import SamplingParams
 @click.option("--seed", type=int, help="Key of the random numbers.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after an end token.")
-@engine_options
+@engine_options(stripe_size=512)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def generate(
     model: str,

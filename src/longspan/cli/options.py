@@ -27,27 +27,37 @@ def choice(legal: Any) -> click.Choice[str]:
     return click.Choice(list(legal.__args__))
 
 
-_ENGINE_OPTIONS = (
-    click.option("--context-parallel-size", type=int, default=1, show_default=True, help="Ranks per sequence."),
-    click.option("--threads-per-rank", type=int, help="Default: cores / ranks."),
-    click.option("--dtype", type=choice(DTypeName), default="auto", show_default=True),
-    click.option("--placement", type=choice(PlacementName), default="auto", show_default=True),
-    click.option("--strategy", type=choice(StrategyName), default="auto", show_default=True, help="For both phases."),
-    click.option("--decode-strategy", type=choice(StrategyName), help="Overrides --strategy for decode."),
-    click.option("--page-size", type=int, default=16, show_default=True, help="Tokens per page."),
-    click.option("--stripe-size", type=int, default=512, show_default=True, help="Tokens per stripe, whole pages."),
-    click.option("--kv-cache-memory", metavar="SIZE", help="Per rank; bytes or with K, M, G, Ki, Mi, Gi."),
-    click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step."),
-    click.option("--attention-backend", type=choice(AttentionName), default="auto", show_default=True),
-    click.option("--executor", type=choice(ExecutorName), default="processes", show_default=True),
-)
+def _engine_options(stripe_size: int) -> tuple[Callable[[Command], Command], ...]:
+    return (
+        click.option("--context-parallel-size", type=int, default=1, show_default=True, help="Ranks per sequence."),
+        click.option("--threads-per-rank", type=int, help="Default: cores / ranks."),
+        click.option("--dtype", type=choice(DTypeName), default="auto", show_default=True),
+        click.option("--placement", type=choice(PlacementName), default="auto", show_default=True),
+        click.option(
+            "--strategy", type=choice(StrategyName), default="auto", show_default=True, help="For both phases."
+        ),
+        click.option("--decode-strategy", type=choice(StrategyName), help="Overrides --strategy for decode."),
+        click.option("--page-size", type=int, default=16, show_default=True, help="Tokens per page."),
+        click.option(
+            "--stripe-size", type=int, default=stripe_size, show_default=True, help="Tokens per stripe, whole pages."
+        ),
+        click.option("--min-striped-len", type=int, help="Shorter prompts stay on one rank."),
+        click.option("--kv-cache-memory", metavar="SIZE", help="Per rank; bytes or with K, M, G, Ki, Mi, Gi."),
+        click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step."),
+        click.option("--attention-backend", type=choice(AttentionName), default="auto", show_default=True),
+        click.option("--executor", type=choice(ExecutorName), default="processes", show_default=True),
+    )
 
 
-def engine_options(command: Command) -> Command:
-    """Decorator: give a command all options of the engine."""
-    for option in reversed(_ENGINE_OPTIONS):
-        command = option(command)
-    return command
+def engine_options(*, stripe_size: int) -> Callable[[Command], Command]:
+    """Decorator: give a command all options of the engine. Args: `stripe_size` is the default of that option."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(_engine_options(stripe_size)):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def engine_config(model: str, options: dict[str, Any]) -> EngineConfig:

@@ -13,6 +13,12 @@ from longspan.cli.options import engine_config, engine_options
 from longspan.config import parse_size
 from longspan.server.config import ServerConfig
 
+SHORT_STRIPE = 64
+"""Tokens per stripe: chunks that take `--max-step-ms` are short, and each should have work for all ranks."""
+
+STRIPED_FROM = 1024
+"""Tokens per rank from which on a prompt is striped, if the user says nothing else: short ones stay on one rank."""
+
 
 @click.command()
 @click.argument("model")
@@ -23,16 +29,25 @@ from longspan.server.config import ServerConfig
 @click.option("--max-model-len", type=int, help="Most tokens of a request; default: what the model admits.")
 @click.option("--max-queued-requests", type=int, help="More that wait are answered 429; default: any number.")
 @click.option("--max-num-seqs", type=int, default=64, show_default=True, help="Most requests that run at once.")
-@click.option("--max-step-ms", type=int, help="Cut prefill so that a step is predicted to take no longer.")
+@click.option(
+    "--max-step-ms",
+    type=int,
+    default=200,
+    show_default=True,
+    help="Cut prefill so that a step is predicted to take no longer; 0 cuts by tokens alone.",
+)
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True)
 @click.option("--max-body-size", metavar="SIZE", default="32Mi", show_default=True, help="Longest request body.")
 @click.option("--keep-alive-s", type=float, default=5.0, show_default=True, help="A silent stream sends a comment.")
-@engine_options
+@engine_options(stripe_size=SHORT_STRIPE)
 def serve(model: str, max_body_size: str, **options: Any) -> None:
     """Serve MODEL (a directory, `recall`, or a Hub id) to clients of OpenAI's API.
 
     SIGTERM or Ctrl-C: no new requests, the running ones end, exit code 0. A second one ends at once.
     """
+    options["max_step_ms"] = options["max_step_ms"] or None
+    if options["min_striped_len"] is None:
+        options["min_striped_len"] = STRIPED_FROM * max(1, options["context_parallel_size"])
     config = engine_config(model, options)
     server_config = ServerConfig(max_body_bytes=parse_size(max_body_size, "max_body_size"), **options)
 

@@ -245,7 +245,7 @@ class AsyncEngine:
             try:
                 return self._events.get(timeout=IDLE_CHECK_S)
             except queue.Empty:
-                failure = self.engine._executor.failure
+                failure = self.engine.failure
                 if failure is not None:
                     raise failure from None
 

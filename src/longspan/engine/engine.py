@@ -101,6 +101,11 @@ class Engine:
             self.scheduler.cancel(request)
 
     @property
+    def failure(self) -> BaseException | None:
+        """What made the ranks fail, also while none of them had anything to do."""
+        return self._failure or self._executor.failure
+
+    @property
     def has_requests(self) -> bool:
         """Whether any request has not ended."""
         return self.scheduler.has_requests

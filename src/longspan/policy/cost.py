@@ -1,12 +1,14 @@
 """How long a step will take, as far as chunks are cut by it.
 
-Holds arithmetic and one number learnt from finished steps. Must not know clocks: who runs plans reports how long they
-took.
+Holds arithmetic and what finished steps taught. Must not know clocks: who runs plans reports how long they took.
 Read next: `longspan.scheduler.scheduler`, which cuts chunks.
 
-The unit is flops: of the weights for every token, and of attention for every (query, key) pair. One rate, learnt by an
-exponential average, turns them into seconds. It follows by itself when attention, which runs at another rate than
-matrix products, takes over in a long prompt.
+Note: time = overhead + flops / rate
+    Flops are those of the weights for every token, and of attention for every (query, key) pair. Overhead and rate are
+    fitted to the steps of late (least squares, weights halved every 7 steps), so they follow by themselves when
+    attention, which runs at another rate than matrix products, takes over in a long prompt, or when other programs take
+    a part of the machine. Without the overhead a slow machine would end in a spiral: chunks get shorter, the overhead
+    becomes most of their time, the rate looks lower, chunks get shorter still.
 """
 
 from longspan.types import ModelSpec
@@ -14,7 +16,15 @@ from longspan.types import ModelSpec
 FIRST_FLOPS_PER_S = 20e9
 """Rate per thread assumed before the first step: on the low side, so that the first chunk is not too long."""
 
-LEARNING_RATE = 0.3
+MEMORY = 0.9
+"""Weight of what was known against a new step."""
+
+MAX_OVERHEAD = 0.6
+"""Largest share of the mean step time that is believed to be overhead: noise must not explain everything."""
+
+MIN_SPREAD = 0.05
+"""Spread of flops, as a share of their mean, from which on steps say which part of their time is overhead."""
+
 MIN_TOKENS = 16
 """Steps with fewer new tokens say little about the rate: they read weights."""
 
@@ -30,6 +40,8 @@ class StepTime:
             for g in model.kv_groups
         ]
         self.flops_per_s = FIRST_FLOPS_PER_S * num_threads
+        self.overhead_s = 0.0
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # weighted sums of 1, flops, seconds, flops^2, flops * seconds
 
     def attention_flops(self, start: int, end: int) -> float:
         """Of queries at positions `[start, end)` and all keys that they see."""
@@ -46,7 +58,21 @@ class StepTime:
         """Of tokens `[start, end)`, on all ranks together."""
         return (end - start) * self.token_flops + self.attention_flops(start, end)
 
+    def flops_within(self, step_s: float) -> float:
+        """What a rank is predicted to do in a step of so many seconds; never less than a fifth of the time's worth."""
+        return max(step_s / 5, step_s - self.overhead_s) * self.flops_per_s
+
     def learn(self, flops: float, num_tokens: int, step_s: float) -> None:
         """Take in how long a step took. Args: `flops` of the rank with most, `num_tokens` of all ranks."""
-        if num_tokens >= MIN_TOKENS and step_s > 0:
-            self.flops_per_s += LEARNING_RATE * (flops / step_s - self.flops_per_s)
+        if num_tokens < MIN_TOKENS or step_s <= 0:
+            return
+        new = (1.0, flops, step_s, flops * flops, flops * step_s)
+        self._sums = tuple(MEMORY * old + one for old, one in zip(self._sums, new, strict=True))  # type: ignore[assignment]
+        weight, flops_sum, seconds_sum, squares, products = self._sums
+        mean_flops, mean_s = flops_sum / weight, seconds_sum / weight
+        spread = squares / weight - mean_flops**2
+        if spread > (MIN_SPREAD * mean_flops) ** 2:
+            slope = (products / weight - mean_flops * mean_s) / spread
+            self.overhead_s = mean_s - slope * mean_flops
+        self.overhead_s = min(max(0.0, self.overhead_s), MAX_OVERHEAD * mean_s)
+        self.flops_per_s = mean_flops / (mean_s - self.overhead_s)

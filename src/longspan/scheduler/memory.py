@@ -156,8 +156,7 @@ class KVMemory:
         forced = self.config.forced_placement
         if forced is not None:
             return forced
-        # From two whole stripes per rank on, striping balances the work and pays for its exchanges.
-        is_short = num_tokens < 2 * self.num_ranks * self.config.stripe_size
+        is_short = num_tokens < self.config.striped_from
         if self.num_ranks == 1 or is_short:
             counts = [_pages(num_tokens, self.config.page_size)] + [0] * (self.num_ranks - 1)
             if self._fits(counts, self._empty):

@@ -374,7 +374,7 @@ class Scheduler:
     @property
     def _step_flops(self) -> float:
         """What a rank may compute in one step, if `max_step_ms` is set."""
-        return (self.config.max_step_ms or 0) * 1e-3 * self.step_time.flops_per_s
+        return self.step_time.flops_within((self.config.max_step_ms or 0) * 1e-3)
 
     def _write_plan(
         self, ranks: set[int], chosen: Sequence[tuple[Request, int]], movers: Phase | None, flops: float
