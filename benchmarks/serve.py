@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import VOCAB_SIZE, median, parser, random_model, random_prompt, report
+from longspan.cli.serve import SHORT_STRIPE, STRIPED_FROM
 from longspan.config import EngineConfig
 from longspan.engine.async_engine import AsyncEngine
 from longspan.engine.engine import Engine
@@ -81,7 +82,13 @@ class TimedEngine(Engine):
 def serving(model: Path, num_ranks: int, **options: Any) -> Any:
     """An engine as the server runs it, warmed up."""
     config = EngineConfig(
-        model=str(model), context_parallel_size=num_ranks, threads_per_rank=1, max_step_ms=MAX_STEP_MS, **options
+        model=str(model),
+        context_parallel_size=num_ranks,
+        threads_per_rank=1,
+        max_step_ms=MAX_STEP_MS,
+        stripe_size=SHORT_STRIPE,
+        min_striped_len=STRIPED_FROM * num_ranks,
+        **options,
     )
     engine = AsyncEngine(TimedEngine(config))
     try:
@@ -168,7 +175,7 @@ def long_prefill(model: Path, repeats: int, length: int) -> dict[str, Any]:
         await asyncio.gather(*decoding)
         return long.result().ttft_s
 
-    with serving(model, 2, stripe_size=128) as engine:
+    with serving(model, 2) as engine:
         for i in range(repeats):
             first = asyncio.run(serve(engine, random_prompt(length, 3000 + i), 2)).ttft_s
             second = asyncio.run(beside(engine, random_prompt(length, 4000 + i)))
@@ -191,7 +198,7 @@ def long_prefill(model: Path, repeats: int, length: int) -> dict[str, Any]:
 def prefix(model: Path, repeats: int, length: int) -> dict[str, Any]:
     """The same long prompt again, with another end."""
     ratios: list[float] = []
-    with serving(model, 2, stripe_size=128) as engine:
+    with serving(model, 2) as engine:
         for i in range(repeats):
             prompt = random_prompt(length // 2, 5000 + i)
             first = asyncio.run(serve(engine, prompt, 2))

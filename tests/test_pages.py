@@ -110,6 +110,12 @@ def test_key_runs_and_counts_name_every_stored_token_once(history, positions, ra
     assert counts == {owner: owners.count(owner) for owner in owners}
 
 
+@given(histories(), st.integers(0, 60))
+def test_a_page_is_found_by_its_index_and_is_none_in_a_hole_or_behind_the_end(history, page_idx):
+    table, model, _ = build(*history)
+    assert table.page(page_idx) == model.get(page_idx)
+
+
 @given(histories(), ranges)
 def test_owners_cut_a_range_where_the_rank_changes_or_say_which_position_has_no_page(history, positions):
     page_size, operations = history

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.sharding.placement import chunk_len, place, snake_order, stripe_lengths
+from longspan.sharding.placement import chunk_len, place, snake_order, snake_rank, stripe_lengths
 from longspan.types import Placement
 
 PACKED, STRIPED, SPILL = Placement.PACKED, Placement.STRIPED, Placement.SPILL
@@ -39,6 +39,14 @@ def pages_per_rank(runs: list[tuple[int, int]], num_ranks: int) -> list[int]:
 
 def test_snake_order_goes_forwards_and_backwards():
     assert list(islice(snake_order([2, 0, 1]), 8)) == [2, 0, 1, 1, 0, 2, 2, 0]
+
+
+@pytest.mark.parametrize("num_ranks", RANK_COUNTS)
+def test_the_rank_of_a_stripe_is_where_snake_order_comes_to_it(num_ranks):
+    for home in range(num_ranks):
+        order = [(home + i) % num_ranks for i in range(num_ranks)]
+        expected = list(islice(snake_order(order), 5 * num_ranks))
+        assert [snake_rank(stripe_idx, home, num_ranks) for stripe_idx in range(5 * num_ranks)] == expected
 
 
 @pytest.mark.parametrize("num_ranks", RANK_COUNTS)

@@ -554,6 +554,23 @@ def test_a_cancelled_copy_gives_source_and_target_back():
     assert cached_pages(ranks, SYSTEM, 0) == list(range(10))
 
 
+def test_a_request_that_is_cancelled_while_it_waits_for_its_copies_gives_them_back():
+    """The rank that has the pages is busy."""
+    ranks = make_ranks(2, placement="packed", memory_tokens=800)
+    cache_on(ranks, 0)
+    ranks.scheduler.add_request(TEXT[100:400], SamplingParams(max_tokens=1, seed=0))
+    ranks.submit_all()
+    chat = ranks.scheduler.add_request((*SYSTEM, 7), SamplingParams(max_tokens=2, seed=0))
+    ranks.submit_all()
+    assert copied_pages(chat) == [(0, 1)] * 10
+    assert not chat.in_flight
+    ranks.scheduler.cancel(chat)
+    ranks.check_owners()
+    assert cached_pages(ranks, SYSTEM, 1) == []
+    ranks.run_to_the_end()
+    assert_all_free(ranks.scheduler)
+
+
 @pytest.mark.parametrize("placement", ["packed", "striped", "spill"])
 def test_what_one_placement_wrote_another_finds(placement):
     """A short prompt is packed, a long one that begins with it striped, and a short one that begins the long one."""
@@ -565,6 +582,80 @@ def test_what_one_placement_wrote_another_finds(placement):
     again = run_one(ranks, TEXT[:44])
     assert again.num_cached == 40
     assert run_one(ranks, TEXT[:201]).num_cached == 200
+
+
+def test_a_request_that_must_wait_leaves_the_order_of_eviction_alone():
+    """It is asked again before every step; its pages are not used by that, and roots still go last."""
+    ranks = make_ranks(2, placement="striped", memory_tokens=180)
+    run_one(ranks, SYSTEM)
+    params = SamplingParams(max_tokens=30, ignore_eos=True, seed=0)
+    ranks.scheduler.add_request(TEXT[100:400], params)
+    ranks.submit_all()
+    idle = [list(rank[0]._idle) for rank in ranks.scheduler.memory.allocators]
+    assert sum(map(len, idle)) == 10
+    waiting = ranks.scheduler.add_request(SYSTEM + TEXT[200:260], params)
+    for _ in range(3):
+        ranks.step()
+    assert list(ranks.scheduler.waiting) == [waiting]
+    assert [list(rank[0]._idle) for rank in ranks.scheduler.memory.allocators] == idle
+    ranks.run_to_the_end()
+
+
+@pytest.mark.parametrize("placement", ["auto", "striped"])
+def test_a_request_that_must_wait_costs_no_look_at_its_pages_with_every_step(placement, monkeypatch):
+    ranks = make_ranks(2, placement=placement, memory_tokens=800)
+    run_one(ranks, TEXT)
+    params = SamplingParams(max_tokens=60, ignore_eos=True, seed=0)
+    blocker = ranks.scheduler.add_request([9] * 1100, params)
+    waiting = ranks.scheduler.add_request(TEXT * 2, SamplingParams(max_tokens=1, seed=0))
+    while not blocker.num_generated:
+        ranks.step()
+    lookups = 0
+    find = CachingAllocator.find
+
+    def count_and_find(self: CachingAllocator, page_hash: bytes) -> int | None:
+        nonlocal lookups
+        lookups += 1
+        return find(self, page_hash)
+
+    monkeypatch.setattr(CachingAllocator, "find", count_and_find)
+    for _ in range(40):
+        ranks.step()
+    assert list(ranks.scheduler.waiting) == [waiting]
+    assert lookups <= 40 * 2 * 2, "two ranks, asked at most twice a step"
+    ranks.run_to_the_end()
+    assert waiting.num_cached > 0
+
+
+def test_a_request_that_must_wait_is_let_in_once_somebody_caches_what_it_lacked():
+    """Its own pages would not fit, but most of what it needs is now in use anyway."""
+    ranks = make_ranks(1, memory_tokens=120, max_num_batched_tokens=16)  # 30 pages
+    params = SamplingParams(max_tokens=30, ignore_eos=True, seed=0)
+    first = ranks.scheduler.add_request(TEXT[:80], params)
+    second = ranks.scheduler.add_request((*TEXT[:80], 7), params)
+    ranks.step()
+    assert list(ranks.scheduler.waiting) == [second]
+    while first.num_generated < 2:
+        ranks.step()
+    assert second in ranks.scheduler.running
+    assert second.num_cached >= 44
+    ranks.run_to_the_end()
+
+
+def test_a_request_that_must_wait_is_let_in_when_a_window_leaves_the_pages_of_a_hit():
+    """Nobody ends and nothing new is cached: a request slides past cached pages, whose place nobody was promised."""
+    config = make_config(1, page_size=4, max_num_batched_tokens=8)
+    ranks = FakeRanks(Scheduler(make_model(40), config, (28,)), random.Random(0))
+    run_one(ranks, TEXT[:60])
+    params = SamplingParams(max_tokens=1, seed=0)
+    first = ranks.scheduler.add_request(TEXT[:60] + TEXT[100:300], params)  # 10 pages of a hit, 14 new ones at once
+    second = ranks.scheduler.add_request(TEXT[340:364], params)
+    ranks.step()
+    assert list(ranks.scheduler.waiting) == [second]
+    while second.finish_reason is None:
+        ranks.step()
+    assert first.finish_reason is None
+    ranks.run_to_the_end()
 
 
 def test_a_hit_that_does_not_fit_beside_what_is_new_is_given_up_when_nobody_will_make_room():

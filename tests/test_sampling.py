@@ -16,6 +16,7 @@ from longspan.plan.types import SampleRow
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
 from longspan.types import FinishReason, SamplingParams
+from longspan.worker import sampler
 from longspan.worker.sampler import sample, sample_all, token_logprobs, uniform
 from tiny_models import (
     NEAR_TIE,
@@ -581,8 +582,9 @@ def test_a_constraint_decides_and_one_that_breaks_ends_its_request_alone(model, 
         ("top_p", 0, "a number above 0 and up to 1"),
         ("top_p", 1.01, "a number above 0 and up to 1"),
         ("top_p", math.nan, "a number above 0 and up to 1"),
-        ("top_k", -1, "a whole number from 0 (0 keeps all)"),
-        ("top_k", 1.5, "a whole number from 0 (0 keeps all)"),
+        ("top_k", -1, "a whole number from 0 (all) to 2**31 - 1"),
+        ("top_k", 2**64, "a whole number from 0 (all) to 2**31 - 1"),
+        ("top_k", 1.5, "a whole number from 0 (all) to 2**31 - 1"),
         ("min_p", 1.5, "a number from 0 to 1"),
         ("min_p", -0.5, "a number from 0 to 1"),
         *(
@@ -689,8 +691,37 @@ def test_a_batch_of_rows_gets_what_each_row_gets_alone():
     assert sample_all(logits, rows) == [sample(row_logits, one) for row_logits, one in zip(logits, rows, strict=True)]
 
 
-def test_a_batch_with_a_row_that_is_not_a_number_names_the_request():
+def test_a_row_that_is_not_a_number_is_an_error_of_that_row_alone():
     logits = torch.zeros(3, 50)
     logits[1, 4] = torch.nan
-    with pytest.raises(LongspanError, match="request 0: the model's logits at position 3 hold NaN"):
-        sample_all(logits, [row(3, temperature=0)] * 3)
+    first, second, third = sample_all(logits, [row(3, temperature=0)] * 3)
+    assert (first, third) == (0, 0)
+    assert str(second) == "request 0: the model's logits at position 3 hold NaN"
+
+
+@pytest.mark.parametrize("rules", [{"top_p": 5e-324, "top_k": 1, "min_p": 0.5}, {"top_p": 5e-324}, {"min_p": 1.0}])
+@pytest.mark.parametrize("temperature", [1e-300, 1.0, 1000.0])
+def test_extreme_rules_keep_the_most_probable_token(rules, temperature):
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert sample(logits, row(**{"temperature": temperature, **rules})) in ((1,) if "top_p" in rules else (0, 1, 2))
+
+
+def test_a_row_that_fails_ends_its_request_and_no_other(model, monkeypatch):
+    """As with NaN logits: the request says why, its pages are free, the others go on."""
+    real = sampler.sample
+    bad = {"left": 3}
+
+    def sample_or_fail(logits, one):
+        if one.seed == 77:
+            bad["left"] -= 1
+            if not bad["left"]:
+                raise LongspanError("the model's logits hold NaN")
+        return real(logits, one)
+
+    monkeypatch.setattr(sampler, "sample", sample_or_fail)
+    several = [SamplingParams(max_tokens=6, temperature=1.0, seed=seed, ignore_eos=True) for seed in (76, 77, 78)]
+    good, failed, other = run_requests(model, [([5, 6, 7], one) for one in several], context_parallel_size=2)
+    assert failed.finish_reason is FinishReason.ERROR
+    assert failed.error == "the model's logits hold NaN"
+    assert failed.num_generated == 2
+    assert [one.num_generated for one in (good, other)] == [6, 6]

@@ -153,6 +153,20 @@ def test_requests_that_outgrow_the_memory_are_computed_again_and_lose_nothing(nu
     assert_all_free(scheduler)
 
 
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize(("num_ranks", "memory_tokens"), [(1, 100), (1, 200), (2, 100), (4, 100)])
+def test_preemption_and_readmission_do_not_chase_each_other(num_ranks, memory_tokens, caching):
+    """Memory for one request per rank, 32 want it: tokens computed twice stay fewer than those computed once."""
+    scheduler = make_scheduler(make_model(None), make_config(num_ranks, enable_prefix_caching=caching), memory_tokens)
+    ranks = FakeRanks(scheduler, random.Random(0))
+    params = SamplingParams(max_tokens=70, ignore_eos=True, seed=0)
+    for i in range(32):
+        scheduler.add_request([i] * 9, params)
+    ranks.run_to_the_end()
+    assert scheduler.num_preemptions > 0
+    assert sum(run.num_tokens for plan in ranks.plans for run in plan.query_runs) <= 2 * 32 * (9 + 70 - 1)
+
+
 # -- ends before the end ---------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -302,52 +302,70 @@ class SchedulerMachine(RuleBasedStateMachine):
         REACHED["evicted pages"] += sum(allocator.num_evicted for allocator in allocators)
 
 
-def run_machine(max_examples: int, *, derandomize: bool) -> None:
+def run_machine(max_examples: int, *, is_fixed: bool) -> None:
+    """Run the machine. Args: `is_fixed` takes the same examples every time, for one version of hypothesis."""
     REACHED.clear()
+
+    class Machine(SchedulerMachine):
+        pass
+
     run_state_machine_as_test(
-        SchedulerMachine,
+        seed(0)(Machine) if is_fixed else Machine,
         settings=settings(
             max_examples=max_examples,
             stateful_step_count=30,
             deadline=None,
-            derandomize=derandomize,
             database=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
 
 
-EXPECTED = {
-    "1 ranks",
-    "2 ranks",
+OFTEN = {"1 ranks", "2 ranks", "batch", "evicted pages", "hit tokens", "local", "mixed", "preemptions"}
+ALWAYS_IN_MANY = OFTEN | {
     "3 ranks",
-    "batch",
+    "8 ranks",
+    "cancelled before its copies",
     "cancelled in flight",
     "cancelled when preempted",
     "cancelled when waiting",
     "copied pages",
-    "evicted pages",
     "gather_kv",
-    "hit tokens",
-    "local",
-    "mixed",
     "pass_kv",
     "pass_q",
-    "preemptions",
     "refused",
 }
 
 
 def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens():
-    run_machine(25, derandomize=True)
-    assert {name for name in EXPECTED if not REACHED[name]} == set(), "else this proves little"
+    run_machine(25, is_fixed=True)
+    assert {name for name in OFTEN if not REACHED[name]} == set(), "else this proves little"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens_often():
-    run_machine(1000, derandomize=False)
-    assert {name for name in (*EXPECTED, "8 ranks", "cancelled before its copies") if not REACHED[name]} == set()
+    run_machine(600, is_fixed=False)
+    assert {name for name in ALWAYS_IN_MANY if not REACHED[name]} == set()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_request_that_is_cancelled_after_its_preemption_leaves_nothing_behind(num_ranks):
+    ranks = FakeRanks(Scheduler(make_model(None, 6), make_config(num_ranks), (20, 20)), random.Random(0))
+    scheduler, params = ranks.scheduler, SamplingParams(max_tokens=50, ignore_eos=True, seed=0)
+    requests = [scheduler.add_request([i] * 9, params) for i in range(6 * num_ranks)]
+    cancelled: list[Request] = []
+    while scheduler.has_requests:
+        ranks.step()
+        for request in [request for request in scheduler.waiting if request.num_preemptions]:
+            scheduler.cancel(request)
+            cancelled.append(request)
+            ranks.check_owners()
+    assert len(cancelled) > num_ranks
+    for request in requests:
+        assert request.finish_reason is (FinishReason.ABORT if request in cancelled else FinishReason.LENGTH)
+        assert request.output_token_ids == tokens_alone(request)[: request.num_generated]
+    assert_all_free(scheduler)
 
 
 def run_small(budget: int, num_decodes: int, prompt_len: int, num_ranks: int = 1) -> tuple[FakeRanks, list[Request]]:
@@ -374,14 +392,3 @@ def test_a_prompt_gets_on_however_many_requests_decode(budget, num_decodes):
     assert max(tokens) <= 2 * min(tokens) + 2, "they take turns"
     ranks.run_to_the_end()
     assert_all_free(ranks.scheduler)
-
-
-if __name__ == "__main__":
-    import sys
-    import time
-
-    t = time.time()
-    try:
-        run_machine(int(sys.argv[1]), derandomize=len(sys.argv) > 2)
-    finally:
-        print(REACHED, time.time() - t)

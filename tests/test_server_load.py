@@ -27,7 +27,7 @@ def run_users(url, directory):
     """Requests of each kind that the users sent; all of them were answered as they must be."""
     command = [sys.executable, "-m", "locust", "--locustfile", LOCUSTFILE, "--host", url, "--headless"]
     command += ["--users", NUM_USERS, "--spawn-rate", NUM_USERS, "--run-time", "30s", "--stop-timeout", 120]
-    command += ["--json-file", directory / "load", "--loglevel", "WARNING"]
+    command += ["--json-file", directory / "load", "--only-summary", "--loglevel", "WARNING"]
     done = subprocess.run(
         list(map(str, command)),
         stdin=subprocess.DEVNULL,

@@ -209,7 +209,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         )
         check("temperature", number(self.temperature) and self.temperature >= 0, "a finite number from 0")
         check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1")
-        check("top_k", whole(self.top_k) and self.top_k >= 0, "a whole number from 0 (0 keeps all)")
+        check("top_k", whole(self.top_k) and 0 <= self.top_k < 2**31, "a whole number from 0 (all) to 2**31 - 1")
         check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)

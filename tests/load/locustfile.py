@@ -128,7 +128,7 @@ class Visitor(HttpUser):
     numbers = itertools.count()
 
     def on_start(self):
-        self.rng = random.Random(next(Visitor.numbers))  # no matter how fast the others are, it asks the same
+        self.rng = random.Random(next(Visitor.numbers))  # how fast others are does not change what it asks
 
     @contextlib.contextmanager
     def asking(self, kind, path, body, **options):

@@ -14,6 +14,12 @@ from longspan.types import SamplingParams
 _CONTEXT_TOKENS = 8
 """Prompt tokens that the first generated token is decoded with: some tokenizers drop a leading space otherwise."""
 
+_CHARACTER_TOKENS = 4
+"""Most tokens of one character: bytes in UTF-8."""
+
+_MAX_PENDING = 2 * _CHARACTER_TOKENS
+"""Most tokens that wait for a character to become whole."""
+
 _INCOMPLETE = "\ufffd"
 """What an unfinished UTF-8 sequence decodes to."""
 
@@ -74,8 +80,22 @@ class TextStream:
         if len(both) > len(known) and not both.endswith(_INCOMPLETE):
             self.text += both[len(known) :]
             self._prefix, self._read = self._read, len(self._ids)
+        elif len(self._ids) - self._read > _MAX_PENDING:
+            self._flush(known, both)
         self._cut_at_stop()
         return self.text[before:]
+
+    def _flush(self, known: str, both: str) -> None:
+        """Give up waiting for tokens that are no text: all but the last ones, and not in the middle of a character.
+
+        Without this, text would wait, and decoding take longer with every token, until the output ends.
+        """
+        for end in range(len(self._ids) - _CHARACTER_TOKENS + 1, self._read, -1):
+            text = self._decode(self._prefix, end)
+            if both.startswith(text):  # else the end cuts a character, which `both` has whole
+                self.text += text[len(known) :]
+                self._prefix, self._read = self._read, end
+                return
 
     def finish(self) -> str:
         """No more tokens come.

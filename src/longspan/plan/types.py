@@ -197,6 +197,13 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     logprobs: TokenLogprobs | None
 
 
+class FailedRow(msgspec.Struct, frozen=True, array_like=True):
+    """A row that cannot be sampled: the request ends, the others go on."""
+
+    request_id: int
+    reason: str
+
+
 class ScoredRun(msgspec.Struct, frozen=True, array_like=True):
     """Answer to a `ScoreRun`."""
 
@@ -221,6 +228,7 @@ class RankResult(msgspec.Struct, frozen=True):
     """Seconds that this rank took for the plan, waits for peers included."""
     busy_s: float = 0.0
     """The same over all plans since the worker started."""
+    failed: tuple[FailedRow, ...] = ()
     strategy_bytes: dict[str, int] = {}
     """Bytes sent per strategy since the worker started."""
 

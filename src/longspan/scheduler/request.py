@@ -148,6 +148,10 @@ class Request:
                 self._seen[token_id // 8] |= 1 << token_id % 8
         return bytes(self._seen)
 
+    def fail(self, reason: str) -> None:
+        """The request cannot go on."""
+        self.finish_reason, self.error = FinishReason.ERROR, reason
+
     def add_token(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Append a sampled token and see whether it ends the request."""
         self.token_ids.append(token_id)
@@ -166,4 +170,4 @@ class Request:
             try:
                 self.constraint.accept(token_id)
             except LongspanError as error:
-                self.finish_reason, self.error = FinishReason.ERROR, str(error)
+                self.fail(str(error))

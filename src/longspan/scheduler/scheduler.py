@@ -303,11 +303,9 @@ class Scheduler:
 
     def _work(self, request: Request, end: int) -> dict[int, float]:
         """Flops per rank of a step that takes a request to `end`: a rank has those of the tokens that it computes."""
-        start = request.num_computed
-        per_token = self.step_time.chunk_flops(start, end) / (end - start)
         work: dict[int, float] = {}
-        for rank, first, last in request.ranks_of(start, end, self.config.page_size):
-            work[rank] = work.get(rank, 0.0) + (last - first) * per_token
+        for rank, first, last in request.ranks_of(request.num_computed, end, self.config.page_size):
+            work[rank] = work.get(rank, 0.0) + self.step_time.chunk_flops(first, last)
         return work
 
     def _end_in_time(self, request: Request, end: int, left: Sequence[float], *, is_lead: bool) -> int:
@@ -484,6 +482,8 @@ class Scheduler:
         for rank_result in result.ranks:
             for sampled in rank_result.sampled:
                 self._by_id[sampled.request_id].add_token(sampled.token_id, sampled.logprobs)
+            for row in rank_result.failed:
+                self._by_id[row.request_id].fail(row.reason)
         scored = sorted((run for r in result.ranks for run in r.scored), key=lambda run: (run.request_id, run.position))
         for run in scored:
             self._by_id[run.request_id].prompt_logprobs.extend(run.logprobs)

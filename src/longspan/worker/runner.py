@@ -8,7 +8,7 @@ Read next: `longspan.cp.attend`; `longspan.worker.process`, the process around i
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from longspan.errors import LongspanError
 from longspan.kvcache.pool import PagePool
 from longspan.models.hook import AttentionCall
 from longspan.plan.types import (
+    FailedRow,
     Literals,
     Plan,
     QueryRun,
@@ -32,6 +33,14 @@ from longspan.plan.types import (
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec
 from longspan.worker.sampler import sample_all, token_logprobs
+
+
+class _Answer(NamedTuple):
+    """What came of a rank's rows that need logits."""
+
+    sampled: tuple[SampledToken, ...] = ()
+    scored: tuple[ScoredRun, ...] = ()
+    failed: tuple[FailedRow, ...] = ()
 
 
 class ModelRunner:
@@ -84,15 +93,16 @@ class ModelRunner:
         """
         started = time.perf_counter()
         try:
-            sampled, scored = self._run(plan)
+            answer = self._run(plan)
         finally:
             step_s = time.perf_counter() - started
             self._busy_s += step_s
         return RankResult(
             plan_id=plan.plan_id,
             rank=self.rank,
-            sampled=sampled,
-            scored=scored,
+            sampled=answer.sampled,
+            scored=answer.scored,
+            failed=answer.failed,
             tokens_computed=self._tokens_computed,
             bytes_sent=self.comm.bytes_sent,
             step_s=step_s,
@@ -100,7 +110,7 @@ class ModelRunner:
             strategy_bytes=dict(self._strategy_bytes),
         )
 
-    def _run(self, plan: Plan) -> tuple[tuple[SampledToken, ...], tuple[ScoredRun, ...]]:
+    def _run(self, plan: Plan) -> _Answer:
         assert self.rank in plan.ranks, f"plan {plan.plan_id} is for ranks {plan.ranks}, this is rank {self.rank}"
         for request_id in plan.released:
             for tables in self._tables:
@@ -113,7 +123,7 @@ class ModelRunner:
         if not runs:
             for layer in range(self._spec.num_layers):
                 attention.join(layer)
-            answer: tuple[tuple[SampledToken, ...], tuple[ScoredRun, ...]] = (), ()
+            answer = _Answer()
         else:
             answer = self._compute(plan, runs, attention)
         self._strategy_bytes.update(attention.bytes_sent)
@@ -148,9 +158,7 @@ class ModelRunner:
         table.free_before(delta.freed_before)
         table.apply(list(delta.added))
 
-    def _compute(
-        self, plan: Plan, runs: Sequence[QueryRun], attention: StepAttention
-    ) -> tuple[tuple[SampledToken, ...], tuple[ScoredRun, ...]]:
+    def _compute(self, plan: Plan, runs: Sequence[QueryRun], attention: StepAttention) -> _Answer:
         """Forward pass over this rank's tokens, then sampling and scoring."""
         token_ids: list[int] = []
         positions: list[int] = []
@@ -172,8 +180,12 @@ class ModelRunner:
         self._tokens_computed += len(token_ids)
 
         sampled: list[SampledToken] = []
+        failed: list[FailedRow] = []
         token_of = sample_all(logits[: len(samples)], samples)
         for i, (row, token_id) in enumerate(zip(samples, token_of, strict=True)):
+            if isinstance(token_id, LongspanError):
+                failed.append(FailedRow(row.request_id, str(token_id)))
+                continue
             logprobs = None
             if row.num_logprobs is not None:
                 (logprobs,) = token_logprobs(logits[i : i + 1], self._ids([token_id]), row.num_logprobs)
@@ -185,7 +197,7 @@ class ModelRunner:
             found = token_logprobs(logits[first : first + count], self._ids(score.targets), score.num_logprobs)
             scored.append(ScoredRun(score.request_id, score.position + 1, tuple(found)))
             first += count
-        return tuple(sampled), tuple(scored)
+        return _Answer(tuple(sampled), tuple(scored), tuple(failed))
 
     def _ids(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)

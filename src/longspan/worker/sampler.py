@@ -41,15 +41,15 @@ _LARGEST_LOGIT = 1e300
 """An extreme repetition penalty stops here, short of infinity."""
 
 
-def sample_all(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+def sample_all(logits: Tensor, rows: Sequence[SampleRow]) -> list[int | LongspanError]:
     """`sample` of every row; plain greedy ones, the usual batch, at once.
 
     Args:
         logits: [n, vocab] float; not changed.
         rows: n sampling parameters.
 
-    Raises:
-        LongspanError: as `sample`.
+    Returns:
+        Per row the token, or why there is none: what is wrong with one request must not end the others.
     """
     plain = [i for i, row in enumerate(rows) if _is_plain_greedy(row)]
     best: dict[int, int] = {}
@@ -59,7 +59,14 @@ def sample_all(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
         best = {
             i: token for i, token, ok in zip(plain, some.argmax(dim=1).tolist(), is_sound.tolist(), strict=True) if ok
         }
-    return [best[i] if i in best else sample(logits[i], row) for i, row in enumerate(rows)]
+    return [best[i] if i in best else _sample_or_error(logits[i], row) for i, row in enumerate(rows)]
+
+
+def _sample_or_error(logits: Tensor, row: SampleRow) -> int | LongspanError:
+    try:
+        return sample(logits, row)
+    except LongspanError as error:
+        return error
 
 
 def _is_plain_greedy(row: SampleRow) -> bool:
@@ -107,6 +114,7 @@ def sample(logits: Tensor, row: SampleRow) -> int:
         kept = probs * keep
         before = kept.cumsum(-1) - kept  # probability of all that is more likely
         keep &= before < row.top_p * kept.sum()
+    keep[0] = True  # an extreme top_p or min_p may round to 0
     cumulative = (probs * keep).cumsum(-1)
     drawn = uniform(row.seed, row.position + 1) * cumulative[-1]
     return int(order[int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=int(keep.nonzero()[-1])))])
