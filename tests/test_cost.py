@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fake_ranks import FakeRanks, assert_all_free, check_finished, make_config, make_model
 from longspan.plan.types import Plan, PlanResult, RankResult, SampledToken
-from longspan.policy.cost import FIRST_FLOPS_PER_S, MIN_TOKENS, StepTime
+from longspan.policy.cost import FIRST_FLOPS_PER_S, StepTime
 from longspan.scheduler.scheduler import Scheduler
 from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec, SamplingParams
 
@@ -55,7 +55,7 @@ def learn_steps(step_time: StepTime, rate: float, overhead_s: float, num_steps: 
     """Steps of 1 to 3 Mflops on ranks of some speed."""
     for i in range(num_steps):
         flops = 1e6 * (1 + i % 3)
-        step_time.learn(flops, num_tokens=100, step_s=overhead_s + flops / rate)
+        step_time.learn(flops, step_s=overhead_s + flops / rate)
 
 
 @pytest.mark.parametrize(("rate", "overhead_s"), [(1e9, 0.0), (1e9, 0.001), (7e9, 0.0003), (3e7, 0.03)])
@@ -77,7 +77,7 @@ def test_steps_of_one_size_teach_what_such_a_step_takes():
     """They cannot tell overhead from rate."""
     step_time = StepTime(cost_model(None), 1)
     for _ in range(50):
-        step_time.learn(2e6, 100, 0.01)
+        step_time.learn(2e6, 0.01)
     assert step_time.flops_within(0.01) == pytest.approx(2e6)
 
 
@@ -85,7 +85,7 @@ def test_steps_of_one_size_teach_what_such_a_step_takes():
 def test_whatever_steps_took_the_prediction_is_a_positive_number(steps):
     step_time = StepTime(cost_model(None), 1)
     for flops, step_s in steps:
-        step_time.learn(flops, 100, step_s)
+        step_time.learn(flops, step_s)
         assert 0 < step_time.flops_per_s < float("inf")
         assert step_time.overhead_s >= 0
         assert step_time.flops_within(0.2) >= 0.04 * step_time.flops_per_s > 0
@@ -97,14 +97,14 @@ def test_noise_about_a_steady_time_stays_noise():
         rng, step_time = random.Random(seed), StepTime(cost_model(None), 1)
         for _ in range(40):
             flops = rng.uniform(1e6, 2e6)
-            step_time.learn(flops, 100, flops / 1e8 * rng.uniform(0.8, 1.4))
+            step_time.learn(flops, flops / 1e8 * rng.uniform(0.8, 1.4))
         assert 0.5e6 < step_time.flops_within(0.015) < 3e6
 
 
 def test_steps_that_say_nothing_about_the_rate_do_not_change_it():
     step_time = StepTime(cost_model(None), 1)
-    step_time.learn(1.0, MIN_TOKENS - 1, 1.0)
-    step_time.learn(1.0, 1000, 0.0)
+    step_time.learn(0.0, 1.0)
+    step_time.learn(1.0, 0.0)
     assert step_time.flops_per_s == FIRST_FLOPS_PER_S
 
 

@@ -91,6 +91,10 @@ class CachingAllocator:
         """Slot of a published page, or None."""
         return self._slot_of.get(page_hash)
 
+    def knows(self, page_hash: bytes) -> bool:
+        """Whether `find` would find a page."""
+        return page_hash in self._slot_of
+
     def is_idle(self, slot: int) -> bool:
         """Whether nobody uses a published page: using it takes it from what is available."""
         return slot in self._idle
@@ -100,7 +104,9 @@ class CachingAllocator:
         assert slot in self._hash_of, f"slot {slot} is not published"
         if slot in self._idle:
             del self._idle[slot]
-            self.peak_used = max(self.peak_used, self.num_used)
+            used = self._slots.num_used - len(self._idle)
+            if used > self.peak_used:
+                self.peak_used = used
             return False
         self._slots.retain(slot, 1)
         return True

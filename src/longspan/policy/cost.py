@@ -25,9 +25,6 @@ MAX_OVERHEAD = 0.6
 MIN_SPREAD = 0.05
 """Spread of flops, as a share of their mean, from which on steps say which part of their time is overhead."""
 
-MIN_TOKENS = 16
-"""Steps with fewer new tokens say little about the rate: they read weights."""
-
 
 class StepTime:
     """Predicts and learns the time of steps."""
@@ -62,9 +59,9 @@ class StepTime:
         """What a rank is predicted to do in a step of so many seconds; never less than a fifth of the time's worth."""
         return max(step_s / 5, step_s - self.overhead_s) * self.flops_per_s
 
-    def learn(self, flops: float, num_tokens: int, step_s: float) -> None:
-        """Take in how long a step took. Args: `flops` of the rank with most, `num_tokens` of all ranks."""
-        if num_tokens < MIN_TOKENS or step_s <= 0:
+    def learn(self, flops: float, step_s: float) -> None:
+        """Take in how long a step took. Args: `flops` of the rank with most."""
+        if flops <= 0 or step_s <= 0:
             return
         new = (1.0, flops, step_s, flops * flops, flops * step_s)
         self._sums = tuple(MEMORY * old + one for old, one in zip(self._sums, new, strict=True))  # type: ignore[assignment]

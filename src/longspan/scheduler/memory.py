@@ -25,6 +25,7 @@ Note: what to do with a hit
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby, pairwise
 
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
@@ -55,16 +56,21 @@ class _Hit:
         found: list[list[PageRun]] = []
         for group_idx in range(len(memory.model.kv_groups)):
             runs: list[PageRun] = []
-            for page_idx in range(memory.first_needed_page(group_idx, len(self.ranks)), len(self.ranks)):
+            first = last = memory.first_needed_page(group_idx, len(self.ranks))  # of the run that grows
+            run_slot = 0
+            for page_idx in range(first, len(self.ranks)):
                 rank = self.ranks[page_idx]
                 slot = memory.allocators[rank][group_idx].find(request.page_hashes[page_idx])
                 assert slot is not None
                 memory.use_page(rank, group_idx, slot)
-                last = runs[-1] if runs else None
-                if last is not None and (last.rank, last.slot + last.num_pages) == (rank, slot):
-                    runs[-1] = PageRun(last.page_idx, rank, last.slot, last.num_pages + 1)
-                else:
-                    runs.append(PageRun(page_idx, rank, slot, 1))
+                if page_idx > first and (rank != self.ranks[first] or slot != run_slot + page_idx - first):
+                    runs.append(PageRun(first, self.ranks[first], run_slot, page_idx - first))
+                    first = page_idx
+                if page_idx == first:
+                    run_slot = slot
+                last = page_idx + 1
+            if last > first:
+                runs.append(PageRun(first, self.ranks[first], run_slot, last - first))
             found.append(runs)
         return found
 
@@ -83,8 +89,15 @@ class KVMemory:
         # The group that limits a request's length: one without a window, if there is one.
         full = [i for i, group in enumerate(model.kv_groups) if group.spec.window is None]
         self._limiting_group = full[0] if full else None
+        self._full_groups = full
+        windows = [(group.spec.window, i) for i, group in enumerate(model.kv_groups) if group.spec.window is not None]
+        self._groups_by_window = [group_idx for _, group_idx in sorted(windows, reverse=True)]  # longest first
+        self._all_ranks = frozenset(range(self.num_ranks))
+        self._sets: dict[tuple[int, ...], frozenset[int]] = {}
         self._has_window = [group.spec.window is not None for group in model.kv_groups]
-        self._refused: tuple[Request, int] | None = None  # whom `admit` refused last, and its cached pages then
+        # Whom `admit` refused last, while no room was made and no more of it was cached. The head of the queue asks
+        # before every step; to look for a long prompt's pages each time would take longer than the step.
+        self._refused: Request | None = None
         self.num_queried_tokens = 0
         """Tokens of admitted requests that might have been cached."""
         self.num_hit_tokens = 0
@@ -230,12 +243,12 @@ class KVMemory:
         Returns:
             False when they do not fit now; nothing has changed then.
         """
-        if self._is_hopeless(request):
+        if request is self._refused:
             return False
         size = self.config.page_size
         num_tokens = len(request.token_ids)
         num_pages = _pages(num_tokens, size)
-        copies_on: list[set[int]] = []
+        copies_on: list[frozenset[int]] = []
         may_hit = self.config.enable_prefix_caching and request.params.prompt_logprobs is None
         if may_hit:
             extend_hashes(request.page_hashes, request.token_ids, size)
@@ -246,7 +259,7 @@ class KVMemory:
         else:
             chosen = self._admit_spread(request, num_pages, copies_on, placement)
         if not chosen:
-            self._refused = (request, len(copies_on))
+            self._refused = request
             return False
         self._refused = None
         self.num_queried_tokens += num_tokens if may_hit else 0
@@ -255,52 +268,53 @@ class KVMemory:
             request.num_cached = request.num_computed
         return True
 
-    def _is_hopeless(self, request: Request) -> bool:
-        """Whether a request has just been refused, and since then no room was made and no more of it was cached.
+    def _find(self, request: Request, num_pages: int) -> list[frozenset[int]]:
+        """Per page, the ranks where later tokens find all that they need of it; as many pages as are of use.
 
-        The head of the queue asks before every step; to look for a long prompt's pages each time would take longer
-        than the step.
+        Linear in the pages, with little work for each: prompts of 60,000 pages are looked up between two steps.
         """
-        if self._refused is None or self._refused[0] is not request:
-            return False
-        next_page = self._refused[1]
-        if next_page >= len(request.page_hashes):
-            return True
-        page_hash = request.page_hashes[next_page]
-        return all(allocator.find(page_hash) is None for allocators in self.allocators for allocator in allocators)
-
-    def _find(self, request: Request, num_pages: int) -> list[set[int]]:
-        """Per page, the ranks where later tokens find all that they need of it; as many pages as are of use."""
-        num_groups = len(self.model.kv_groups)
-        found: list[list[set[int]]] = []  # per page and group
-        for page_hash in request.page_hashes[:num_pages]:
-            by_group = [
-                {rank for rank in range(self.num_ranks) if self.allocators[rank][group].find(page_hash) is not None}
-                for group in range(num_groups)
-            ]
-            if not all(by_group[g] for g in range(num_groups) if self.model.kv_groups[g].spec.window is None):
-                break
-            found.append(by_group)
-        while found:
-            firsts = [self.first_needed_page(group, len(found)) for group in range(num_groups)]
-            ranks = [
-                set.intersection(*[by_group[g] for g in range(num_groups) if page_idx >= firsts[g]])
-                if any(page_idx >= first for first in firsts)
-                else set(range(self.num_ranks))
-                for page_idx, by_group in enumerate(found)
-            ]
-            missing = next((i for i in range(len(ranks) - 1, -1, -1) if not ranks[i]), None)
-            if missing is None:
-                return ranks
-            # A gap in a window: a shorter prefix may do without it, one that ends before it surely does not need it.
-            found = found[:-1] if any(firsts) else found[:missing]
+        groups = range(len(self.model.kv_groups))
+        windows = {
+            g: group.spec.window for g, group in enumerate(self.model.kv_groups) if group.spec.window is not None
+        }
+        hashes = request.page_hashes[:num_pages]
+        # Level 0: ranks with the page in all groups without a window. Level k: also in the k widest windows, since a
+        # page that a narrow window reaches is reached by all wider ones.
+        levels = [self._ranks_with(hashes, [g for g in groups if g not in windows])]
+        hashes = hashes[: next((i for i, ranks in enumerate(levels[0]) if not ranks), len(hashes))]
+        by_width = sorted(windows, key=lambda g: -windows[g])
+        for k in range(1, len(by_width) + 1):
+            with_window = self._ranks_with(hashes, by_width[k - 1 : k])
+            levels.append([a & b for a, b in zip(levels[k - 1], with_window, strict=False)])
+        last_gap = [list(accumulate((i if not r else -1 for i, r in enumerate(ranks)), max)) for ranks in levels]
+        for length in range(len(hashes), 0, -1):
+            firsts = [0, *(self.first_needed_page(g, length) for g in by_width), length]
+            spans = [(ranks, gap, a, b) for ranks, gap, (a, b) in zip(levels, last_gap, pairwise(firsts), strict=True)]
+            if all(a == b or gap[b - 1] < a for _, gap, a, b in spans):
+                return [ranks for ranks_of, _, a, b in spans for ranks in ranks_of[a:b]]
         return []
+
+    def _ranks_with(self, hashes: Sequence[bytes], groups: Sequence[int]) -> list[frozenset[int]]:
+        """Per page, the ranks that have it in all of some groups."""
+        found = [self._all_ranks] * len(hashes)
+        for group_idx in groups:
+            known = [allocators[group_idx].knows for allocators in self.allocators]
+            for i, page_hash in enumerate(hashes):
+                ranks = self._set_of(tuple([rank for rank, knows in enumerate(known) if knows(page_hash)]))
+                found[i] = ranks if found[i] is self._all_ranks else found[i] & ranks
+        return found
+
+    def _set_of(self, ranks: tuple[int, ...]) -> frozenset[int]:
+        """One set for equal ranks: a long prompt would make tens of thousands of them."""
+        if ranks not in self._sets:
+            self._sets[ranks] = frozenset(ranks)
+        return self._sets[ranks]
 
     def _admit_packed(
         self,
         request: Request,
         num_pages: int,
-        copies_on: list[set[int]],
+        copies_on: list[frozenset[int]],
         load: Sequence[float],
     ) -> bool:
         """All pages on one rank: the one where the request is done first. See Note: what to do with a hit."""
@@ -347,7 +361,7 @@ class KVMemory:
         self,
         request: Request,
         num_pages: int,
-        copies_on: list[set[int]],
+        copies_on: list[frozenset[int]],
         placement: Placement,
     ) -> bool:
         """Cached pages where they are, the rest striped or spilled."""
@@ -401,8 +415,8 @@ class KVMemory:
         if request.copies:  # the copies are not published yet
             request.num_published = min(copy.source.page_idx for copy in request.copies)
         request.num_computed = len(hit.ranks) * size
-        for rank in hit.ranks:
-            request.place(home if home is not None else rank, 1)
+        for rank, pages in groupby(hit.ranks):
+            request.place(home if home is not None else rank, sum(1 for _ in pages))
         request.claims = [dict[int, int]() for _ in range(num_groups)]
         request.held = [dict[int, int]() for _ in range(num_groups)]
         for rank, num_pages in runs:
@@ -508,7 +522,10 @@ class KVMemory:
         if full <= request.num_published:
             return
         extend_hashes(request.page_hashes, request.token_ids, self.config.page_size)
+        refused = [] if self._refused is None else self._refused.page_hashes
         for page_idx in range(request.num_published, full):
+            if page_idx < len(refused) and refused[page_idx] == request.page_hashes[page_idx]:
+                self._refused = None
             for group_idx, table in enumerate(request.tables):
                 page = table.page(page_idx)
                 if page is not None:

@@ -185,9 +185,9 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next plan to submit, or None when nothing can start now."""
+        self._admit()  # also while all ranks are busy: whoever has a place does not wait for one
         if len(self._busy) == self.config.context_parallel_size:
             return None
-        self._admit()
         ready: list[tuple[Request, set[int]]] = []
         for request in sorted(self.running, key=lambda r: r.request_id):  # the oldest gets its page first
             if not request.in_flight and request.page_ranks and self._has_page(request):
@@ -470,9 +470,8 @@ class Scheduler:
         """
         plan, requests, flops = self._in_flight.pop(result.plan_id)
         self._busy -= set(plan.ranks)
-        num_tokens = sum(run.num_tokens for run in plan.query_runs)
         if plan.phase is Phase.PREFILL and self.config.max_step_ms is not None:
-            self.step_time.learn(flops, num_tokens, max(rank_result.step_s for rank_result in result.ranks))
+            self.step_time.learn(flops, max(rank_result.step_s for rank_result in result.ranks))
         computed = {run.request_id: run.end for run in plan.query_runs}
         for request in requests:
             request.in_flight = False
