@@ -487,7 +487,8 @@ class KVMemory:
     def _next_rank(self, request: Request) -> int:
         """Where the next page of generated tokens should go."""
         last = request.page_ranks[-1][0]
-        if len(request.page_ranks) == 1 or self.config.forced_placement in (Placement.PACKED, Placement.SPILL):
+        forced = self.config.forced_placement
+        if forced in (Placement.PACKED, Placement.SPILL) or (forced is None and len(request.page_ranks) == 1):
             return last
         size = self.config.page_size
         tail_pages = request.num_pages - _pages(request.prompt_len, size)
