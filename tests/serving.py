@@ -23,6 +23,7 @@ from longspan.models.recall_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 from longspan.server.app import make_app
 from longspan.server.config import ServerConfig
 from longspan.server.run import make_state
+from longspan.server.sse import HttpProtocol
 from longspan.server.state import ServerState
 from tiny_models import TinyModel, tiny_engine, write_model
 
@@ -108,7 +109,9 @@ def serving(model: TinyModel | None = None, *, config: ServerConfig | None = Non
     with tiny_engine(model, **options) as engine:
         async_engine = AsyncEngine(engine, max_queued_requests=(config or ServerConfig()).max_queued_requests)
         state = make_state(async_engine, load_tokenizer(model.path), config or ServerConfig())
-        server = uvicorn.Server(uvicorn.Config(make_app(state), port=0, http="h11", lifespan="off", log_config=None))
+        server = uvicorn.Server(
+            uvicorn.Config(make_app(state), port=0, http=HttpProtocol, lifespan="off", log_config=None)
+        )
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:

@@ -336,7 +336,6 @@ OFTEN = {"1 ranks", "2 ranks", "batch", "evicted pages", "hit tokens", "local", 
 ALWAYS_IN_MANY = OFTEN | {
     "3 ranks",
     "8 ranks",
-    "cancelled before its copies",
     "cancelled in flight",
     "cancelled when preempted",
     "cancelled when waiting",

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from longspan.llm import LLM
+from longspan.models.grammar import Grammars
 from longspan.models.loader import load_tokenizer
 from longspan.server.config import ServerConfig
 from longspan.server.generation import _held_back
@@ -314,6 +315,18 @@ def test_an_answer_follows_its_schema(server, seed):
     assert json.loads(texts(server.stream(CHAT, messages=MESSAGES, **fields))[0]) == person
     (choice,) = server.ok(COMPLETIONS, prompt=PROMPT, **fields)["choices"]
     assert json.loads(choice["text"])["name"] in ("Ann", "Bob")
+
+
+def test_a_schema_is_compiled_once_per_request(server, monkeypatch):
+    compiled = []
+    real = Grammars.compile
+    monkeypatch.setattr(Grammars, "compile", lambda self, schema: compiled.append(schema) or real(self, schema))
+    body = {"prompt": "x", "response_format": {"type": "json_object"}, "seed": 3, "temperature": 2, "max_tokens": 25}
+    many = [choice["text"] for choice in server.ok(COMPLETIONS, **body, n=6)["choices"]]
+    assert len(compiled) == 1
+    assert len(set(many)) > 1  # each choice goes its own way
+    assert all(text.lstrip().startswith("{") for text in many)
+    assert server.ok(COMPLETIONS, **body)["choices"][0]["text"] == many[0]
 
 
 def test_json_object_is_any_object(server):

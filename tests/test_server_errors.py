@@ -1,5 +1,7 @@
 """Whatever is wrong, the client is told what, in one shape; nothing is accepted and ignored; nobody is left waiting."""
 
+import asyncio
+import json
 import socket
 import threading
 import time
@@ -10,7 +12,7 @@ import pytest
 from longspan.errors import ConfigError, WorkerError
 from longspan.server.config import ServerConfig
 from longspan.server.protocol import ChatRequest, CompletionRequest
-from serving import error_of, served_model, serving
+from serving import error_of, gather, served_model, serving
 from test_server import CHAT, COMPLETIONS, MESSAGES, slow_down
 
 
@@ -129,6 +131,8 @@ WRONG = [
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias"),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"9999": 1}}, None),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {str(i): 1 for i in range(1000)}}, "logit_bias"),
     (COMPLETIONS, {"prompt": "a", "logprobs": -1}, "logprobs"),
     (COMPLETIONS, {"prompt": "a", "logprobs": True}, "logprobs"),
     (COMPLETIONS, {"prompt": "a", "echo": "yes"}, "echo"),
@@ -235,6 +239,86 @@ def test_a_request_is_no_longer_than_the_model_or_the_option_admit(server):
         assert served.state.longest_request == 20
 
 
+# -- long bodies -------------------------------------------------------------------------------------------------------
+
+LONG = {
+    "token ids": (COMPLETIONS, b'{"prompt": [5' + b",5" * 6_000_000 + b"]}", "context_length_exceeded"),
+    "lists": (COMPLETIONS, b'{"prompt": [[5]' + b",[5]" * 5_000_000 + b"]}", None),
+    "texts": (COMPLETIONS, b'{"prompt": ["x"' + b',"x"' * 5_000_000 + b"]}", None),
+    "no prompt": (COMPLETIONS, b'{"prompt": {"a": [5' + b",[]" * 6_000_000 + b"]}}", None),
+    "stop": (COMPLETIONS, b'{"prompt": "a", "stop": ["x"' + b',"x"' * 5_000_000 + b"]}", None),
+    "biases": (COMPLETIONS, b'{"prompt": "a", "logit_bias": {"1":1' + b',"1":1' * 600_000 + b"}}", None),
+    "fields": (COMPLETIONS, b'{"prompt": "a"' + b',"x":1' * 3_000_000 + b"}", None),
+    "messages": (CHAT, b'{"messages": [{"role":"user","content":"a"}' + b",{}" * 5_000_000 + b"]}", None),
+    "parts": (CHAT, b'{"messages": [{"role":"user","content":[{}' + b",{}" * 5_000_000 + b"]}]}", None),
+    "tokens": ("/detokenize", b'{"tokens": [70' + b",70" * 6_000_000 + b"]}", "context_length_exceeded"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_body_is_refused_while_others_are_answered(server, name):
+    path, body, code = LONG[name]
+    answers = []
+
+    def ask():
+        headers = {"Content-Type": "application/json"}
+        answers.append(httpx.post(server.url + path, content=body, headers=headers, timeout=60))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    worst_s = 0.0
+    while thread.is_alive():
+        started_s = time.perf_counter()
+        assert server.http.get("/health").status_code == 200
+        worst_s = max(worst_s, time.perf_counter() - started_s)
+    error = error_of(answers[0], 400)
+    assert error["code"] == code
+    assert error["message"].startswith(("prompt", "stop", "logit_bias", "x", "messages", "content", "tokens"))
+    assert worst_s < 0.7  # 0.1 on an idle machine; at once it took 2 to 10 s
+
+
+def test_a_long_body_means_what_a_short_one_means(server):
+    space = " " * 70_000
+    for path, body in (
+        (COMPLETIONS, {"prompt": [5, 6, 7]}),
+        (COMPLETIONS, {"prompt": [[5, 6], [7]]}),
+        (COMPLETIONS, {"prompt": ["a", 'é\n","'], "logit_bias": {"65": 5}, "stop": ["q"], "suffix": ""}),
+        (COMPLETIONS, {"prompt": "a", "response_format": {"type": "json_object"}}),
+        (CHAT, {"messages": MESSAGES, "tools": None}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "seed": 1}),
+        ("/tokenize", {"prompt": "a"}),
+        ("/detokenize", {"tokens": [70, 71]}),
+    ):
+        limits = {"temperature": 0, "max_tokens": 3} if path in BODIES else {}
+        short = server.ok(path, **body, **limits)
+        text = json.dumps({**body, **limits})
+        for long in (space + text, text.replace("[", "[" + space), text.replace("]", space + "]")):
+            answer = server.http.post(path, content=long.encode(), headers={"Content-Type": "application/json"})
+            assert answer.status_code == 200, answer.text
+            for name in ("choices", "count", "prompt"):
+                assert answer.json().get(name) == short.get(name)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": [5] * 500 + [1.5]}, "prompt"),
+        ({"prompt": [5] * 500 + ["5"]}, "prompt"),
+        ({"prompt": [5] * 500 + [True]}, "prompt"),
+        ({"prompt": [5] * 500 + [[5]]}, "prompt"),
+        ({"prompt": [[5] * 500, 5]}, "prompt"),
+        ({"prompt": "a", "user": "x" * 300_000}, "user"),
+        ({"prompt": "a", "sch\u00e4": 1}, "sch\u00e4"),
+        ({"prompt": "a", "n": 0}, "n"),
+        ({}, "prompt"),
+    ],
+)
+def test_a_long_body_is_checked_as_a_short_one_is(server, body, param):
+    text = json.dumps(body).replace("[", "[" + " " * 70_000)
+    answer = server.http.post(COMPLETIONS, content=" " * 70_000 + text, headers={"Content-Type": "application/json"})
+    assert error_of(answer, 400)["param"] == param
+
+
 # -- who may ask, and how much -----------------------------------------------------------------------------------------
 
 
@@ -311,6 +395,36 @@ def test_a_full_queue_is_said_with_429(cache_home):
         served.wait_until_free()
 
 
+def test_nobody_is_refused_while_there_is_a_place(cache_home):
+    with serving(config=ServerConfig(max_queued_requests=1), max_num_seqs=16) as served:
+        slow_down(served, 0.02)
+        body = {"max_tokens": 4, "ignore_eos": True}
+        for _ in range(3):
+            found = asyncio.run(gather(served.url, [{"prompt": f"hello {i}", **body} for i in range(16)]))
+            assert len(found) == 16
+            served.wait_until_free()
+        assert len(served.ok(COMPLETIONS, prompt="x", n=17, **body)["choices"]) == 17
+        assert served.refused(COMPLETIONS, prompt="x", n=18)["param"] == "n"
+
+
+def test_who_waits_for_memory_fills_the_queue(cache_home):
+    memory = 256 * 3 * 2 * 2 * 16 * 4  # tokens, layers, K and V, KV heads, head size, bytes
+    with serving(config=ServerConfig(max_queued_requests=1), kv_cache_memory=memory) as served:
+        slow_down(served, 0.05)
+        body = {"max_tokens": 60, "ignore_eos": True}
+        prompts = ("a" * 150, "b" * 150)  # different, or they would share pages
+        others = [
+            threading.Thread(target=served.ok, args=(COMPLETIONS,), kwargs={**body, "prompt": p}) for p in prompts
+        ]
+        for thread in others:
+            thread.start()
+            time.sleep(0.5)
+        assert served.refused(COMPLETIONS, 429, prompt="y" * 150)["code"] == "queue_full"
+        for thread in others:
+            thread.join()
+        served.wait_until_free()
+
+
 def test_a_refused_choice_takes_the_others_with_it(cache_home):
     with serving(config=ServerConfig(max_queued_requests=4), max_num_seqs=1) as served:
         slow_down(served, 0.05)
@@ -323,6 +437,64 @@ def test_a_refused_choice_takes_the_others_with_it(cache_home):
             error_of(other, 429)
             assert served.state.engine.stats().num_waiting <= 3
         served.wait_until_free()
+
+
+# -- slow clients ------------------------------------------------------------------------------------------------------
+
+
+def connect(served):
+    host, port = served.url.removeprefix("http://").split(":")
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(30)
+    client.connect((host, int(port)))
+    return client
+
+
+def send(client, body, length=None):
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    client.sendall(f"{head}Content-Length: {length or len(body)}\r\n\r\n".encode() + body)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(cache_home, monkeypatch):
+    monkeypatch.setattr("longspan.server.limits.BODY_S", 1.0)
+    with serving() as served, connect(served) as client:
+        send(client, b"{", length=100)
+        time.sleep(0.3)
+        assert served.state.num_open == 0  # a server that drains does not wait for it
+        answer = client.recv(10_000)
+        assert b" 408 " in answer
+        assert b"body_too_slow" in answer
+        assert client.recv(10) == b""  # closed
+
+
+def test_a_client_that_does_not_read_is_dropped(cache_home, monkeypatch):
+    monkeypatch.setattr("longspan.server.sse.SEND_S", 0.5)
+    with serving(page_size=16) as served, connect(served) as client:
+        body = {"prompt": "x", "max_tokens": 1500, "n": 8, "stream": True, "logprobs": 20, "ignore_eos": True}
+        send(client, json.dumps(body).encode())
+        deadline = time.monotonic() + 30
+        while not served.state.num_open:
+            assert time.monotonic() < deadline
+        while served.state.num_open:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        served.wait_until_free()
+        assert b'finished_reason="abort",model_name="' in served.state.metrics.text()
+        assert served.state.engine.stats().num_running == 0
+
+
+def test_what_waits_for_a_slow_client_is_bounded(cache_home, monkeypatch):
+    monkeypatch.setattr("longspan.server.generation.MAX_BEHIND", 5)
+    with serving() as served, connect(served) as client:
+        body = {"prompt": "x", "max_tokens": 1900, "stream": True, "logprobs": 50, "ignore_eos": True}
+        send(client, json.dumps(body).encode())
+        time.sleep(0.5)
+        served.wait_until_free(30)
+        text = b""
+        while not text.endswith(b"0\r\n\r\n"):
+            text += client.recv(2**20)
+        assert b"the client reads too slowly" in text
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------
@@ -393,6 +565,7 @@ def _broken(plan):
         ("port", -1),
         ("port", 65536),
         ("api_key", ""),
+        ("api_key", " \n"),
         ("api_key", "schlüssel"),
         ("max_queued_requests", 0),
         ("max_model_len", 0),
@@ -405,6 +578,10 @@ def _broken(plan):
 def test_rejects_illegal_options_of_the_server(field, value):
     with pytest.raises(ConfigError, match=f"{field}: got .*, legal is "):
         ServerConfig(**{field: value})
+
+
+def test_a_key_from_a_file_may_end_with_a_line_break():
+    assert ServerConfig(api_key=" s3cret\n").api_key == "s3cret"
 
 
 def test_every_option_of_the_command_arrives(longspan, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -285,6 +286,16 @@ def test_sigterm_lets_running_requests_end_and_exits_with_0(cache_home):
         assert "no new requests; 1 still run" in served.said()
 
 
+def test_a_client_that_never_sends_the_rest_does_not_keep_a_server_from_ending(cache_home):
+    with command() as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            client.sendall(head + b"Content-Length: 100\r\n\r\n{")
+            httpx.get(f"{served.url}/health").raise_for_status()
+            assert served.end() == 0
+
+
 def test_an_idle_server_ends_at_once(cache_home):
     with command() as served:
         httpx.get(f"{served.url}/health").raise_for_status()
@@ -300,9 +311,32 @@ def test_a_second_signal_ends_a_server_at_once(cache_home):
             served.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             assert served.process.poll() is None
+            started = time.monotonic()
             assert served.end(signal.SIGINT, seconds=20) == 128 + signal.SIGINT
+            assert time.monotonic() - started < 2  # 0.7 on an idle machine
         assert '"error"' in lines[-2]  # told, not just dropped
         assert lines[-1] == "end"
+
+
+def test_a_second_signal_does_not_wait_for_threads(cache_home):
+    """A text of 20 MB is tokenized for half a minute, in a thread that nothing can stop."""
+    with command(*TWO_RANKS) as served:
+        text = {"prompt": "ab c" * 5_000_000}
+
+        def ask():
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.post(f"{served.url}/v1/completions", json=text, timeout=60)
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        time.sleep(2)
+        served.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert served.process.poll() is None
+        started = time.monotonic()
+        assert served.end(signal.SIGTERM, seconds=20) == 128 + signal.SIGTERM
+        assert time.monotonic() - started < 2
+        thread.join(timeout=10)
 
 
 def test_when_a_worker_is_killed_every_client_is_told_and_the_exit_code_is_not_0(cache_home):

@@ -24,10 +24,16 @@ STRIPED_FROM = 1024
 @click.argument("model")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is everywhere.")
 @click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--api-key", envvar="LONGSPAN_API_KEY", help="Clients must send it; better in LONGSPAN_API_KEY.")
+@click.option(
+    "--api-key",
+    envvar="LONGSPAN_API_KEY",
+    help="Clients must send it; better in LONGSPAN_API_KEY. White space around it is dropped.",
+)
 @click.option("--served-model-name", metavar="NAME", help="What clients call the model; default: MODEL.")
 @click.option("--max-model-len", type=int, help="Most tokens of a request; default: what the model admits.")
-@click.option("--max-queued-requests", type=int, help="More that wait are answered 429; default: any number.")
+@click.option(
+    "--max-queued-requests", type=int, help="Beside those that run; more are answered 429; default: any number."
+)
 @click.option("--max-num-seqs", type=int, default=64, show_default=True, help="Most requests that run at once.")
 @click.option(
     "--max-step-ms",

@@ -111,7 +111,9 @@ class AsyncEngine:
 
         Args:
             engine: from now on used by this object alone.
-            max_queued_requests: most requests that wait for admission; None admits any number.
+            max_queued_requests: most requests that wait; None admits any number. A request waits if `max_num_seqs`
+                others have not ended, or if the engine's thread, when it last looked, found no pages for it. One that
+                it has not looked at yet takes a place that may be free.
             on_failure: called once, from the engine's thread, when the ranks have failed and no request can be served.
         """
         self.engine = engine
@@ -121,6 +123,7 @@ class AsyncEngine:
         self._streams: dict[int, RequestStream] = {}  # the engine thread's own, as the next two
         self._not_started: dict[int, RequestStream] = {}
         self._done: list[Future[PlanResult]] = []
+        self._num_waiting = 0  # when the engine's thread last tried to let requests in
         self._num_arriving = 0  # submitted, not yet seen by the engine's thread; guarded by _lock
         self._takes_requests = True  # guarded by _lock
         self._lock = threading.Lock()
@@ -149,7 +152,7 @@ class AsyncEngine:
             LongspanError: the engine has failed or is closed.
         """
         self._check_alive()
-        num_waiting = self._num_arriving + len(self.engine.scheduler.waiting)
+        num_waiting = max(self._num_waiting, self.num_unfinished - self.engine.config.max_num_seqs)
         if self._max_queued_requests is not None and num_waiting >= self._max_queued_requests:
             raise QueueFullError(num_waiting, self._max_queued_requests)
         with self._lock:
@@ -217,8 +220,12 @@ class AsyncEngine:
                     break
                 done, self._done = self._done, []
                 self._deliver(self.engine.take_in(done))
+                scheduler = self.engine.scheduler
+                is_looking = len(scheduler._busy) < self.engine.config.context_parallel_size  # else nobody is let in
                 for future in self.engine.submit_plans():
                     future.add_done_callback(self._plan_done)
+                if is_looking or not scheduler.waiting:
+                    self._num_waiting = len(scheduler.waiting)
                 self._note_starts()
         except Exception as failure:
             self.failure = failure

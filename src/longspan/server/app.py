@@ -8,16 +8,17 @@ from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute, APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import PreTrainedTokenizerBase
 
+from longspan.errors import LongspanError
 from longspan.models.text import encode_prompt
+from longspan.server.bodies import LONG_BODY, kind_of, read_body
 from longspan.server.chat import chat, encode_messages
 from longspan.server.completions import complete
-from longspan.server.errors import ApiError, error_handlers, json_response
+from longspan.server.errors import ApiError, as_api_error, error_handlers, json_response
 from longspan.server.limits import HEALTH_PATH, Gate
 from longspan.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from longspan.server.sse import unless_gone
@@ -26,23 +27,32 @@ from longspan.server.state import ServerState
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-class _JsonRequest(Request):
-    async def json(self) -> Any:
-        # Unlike the standard library's parser this one refuses NaN, lone surrogates and bytes that are not UTF-8.
-        try:
-            return msgspec.json.decode(await self.body())
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ApiError(400, f"body: not JSON: {error}") from None
+def _json_route(state: ServerState) -> type[APIRoute]:
+    """Routes whose bodies are read by `read_body`; the framework finds a request that is checked already."""
 
+    class JsonRoute(APIRoute):
+        def get_route_handler(self) -> _Handler:
+            handle, found = super().get_route_handler(), kind_of(self.body_field)
+            if found is None:
+                return handle
+            kind = found
 
-class _JsonRoute(APIRoute):
-    def get_route_handler(self) -> _Handler:
-        handle = super().get_route_handler()
+            class JsonRequest(Request):
+                async def json(self) -> Any:
+                    raw = await self.body()
+                    try:
+                        if len(raw) < LONG_BODY:
+                            return read_body(raw, kind, state)
+                        return await state.tokenizers.run(lambda _tokenizer: read_body(raw, kind, state), len(raw))
+                    except LongspanError as error:
+                        raise as_api_error(error) from None  # the framework lets nothing else through
 
-        async def handle_json(request: Request) -> Response:
-            return await handle(_JsonRequest(request.scope, request.receive))
+            async def handle_json(request: Request) -> Response:
+                return await handle(JsonRequest(request.scope, request.receive))
 
-        return handle_json
+            return handle_json
+
+    return JsonRoute
 
 
 def make_app(state: ServerState) -> FastAPI:
@@ -57,7 +67,7 @@ def make_app(state: ServerState) -> FastAPI:
     )
     app.router.redirect_slashes = False
     app.add_middleware(Gate, state=state)
-    router = APIRouter(route_class=_JsonRoute)
+    router = APIRouter(route_class=_json_route(state))
 
     # -- text --------------------------------------------------------------------------------------------------------
 
@@ -157,6 +167,8 @@ async def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
 
 
 async def _detokenize(state: ServerState, body: DetokenizeRequest) -> Response:
+    if len(body.tokens) > state.longest_request:
+        state.refuse_length("tokens", len(body.tokens), 1)
     if body.tokens:
-        state.check_token_ids("tokens", body.tokens)
+        await state.check_token_ids("tokens", body.tokens)
     return json_response({"prompt": await state.decode(body.tokens)})

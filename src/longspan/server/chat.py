@@ -25,12 +25,13 @@ _TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, Attribute
 
 async def chat(state: ServerState, body: ChatRequest) -> Response:
     """Answer a request. Raises: LongspanError, ApiError."""
-    body.sampling_params(body.asked_max_tokens or body.min_tokens or 1)  # what is wrong with it, before any work
+    least = body.asked_max_tokens or body.min_tokens or 1
+    await body.in_thread_if_long(lambda: body.sampling_params(least))  # what is wrong with it, before any work
     token_ids = await encode_messages(state, body.messages)
     max_tokens = body.asked_max_tokens
     if max_tokens is None:
         max_tokens = await state.room_for(len(token_ids))
-    params = body.sampling_params(max_tokens)
+    params = await body.in_thread_if_long(lambda: body.sampling_params(max_tokens))
     generation = await Generation.start(state, [Prompt(None, token_ids)], params, body.num_choices)
     answer = _Chat(state, generation, body)
     return answer.stream() if body.stream else await answer.whole()

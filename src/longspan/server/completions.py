@@ -20,7 +20,7 @@ from longspan.server.token_texts import TokenTexts
 
 async def complete(state: ServerState, body: CompletionRequest) -> Response:
     """Answer a request. Raises: LongspanError, ApiError."""
-    params = body.sampling_params()
+    params = await body.in_thread_if_long(body.sampling_params)
     prompts = [await _prompt(state, prompt, needs_text=bool(body.echo)) for prompt in body.prompts]
     generation = await Generation.start(state, prompts, params, body.num_choices)
     answer = _Completion(state, generation, body)
@@ -31,7 +31,7 @@ async def _prompt(state: ServerState, prompt: str | list[int], *, needs_text: bo
     if isinstance(prompt, str):
         token_ids = await state.tokenizers.run(lambda tokenizer: encode_prompt(tokenizer, prompt), len(prompt))
         return Prompt(prompt, token_ids)
-    state.check_token_ids("prompt", prompt)
+    await state.check_token_ids("prompt", prompt)
     if not needs_text:
         return Prompt(None, prompt)
     return Prompt(await state.decode(prompt), prompt)

@@ -24,9 +24,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     """0 takes a free one."""
     api_key: str | None = None
-    """What clients must send as `Authorization: Bearer KEY`, except to /health; None asks for nothing."""
+    """What clients must send as `Authorization: Bearer KEY`, except to /health; None asks for nothing.
+
+    White space around it is dropped.
+    """
     max_queued_requests: int | None = None
-    """Most requests that wait for admission; one more is answered 429. None queues any number."""
+    """Most requests that wait, beside `max_num_seqs` that run; one more is answered 429. None queues any number."""
     max_model_len: int | None = None
     """Most tokens of a request, prompt and answer together; None is what the model admits."""
     served_model_name: str | None = None
@@ -46,7 +49,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
         check("host", isinstance(self.host, str) and bool(self.host.strip()), "a host name or an address")
         check("port", whole(self.port, 0, 65535), "a whole number from 0 (any free port) to 65535")
-        if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
+        if self.api_key is not None:  # a key from a file often ends with a line break, which no header can hold
+            msgspec.structs.force_setattr(self, "api_key", self.api_key.strip())
+        if self.api_key is not None and (not self.api_key or not self.api_key.isascii()):
             raise ConfigError("api_key: got a key that is empty or not ASCII, legal is ASCII text")
         for name in ("max_queued_requests", "max_model_len"):
             value = getattr(self, name)

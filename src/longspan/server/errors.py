@@ -79,7 +79,7 @@ def _param(message: str) -> str | None:
 # -- handlers ----------------------------------------------------------------------------------------------------------
 
 
-def _describe(errors: Sequence[Any]) -> tuple[str, str | None]:
+def describe(errors: Sequence[Any]) -> tuple[str, str | None]:
     """A message and the field's name, from what pydantic found wrong with a request."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "path", "query")]
@@ -108,7 +108,7 @@ def _shown(value: object) -> str:
 
 async def _on_validation_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    message, param = _describe(error.errors())
+    message, param = describe(error.errors())
     return ApiError(400, message, param=param).response()
 
 

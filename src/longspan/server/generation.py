@@ -20,6 +20,9 @@ from longspan.server.protocol import MAX_PROMPTS, nth_choice
 from longspan.server.state import ServerState
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
 
+MAX_BEHIND = 4096
+"""Updates that may wait for a client that reads slowly; one more ends its answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -111,24 +114,26 @@ class Generation:
         Raises:
             LongspanError, ApiError: a choice was refused; nothing runs.
         """
-        limit = min(MAX_PROMPTS, state.config.max_queued_requests or MAX_PROMPTS)
+        queue = state.config.max_queued_requests
+        slots = state.engine_config.max_num_seqs
+        limit = MAX_PROMPTS if queue is None else min(MAX_PROMPTS, slots + queue)
         total = len(prompts) * num_choices
         if total > limit:
             raise ApiError(
                 400,
                 f"n: got {len(prompts)} prompts x {num_choices} answers = {total} requests, legal is at most {limit}"
-                + " (--max-queued-requests)" * (limit < MAX_PROMPTS),
+                + " (--max-num-seqs + --max-queued-requests)" * (limit < MAX_PROMPTS),
                 param="n",
             )
         for prompt in prompts:
             state.check_length(len(prompt.token_ids), params.max_tokens)
         generation = cls(state, len(prompts))
         try:
+            constraint = await state.grammars.constraints(params)
             for prompt in prompts:
                 for i in range(num_choices):
                     one = nth_choice(params, i)
-                    constraint = await state.grammars.constraint(one)
-                    stream = await state.engine.submit(prompt.token_ids, one, constraint=constraint)
+                    stream = await state.engine.submit(prompt.token_ids, one, constraint=constraint())
                     text = TextStream(state.tokenizers.tokenizer, prompt.token_ids, one)
                     generation.choices.append(Choice(len(generation.choices), prompt, one, stream, text))
                     await asyncio.sleep(0)  # a thousand choices must not hold up everybody else
@@ -141,6 +146,9 @@ class Generation:
     async def _pump(self, choice: Choice) -> None:
         try:
             async for update in choice.stream:
+                if self._queue.qsize() > MAX_BEHIND + 16 * len(self.choices):
+                    choice.stream.cancel()
+                    raise LongspanError("the client reads too slowly")
                 self._queue.put_nowait((choice, update))
         except LongspanError as error:
             self._queue.put_nowait((choice, error))

@@ -5,14 +5,22 @@ Read next: `longspan.models.grammar`.
 """
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable
 
 from longspan.errors import ConfigError
-from longspan.models.grammar import Grammars
+from longspan.models.grammar import GrammarConstraint, Grammars
 from longspan.scheduler.request import Constraint
 from longspan.server.errors import ApiError
 from longspan.types import SamplingParams
+
+
+def _copy(constraint: GrammarConstraint) -> GrammarConstraint:
+    """Another one at the same place; the compiled grammar is shared."""
+    found = copy.copy(constraint)
+    found._matcher = constraint._matcher.deep_copy()
+    return found
 
 
 class LazyGrammars:
@@ -24,13 +32,20 @@ class LazyGrammars:
         self._lock = threading.Lock()
         self._made: Grammars | ConfigError | None = None
 
-    async def constraint(self, params: SamplingParams) -> Constraint | None:
-        """What makes an answer follow a schema; None if none was asked for. Raises: ApiError for one that cannot be."""
-        if params.json_schema is None:
-            return None
-        return await asyncio.to_thread(self._compile, params.json_schema)
+    async def constraints(self, params: SamplingParams) -> Callable[[], Constraint | None]:
+        """What makes each answer to a request follow its schema: compiled once, a copy of it per call.
 
-    def _compile(self, schema: str) -> Constraint:
+        A call gives None if no schema was asked for.
+
+        Raises:
+            ApiError: the schema cannot be followed.
+        """
+        if params.json_schema is None:
+            return lambda: None
+        first = await asyncio.to_thread(self._compile, params.json_schema)
+        return lambda: _copy(first)
+
+    def _compile(self, schema: str) -> GrammarConstraint:
         try:
             return self._grammars().compile(schema)
         except ConfigError as error:

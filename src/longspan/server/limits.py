@@ -4,6 +4,7 @@ Holds the ASGI middleware. Must not know what routes do.
 Read next: `longspan.server.app`.
 """
 
+import asyncio
 import hmac
 
 from starlette.datastructures import Headers
@@ -13,6 +14,9 @@ from longspan.server.errors import ApiError
 from longspan.server.state import ServerState
 
 HEALTH_PATH = "/health"
+
+BODY_S = 60.0
+"""How long a body may take to arrive."""
 
 
 class Gate:
@@ -26,14 +30,24 @@ class Gate:
             await self._app(scope, receive, send)
             return
         state = self._state
+        error = self._refusal(scope)
+        if error is None and scope["method"] == "POST":
+            # Not open before its body is there: a client that stops half way must not keep a server from ending.
+            try:
+                body = await self._read(receive)
+            except ApiError as refusal:
+                error = refusal
+            else:
+                if body is None:
+                    return
+                error, receive = self._refusal(scope), _replay(body, receive)
         state.num_open += 1
         state.idle.clear()
         try:
-            error = self._refusal(scope)
             if error is not None:
                 await error.response()(scope, receive, send)
             else:
-                await self._app(scope, self._limited(receive), send)
+                await self._app(scope, receive, send)
         finally:
             state.num_open -= 1
             if not state.num_open:
@@ -69,17 +83,40 @@ class Gate:
         limit = self._state.config.max_body_bytes
         return ApiError(413, f"body: legal is at most {limit} bytes (--max-body-size)", code="body_too_long")
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Counts what comes: a body in pieces does not say its length."""
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body, counted as it comes: in pieces it does not say its length. None if the client has gone.
+
+        Raises:
+            ApiError: it is too long, or takes too long.
+        """
+        pieces: list[bytes] = []
         left = self._state.config.max_body_bytes
+        try:
+            async with asyncio.timeout(BODY_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    pieces.append(message.get("body", b""))
+                    left -= len(pieces[-1])
+                    if left < 0:
+                        raise self._too_long()
+                    if not message.get("more_body", False):
+                        return b"".join(pieces)
+        except TimeoutError:
+            text = f"body: got a part of it in {BODY_S:g} s, legal is all of it"
+            raise ApiError(408, text, code="body_too_slow", headers={"Connection": "close"}) from None
 
-        async def limited() -> Message:
-            nonlocal left
-            message = await receive()
-            if message["type"] == "http.request":
-                left -= len(message.get("body", b""))
-                if left < 0:
-                    raise self._too_long()
-            return message
 
-        return limited
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that was read already, then what else comes."""
+    is_read = False
+
+    async def replay() -> Message:
+        nonlocal is_read, body
+        if is_read:
+            return await receive()
+        is_read, found, body = True, body, b""
+        return {"type": "http.request", "body": found, "more_body": False}
+
+    return replay

@@ -9,22 +9,32 @@ Note: no field is ignored
     OpenAI's, which mean nothing to a server of one's own.
 """
 
+import asyncio
 import hashlib
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WrapValidator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from longspan.errors import ConfigError
 from longspan.types import SamplingParams
+
+Result = TypeVar("Result")
+
+LONG_LIST = 5_000
+"""Token ids in `logit_bias` and `stop_token_ids` from which they are looked at in a thread: 5,000 took 5 ms."""
 
 MAX_N = 128
 """Most answers to one prompt."""
 
 MAX_PROMPTS = 2048
 """Most prompts in one request, and most answers to all of them together."""
+
+MAX_MESSAGES, MAX_PARTS = 16_384, 2048
+"""Most messages of a conversation, and most parts of one message."""
 
 MAX_STOPS, MAX_STOP_LEN = 16, 1000
 """Stop strings and their characters: every new token is compared with all of them."""
@@ -162,6 +172,12 @@ class _Common(Body):
         """Answers to each prompt."""
         return self.n or 1
 
+    async def in_thread_if_long(self, make: Callable[[], Result]) -> Result:
+        """Call something that looks at every entry of the lists here."""
+        if len(self.logit_bias or ()) + len(self.stop_token_ids or ()) > LONG_LIST:
+            return await asyncio.to_thread(make)
+        return make()
+
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with a chunk that counts tokens."""
@@ -185,10 +201,17 @@ class _Common(Body):
         return SamplingParams(**{"temperature": 1.0, **given, **more})
 
 
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,18}")
+
+
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:
     """Keys of a JSON object are text."""
-    if not all(key.isascii() and key.isdigit() and len(key) < 20 for key in biases):
-        raise ConfigError(f'logit_bias: got the keys {list(biases)[:5]}, legal is token ids as text, such as "42"')
+    wrong = [key for key in biases if not _TOKEN_ID.fullmatch(key)]
+    if wrong:  # two names for one token would be two biases, of which one got lost
+        shown = [key[:20] for key in wrong[:5]]
+        raise ConfigError(
+            f'logit_bias: got the keys {shown}, legal is token ids as text, without leading zeros, such as "42"'
+        )
     return {int(key): bias for key, bias in biases.items()}
 
 
@@ -205,7 +228,39 @@ def nth_choice(params: SamplingParams, choice_idx: int) -> SamplingParams:
 DEFAULT_MAX_TOKENS = 16
 """Of a completion; OpenAI's."""
 
-_PROMPT_RULE = f"a text, a list of token ids, or a list of either with 1 to {MAX_PROMPTS} entries"
+PROMPT_RULE = f"a text, a list of token ids, or a list of either with 1 to {MAX_PROMPTS} entries"
+
+
+_Prompt = str | list[int] | list[str] | list[list[int]]
+
+
+def pieces_of(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """A long list in pieces: one call over ten million values would hold the GIL for a third of a second."""
+    return (values[start : start + 2**16] for start in range(0, len(values), 2**16))
+
+
+def _has_only(kind: type, values: list[Any]) -> bool:
+    return all(set(map(type, piece)) == {kind} for piece in pieces_of(values))
+
+
+def _check_prompt(prompt: Any) -> Any:
+    """The first entry says what all must be: a union would try each of its members on millions of entries."""
+    kind = type(prompt[0]) if isinstance(prompt, list) and prompt else None
+    legal = isinstance(prompt, str) and prompt != ""
+    if kind is int:
+        legal = _has_only(int, prompt)
+    elif kind in (str, list):
+        legal = len(prompt) <= MAX_PROMPTS and _has_only(kind, prompt)
+        legal = legal and (kind is str or all(_has_only(int, one) for one in prompt))
+    if not legal:
+        raise PydanticCustomError("longspan", "legal is {rule}", {"rule": PROMPT_RULE})
+    return prompt
+
+
+def _check_token_ids(value: Any) -> Any:
+    if not isinstance(value, list) or not _has_only(int, value):
+        raise PydanticCustomError("longspan", "legal is a list of token ids")
+    return value
 
 
 class CompletionRequest(_Common):
@@ -213,19 +268,12 @@ class CompletionRequest(_Common):
 
     REFUSED: ClassVar = {"suffix": ("",), "best_of": (1,), "use_beam_search": (False,)}
 
-    prompt: Annotated[str | list[int] | list[str] | list[list[int]], _legal(_PROMPT_RULE)]
+    prompt: Annotated[_Prompt, PlainValidator(_check_prompt, json_schema_input_type=_Prompt)]
     max_tokens: int | None = None
     """With `echo` 0 is legal: nothing is generated."""
     echo: bool | None = None
     """The text starts with the prompt."""
     logprobs: int | None = None
-
-    @model_validator(mode="after")
-    def _has_prompts(self) -> "CompletionRequest":
-        is_many = not isinstance(self.prompt, str) and self.prompt and not isinstance(self.prompt[0], int)
-        if not self.prompt or (is_many and len(self.prompt) > MAX_PROMPTS):
-            raise PydanticCustomError("longspan", "prompt: legal is {rule}", {"rule": _PROMPT_RULE})
-        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -275,7 +323,10 @@ class Message(Body):
     }
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[TextPart], _legal("a text, or a list of parts of the type 'text'")]
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)],
+        _legal(f"a text, or a list of up to {MAX_PARTS} parts of the type 'text'"),
+    ]
     name: str | None = None
 
     def for_template(self) -> dict[str, str]:
@@ -305,7 +356,7 @@ class ChatRequest(_Common):
         "echo": (False,),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     """The newer name of `max_tokens`; absent, the answer may take all that is left."""
@@ -338,7 +389,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     """Absent: true for a prompt; a chat template brings its own."""
     add_generation_prompt: bool | None = None
@@ -358,4 +409,4 @@ class DetokenizeRequest(Body):
     """`POST /detokenize`"""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], PlainValidator(_check_token_ids, json_schema_input_type=list[int])]

@@ -12,9 +12,11 @@ Note: how a server ends
 import asyncio
 import contextlib
 import copy
+import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -33,12 +35,16 @@ from longspan.server.app import make_app
 from longspan.server.config import ServerConfig
 from longspan.server.grammars import LazyGrammars
 from longspan.server.metrics import Metrics
+from longspan.server.sse import HttpProtocol
 from longspan.server.state import ServerState, check_max_model_len
 from longspan.server.token_texts import TokenTexts
 from longspan.server.tokenizers import TokenizerPool
 
 ANSWER_S = 5.0
 """How long open requests may take to be told that the server ends."""
+
+AT_ONCE_S = 0.5
+"""How long a server may take to end after a second signal."""
 
 BACKLOG = 2048
 
@@ -100,7 +106,7 @@ async def _serve(engine: Engine, tokenizer: PreTrainedTokenizerBase, config: Ser
     server = _Server(
         uvicorn.Config(
             make_app(state),
-            http="h11",
+            http=HttpProtocol,
             ws="none",
             proxy_headers=False,
             lifespan="off",
@@ -121,17 +127,30 @@ async def _serve(engine: Engine, tokenizer: PreTrainedTokenizerBase, config: Ser
             if state.num_open:
                 _say(f"no new requests; {state.num_open} still run (a second signal ends them)")
             number = await _next(signals, failed, state.idle)
+        if number is not None:
+            _exit_soon(128 + number)
     finally:
         state.is_draining = True
         await asyncio.to_thread(async_engine.close)  # whatever still runs is told so
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(state.idle.wait(), ANSWER_S)
         server.should_exit = True
+        server.force_exit = number is not None  # uvicorn would wait for clients that do not read
         await serving
         state.tokenizers.close()
     if async_engine.failure is not None:
         raise LongspanError(str(async_engine.failure)) from async_engine.failure
     return 0 if number is None else 128 + number
+
+
+def _exit_soon(code: int) -> None:
+    """End the process `AT_ONCE_S` from now, whatever a thread still tokenizes or a client does not read.
+
+    Workers that could not be told notice that their driver is gone.
+    """
+    timer = threading.Timer(AT_ONCE_S, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 async def _next(signals: "asyncio.Queue[int]", *events: asyncio.Event) -> int | None:

@@ -11,11 +11,18 @@ from typing import Any
 import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment: clients skip it, and nothing between us and them takes the connection for dead."""
 
 DONE = b"data: [DONE]\n\n"
+
+SEND_S = 60.0
+"""How long a client may read nothing of a stream that has something to tell; then it counts as gone."""
+
+ABORT = "longspan.abort"
+"""In an ASGI scope: a function that drops the connection, with whatever the client has not read."""
 
 CLIENT_GONE = 499
 """Status of an answer that nobody reads."""
@@ -38,7 +45,7 @@ class EventStream(Response):
         self._events, self._on_end = events, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.create_task(self._send(send))
+        sending = asyncio.create_task(self._send(send, scope.get(ABORT, _nothing)))
         try:
             await _first(sending, receive)
         finally:
@@ -49,11 +56,34 @@ class EventStream(Response):
         if not sending.cancelled():
             sending.result()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, abort: Callable[[], None]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for data in self._events:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            async for data in self._events:
+                async with asyncio.timeout(SEND_S):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+        except TimeoutError:
+            abort()
+            return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _nothing() -> None:
+    """Where the server gives no way to drop a connection."""
+
+
+class HttpProtocol(H11Protocol):
+    """uvicorn's, whose `close` waits until the client has read everything; so streams get an `abort`."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        app = self.app
+
+        async def with_abort(scope: Any, receive: Any, send: Any) -> None:
+            scope[ABORT] = transport.abort
+            await app(scope, receive, send)
+
+        self.app = with_abort
 
 
 async def unless_gone(request: Request, making: Coroutine[Any, Any, Response]) -> Response:

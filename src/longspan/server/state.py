@@ -7,16 +7,18 @@ Read next: `longspan.server.app`.
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
 from longspan.config import EngineConfig
-from longspan.engine.async_engine import AsyncEngine
+from longspan.engine.async_engine import CHECK_INLINE_TOKENS, AsyncEngine
 from longspan.errors import CapacityError, ConfigError
 from longspan.server.config import ServerConfig
 from longspan.server.errors import TOO_LONG, ApiError
 from longspan.server.grammars import LazyGrammars
 from longspan.server.metrics import Metrics
+from longspan.server.protocol import pieces_of
 from longspan.server.token_texts import TokenTexts
 from longspan.server.tokenizers import TokenizerPool
 
@@ -61,10 +63,17 @@ class ServerState:
                 code="model_not_found",
             )
 
-    def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+    async def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         """Raises: ApiError for ids that the model does not know."""
+        if len(token_ids) > CHECK_INLINE_TOKENS:
+            await asyncio.to_thread(self._check_token_ids, name, token_ids)
+        else:
+            self._check_token_ids(name, token_ids)
+
+    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         size = self.engine.engine.spec.vocab_size
-        ends = (min(token_ids), max(token_ids)) if token_ids else ()
+        pieces = pieces_of(token_ids)
+        ends = {end for piece in pieces for end in (min(piece), max(piece))}
         wrong = next((token_id for token_id in ends if not 0 <= token_id < size), None)
         if wrong is not None or not token_ids:
             got = "no tokens" if wrong is None else f"the token id {wrong}"
@@ -103,6 +112,17 @@ class ServerState:
             param="prompt" if prompt_len >= limit else "max_tokens",
             code=TOO_LONG,
         )
+
+    def refuse_length(self, name: str, num_tokens: int, max_tokens: int) -> NoReturn:
+        """Refuse token ids of which there are more than `longest_request`, by their number alone.
+
+        Raises:
+            ApiError, CapacityError: always; says what would fit them, if anything would.
+        """
+        self.check_length(num_tokens, max_tokens)
+        self.engine.engine.scheduler.memory.check_fits(num_tokens, max_tokens)
+        limit = self.longest_request
+        raise ApiError(400, f"{name}: got {num_tokens} token ids, legal is at most {limit}", param=name, code=TOO_LONG)
 
     async def room_for(self, prompt_len: int) -> int:
         """Most tokens that can follow a prompt; at least 1, so that submitting it says what is wrong."""

@@ -1,0 +1,170 @@
+"""From the bytes of a body to a request: long ones in a thread, in pieces, and refused by length before all else.
+
+Holds the order in which a long body is looked at. Must not know what fields mean, nor routes.
+Read next: `longspan.server.protocol`; `longspan.server.app`, which calls this.
+
+Note: why in pieces
+    A thread that decodes 30 MB in one call holds the GIL for the whole call, and the event loop waits: 15 million
+    token ids took 0.4 s, 7 million lists 4 s. So a long body is first cut into the raw text of its fields (0.1 s at
+    most), what is too much is refused by counting commas or brackets, and what remains is decoded a piece at a time.
+"""
+
+import functools
+import re
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+
+from longspan.server.errors import ApiError, describe
+from longspan.server.protocol import MAX_MESSAGES, MAX_PARTS, MAX_PROMPTS, PROMPT_RULE, Body, Message, TextPart
+from longspan.server.state import ServerState
+
+LONG_BODY = 2**16
+"""Bytes from which a body is read in a thread."""
+
+MAX_FIELD = 2**18
+"""Bytes of JSON that one field may take, in a long body, if it is not one of the next two."""
+
+MAX_FIELDS = {"response_format": 2**20, "logit_bias": 2**22}
+UNLIMITED = ("prompt", "messages", "tokens", "content", "text")
+"""Only the body's own limit holds for them."""
+
+_HOLDS_PROMPTS = re.compile(rb'\[\s*["\[]')
+_PIECE = 2**18
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def read_body(raw: bytes, kind: type[Body], state: ServerState) -> Any:
+    """The request in a body; what is no JSON object comes back as it is, for the framework to refuse.
+
+    Args:
+        raw: the whole body.
+        kind: of request.
+        state: the server's, for its limits.
+
+    Raises:
+        LongspanError, ApiError: the body is not JSON, or no legal request.
+    """
+    try:
+        # Unlike the standard library's parser this one refuses NaN, lone surrogates and bytes that are not UTF-8.
+        data = msgspec.json.decode(raw) if len(raw) < LONG_BODY else _LongBody(state).fields(raw, kind)
+    except _NOT_JSON as error:
+        raise ApiError(400, f"body: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        return data
+    for name in ("logit_bias", "stop_token_ids"):
+        value = data.get(name)
+        if isinstance(value, (list, dict)):
+            _check_count(name, len(value), state)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        message, param = describe(error.errors(include_url=False))
+        raise ApiError(400, message, param=param) from None
+
+
+def _check_count(name: str, count: int, state: ServerState) -> None:
+    size = state.engine.engine.spec.vocab_size
+    if count > size:
+        raise ApiError(
+            400, f"{name}: got {count} entries, legal is at most {size}, the tokens of the model", param=name
+        )
+
+
+class _LongBody:
+    """One long body."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._max_tokens = 1
+
+    def fields(self, raw: "bytes | msgspec.Raw", kind: type[Body]) -> dict[str, Any]:
+        """A JSON object of one kind."""
+        try:
+            cut = msgspec.json.decode(raw, type=_cut(kind))
+        except msgspec.ValidationError as error:
+            unknown = re.search("unknown field `(.*)`", str(error), re.DOTALL)
+            if unknown is None:
+                raise ApiError(400, "body: legal is a JSON object") from None
+            name = unknown[1] if len(unknown[1]) <= 100 else f"{unknown[1][:100]}..."
+            raise ApiError(400, f"{name}: not supported by this server; leave it out", param=name) from None
+        found = {name: value for name in cut.__struct_fields__ if (value := getattr(cut, name)) is not msgspec.UNSET}
+        for name, value in found.items():
+            limit = None if name in UNLIMITED else MAX_FIELDS.get(name, MAX_FIELD)
+            if limit is not None and len(memoryview(value)) > limit:
+                got = f"{len(memoryview(value))} bytes of JSON"
+                raise ApiError(400, f"{name}: got {got}, legal is at most {limit}", param=name)
+        if "logit_bias" in found:
+            _check_count("logit_bias", bytes(found["logit_bias"]).count(b","), self._state)
+        if "max_tokens" in found:
+            max_tokens = msgspec.json.decode(found["max_tokens"])
+            self._max_tokens = max(1, max_tokens) if type(max_tokens) is int else 1
+        return {name: self._field(name, value) for name, value in found.items()}
+
+    def _field(self, name: str, raw: msgspec.Raw) -> Any:
+        text = bytes(raw).strip()
+        if name not in UNLIMITED or len(text) < LONG_BODY or text.startswith(b'"'):
+            return msgspec.json.decode(text)
+        if not text.startswith(b"["):
+            raise ApiError(400, f"{name}: legal is a text or a list", param=name)
+        if name == "prompt":
+            if not _HOLDS_PROMPTS.match(text):
+                return self._token_ids(name, text)
+            rule = f"legal is {PROMPT_RULE}"
+            return [self._field(name, entry) for entry in _entries(name, text, MAX_PROMPTS, rule)]
+        if name == "tokens":
+            return self._token_ids(name, text)
+        kind, most = (Message, MAX_MESSAGES) if name == "messages" else (TextPart, MAX_PARTS)
+        entries = _entries(name, text, most, f"legal is a list of at most {most}")
+        return [self._entry(entry, kind) for entry in entries]
+
+    def _entry(self, raw: msgspec.Raw, kind: type[Body]) -> Any:
+        return msgspec.json.decode(raw) if len(memoryview(raw)) < LONG_BODY else self.fields(raw, kind)
+
+    def _token_ids(self, name: str, text: bytes) -> list[int]:
+        count = text.count(b",") + 1
+        if count > self._state.longest_request:
+            self._state.refuse_length(name, count, self._max_tokens)
+        found: list[int] = []
+        start = 1
+        while start < len(text):
+            end = text.find(b",", start + _PIECE)
+            end = len(text) - 1 if end < 0 else end
+            try:
+                found += msgspec.json.decode(b"[" + text[start:end] + b"]", type=list[int])
+            except msgspec.DecodeError:
+                rule = PROMPT_RULE if name == "prompt" else "a list of token ids"
+                raise ApiError(400, f"{name}: legal is {rule}", param=name) from None
+            start = end + 1
+        return found
+
+
+def _entries(name: str, text: bytes, most: int, rule: str) -> list[msgspec.Raw]:
+    """The raw entries of a list; too many are refused without a look at the rest."""
+    try:
+        cut = msgspec.json.decode(text, type=_list_of(most))
+    except msgspec.ValidationError:
+        raise ApiError(400, f"{name}: {rule}", param=name) from None
+    return [entry for name in cut.__struct_fields__ if (entry := getattr(cut, name)) is not msgspec.UNSET]
+
+
+@functools.cache
+def _cut(kind: type[Body]) -> Any:
+    """A type that keeps the raw text of each field and refuses fields that are not there."""
+    names = {field.alias or name for name, field in kind.model_fields.items()} | set(kind.REFUSED)
+    fields: Any = [(name, msgspec.Raw, msgspec.UNSET) for name in sorted(names)]
+    return msgspec.defstruct(f"Cut{kind.__name__}", fields, forbid_unknown_fields=True)
+
+
+@functools.cache
+def _list_of(most: int) -> Any:
+    """A type that keeps the raw text of each entry of a list, and stops at one too many."""
+    fields: Any = [(f"entry{i}", msgspec.Raw, msgspec.UNSET) for i in range(most)]
+    return msgspec.defstruct(f"ListOf{most}", fields, array_like=True, forbid_unknown_fields=True)
+
+
+def kind_of(field: Any) -> type[Body] | None:
+    """The request type of a route's body."""
+    kind = None if field is None else field.field_info.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Body) else None
