@@ -17,9 +17,8 @@ import pytest
 from longspan import LLM, ConfigError, LongspanError, SamplingParams, WorkerError
 from longspan.engine import processes
 from longspan.engine.failures import Failures, describe_end
-from longspan.plan.types import PageCopy, Plan
-from longspan.sharding.pages import PageRun
-from longspan.types import Phase
+from longspan.plan.types import DirectExchange, GroupStep, Plan
+from longspan.types import Phase, Strategy
 from longspan.worker.messages import Failed
 
 TEXT = Path(argparse.__file__).read_text()
@@ -261,13 +260,12 @@ def test_a_worker_killed_while_idle_or_in_decode_fails_what_runs_and_all_that_fo
 @needs_processes
 def test_a_worker_that_raises_ends_the_run_with_its_rank_and_reason(own_tmp):
     with LLM("recall", **TWO_RANKS) as llm:
-        copy = PageCopy(0, PageRun(0, 0, 0, 1), PageRun(0, 1, 0, 1))
-        plan = Plan(7, Phase.PREFILL, (1,), (), (), (), (), page_copies=(copy,))
+        padded = DirectExchange("kv", (0, 1), ((0, 0), (0, 0)), padded_rows=1)
+        groups = tuple(GroupStep(Strategy.GATHER_KV, (), (padded,)) for _ in llm._engine.spec.kv_groups)
+        plan = Plan(7, Phase.PREFILL, (1,), (), (), groups, ())
         with pytest.raises(WorkerError) as caught:
             llm._engine._executor.submit(plan).result(timeout=60)
-        assert (
-            str(caught.value) == "rank 1: plan 7: copies of pages between ranks are not supported in plan 7 (prefill)"
-        )
+        assert str(caught.value) == "rank 1: plan 7: padded exchanges are not supported yet in plan 7 (prefill)"
         assert "Traceback" in caught.value.__notes__[0]
 
 
