@@ -26,6 +26,8 @@ PLACEMENTS = ("striped", "spill", "auto", "packed")
 PAGE_SIZES = (4, 16, 64)
 PAGES_PER_STRIPE = (1, 2, 5)
 BUDGETS = (7, 33, 64, 100, 513, 2048)
+STEP_MS = (None, 2)
+"""With 2 ms, chunks end wherever the time that the steps before them took says."""
 
 # 7 tokens a step belong to the slow cover.
 FAST_CASES = [
@@ -38,6 +40,7 @@ FAST_CASES = [
                 "strategy": STRATEGIES,
                 "placement": PLACEMENTS,
                 "page_size": PAGE_SIZES,
+                "max_step_ms": STEP_MS,
             }
         )
     )
@@ -53,6 +56,7 @@ SLOW_CASES = all_pairs(
         "page_size": PAGE_SIZES,
         "pages_per_stripe": PAGES_PER_STRIPE,
         "max_num_seqs": (64, 3, 1),
+        "max_step_ms": STEP_MS,
     }
 )
 
@@ -86,7 +90,7 @@ def test_greedy_tokens_are_those_of_transformers_all_pairs(case):
 
 
 def test_the_cases_hold_every_pair_of_values():
-    for cases, num_factors in ((FAST_CASES, 5), (SLOW_CASES, 9)):
+    for cases, num_factors in ((FAST_CASES, 6), (SLOW_CASES, 10)):
         for a, b in itertools.combinations(list(cases[0])[:num_factors], 2):
             met = {(case[a], case[b]) for case in cases}
             assert met == set(itertools.product({case[a] for case in cases}, {case[b] for case in cases}))
