@@ -334,7 +334,7 @@ def test_a_hit_is_the_longest_prefix_of_which_every_page_is_where_it_is_needed(w
     memory = ranks.scheduler.memory
     request = Request(0, SamplingParams(), 0, [*SYSTEM, 7], 41, ())
     request.page_hashes = hashes_of(request.token_ids, 4)
-    assert memory._find(request, 10) == expected
+    assert memory.lookup.find(request.page_hashes[:10]) == expected
 
 
 @pytest.mark.timeout(60)
@@ -347,11 +347,11 @@ def test_a_long_prefix_whose_windows_are_gone_is_given_up_without_trying_every_l
     ((slot, _),) = full.allocate(20_000)
     for i, page_hash in enumerate(request.page_hashes):
         full.publish(page_hash, slot + i)
-    assert ranks.scheduler.memory._find(request, 20_000) == []
+    assert ranks.scheduler.memory.lookup.find(request.page_hashes[:20_000]) == []
     ((slot, _),) = window.allocate(2)
     for i in (7, 8):
         window.publish(request.page_hashes[i], slot + i - 7)
-    assert ranks.scheduler.memory._find(request, 20_000) == [{0}] * 9
+    assert ranks.scheduler.memory.lookup.find(request.page_hashes[:20_000]) == [{0}] * 9
 
 
 def test_leaves_are_evicted_before_roots_and_longest_idle_first():

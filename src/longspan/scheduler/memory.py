@@ -25,13 +25,14 @@ Note: what to do with a hit
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
 
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
 from longspan.kvcache.capacity import pool_bytes, window_pages
 from longspan.kvcache.prefix import CachingAllocator, extend_hashes
 from longspan.plan.types import PageCopy
+from longspan.scheduler.lookup import PrefixLookup
 from longspan.scheduler.request import Request
 from longspan.sharding.pages import PageRun, PageTable
 from longspan.sharding.placement import chunk_len, place, snake_rank, stripe_lengths
@@ -56,7 +57,7 @@ class _Hit:
         found: list[list[PageRun]] = []
         for group_idx in range(len(memory.model.kv_groups)):
             runs: list[PageRun] = []
-            first = last = memory.first_needed_page(group_idx, len(self.ranks))  # of the run that grows
+            first = last = memory.lookup.first_needed_page(group_idx, len(self.ranks))  # of the run that grows
             run_slot = 0
             for page_idx in range(first, len(self.ranks)):
                 rank = self.ranks[page_idx]
@@ -89,11 +90,7 @@ class KVMemory:
         # The group that limits a request's length: one without a window, if there is one.
         full = [i for i, group in enumerate(model.kv_groups) if group.spec.window is None]
         self._limiting_group = full[0] if full else None
-        self._full_groups = full
-        windows = [(group.spec.window, i) for i, group in enumerate(model.kv_groups) if group.spec.window is not None]
-        self._groups_by_window = [group_idx for _, group_idx in sorted(windows, reverse=True)]  # longest first
-        self._all_ranks = frozenset(range(self.num_ranks))
-        self._sets: dict[tuple[int, ...], frozenset[int]] = {}
+        self.lookup = PrefixLookup(model, config.page_size, self.allocators)
         self._has_window = [group.spec.window is not None for group in model.kv_groups]
         # Whom `admit` refused last, while no room was made and no more of it was cached. The head of the queue asks
         # before every step; to look for a long prompt's pages each time would take longer than the step.
@@ -127,14 +124,6 @@ class KVMemory:
         if window is None:
             return num_pages
         return min(num_pages, window_pages(window, self.config.page_size, self.config.max_num_batched_tokens))
-
-    def first_needed_page(self, group_idx: int, num_pages: int) -> int:
-        """The first of `num_pages` cached pages that later tokens still see; at least the last page counts as seen."""
-        window = self.model.kv_groups[group_idx].spec.window
-        if window is None:
-            return 0
-        size = self.config.page_size
-        return max(0, min(num_pages - 1, (num_pages * size - window + 1) // size))
 
     def _fits(self, counts: Sequence[int], room: Sequence[Sequence[int]]) -> bool:
         """Whether so many new pages per rank fit the room of every rank and group."""
@@ -252,7 +241,9 @@ class KVMemory:
         may_hit = self.config.enable_prefix_caching and request.params.prompt_logprobs is None
         if may_hit:
             extend_hashes(request.page_hashes, request.token_ids, size)
-            copies_on = self._find(request, (num_tokens - 1) // size)  # the last token's logits are not cached
+            copies_on = self.lookup.find(
+                request.page_hashes[: (num_tokens - 1) // size]
+            )  # the last token's logits are not cached
         placement = self._placement(num_tokens)
         if placement is Placement.PACKED:
             chosen = self._admit_packed(request, num_pages, copies_on, load)
@@ -268,48 +259,6 @@ class KVMemory:
             request.num_cached = request.num_computed
         return True
 
-    def _find(self, request: Request, num_pages: int) -> list[frozenset[int]]:
-        """Per page, the ranks where later tokens find all that they need of it; as many pages as are of use.
-
-        Linear in the pages, with little work for each: prompts of 60,000 pages are looked up between two steps.
-        """
-        groups = range(len(self.model.kv_groups))
-        windows = {
-            g: group.spec.window for g, group in enumerate(self.model.kv_groups) if group.spec.window is not None
-        }
-        hashes = request.page_hashes[:num_pages]
-        # Level 0: ranks with the page in all groups without a window. Level k: also in the k widest windows, since a
-        # page that a narrow window reaches is reached by all wider ones.
-        levels = [self._ranks_with(hashes, [g for g in groups if g not in windows])]
-        hashes = hashes[: next((i for i, ranks in enumerate(levels[0]) if not ranks), len(hashes))]
-        by_width = sorted(windows, key=lambda g: -windows[g])
-        for k in range(1, len(by_width) + 1):
-            with_window = self._ranks_with(hashes, by_width[k - 1 : k])
-            levels.append([a & b for a, b in zip(levels[k - 1], with_window, strict=False)])
-        last_gap = [list(accumulate((i if not r else -1 for i, r in enumerate(ranks)), max)) for ranks in levels]
-        for length in range(len(hashes), 0, -1):
-            firsts = [0, *(self.first_needed_page(g, length) for g in by_width), length]
-            spans = [(ranks, gap, a, b) for ranks, gap, (a, b) in zip(levels, last_gap, pairwise(firsts), strict=True)]
-            if all(a == b or gap[b - 1] < a for _, gap, a, b in spans):
-                return [ranks for ranks_of, _, a, b in spans for ranks in ranks_of[a:b]]
-        return []
-
-    def _ranks_with(self, hashes: Sequence[bytes], groups: Sequence[int]) -> list[frozenset[int]]:
-        """Per page, the ranks that have it in all of some groups."""
-        found = [self._all_ranks] * len(hashes)
-        for group_idx in groups:
-            known = [allocators[group_idx].knows for allocators in self.allocators]
-            for i, page_hash in enumerate(hashes):
-                ranks = self._set_of(tuple([rank for rank, knows in enumerate(known) if knows(page_hash)]))
-                found[i] = ranks if found[i] is self._all_ranks else found[i] & ranks
-        return found
-
-    def _set_of(self, ranks: tuple[int, ...]) -> frozenset[int]:
-        """One set for equal ranks: a long prompt would make tens of thousands of them."""
-        if ranks not in self._sets:
-            self._sets[ranks] = frozenset(ranks)
-        return self._sets[ranks]
-
     def _admit_packed(
         self,
         request: Request,
@@ -319,11 +268,11 @@ class KVMemory:
     ) -> bool:
         """All pages on one rank: the one where the request is done first. See Note: what to do with a hit."""
         size = self.config.page_size
-        options: list[tuple[float, int, int, int]] = []
+        options: list[tuple[float, int, int, _Hit]] = []
         for rank in range(self.num_ranks):
             here = next((i for i, ranks in enumerate(copies_on) if rank not in ranks), len(copies_on))
             for length in sorted({0, here, len(copies_on)}):
-                hit = _Hit([rank if rank in copies_on[i] else min(copies_on[i]) for i in range(length)])
+                hit = _Hit([rank if rank in ranks else min(ranks) for ranks in copies_on[:length]])
                 room = self._room_after(request, hit, rank)
                 counts = [0] * self.num_ranks
                 counts[rank] = num_pages - length
@@ -331,12 +280,12 @@ class KVMemory:
                     continue
                 copied = sum(source != rank for source in hit.ranks)
                 cost = load[rank] + (num_pages - length + COPY_COST * copied) * size
-                options.append((cost, rank, copied, length))
+                options.append((cost, rank, copied, hit))
         if not options:
             return False
-        _, home, _, length = min(options)
-        hit = _Hit([home if home in copies_on[i] else min(copies_on[i]) for i in range(length)])
-        self._start(request, hit, [(home, num_pages - length)] if num_pages > length else [], home)
+        _, home, _, hit = min(options, key=lambda option: (*option[:3], len(option[3].ranks)))
+        num_new = num_pages - len(hit.ranks)  # at least the last token's page
+        self._start(request, hit, [(home, num_new)], home)
         return True
 
     def _room_after(self, request: Request, hit: _Hit, home: int | None) -> list[list[int]] | None:
@@ -347,7 +296,7 @@ class KVMemory:
         """
         room = self._rooms()
         for group_idx in range(len(self._num_pages)):
-            for page_idx in range(self.first_needed_page(group_idx, len(hit.ranks)), len(hit.ranks)):
+            for page_idx in range(self.lookup.first_needed_page(group_idx, len(hit.ranks)), len(hit.ranks)):
                 rank = hit.ranks[page_idx]
                 slot = self.allocators[rank][group_idx].find(request.page_hashes[page_idx])
                 if slot is None:
