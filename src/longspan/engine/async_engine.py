@@ -160,13 +160,13 @@ class AsyncEngine:
         try:
             check = self.engine.scheduler.check_request
             if len(prompt_token_ids) > CHECK_INLINE_TOKENS:
-                await asyncio.to_thread(check, prompt_token_ids, params)
+                page_hashes = await asyncio.to_thread(check, prompt_token_ids, params)
             else:
-                check(prompt_token_ids, params)
+                page_hashes = check(prompt_token_ids, params)
             stream = RequestStream(self, prompt_token_ids, params)
             with self._lock:  # else the thread might end between the check and the put, and nobody would answer
                 self._check_alive()
-                self._events.put(lambda: self._add(stream, constraint))
+                self._events.put(lambda: self._add(stream, constraint, page_hashes))
         except BaseException:
             with self._lock:
                 self._num_arriving -= 1
@@ -220,12 +220,9 @@ class AsyncEngine:
                     break
                 done, self._done = self._done, []
                 self._deliver(self.engine.take_in(done))
-                scheduler = self.engine.scheduler
-                is_looking = len(scheduler._busy) < self.engine.config.context_parallel_size  # else nobody is let in
                 for future in self.engine.submit_plans():
                     future.add_done_callback(self._plan_done)
-                if is_looking or not scheduler.waiting:
-                    self._num_waiting = len(scheduler.waiting)
+                self._num_waiting = len(self.engine.scheduler.waiting)
                 self._note_starts()
         except Exception as failure:
             self.failure = failure
@@ -265,7 +262,7 @@ class AsyncEngine:
         """In whatever thread completed the plan."""
         self._events.put(lambda: self._done.append(future))
 
-    def _add(self, stream: RequestStream, constraint: Constraint | None) -> None:
+    def _add(self, stream: RequestStream, constraint: Constraint | None, page_hashes: list[bytes]) -> None:
         with self._lock:
             self._num_arriving -= 1
         if not self._takes_requests:
@@ -273,7 +270,7 @@ class AsyncEngine:
             return
         try:
             stream._request = self.engine.add_request(
-                stream.prompt_token_ids, stream.params, constraint=constraint, is_checked=True
+                stream.prompt_token_ids, stream.params, constraint=constraint, page_hashes=page_hashes
             )
         except LongspanError as error:
             _call_soon(stream, error)

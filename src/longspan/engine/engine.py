@@ -84,12 +84,12 @@ class Engine:
         params: SamplingParams,
         *,
         constraint: Constraint | None = None,
-        is_checked: bool = False,
+        page_hashes: list[bytes] | None = None,
     ) -> Request:
         """Queue a request. Raises: as `Scheduler.add_request`, and what made the ranks fail before."""
         if self._failure is not None:
             raise self._failure
-        return self.scheduler.add_request(prompt_token_ids, params, constraint=constraint, is_checked=is_checked)
+        return self.scheduler.add_request(prompt_token_ids, params, constraint=constraint, page_hashes=page_hashes)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request early, for example because its text holds a stop string. Not while it is in flight."""

@@ -55,6 +55,10 @@ class GrammarConstraint:
         """Bit mask of the tokens that may come next: bit i % 8 of byte i // 8. There is always one."""
         return self._allowed
 
+    def copy(self) -> "GrammarConstraint":
+        """Another one at the same place; the compiled grammar is shared."""
+        return GrammarConstraint(self._matcher.deep_copy())
+
     def accept(self, token_id: int) -> None:
         """Take the token that came next.
 

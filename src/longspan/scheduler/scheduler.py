@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError
+from longspan.kvcache.prefix import extend_hashes
 from longspan.plan.types import (
     Literals,
     PageCopy,
@@ -38,14 +39,11 @@ from longspan.plan.types import (
 )
 from longspan.policy.choose import plan_group
 from longspan.policy.cost import StepTime
+from longspan.scheduler.chunks import Chunks
 from longspan.scheduler.memory import DECODE_COST, KVMemory
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.sampling import sample_row
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
-
-MAX_SCORED_TOKENS = 512
-"""Most prompt tokens per rank and step of a request with `prompt_logprobs`: each needs a row of logits as wide as the
-vocabulary."""
 
 
 class Scheduler:
@@ -60,6 +58,7 @@ class Scheduler:
         self.model, self.config = model, config
         self.memory = KVMemory(model, config, num_pages)
         self.step_time = StepTime(model, config.num_threads)
+        self._chunks = Chunks(config, self.memory, self.step_time)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -82,7 +81,7 @@ class Scheduler:
         params: SamplingParams,
         *,
         constraint: Constraint | None = None,
-        is_checked: bool = False,
+        page_hashes: list[bytes] | None = None,
     ) -> Request:
         """Queue a request.
 
@@ -90,15 +89,15 @@ class Scheduler:
             prompt_token_ids: the prompt.
             params: how to continue it.
             constraint: which tokens are allowed next, or None.
-            is_checked: `check_request` has admitted it already.
+            page_hashes: what `check_request` returned, if it has been called already.
 
         Raises:
             ConfigError: the prompt is empty, too long for the model, or holds a token that it does not know.
             CapacityError: it would not fit even on empty ranks.
         """
         prompt = list(prompt_token_ids)
-        if not is_checked:
-            self.check_request(prompt, params)
+        if page_hashes is None:
+            page_hashes = self.check_request(prompt, params)
         if params.json_schema is not None and constraint is None:
             raise ConfigError("json_schema: got no constraint with it, legal is one that `models.grammar` made of it")
         request = Request(
@@ -109,14 +108,18 @@ class Scheduler:
             prompt_len=len(prompt),
             eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
             constraint=constraint,
+            page_hashes=page_hashes,
         )
         self._next_request_id += 1
         self._by_id[request.request_id] = request
         self.waiting.append(request)
         return request
 
-    def check_request(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def check_request(self, prompt: Sequence[int], params: SamplingParams) -> list[bytes]:
         """Refuse a request that can never run. Reads only what never changes: any thread may call it.
+
+        Returns:
+            Hashes of the prompt's full pages, for the prefix cache; none where it is off.
 
         Raises:
             ConfigError: the prompt is empty, too long for the model, or holds a token that it does not know.
@@ -138,6 +141,10 @@ class Scheduler:
                 f"{limit} (max_position_embeddings of the model)"
             )
         self.memory.check_fits(len(prompt), params.max_tokens)
+        page_hashes: list[bytes] = []
+        if self.config.enable_prefix_caching:
+            extend_hashes(page_hashes, prompt, self.config.page_size)
+        return page_hashes
 
     @property
     def has_requests(self) -> bool:
@@ -255,7 +262,7 @@ class Scheduler:
         """Ranks that a request's next step may involve: those with a key that it may see, or a page to copy."""
         size, end = self.config.page_size, len(request.token_ids)
         if request.phase is Phase.PREFILL:
-            end = self._chunk_end(request, [self.config.max_num_batched_tokens] * self.config.context_parallel_size)
+            end = self._chunks.end(request, [self.config.max_num_batched_tokens] * self.config.context_parallel_size)
         start = 0 if self._longest_window is None else max(0, request.num_computed - self._longest_window + 1)
         if start == 0 and end >= len(request.token_ids):
             ranks = {rank for rank, _ in request.page_ranks}
@@ -264,70 +271,6 @@ class Scheduler:
         for copy in request.copies:
             ranks.add(copy.source.rank)
         return ranks
-
-    def _chunk_end(self, request: Request, budget: Sequence[int]) -> int:
-        """How far a request's next step goes: until some rank's token budget is spent."""
-        size = self.config.page_size
-        if request.phase is Phase.DECODE:
-            (owner, _, _), *_ = request.ranks_of(request.num_computed, request.num_computed + 1, size)
-            return request.num_computed + (1 if budget[owner] else 0)
-        left = list(budget)
-        is_striped = len(request.page_ranks) > 1
-        if is_striped:
-            left = [min(tokens, self.memory.striped_tokens_per_rank) for tokens in left]
-        if request.params.prompt_logprobs is not None:
-            left = [min(tokens, MAX_SCORED_TOKENS) for tokens in left]
-        end = request.num_computed
-        for rank, start, stop in request.ranks_of(end, len(request.token_ids), size):
-            taken = min(stop - start, left[rank])
-            left[rank] -= taken
-            end += taken
-            if start + taken < stop:
-                break
-        if is_striped and min(budget) < self.memory.striped_tokens_per_rank:  # decodes took some of it
-            return self._balanced_end(request, end)
-        return end
-
-    def _balanced_end(self, request: Request, end: int) -> int:
-        """A chunk's end rounded down to where snake order has come round, or at least to where a stripe ends, so that
-        the ranks share the work of this chunk and the next."""
-        size, start = self.config.page_size, request.num_computed
-        num_ranks = len({rank for rank, _ in request.page_ranks})
-        stripe = self.memory.stripe_len if num_ranks > 1 else size
-        origin = request.num_hit_pages * size
-        for unit in (2 * num_ranks * stripe, num_ranks * stripe, stripe, size):
-            rounded = origin + (end - origin) // unit * unit
-            if rounded > start:
-                return rounded
-        return end
-
-    def _work(self, request: Request, end: int) -> dict[int, float]:
-        """Flops per rank of a step that takes a request to `end`: a rank has those of the tokens that it computes."""
-        work: dict[int, float] = {}
-        for rank, first, last in request.ranks_of(request.num_computed, end, self.config.page_size):
-            work[rank] = work.get(rank, 0.0) + self.step_time.chunk_flops(first, last)
-        return work
-
-    def _end_in_time(self, request: Request, end: int, left: Sequence[float], *, is_lead: bool) -> int:
-        """The end of a chunk that is predicted to take no more flops than are left on every rank.
-
-        A lead goes on by a page anyway, others not at all where even that would be too much.
-        """
-        start, size = request.num_computed, self.config.page_size
-
-        def fits(end: int) -> bool:
-            return all(flops <= left[rank] for rank, flops in self._work(request, end).items())
-
-        if end == start or fits(end):
-            return end
-        low, high = start, end  # low fits, high does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        one_page = min(end, (start // size + 1) * size)
-        if low <= one_page:
-            return one_page if is_lead or low == one_page else start
-        return self._balanced_end(request, low)
 
     def _make_plan(self, lead: Request, ranks: set[int], ready: Sequence[tuple[Request, set[int]]]) -> Plan:
         """Fill a plan with all requests that fit its ranks, their budgets, and what moves.
@@ -343,7 +286,7 @@ class Scheduler:
         reserved = min(self.config.page_size, (most + 1) // 2) if lead.phase is Phase.PREFILL else 0
         budget = [most - reserved] * size
         is_timed = self.config.max_step_ms is not None
-        flops_left, flops = [self._step_flops] * size, [0.0] * size
+        flops_left, flops = [self._chunks.step_flops] * size, [0.0] * size
         movers = lead.phase if len(ranks) > 1 else None  # the phase of all requests that move something
         chosen: list[tuple[Request, int]] = []
         # Decodes first, they are small; the lead before all others of its phase.
@@ -356,23 +299,18 @@ class Scheduler:
                 movers = request.phase
             if request is lead:
                 budget = [tokens + reserved for tokens in budget]
-            end = self._chunk_end(request, budget)
+            end = self._chunks.end(request, budget)
             if is_timed and request.phase is Phase.PREFILL:
-                end = self._end_in_time(request, end, flops_left, is_lead=request is lead)
+                end = self._chunks.end_in_time(request, end, flops_left, is_lead=request is lead)
             if end == request.num_computed:
                 continue
-            for rank, work in self._work(request, end).items() if is_timed else ():
+            for rank, work in self._chunks.work(request, end).items() if is_timed else ():
                 flops_left[rank] -= work
                 flops[rank] += work
             for rank, start, stop in request.ranks_of(request.num_computed, end, self.config.page_size):
                 budget[rank] -= stop - start
             chosen.append((request, end))
         return self._write_plan(ranks, chosen, movers, max(flops))
-
-    @property
-    def _step_flops(self) -> float:
-        """What a rank may compute in one step, if `max_step_ms` is set."""
-        return self.step_time.flops_within((self.config.max_step_ms or 0) * 1e-3)
 
     def _write_plan(
         self, ranks: set[int], chosen: Sequence[tuple[Request, int]], movers: Phase | None, flops: float

@@ -5,6 +5,7 @@ Read next: `longspan.server.completions`, `longspan.server.chat`.
 """
 
 import logging
+import math
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -118,5 +119,5 @@ def _progress(choice: Choice, progress: Progress) -> dict[str, Any]:
         "cache": progress.cached,
         "processed": progress.processed,
         "time_ms": round(progress.elapsed_s * 1000),
-        "time_left_ms": None if progress.left_s is None else round(progress.left_s * 1000),
+        "time_left_ms": None if progress.left_s is None else math.ceil(progress.left_s * 1000),
     }

@@ -5,7 +5,6 @@ Read next: `longspan.models.grammar`.
 """
 
 import asyncio
-import copy
 import threading
 from collections.abc import Callable
 
@@ -14,13 +13,6 @@ from longspan.models.grammar import GrammarConstraint, Grammars
 from longspan.scheduler.request import Constraint
 from longspan.server.errors import ApiError
 from longspan.types import SamplingParams
-
-
-def _copy(constraint: GrammarConstraint) -> GrammarConstraint:
-    """Another one at the same place; the compiled grammar is shared."""
-    found = copy.copy(constraint)
-    found._matcher = constraint._matcher.deep_copy()
-    return found
 
 
 class LazyGrammars:
@@ -43,7 +35,7 @@ class LazyGrammars:
         if params.json_schema is None:
             return lambda: None
         first = await asyncio.to_thread(self._compile, params.json_schema)
-        return lambda: _copy(first)
+        return first.copy
 
     def _compile(self, schema: str) -> GrammarConstraint:
         try:

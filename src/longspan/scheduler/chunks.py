@@ -1,0 +1,94 @@
+"""How far a request goes in one step: token budgets, balance over ranks, and predicted time.
+
+Holds the cutting of prompts. Must not know which requests share a step, or plans.
+Read next: `longspan.policy.cost`, which predicts; `longspan.scheduler.scheduler`, which asks.
+"""
+
+from collections.abc import Sequence
+
+from longspan.config import EngineConfig
+from longspan.policy.cost import StepTime
+from longspan.scheduler.memory import KVMemory
+from longspan.scheduler.request import Request
+from longspan.types import Phase
+
+MAX_SCORED_TOKENS = 512
+"""Most prompt tokens per rank and step of a request with `prompt_logprobs`: each needs a row of logits as wide as the
+vocabulary."""
+
+
+class Chunks:
+    """Cuts the prompts of one scheduler."""
+
+    def __init__(self, config: EngineConfig, memory: KVMemory, step_time: StepTime) -> None:
+        """Args: `memory` for how prompts are striped, `step_time` for what a step takes."""
+        self._config, self._memory, self._step_time = config, memory, step_time
+
+    @property
+    def step_flops(self) -> float:
+        """What a rank may compute in one step, if `max_step_ms` is set."""
+        return self._step_time.flops_within((self._config.max_step_ms or 0) * 1e-3)
+
+    def end(self, request: Request, budget: Sequence[int]) -> int:
+        """How far a request's next step goes: until some rank's token budget is spent."""
+        size = self._config.page_size
+        if request.phase is Phase.DECODE:
+            (owner, _, _), *_ = request.ranks_of(request.num_computed, request.num_computed + 1, size)
+            return request.num_computed + (1 if budget[owner] else 0)
+        left = list(budget)
+        is_striped = len(request.page_ranks) > 1
+        if is_striped:
+            left = [min(tokens, self._memory.striped_tokens_per_rank) for tokens in left]
+        if request.params.prompt_logprobs is not None:
+            left = [min(tokens, MAX_SCORED_TOKENS) for tokens in left]
+        end = request.num_computed
+        for rank, start, stop in request.ranks_of(end, len(request.token_ids), size):
+            taken = min(stop - start, left[rank])
+            left[rank] -= taken
+            end += taken
+            if start + taken < stop:
+                break
+        if is_striped and min(budget) < self._memory.striped_tokens_per_rank:  # decodes took some of it
+            return self._balanced_end(request, end)
+        return end
+
+    def _balanced_end(self, request: Request, end: int) -> int:
+        """A chunk's end rounded down to where snake order has come round, or at least to where a stripe ends, so that
+        the ranks share the work of this chunk and the next."""
+        size, start = self._config.page_size, request.num_computed
+        num_ranks = len({rank for rank, _ in request.page_ranks})
+        stripe = self._memory.stripe_len if num_ranks > 1 else size
+        origin = request.num_hit_pages * size
+        for unit in (2 * num_ranks * stripe, num_ranks * stripe, stripe, size):
+            rounded = origin + (end - origin) // unit * unit
+            if rounded > start:
+                return rounded
+        return end
+
+    def work(self, request: Request, end: int) -> dict[int, float]:
+        """Flops per rank of a step that takes a request to `end`: a rank has those of the tokens that it computes."""
+        work: dict[int, float] = {}
+        for rank, first, last in request.ranks_of(request.num_computed, end, self._config.page_size):
+            work[rank] = work.get(rank, 0.0) + self._step_time.chunk_flops(first, last)
+        return work
+
+    def end_in_time(self, request: Request, end: int, left: Sequence[float], *, is_lead: bool) -> int:
+        """The end of a chunk that is predicted to take no more flops than are left on every rank.
+
+        A lead goes on by a page anyway, others not at all where even that would be too much.
+        """
+        start, size = request.num_computed, self._config.page_size
+
+        def fits(end: int) -> bool:
+            return all(flops <= left[rank] for rank, flops in self.work(request, end).items())
+
+        if end == start or fits(end):
+            return end
+        low, high = start, end  # low fits, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        one_page = min(end, (start // size + 1) * size)
+        if low <= one_page:
+            return one_page if is_lead or low == one_page else start
+        return self._balanced_end(request, low)
