@@ -26,6 +26,8 @@ class Strategy(StrEnum):
     """K and V round a ring, in blocks of fixed size."""
     PASS_Q = "pass_q"
     """Queries to the owners of the keys, partials back."""
+    TREE = "tree"
+    """As `pass_q`, but partials are merged inside each node before one of them leaves it."""
 
 
 class Placement(StrEnum):

@@ -1,0 +1,89 @@
+"""What a cluster can do, in numbers: links between ranks, and the speed of one rank's kernels.
+
+Holds frozen data that the cost model reads. Must not know how the numbers were found (measured, read from a file, or
+published), or what is predicted from them.
+Read next: `longspan.policy.predict`.
+"""
+
+from collections import Counter
+
+import msgspec
+
+from longspan.errors import ConfigError
+
+
+class Link(msgspec.Struct, frozen=True):
+    """What moving bytes from one rank to another costs: `latency_s + bytes / bytes_per_s` for a lone message."""
+
+    latency_s: float
+    """From the start of a send to the end of its receive, for a message of few bytes."""
+    bytes_per_s: float
+    """Of one rank's long messages in one direction, while its peers do the same."""
+
+    def __post_init__(self) -> None:
+        if not self.latency_s >= 0:
+            raise ConfigError(f"latency_s: got {self.latency_s!r}, legal is a number from 0 (seconds)")
+        if not self.bytes_per_s > 0:
+            raise ConfigError(f"bytes_per_s: got {self.bytes_per_s!r}, legal is a number above 0")
+
+    def message_s(self, num_bytes: float) -> float:
+        """Seconds of one message."""
+        return self.latency_s + num_bytes / self.bytes_per_s
+
+
+class Topology(msgspec.Struct, frozen=True):
+    """Which ranks share a node, and the links inside a node and between nodes."""
+
+    nodes: tuple[int, ...]
+    """Per rank, the index of its node, from 0."""
+    inside: Link
+    between: Link
+
+    def __post_init__(self) -> None:
+        if sorted(set(self.nodes)) != list(range(max(self.nodes, default=-1) + 1)):
+            raise ConfigError(f"nodes: got {self.nodes!r}, legal is one node per rank, counted from 0 without gaps")
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(set(self.nodes))
+
+    @property
+    def ranks_per_node(self) -> tuple[int, ...]:
+        """Ranks of node 0, 1, ..."""
+        counts = Counter(self.nodes)
+        return tuple(counts[node] for node in range(len(counts)))
+
+    def link(self, a: int, b: int) -> Link:
+        """Between two ranks."""
+        return self.inside if self.nodes[a] == self.nodes[b] else self.between
+
+
+class KernelRates(msgspec.Struct, frozen=True):
+    """How fast one rank computes while all ranks of its node do the same."""
+
+    matmul_flops_per_s: float
+    """Of large matrix products with weights."""
+    read_bytes_per_s: float
+    """Of weights and KV, where reading them is what takes the time."""
+    copy_bytes_per_s: float
+    """Of packing and merging rows; bytes written."""
+    attention_flops_per_s: tuple[tuple[int, float], ...]
+    """(query tokens of one kernel call, flops per second against many keys), ascending in tokens; 4 flops per query
+    head, key and head element. Between two entries the rate is interpolated, beyond them it is the nearest one."""
+    call_s: float
+    """Fixed time of one attention kernel call."""
+    exchange_s: float = 0.0
+    """Fixed time that a rank itself spends on starting and ending one message, beside the link's latency."""
+    layer_s: float = 0.0
+    """Fixed time of one layer outside attention (Python, launches)."""
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """All that the cost model is told of a cluster."""
+
+    topology: Topology
+    rates: KernelRates
