@@ -13,6 +13,13 @@ from longspan.sharding.pages import PageTable
 from longspan.types import KVGroup, KVSpec
 
 RANK_COUNTS = (1, 2, 3, 4, 5, 8)
+NODE_COUNTS = (1, 2, 4)
+
+
+def spread(num_ranks: int, num_nodes: int) -> tuple[int, ...]:
+    """Node of every rank: as equal as can be, ranks of a node together."""
+    num_nodes = min(num_nodes, num_ranks)
+    return tuple(rank * num_nodes // num_ranks for rank in range(num_ranks))
 
 
 @dataclass

@@ -122,12 +122,21 @@ class Ranks:
                 tensor.fill_(torch.nan)
 
     def run(
-        self, query_runs: Sequence[QueryRun], strategy: Strategy | None = None, block_len: int = 2048, plan_id: int = 0
+        self,
+        query_runs: Sequence[QueryRun],
+        strategy: Strategy | None = None,
+        block_len: int = 2048,
+        plan_id: int = 0,
+        nodes: Sequence[int] | None = None,
     ) -> Step:
-        """Run one step on all ranks at once, each in a thread of its own; ranks without a token join."""
+        """Run one step on all ranks at once, each in a thread of its own; ranks without a token join.
+
+        Args:
+            nodes: per rank, its node; None: all on one.
+        """
         cluster = self.cluster
         group_steps = tuple(
-            plan_group(query_runs, tables, group, forced=strategy, block_len=block_len)
+            plan_group(query_runs, tables, group, forced=strategy, block_len=block_len, node_of_rank=nodes)
             for group, tables in zip(self.groups, cluster.tables, strict=True)
         )
         ranks = tuple(range(cluster.num_ranks))

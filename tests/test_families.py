@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from cp_cases import NODE_COUNTS, RANK_COUNTS, spread
 from longspan.models.inspect import PROVEN_MODEL_TYPES, PROVEN_ROPE_TYPES
 from longspan.types import FinishReason
 from tiny_models import (
@@ -21,7 +22,7 @@ from tiny_models import (
 )
 
 RANKS = (1, 2, 3, 4)
-STRATEGIES = ("auto", "gather_kv", "pass_kv", "pass_q")
+STRATEGIES = ("auto", "gather_kv", "pass_kv", "pass_q", "tree")
 PLACEMENTS = ("striped", "spill", "auto", "packed")
 PAGE_SIZES = (4, 16, 64)
 PAGES_PER_STRIPE = (1, 2, 5)
@@ -41,6 +42,7 @@ FAST_CASES = [
                 "placement": PLACEMENTS,
                 "page_size": PAGE_SIZES,
                 "max_step_ms": STEP_MS,
+                "num_nodes": NODE_COUNTS,
             }
         )
     )
@@ -51,12 +53,13 @@ SLOW_CASES = all_pairs(
         "max_num_batched_tokens": BUDGETS,
         "context_parallel_size": RANKS,
         "strategy": STRATEGIES,
-        "decode_strategy": (None, "gather_kv", "pass_kv", "pass_q"),
+        "decode_strategy": (None, "gather_kv", "pass_kv", "pass_q", "tree"),
         "placement": PLACEMENTS,
         "page_size": PAGE_SIZES,
         "pages_per_stripe": PAGES_PER_STRIPE,
         "max_num_seqs": (64, 3, 1),
         "max_step_ms": STEP_MS,
+        "num_nodes": NODE_COUNTS,
     }
 )
 
@@ -69,6 +72,7 @@ def check(case):
     options = dict(case)
     model = tiny_model(options.pop("family"))
     options["stripe_size"] = options["page_size"] * options.pop("pages_per_stripe")
+    options["nodes"] = spread(options["context_parallel_size"], options.pop("num_nodes"))
     if options["placement"] == "spill":
         # The longest prompt must not fit one rank, where there are several.
         num_tokens = 1200 // options["context_parallel_size"] + 2 * options["page_size"]
@@ -90,7 +94,7 @@ def test_greedy_tokens_are_those_of_transformers_all_pairs(case):
 
 
 def test_the_cases_hold_every_pair_of_values():
-    for cases, num_factors in ((FAST_CASES, 6), (SLOW_CASES, 10)):
+    for cases, num_factors in ((FAST_CASES, 7), (SLOW_CASES, 11)):
         for a, b in itertools.combinations(list(cases[0])[:num_factors], 2):
             met = {(case[a], case[b]) for case in cases}
             assert met == set(itertools.product({case[a] for case in cases}, {case[b] for case in cases}))
@@ -130,6 +134,28 @@ def test_the_reference_backend_gives_the_same_tokens(family, strategy):
         max_num_batched_tokens=50,
     )
     assert [r.output_token_ids for r in requests] == [reference.token_ids[:12] for reference in references]
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize("num_ranks", RANK_COUNTS)
+@pytest.mark.parametrize(
+    ("strategy", "num_nodes"), [*((s, 1) for s in STRATEGIES[1:-1]), *(("tree", n) for n in NODE_COUNTS)]
+)
+def test_every_strategy_on_every_number_of_ranks_and_nodes_gives_the_tokens_of_one_rank(strategy, num_nodes, num_ranks):
+    model = tiny_model("llama-llama3-rope")
+    references = model.references[:3]
+    requests = run_requests(
+        model,
+        [(reference.prompt, greedy(20)) for reference in references],
+        context_parallel_size=num_ranks,
+        nodes=spread(num_ranks, num_nodes),
+        placement="striped",
+        page_size=2,
+        stripe_size=4,
+        strategy=strategy,
+        max_num_batched_tokens=9,
+    )
+    assert [r.output_token_ids for r in requests] == [reference.token_ids[:20] for reference in references]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])

@@ -10,7 +10,7 @@ import pytest
 from cp_cases import Cluster, make_group, random_chunk, random_cluster
 from cp_ranks import Ranks, random_groups
 from longspan.plan.types import DirectExchange, GroupStep, RingExchange
-from longspan.policy.choose import RING_BLOCK_LEN, exchange_bytes, plan_group
+from longspan.policy.choose import BLOCK_LEN, exchange_bytes, plan_group
 from longspan.types import KVGroup, Strategy
 
 LOCAL, GATHER_KV, PASS_KV, PASS_Q = Strategy.LOCAL, Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q
@@ -95,7 +95,7 @@ def test_a_gather_is_chosen_only_while_a_rank_gathers_no_more_than_two_blocks():
             assert isinstance(exchange, DirectExchange)
             rows = max(map(sum, zip(*exchange.num_rows, strict=True)))
             assert (step.strategy is GATHER_KV) == (rows <= 2 * block_len)
-    assert RING_BLOCK_LEN == 2048
+    assert BLOCK_LEN == 2048
 
 
 @pytest.mark.parametrize("forced", [GATHER_KV, PASS_KV, PASS_Q])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cp_cases import spread
 from longspan.models.recall import build_recall
 from longspan.models.recall_tokenizer import BOS_ID, VOCAB_SIZE
 from longspan.models.recall_weights import RECALL_VARIANTS, answer_codes
@@ -18,7 +19,7 @@ from tiny_models import TinyModel, random_prompt, run_requests
 SOURCE_TEXT = Path(argparse.__file__).read_bytes() + Path(os.__file__).read_bytes()
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.99)
 RANKS = (1, 2, 3, 5)
-STRATEGIES = ("gather_kv", "pass_kv", "pass_q")
+STRATEGIES = ("gather_kv", "pass_kv", "pass_q", "tree")
 LSE_ROUNDING = 5e-3
 """This model's scores reach 128 bits x 22.6 nats = 2900, where a float32 lse has steps of 2.4e-4. A share p off by so
 much, times p (1 - p), moves a logit by about 100 times that: 2e-3 measured. Scores of real models are below 100."""
@@ -34,6 +35,7 @@ def models(tmp_path_factory):
 
 def run(model, prompts, params, **options):
     layout = {"placement": "striped", "page_size": 16, "stripe_size": 64, "max_num_batched_tokens": 512}
+    layout["nodes"] = spread(options.get("context_parallel_size", 1), 2)
     return run_requests(model, [(prompt, params) for prompt in prompts], **{**layout, **options})
 
 

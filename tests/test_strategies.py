@@ -14,20 +14,36 @@ import torch
 
 import longspan.cp.attend
 import longspan.cp.base
-import longspan.cp.pass_q
-from cp_cases import RANK_COUNTS, Cluster, make_group, random_chunk, random_cluster
+import longspan.cp.partial_message
+from cp_cases import NODE_COUNTS, RANK_COUNTS, Cluster, make_group, random_chunk, random_cluster, spread
 from cp_ranks import Ranks, Step, random_groups
 from longspan.attention.partial import PartialAttention
 from longspan.cp.base import KVBlock
+from longspan.plan.query_units import query_units
 from longspan.plan.types import RingExchange
 from longspan.types import Strategy
 
-LOCAL, GATHER_KV, PASS_KV, PASS_Q = Strategy.LOCAL, Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q
-REMOTE = [GATHER_KV, PASS_KV, PASS_Q]
+LOCAL, GATHER_KV, PASS_KV, PASS_Q, TREE = (
+    Strategy.LOCAL,
+    Strategy.GATHER_KV,
+    Strategy.PASS_KV,
+    Strategy.PASS_Q,
+    Strategy.TREE,
+)
+REMOTE = [GATHER_KV, PASS_KV, PASS_Q, TREE]
 NUM_CASES = 17
 """Per rank count and strategy: 306 in all."""
 rank_counts = pytest.mark.parametrize("num_ranks", RANK_COUNTS)
 strategies = pytest.mark.parametrize("strategy", REMOTE, ids=[s.value for s in REMOTE])
+
+
+def random_nodes(rng: random.Random, num_ranks: int) -> tuple[int, ...]:
+    """Nodes of all shapes: equal ones, unequal ones, ranks of a node apart."""
+    num_nodes = rng.choice(NODE_COUNTS)
+    if rng.random() < 0.5:
+        return spread(num_ranks, num_nodes)
+    drawn = [rng.randrange(num_nodes) for _ in range(num_ranks)]
+    return tuple(sorted(set(drawn)).index(node) for node in drawn)
 
 
 def check_traffic(step: Step) -> None:
@@ -47,10 +63,12 @@ def check_traffic(step: Step) -> None:
                 assert traffic.num_exchanges == 1
                 assert traffic.messages_sent == sum(rows > 0 for rows in first.num_rows[me])
             else:
-                to, back = first.num_rows[me], group.exchanges[1].num_rows[me]
-                peers = sum(a > 0 or b > 0 for a, b in zip(to, back, strict=True))
-                assert traffic.num_exchanges == 2 * peers, "queries out, partials back"
-                assert traffic.messages_sent == sum(rows > 0 for rows in (*to, *back))
+                units = query_units(group.segments, group.nodes, group.query_block_len)
+                assert traffic.num_exchanges == sum(4 if unit.relayed else 2 for unit in units)
+                there = [pair for unit in units for messages in (unit.queries, unit.relayed) for pair in messages]
+                assert traffic.messages_sent == sum(traffic.rank in pair for pair in there), (
+                    "queries out, partials back"
+                )
 
 
 @rank_counts
@@ -67,15 +85,18 @@ def test_every_strategy_equals_dense_attention_in_float64(strategy, num_ranks):
             with_sinks=rng.random() < 0.3,
             seed=seed,
         )
+        nodes = random_nodes(rng, num_ranks)
         for _ in range(2):
-            step = ranks.run(cluster.step(random_chunk(rng, cluster)), strategy, block_len=rng.choice([1, 3, 5, 64]))
+            chunk = cluster.step(random_chunk(rng, cluster))
+            step = ranks.run(chunk, strategy, block_len=rng.choice([1, 3, 5, 64]), nodes=nodes)
             ranks.check(step)
             check_traffic(step)
             num_remote += any(group.strategy is strategy for group in step.plan.groups)
             rings = [e for group in step.plan.groups for e in group.exchanges if isinstance(e, RingExchange)]
             num_rings_of_several_rounds += any(max(ring.num_rows) > ring.block_len for ring in rings)
             cluster.slide()
-        step = ranks.run(cluster.step(dict.fromkeys(cluster.computed, 1)), strategy, block_len=4)  # decode
+        decode = cluster.step(dict.fromkeys(cluster.computed, 1))
+        step = ranks.run(decode, strategy, block_len=4, nodes=nodes)
         ranks.check(step)
         check_traffic(step)
     if num_ranks > 1:
@@ -139,6 +160,58 @@ def test_ranks_without_tokens_serve_their_keys(strategy):
     assert step.plan.groups[0].exchanges[0].participants == (0, 1, 2)
 
 
+@pytest.mark.parametrize("num_nodes", NODE_COUNTS)
+@rank_counts
+def test_a_tree_sends_each_row_to_a_node_once(num_ranks, num_nodes):
+    """Rows per rank and layer as the note of `longspan.cp.pass_q` has them, counted on the wire: 8 rows per rank that
+    see keys everywhere, N ranks in M equal nodes of g."""
+    if num_ranks % num_nodes:
+        num_nodes = 1
+    nodes, g = spread(num_ranks, num_nodes), num_ranks // num_nodes
+    cluster = Cluster(random.Random(0), num_ranks, 8, [None], 1, owner_style="striped")
+    group = make_group([0], query_heads=4, dtype="float32")
+    ranks = Ranks(cluster, [group], max_len=400)
+    ranks.check(ranks.run(cluster.step({0: 8 * num_ranks}), TREE, nodes=nodes))
+    query_bytes, partial_bytes = 8 * 4 * 4 * 4, 8 * 4 * 4 * 4 + 8 * 4 * 4
+    for strategy, rows in ((TREE, (g - 1) + (num_nodes - 1) * (g - 1) + (num_nodes - 1)), (PASS_Q, num_ranks - 1)):
+        for block_len in (8, 2048):
+            step = ranks.run(cluster.step({0: 8 * num_ranks}), strategy, nodes=nodes, block_len=block_len)
+            ranks.check(step)
+            check_traffic(step)
+            for traffic in step.traffic:
+                assert traffic.partial_bytes == rows * partial_bytes
+                assert traffic.bytes_sent - traffic.partial_bytes == rows * query_bytes
+        if num_ranks > 1:
+            group_step = step.plan.groups[0]
+            units = query_units(group_step.segments, group_step.nodes, group_step.query_block_len)
+            crossing = [
+                pair
+                for unit in units
+                for messages in (unit.queries, unit.relayed)
+                for pair in messages
+                if nodes[pair[0]] != nodes[pair[1]]
+            ]
+            per_rank = (num_nodes - 1) * (1 if strategy is TREE else g)
+            assert len(crossing) == num_ranks * per_rank
+
+
+@pytest.mark.parametrize("strategy", [PASS_Q, TREE])
+def test_the_memory_of_queries_under_way_does_not_grow_with_the_ranks(strategy):
+    """Units under way together hold at most two blocks for any rank, but in a `tree` every mate relays one."""
+    for num_ranks in (2, 4, 8):
+        cluster = Cluster(random.Random(0), num_ranks, 4, [None], 1, owner_style="striped")
+        ranks = Ranks(cluster, [make_group([0])], max_len=64 * num_ranks)
+        ranks.run(cluster.step({0: 32 * num_ranks}), strategy)
+        nodes = spread(num_ranks, 2)
+        step = ranks.run(cluster.step({0: 32 * num_ranks}), strategy, block_len=8, nodes=nodes)
+        ranks.check(step)
+        group = step.plan.groups[0]
+        units = query_units(group.segments, group.nodes, group.query_block_len)
+        mates = num_ranks // 2 if strategy is TREE else 1
+        assert max(unit.num_rows for unit in units) <= 8 * mates
+        assert len(units) >= 4, "a chunk of 32 rows per rank goes in blocks of 8"
+
+
 def test_nothing_moves_when_every_request_has_its_own_rank():
     for num_ranks in RANK_COUNTS:
         rng = random.Random(num_ranks)
@@ -168,16 +241,20 @@ def test_layers_of_different_groups_may_use_different_strategies():
 # -- the proof can fail ----------------------------------------------------------------------------------------------
 
 
+MUTABLE_NODES = (0, 1, 1)
+"""`tree` passes queries on inside node 1."""
+
+
 def mutable_case(strategy: Strategy) -> tuple[Cluster, Ranks]:
     """Two requests on three ranks, one chunk computed and checked."""
     cluster = Cluster(random.Random(5), 3, 4, [None], 2, owner_style="striped")
     ranks = Ranks(cluster, [make_group([0], query_heads=4, kv_heads=2)], with_sinks=True)
-    ranks.check(ranks.run(cluster.step({0: 22, 1: 18}), strategy, block_len=5))
+    ranks.check(ranks.run(cluster.step({0: 22, 1: 18}), strategy, block_len=5, nodes=MUTABLE_NODES))
     return cluster, ranks
 
 
 def last_step_is_right(cluster: Cluster, ranks: Ranks, strategy: Strategy) -> bool:
-    step = ranks.run(cluster.step({0: 7, 1: 9}), strategy, block_len=5)
+    step = ranks.run(cluster.step({0: 7, 1: 9}), strategy, block_len=5, nodes=MUTABLE_NODES)
     try:
         ranks.check(step)
     except AssertionError:
@@ -252,7 +329,7 @@ def test_the_comparison_notices_keys_swapped_without_their_values(strategy):
 def test_the_comparison_notices_one_merge_that_ignores_lse(strategy, which, monkeypatch):
     cluster, ranks = mutable_case(strategy)
     calls, lock = [0], threading.Lock()
-    modules = [m for m in (longspan.cp.base, longspan.cp.pass_q) if hasattr(m, "merge_rows_")]
+    modules = [m for m in (longspan.cp.base, longspan.cp.partial_message) if hasattr(m, "merge_rows_")]
     honest = longspan.cp.base.merge_rows_
 
     def merge(acc: PartialAttention, row: int, part: PartialAttention) -> None:

@@ -17,7 +17,8 @@ from longspan.types import Placement, Strategy
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
 PlacementName = Literal["auto", "packed", "striped", "spill"]
-StrategyName = Literal["auto", "local", "gather_kv", "pass_kv", "pass_q"]
+StrategyName = Literal["auto", "local", "gather_kv", "pass_kv", "pass_q", "tree"]
+PartialDTypeName = Literal["auto", "float32"]
 ExecutorName = Literal["processes", "threads"]
 AttentionName = Literal["auto", "cpu", "reference"]
 
@@ -63,6 +64,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Forces the strategy of both phases."""
     decode_strategy: StrategyName | None = None
     """Overrides `strategy` for decode."""
+    partial_dtype: PartialDTypeName = "auto"
+    """In which partials travel; auto is the dtype of keys and values: rounded once."""
+    nodes: tuple[int, ...] | None = None
+    """Per rank, the node that it runs on, counted from 0; None: all ranks of one host are a node."""
     page_size: int = 16
     """Tokens per page."""
     stripe_size: int = 512
@@ -108,10 +113,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("decode_strategy", StrategyName),
             ("executor", ExecutorName),
             ("attention_backend", AttentionName),
+            ("partial_dtype", PartialDTypeName),
         ):
             value = getattr(self, name)
             if value not in get_args(legal) and not (name == "decode_strategy" and value is None):
                 raise ConfigError(f"{name}: got {value!r}, legal is one of {', '.join(get_args(legal))}")
+        self._check_nodes()
         if self.stripe_size % self.page_size:
             raise ConfigError(
                 f"stripe_size: got {self.stripe_size}, legal is a multiple of page_size ({self.page_size})"
@@ -126,8 +133,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 if getattr(self, name) == "local":
                     raise ConfigError(
                         f"{name}: got 'local' with placement {self.placement!r} on {self.context_parallel_size} ranks, "
-                        "which must exchange; legal is auto, gather_kv, pass_kv or pass_q, or placement packed"
+                        "which must exchange; legal is auto, gather_kv, pass_kv, pass_q or tree, or placement packed"
                     )
+
+    def _check_nodes(self) -> None:
+        if isinstance(self.nodes, list):
+            msgspec.structs.force_setattr(self, "nodes", tuple(self.nodes))
+        nodes, size = self.nodes, self.context_parallel_size
+        if nodes is None:
+            return
+        is_legal = isinstance(nodes, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in nodes)
+        if not is_legal or len(nodes) != size or set(nodes) != set(range(len(set(nodes)))):
+            raise ConfigError(
+                f"nodes: got {nodes!r}, legal is one node for each of {size} ranks, counted from 0 without gaps"
+            )
 
     @staticmethod
     def _check_count(name: str, value: object, most: int = MAX_COUNT) -> None:

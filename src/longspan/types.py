@@ -61,6 +61,10 @@ class FinishReason(StrEnum):
     """It could not go on; `Request.error` says why. Others are not affected."""
 
 
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one element."""
+
+
 class KVSpec(msgspec.Struct, frozen=True):
     """Shape of what one layer caches per token."""
 
@@ -77,7 +81,7 @@ class KVSpec(msgspec.Struct, frozen=True):
     @property
     def itemsize_bytes(self) -> int:
         """Bytes of one element."""
-        return {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return DTYPE_BYTES[self.dtype]
 
     @property
     def token_bytes(self) -> int:
@@ -92,6 +96,18 @@ class KVGroup(msgspec.Struct, frozen=True):
     """Layer indices of the model, ascending."""
     spec: KVSpec
     num_query_heads: int
+    float32_partials: bool = False
+    """Partials travel in float32, whatever the dtype of keys and values."""
+
+    @property
+    def partial_dtype(self) -> str:
+        """Dtype of a partial's `out` on the wire."""
+        return "float32" if self.float32_partials else self.spec.dtype
+
+    @property
+    def partial_itemsize_bytes(self) -> int:
+        """Bytes of one element of `out` on the wire."""
+        return DTYPE_BYTES[self.partial_dtype]
 
     @property
     def token_bytes(self) -> int:

@@ -14,10 +14,12 @@ from longspan.config import (
     DTypeName,
     EngineConfig,
     ExecutorName,
+    PartialDTypeName,
     PlacementName,
     StrategyName,
     parse_size,
 )
+from longspan.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -37,6 +39,16 @@ def _engine_options(stripe_size: int) -> tuple[Callable[[Command], Command], ...
             "--strategy", type=choice(StrategyName), default="auto", show_default=True, help="For both phases."
         ),
         click.option("--decode-strategy", type=choice(StrategyName), help="Overrides --strategy for decode."),
+        click.option(
+            "--partial-dtype",
+            type=choice(PartialDTypeName),
+            default="auto",
+            show_default=True,
+            help="How partials travel; auto is the dtype of keys and values.",
+        ),
+        click.option(
+            "--nodes", metavar="N,N,...", help="Node of every rank, from 0; default: the ranks of one host are a node."
+        ),
         click.option("--page-size", type=int, default=16, show_default=True, help="Tokens per page."),
         click.option(
             "--stripe-size", type=int, default=stripe_size, show_default=True, help="Tokens per stripe, whole pages."
@@ -69,4 +81,14 @@ def engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
     taken = {name: options.pop(name) for name in EngineConfig.__struct_fields__ if name in options}
     if taken.get("kv_cache_memory") is not None:
         taken["kv_cache_memory"] = parse_size(taken["kv_cache_memory"], "kv_cache_memory")
+    if taken.get("nodes") is not None:
+        taken["nodes"] = _parse_nodes(taken["nodes"])
     return EngineConfig(model=model, **taken)
+
+
+def _parse_nodes(text: str) -> tuple[int, ...]:
+    """The node of every rank."""
+    try:
+        return tuple(int(node) for node in text.split(","))
+    except ValueError:
+        raise ConfigError(f"nodes: got {text!r}, legal is a node per rank such as 0,0,1,1") from None

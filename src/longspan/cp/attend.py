@@ -30,6 +30,7 @@ _STRATEGIES: Mapping[Strategy, type[Local | GatherKV | PassKV | PassQ]] = {
     Strategy.GATHER_KV: GatherKV,
     Strategy.PASS_KV: PassKV,
     Strategy.PASS_Q: PassQ,
+    Strategy.TREE: PassQ,
 }
 
 SCATTER_TOKENS = 16

@@ -16,8 +16,7 @@ from longspan.attention.base import AttentionBackend, RowSegment
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout
-from longspan.plan.segments import Range
-from longspan.plan.types import GroupStep, QueryRun
+from longspan.plan.types import GroupStep, QueryRun, Range
 from longspan.sharding.pages import KeyRun, PageTable
 from longspan.types import AttentionParams, KVGroup
 

@@ -1,128 +1,221 @@
-"""`pass_q`: queries go to the owners of the keys, partials come back and are merged at home.
+"""`pass_q` and `tree`: queries go to the owners of the keys, partials come home and are merged there.
 
-Good for decode, and for chunks that are small against their cached prefix. Source: pass-Q (2411.01783); merging
-partials by log-sum-exp (2305.19370 section 3).
+Good for decode, and for chunks that are small against their cached prefix. Source: pass-Q (2411.01783); tree attention
+(2408.04093); merging partials by log-sum-exp (2305.19370 section 3).
 
-Holds the strategy and the wire format of partials. Must not know the others but `local`.
+Holds both strategies: `pass_q` is the `tree` in which every rank is a node of its own. Must not know the others but
+`local`. Who sends what to whom, and why, is in `longspan.plan.query_units`.
 Read next: `longspan.cp.attend`, which calls the strategies.
 
-On the wire, a partial's `out` is rounded once to the model's dtype, `lse` keeps float32: the error is then flat in the
-number of ranks.
+Note: traffic of one layer
+    N ranks in M nodes of g = N / M, T query rows per rank that all ranks have keys for, whole blocks of B rows:
+
+                  rows that a rank sends as queries, and    in units, with      exchanges
+                  as many again as partials                 relays among them   of a rank
+        pass_q    (N - 1) T                                 (N - 1) T / B       2 per unit
+        tree      inside  (g - 1) T + (M - 1) (g - 1) T     (g - 1) T / B       2 per unit
+                  between (M - 1) T                         (M - 1) T / B       4 per unit, 2 if g = 1
+
+    `pass_q` sends (N - g) T of its rows between nodes: g times as many as `tree`.
+
+Note: order
+    All ranks run the same units, and every rank starts and ends the messages of all units in the same order, a first
+    in, first out queue: what is waited for first was started first. So no two ranks can wait for each other, and the
+    messages of a pair arrive in the order in which they are expected. Which units are under way together depends on
+    the units alone. While one unit's partial is computed, queries of the next and partials of the last travel.
 """
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from longspan.attention.base import RowSegment
-from longspan.attention.partial import PartialAttention, merge_rows_
+from longspan.attention.partial import PartialAttention
+from longspan.comm.base import Pending
 from longspan.cp.base import RankStep
 from longspan.cp.local import Local
+from longspan.cp.partial_message import PartialMessage
 from longspan.cp.resolve import resolve
-from longspan.plan.segments import moved_queries
-from longspan.plan.types import PARTIAL_ALIGNMENT_BYTES, DirectExchange
+from longspan.plan.query_units import QueryUnit, num_rows, query_units
+from longspan.plan.types import Range, Segment
 from longspan.types import AttentionParams
 
+Rows = list[tuple[int, int]]
+"""(first row, rows) runs of a tensor, in the order of a message."""
 
-class PartialMessage:
-    """One message that holds `out` [n, H, Dv] in the model's dtype and `lse` [n, H]."""
 
-    def __init__(self, num_rows: int, num_heads: int, v_width: int, dtype: torch.dtype, device: torch.device) -> None:
-        lse_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-        out_bytes = num_rows * num_heads * v_width * dtype.itemsize
-        lse_start = -(-out_bytes // PARTIAL_ALIGNMENT_BYTES) * PARTIAL_ALIGNMENT_BYTES
-        lse_bytes = num_rows * num_heads * lse_dtype.itemsize
-        self.data = torch.empty(lse_start + lse_bytes, dtype=torch.uint8, device=device)
-        """[bytes] what travels."""
-        self.out = self.data[:out_bytes].view(dtype).view(num_rows, num_heads, v_width)
-        self.lse = self.data[lse_start:].view(lse_dtype).view(num_rows, num_heads)
+@dataclass(slots=True)
+class _Arrival:
+    """Queries that come to this rank in one message."""
 
-    def pack(self, partial: PartialAttention) -> Tensor:
-        """Fill the message from a partial."""
-        self.out.copy_(partial.out)
-        self.lse.copy_(partial.lse)
-        return self.data
+    peer: int
+    num_rows: int
+    segments: list[RowSegment]
+    """What this rank computes for them."""
 
-    def partial(self) -> PartialAttention:
-        """What the message holds, in accumulation dtype."""
-        return PartialAttention(self.out.to(self.lse.dtype), self.lse)
+
+@dataclass(slots=True)
+class _Unit:
+    """One rank's part of a `QueryUnit`."""
+
+    num_rows: int
+    """The most of any rank."""
+    has_relays: bool
+    """On any rank: all of them then start and end the same exchanges."""
+    sends: dict[int, Rows] = field(default_factory=dict)
+    """Owner or leader to rows of this rank's queries; partials of the same rows come back."""
+    arrivals: list[_Arrival] = field(default_factory=list)
+    """From homes."""
+    relays: list[tuple[int, list[tuple[int, int, int]]]] = field(default_factory=list)
+    """Owner of this node, and what is passed on to it: (index in `arrivals`, first row in it, rows)."""
+    relayed: list[_Arrival] = field(default_factory=list)
+    """From leaders of this node."""
 
 
 class PassQ:
-    """All queries leave at once; every peer's partial leaves as soon as it is computed."""
+    """Runs the units of a step."""
 
     def __init__(self, step: RankStep) -> None:
         self._step, self._local = step, Local(step)
-        self._sends: dict[int, list[tuple[int, int]]] = {}  # peer: (first row, rows) of my queries
-        self._recvs: dict[int, tuple[int, list[RowSegment]]] = {}  # peer: rows of its queries, what to compute
-        exchange, back = step.step.exchanges
-        assert isinstance(exchange, DirectExchange)
-        assert isinstance(back, DirectExchange)
-        rank, segments, participants = step.rank, step.step.segments, exchange.participants
-        if rank not in participants:
+        self._units: list[_Unit] = []
+        group_step = step.step
+        if step.rank not in {rank for node in group_step.nodes for rank in node}:
             return
-        me = participants.index(rank)
-        query_rows = step.local_query_rows()
-        # Start with the next rank: else everybody would compute for rank 0 first, and rank N - 1 would wait longest.
-        for i in ((me + n) % len(participants) for n in range(1, len(participants))):
-            peer = participants[i]
-            if exchange.num_rows[me][i]:
-                mine = moved_queries(segments, rank, peer)
-                self._sends[peer] = [(query_rows[run], run[2] - run[1]) for run in mine]
-            if exchange.num_rows[i][me]:
-                rows, row = {}, 0
-                for run in moved_queries(segments, peer, rank):
-                    rows[run] = row
-                    row += run[2] - run[1]
-                assert row == exchange.num_rows[i][me] == back.num_rows[me][i], "plan and segments disagree"
-                seen = [s for s in segments if s.query_rank == peer and s.key_rank == rank]
-                self._recvs[peer] = (row, resolve(seen, rows, step.pool_layout, step.group.spec.window))
+        own_rows = step.local_query_rows()
+        seen: dict[Range, list[Segment]] = {}  # other ranks' runs: what of their keys lies here
+        for s in group_step.segments:
+            if s.key_rank == step.rank != s.query_rank:
+                seen.setdefault((s.request_id, s.query_start, s.query_end), []).append(s)
+        units = query_units(group_step.segments, group_step.nodes, group_step.query_block_len)
+        self._units = [self._own_part(unit, own_rows, seen) for unit in units]
+        self._most_rows = 2 * group_step.query_block_len
+
+    def _own_part(
+        self, unit: QueryUnit, own_rows: Mapping[Range, int], seen: Mapping[Range, Sequence[Segment]]
+    ) -> _Unit:
+        """What of a unit concerns this rank."""
+        rank, part = self._step.rank, _Unit(unit.num_rows, bool(unit.relayed))
+        places: dict[Range, tuple[int, int]] = {}  # runs that came from homes: index in `arrivals`, first row
+        for (home, to), runs in unit.queries.items():
+            if home == rank:
+                part.sends[to] = [(own_rows[run], run[2] - run[1]) for run in runs]
+            elif to == rank:
+                rows = _first_rows(runs)
+                places |= {run: (len(part.arrivals), row) for run, row in rows.items()}
+                part.arrivals.append(self._arrival(home, runs, rows, seen))
+        for (leader, owner), runs in unit.relayed.items():
+            if leader == rank:
+                part.relays.append((owner, [(*places[run], run[2] - run[1]) for run in runs]))
+            elif owner == rank:
+                part.relayed.append(self._arrival(leader, runs, _first_rows(runs), seen))
+        return part
+
+    def _arrival(
+        self, peer: int, runs: Sequence[Range], rows: Mapping[Range, int], seen: Mapping[Range, Sequence[Segment]]
+    ) -> _Arrival:
+        step = self._step
+        segments = [s for run in runs for s in seen.get(run, ())]
+        return _Arrival(peer, num_rows(runs), resolve(segments, rows, step.pool_layout, step.group.spec.window))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
-        comm, backend, spec = self._step.comm, self._step.backend, self._step.group.spec
-        num_heads, k_width = self._step.group.num_query_heads, spec.k_width
+        q = q.contiguous()  # once: what several peers get is not copied again
+        own: list[PartialAttention] = []
+        under_way: deque[tuple[Pending, Iterator[Pending], int]] = deque()
+        num_started = rows_under_way = 0
+        while not own or under_way or num_started < len(self._units):
+            while num_started < len(self._units):
+                unit = self._units[num_started]
+                if rows_under_way and rows_under_way + unit.num_rows > self._most_rows:
+                    break
+                num_started += 1
+                rows_under_way += unit.num_rows
+                going = self._run(unit, q, k, v, params, own)
+                under_way.append((next(going), going, unit.num_rows))
+            if not own:
+                own.append(self._local.attend(q, k, v, params))
+            if under_way:
+                pending, going, rows = under_way.popleft()
+                pending.wait()
+                following = next(going, None)
+                if following is not None:
+                    under_way.append((following, going, rows))
+                else:
+                    rows_under_way -= rows
+        return own[0]
 
-        def message(num_rows: int) -> PartialMessage:
-            return PartialMessage(num_rows, num_heads, spec.v_width, k.dtype, k.device)
+    def _run(
+        self, unit: _Unit, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, own: list[PartialAttention]
+    ) -> Iterator[Pending]:
+        """One unit in one layer. Yields what was started, and is resumed when that has ended.
 
-        incoming = {
-            peer: torch.empty(num_rows, num_heads, k_width, dtype=k.dtype, device=k.device)
-            for peer, (num_rows, _) in self._recvs.items()
-        }
-        rows = q.contiguous()  # once: what several peers get is not copied again
-        outgoing = {peer: _gathered(rows, runs) for peer, runs in self._sends.items()}
-        queries = {
-            peer: comm.exchange(
-                [(peer, outgoing[peer])] if peer in outgoing else [],
-                [(peer, incoming[peer])] if peer in incoming else [],
+        Args:
+            own: holds this rank's own partial before the first unit goes on; what comes home is merged into it.
+        """
+        exchange, message = self._step.comm.exchange, self._message
+
+        def queries(arrivals: Sequence[_Arrival]) -> list[Tensor]:
+            shape = (self._step.group.num_query_heads, self._step.group.spec.k_width)
+            return [torch.empty(a.num_rows, *shape, dtype=k.dtype, device=k.device) for a in arrivals]
+
+        def partials(tensors: Sequence[Tensor], arrivals: Sequence[_Arrival]) -> list[PartialAttention]:
+            attend = self._step.backend.partial_attention
+            return [attend(tensor, k, v, a.segments, params) for tensor, a in zip(tensors, arrivals, strict=True)]
+
+        def messages(arrivals: Sequence[_Arrival], found: Sequence[PartialAttention]) -> list[tuple[int, Tensor]]:
+            return [(a.peer, message(a.num_rows, k).pack(part)) for a, part in zip(arrivals, found, strict=True)]
+
+        arrived = queries(unit.arrivals)
+        yield exchange(
+            [(to, _gathered(q, rows)) for to, rows in unit.sends.items()],
+            [(a.peer, tensor) for a, tensor in zip(unit.arrivals, arrived, strict=True)],
+        )
+        if unit.has_relays:
+            relayed = queries(unit.relayed)
+            yield exchange(
+                [(owner, torch.cat([arrived[i][row : row + n] for i, row, n in runs])) for owner, runs in unit.relays],
+                [(a.peer, tensor) for a, tensor in zip(unit.relayed, relayed, strict=True)],
             )
-            for peer in {**self._sends, **self._recvs}
-        }
-        answers = {peer: message(sum(count for _, count in runs)) for peer, runs in self._sends.items()}
-        acc = self._local.attend(q, k, v, params)
-        partials = []
-        for peer, pending in queries.items():
-            pending.wait()
-            sends: list[tuple[int, Tensor]] = []
-            if peer in incoming:
-                num_rows, segments = self._recvs[peer]
-                partial = backend.partial_attention(incoming[peer], k, v, segments, params)
-                sends.append((peer, message(num_rows).pack(partial)))
-            recvs = [(peer, answers[peer].data)] if peer in answers else []
-            partials.append(comm.exchange(sends, recvs))
-        for pending in partials:
-            pending.wait()
-        for peer, answer in answers.items():
-            partial, row = answer.partial(), 0
-            for first, count in self._sends[peer]:
-                part = PartialAttention(partial.out[row : row + count], partial.lse[row : row + count])
-                merge_rows_(acc, first, part)
-                row += count
-        return acc
+            answers = [message(sum(n for _, _, n in runs), k) for _, runs in unit.relays]
+            pending = exchange(
+                messages(unit.relayed, partials(relayed, unit.relayed)),  # first: leaders wait for them
+                [(owner, answer.data) for (owner, _), answer in zip(unit.relays, answers, strict=True)],
+            )
+            found = partials(arrived, unit.arrivals)
+            yield pending
+            for (_, runs), answer in zip(unit.relays, answers, strict=True):
+                answer.merge_into_(found, runs)
+        else:
+            found = partials(arrived, unit.arrivals)
+        homecoming = [message(sum(n for _, n in rows), k) for rows in unit.sends.values()]
+        yield exchange(
+            messages(unit.arrivals, found),
+            [(to, answer.data) for to, answer in zip(unit.sends, homecoming, strict=True)],
+        )
+        for rows, answer in zip(unit.sends.values(), homecoming, strict=True):
+            answer.merge_into_(own, [(0, row, n) for row, n in rows])
+
+    def _message(self, num_rows: int, like: Tensor) -> PartialMessage:
+        """An empty message of partials."""
+        return PartialMessage(self._step.group, num_rows, like.device)
 
 
-def _gathered(rows: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-    """(first, count) runs of rows [T, H, D] behind each other; a view where they follow each other already."""
+def _gathered(rows: Tensor, runs: Rows) -> Tensor:
+    """Runs of rows [T, H, D] behind each other; a view where they follow each other already."""
     first, last = runs[0][0], runs[-1][0] + runs[-1][1]
-    if last - first == sum(count for _, count in runs):
+    if all(a + n == b for (a, n), (b, _) in pairwise(runs)):
         return rows[first:last]
     return torch.cat([rows[row : row + count] for row, count in runs])
+
+
+def _first_rows(runs: Iterable[Range]) -> dict[Range, int]:
+    """The first row of every run in a message."""
+    rows: dict[Range, int] = {}
+    row = 0
+    for run in runs:
+        rows[run] = row
+        row += run[2] - run[1]
+    return rows

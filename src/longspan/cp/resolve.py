@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from longspan.attention.base import RowSegment
-from longspan.plan.segments import Range
-from longspan.plan.types import Segment
+from longspan.plan.types import Range, Segment
 from longspan.sharding.pages import KeyRun, PageTable
 from longspan.sharding.visibility import Visibility, visibility
 

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import msgspec
 import torch
+from msgspec import structs
 
 from longspan.config import EngineConfig
 from longspan.engine.executor import Executor
@@ -63,9 +64,11 @@ class Engine:
         if model is not None and config.executor != "threads":
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
         model_config, generation_config = load_config(config.model)
-        self.spec: ModelSpec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, DEVICE))
+        spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, DEVICE))
+        groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
+        self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups))
         memory = kv_cache_memory(config.kv_cache_memory, config.context_parallel_size)
-        self.config = config = msgspec.structs.replace(config, kv_cache_memory=memory)
+        self.config = config = structs.replace(config, kv_cache_memory=memory)
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
         start = Start(config, self.spec, num_pages, "")

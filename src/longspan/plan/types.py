@@ -20,13 +20,16 @@ Note: a plan by example
     A segment names keys by position; "keys 0..7 on rank 0" are those of them that rank 0 stores.
 """
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
 from longspan.sharding.pages import PageRun
 from longspan.sharding.visibility import Visibility
 from longspan.types import Phase, Strategy, TokenLogprobs
+
+Range: TypeAlias = tuple[int, int, int]
+"""(request_id, start, end) of positions."""
 
 
 class Literals(msgspec.Struct, frozen=True, array_like=True, tag="literal"):
@@ -96,7 +99,7 @@ class DirectExchange(msgspec.Struct, frozen=True, array_like=True, tag="direct")
     operand: Literal["query", "partial", "kv"]
     participants: tuple[int, ...]
     num_rows: tuple[tuple[int, ...], ...]
-    """`num_rows[i][j]`: rows from participant i to participant j; no message is sent for 0."""
+    """`num_rows[i][j]`: rows from participant i to participant j, in all; no message is sent for 0."""
     padded_rows: int | None = None
     """Rows that every message is padded to (fixed-shape steps), or None for exact sizes."""
 
@@ -120,6 +123,10 @@ class GroupStep(msgspec.Struct, frozen=True, array_like=True):
     strategy: Strategy
     segments: tuple[Segment, ...]
     exchanges: tuple[DirectExchange | RingExchange, ...] = ()
+    nodes: tuple[tuple[int, ...], ...] = ()
+    """`pass_q` and `tree`: the participants, node by node; for `pass_q` every rank is a node of its own."""
+    query_block_len: int = 0
+    """`pass_q` and `tree`: most rows of one message, unless a single query run has more."""
 
 
 class PageCopy(msgspec.Struct, frozen=True, array_like=True):

@@ -12,7 +12,8 @@ model's; with float32 partials of a bfloat16 model it would be 6.)
 
 from collections.abc import Mapping, Sequence
 
-from longspan.plan.segments import make_exchanges, make_segments
+from longspan.plan.group_step import make_group_step
+from longspan.plan.segments import make_segments
 from longspan.plan.types import (
     PARTIAL_ALIGNMENT_BYTES,
     DirectExchange,
@@ -24,8 +25,9 @@ from longspan.plan.types import (
 from longspan.sharding.pages import PageTable
 from longspan.types import KVGroup, Strategy
 
-RING_BLOCK_LEN = 2048
-"""Tokens per ring block: long enough for efficient kernels; three blocks are the ring's whole temporary memory."""
+BLOCK_LEN = 2048
+"""Rows per block of a ring, of queries and of partials: long enough for efficient kernels; a few blocks are all the
+temporary memory of these strategies."""
 
 
 def _message_bytes(operand: str, num_rows: int, group: KVGroup) -> int:
@@ -36,8 +38,8 @@ def _message_bytes(operand: str, num_rows: int, group: KVGroup) -> int:
     if operand == "query":
         return num_rows * heads * spec.k_width * spec.itemsize_bytes
     assert operand == "partial", operand
-    out_bytes = num_rows * heads * spec.v_width * spec.itemsize_bytes
-    lse_bytes = num_rows * heads * max(4, spec.itemsize_bytes)  # float32, beside float64 also float64
+    out_bytes = num_rows * heads * spec.v_width * group.partial_itemsize_bytes
+    lse_bytes = num_rows * heads * max(4, group.partial_itemsize_bytes)  # float32, beside float64 also float64
     return -(-out_bytes // PARTIAL_ALIGNMENT_BYTES) * PARTIAL_ALIGNMENT_BYTES + lse_bytes
 
 
@@ -50,9 +52,9 @@ def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> i
     return max(sum(_message_bytes(exchange.operand, n, group) for n in rows) for rows in exchange.num_rows)
 
 
-def _gathered_rows(exchanges: Sequence[DirectExchange | RingExchange]) -> int:
+def _gathered_rows(step: GroupStep) -> int:
     """The most rows that any rank receives in a gather."""
-    (gather,) = exchanges
+    (gather,) = step.exchanges
     assert isinstance(gather, DirectExchange)
     return max(sum(row[i] for row in gather.num_rows) for i in range(len(gather.participants)))
 
@@ -63,7 +65,8 @@ def choose_strategy(
     group: KVGroup,
     *,
     forced: Strategy | None = None,
-    block_len: int = RING_BLOCK_LEN,
+    block_len: int = BLOCK_LEN,
+    node_of_rank: Sequence[int] | None = None,
 ) -> GroupStep:
     """Pick the strategy that moves the fewest bytes, and write down its exchanges.
 
@@ -75,7 +78,8 @@ def choose_strategy(
         tables: page table per request of this group.
         group: for the widths of rows.
         forced: the user's choice, or None.
-        block_len: rows per ring block.
+        block_len: rows per block of a ring, of queries and of partials.
+        node_of_rank: per rank, its node; None: all on one.
 
     Returns:
         The group's step. When nothing is remote it is `local`, whatever was forced.
@@ -85,12 +89,12 @@ def choose_strategy(
     candidates = [forced] if forced is not None else [Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q]
     best: tuple[int, GroupStep] | None = None
     for strategy in candidates:
-        exchanges = make_exchanges(strategy, segments, tables, block_len)
-        if forced is None and strategy is Strategy.GATHER_KV and _gathered_rows(exchanges) > 2 * block_len:
+        step = make_group_step(strategy, segments, tables, block_len, node_of_rank)
+        if forced is None and strategy is Strategy.GATHER_KV and _gathered_rows(step) > 2 * block_len:
             continue
-        cost = sum(exchange_bytes(exchange, group) for exchange in exchanges)
+        cost = sum(exchange_bytes(exchange, group) for exchange in step.exchanges)
         if best is None or cost < best[0]:
-            best = (cost, GroupStep(strategy, tuple(segments), exchanges))
+            best = (cost, step)
     assert best is not None
     return best[1]
 
@@ -101,8 +105,9 @@ def plan_group(
     group: KVGroup,
     *,
     forced: Strategy | None = None,
-    block_len: int = RING_BLOCK_LEN,
+    block_len: int = BLOCK_LEN,
+    node_of_rank: Sequence[int] | None = None,
 ) -> GroupStep:
     """Everything that a plan says of one KV group. Arguments as in `choose_strategy`."""
     segments = make_segments(query_runs, tables, group.spec.window)
-    return choose_strategy(segments, tables, group, forced=forced, block_len=block_len)
+    return choose_strategy(segments, tables, group, forced=forced, block_len=block_len, node_of_rank=node_of_rank)

@@ -37,7 +37,7 @@ from longspan.plan.types import (
     ScoreRun,
     TableDelta,
 )
-from longspan.policy.choose import plan_group
+from longspan.policy.choose import BLOCK_LEN, plan_group
 from longspan.policy.cost import StepTime
 from longspan.scheduler.chunks import Chunks
 from longspan.scheduler.memory import DECODE_COST, KVMemory
@@ -332,14 +332,22 @@ class Scheduler:
             copies += request.copies
             deltas += self._deltas(request, end, ranks)
             for rank, first, last in request.tables[0].owners(start, end):
-                tokens = Literals(tuple(request.token_ids[first:last]))
-                query_runs.append(QueryRun(request.request_id, first, last - first, rank, tokens))
+                for position in range(first, last, BLOCK_LEN):  # no run is longer than a block of queries
+                    token_ids = request.token_ids[position : min(last, position + BLOCK_LEN)]
+                    run = QueryRun(request.request_id, position, len(token_ids), rank, Literals(tuple(token_ids)))
+                    query_runs.append(run)
             samples += self._samples(request, end)
             scores += self._scores(request, start, end)
             request.in_flight, request.last_plan_id = True, plan_id
         forced = self.config.forced_decode_strategy if movers is Phase.DECODE else self.config.forced_strategy
         groups = tuple(
-            plan_group(query_runs, {r.request_id: r.tables[i] for r, _ in chosen}, group, forced=forced)
+            plan_group(
+                query_runs,
+                {r.request_id: r.tables[i] for r, _ in chosen},
+                group,
+                forced=forced,
+                node_of_rank=self.config.nodes,
+            )
             for i, group in enumerate(self.model.kv_groups)
         )
         released: set[int] = set()

@@ -1,0 +1,67 @@
+"""One KV group's step under one strategy, with every exchange spelled out.
+
+Holds one pure function. Must not know which strategy is best (`longspan.policy`), or tensors.
+Read next: `longspan.policy.choose`, which calls it for every candidate; `longspan.cp.attend`, which runs the result.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from longspan.plan.query_units import Pair, num_rows, query_units
+from longspan.plan.segments import count_keys, moved_keys, remote_ranks
+from longspan.plan.types import DirectExchange, GroupStep, RingExchange, Segment
+from longspan.sharding.pages import PageTable
+from longspan.types import Strategy
+
+
+def make_group_step(
+    strategy: Strategy,
+    segments: Sequence[Segment],
+    tables: Mapping[int, PageTable],
+    block_len: int,
+    node_of_rank: Sequence[int] | None = None,
+) -> GroupStep:
+    """A KV group's step under a strategy, with what the participants send each other in every layer.
+
+    Args:
+        strategy: the movement strategy; where nothing is remote it becomes `local`.
+        segments: of one KV group.
+        tables: page table per request of that group.
+        block_len: rows per block of a ring, of queries and of partials.
+        node_of_rank: per rank, its node; None: all on one node. Only `tree` looks at it.
+    """
+    ranks = remote_ranks(segments)
+    if not ranks:
+        return GroupStep(Strategy.LOCAL, tuple(segments))
+    if strategy is Strategy.PASS_KV:
+        counts = tuple(count_keys(tables, rank, moved_keys(segments, rank)) for rank in ranks)
+        return GroupStep(strategy, tuple(segments), (RingExchange(ranks, counts, block_len),))
+    if strategy is Strategy.GATHER_KV:
+        by_pair: dict[Pair, list[Segment]] = {}
+        for s in segments:
+            by_pair.setdefault((s.key_rank, s.query_rank), []).append(s)
+        rows = {(a, b): count_keys(tables, a, moved_keys(seen, a, b)) for (a, b), seen in by_pair.items() if a != b}
+        return GroupStep(strategy, tuple(segments), (DirectExchange("kv", ranks, _matrix(ranks, rows)),))
+    if strategy is Strategy.PASS_Q:
+        nodes: tuple[tuple[int, ...], ...] = tuple((rank,) for rank in ranks)
+    elif strategy is Strategy.TREE:
+        by_node: dict[int, list[int]] = {}
+        for rank in ranks:
+            by_node.setdefault(0 if node_of_rank is None else node_of_rank[rank], []).append(rank)
+        nodes = tuple(tuple(by_node[node]) for node in sorted(by_node))
+    else:
+        raise AssertionError(f"{strategy} cannot serve queries and keys on different ranks")
+    queries: dict[Pair, int] = {}
+    relayed: dict[Pair, int] = {}
+    for unit in query_units(segments, nodes, block_len):
+        for found, messages in ((queries, unit.queries), (relayed, unit.relayed)):
+            for pair, runs in messages.items():
+                found[pair] = found.get(pair, 0) + num_rows(runs)
+    there = [_matrix(ranks, queries)] + [_matrix(ranks, relayed)] * (strategy is Strategy.TREE)
+    exchanges = [DirectExchange("query", ranks, rows) for rows in there]
+    exchanges += [DirectExchange("partial", ranks, tuple(zip(*rows, strict=True))) for rows in reversed(there)]
+    return GroupStep(strategy, tuple(segments), tuple(exchanges), nodes, block_len)
+
+
+def _matrix(ranks: Sequence[int], rows: Mapping[Pair, int]) -> tuple[tuple[int, ...], ...]:
+    """`num_rows` of an exchange."""
+    return tuple(tuple(rows.get((a, b), 0) for b in ranks) for a in ranks)
