@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import msgspec
 
 from longspan.errors import ConfigError
+from longspan.simulation import SimulatedLinks, parse_simulated_links
 from longspan.types import Placement, Strategy
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
@@ -89,6 +90,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One worker process per rank, or one thread of this process per rank (for tests and debugging)."""
     exchange_timeout_s: float = 300.0
     """Longest wait for a peer in one exchange."""
+    simulated_links: str | None = None
+    """Simulation, for tests and benchmarks only: pretend that ranks of one machine are on several nodes, and hold back
+    the messages between nodes. Such as `nodes=0,0,1,1 latency_us=500 mbit_per_s=1000`; see `longspan.simulation`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str):
@@ -128,6 +132,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"exchange_timeout_s: got {timeout!r}, legal is a number above 0 and up to {MAX_TIMEOUT_S} (seconds)"
             )
+        if self.simulated_links is not None:
+            parse_simulated_links(self.simulated_links, self.context_parallel_size)
         if self.context_parallel_size > 1 and self.placement in ("striped", "spill"):
             for name in ("strategy", "decode_strategy"):
                 if getattr(self, name) == "local":
@@ -157,6 +163,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def num_threads(self) -> int:
         """Compute threads of one rank."""
         return self.threads_per_rank or max(1, num_cores() // self.context_parallel_size)
+
+    @property
+    def simulation(self) -> SimulatedLinks | None:
+        """What `simulated_links` says."""
+        text = self.simulated_links
+        return None if text is None else parse_simulated_links(text, self.context_parallel_size)
 
     @property
     def striped_from(self) -> int:

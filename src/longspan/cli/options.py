@@ -58,6 +58,12 @@ def _engine_options(stripe_size: int) -> tuple[Callable[[Command], Command], ...
         click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step."),
         click.option("--attention-backend", type=choice(AttentionName), default="auto", show_default=True),
         click.option("--executor", type=choice(ExecutorName), default="processes", show_default=True),
+        click.option(
+            "--simulated-links",
+            metavar="LINKS",
+            help="For tests and benchmarks: hold messages between pretended nodes back, as in "
+            "'nodes=0,0,1,1 latency_us=500 mbit_per_s=1000'.",
+        ),
     )
 
 

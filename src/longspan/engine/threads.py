@@ -5,9 +5,11 @@ Read next: `longspan.engine.processes`, the same between processes.
 """
 
 import queue
+import tempfile
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import torch
 
@@ -15,7 +17,7 @@ from longspan.comm.threads import thread_group
 from longspan.engine.executor import PendingPlans
 from longspan.errors import LongspanError, WorkerError
 from longspan.plan.types import Plan, PlanResult
-from longspan.worker.build import build_runner, load_weights
+from longspan.worker.build import build_runner, load_weights, with_simulated_links
 from longspan.worker.messages import Start
 from longspan.worker.runner import ModelRunner
 
@@ -34,9 +36,10 @@ class ThreadExecutor:
         self._inboxes: list[queue.SimpleQueue[Plan | None]] = []
         self._threads: list[threading.Thread] = []
         size = start.config.context_parallel_size
-        self.runners = [
-            build_runner(start, model, comm) for comm in thread_group(size, timeout_s=start.config.exchange_timeout_s)
-        ]
+        comms = thread_group(size, timeout_s=start.config.exchange_timeout_s)
+        with tempfile.TemporaryDirectory(prefix="longspan-") as directory:  # what is open in it stays open
+            comms = [with_simulated_links(comm, start, Path(directory)) for comm in comms]
+        self.runners = [build_runner(start, model, comm) for comm in comms]
         for runner in self.runners:
             inbox: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
             thread = threading.Thread(

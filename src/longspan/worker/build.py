@@ -4,10 +4,14 @@ Holds the order of construction. Must not know whether the rank is a process or 
 Read next: `longspan.worker.runner`.
 """
 
+import sys
+from pathlib import Path
+
 import torch
 
 from longspan.attention.select import make_backend
 from longspan.comm.base import Communicator
+from longspan.comm.delaying import DelayingCommunicator
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.worker.messages import Start
 from longspan.worker.runner import ModelRunner
@@ -18,6 +22,22 @@ DEVICE = torch.device("cpu")
 def load_weights(start: Start, *, show_progress: bool) -> torch.nn.Module:
     """The model, with weights."""
     return load_model(start.config.model, resolve_dtype(start.config.dtype, DEVICE), show_progress=show_progress)
+
+
+def with_simulated_links(comm: Communicator, start: Start, directory: Path) -> Communicator:
+    """The communicator, slowed down if the user asked for it; rank 0 says so.
+
+    Args:
+        comm: to be wrapped.
+        start: what the driver said.
+        directory: shared by the ranks, and theirs alone.
+    """
+    links = start.config.simulation
+    if links is None:
+        return comm
+    if comm.rank == 0:
+        print(f"longspan: simulating a slower network ({start.config.simulated_links})", file=sys.stderr, flush=True)
+    return DelayingCommunicator(comm, links, directory)
 
 
 def build_runner(start: Start, model: torch.nn.Module, comm: Communicator) -> ModelRunner:

@@ -14,7 +14,7 @@ from longspan.comm.base import Communicator
 from longspan.comm.local import LocalCommunicator
 from longspan.comm.threads import thread_group
 from longspan.models.loader import quiet_transformers
-from longspan.worker.build import build_runner, load_weights
+from longspan.worker.build import build_runner, load_weights, with_simulated_links
 from longspan.worker.messages import Answer, Ready, RunPlan, Start, decode_to_worker, encode
 
 
@@ -39,4 +39,5 @@ def _join_group(rank: int, start: Start) -> Communicator:
     size, timeout_s = start.config.context_parallel_size, start.config.exchange_timeout_s
     if size == 1:
         return thread_group(1, timeout_s=timeout_s)[0]
-    return LocalCommunicator(rank, size, Path(start.directory), timeout_s=timeout_s)
+    directory = Path(start.directory)
+    return with_simulated_links(LocalCommunicator(rank, size, directory, timeout_s=timeout_s), start, directory)

@@ -1,0 +1,116 @@
+"""A slower network than the real one: holds messages between nodes back. For tests and benchmarks only.
+
+Holds the wrapper and the nodes' send clocks. Must not change what is sent, and never holds up a sender.
+Read next: `longspan.simulation`, which says what can be simulated.
+
+Note [Simulated links]
+Every node has one link to all others. Its messages leave one behind the other, whichever of its ranks sends them and
+whichever rank they go to, each `bytes / bytes_per_s` long; what a node receives is not limited. A message arrives
+`latency_s` after its last byte has left. With 1 MB/s, latency 10 ms, and two messages of 1000 bytes sent at 0:
+
+    sender     wait() returns at once
+    link       first 0..1 ms, second 1..2 ms
+    receiver   first at 11 ms, second at 12 ms
+
+Before each such message its sender sends the time of its arrival. The receiver's `wait` takes in both, and then sleeps
+until that time, which the kernel overshoots by about 0.06 ms. Times are those of one machine's monotonic clock, so all
+ranks must be on one machine (network namespaces share its clock).
+"""
+
+import fcntl
+import mmap
+import os
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longspan.comm.base import Communicator, Pending
+from longspan.simulation import SimulatedLinks
+
+_TIME = struct.Struct("=d")
+
+
+class NodeClock:
+    """When a node's link is free again; shared by the node's ranks, processes or threads, through a small file."""
+
+    def __init__(self, directory: Path, node: int) -> None:
+        """Open the clock. Args: `directory` is the same for all ranks of the node, and theirs alone."""
+        self._file = os.open(directory / f"simulated-node-{node}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.ftruncate(self._file, _TIME.size)
+        self._memory = mmap.mmap(self._file, _TIME.size)
+
+    def reserve(self, seconds: float) -> float:
+        """Occupy the link for so long, after all that occupy it already. Returns the end, on the monotonic clock."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            (free_at_s,) = _TIME.unpack(self._memory[:])
+            end_s = float(max(free_at_s, time.monotonic()) + seconds)
+            self._memory[:] = _TIME.pack(end_s)
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        return end_s
+
+    def close(self) -> None:
+        self._memory.close()
+        os.close(self._file)
+
+
+class DelayingCommunicator:
+    """Wraps a communicator and holds back what comes from other nodes. See Note [Simulated links]."""
+
+    def __init__(self, inner: Communicator, links: SimulatedLinks, directory: Path) -> None:
+        """Wrap.
+
+        Args:
+            inner: moves the messages.
+            links: one node per rank.
+            directory: shared by the ranks of a node, and theirs alone.
+        """
+        assert inner.size == len(links.nodes), "one node per rank"
+        self._inner, self._links = inner, links
+        self.rank, self.size = inner.rank, inner.size
+        self._node = links.nodes[self.rank]
+        self._clock = NodeClock(directory, self._node)
+
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
+        all_sends: list[tuple[int, Tensor]] = []
+        for peer, tensor in sends:
+            if tensor.numel() and self._is_far(peer):
+                all_sends.append((peer, torch.tensor([self._arrival_s(tensor.nbytes)], dtype=torch.float64)))
+            all_sends.append((peer, tensor))
+        all_recvs: list[tuple[int, Tensor]] = []
+        arrivals: list[Tensor] = []
+        for peer, tensor in recvs:
+            if tensor.numel() and self._is_far(peer):
+                arrivals.append(torch.empty(1, dtype=torch.float64))
+                all_recvs.append((peer, arrivals[-1]))
+            all_recvs.append((peer, tensor))
+        return _HeldBack(self._inner.exchange(all_sends, all_recvs), all_sends, arrivals)
+
+    def _is_far(self, peer: int) -> bool:
+        return self._links.nodes[peer] != self._node
+
+    def _arrival_s(self, num_bytes: int) -> float:
+        """When a message sent now arrives."""
+        rate = self._links.bytes_per_s
+        left_s = time.monotonic() if rate is None else self._clock.reserve(num_bytes / rate)
+        return left_s + self._links.latency_s
+
+    def close(self) -> None:
+        self._clock.close()
+        self._inner.close()
+
+
+class _HeldBack:
+    def __init__(self, inner: Pending, sends: list[tuple[int, Tensor]], arrivals: list[Tensor]) -> None:
+        self._inner, self._sends, self._arrivals = inner, sends, arrivals  # `_sends` keeps the times' memory
+
+    def wait(self) -> None:
+        self._inner.wait()
+        for arrival in self._arrivals:
+            if (left_s := arrival.item() - time.monotonic()) > 0:
+                time.sleep(left_s)
