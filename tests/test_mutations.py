@@ -7,7 +7,7 @@ the same, `test_families` would not see that fault either.
 import pytest
 
 from longspan.comm.threads import ThreadCommunicator
-from longspan.cp import attend, base, pass_q
+from longspan.cp import attend, base, partial_message
 from longspan.worker.runner import ModelRunner
 from tiny_models import FAMILIES, greedy, run_all, tiny_engine, tiny_model
 
@@ -21,9 +21,11 @@ FAST = ("llama", "mistral-window-7", "qwen2-window-mix", "smollm3-window", "gemm
 
 def generate(family, strategy):
     model = tiny_model(family)
+    nodes = (0, 1, 1) if strategy == "tree" else (0, 0)
     with tiny_engine(
         model,
-        context_parallel_size=2,
+        context_parallel_size=len(nodes),
+        nodes=nodes,
         placement="striped",
         page_size=PAGE_SIZE,
         stripe_size=2 * PAGE_SIZE,
@@ -98,7 +100,7 @@ def ignore_lse_in_one_merge(monkeypatch):
 
         return merge_rows
 
-    for module in (base, pass_q):
+    for module in (base, partial_message):
         monkeypatch.setattr(module, "merge_rows_", mutated(module.merge_rows_))
 
 
@@ -135,6 +137,8 @@ def lose_every_third_message(monkeypatch):
         (ignore_lse_in_one_merge, "pass_q"),
         (shift_positions_on_one_rank, "gather_kv"),
         (lose_every_third_message, "pass_q"),
+        (ignore_lse_in_one_merge, "tree"),
+        (lose_every_third_message, "tree"),
     ],
 )
 def test_a_mutation_changes_tokens(family, mutation, strategy, monkeypatch):
@@ -142,6 +146,6 @@ def test_a_mutation_changes_tokens(family, mutation, strategy, monkeypatch):
     assert generate(family, strategy) != expected(family)
 
 
-@pytest.mark.parametrize("strategy", ["pass_q", "pass_kv", "gather_kv"])
+@pytest.mark.parametrize("strategy", ["pass_q", "pass_kv", "gather_kv", "tree"])
 def test_the_same_run_without_a_mutation_changes_nothing(strategy):
     assert generate("gemma3", strategy) == expected("gemma3")

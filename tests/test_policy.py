@@ -155,7 +155,7 @@ def test_bytes_of_known_exchanges():
     row = 2 * (5 + 7) * 2
     assert exchange_bytes(DirectExchange("kv", (0, 1, 2), ((0, 4, 1), (2, 0, 0), (0, 0, 0))), group) == 5 * row
     assert exchange_bytes(DirectExchange("query", (0, 1), ((0, 4), (2, 0))), group) == 4 * 3 * 5 * 2
-    # 3 rows: 126 bytes of out, padded to 128, and 36 of lse
-    assert exchange_bytes(DirectExchange("partial", (0, 1), ((0, 3), (1, 0))), group) == 128 + 36
+    # 3 rows: 126 bytes of out, and 36 of lse
+    assert exchange_bytes(DirectExchange("partial", (0, 1), ((0, 3), (1, 0))), group) == 126 + 36
     # a rank forwards every block but those of its successor
     assert exchange_bytes(RingExchange((0, 1, 2), (5, 6, 2), 4), group) == (13 - 2) * row

@@ -88,7 +88,7 @@ def test_every_strategy_equals_dense_attention_in_float64(strategy, num_ranks):
         nodes = random_nodes(rng, num_ranks)
         for _ in range(2):
             chunk = cluster.step(random_chunk(rng, cluster))
-            step = ranks.run(chunk, strategy, block_len=rng.choice([1, 3, 5, 64]), nodes=nodes)
+            step = ranks.run(chunk, strategy, block_len=rng.choice([1, 3, 5, 12, 20, 64]), nodes=nodes)
             ranks.check(step)
             check_traffic(step)
             num_remote += any(group.strategy is strategy for group in step.plan.groups)
@@ -197,13 +197,13 @@ def test_a_tree_sends_each_row_to_a_node_once(num_ranks, num_nodes):
 
 @pytest.mark.parametrize("strategy", [PASS_Q, TREE])
 def test_the_memory_of_queries_under_way_does_not_grow_with_the_ranks(strategy):
-    """Units under way together hold at most two blocks for any rank, but in a `tree` every mate relays one."""
+    """Two units are ahead at most; each brings one block to a rank, but in a `tree` every mate relays one."""
     for num_ranks in (2, 4, 8):
         cluster = Cluster(random.Random(0), num_ranks, 4, [None], 1, owner_style="striped")
         ranks = Ranks(cluster, [make_group([0])], max_len=64 * num_ranks)
         ranks.run(cluster.step({0: 32 * num_ranks}), strategy)
         nodes = spread(num_ranks, 2)
-        step = ranks.run(cluster.step({0: 32 * num_ranks}), strategy, block_len=8, nodes=nodes)
+        step = ranks.run(cluster.step({0: 32 * num_ranks}), strategy, block_len=32, nodes=nodes)
         ranks.check(step)
         group = step.plan.groups[0]
         units = query_units(group.segments, group.nodes, group.query_block_len)

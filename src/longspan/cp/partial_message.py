@@ -13,24 +13,22 @@ import torch
 from torch import Tensor
 
 from longspan.attention.partial import PartialAttention, merge_rows_
-from longspan.plan.types import PARTIAL_ALIGNMENT_BYTES
 from longspan.types import KVGroup
 
 
 class PartialMessage:
-    """One message that holds `out` [n, H, Dv] in the wire's dtype and `lse` [n, H]."""
+    """One message that holds `lse` [n, H] and `out` [n, H, Dv] in the wire's dtype."""
 
     def __init__(self, group: KVGroup, num_rows: int, device: torch.device) -> None:
         dtype: torch.dtype = getattr(torch, group.partial_dtype)
         lse_dtype = torch.float64 if dtype is torch.float64 else torch.float32
         num_heads, v_width = group.num_query_heads, group.spec.v_width
-        out_bytes = num_rows * num_heads * v_width * dtype.itemsize
-        lse_start = -(-out_bytes // PARTIAL_ALIGNMENT_BYTES) * PARTIAL_ALIGNMENT_BYTES
         lse_bytes = num_rows * num_heads * lse_dtype.itemsize
-        self.data = torch.empty(lse_start + lse_bytes, dtype=torch.uint8, device=device)
+        out_bytes = num_rows * num_heads * v_width * dtype.itemsize
+        self.data = torch.empty(lse_bytes + out_bytes, dtype=torch.uint8, device=device)
         """[bytes] what travels."""
-        self._out = self.data[:out_bytes].view(dtype).view(num_rows, num_heads, v_width)
-        self._lse = self.data[lse_start:].view(lse_dtype).view(num_rows, num_heads)
+        self._lse = self.data[:lse_bytes].view(lse_dtype).view(num_rows, num_heads)  # first: `out` is aligned behind it
+        self._out = self.data[lse_bytes:].view(dtype).view(num_rows, num_heads, v_width)
 
     def pack(self, partial: PartialAttention) -> Tensor:
         """Fill the message from a partial; returns what travels."""

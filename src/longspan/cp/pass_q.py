@@ -21,8 +21,11 @@ Note: traffic of one layer
 Note: order
     All ranks run the same units, and every rank starts and ends the messages of all units in the same order, a first
     in, first out queue: what is waited for first was started first. So no two ranks can wait for each other, and the
-    messages of a pair arrive in the order in which they are expected. Which units are under way together depends on
-    the units alone. While one unit's partial is computed, queries of the next and partials of the last travel.
+    messages of a pair arrive in the order in which they are expected. How far queries are sent ahead, two blocks,
+    depends on the units alone. While partials of one unit are computed, queries of the next two and partials of the
+    last travel:
+
+        start Q0 Q1  local  wait Q0  start Q2  compute 0  start P0  wait Q1  start Q3  compute 1  start P1  wait Q2 ..
 """
 
 from collections import deque
@@ -82,6 +85,7 @@ class PassQ:
     def __init__(self, step: RankStep) -> None:
         self._step, self._local = step, Local(step)
         self._units: list[_Unit] = []
+        self._most_rows_ahead = 0
         group_step = step.step
         if step.rank not in {rank for node in group_step.nodes for rank in node}:
             return
@@ -92,7 +96,7 @@ class PassQ:
                 seen.setdefault((s.request_id, s.query_start, s.query_end), []).append(s)
         units = query_units(group_step.segments, group_step.nodes, group_step.query_block_len)
         self._units = [self._own_part(unit, own_rows, seen) for unit in units]
-        self._most_rows = 2 * group_step.query_block_len
+        self._most_rows_ahead = 2 * group_step.query_block_len
 
     def _own_part(
         self, unit: QueryUnit, own_rows: Mapping[Range, int], seen: Mapping[Range, Sequence[Segment]]
@@ -125,26 +129,28 @@ class PassQ:
         q = q.contiguous()  # once: what several peers get is not copied again
         own: list[PartialAttention] = []
         under_way: deque[tuple[Pending, Iterator[Pending], int]] = deque()
-        num_started = rows_under_way = 0
-        while not own or under_way or num_started < len(self._units):
-            while num_started < len(self._units):
-                unit = self._units[num_started]
-                if rows_under_way and rows_under_way + unit.num_rows > self._most_rows:
-                    break
-                num_started += 1
-                rows_under_way += unit.num_rows
+        waiting = deque(self._units)
+        rows_ahead = 0  # of queries that have been sent for, and not come yet
+
+        def start_units() -> None:
+            nonlocal rows_ahead
+            while waiting and (not rows_ahead or rows_ahead + waiting[0].num_rows <= self._most_rows_ahead):
+                unit = waiting.popleft()
+                rows_ahead += unit.num_rows
                 going = self._run(unit, q, k, v, params, own)
                 under_way.append((next(going), going, unit.num_rows))
-            if not own:
-                own.append(self._local.attend(q, k, v, params))
-            if under_way:
-                pending, going, rows = under_way.popleft()
-                pending.wait()
-                following = next(going, None)
-                if following is not None:
-                    under_way.append((following, going, rows))
-                else:
-                    rows_under_way -= rows
+
+        start_units()
+        own.append(self._local.attend(q, k, v, params))
+        while under_way:
+            pending, going, rows = under_way.popleft()
+            pending.wait()
+            if rows:  # queries have come: the next ones travel while the partials of these are computed
+                rows_ahead -= rows
+                start_units()
+            following = next(going, None)
+            if following is not None:
+                under_way.append((following, going, 0))
         return own[0]
 
     def _run(

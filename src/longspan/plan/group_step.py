@@ -26,7 +26,8 @@ def make_group_step(
         strategy: the movement strategy; where nothing is remote it becomes `local`.
         segments: of one KV group.
         tables: page table per request of that group.
-        block_len: rows per block of a ring, of queries and of partials.
+        block_len: rows per block of a ring; queries and partials go in quarters of it, so that even a chunk of a few
+            thousand rows is several messages, and one travels while another is computed.
         node_of_rank: per rank, its node; None: all on one node. Only `tree` looks at it.
     """
     ranks = remote_ranks(segments)
@@ -50,16 +51,17 @@ def make_group_step(
         nodes = tuple(tuple(by_node[node]) for node in sorted(by_node))
     else:
         raise AssertionError(f"{strategy} cannot serve queries and keys on different ranks")
+    query_block_len = max(1, block_len // 4)
     queries: dict[Pair, int] = {}
     relayed: dict[Pair, int] = {}
-    for unit in query_units(segments, nodes, block_len):
+    for unit in query_units(segments, nodes, query_block_len):
         for found, messages in ((queries, unit.queries), (relayed, unit.relayed)):
             for pair, runs in messages.items():
                 found[pair] = found.get(pair, 0) + num_rows(runs)
     there = [_matrix(ranks, queries)] + [_matrix(ranks, relayed)] * (strategy is Strategy.TREE)
     exchanges = [DirectExchange("query", ranks, rows) for rows in there]
     exchanges += [DirectExchange("partial", ranks, tuple(zip(*rows, strict=True))) for rows in reversed(there)]
-    return GroupStep(strategy, tuple(segments), tuple(exchanges), nodes, block_len)
+    return GroupStep(strategy, tuple(segments), tuple(exchanges), nodes, query_block_len)
 
 
 def _matrix(ranks: Sequence[int], rows: Mapping[Pair, int]) -> tuple[tuple[int, ...], ...]:

@@ -89,10 +89,6 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     visibility: Visibility
 
 
-PARTIAL_ALIGNMENT_BYTES = 8
-"""In a message of partials, `lse` starts at a multiple of this."""
-
-
 class DirectExchange(msgspec.Struct, frozen=True, array_like=True, tag="direct"):
     """Point-to-point messages among participants, once per layer; every participant joins, also with nothing to say."""
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from longspan.plan.group_step import make_group_step
 from longspan.plan.segments import make_segments
 from longspan.plan.types import (
-    PARTIAL_ALIGNMENT_BYTES,
     DirectExchange,
     GroupStep,
     QueryRun,
@@ -26,8 +25,7 @@ from longspan.sharding.pages import PageTable
 from longspan.types import KVGroup, Strategy
 
 BLOCK_LEN = 2048
-"""Rows per block of a ring, of queries and of partials: long enough for efficient kernels; a few blocks are all the
-temporary memory of these strategies."""
+"""Rows per block of a ring: long enough for efficient kernels; three blocks are the ring's whole temporary memory."""
 
 
 def _message_bytes(operand: str, num_rows: int, group: KVGroup) -> int:
@@ -40,7 +38,7 @@ def _message_bytes(operand: str, num_rows: int, group: KVGroup) -> int:
     assert operand == "partial", operand
     out_bytes = num_rows * heads * spec.v_width * group.partial_itemsize_bytes
     lse_bytes = num_rows * heads * max(4, group.partial_itemsize_bytes)  # float32, beside float64 also float64
-    return -(-out_bytes // PARTIAL_ALIGNMENT_BYTES) * PARTIAL_ALIGNMENT_BYTES + lse_bytes
+    return out_bytes + lse_bytes
 
 
 def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> int:
@@ -78,7 +76,7 @@ def choose_strategy(
         tables: page table per request of this group.
         group: for the widths of rows.
         forced: the user's choice, or None.
-        block_len: rows per block of a ring, of queries and of partials.
+        block_len: rows per block of a ring; queries go in quarters of it.
         node_of_rank: per rank, its node; None: all on one.
 
     Returns:
