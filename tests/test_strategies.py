@@ -160,6 +160,25 @@ def test_ranks_without_tokens_serve_their_keys(strategy):
     assert step.plan.groups[0].exchanges[0].participants == (0, 1, 2)
 
 
+@rank_counts
+def test_keys_travel_as_often_as_the_notes_of_their_strategies_say(num_ranks):
+    """N requests on N ranks, 6 rows of each on every rank; request i decodes on rank i and sees them all."""
+    n = num_ranks
+    cluster = Cluster(random.Random(0), n, 6, [None], n)
+    cluster._owner = lambda request_id, page_idx: page_idx if page_idx < n else request_id
+    group = make_group([0], query_heads=4, dtype="float32")
+    ranks = Ranks(cluster, [group])
+    ranks.check(ranks.run(cluster.step(dict.fromkeys(range(n), 6 * n)), GATHER_KV))
+    decode = cluster.step(dict.fromkeys(range(n), 1))
+    for strategy, rows, exchanges in ((GATHER_KV, (n - 1) * 6, 1), (PASS_KV, (n - 1) * (n - 1) * 6, None)):
+        step = ranks.run(decode, strategy, block_len=4)
+        ranks.check(step)
+        for traffic in step.traffic:
+            assert traffic.bytes_sent == rows * group.spec.token_bytes
+            if n > 1:
+                assert traffic.num_exchanges == (exchanges or (n - 1) * -(-(n - 1) * 6 // 4))
+
+
 @pytest.mark.parametrize("num_nodes", NODE_COUNTS)
 @rank_counts
 def test_a_tree_sends_each_row_to_a_node_once(num_ranks, num_nodes):

@@ -3,6 +3,10 @@
 Good for short chunks on fast links and for sliding windows, where only the rows in the window move. Peak memory grows
 with what is visible.
 
+Note: traffic of one layer
+    N ranks, R rows on each that the queries of each other rank see: a rank sends (N - 1) R rows of K and V, in one
+    exchange of N - 1 messages.
+
 Holds the strategy. Must not know the others but `local`.
 Read next: `longspan.cp.pass_kv`, the same with bounded memory.
 """

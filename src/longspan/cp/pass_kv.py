@@ -17,6 +17,10 @@ Note: three ranks, two rounds
     A block is forwarded while it is computed; the first step of a round sends an own block instead. So there is at
     most one block being sent, one being received and one being computed: three buffers. Rank 2 has no second block:
     its message of round 1 has no rows and is not sent, as every rank knows from the plan.
+
+Note: traffic of one layer
+    N ranks that contribute R rows each, seen by any other rank, in blocks of B: a rank sends (N - 1) R rows of K and V
+    (its own, and all others' but those of its successor), in (N - 1) R / B exchanges, rounded up, of one message each.
 """
 
 from torch import Tensor
