@@ -5,7 +5,10 @@ published), or what is predicted from them.
 Read next: `longspan.policy.predict`.
 """
 
+import math
 from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -80,6 +83,41 @@ class KernelRates(msgspec.Struct, frozen=True):
     """Fixed time that a rank itself spends on starting and ending one message, beside the link's latency."""
     layer_s: float = 0.0
     """Fixed time of one layer outside attention (Python, launches)."""
+    merge_s: float = 0.0
+    """Fixed time of merging one partial, beside the copy of its rows."""
+    moved_byte_s: float = 0.0
+    """Time that a byte sent or received takes from the rank's own compute; 0 where other hardware moves it."""
+    ranks_per_device: float = 1.0
+    """Ranks that share one device's compute: a rank that computes alone is so many times faster than said above."""
+
+    def __post_init__(self) -> None:
+        for name in ("matmul_flops_per_s", "read_bytes_per_s", "copy_bytes_per_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is a number above 0")
+        for name in ("call_s", "exchange_s", "layer_s", "merge_s", "moved_byte_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is a number from 0 (seconds)")
+        if not self.ranks_per_device >= 1:
+            raise ConfigError(f"ranks_per_device: got {self.ranks_per_device!r}, legal is a number from 1")
+        tokens = [num_tokens for num_tokens, _ in self.attention_flops_per_s]
+        if not tokens or tokens[0] < 1 or any(a >= b for a, b in pairwise(tokens)):
+            raise ConfigError(
+                f"attention_flops_per_s: got rates at {tokens} query tokens, legal is 1 or more, ascending"
+            )
+        if not all(rate > 0 for _, rate in self.attention_flops_per_s):
+            raise ConfigError("attention_flops_per_s: got a rate that is not above 0, legal are numbers above 0")
+
+    def attention_rate(self, num_queries: int) -> float:
+        """Flops per second of a kernel call with so many query tokens."""
+        before: tuple[int, float] | None = None
+        for point in self.attention_flops_per_s:
+            if num_queries <= point[0]:
+                if before is None:
+                    return point[1]
+                return before[1] + (point[1] - before[1]) * (num_queries - before[0]) / (point[0] - before[0])
+            before = point
+        assert before is not None
+        return before[1]
 
 
 class Costs(msgspec.Struct, frozen=True):
@@ -87,3 +125,15 @@ class Costs(msgspec.Struct, frozen=True):
 
     topology: Topology
     rates: KernelRates
+
+
+def costs_by_bytes(nodes: Sequence[int]) -> Costs:
+    """What is assumed where nothing was measured: links are slow, and all else takes no time.
+
+    Predicted times are then bytes: of each exchange, what the rank sends or receives that has most.
+
+    Args: `nodes` is the node of every rank.
+    """
+    free = KernelRates(math.inf, math.inf, math.inf, ((1, math.inf),), 0.0)
+    link = Link(0.0, 1.0)
+    return Costs(Topology(tuple(nodes), link, link), free)

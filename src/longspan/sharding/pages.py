@@ -225,6 +225,11 @@ class PageTable:
         counts = {rank: rows.count(start, end) for rank, rows in self._by_rank.items()}
         return {rank: count for rank, count in counts.items() if count}
 
+    def count_on(self, rank: int, start: int, end: int) -> int:
+        """How many of positions `[start, end)` one rank holds."""
+        rows = self._by_rank.get(rank)
+        return 0 if rows is None else rows.count(start, end)
+
     def row_runs(self, rank: int, start: int, end: int) -> list[tuple[int, int]]:
         """Where one rank's pool holds the tokens at positions `[start, end)`, whatever their order means.
 

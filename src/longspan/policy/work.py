@@ -1,0 +1,85 @@
+"""How long the kernels of one step take, by rank of the queries and rank of the keys.
+
+Holds arithmetic over segments. Must not know which rank computes what: that is the strategy's choice.
+Read next: `longspan.policy.predict`, which adds messages and waits.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from longspan.plan.types import Segment
+from longspan.policy.rates import KernelRates
+from longspan.sharding.pages import PageTable
+from longspan.sharding.visibility import Visibility
+from longspan.types import KVGroup
+
+BAND_BLOCK = 64
+"""Queries per kernel call where a sliding window's edge is masked: each call also computes what its mask hides."""
+
+
+@dataclass(slots=True)
+class PairWork:
+    """Queries of one rank against keys of one rank, in one layer."""
+
+    kernel_s: float = 0.0
+    """Of all kernel calls but their fixed time."""
+    num_calls: int = 0
+    num_rows: int = 0
+    """Query rows with a key there; those of a partial."""
+
+
+@dataclass(slots=True)
+class StepWork:
+    """The work of one KV group in one step."""
+
+    pairs: dict[tuple[int, int], PairWork] = field(default_factory=dict)
+    """By (rank of the queries, rank of the keys)."""
+
+
+def count_work(
+    segments: Iterable[Segment], tables: Mapping[int, PageTable], group: KVGroup, rates: KernelRates
+) -> StepWork:
+    """The kernel calls that a KV group's segments need, whoever makes them.
+
+    Args:
+        segments: of this KV group in this step.
+        tables: page table per request of this group.
+        group: for the widths of rows.
+        rates: of the ranks' kernels.
+    """
+    spec = group.spec
+    pair_flops = 2.0 * group.num_query_heads * (spec.k_width + spec.v_width)
+    work = StepWork()
+    pairs = work.pairs
+    seen: set[tuple[int, int, int, int]] = set()  # (request, first query, rank of queries, rank of keys)
+    rate_of: dict[int, float] = {}
+    for s in segments:
+        num_keys = tables[s.request_id].count_on(s.key_rank, s.key_start, s.key_end)
+        if not num_keys:
+            continue
+        num_queries = s.query_end - s.query_start
+        key = (s.query_rank, s.key_rank)
+        pair = pairs.get(key)
+        if pair is None:
+            pair = pairs[key] = PairWork()
+        call_len, num_calls = num_queries, 1
+        seen_keys = float(num_keys)  # per query, as the kernel computes them
+        if s.visibility is Visibility.CAUSAL:
+            seen_keys /= 2
+        elif s.visibility is Visibility.BAND:
+            assert spec.window is not None
+            call_len = min(num_queries, BAND_BLOCK)
+            num_calls = -(-num_queries // call_len)
+            seen_keys *= min(1.0, (spec.window + call_len) / (s.key_end - s.key_start))
+        rate = rate_of.get(call_len)
+        if rate is None:
+            rate = rate_of[call_len] = rates.attention_rate(call_len)
+        pair.kernel_s += max(
+            num_queries * seen_keys * pair_flops / rate, num_keys * spec.token_bytes / rates.read_bytes_per_s
+        )
+        pair.num_calls += num_calls
+        run = (s.request_id, s.query_start, *key)
+        if run not in seen:
+            seen.add(run)
+            pair.num_rows += num_queries
+    return work
