@@ -51,8 +51,8 @@ def predict_candidates(
     """Every strategy that a step could use, written down and predicted, in the order of `CANDIDATES`.
 
     `gather_kv` is a candidate only while what a rank gathers fits two blocks of the ring (which holds three): its
-    memory grows with what is visible. `tree` is one only where the ranks that exchange lie on several nodes: on one it is
-    `pass_q`.
+    memory grows with what is visible. `tree` is one only where the ranks that exchange lie on several nodes: on one it
+    is `pass_q`.
 
     Args: as `choose_strategy`.
     """
