@@ -121,7 +121,10 @@ def serving(model: TinyModel | None = None, *, config: ServerConfig | None = Non
         url = f"http://{host}:{port}"
         try:
             with httpx.Client(base_url=url, timeout=60) as client:
-                yield Served(state, url, client)
+                served = Served(state, url, client)
+                yield served
+                if async_engine.failure is None:
+                    served.wait_until_free()  # what a client left behind may still be under way
         finally:
             server.should_exit = True
             async_engine.close()

@@ -376,6 +376,7 @@ def test_what_may_become_a_stop_string_is_held_back():
 
 def test_usage_comes_last_if_asked_for(server):
     fields = {"prompt": PROMPT, "temperature": 0, "max_tokens": 4}
+    server.ok(COMPLETIONS, **fields)  # now the prompt is cached, whoever ran before
     whole = server.ok(COMPLETIONS, **fields)["usage"]
     *rest, last = server.stream(COMPLETIONS, **fields, stream_options={"include_usage": True})
     assert last["choices"] == []
