@@ -19,8 +19,10 @@ Note: how time is reckoned
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from longspan.plan.types import DirectExchange, GroupStep, RingExchange
-from longspan.policy.rates import Costs
+from longspan.policy.rates import Costs, Link
 from longspan.policy.work import StepWork, count_work
 from longspan.sharding.pages import PageTable
 from longspan.types import KVGroup, Strategy
@@ -223,7 +225,7 @@ class _Step:
         """
         members, rates, token_bytes = ring.participants, self._rates, self._group.spec.token_bytes
         size = len(members)
-        links = [self._topology.link(rank, members[(i + 1) % size]) for i, rank in enumerate(members)]
+        links = self._ring_links(members)
         total_s = 0.0
         for hop in range(1, size):
             loads_s: list[float] = []
@@ -240,6 +242,25 @@ class _Step:
             total_s += max(message_s, self._longest(members, loads_s))
             before_s = [self._block_s(ring, i, (i - hop) % size, blocks) for i in range(size)]
         return total_s, before_s
+
+    def _ring_links(self, members: Sequence[int]) -> list[Link]:
+        """From every member to the next. Of a node's link to others, those have it that send over it."""
+        topology, nodes = self._topology, self._topology.nodes
+        pairs = list(zip(members, [*members[1:], members[0]], strict=True))
+        links = [topology.link(*pair) for pair in pairs]
+        if topology.ranks_per_link == 1:
+            return links
+        far = [nodes[a] for a, b in pairs if nodes[a] != nodes[b]]
+        return [
+            link
+            if nodes[a] == nodes[b]
+            else msgspec.structs.replace(
+                link,
+                bytes_per_s=link.bytes_per_s
+                * min(topology.ranks_per_link, max(1.0, nodes.count(nodes[a]) / far.count(nodes[a]))),
+            )
+            for link, (a, b) in zip(links, pairs, strict=True)
+        ]
 
     def _block_s(self, ring: RingExchange, member: int, origin: int, blocks: tuple[int, ...]) -> float:
         """One member's work on one block of another, its merge included."""
@@ -267,12 +288,10 @@ class _Step:
     def _take_home(self, partials: Sequence[_Message], first_s: Mapping[int, float]) -> None:
         """Wait for partials and merge them. Args: `first_s` when each sender's first one leaves."""
         arrived: Seconds = {}
-        sent, received = self._queues(partials)
-        for m in partials:
-            link, key = self._topology.link(m.source, m.target), self._is_inside(m)
-            last = self._now[m.source] + m.num_bytes / link.bytes_per_s  # computed last, behind nothing
-            queue_s = max(sent[m.source, key], received[m.target, key]) / link.bytes_per_s
-            time_s = link.latency_s + max(last, first_s[m.source] + queue_s)
+        for m, queue_s in zip(partials, self._queues_s(partials), strict=True):
+            link = self._topology.link(m.source, m.target)
+            last = self._now[m.source] + min(queue_s, m.num_bytes / link.bytes_per_s)  # computed last, behind nothing
+            time_s = link.latency_of(m.num_bytes) + max(last, first_s[m.source] + queue_s)
             arrived[m.target] = max(arrived.get(m.target, 0.0), time_s)
         self._wait(arrived)
         merge_s: Seconds = {}
@@ -340,27 +359,37 @@ class _Step:
             _add(seconds, m.target, rates.exchange_s)
         return seconds
 
-    def _is_inside(self, m: _Message) -> bool:
-        return self._topology.nodes[m.source] == self._topology.nodes[m.target]
-
-    def _queues(self, messages: Sequence[_Message]) -> tuple[dict[tuple[int, bool], int], dict[tuple[int, bool], int]]:
-        """Bytes that each rank sends, and that it receives, inside its node and beyond."""
+    def _queues_s(self, messages: Sequence[_Message]) -> list[float]:
+        """Per message, how long those take that share its sender or its receiver: its own link is busy with them."""
+        topology, nodes = self._topology, self._topology.nodes
         sent: dict[tuple[int, bool], int] = {}
         received: dict[tuple[int, bool], int] = {}
+        node_sent: dict[int, int] = {}
         for m in messages:
-            inside = self._is_inside(m)
+            inside = nodes[m.source] == nodes[m.target]
             sent[m.source, inside] = sent.get((m.source, inside), 0) + m.num_bytes
             received[m.target, inside] = received.get((m.target, inside), 0) + m.num_bytes
-        return sent, received
+            if not inside:
+                node_sent[nodes[m.source]] = node_sent.get(nodes[m.source], 0) + m.num_bytes
+        queues_s: list[float] = []
+        for m in messages:
+            inside = nodes[m.source] == nodes[m.target]
+            num_bytes = float(max(sent[m.source, inside], received[m.target, inside]))
+            if inside:
+                queues_s.append(num_bytes / topology.inside.bytes_per_s)
+                continue
+            if topology.ranks_per_link > 1:  # whoever sends alone has the node's whole link
+                even = node_sent[nodes[m.source]] / nodes.count(nodes[m.source])
+                num_bytes = max(num_bytes / topology.ranks_per_link, min(num_bytes, even))
+            queues_s.append(num_bytes / topology.between.bytes_per_s)
+        return queues_s
 
     def _arrivals(self, messages: Sequence[_Message], ready_s: Mapping[int, float]) -> Seconds:
         """When each rank has all its messages. Args: `ready_s` per rank, when its messages leave."""
-        sent, received = self._queues(messages)
         arrived: Seconds = {}
-        for m in messages:
-            inside = self._is_inside(m)
-            link = self._topology.inside if inside else self._topology.between
-            time_s = ready_s[m.source] + link.message_s(max(sent[m.source, inside], received[m.target, inside]))
+        for m, queue_s in zip(messages, self._queues_s(messages), strict=True):
+            link = self._topology.link(m.source, m.target)
+            time_s = ready_s[m.source] + link.latency_of(m.num_bytes) + queue_s
             arrived[m.target] = max(arrived.get(m.target, 0.0), time_s)
         return arrived
 

@@ -22,16 +22,30 @@ class Link(msgspec.Struct, frozen=True):
     """From the start of a send to the end of its receive, for a message of few bytes."""
     bytes_per_s: float
     """Of one rank's long messages in one direction, while its peers do the same."""
+    short_bytes: int | None = None
+    """Messages with more bytes than this take another way, with more latency (another protocol, other threads); None
+    knows one way only."""
+    long_latency_s: float = 0.0
+    """What such a message takes in addition to `latency_s`."""
 
     def __post_init__(self) -> None:
         if not self.latency_s >= 0:
             raise ConfigError(f"latency_s: got {self.latency_s!r}, legal is a number from 0 (seconds)")
         if not self.bytes_per_s > 0:
             raise ConfigError(f"bytes_per_s: got {self.bytes_per_s!r}, legal is a number above 0")
+        if self.short_bytes is not None and not self.short_bytes >= 0:
+            raise ConfigError(f"short_bytes: got {self.short_bytes!r}, legal is None or a number from 0")
+        if not self.long_latency_s >= 0:
+            raise ConfigError(f"long_latency_s: got {self.long_latency_s!r}, legal is a number from 0 (seconds)")
+
+    def latency_of(self, num_bytes: float) -> float:
+        """Seconds of a message beside those that its bytes take."""
+        is_long = self.short_bytes is not None and num_bytes > self.short_bytes
+        return self.latency_s + self.long_latency_s if is_long else self.latency_s
 
     def message_s(self, num_bytes: float) -> float:
         """Seconds of one message."""
-        return self.latency_s + num_bytes / self.bytes_per_s
+        return self.latency_of(num_bytes) + num_bytes / self.bytes_per_s
 
 
 class Topology(msgspec.Struct, frozen=True):
@@ -41,10 +55,15 @@ class Topology(msgspec.Struct, frozen=True):
     """Per rank, the index of its node, from 0."""
     inside: Link
     between: Link
+    """Where there is one node only, nothing goes over it."""
+    ranks_per_link: float = 1.0
+    """Ranks of a node that share its link to others: one that sends alone sends so many times faster."""
 
     def __post_init__(self) -> None:
         if sorted(set(self.nodes)) != list(range(max(self.nodes, default=-1) + 1)):
             raise ConfigError(f"nodes: got {self.nodes!r}, legal is one node per rank, counted from 0 without gaps")
+        if not self.ranks_per_link >= 1:
+            raise ConfigError(f"ranks_per_link: got {self.ranks_per_link!r}, legal is a number from 1")
 
     @property
     def num_ranks(self) -> int:

@@ -10,6 +10,7 @@ import msgspec
 
 from longspan.config import EngineConfig
 from longspan.plan.types import Plan, RankResult
+from longspan.policy.measured import RankMeasurement
 from longspan.types import ModelSpec
 
 
@@ -28,6 +29,15 @@ class RunPlan(msgspec.Struct, frozen=True, tag=True):
     """Driver to worker."""
 
     plan: Plan
+
+
+class Measure(msgspec.Struct, frozen=True, tag=True):
+    """Driver to worker: measure kernels and links. All ranks get it, and nothing else until all have answered."""
+
+    nodes: tuple[int, ...]
+    """Per rank, its node."""
+    ranks_per_device: float
+    """Of the worker's machine: compute threads of all ranks per core, at least 1."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -52,6 +62,12 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
     result: RankResult
 
 
+class Measured(msgspec.Struct, frozen=True, tag=True):
+    """Worker to driver: answer to `Measure`."""
+
+    measurement: RankMeasurement
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """Worker to driver: the worker cannot go on and ends."""
 
@@ -64,8 +80,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Where the reason lies: in what the user asked for (ConfigError), another rank (CommunicationError), or here."""
 
 
-ToWorker = Start | RunPlan | Stop
-ToDriver = Ready | Alive | Answer | Failed
+ToWorker = Start | RunPlan | Measure | Stop
+ToDriver = Ready | Alive | Answer | Measured | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

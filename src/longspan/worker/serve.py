@@ -15,7 +15,8 @@ from longspan.comm.local import LocalCommunicator
 from longspan.comm.threads import thread_group
 from longspan.models.loader import quiet_transformers
 from longspan.worker.build import build_runner, load_weights, with_simulated_links
-from longspan.worker.messages import Answer, Ready, RunPlan, Start, decode_to_worker, encode
+from longspan.worker.measure import measure
+from longspan.worker.messages import Answer, Measure, Measured, Ready, RunPlan, Start, decode_to_worker, encode
 
 
 def serve(rank: int, inbox: "zmq.Socket[bytes]", outbox: "zmq.Socket[bytes]") -> None:
@@ -27,7 +28,10 @@ def serve(rank: int, inbox: "zmq.Socket[bytes]", outbox: "zmq.Socket[bytes]") ->
     model = load_weights(start, show_progress=rank == 0 and sys.stderr.isatty())
     runner = build_runner(start, model, _join_group(rank, start))
     outbox.send(encode(Ready(rank)))
-    while isinstance(message := decode_to_worker(inbox.recv()), RunPlan):
+    while isinstance(message := decode_to_worker(inbox.recv()), (RunPlan, Measure)):
+        if isinstance(message, Measure):
+            outbox.send(encode(Measured(measure(runner, message))))
+            continue
         try:
             outbox.send(encode(Answer(runner.run(message.plan))))
         except Exception as error:

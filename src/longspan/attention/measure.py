@@ -1,0 +1,134 @@
+"""How fast one rank's kernels are, at the shapes of the model that it will run.
+
+Holds measurements. Must not know ranks (others do the same at the same time: `sync`), or what is predicted.
+Read next: `longspan.policy.rates`, which says what the numbers mean; `longspan.comm.measure`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from longspan.attention.base import AttentionBackend, RowSegment
+from longspan.attention.partial import PartialAttention, merge_rows_
+from longspan.policy.rates import KernelRates
+from longspan.sharding.visibility import Visibility
+from longspan.types import AttentionParams, KVGroup
+
+QUERY_LENS = (1, 16, 64, 256, 1024)
+"""Query tokens of the measured kernel calls."""
+
+MOST_KEYS, FEWEST_KEYS = 4096, 512
+MOST_FLOPS = 2.2e9
+"""Of one measured call. Long calls get fewer keys; one that is too long even with FEWEST_KEYS is left out, but not the
+first three."""
+
+REPEATS = 4
+SHARED_S = 0.012
+"""How long one call is repeated where ranks take turns on the same cores: some turns of the system's scheduler."""
+MERGED_BYTES = 2 << 20
+READ_BYTES = 48 << 20
+"""More than caches hold."""
+MATMUL_ROWS, MATMUL_WIDTH = 512, 768
+
+
+def measure_kernels(
+    backend: AttentionBackend,
+    group: KVGroup,
+    params: AttentionParams,
+    *,
+    ranks_per_device: float,
+    sync: Callable[[], None],
+    device: torch.device,
+) -> KernelRates:
+    """Measure this rank's kernels.
+
+    Args:
+        backend: what attention runs on.
+        group: heads, widths and dtype.
+        params: of one of the group's layers.
+        ranks_per_device: ranks of this machine per core that they compute on.
+        sync: returns when all ranks have called it, so that they measure the same at the same time.
+        device: where the model runs.
+
+    Returns:
+        Rates; `exchange_s`, `moved_byte_s` and `layer_s` are 0, as they are measured elsewhere.
+    """
+    dtype: torch.dtype = getattr(torch, group.spec.dtype)
+    spec, heads = group.spec, group.num_query_heads
+    k = torch.randn(spec.num_kv_heads, MOST_KEYS, spec.k_width, device=device).to(dtype)  # [Hkv, S, D]
+    v = torch.randn(spec.num_kv_heads, MOST_KEYS, spec.v_width, device=device).to(dtype)
+    q = torch.randn(QUERY_LENS[-1], heads, spec.k_width, device=device).to(dtype)  # [T, H, D]
+    pair_flops = 2.0 * heads * (spec.k_width + spec.v_width)
+
+    def attend(num_queries: int, num_keys: int) -> Callable[[], object]:
+        segments = [RowSegment(0, num_queries, num_keys, 0, num_keys, None, Visibility.FULL)]
+        return lambda: backend.partial_attention(q[:num_queries], k, v, segments, params)
+
+    clock = _Clock(shares_cores=ranks_per_device > 1)
+    sync()
+    call_s = clock.seconds(attend(1, 16))
+    rates: list[tuple[int, float]] = []
+    for num_queries in QUERY_LENS:
+        num_keys = min(MOST_KEYS, int(MOST_FLOPS / (num_queries * pair_flops)))
+        if num_keys < FEWEST_KEYS and len(rates) >= 3:
+            break
+        num_keys = max(num_keys, FEWEST_KEYS)
+        sync()
+        time_s = clock.seconds(attend(num_queries, num_keys))
+        rates.append((num_queries, num_queries * num_keys * pair_flops / max(time_s - call_s, time_s / 10)))
+    sync()
+    merge_s, copy_bytes_per_s = _measure_merge(clock, heads, spec.v_width, device)
+    sync()
+    data = torch.ones(READ_BYTES // 4, device=device)
+    read_s = clock.seconds(data.sum)
+    a = torch.randn(MATMUL_ROWS, MATMUL_WIDTH, device=device).to(dtype)
+    b = torch.randn(MATMUL_WIDTH, MATMUL_WIDTH, device=device).to(dtype)
+    sync()
+    matmul_s = clock.seconds(lambda: torch.mm(a, b))
+    sync()
+    return KernelRates(
+        matmul_flops_per_s=2.0 * MATMUL_ROWS * MATMUL_WIDTH**2 / matmul_s,
+        read_bytes_per_s=READ_BYTES / read_s,
+        copy_bytes_per_s=copy_bytes_per_s,
+        attention_flops_per_s=tuple(rates),
+        call_s=call_s,
+        merge_s=merge_s,
+        ranks_per_device=ranks_per_device,
+    )
+
+
+def _measure_merge(clock: "_Clock", num_heads: int, width: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of merging one row, and bytes per second of merging many."""
+
+    def partial(num_rows: int) -> PartialAttention:
+        return PartialAttention(
+            torch.randn(num_rows, num_heads, width, device=device), torch.randn(num_rows, num_heads, device=device)
+        )
+
+    num_rows = max(2, MERGED_BYTES // (num_heads * width * 4))
+    one, many = partial(1), partial(num_rows)
+    merge_s = clock.seconds(lambda: merge_rows_(one, 0, one))
+    into = partial(num_rows)
+    many_s = clock.seconds(lambda: merge_rows_(into, 0, many))
+    return merge_s, num_rows * num_heads * width * 4 / max(many_s - merge_s, many_s / 10)
+
+
+class _Clock:
+    """Times calls: the median of a few, or, where ranks share cores, the mean over some turns of all of them."""
+
+    def __init__(self, shares_cores: bool) -> None:
+        self._shares_cores = shares_cores
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Of one call, after one that does not count."""
+        call()
+        times: list[float] = []
+        first_s = before_s = time.perf_counter()
+        while len(times) < REPEATS or (self._shares_cores and before_s - first_s < SHARED_S):
+            call()
+            now_s = time.perf_counter()
+            times.append(now_s - before_s)
+            before_s = now_s
+        return statistics.fmean(times) if self._shares_cores else statistics.median(times)

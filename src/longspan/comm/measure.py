@@ -1,0 +1,205 @@
+"""How fast messages are: latency, bandwidth, and what they cost the ranks themselves.
+
+Holds measurements through the communicator alone, so that they see whatever it does (sockets, networks, simulated
+links). Must not know kernels, or what is predicted from the numbers.
+Read next: `longspan.policy.rates`, which says what the numbers mean; `longspan.attention.measure`.
+
+Note: everybody at once
+    Ranks form rings, one per node, and one through the nodes for the first ranks of all nodes, one for the second
+    ones, and so on. All rings run at the same time, and every rank sends to the next and receives from the one before,
+    which is what the strategies do. So a rank's bandwidth is what is left of a link that others use as well.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan.comm.base import Communicator
+from longspan.policy.measured import LinkMeasurement
+from longspan.policy.rates import Link
+
+SIZES = ((2 << 10, 32), (8 << 10, 24), (32 << 10, 16), (64 << 10, 12), (256 << 10, 8), (1 << 20, 6), (3 << 20, 4))
+"""(bytes of a message, how often it is sent): short ones for latency, the last two for bandwidth."""
+
+WARM_UP = 3
+"""Messages before those that count: connections and buffers are made on first use."""
+
+OVERLAP_BYTES, OVERLAP_REPEATS = 2 << 20, 3
+"""The message that moves beside a computation."""
+
+BUSY_SIZE, BUSY_CALLS, MAX_BUSY_S = 192, 40, 0.05
+"""Side of the matrices that are multiplied meanwhile, how often to learn its time, and the longest computation."""
+
+SIGNIFICANT_LATENCY = 0.5
+"""Share of the latency that long messages must have in addition to be taken for another kind."""
+
+
+def barrier(comm: Communicator) -> None:
+    """Return when all ranks have come. Collective: all ranks, two messages of a byte each but for rank 0."""
+    token = torch.zeros(1, dtype=torch.uint8)
+    others = [rank for rank in range(comm.size) if rank != 0]
+    if comm.rank:
+        comm.exchange([(0, token)], []).wait()
+        comm.exchange([], [(0, token)]).wait()
+    else:
+        comm.exchange([], [(rank, token.clone()) for rank in others]).wait()
+        comm.exchange([(rank, token) for rank in others], []).wait()
+
+
+def measure_links(comm: Communicator, nodes: Sequence[int]) -> LinkMeasurement:
+    """Measure this rank's links.
+
+    Args:
+        comm: the ranks' communicator; nothing else may be under way on it.
+        nodes: per rank, its node, from 0.
+
+    Collective: all ranks, with the same `nodes`; about 100 exchanges of up to 3 MiB per ring.
+    """
+    inside_ring, between_ring, lone_ring = _rings(comm.rank, nodes)
+    has_several = len(set(nodes)) > 1
+    barrier(comm)
+    inside = _measure_ring(comm, inside_ring) if inside_ring else None
+    barrier(comm)
+    between = _measure_ring(comm, between_ring) if between_ring else None
+    barrier(comm)
+    lone = _bandwidth(comm, lone_ring) if has_several and lone_ring else None
+    barrier(comm)
+    ring = inside_ring or between_ring
+    moved_byte_s = _moved_byte_s(comm, ring)
+    barrier(comm)
+    times = [ring_times for ring_times in (inside, between) if ring_times is not None]
+    return LinkMeasurement(
+        inside=None if inside is None else _link(inside),
+        between=None if between is None else _link(between),
+        lone_bytes_per_s=lone,
+        exchange_s=max((ring_times.own_s for ring_times in times), default=0.0),
+        moved_byte_s=moved_byte_s,
+    )
+
+
+class _Ring(NamedTuple):
+    successor: int
+    predecessor: int
+
+
+class _RingTimes(NamedTuple):
+    message_s: list[tuple[int, float]]
+    """(bytes, seconds of one message)."""
+    own_s: float
+    """Of the rank's own time for a short one, sent or received."""
+
+
+def _rings(rank: int, nodes: Sequence[int]) -> tuple[_Ring | None, _Ring | None, _Ring | None]:
+    """This rank's place inside its node, among the ranks of the same place in other nodes, and among first ranks."""
+    members = [[r for r, node in enumerate(nodes) if node == n] for n in range(max(nodes) + 1)]
+    own = members[nodes[rank]]
+    place = own.index(rank)
+    across = [node[place] for node in members if place < len(node)] if place < min(map(len, members)) else [rank]
+    return _ring(rank, own), _ring(rank, across), _ring(rank, across) if place == 0 else None
+
+
+def _ring(rank: int, members: Sequence[int]) -> _Ring | None:
+    place = members.index(rank)
+    return None if len(members) == 1 else _Ring(members[(place + 1) % len(members)], members[place - 1])
+
+
+def _exchanges(comm: Communicator, ring: _Ring, num_bytes: int, repeats: int) -> list[float]:
+    """Seconds of each of some messages round the ring."""
+    outgoing, incoming = torch.zeros(num_bytes, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
+    times: list[float] = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        comm.exchange([(ring.successor, outgoing)], [(ring.predecessor, incoming)]).wait()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _measure_ring(comm: Communicator, ring: _Ring) -> _RingTimes:
+    message_s: list[tuple[int, float]] = []
+    own_s: list[float] = []
+    for num_bytes, repeats in SIZES:
+        _exchanges(comm, ring, num_bytes, WARM_UP if num_bytes < SIZES[-2][0] else 1)
+        before_s = time.thread_time()
+        message_s.append((num_bytes, _typical(_exchanges(comm, ring, num_bytes, repeats))))
+        own_s.append((time.thread_time() - before_s) / (2 * repeats))
+    # Who comes last never sleeps, so of a short message the rank's own time is at most all of it.
+    return _RingTimes(message_s, min(own_s[0], own_s[1], message_s[0][1] / 2))
+
+
+def _typical(times: Sequence[float]) -> float:
+    """Mean of the middle half: ranks take turns at waiting, which a median would count as never or always."""
+    ordered = sorted(times)
+    quarter = len(ordered) // 4
+    return statistics.fmean(ordered[quarter : len(ordered) - quarter])
+
+
+def _bandwidth(comm: Communicator, ring: _Ring) -> float:
+    """Bytes per second of long messages."""
+    _exchanges(comm, ring, SIZES[-2][0], 1)
+    (small, few), (large, many) = SIZES[-2:]
+    first_s = _typical(_exchanges(comm, ring, small, few))
+    return _slope((small, first_s), (large, _typical(_exchanges(comm, ring, large, many))))
+
+
+def _slope(short: tuple[int, float], long: tuple[int, float]) -> float:
+    """Bytes per second between two messages; of the longer one alone where noise leaves nothing between them."""
+    more_s = long[1] - short[1]
+    return (long[0] - short[0]) / more_s if more_s > 0.2 * long[1] else long[0] / long[1]
+
+
+def _link(times: _RingTimes) -> Link:
+    """Fit latency and bandwidth, and the size from which on messages go another way, if they do."""
+    message_s = times.message_s
+    bytes_per_s = _slope(*message_s[-2:])
+    # The rank's own time is counted apart, as `exchange_s`.
+    rest_s = [(size, max(0.0, seconds - 2 * times.own_s - size / bytes_per_s)) for size, seconds in message_s]
+    latency_s = max(1e-7, min(seconds - 2 * times.own_s for _, seconds in message_s[:2]))
+    long_latency_s = statistics.median(seconds for _, seconds in rest_s[3:6]) - latency_s
+    if long_latency_s < SIGNIFICANT_LATENCY * latency_s:
+        return Link(latency_s, bytes_per_s)
+    shorts = takewhile(lambda point: point[1] < latency_s + long_latency_s / 2, rest_s)
+    return Link(latency_s, bytes_per_s, max((size for size, _ in shorts), default=0), long_latency_s)
+
+
+def _moved_byte_s(comm: Communicator, ring: _Ring | None) -> float:
+    """What a byte that moves takes from the computation beside it. All ranks compute, in a ring or not."""
+    a = torch.ones(BUSY_SIZE, BUSY_SIZE)
+    busy = _repeat(lambda: torch.mm(a, a))
+    busy(BUSY_CALLS)
+    barrier(comm)
+    call_s = busy(BUSY_CALLS) / BUSY_CALLS
+    barrier(comm)
+    if ring is None:
+        busy(int(MAX_BUSY_S / call_s))
+        return 0.0
+    message_s = max(_exchanges(comm, ring, OVERLAP_BYTES, 2))
+    num_calls = max(1, int(min(MAX_BUSY_S, 2 * message_s) / call_s))
+    outgoing, incoming = _buffers(OVERLAP_BYTES)
+    lost_s: list[float] = []
+    for _ in range(OVERLAP_REPEATS):
+        pending = comm.exchange([(ring.successor, outgoing)], [(ring.predecessor, incoming)])
+        computed_s = busy(num_calls)
+        pending.wait()
+        lost_s.append(computed_s - num_calls * call_s)
+    return min(max(0.0, statistics.median(lost_s)), message_s) / (2 * OVERLAP_BYTES)
+
+
+def _buffers(num_bytes: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(num_bytes, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
+
+
+def _repeat(call: Callable[[], object]) -> Callable[[int], float]:
+    """A function that makes so many calls, and returns their seconds."""
+
+    def run(count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        return time.perf_counter() - started
+
+    return run
