@@ -22,6 +22,7 @@ StrategyName = Literal["auto", "local", "gather_kv", "pass_kv", "pass_q", "tree"
 PartialDTypeName = Literal["auto", "float32"]
 ExecutorName = Literal["processes", "threads"]
 AttentionName = Literal["auto", "cpu", "reference"]
+MeasureName = Literal["auto", "again", "never"]
 
 MAX_RANKS = 128
 MAX_THREADS = 1024
@@ -88,6 +89,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: AttentionName = "auto"
     executor: ExecutorName = "processes"
     """One worker process per rank, or one thread of this process per rank (for tests and debugging)."""
+    topology: str | None = None
+    """A YAML or JSON file with the cluster's nodes, links and rates, as `longspan topology --save` writes it; None
+    measures them when the ranks have started."""
+    measure: MeasureName = "auto"
+    """Whether ranks measure themselves: `auto` keeps what was measured once on the same machine with the same ranks;
+    `again` replaces it; `never` chooses strategies by bytes alone. With `auto`, LONGSPAN_MEASURE=never in the
+    environment means the same. Ranks that are threads never measure."""
     exchange_timeout_s: float = 300.0
     """Longest wait for a peer in one exchange."""
     simulated_links: str | None = None
@@ -118,6 +126,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("executor", ExecutorName),
             ("attention_backend", AttentionName),
             ("partial_dtype", PartialDTypeName),
+            ("measure", MeasureName),
         ):
             value = getattr(self, name)
             if value not in get_args(legal) and not (name == "decode_strategy" and value is None):

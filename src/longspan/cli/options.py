@@ -14,6 +14,7 @@ from longspan.config import (
     DTypeName,
     EngineConfig,
     ExecutorName,
+    MeasureName,
     PartialDTypeName,
     PlacementName,
     StrategyName,
@@ -58,6 +59,16 @@ def _engine_options(stripe_size: int) -> tuple[Callable[[Command], Command], ...
         click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step."),
         click.option("--attention-backend", type=choice(AttentionName), default="auto", show_default=True),
         click.option("--executor", type=choice(ExecutorName), default="processes", show_default=True),
+        click.option(
+            "--topology", metavar="FILE", help="Nodes, links and rates from a file; default: measured at the start."
+        ),
+        click.option(
+            "--measure",
+            type=choice(MeasureName),
+            default="auto",
+            show_default=True,
+            help="Measure links and kernels again, or never; auto keeps what was measured before.",
+        ),
         click.option(
             "--simulated-links",
             metavar="LINKS",

@@ -15,7 +15,7 @@ class RecordingCommunicator:
     """Wraps a communicator and counts calls, messages and bytes."""
 
     def __init__(self, inner: Communicator) -> None:
-        self._inner = inner
+        self.inner = inner
         self.rank, self.size = inner.rank, inner.size
         self.num_exchanges = 0
         """Calls of `exchange`."""
@@ -28,7 +28,7 @@ class RecordingCommunicator:
             if tensor.numel():
                 self.messages_sent += 1
                 self.bytes_sent += tensor.numel() * tensor.element_size()
-        return self._inner.exchange(sends, recvs)
+        return self.inner.exchange(sends, recvs)
 
     def close(self) -> None:
-        self._inner.close()
+        self.inner.close()

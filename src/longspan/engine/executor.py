@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from longspan.plan.types import Plan, PlanResult, RankResult
+from longspan.policy.measured import RankMeasurement
 
 
 class Executor(Protocol):
@@ -21,6 +22,20 @@ class Executor(Protocol):
 
         Returns:
             The answers of all its ranks, or a LongspanError: WorkerError, or ConfigError for what the user asked for.
+        """
+
+    def measure(self, nodes: tuple[int, ...], ranks_per_device: float) -> list[RankMeasurement]:
+        """Let all ranks measure themselves and their links. Only before the first plan.
+
+        Args:
+            nodes: per rank, its node.
+            ranks_per_device: compute threads of a machine's ranks per core, at least 1.
+
+        Returns:
+            One per rank, in order.
+
+        Raises:
+            LongspanError: as for plans.
         """
 
     @property
@@ -77,3 +92,24 @@ class PendingPlans:
             self.num_failed += len(failed)
         for _, future, _ in failed:
             future.set_exception(self._error)
+
+
+class PendingMeasurements:
+    """Collects the ranks' measurements of themselves."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._found: dict[int, RankMeasurement] = {}
+        self.all: Future[list[RankMeasurement]] = Future()
+        """Of all ranks, in order; or what made the ranks fail."""
+
+    def answer(self, measurement: RankMeasurement) -> None:
+        """Note one rank's."""
+        self._found[measurement.rank] = measurement
+        if len(self._found) == self._num_ranks:
+            self.all.set_result([self._found[rank] for rank in range(self._num_ranks)])
+
+    def fail(self, error: BaseException) -> None:
+        """No more will come."""
+        if not self.all.done():
+            self.all.set_exception(error)

@@ -20,11 +20,23 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from longspan.engine.executor import PendingPlans
+from longspan.engine.executor import PendingMeasurements, PendingPlans
 from longspan.engine.failures import Failures
 from longspan.errors import ConfigError, LongspanError
 from longspan.plan.types import Plan, PlanResult
-from longspan.worker.messages import Alive, Answer, Ready, RunPlan, Start, Stop, decode_to_driver, encode
+from longspan.policy.measured import RankMeasurement
+from longspan.worker.messages import (
+    Alive,
+    Answer,
+    Measure,
+    Measured,
+    Ready,
+    RunPlan,
+    Start,
+    Stop,
+    decode_to_driver,
+    encode,
+)
 
 POLL_MS = 100
 """How often dead processes are looked for while nothing arrives."""
@@ -53,6 +65,7 @@ class ProcessExecutor:
             ConfigError: a worker refused what the user asked for.
         """
         self._pending = PendingPlans()
+        self._measurements = PendingMeasurements(start.config.context_parallel_size)
         self._ready: Future[None] = Future()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._inboxes: list[zmq.Socket[bytes]] = []
@@ -107,6 +120,7 @@ class ProcessExecutor:
             for process in self._processes:
                 process.kill()
             self._pending.fail(error)
+            self._measurements.fail(error)
             if not self._ready.done():
                 self._ready.set_exception(error)
 
@@ -124,6 +138,8 @@ class ProcessExecutor:
                 elif isinstance(message, Answer):
                     silence_s[message.result.rank] = 0.0
                     self._pending.answer(message.result)
+                elif isinstance(message, Measured):
+                    self._measurements.answer(message.measurement)
                 elif isinstance(message, Ready):
                     waiting.discard(message.rank)
                     if not waiting:
@@ -154,6 +170,12 @@ class ProcessExecutor:
             for rank in plan.ranks:
                 self._inboxes[rank].send(message)
         return future
+
+    def measure(self, nodes: tuple[int, ...], ranks_per_device: float) -> list[RankMeasurement]:
+        message = encode(Measure(nodes, ranks_per_device))
+        for inbox in self._inboxes:
+            inbox.send(message)
+        return self._measurements.all.result()
 
     @property
     def failure(self) -> BaseException | None:

@@ -8,7 +8,7 @@ import queue
 import tempfile
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,8 +17,10 @@ from longspan.comm.threads import thread_group
 from longspan.engine.executor import PendingPlans
 from longspan.errors import LongspanError, WorkerError
 from longspan.plan.types import Plan, PlanResult
+from longspan.policy.measured import RankMeasurement
 from longspan.worker.build import build_runner, load_weights, with_simulated_links
-from longspan.worker.messages import Start
+from longspan.worker.measure import measure
+from longspan.worker.messages import Measure, Start
 from longspan.worker.runner import ModelRunner
 
 STOP_S = 1.0
@@ -69,6 +71,11 @@ class ThreadExecutor:
         for rank in plan.ranks:
             self._inboxes[rank].put(plan)
         return future
+
+    def measure(self, nodes: tuple[int, ...], ranks_per_device: float) -> list[RankMeasurement]:
+        message = Measure(nodes, ranks_per_device)
+        with ThreadPoolExecutor(len(self.runners)) as threads:
+            return list(threads.map(lambda runner: measure(runner, message), self.runners))
 
     @property
     def failure(self) -> BaseException | None:

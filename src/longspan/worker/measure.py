@@ -4,14 +4,24 @@ Holds the order of measurements. Must not know what is predicted from them.
 Read next: `longspan.attention.measure`, `longspan.comm.measure`; `longspan.policy.measured`.
 """
 
+import statistics
+import time
+
 import msgspec
 import torch
+from torch import Tensor
 
 from longspan.attention.measure import measure_kernels
 from longspan.comm.measure import barrier, measure_links
+from longspan.models.hook import AttentionCall
 from longspan.policy.measured import RankMeasurement
 from longspan.worker.messages import Measure
 from longspan.worker.runner import ModelRunner
+
+MOST_WEIGHT_BYTES = 1 << 30
+"""Models with more are not run to learn what else a layer takes: reading them would take seconds, and hide it."""
+
+REPEATS = 5
 
 
 @torch.inference_mode()
@@ -20,7 +30,7 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
 
     Collective: all ranks, with the same message, while no plan is under way.
     """
-    comm, group = runner.comm, runner.spec.kv_groups[0]
+    comm, group = runner.comm.inner, runner.spec.kv_groups[0]  # the inner one: what is measured is no traffic of plans
 
     def sync() -> None:
         barrier(comm)
@@ -34,7 +44,32 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
         device=runner.device,
     )
     sync()
-    layer_s = runner.measure_layer_s(rates.read_bytes_per_s)
+    layer_s = _layer_s(runner, rates.read_bytes_per_s)
     links = measure_links(comm, message.nodes)
-    comm.forget()
     return RankMeasurement(runner.rank, msgspec.structs.replace(rates, layer_s=layer_s), links)
+
+
+def _layer_s(runner: ModelRunner, read_bytes_per_s: float) -> float:
+    """What a layer of one token takes beside attention and reading its weights."""
+    weights = [p for name, p in runner.model.named_parameters() if "embed" not in name]
+    num_bytes = sum(p.numel() * p.element_size() for p in weights)
+    if num_bytes > MOST_WEIGHT_BYTES:
+        return 0.0
+    zero = torch.zeros(1, dtype=torch.long, device=runner.device)
+
+    def attend(call: AttentionCall) -> Tensor:
+        return call.q.new_zeros(*call.q.shape[:2], call.v.shape[2])
+
+    times: list[float] = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        runner.model(
+            input_ids=zero[None],
+            position_ids=zero[None],
+            use_cache=False,
+            logits_to_keep=zero,
+            longspan_attend=attend,
+        )
+        times.append(time.perf_counter() - started)
+    layers_s = max(0.0, statistics.median(times) - num_bytes / read_bytes_per_s)
+    return layers_s / runner.spec.num_layers

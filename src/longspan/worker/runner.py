@@ -66,14 +66,14 @@ class ModelRunner:
             comm: this rank's communicator.
             backend: this rank's attention kernels.
         """
-        self._model: Any = model
-        self._spec, self._backend = spec, backend
+        self.model: Any = model
+        self.spec, self.backend = spec, backend
         self.comm = RecordingCommunicator(comm)
         self.rank = comm.rank
         self._page_size = page_size
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         self._pools = [
-            PagePool(group, pages, page_size, self._device)
+            PagePool(group, pages, page_size, self.device)
             for group, pages in zip(spec.kv_groups, num_pages, strict=True)
         ]
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
@@ -118,10 +118,10 @@ class ModelRunner:
         self._copy_pages(plan)
         for delta in plan.table_deltas:
             self._apply(delta)
-        attention = StepAttention(plan, self._tables, self._pools, self.comm, self._backend, self._spec.layer_params)
+        attention = StepAttention(plan, self._tables, self._pools, self.comm, self.backend, self.spec.layer_params)
         runs = [run for run in plan.query_runs if run.compute_rank == self.rank]
         if not runs:
-            for layer in range(self._spec.num_layers):
+            for layer in range(self.spec.num_layers):
                 attention.join(layer)
             answer = _Answer()
         else:
@@ -200,20 +200,20 @@ class ModelRunner:
         return _Answer(tuple(sampled), tuple(scored), tuple(failed))
 
     def _ids(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._device)
+        return torch.tensor(values, dtype=torch.long, device=self.device)
 
     def _forward(
         self, token_ids: Sequence[int], positions: Sequence[int], rows: Sequence[int], attention: StepAttention
     ) -> Tensor:
         """[len(rows), vocab] logits of some packed rows."""
-        params = self._spec.layer_params
+        params = self.spec.layer_params
 
         def attend(call: AttentionCall) -> Tensor:
             expected = params[call.layer]
             assert (call.scale, call.softcap, call.window) == (expected.scale, expected.softcap, expected.window)
             return attention.attend(call.layer, call.q, call.k, call.v, sinks=call.sinks)
 
-        output = self._model(
+        output = self.model(
             input_ids=self._ids(token_ids)[None],
             position_ids=self._ids(positions)[None],
             use_cache=False,

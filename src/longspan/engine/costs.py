@@ -1,0 +1,157 @@
+"""Where the numbers of the cost model come from: a file, an earlier start's measurement, or the ranks now.
+
+Holds the order of sources, and the cache in the user's cache directory. Must not know what is measured, or how.
+Read next: `longspan.worker.measure`; `longspan.policy.rates`.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import platformdirs
+import torch
+
+from longspan import __version__
+from longspan.config import EngineConfig, num_cores
+from longspan.engine.executor import Executor
+from longspan.errors import ConfigError
+from longspan.native import kernels
+from longspan.policy.measured import combine
+from longspan.policy.rates import Costs, costs_by_bytes
+from longspan.policy.topology_file import load_topology
+from longspan.types import ModelSpec
+
+MEASURE = "LONGSPAN_MEASURE"
+"""Environment variable: `never` is what the option `measure` means with `auto`."""
+
+
+class MeasuredOn(msgspec.Struct, frozen=True):
+    """All that measured numbers depend on: a cache's key."""
+
+    hosts: tuple[str, ...]
+    """Per rank."""
+    nodes: tuple[int, ...]
+    cpu: str
+    num_cores: int
+    num_threads: int
+    attention: str
+    """Heads, widths, dtype and kernels."""
+    num_parameters: int
+    simulated_links: str | None
+    versions: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """Of the cache's file."""
+        digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+        return platformdirs.user_cache_path("longspan") / f"measured-{digest}.json"
+
+
+class _Cached(msgspec.Struct, frozen=True):
+    measured_on: MeasuredOn
+    costs: Costs
+
+
+def nodes_of(config: EngineConfig, hosts: Sequence[str]) -> tuple[int, ...]:
+    """Per rank, its node: as configured, or one per host.
+
+    Args:
+        config: may name the nodes.
+        hosts: name of every rank's host.
+    """
+    if config.simulation is not None:
+        return config.simulation.nodes
+    if config.nodes is not None:
+        return config.nodes
+    names = list(dict.fromkeys(hosts))
+    return tuple(names.index(host) for host in hosts)
+
+
+def file_costs(config: EngineConfig, model: ModelSpec) -> Costs | None:
+    """What the option `topology` names, or None if it names nothing.
+
+    Raises:
+        ConfigError: the file is not as it must be, or contradicts the option `nodes`.
+    """
+    if config.topology is None:
+        return None
+    costs = load_topology(config.topology, config.context_parallel_size, model.kv_groups[0].spec.dtype)
+    if config.nodes not in (None, costs.topology.nodes):
+        raise ConfigError(
+            f"nodes: got {config.nodes} with a topology file that says {costs.topology.nodes}, legal is one of them"
+        )
+    return costs
+
+
+def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts: Sequence[str]) -> Costs:
+    """The numbers for ranks that have started, and have no plan yet. Raises: as `Executor.measure`."""
+    nodes = nodes_of(config, hosts)
+    asked = config.measure
+    if asked == "auto" and os.environ.get(MEASURE) == "never":
+        asked = "never"
+    if config.context_parallel_size == 1 or config.executor == "threads" or asked == "never":
+        return costs_by_bytes(nodes)
+    measured_on = _measured_on(config, model, hosts, nodes)
+    cached = _load(measured_on) if asked == "auto" else None
+    if cached is not None:
+        return cached
+    costs = measure_costs(config, executor, nodes)
+    _store(measured_on, costs)
+    return costs
+
+
+def measure_costs(config: EngineConfig, executor: Executor, nodes: tuple[int, ...]) -> Costs:
+    """Let the ranks measure, whatever is known. Raises: as `Executor.measure`."""
+    most_ranks = max(nodes.count(node) for node in nodes) if config.simulation is None else len(nodes)
+    return combine(executor.measure(nodes, max(1.0, most_ranks * config.num_threads / num_cores())), nodes)
+
+
+def _measured_on(
+    config: EngineConfig, model: ModelSpec, hosts: Sequence[str], nodes: tuple[int, ...]
+) -> MeasuredOn:
+    group = model.kv_groups[0]
+    softcap = model.layer_params[group.layers[0]].softcap
+    return MeasuredOn(
+        hosts=tuple(hosts),
+        nodes=nodes,
+        cpu=_cpu_name(),
+        num_cores=num_cores(),
+        num_threads=config.num_threads,
+        attention=f"{config.attention_backend} {group.num_query_heads} {group.spec} {softcap} {kernels.is_available()}",
+        num_parameters=model.num_parameters,
+        simulated_links=config.simulated_links,
+        versions=(__version__, torch.__version__, platform.python_version()),
+    )
+
+
+def _cpu_name() -> str:
+    """The model of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _load(measured_on: MeasuredOn) -> Costs | None:
+    """What was measured before; None if nothing was, or the file is not ours to read."""
+    try:
+        cached = msgspec.json.decode(measured_on.path.read_bytes(), type=_Cached)
+    except (OSError, msgspec.DecodeError, ConfigError):
+        return None
+    return cached.costs if cached.measured_on == measured_on else None
+
+
+def _store(measured_on: MeasuredOn, costs: Costs) -> None:
+    """Keep a measurement; where the directory cannot be written, the next start measures again."""
+    path = measured_on.path
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(msgspec.json.encode(_Cached(measured_on, costs)))
+        os.replace(draft, path)
