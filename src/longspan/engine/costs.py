@@ -10,13 +10,13 @@ import os
 import platform
 import uuid
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 import platformdirs
 import torch
 
-from longspan import __version__
 from longspan.config import EngineConfig, num_cores
 from longspan.engine.executor import Executor
 from longspan.errors import ConfigError
@@ -111,9 +111,7 @@ def measure_costs(config: EngineConfig, executor: Executor, nodes: tuple[int, ..
     return combine(executor.measure(nodes, max(1.0, most_ranks * config.num_threads / num_cores())), nodes)
 
 
-def _measured_on(
-    config: EngineConfig, model: ModelSpec, hosts: Sequence[str], nodes: tuple[int, ...]
-) -> MeasuredOn:
+def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], nodes: tuple[int, ...]) -> MeasuredOn:
     group = model.kv_groups[0]
     softcap = model.layer_params[group.layers[0]].softcap
     return MeasuredOn(
@@ -125,7 +123,7 @@ def _measured_on(
         attention=f"{config.attention_backend} {group.num_query_heads} {group.spec} {softcap} {kernels.is_available()}",
         num_parameters=model.num_parameters,
         simulated_links=config.simulated_links,
-        versions=(__version__, torch.__version__, platform.python_version()),
+        versions=(version("longspan"), str(torch.__version__), platform.python_version()),
     )
 
 

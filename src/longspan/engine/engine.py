@@ -4,6 +4,7 @@ Holds the loop and the start-up. Must not know text: prompts and outputs are tok
 Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`.
 """
 
+import platform
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ import torch
 from msgspec import structs
 
 from longspan.config import EngineConfig
+from longspan.engine.costs import file_costs, find_costs
 from longspan.engine.executor import Executor
 from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.memory import kv_cache_memory
@@ -71,10 +73,19 @@ class Engine:
         self.config = config = structs.replace(config, kv_cache_memory=memory)
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
+        costs = file_costs(config, self.spec)
         start = Start(config, self.spec, num_pages, "")
         self._executor: Executor = (
             ThreadExecutor(start, model) if config.executor == "threads" else ProcessExecutor(start)
         )
+        try:
+            self.costs = costs or find_costs(
+                config, self.spec, self._executor, (platform.node(),) * config.context_parallel_size
+            )
+        except BaseException:
+            self._executor.close()
+            raise
+        self.scheduler.costs = self.costs
         self._futures: set[Future[PlanResult]] = set()
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""

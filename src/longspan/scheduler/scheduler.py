@@ -28,6 +28,7 @@ from longspan.config import EngineConfig
 from longspan.errors import ConfigError
 from longspan.kvcache.prefix import extend_hashes
 from longspan.plan.types import (
+    GroupStep,
     Literals,
     PageCopy,
     Plan,
@@ -39,6 +40,8 @@ from longspan.plan.types import (
 )
 from longspan.policy.choose import BLOCK_LEN, plan_group
 from longspan.policy.cost import StepTime
+from longspan.policy.explain import Choices
+from longspan.policy.rates import costs_by_bytes
 from longspan.scheduler.chunks import Chunks
 from longspan.scheduler.memory import DECODE_COST, KVMemory
 from longspan.scheduler.request import Constraint, Request
@@ -58,6 +61,10 @@ class Scheduler:
         self.model, self.config = model, config
         self.memory = KVMemory(model, config, num_pages)
         self.step_time = StepTime(model, config.num_threads)
+        self.costs = costs_by_bytes(config.nodes or (0,) * config.context_parallel_size)
+        """What the ranks and links can do. Whoever has measured them sets it before the first request."""
+        self.choices = Choices()
+        """Which strategies were chosen so far, and why."""
         self._chunks = Chunks(config, self.memory, self.step_time)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -340,16 +347,12 @@ class Scheduler:
             scores += self._scores(request, start, end)
             request.in_flight, request.last_plan_id = True, plan_id
         forced = self.config.forced_decode_strategy if movers is Phase.DECODE else self.config.forced_strategy
-        groups = tuple(
-            plan_group(
-                query_runs,
-                {r.request_id: r.tables[i] for r, _ in chosen},
-                group,
-                forced=forced,
-                node_of_rank=self.config.nodes,
-            )
-            for i, group in enumerate(self.model.kv_groups)
-        )
+        groups: list[GroupStep] = []
+        for i, group in enumerate(self.model.kv_groups):
+            tables = {r.request_id: r.tables[i] for r, _ in chosen}
+            step = plan_group(query_runs, tables, group, self.costs, forced=forced)
+            self.choices.note(movers or phase, i, step, tables, group, self.costs, is_forced=forced is not None)
+            groups.append(step)
         released: set[int] = set()
         for rank in ranks:
             released |= self._unreported[rank]
@@ -360,7 +363,7 @@ class Scheduler:
             ranks=tuple(sorted(ranks)),
             query_runs=tuple(query_runs),
             table_deltas=tuple(deltas),
-            groups=groups,
+            groups=tuple(groups),
             samples=tuple(samples),
             scores=tuple(scores),
             page_copies=tuple(copies),

@@ -71,5 +71,5 @@ def _layer_s(runner: ModelRunner, read_bytes_per_s: float) -> float:
             longspan_attend=attend,
         )
         times.append(time.perf_counter() - started)
-    layers_s = max(0.0, statistics.median(times) - num_bytes / read_bytes_per_s)
+    layers_s: float = max(0.0, statistics.median(times) - num_bytes / read_bytes_per_s)
     return layers_s / runner.spec.num_layers
