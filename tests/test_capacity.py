@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.errors import ConfigError
-from longspan.kvcache.capacity import pool_pages, window_pages
+from longspan.sharding.capacity import pool_pages, window_pages
 from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
 
 

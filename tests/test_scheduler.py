@@ -20,7 +20,7 @@ from fake_ranks import (
     make_scheduler,
 )
 from longspan.errors import CapacityError, ConfigError
-from longspan.kvcache.capacity import pool_pages
+from longspan.sharding.capacity import pool_pages
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.types import FinishReason, Phase, SamplingParams

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, fake_token, make_config, make_model
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
-from longspan.kvcache.capacity import pages_by_group
+from longspan.sharding.capacity import pages_by_group
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
 from longspan.scheduler.scheduler import Scheduler

@@ -46,6 +46,22 @@ def parse_size(text: str | int, field: str = "size") -> int:
     return num_bytes
 
 
+def parse_tokens(text: str | int, field: str = "context") -> int:
+    """Tokens of a length such as `8k`, `1M` or `131072`. As usual for contexts, k is 1024 and M is 1024 * 1024.
+
+    Raises:
+        ConfigError: not a positive number of tokens.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", str(text), re.IGNORECASE)
+    tokens = Fraction(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2].upper()] if match else Fraction(0)
+    if tokens.denominator != 1 or not 1 <= tokens <= MAX_COUNT:
+        raise ConfigError(
+            f"{field}: got {text!r}, legal is a whole number of tokens from 1 to {MAX_COUNT}, also with k (1024) or M "
+            "(1024 * 1024)"
+        )
+    return int(tokens)
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How to split and run one model.
 

@@ -23,7 +23,7 @@ from longspan.engine.memory import kv_cache_memory
 from longspan.engine.processes import ProcessExecutor
 from longspan.engine.threads import ThreadExecutor
 from longspan.errors import ConfigError
-from longspan.kvcache.capacity import pool_pages
+from longspan.sharding.capacity import pool_pages
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.plan.types import PlanResult, RankResult

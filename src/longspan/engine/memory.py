@@ -1,7 +1,7 @@
 """How much memory ranks on this machine may take for KV.
 
 Holds the look at the machine. Must not know models or pages.
-Read next: `longspan.kvcache.capacity`, which cuts the memory into pages.
+Read next: `longspan.sharding.capacity`, which cuts the memory into pages.
 """
 
 import os

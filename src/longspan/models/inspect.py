@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from longspan.errors import UnsupportedModelError
@@ -119,6 +119,16 @@ def inspect_model(
         UnsupportedModelError: the model does something that is not proven exact.
     """
     check_proven(config)
+    return trace_model(config, generation_config, dtype)[0]
+
+
+def trace_model(
+    config: PreTrainedConfig, generation_config: GenerationConfig | None, dtype: torch.dtype
+) -> tuple[ModelSpec, nn.Module]:
+    """The facts of a model whose family need not be proven, and the model itself on the meta device.
+
+    Args, Raises: as in `inspect_model`; also an unproven model must call attention as the proven ones do.
+    """
     with torch.device("meta"), torch.inference_mode():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
         recorder = _Recorder()
@@ -152,7 +162,7 @@ def inspect_model(
         spec = KVSpec(num_kv_heads, k_width, call.v.shape[-1], str(dtype).removeprefix("torch."), call.window)
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
     eos = (generation_config or config).eos_token_id
-    return ModelSpec(
+    spec = ModelSpec(
         architecture=type(model).__name__,
         num_layers=num_layers,
         vocab_size=config.vocab_size,
@@ -162,6 +172,7 @@ def inspect_model(
         layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
         num_parameters=_count_parameters(model),
     )
+    return spec, model
 
 
 def _count_parameters(model: Any) -> int:

@@ -104,6 +104,19 @@ def load_config(model: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
         return config, None
 
 
+def load_config_file(path: Path) -> PreTrainedConfig:
+    """A config alone, from a JSON file of any name.
+
+    Raises:
+        ConfigError: the file is broken.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _loading(str(path), "config", error) from error
+    return config
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 

@@ -29,7 +29,7 @@ from itertools import groupby
 
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
-from longspan.kvcache.capacity import pool_bytes, window_pages
+from longspan.sharding.capacity import pool_bytes, window_pages
 from longspan.kvcache.prefix import CachingAllocator, extend_hashes
 from longspan.plan.types import PageCopy
 from longspan.scheduler.lookup import PrefixLookup

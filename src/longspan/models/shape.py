@@ -1,0 +1,96 @@
+"""From a model's name to the shape that planning needs: config only, no weights.
+
+Holds the refusal of models for which the planner's numbers would be wrong. Must not know clusters or costs.
+Read next: `longspan.policy.planner`; `longspan.models.inspect`, which reads the facts off a model on the meta device.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.models.inspect import check_proven, trace_model
+from longspan.models.loader import load_config, load_config_file
+from longspan.policy.shapes import ModelShape
+
+_WRONG_FIELDS = {
+    "kv_lora_rank": "multi-head latent attention caches something else than keys and values",
+    "num_experts": "a token meets only some of a mixture's weights",
+    "num_local_experts": "a token meets only some of a mixture's weights",
+    "n_routed_experts": "a token meets only some of a mixture's weights",
+    "moe_num_experts": "a token meets only some of a mixture's weights",
+    "mamba_d_state": "state space layers keep no keys and values",
+    "ssm_state_size": "state space layers keep no keys and values",
+    "state_size": "state space layers keep no keys and values",
+    "quantization_config": "quantised weights take other memory and time",
+    "num_kv_shared_layers": "layers that share keys and values take less memory",
+}
+"""Fields of a config that say, where they are set, that dense arithmetic does not hold."""
+
+
+def load_shape(model: str, dtype: str) -> ModelShape:
+    """Read a model's shape.
+
+    Args:
+        model: a directory, a config file, `recall` or a Hub id.
+        dtype: of weights and KV.
+
+    Raises:
+        ConfigError: there is no such model, or it is none for which dense arithmetic holds.
+    """
+    path = Path(model).expanduser()
+    config = load_config_file(path) if path.is_file() else load_config(model)[0]
+    return model_shape(config, dtype)
+
+
+def model_shape(config: PreTrainedConfig, dtype: str) -> ModelShape:
+    """The shape of the model that a config describes.
+
+    Raises:
+        UnsupportedModelError: the planner's numbers would be wrong for it.
+    """
+    for field, reason in _WRONG_FIELDS.items():
+        value = getattr(config, field, None)
+        if value is not None and value not in (0, 1, False):
+            shown = value if isinstance(value, (int, float)) else "a value"
+            raise UnsupportedModelError(f"{field}: got {shown}, plannable is a model without it: {reason}")
+    not_run = None
+    try:
+        check_proven(config)
+    except UnsupportedModelError as error:
+        not_run = str(error)
+    try:
+        spec, model = trace_model(config, None, getattr(torch, dtype))
+    except ConfigError as error:
+        raise UnsupportedModelError(f"this model cannot be planned: {error}") from error
+    except Exception as error:
+        if not_run is None:
+            raise
+        # Families that nobody has tried fail in their own ways.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnsupportedModelError(
+            f"model_type: got {config.model_type!r}, plannable is a dense decoder that Transformers builds and that "
+            f"calls attention once per layer: {reason}"
+        ) from error
+    network: Any = model
+    logits = network.get_output_embeddings()
+    hidden_size = int(config.hidden_size)
+    return ModelShape(
+        spec=spec,
+        dtype=dtype,
+        hidden_size=hidden_size,
+        intermediate_size=_intermediate_size(config),
+        num_weights=sum(weight.numel() for weight in network.parameters()),
+        num_logit_weights=hidden_size * spec.vocab_size if logits is None else logits.weight.numel(),
+        not_run=not_run,
+    )
+
+
+def _intermediate_size(config: PreTrainedConfig) -> float:
+    """Width of the feed-forward part; four times the model's where the config has no such field."""
+    value = getattr(config, "intermediate_size", None)
+    if isinstance(value, (list, tuple)):
+        return sum(value) / len(value)
+    return float(value) if value else 4.0 * config.hidden_size
