@@ -33,6 +33,21 @@ FEW_ROWS_SHARE = 1 / 16
 """Of that rate, for one query token: it fills so much of a kernel's tile, with the query heads of a KV head beside it."""
 
 
+def check_count(name: str, value: object, most: int) -> None:
+    """Refuse what is no count. Raises: ConfigError."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ConfigError(f"{name}: got {value!r}, legal is a whole number from 1 to {most}")
+
+
+def check_number(name: str, value: object, *, most: float | None = None, zero: bool = False) -> None:
+    """Refuse what is no number above 0 (from 0, if `zero`) and up to `most`. Raises: ConfigError."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and (value > 0 or (zero and value == 0)) and (most is None or value <= most):  # type: ignore[operator]
+        return
+    rule = "a number from 0" if zero else "a number above 0"
+    raise ConfigError(f"{name}: got {value!r}, legal is {rule}" + (f" and up to {most:g}" if most is not None else ""))
+
+
 class Assumptions(msgspec.Struct, frozen=True, kw_only=True):
     """What nobody publishes: the share of the figures that programs reach, and fixed times."""
 
@@ -184,18 +199,3 @@ def known_cluster(gpu: str, devices_per_node: int, num_nodes: int) -> Cluster:
         between=Link(assumptions.between_latency_s, device.between_bytes_per_s),
         assumptions=assumptions,
     )
-
-
-def check_count(name: str, value: object, most: int) -> None:
-    """Refuse what is no count. Raises: ConfigError."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ConfigError(f"{name}: got {value!r}, legal is a whole number from 1 to {most}")
-
-
-def check_number(name: str, value: object, *, most: float | None = None, zero: bool = False) -> None:
-    """Refuse what is no number above 0 (from 0, if `zero`) and up to `most`. Raises: ConfigError."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and (value > 0 or (zero and value == 0)) and (most is None or value <= most):  # type: ignore[operator]
-        return
-    rule = "a number from 0" if zero else "a number above 0"
-    raise ConfigError(f"{name}: got {value!r}, legal is {rule}" + (f" and up to {most:g}" if most is not None else ""))

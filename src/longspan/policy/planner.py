@@ -167,7 +167,7 @@ def predict_step(
     attention_s = 0.0
     tables: Mapping[int, PageTable] = {_REQUEST_ID: table}
     for group in shape.spec.kv_groups:
-        step = plan_group(runs, tables, group, costs)
+        step = plan_group(runs, tables, group, costs=costs)
         strategies.append(step.strategy)
         attention_s += len(group.layers) * attention_time(step, tables, group, costs)
     most = max(tokens.values())
