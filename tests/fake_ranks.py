@@ -9,11 +9,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from longspan.config import EngineConfig
-from longspan.sharding.capacity import pool_pages
 from longspan.kvcache.prefix import extend_hashes
 from longspan.plan.types import Literals, PageCopy, Plan, PlanResult, RankResult, SampledToken, SampleRow, ScoredRun
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
+from longspan.sharding.capacity import pool_pages
 from longspan.sharding.pages import PageRun, PageTable
 from longspan.types import (
     AttentionParams,

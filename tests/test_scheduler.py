@@ -20,9 +20,9 @@ from fake_ranks import (
     make_scheduler,
 )
 from longspan.errors import CapacityError, ConfigError
-from longspan.sharding.capacity import pool_pages
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
+from longspan.sharding.capacity import pool_pages
 from longspan.types import FinishReason, Phase, SamplingParams
 
 

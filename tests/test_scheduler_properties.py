@@ -22,10 +22,10 @@ from hypothesis.stateful import (
 from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, fake_token, make_config, make_model
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
-from longspan.sharding.capacity import pages_by_group
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
 from longspan.scheduler.scheduler import Scheduler
+from longspan.sharding.capacity import pages_by_group
 from longspan.types import FinishReason, Phase, SamplingParams
 
 TEXTS = tuple([[random.Random(f"{i} {j}").randrange(VOCAB) for j in range(160)] for i in range(3)])

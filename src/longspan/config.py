@@ -52,7 +52,7 @@ def parse_tokens(text: str | int, field: str = "context") -> int:
     Raises:
         ConfigError: not a positive number of tokens.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", str(text), re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([km]?)\s*", str(text), re.IGNORECASE)
     tokens = Fraction(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2].upper()] if match else Fraction(0)
     if tokens.denominator != 1 or not 1 <= tokens <= MAX_COUNT:
         raise ConfigError(

@@ -17,6 +17,7 @@ import click
 
 from longspan import __version__
 from longspan.cli.generate import generate
+from longspan.cli.plan import plan
 from longspan.cli.serve import serve
 from longspan.errors import ConfigError, LongspanError
 
@@ -34,6 +35,7 @@ def cli(context: click.Context) -> None:
 
 
 cli.add_command(generate)
+cli.add_command(plan)
 cli.add_command(serve)
 
 

@@ -23,12 +23,12 @@ from longspan.engine.memory import kv_cache_memory
 from longspan.engine.processes import ProcessExecutor
 from longspan.engine.threads import ThreadExecutor
 from longspan.errors import ConfigError
-from longspan.sharding.capacity import pool_pages
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.plan.types import PlanResult, RankResult
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
+from longspan.sharding.capacity import pool_pages
 from longspan.types import FinishReason, ModelSpec, SamplingParams
 from longspan.worker.build import DEVICE
 from longspan.worker.messages import Start

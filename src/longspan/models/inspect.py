@@ -162,7 +162,7 @@ def trace_model(
         spec = KVSpec(num_kv_heads, k_width, call.v.shape[-1], str(dtype).removeprefix("torch."), call.window)
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
     eos = (generation_config or config).eos_token_id
-    spec = ModelSpec(
+    facts = ModelSpec(
         architecture=type(model).__name__,
         num_layers=num_layers,
         vocab_size=config.vocab_size,
@@ -172,7 +172,7 @@ def trace_model(
         layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
         num_parameters=_count_parameters(model),
     )
-    return spec, model
+    return facts, model
 
 
 def _count_parameters(model: Any) -> int:

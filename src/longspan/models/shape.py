@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.models.inspect import check_proven, trace_model
 from longspan.models.loader import load_config, load_config_file
-from longspan.policy.shapes import ModelShape
+from longspan.policy.shapes import ModelShape, PlannedDType
 
 _WRONG_FIELDS = {
     "kv_lora_rank": "multi-head latent attention caches something else than keys and values",
@@ -30,7 +30,7 @@ _WRONG_FIELDS = {
 """Fields of a config that say, where they are set, that dense arithmetic does not hold."""
 
 
-def load_shape(model: str, dtype: str) -> ModelShape:
+def load_shape(model: str, dtype: PlannedDType) -> ModelShape:
     """Read a model's shape.
 
     Args:
@@ -45,7 +45,7 @@ def load_shape(model: str, dtype: str) -> ModelShape:
     return model_shape(config, dtype)
 
 
-def model_shape(config: PreTrainedConfig, dtype: str) -> ModelShape:
+def model_shape(config: PreTrainedConfig, dtype: PlannedDType) -> ModelShape:
     """The shape of the model that a config describes.
 
     Raises:

@@ -34,7 +34,10 @@ def make_group_step(
     if not ranks:
         return GroupStep(Strategy.LOCAL, tuple(segments))
     if strategy is Strategy.PASS_KV:
-        counts = tuple(count_keys(tables, rank, moved_keys(segments, rank)) for rank in ranks)
+        by_rank: dict[int, list[Segment]] = {}
+        for s in segments:
+            by_rank.setdefault(s.key_rank, []).append(s)
+        counts = tuple(count_keys(tables, rank, moved_keys(by_rank.get(rank, ()), rank)) for rank in ranks)
         return GroupStep(strategy, tuple(segments), (RingExchange(ranks, counts, block_len),))
     if strategy is Strategy.GATHER_KV:
         by_pair: dict[Pair, list[Segment]] = {}

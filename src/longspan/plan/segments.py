@@ -58,7 +58,7 @@ def moved_keys(segments: Iterable[Segment], key_rank: int, query_rank: int | Non
 
 def count_keys(tables: Mapping[int, PageTable], key_rank: int, ranges: Iterable[Range]) -> int:
     """How many tokens of the ranges one rank stores."""
-    return sum(tables[request_id].count_tokens(start, end).get(key_rank, 0) for request_id, start, end in ranges)
+    return sum(tables[request_id].count_on(key_rank, start, end) for request_id, start, end in ranges)
 
 
 def remote_ranks(segments: Iterable[Segment]) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ import yaml
 
 from longspan.config import parse_size
 from longspan.errors import ConfigError
-from longspan.policy.clusters import Assumptions, Cluster, check_count, check_number, known_cluster
+from longspan.policy.clusters import Assumptions, Cluster, check_number, known_cluster
 from longspan.policy.rates import KernelRates, Link, Topology
 
 DESCRIBED_FIELDS = (
@@ -58,7 +58,7 @@ def load_cluster(path: str, *, memory_bytes: int | None = None) -> Cluster:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        data = yaml.safe_load(text)  # JSON is YAML
+        data = yaml.safe_load(text)  # JSON is YAML, but for numbers such as 1e9: those are text
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"cluster: got {path!r}, legal is a file that can be read: {reason}") from error
@@ -132,9 +132,16 @@ def _measured(data: Mapping[str, Any], name: str) -> Cluster:
     """A cluster whose rates were measured."""
     _check_fields("cluster with measured rates", data, MEASURED_FIELDS)
     if "memory_bytes" not in data:
-        raise ConfigError("memory_bytes: the file does not say, legal is a field memory_bytes or --memory SIZE, per rank")
+        raise ConfigError(
+            "memory_bytes: the file does not say, legal is a field memory_bytes or --memory SIZE, per rank"
+        )
     _require("cluster with measured rates", data, ("topology", "rates"))
-    topology: Topology = _struct("topology", data["topology"], Topology)
+    links = data["topology"]
+    if isinstance(links, dict) and "inside" in links:  # one node may do without a link to others
+        links = {"between": links["inside"], **links}
+    topology: Topology = _struct("topology", links, Topology)
+    if topology.num_nodes > 1 and "between" not in data["topology"]:
+        raise ConfigError("topology.between: the file does not say, legal is a link, as there are several nodes")
     rates: KernelRates = _struct("rates", data["rates"], KernelRates)
     per_node = topology.ranks_per_node
     if len(set(per_node)) != 1 or list(topology.nodes) != sorted(topology.nodes):
@@ -175,7 +182,7 @@ def _struct(field: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{field}: got {value!r}, legal is a mapping with {', '.join(kind.__struct_fields__)}")
     _check_fields(field, value, kind.__struct_fields__)
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{field}: {error}") from error
 

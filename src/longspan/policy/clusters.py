@@ -12,7 +12,6 @@ Note: devices and ranks
 """
 
 import math
-from typing import Literal
 
 import msgspec
 
@@ -20,8 +19,7 @@ from longspan.config import MAX_RANKS
 from longspan.errors import ConfigError
 from longspan.policy.gpus import GPUS
 from longspan.policy.rates import Costs, KernelRates, Link, Topology
-
-PlannedDType = Literal["bfloat16", "float32"]
+from longspan.policy.shapes import PlannedDType
 
 MAX_DEVICES = 65536
 MAX_DEVICES_PER_NODE = 1024
@@ -30,7 +28,7 @@ FULL_RATE_LEN = 128
 """Query tokens from which on an attention kernel is assumed to reach its rate."""
 
 FEW_ROWS_SHARE = 1 / 16
-"""Of that rate, for one query token: it fills so much of a kernel's tile, with the query heads of a KV head beside it."""
+"""Of that rate, for one query token: with the query heads of its KV head it fills so much of a kernel's tile."""
 
 
 def check_count(name: str, value: object, most: int) -> None:

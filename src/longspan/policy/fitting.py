@@ -34,9 +34,7 @@ class Fit(msgspec.Struct, frozen=True):
     """Most tokens of one request, prompt and output; None where windows admit any number."""
 
 
-def fit(
-    shape: ModelShape, num_ranks: int, memory_bytes: float, memory_utilization: float, options: StepOptions
-) -> Fit:
+def fit(shape: ModelShape, num_ranks: int, memory_bytes: float, memory_utilization: float, options: StepOptions) -> Fit:
     """Share a device's memory out.
 
     Args:
@@ -63,9 +61,7 @@ def fit(
         for pages, group in zip(num_pages, spec.kv_groups, strict=True)
     ):
         longest = None
-    return Fit(
-        num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, num_pages, num_ranks * limit * size, longest
-    )
+    return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, num_pages, num_ranks * limit * size, longest)
 
 
 def fits(found: Fit, num_tokens: int) -> bool:
@@ -118,5 +114,3 @@ def smallest_cluster(
         if fits(fit(shape, num_ranks, cluster.memory_bytes, memory_utilization, options), num_tokens):
             return num_devices
     return None
-
-

@@ -3,9 +3,9 @@
 Holds figures. Must not know which share of them a program reaches: `longspan.policy.clusters` does.
 Read next: `longspan.policy.clusters`.
 
-Sources: the vendors' data sheets of each product. Flops are dense (vendors print twice as many, "with sparsity"), 16-bit
-ones with float32 accumulation, float32 ones without tensor cores (PyTorch's default). Bytes are 10^9 per GB, per
-direction (vendors print both directions of NVLink and PCIe together).
+Sources: the vendors' data sheets of each product. Flops are dense (vendors print twice as many, "with sparsity"),
+16-bit ones with float32 accumulation, float32 ones without tensor cores (PyTorch's default). Bytes are 10^9 per GB,
+per direction (vendors print both directions of NVLink and PCIe together).
 
     a10, l4, l40s    NVIDIA A10, L4 and L40S data sheets; PCIe Gen4 x16
     a100-40g, -80g   NVIDIA A100 data sheet, SXM4; NVLink 3; DGX A100: a 200 Gbit/s adapter per GPU

@@ -6,17 +6,18 @@ Read next: `longspan.policy.predict`, which predicts attention; `longspan.policy
 
 Note: what a step takes
     step      fixed time of the driver
-    layers    fixed time each; matrix products of the rank with most tokens, or reading the weights if that takes longer;
-              norms, rotations and activations, which move bytes
+    layers    fixed time each; matrix products of the rank with most tokens, or reading the weights if that takes
+              longer; norms, rotations and activations, which move bytes
     heads     with tensor parallelism, two sums over the devices of a rank in every layer
-    attention strategy and time as `longspan.policy.choose` finds them, per KV group, from the same page tables, runs and
-              segments that a plan would have
+    attention strategy and time as `longspan.policy.choose` finds them, per KV group, from the same page tables, runs
+              and segments that a plan would have
     logits    of one row, in the last step of a prompt and in every decode
 
 Note: sampled steps
     Between two chunks of a prompt only the context grows, so a step's time is nearly straight in it while the strategy
     stays the same. Of many chunks some are predicted, and those between them interpolated; where two neighbours choose
-    different strategies the change is searched by halving.
+    different strategies the change is searched by halving. From about 100 ranks on stripes are taken to be longer than
+    they are (two per rank and chunk), and two steps are predicted. So a prediction takes seconds at most.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,8 +46,11 @@ INNER_WRITES = 2
 SEGMENT_BUDGET = 60_000
 """Segments of all predicted steps of one prompt together: what bounds the time of a prediction."""
 
-MIN_SAMPLES, MAX_SAMPLES = 3, 12
+MIN_SAMPLES, MAX_SAMPLES = 2, 12
 """Steps of one prompt that are predicted before changes of strategy are searched."""
+
+STEP_SEGMENTS = 70_000
+"""Segments of one step from which on its stripes are taken to be longer than the engine's."""
 
 _REQUEST_ID = 0
 
@@ -186,13 +190,17 @@ def _dense_s(shape: ModelShape, num_tokens: int, num_busy: int, costs: Costs, nu
     item = shape.itemsize_bytes
     layers_s = _product_s(spec.num_parameters, item, num_tokens, costs)
     logits_s = _product_s(shape.num_logit_weights, item, num_logit_rows, costs) if num_logit_rows else 0.0
-    heads = sum(len(g.layers) * g.num_query_heads * g.spec.k_width for g in spec.kv_groups)  # of all layers
-    written = HEAD_WRITES * heads
-    written += spec.num_layers * (HIDDEN_WRITES * shape.hidden_size + INNER_WRITES * shape.intermediate_size)
+    query_width = sum(len(g.layers) * g.num_query_heads * g.spec.k_width for g in spec.kv_groups)  # of all layers
+    per_layer = HIDDEN_WRITES * shape.hidden_size + INNER_WRITES * shape.intermediate_size
+    written = HEAD_WRITES * query_width + spec.num_layers * per_layer
     moved_s = num_tokens * written * item / rates.copy_bytes_per_s
-    # Rates are those of ranks that all compute; where they share a device, few of them are faster.
-    sharing = max(1.0, rates.ranks_per_device * num_busy / costs.topology.num_ranks)
-    return (layers_s + logits_s + moved_s) * sharing / rates.ranks_per_device
+    return _alone(layers_s + logits_s + moved_s, num_busy, costs)
+
+
+def _alone(time_s: float, num_busy: int, costs: Costs) -> float:
+    """Rates are those of ranks that all compute; where they share a device, few of them are faster."""
+    sharing = max(1.0, costs.rates.ranks_per_device * num_busy / costs.topology.num_ranks)
+    return time_s * sharing / costs.rates.ranks_per_device
 
 
 def _product_s(num_weights: float, itemsize_bytes: int, num_tokens: int, costs: Costs) -> float:
@@ -230,6 +238,7 @@ def predict_prefill(
         tensor_parallel_size: devices per rank.
     """
     num_ranks = costs.topology.num_ranks
+    options = _coarser(options, num_ranks)
     table = striped_table(prompt_len, num_ranks, options)
     chunk = options.chunk_len(num_ranks)
     num_steps = -(-prompt_len // chunk)
@@ -245,37 +254,51 @@ def predict_prefill(
                 costs,
                 options,
                 tensor_parallel_size=tensor_parallel_size,
-                num_logit_rows=int(index == num_steps - 1),
             )
         return known[index]
 
-    last = num_steps - 1  # often shorter than the others: never interpolated
+    # A last chunk that is shorter than the others is not interpolated.
+    num_full = prompt_len // chunk
     segments_per_step = 2 * len(table.owners(0, min(prompt_len, chunk))) * num_ranks
     num_samples = max(MIN_SAMPLES, min(MAX_SAMPLES, SEGMENT_BUDGET // segments_per_step))
-    for index in _spread(last, num_samples):
+    for index in _spread(num_full, num_samples):
         step(index)
     if num_samples > MIN_SAMPLES:
         _search_changes(step, sorted(known))
-    weights = {**_weights(sorted(known)), last: 1.0}
-    step(last)
+    weights = _weights(sorted(known))
+    if num_full < num_steps:
+        step(num_full)
+        weights[num_full] = 1.0
     changes: list[StrategyChange] = []
     for index in sorted(known):
         if not changes or changes[-1].strategies != known[index].strategies:
             changes.append(StrategyChange(index * chunk, known[index].strategies))
 
-    def total_s(name: str) -> float:
+    def over_steps(name: str) -> float:
         return float(sum(getattr(known[index], name) * weight for index, weight in weights.items()))
 
+    logits_s = _alone(_product_s(shape.num_logit_weights, shape.itemsize_bytes, 1, costs), 1, costs)
     return PrefillPrediction(
-        total_s=total_s("total_s"),
-        dense_s=total_s("dense_s"),
-        attention_s=total_s("attention_s"),
-        sums_s=total_s("sums_s"),
-        fixed_s=total_s("fixed_s"),
+        total_s=over_steps("total_s") + logits_s,
+        dense_s=over_steps("dense_s") + logits_s,
+        attention_s=over_steps("attention_s"),
+        sums_s=over_steps("sums_s"),
+        fixed_s=over_steps("fixed_s"),
         num_steps=num_steps,
         chunk_len=chunk,
         changes=tuple(changes),
     )
+
+
+def _coarser(options: StepOptions, num_ranks: int) -> StepOptions:
+    """Longer stripes, of chunks as long, where a step would have too many segments to look at each."""
+    stripe_len = options.stripe_len
+    while (
+        2 * options.chunk_len(num_ranks) // stripe_len * num_ranks > STEP_SEGMENTS
+        and options.chunk_len(num_ranks) % (4 * num_ranks * stripe_len) == 0
+    ):
+        stripe_len *= 2
+    return msgspec.structs.replace(options, stripe_size=stripe_len)
 
 
 def _spread(count: int, num_samples: int) -> list[int]:

@@ -20,7 +20,7 @@ from longspan.policy.planner import (
     predict_prefill,
     prefill_flops,
 )
-from longspan.policy.shapes import ModelShape
+from longspan.policy.shapes import ModelShape, PlannedDType
 
 DEFAULT_UTILIZATION = 0.9
 
@@ -46,6 +46,8 @@ class ContextPlan(msgspec.Struct, frozen=True):
     """Memory of one device from which on it fits this cluster."""
     smallest_devices: int | None
     """Devices of the smallest cluster of this kind that holds it; None if none with 128 ranks or fewer does."""
+    fitting_tensor_parallel_size: int | None
+    """Where it does not fit, the fewest devices per rank with which it would fit this cluster; None if none would."""
 
 
 class PlanReport(msgspec.Struct, frozen=True):
@@ -56,7 +58,7 @@ class PlanReport(msgspec.Struct, frozen=True):
     not_run: str | None
     """Why the engine does not run this model yet, or None."""
     cluster: Cluster
-    dtype: str
+    dtype: PlannedDType
     num_devices: int
     num_ranks: int
     tensor_parallel_size: int
@@ -130,6 +132,9 @@ def make_plan(
             smallest_devices=smallest_cluster(
                 part, cluster, tensor_parallel_size, num_tokens, memory_utilization, options
             ),
+            fitting_tensor_parallel_size=None
+            if is_held
+            else _fitting_size(shape, cluster, tensor_parallel_size, num_tokens, memory_utilization, options),
         )
 
     return PlanReport(
@@ -151,3 +156,21 @@ def make_plan(
         fit=found,
         contexts=tuple(one(context_len) for context_len in contexts),
     )
+
+
+def _fitting_size(
+    shape: ModelShape,
+    cluster: Cluster,
+    tensor_parallel_size: int,
+    num_tokens: int,
+    memory_utilization: float,
+    options: StepOptions,
+) -> int | None:
+    """The smallest larger `tensor_parallel_size` with which a request would fit the same devices."""
+    for size in range(tensor_parallel_size + 1, cluster.devices_per_node + 1):
+        if cluster.devices_per_node % size or not shape.is_divisible(size):
+            continue
+        num_ranks = cluster.num_devices // size
+        if fits(fit(shape.divided(size), num_ranks, cluster.memory_bytes, memory_utilization, options), num_tokens):
+            return size
+    return None

@@ -4,10 +4,14 @@ Holds arithmetic on shapes. Must not know configs or families: `longspan.models.
 Read next: `longspan.policy.planner`.
 """
 
+from typing import Literal
+
 import msgspec
 
 from longspan.errors import ConfigError
 from longspan.types import KVGroup, ModelSpec
+
+PlannedDType = Literal["bfloat16", "float32"]
 
 BYTES_PER_WEIGHT = {"bfloat16": 2, "float32": 4}
 
@@ -16,7 +20,7 @@ class ModelShape(msgspec.Struct, frozen=True):
     """A dense attention model, or one device's part of it."""
 
     spec: ModelSpec
-    dtype: str
+    dtype: PlannedDType
     """Of weights, activations and KV."""
     hidden_size: int
     intermediate_size: float
@@ -42,6 +46,10 @@ class ModelShape(msgspec.Struct, frozen=True):
         """KV of one token in all layers."""
         return sum(group.token_bytes for group in self.spec.kv_groups)
 
+    def is_divisible(self, tensor_parallel_size: int) -> bool:
+        """Whether `divided` takes this size."""
+        return all(_is_divisible(group, tensor_parallel_size) for group in self.spec.kv_groups)
+
     def divided(self, tensor_parallel_size: int) -> "ModelShape":
         """One device's part where so many devices share heads and weights.
 
@@ -56,7 +64,7 @@ class ModelShape(msgspec.Struct, frozen=True):
         groups: list[KVGroup] = []
         for group in self.spec.kv_groups:
             query_heads, kv_heads = group.num_query_heads, group.spec.num_kv_heads
-            if query_heads % size or (kv_heads % size and size % kv_heads):
+            if not _is_divisible(group, size):
                 raise ConfigError(
                     f"tensor_parallel_size: got {size} with {query_heads} query and {kv_heads} KV heads, legal is a "
                     "divisor of the query heads that divides the KV heads or is a multiple of them"
@@ -71,3 +79,8 @@ class ModelShape(msgspec.Struct, frozen=True):
             num_weights=self.num_weights / size,
             num_logit_weights=self.num_logit_weights / size,
         )
+
+
+def _is_divisible(group: KVGroup, size: int) -> bool:
+    kv_heads = group.spec.num_kv_heads
+    return group.num_query_heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)

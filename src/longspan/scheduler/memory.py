@@ -29,11 +29,11 @@ from itertools import groupby
 
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
-from longspan.sharding.capacity import pool_bytes, window_pages
 from longspan.kvcache.prefix import CachingAllocator, extend_hashes
 from longspan.plan.types import PageCopy
 from longspan.scheduler.lookup import PrefixLookup
 from longspan.scheduler.request import Request
+from longspan.sharding.capacity import pool_bytes, window_pages
 from longspan.sharding.pages import PageRun, PageTable
 from longspan.sharding.placement import chunk_len, place, snake_rank, stripe_lengths
 from longspan.types import ModelSpec, Placement

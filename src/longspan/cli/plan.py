@@ -1,0 +1,127 @@
+"""`longspan plan`: what a model would take on a cluster, before anything is bought or loaded.
+
+Holds options. Must not know how anything is predicted or shown, nor import torch before the options are known to be
+legal.
+Read next: `longspan.policy.report`; `longspan.cli.plan_text`, which shows it.
+"""
+
+import sys
+from typing import TYPE_CHECKING, cast
+
+import click
+import msgspec
+
+from longspan.cli.options import choice
+from longspan.config import parse_size, parse_tokens
+from longspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longspan.policy.clusters import Cluster
+    from longspan.policy.shapes import PlannedDType
+
+DEFAULT_CONTEXTS = "8k,128k,1M"
+
+
+def _dtypes() -> click.Choice[str]:
+    from longspan.policy.shapes import PlannedDType
+
+    return choice(PlannedDType)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--gpu", metavar="NAME", help="A known GPU, such as h100.")
+@click.option("--gpus-per-node", type=int, help="Default: 8.")
+@click.option("--nodes", type=int, help="Default: 1.")
+@click.option("--cluster", metavar="FILE", help="A cluster in YAML or JSON, described or measured.")
+@click.option("--memory", metavar="SIZE", help="Of one device, instead of the cluster's; as 80GB or 64GiB.")
+@click.option("--tensor-parallel-size", type=int, default=1, show_default=True, help="Devices per rank.")
+@click.option(
+    "--context", default=DEFAULT_CONTEXTS, show_default=True, help="Tokens, with commas; k is 1024, M is 1024 * 1024."
+)
+@click.option("--dtype", type=_dtypes(), help="Default: that of measured rates, else bfloat16.")
+@click.option(
+    "--memory-utilization", type=float, default=0.9, show_default=True, help="Share that weights and KV may take."
+)
+@click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object on standard output.")
+@click.option("--plot", metavar="FILE.png", help="Write a picture of time and memory against the context.")
+def plan(
+    model: str,
+    gpu: str | None,
+    gpus_per_node: int | None,
+    nodes: int | None,
+    cluster: str | None,
+    memory: str | None,
+    tensor_parallel_size: int,
+    context: str,
+    dtype: str | None,
+    memory_utilization: float,
+    max_num_batched_tokens: int,
+    as_json: bool,
+    plot: str | None,
+) -> None:
+    """Predict memory and time of MODEL (a directory, a config file, `recall`, or a Hub id) on a cluster.
+
+    Reads the model's config only. What is assumed stands in the output.
+    """
+    contexts = [parse_tokens(text) for text in context.split(",")]
+    if len(set(contexts)) < len(contexts):
+        raise ConfigError(f"context: got {context!r} with a length twice, legal are different lengths")
+    memory_bytes = None if memory is None else parse_size(memory, "memory")
+    described = _cluster(gpu, gpus_per_node, nodes, cluster, memory_bytes)
+    if plot is not None:
+        from longspan.cli.plan_plot import check_plot
+
+        check_plot(plot)
+    described.check_parallel(tensor_parallel_size)
+    planned_dtype = cast("PlannedDType", dtype or described.rates_dtype or "bfloat16")
+    described.peak_flops_per_s(planned_dtype)
+
+    from longspan.models.loader import quiet_transformers
+    from longspan.models.shape import load_shape
+    from longspan.policy.report import make_plan
+
+    quiet_transformers()
+    report = make_plan(
+        load_shape(model, planned_dtype),
+        described,
+        sorted(contexts),
+        model=model,
+        tensor_parallel_size=tensor_parallel_size,
+        memory_utilization=memory_utilization,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    if plot is not None:
+        from longspan.cli.plan_plot import write_plot
+
+        write_plot(report, plot)
+    if as_json:
+        click.echo(msgspec.json.encode(report))
+        return
+    from longspan.cli.plan_text import print_plan
+
+    print_plan(report, is_terminal=sys.stdout.isatty())
+
+
+def _cluster(
+    gpu: str | None, gpus_per_node: int | None, nodes: int | None, file: str | None, memory_bytes: int | None
+) -> "Cluster":
+    """The cluster, from exactly one of its two sources."""
+    from longspan.policy.cluster_file import load_cluster
+    from longspan.policy.clusters import known_cluster
+    from longspan.policy.gpus import GPUS
+
+    if (gpu is None) == (file is None):
+        given = "none" if gpu is None else "both"
+        raise ConfigError(
+            f"cluster: got {given} of --gpu and --cluster, legal is exactly one; known GPUs are {', '.join(GPUS)}"
+        )
+    if file is not None:
+        for name, value in (("--gpus-per-node", gpus_per_node), ("--nodes", nodes)):
+            if value is not None:
+                raise ConfigError(f"{name}: got {value} with --cluster, legal with --gpu only: the file says")
+        return load_cluster(file, memory_bytes=memory_bytes)
+    assert gpu is not None
+    found = known_cluster(gpu, 8 if gpus_per_node is None else gpus_per_node, 1 if nodes is None else nodes)
+    return found if memory_bytes is None else msgspec.structs.replace(found, memory_bytes=float(memory_bytes))
