@@ -61,14 +61,19 @@ class Work:
 
 
 def work(model: Path, prompt_len: int) -> Work:
-    """Counted from the config: 2 flops per weight and token, 4 per query, visible key and head element."""
+    """Counted from the config: 2 flops per weight and token, 4 per query, visible key and head element.
+
+    In the last layer a prompt's inner tokens need their keys and values only, so nothing else is counted there.
+    """
     c = LlamaConfig.from_pretrained(model)
     attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    layer = attention + 3 * c.hidden_size * c.intermediate_size
+    weights, inner = c.num_hidden_layers * layer, (c.num_hidden_layers - 1) * layer
+    inner += 2 * c.hidden_size * c.head_dim * c.num_key_value_heads
     pairs = prompt_len * (prompt_len + 1) / 2
-    scores = 4 * pairs * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    scores = 4 * pairs * c.num_attention_heads * c.head_dim * (c.num_hidden_layers - 1)
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4 * prompt_len
-    return Work(2 * weights * prompt_len + scores, (weights + c.vocab_size * c.hidden_size) * 4 + kv)
+    return Work(2 * inner * prompt_len + scores, (weights + c.vocab_size * c.hidden_size) * 4 + kv)
 
 
 def matmul_rate(num_threads: int) -> float:

@@ -5,8 +5,10 @@ strategies. Must not know models, schedulers or processes.
 Read next: `longspan.models.hook`, which calls it from Transformers models.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from longspan.cp.pass_kv import PassKV
 from longspan.cp.pass_q import PassQ
 from longspan.errors import LongspanError
 from longspan.kvcache.pool import PagePool
+from longspan.plan.read_runs import read_runs
 from longspan.plan.types import DirectExchange, Plan
 from longspan.sharding.pages import PageTable
 from longspan.types import AttentionParams, KVGroup, Strategy
@@ -68,8 +71,10 @@ class StepAttention:
         self._comm = comm
         self.bytes_sent: Counter[str] = Counter()
         """Per strategy, in this step."""
-        self._names = [group_step.strategy.value for group_step in plan.groups]
+        self._last_layer = len(layer_params) - 1
+        self._read: _ReadRows | None = None
         self._strategies: list[MovementStrategy] = []
+        self._names: list[str] = []
         self._stores: list[list[tuple[int, int, int]]] = []
         self._scattered: list[Tensor | None] = []  # pool row of every token, where stores are many and short
         for group_step, group_tables, pool in zip(plan.groups, tables, pools, strict=True):
@@ -78,10 +83,18 @@ class StepAttention:
                     raise LongspanError(f"plan {plan.plan_id}: padded exchanges are not supported yet")
             step = RankStep(comm, backend, pool.group, group_step, plan.query_runs, group_tables)
             self._strategies.append(_STRATEGIES[group_step.strategy](step))
+            self._names.append(group_step.strategy.value)
             self._stores.append(_store_runs(step))
             self._scattered.append(_scattered_rows(self._stores[-1], pool))
+            if plan.last_layer is not None and self._last_layer in pool.group.layers:
+                read = read_runs(plan.query_runs, plan.samples, plan.scores)
+                reading = RankStep(comm, backend, pool.group, plan.last_layer, read, group_tables)
+                rows = _read_rows(step, reading, pool.device)
+                self._read = _ReadRows(_STRATEGIES[plan.last_layer.strategy](reading), plan.last_layer.strategy, rows)
         self.num_tokens = sum(run.num_tokens for run in plan.query_runs if run.compute_rank == self.rank)
         """Tokens that this rank computes."""
+        self.read_rows = None if self._read is None else self._read.rows
+        """[n] int64 packed rows of this rank that are read, or None for all; the last layer leaves the others out."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         """Attention of this rank's new tokens in one layer.
@@ -94,7 +107,7 @@ class StepAttention:
             sinks: [H] attention sinks, natural-log logits, or None.
 
         Returns:
-            [T, H, Dv] in q's dtype.
+            [T, H, Dv] in q's dtype; 0 in rows of the last layer that nobody reads.
 
         Collective: all ranks of the plan call it (or `join`) for every layer in ascending order.
         """
@@ -105,10 +118,14 @@ class StepAttention:
             pool.write(layer, k, v, self._stores[group_idx])
         else:
             pool.scatter(layer, k, v, rows)
-        partial = self._attend(group_idx, layer, q)
+        read = self._read_in(layer)
+        partial = self._attend(group_idx, layer, q if read is None else q[read.rows])
         if sinks is not None:
             merge_sinks_(partial, sinks)
-        return partial.out.to(q.dtype)
+        out = partial.out.to(q.dtype)
+        if read is None:
+            return out
+        return q.new_zeros(q.shape[0], *out.shape[1:]).index_copy_(0, read.rows, out)
 
     def join(self, layer: int) -> None:
         """Take part in one layer's exchanges without a token of one's own. Collective: as `attend`."""
@@ -124,9 +141,38 @@ class StepAttention:
         """One layer by its group's strategy; counts what it sends."""
         pool = self._pools[group_idx]
         before = self._comm.bytes_sent
-        partial = self._strategies[group_idx].attend(q, pool.k[layer], pool.v[layer], self._layer_params[layer])
-        self.bytes_sent[self._names[group_idx]] += self._comm.bytes_sent - before
+        read = self._read_in(layer)
+        strategy = self._strategies[group_idx] if read is None else read.strategy
+        partial = strategy.attend(q, pool.k[layer], pool.v[layer], self._layer_params[layer])
+        name = self._names[group_idx] if read is None else read.name.value
+        self.bytes_sent[name] += self._comm.bytes_sent - before
         return partial
+
+    def _read_in(self, layer: int) -> "_ReadRows | None":
+        """What is special about a layer: in the last one, attention is for the rows that are read."""
+        return self._read if layer == self._last_layer else None
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadRows:
+    """The last layer, where not all rows are read."""
+
+    strategy: MovementStrategy
+    name: Strategy
+    rows: Tensor
+    """[n] int64, of this rank's packed rows."""
+
+
+def _read_rows(step: RankStep, reading: RankStep, device: torch.device) -> Tensor:
+    """[n] the packed rows of `step` that are the rows of `reading`, in its order."""
+    first_row = {(request_id, start): row for (request_id, start, _), row in step.local_query_rows().items()}
+    starts = sorted(first_row)
+    rows: list[int] = []
+    for request_id, start, end in reading.local_query_rows():
+        run = starts[bisect_right(starts, (request_id, start)) - 1]
+        row = first_row[run] + start - run[1]
+        rows += range(row, row + end - start)
+    return torch.tensor(rows, dtype=torch.long, device=device)
 
 
 def _store_runs(step: RankStep) -> list[tuple[int, int, int]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longspan.errors import UnsupportedModelError
+from longspan.models.last_layer import READ_ROWS
 
 ATTENTION_NAME = "longspan"
 
@@ -24,6 +25,7 @@ HARMLESS_ARGUMENTS = frozenset(
         "output_hidden_states",
         "return_dict",
         "cache_position",
+        READ_ROWS,  # for what comes behind the last layer's attention
     }
 )
 """Keyword arguments that reach attention functions and do not change what attention computes."""

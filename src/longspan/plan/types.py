@@ -188,6 +188,9 @@ class Plan(msgspec.Struct, frozen=True):
     page_copies: tuple[PageCopy, ...] = ()
     released: tuple[int, ...] = ()
     """Requests that ended: the ranks may forget their tables."""
+    last_layer: GroupStep | None = None
+    """Attention of the model's last layer, where not all rows need logits: it is computed for those that do
+    (`longspan.plan.read_runs`). None: as in its KV group's other layers."""
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError
 from longspan.kvcache.prefix import extend_hashes
+from longspan.plan.read_runs import read_runs
 from longspan.plan.types import (
     GroupStep,
     Literals,
@@ -77,6 +78,8 @@ class Scheduler:
         self._last_prefill = [-1] * config.context_parallel_size  # per rank, plan id of the last prefill
         self._next_plan_id = 0
         self._next_request_id = 0
+        last_layer = model.num_layers - 1
+        (self._last_group_idx,) = [i for i, group in enumerate(model.kv_groups) if last_layer in group.layers]
         windows = [group.spec.window for group in model.kv_groups]
         self._longest_window = None if None in windows else max(window for window in windows if window is not None)
 
@@ -353,6 +356,12 @@ class Scheduler:
             step = plan_group(query_runs, tables, group, self.costs, forced=forced)
             self.choices.note(movers or phase, i, step, tables, group, self.costs, is_forced=forced is not None)
             groups.append(step)
+        last_layer: GroupStep | None = None
+        read = read_runs(query_runs, samples, scores)
+        if sum(run.num_tokens for run in read) < sum(run.num_tokens for run in query_runs):
+            i = self._last_group_idx
+            tables = {r.request_id: r.tables[i] for r, _ in chosen}
+            last_layer = plan_group(read, tables, self.model.kv_groups[i], self.costs, forced=forced)
         released: set[int] = set()
         for rank in ranks:
             released |= self._unreported[rank]
@@ -368,6 +377,7 @@ class Scheduler:
             scores=tuple(scores),
             page_copies=tuple(copies),
             released=tuple(sorted(released)),
+            last_layer=last_layer,
         )
         self._busy |= ranks
         self._in_flight[plan_id] = (plan, [request for request, _ in chosen], flops)

@@ -20,6 +20,7 @@ from longspan.cp.attend import StepAttention
 from longspan.errors import LongspanError
 from longspan.kvcache.pool import PagePool
 from longspan.models.hook import AttentionCall
+from longspan.models.last_layer import READ_ROWS
 from longspan.plan.types import (
     FailedRow,
     Literals,
@@ -219,6 +220,7 @@ class ModelRunner:
             use_cache=False,
             logits_to_keep=self._ids(rows),
             longspan_attend=attend,
+            **{READ_ROWS: attention.read_rows},
         )
         logits: Tensor = output.logits[0]
         assert logits.shape[0] == len(rows)
