@@ -272,10 +272,12 @@ def test_ranks_that_share_a_core_decode_faster_alone():
 
 def test_floors_are_counted_pair_by_pair_and_byte_by_byte():
     shape = make_shape(None, 7, layers=1)
-    pairs_full = sum(i + 1 for i in range(20))
-    pairs_window = sum(min(i + 1, 7) for i in range(20))
-    expected = 2 * shape.spec.num_parameters * 20 + 2 * shape.num_logit_weights
-    expected += 4 * 32 * 128 * (pairs_full + pairs_window)
+    inner, last = shape.spec.kv_groups  # of the last layer's attention and MLP nobody reads the prompt's rows
+    assert last.layers == (1,)
+    width = 4096 * (32 + 2 * 8) * 128
+    assert shape.num_unread_weights == shape.spec.num_parameters / 2 - width
+    expected = 2 * (shape.spec.num_parameters / 2 + width) * 20 + 2 * shape.num_logit_weights
+    expected += 4 * 32 * 128 * sum(i + 1 if inner.spec.window is None else min(i + 1, 7) for i in range(20))
     assert prefill_flops(shape, 20) == expected
     weights = 2 * (shape.spec.num_parameters + shape.num_logit_weights)
     assert decode_bytes(shape, 20) == weights + (21 + 7) * 2 * 8 * 128 * 2

@@ -112,7 +112,7 @@ def _described(data: Mapping[str, Any], name: str) -> Cluster:
         for key in given:
             values[key] = _number(given[key])
             check_number(f"{field}.{key}", values[key], zero=key == "latency_s")
-        return Link(**values)
+        return Link(values["latency_s"], values["bytes_per_s"])
 
     return Cluster(
         name=name if base is None or "name" in data else base.name,

@@ -13,6 +13,9 @@ Note: what a step takes
               and segments that a plan would have
     logits    of one row, in the last step of a prompt and in every decode
 
+    Of a prompt's rows the last layer computes keys and values alone (`longspan.plan.read_runs`); the one row that is
+    read is not counted.
+
 Note: sampled steps
     Between two chunks of a prompt only the context grows, so a step's time is nearly straight in it while the strategy
     stays the same. Of many chunks some are predicted, and those between them interpolated; where two neighbours choose
@@ -161,7 +164,7 @@ def predict_step(
         costs: of one device each.
         options: of the engine.
         tensor_parallel_size: devices per rank.
-        num_logit_rows: rows that need logits.
+        num_logit_rows: rows that need logits: all rows of a decode, or none.
     """
     runs = step_runs(table, start, end)
     tokens: dict[int, int] = {}
@@ -170,25 +173,30 @@ def predict_step(
     strategies: list[Strategy] = []
     attention_s = 0.0
     tables: Mapping[int, PageTable] = {_REQUEST_ID: table}
+    is_prefill = not num_logit_rows
     for group in shape.spec.kv_groups:
         step = plan_group(runs, tables, group, costs=costs)
         strategies.append(step.strategy)
-        attention_s += len(group.layers) * attention_time(step, tables, group, costs)
+        num_layers = len(group.layers) - (is_prefill and shape.spec.num_layers - 1 in group.layers)
+        attention_s += num_layers * attention_time(step, tables, group, costs)
     most = max(tokens.values())
     return StepPrediction(
         strategies=tuple(strategies),
-        dense_s=_dense_s(shape, most, len(tokens), costs, num_logit_rows),
+        dense_s=_dense_s(shape, most, len(tokens), costs, num_logit_rows, is_prefill=is_prefill),
         attention_s=attention_s,
         sums_s=_sums_s(shape, most, costs, tensor_parallel_size),
         fixed_s=shape.spec.num_layers * costs.rates.layer_s + options.step_s,
     )
 
 
-def _dense_s(shape: ModelShape, num_tokens: int, num_busy: int, costs: Costs, num_logit_rows: int) -> float:
+def _dense_s(
+    shape: ModelShape, num_tokens: int, num_busy: int, costs: Costs, num_logit_rows: int, *, is_prefill: bool
+) -> float:
     """Everything that a token meets outside attention, on the rank with most tokens."""
     rates, spec = costs.rates, shape.spec
     item = shape.itemsize_bytes
-    layers_s = _product_s(spec.num_parameters, item, num_tokens, costs)
+    num_weights = spec.num_parameters - (shape.num_unread_weights if is_prefill else 0)
+    layers_s = _product_s(num_weights, item, num_tokens, costs)
     logits_s = _product_s(shape.num_logit_weights, item, num_logit_rows, costs) if num_logit_rows else 0.0
     query_width = sum(len(g.layers) * g.num_query_heads * g.spec.k_width for g in spec.kv_groups)  # of all layers
     per_layer = HIDDEN_WRITES * shape.hidden_size + INNER_WRITES * shape.intermediate_size
@@ -349,12 +357,13 @@ def predict_decode(
 
 def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
     """What a prompt needs at least, in all: 2 per weight and token, 2 per query head, visible key and element of both
-    key and value; logits of one row. Args: `shape` is the whole model."""
-    total = 2.0 * shape.spec.num_parameters * prompt_len + 2.0 * shape.num_logit_weights
+    key and value; of the last layer keys and values; logits of one row. Args: `shape` is the whole model."""
+    total = 2.0 * (shape.spec.num_parameters - shape.num_unread_weights) * prompt_len + 2.0 * shape.num_logit_weights
     for group in shape.spec.kv_groups:
         window = min(prompt_len, group.spec.window or prompt_len)
         pairs = window * (window + 1) / 2 + (prompt_len - window) * window
-        total += 2.0 * pairs * len(group.layers) * group.num_query_heads * (group.spec.k_width + group.spec.v_width)
+        num_layers = len(group.layers) - (shape.spec.num_layers - 1 in group.layers)
+        total += 2.0 * pairs * num_layers * group.num_query_heads * (group.spec.k_width + group.spec.v_width)
     return total
 
 

@@ -46,6 +46,14 @@ class ModelShape(msgspec.Struct, frozen=True):
         """KV of one token in all layers."""
         return sum(group.token_bytes for group in self.spec.kv_groups)
 
+    @property
+    def num_unread_weights(self) -> float:
+        """Weights of the last layer that a prompt's inner tokens do not meet: all but those of q, k and v."""
+        (last,) = [group for group in self.spec.kv_groups if self.spec.num_layers - 1 in group.layers]
+        widths = last.num_query_heads * last.spec.k_width
+        widths += last.spec.num_kv_heads * (last.spec.k_width + last.spec.v_width)
+        return max(0.0, self.spec.num_parameters / self.spec.num_layers - self.hidden_size * widths)
+
     def is_divisible(self, tensor_parallel_size: int) -> bool:
         """Whether `divided` takes this size."""
         return all(_is_divisible(group, tensor_parallel_size) for group in self.spec.kv_groups)
