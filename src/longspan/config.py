@@ -91,7 +91,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     stripe_size: int = 512
     """Most tokens per stripe, a multiple of `page_size`. Short chunks are cut into shorter stripes."""
     min_striped_len: int | None = None
-    """Shorter prompts stay on one rank where placement is auto; None is two stripes per rank."""
+    """Shorter prompts stay on one rank where placement is auto; None is what is predicted to be best for a lone
+    request, or, where nothing was measured, two stripes per rank."""
     kv_cache_memory: int | None = None
     """Bytes per rank; None takes 4 GiB, or what half of the free memory admits."""
     max_num_batched_tokens: int = 2048
@@ -197,7 +198,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def striped_from(self) -> int:
-        """Tokens of a prompt from which on `auto` stripes it."""
+        """Tokens of a prompt from which on `auto` stripes it, where nothing was measured."""
         # From two whole stripes per rank on, striping balances the work and pays for its exchanges.
         return self.min_striped_len or 2 * self.context_parallel_size * self.stripe_size
 

@@ -23,6 +23,7 @@ from longspan.models.grammar import GrammarConstraint, Grammars, make_grammars
 from longspan.models.inspect import check_proven
 from longspan.models.loader import load_config, load_tokenizer
 from longspan.models.text import TextStream, encode_prompt
+from longspan.policy.explain import Choice
 from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
 
@@ -222,6 +223,10 @@ class LLM:
     def strategy_counts(self) -> dict[str, int]:
         """(plan, KV group) pairs per strategy, since the LLM was made."""
         return dict(self._engine.strategy_counts)
+
+    def explain(self) -> list[Choice]:
+        """Which strategies were chosen so far, per phase and KV group, and each candidate's predicted time."""
+        return self._engine.scheduler.choices.all
 
     def close(self) -> None:
         """End the ranks. May be called twice."""

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import msgspec
 
+from longspan.cli.explain import choices_text
 from longspan.cli.options import engine_config, engine_options
 from longspan.cli.progress import ProgressPrinter
 from longspan.errors import ConfigError
@@ -33,6 +34,7 @@ from longspan.types import SamplingParams
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after an end token.")
 @engine_options(stripe_size=512)
+@click.option("--explain", is_flag=True, help="Say on standard error which strategies were chosen, and why.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def generate(
     model: str,
@@ -40,6 +42,7 @@ def generate(
     prompt: str | None,
     prompt_file: str | None,
     stop: tuple[str, ...],
+    explain: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -62,6 +65,8 @@ def generate(
     with LLM(**msgspec.structs.asdict(config)) as llm, progress:
         (output,) = llm.generate(text, params, on_progress=progress.update)
         progress.close()
+        if explain:
+            click.echo(choices_text(llm.explain()), err=True)
         completion = output.outputs[0]
         if not as_json:
             click.echo(completion.text)

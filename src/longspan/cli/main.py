@@ -19,6 +19,7 @@ from longspan import __version__
 from longspan.cli.generate import generate
 from longspan.cli.plan import plan
 from longspan.cli.serve import serve
+from longspan.cli.topology import topology
 from longspan.errors import ConfigError, LongspanError
 
 DEBUG = "LONGSPAN_DEBUG"
@@ -37,6 +38,7 @@ def cli(context: click.Context) -> None:
 cli.add_command(generate)
 cli.add_command(plan)
 cli.add_command(serve)
+cli.add_command(topology)
 
 
 class _Signalled(BaseException):

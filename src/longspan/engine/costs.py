@@ -22,8 +22,12 @@ from longspan.engine.executor import Executor
 from longspan.errors import ConfigError
 from longspan.native import kernels
 from longspan.policy.measured import combine
-from longspan.policy.rates import Costs, costs_by_bytes
+from longspan.policy.placement_choice import LONGEST_LEN, shortest_striped_len
+from longspan.policy.planner import StepOptions
+from longspan.policy.rates import Costs
+from longspan.policy.shapes import ModelShape
 from longspan.policy.topology_file import load_topology
+from longspan.scheduler.scheduler import Scheduler
 from longspan.types import ModelSpec
 
 MEASURE = "LONGSPAN_MEASURE"
@@ -88,14 +92,27 @@ def file_costs(config: EngineConfig, model: ModelSpec) -> Costs | None:
     return costs
 
 
-def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts: Sequence[str]) -> Costs:
-    """The numbers for ranks that have started, and have no plan yet. Raises: as `Executor.measure`."""
+def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts: Sequence[str]) -> Costs | None:
+    """The numbers for ranks that have started, and have no plan yet.
+
+    Args:
+        config: says whether to measure.
+        model: whose shapes are measured.
+        executor: the ranks.
+        hosts: name of every rank's host.
+
+    Returns:
+        None where nothing is measured: one rank, ranks that are threads, or as the user wants it.
+
+    Raises:
+        LongspanError: as `Executor.measure`.
+    """
     nodes = nodes_of(config, hosts)
     asked = config.measure
     if asked == "auto" and os.environ.get(MEASURE) == "never":
         asked = "never"
     if config.context_parallel_size == 1 or config.executor == "threads" or asked == "never":
-        return costs_by_bytes(nodes)
+        return None
     measured_on = _measured_on(config, model, hosts, nodes)
     cached = _load(measured_on) if asked == "auto" else None
     if cached is not None:
@@ -109,6 +126,40 @@ def measure_costs(config: EngineConfig, executor: Executor, nodes: tuple[int, ..
     """Let the ranks measure, whatever is known. Raises: as `Executor.measure`."""
     most_ranks = max(nodes.count(node) for node in nodes) if config.simulation is None else len(nodes)
     return combine(executor.measure(nodes, max(1.0, most_ranks * config.num_threads / num_cores())), nodes)
+
+
+def step_options(config: EngineConfig) -> StepOptions:
+    """What of a config shapes the steps of a striped request."""
+    return StepOptions(
+        page_size=config.page_size,
+        stripe_size=config.stripe_size,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
+
+
+def use_costs(scheduler: Scheduler, costs: Costs, hidden_size: int) -> None:
+    """Let a scheduler choose by measured numbers: strategies, and which prompts are striped unless the user says.
+
+    Args:
+        scheduler: without requests.
+        costs: of its ranks.
+        hidden_size: of the model.
+    """
+    scheduler.costs = costs
+    config, model = scheduler.config, scheduler.model
+    if config.min_striped_len is not None or config.context_parallel_size == 1:
+        return
+    num_logit_weights = hidden_size * model.vocab_size
+    shape = ModelShape(
+        spec=model,
+        dtype="bfloat16" if model.kv_groups[0].spec.dtype == "bfloat16" else "float32",
+        hidden_size=hidden_size,
+        intermediate_size=4.0 * hidden_size,
+        num_weights=model.num_parameters + num_logit_weights,
+        num_logit_weights=num_logit_weights,
+    )
+    found = shortest_striped_len(shape, costs, step_options(config))
+    scheduler.memory.striped_from = found or LONGEST_LEN
 
 
 def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], nodes: tuple[int, ...]) -> MeasuredOn:

@@ -16,7 +16,7 @@ import torch
 from msgspec import structs
 
 from longspan.config import EngineConfig
-from longspan.engine.costs import file_costs, find_costs
+from longspan.engine.costs import file_costs, find_costs, use_costs
 from longspan.engine.executor import Executor
 from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.memory import kv_cache_memory
@@ -26,6 +26,7 @@ from longspan.errors import ConfigError
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.plan.types import PlanResult, RankResult
+from longspan.policy.rates import Costs
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
@@ -79,13 +80,16 @@ class Engine:
             ThreadExecutor(start, model) if config.executor == "threads" else ProcessExecutor(start)
         )
         try:
-            self.costs = costs or find_costs(
-                config, self.spec, self._executor, (platform.node(),) * config.context_parallel_size
-            )
+            if costs is None:
+                hosts = (platform.node(),) * config.context_parallel_size
+                costs = find_costs(config, self.spec, self._executor, hosts)
         except BaseException:
             self._executor.close()
             raise
-        self.scheduler.costs = self.costs
+        self.costs: Costs | None = costs
+        """What ranks and links can do; None where nobody knows."""
+        if costs is not None:
+            use_costs(self.scheduler, costs, model_config.get_text_config().hidden_size)
         self._futures: set[Future[PlanResult]] = set()
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""

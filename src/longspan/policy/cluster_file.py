@@ -108,7 +108,7 @@ def _described(data: Mapping[str, Any], name: str) -> Cluster:
         _check_fields(field, given, Link.__struct_fields__)
         if field in data and base is None:
             _require(field, given, ("bytes_per_s",))
-        values = {"latency_s": latency_s, "bytes_per_s": known.bytes_per_s}
+        values: dict[str, Any] = {"latency_s": latency_s, "bytes_per_s": known.bytes_per_s}
         for key in given:
             values[key] = _number(given[key])
             check_number(f"{field}.{key}", values[key], zero=key == "latency_s")

@@ -95,6 +95,8 @@ class KVMemory:
         # Whom `admit` refused last, while no room was made and no more of it was cached. The head of the queue asks
         # before every step; to look for a long prompt's pages each time would take longer than the step.
         self._refused: Request | None = None
+        self.striped_from = config.striped_from
+        """Tokens of a prompt from which on `auto` stripes it. Whoever has measured the ranks may set it."""
         self.num_queried_tokens = 0
         """Tokens of admitted requests that might have been cached."""
         self.num_hit_tokens = 0
@@ -158,7 +160,7 @@ class KVMemory:
         forced = self.config.forced_placement
         if forced is not None:
             return forced
-        is_short = num_tokens < self.config.striped_from
+        is_short = num_tokens < self.striped_from
         if self.num_ranks == 1 or is_short:
             counts = [_pages(num_tokens, self.config.page_size)] + [0] * (self.num_ranks - 1)
             if self._fits(counts, self._empty):

@@ -1,0 +1,34 @@
+"""Why strategies were chosen, as a table for people.
+
+Holds text. Must not know how anything is predicted.
+Read next: `longspan.policy.explain`, which notes the choices.
+"""
+
+from collections.abc import Sequence
+
+from longspan.policy.explain import Choice
+
+
+def choices_text(choices: Sequence[Choice]) -> str:
+    """One paragraph per choice: what was taken for how many steps, and what each candidate was predicted to take."""
+    if not choices:
+        return "no step has run"
+    return "\n".join(_choice_text(choice) for choice in choices)
+
+
+def _choice_text(choice: Choice) -> str:
+    forced = ", forced" if choice.is_forced else ""
+    steps = f"{choice.num_steps} step{'s' * (choice.num_steps > 1)}"
+    first = f"{choice.num_queries} token{'s' * (choice.num_queries > 1)} of up to {choice.num_keys}"
+    ranks = f"{choice.num_ranks} rank{'s' * (choice.num_ranks > 1)}"
+    which = f"{choice.phase}, KV group {choice.group_idx}"
+    head = f"{which}: {choice.strategy}{forced} in {steps}; first {first} on {ranks}"
+    if not choice.candidates:
+        return f"{head}\n    nothing moves: every query has its keys on its own rank"
+    lines = [head, "    predicted per layer      total    compute       wait       copy   sent by a rank"]
+    for candidate in choice.candidates:
+        mark = "*" if candidate.strategy is choice.strategy else " "
+        times = (candidate.predicted_s, candidate.compute_s, candidate.wait_s, candidate.copy_s)
+        cells = "".join(f"{seconds * 1e3:8.3f} ms" for seconds in times)
+        lines.append(f"    {mark} {candidate.strategy:<18}{cells}{candidate.sent_bytes / 1e6:11.3f} MB")
+    return "\n".join(lines)
