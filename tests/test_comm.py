@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from longspan.comm import distributed
+from longspan.comm import connect, distributed
 from longspan.comm.base import Communicator
+from longspan.comm.connect import Meeting, local_meeting
 from longspan.comm.distributed import DistributedCommunicator
-from longspan.comm.local import LocalCommunicator
 from longspan.comm.recording import RecordingCommunicator
+from longspan.comm.sockets import SocketCommunicator
 from longspan.comm.threads import thread_group
 from longspan.errors import CommunicationError
 
@@ -187,9 +188,21 @@ def test_the_recorder_counts_an_exchange_that_fails_later():
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
+KEY = b"k" * 32
+
+
+def pretend_host(name: str) -> None:
+    """Pretend that a process is on another host: only ranks 0 and 1, 2 and 3, ... reach each other's Unix sockets."""
+    connect._host_id = lambda: name
+
+
 def join(kind: str, rank: int, size: int, directory: str, timeout_s: float) -> Communicator:
-    if kind == "local":
-        return LocalCommunicator(rank, size, Path(directory), timeout_s=timeout_s)
+    if kind == "sockets":
+        return SocketCommunicator(rank, size, local_meeting(Path(directory)), timeout_s=timeout_s)
+    if kind == "hosts":
+        pretend_host(f"host-{rank // 2}")
+        meeting = Meeting(f"file://{directory}/meet", None, "127.0.0.1", KEY)
+        return SocketCommunicator(rank, size, meeting, timeout_s=timeout_s)
     return DistributedCommunicator(rank, size, f"file://{directory}/meet", timeout_s=timeout_s)
 
 
@@ -202,7 +215,7 @@ def rank_main(kind: str, what: str, rank: int, size: int, directory: str, timeou
         os._exit(0)
     comm = join(kind, rank, size, directory, timeout_s)
     if what == "contract":
-        for check in [*CHECKS, *([check_more_than_a_socket_holds] if kind == "local" else [])]:
+        for check in [*CHECKS, *([check_more_than_a_socket_holds] if kind != "distributed" else [])]:
             check(comm)
         comm.close()
         return
@@ -214,7 +227,7 @@ def rank_main(kind: str, what: str, rank: int, size: int, directory: str, timeou
             os._exit(0)
         time.sleep(3600)  # "hangs": the test kills it
     started = time.monotonic()
-    num_elements = 10 if kind == "local" else 1_000_000  # the way of large messages is the same for both
+    num_elements = 10 if kind != "distributed" else 1_000_000  # the way of large messages is the same for both
     try:
         comm.exchange([], [(size - 1, torch.empty(num_elements))]).wait()
     except CommunicationError as error:
@@ -250,7 +263,7 @@ def assert_all_succeed(ranks: list[subprocess.Popen[str]]) -> None:
     assert [process.returncode for process in ranks] == [0] * len(ranks), report
 
 
-KINDS = pytest.mark.parametrize("kind", ["distributed", "local"])
+KINDS = pytest.mark.parametrize("kind", ["distributed", "sockets", "hosts"])
 
 
 @pytest.mark.processes

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from longspan import LLM, ConfigError, LongspanError, SamplingParams, WorkerError
-from longspan.engine import processes
+from longspan.engine import workers
 from longspan.engine.failures import Failures, describe_end
 from longspan.plan.types import DirectExchange, GroupStep, Plan
 from longspan.types import Phase, Strategy
@@ -285,7 +285,7 @@ def test_a_stopped_rank_is_named_by_the_peer_that_waits_for_it(own_tmp):
 
 @needs_processes
 def test_a_stopped_rank_that_no_peer_waits_for_is_noticed_by_the_driver(own_tmp, monkeypatch):
-    monkeypatch.setattr(processes, "SILENCE_MARGIN_S", 1.0)
+    monkeypatch.setattr(workers, "SILENCE_MARGIN_S", 1.0)
     with LLM("recall", exchange_timeout_s=2.0) as llm:
         (pid,) = children(os.getpid())
         os.kill(pid, signal.SIGSTOP)
@@ -371,9 +371,9 @@ def failures(*signs):
 USER = ("said", Failed(0, "dtype: got x", "", "user"))
 PEER = ("said", Failed(0, "rank 0: receive from rank 1 failed", "", "peer"))
 RAISED = ("said", Failed(1, "ValueError: y", "trace", "rank"))
-KILLED = ("ended", 1, 11, -9)
-CONSEQUENCE = ("ended", 0, 10, 1)
-SILENT = ("silent", 1, 11, 5.0)
+KILLED = ("ended", 1, "rank 1 (pid 11)", "was killed by SIGKILL")
+CONSEQUENCE = ("ended", 0, "rank 0 (pid 10)", "ended with exit code 1")
+SILENT = ("silent", 1, "rank 1 (pid 11)", 5.0, "its process is stopped")
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def clock(monkeypatch):
     return fake
 
 
-def group(links, directory):
-    return [DelayingCommunicator(comm, links, directory) for comm in thread_group(len(links.nodes), timeout_s=20)]
+def group(links):
+    return [DelayingCommunicator(comm, links) for comm in thread_group(len(links.nodes), timeout_s=20)]
 
 
 def send(comm, peer, num_bytes):
@@ -51,8 +51,8 @@ def receive(comm, peer, num_bytes):
     assert into.eq(peer).all()
 
 
-def test_a_far_message_arrives_after_its_length_and_the_latency(clock, tmp_path):
-    left, right = group(SimulatedLinks((0, 1), 0.01, 1e6), tmp_path)
+def test_a_far_message_arrives_after_its_length_and_the_latency(clock):
+    left, right = group(SimulatedLinks((0, 1), 0.01, 1e6))
     send(left, 1, 1000)
     send(left, 1, 1000)
     assert clock.now_s == 100.0  # a sender never waits
@@ -62,8 +62,8 @@ def test_a_far_message_arrives_after_its_length_and_the_latency(clock, tmp_path)
     assert clock.now_s == pytest.approx(100.012)
 
 
-def test_ranks_of_a_node_share_its_link_whatever_rank_they_send_to(clock, tmp_path):
-    comms = group(SimulatedLinks((0, 0, 1, 2), 0.0, 1e6), tmp_path)
+def test_ranks_of_a_node_share_its_link_whatever_rank_they_send_to(clock):
+    comms = group(SimulatedLinks((0, 0, 1, 2), 0.0, 1e6))
     send(comms[0], 2, 1000)
     send(comms[1], 3, 2000)
     send(comms[2], 3, 500)  # another node's link is free
@@ -75,15 +75,15 @@ def test_ranks_of_a_node_share_its_link_whatever_rank_they_send_to(clock, tmp_pa
     assert clock.now_s == pytest.approx(100.003)
 
 
-def test_messages_inside_a_node_are_not_held_back(clock, tmp_path):
-    comms = group(SimulatedLinks((0, 0, 1), 1.0, 1.0), tmp_path)
+def test_messages_inside_a_node_are_not_held_back(clock):
+    comms = group(SimulatedLinks((0, 0, 1), 1.0, 1.0))
     send(comms[0], 1, 1000)
     receive(comms[1], 0, 1000)
     assert clock.now_s == 100.0
 
 
-def test_messages_without_elements_are_not_sent_and_bandwidth_may_be_free(clock, tmp_path):
-    left, right = group(SimulatedLinks((0, 1), 0.25), tmp_path)
+def test_messages_without_elements_are_not_sent_and_bandwidth_may_be_free(clock):
+    left, right = group(SimulatedLinks((0, 1), 0.25))
     left.exchange([(1, torch.empty(0))], []).wait()
     send(left, 1, 10**6)
     right.exchange([], [(0, torch.empty(0))]).wait()
@@ -92,9 +92,11 @@ def test_messages_without_elements_are_not_sent_and_bandwidth_may_be_free(clock,
     assert clock.now_s == pytest.approx(100.25)
 
 
-def test_several_users_of_a_clock_never_overlap(tmp_path):
+def test_several_users_of_a_clock_never_overlap():
+    first = NodeClock()
+
     def occupy(_):
-        mine = NodeClock(tmp_path, 3)  # as each process opens its own
+        mine = NodeClock(first.path)  # as each process opens its own
         ends = [mine.reserve(0.001) for _ in range(200)]
         mine.close()
         return ends

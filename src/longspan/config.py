@@ -20,7 +20,9 @@ DTypeName = Literal["auto", "float32", "bfloat16"]
 PlacementName = Literal["auto", "packed", "striped", "spill"]
 StrategyName = Literal["auto", "local", "gather_kv", "pass_kv", "pass_q", "tree"]
 PartialDTypeName = Literal["auto", "float32"]
-ExecutorName = Literal["processes", "threads"]
+ExecutorName = Literal["processes", "threads", "external"]
+REMOTE_EXECUTORS = ("external",)
+"""Their workers reach the driver over the network."""
 AttentionName = Literal["auto", "cpu", "reference"]
 MeasureName = Literal["auto", "again", "never"]
 
@@ -60,6 +62,24 @@ def parse_tokens(text: str | int, field: str = "context") -> int:
             "(1024 * 1024)"
         )
     return int(tokens)
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Host and port.
+
+    Raises:
+        ConfigError: it is not HOST:PORT.
+    """
+    match = re.fullmatch(r"([A-Za-z0-9._-]+):(\d{1,5})", text, re.ASCII) if isinstance(text, str) else None
+    if match is None or not 1 <= int(match[2]) <= 65535:
+        raise ConfigError(f"listen: got {text!r}, legal is HOST:PORT with a name or IPv4 address, and 1 to 65535")
+    return match[1], int(match[2])
+
+
+def check_driver_address(text: str) -> None:
+    """Raises: ConfigError, if this is not where a driver can be found."""
+    if not re.fullmatch(r"tcp://[A-Za-z0-9._-]+:\d{1,5}", text, re.ASCII):
+        raise ConfigError(f"driver: got {text!r}, legal is tcp://HOST:PORT as the driver's option listen has it")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +125,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Most requests that run at once."""
     attention_backend: AttentionName = "auto"
     executor: ExecutorName = "processes"
-    """One worker process per rank, or one thread of this process per rank (for tests and debugging)."""
+    """One worker process per rank on this machine; one thread of this process per rank (for tests and debugging); or
+    workers on any hosts, which somebody else starts (`external`)."""
     topology: str | None = None
     """A YAML or JSON file with the cluster's nodes, links and rates, as `longspan topology --save` writes it; None
     measures them when the ranks have started."""
@@ -113,8 +134,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Whether ranks measure themselves: `auto` keeps what was measured once on the same machine with the same ranks;
     `again` replaces it; `never` chooses strategies by bytes alone. With `auto`, LONGSPAN_MEASURE=never in the
     environment means the same. Ranks that are threads never measure."""
+    listen: str | None = None
+    """HOST:PORT where the driver waits for workers on other hosts: an address of the interface that they reach."""
+    secret_file: str | None = None
+    """Holds the secret that driver and workers on other hosts share; None reads the variable LONGSPAN_SECRET."""
     exchange_timeout_s: float = 300.0
     """Longest wait for a peer in one exchange."""
+    connect_timeout_s: float = 120.0
+    """Longest wait for all worker processes to connect to the driver."""
     simulated_links: str | None = None
     """Simulation, for tests and benchmarks only: pretend that ranks of one machine are on several nodes, and hold back
     the messages between nodes. Such as `nodes=0,0,1,1 latency_us=500 mbit_per_s=1000`; see `longspan.simulation`."""
@@ -153,11 +180,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"stripe_size: got {self.stripe_size}, legal is a multiple of page_size ({self.page_size})"
             )
-        timeout = self.exchange_timeout_s
-        if not isinstance(timeout, (int, float)) or not math.isfinite(timeout) or not 0 < timeout <= MAX_TIMEOUT_S:
-            raise ConfigError(
-                f"exchange_timeout_s: got {timeout!r}, legal is a number above 0 and up to {MAX_TIMEOUT_S} (seconds)"
-            )
+        for name in ("exchange_timeout_s", "connect_timeout_s"):
+            timeout = getattr(self, name)
+            if not isinstance(timeout, (int, float)) or not math.isfinite(timeout) or not 0 < timeout <= MAX_TIMEOUT_S:
+                raise ConfigError(
+                    f"{name}: got {timeout!r}, legal is a number above 0 and up to {MAX_TIMEOUT_S} (seconds)"
+                )
+        self._check_link()
         if self.simulated_links is not None:
             parse_simulated_links(self.simulated_links, self.context_parallel_size)
         if self.context_parallel_size > 1 and self.placement in ("striped", "spill"):
@@ -179,6 +208,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"nodes: got {nodes!r}, legal is one node for each of {size} ranks, counted from 0 without gaps"
             )
+
+    def _check_link(self) -> None:
+        """Options of the link to workers on other hosts: there if they are needed, and only then."""
+        if self.listen is not None:
+            parse_listen(self.listen)
+        elif self.executor == "external":
+            raise ConfigError(
+                "listen: got none with executor 'external', legal is HOST:PORT where workers find the driver"
+            )
+        for name in ("listen", "secret_file"):
+            value = getattr(self, name)
+            if value is not None and self.executor not in REMOTE_EXECUTORS:
+                raise ConfigError(
+                    f"{name}: got {value!r} with executor {self.executor!r}, legal is executor "
+                    f"{' or '.join(REMOTE_EXECUTORS)}, or none"
+                )
 
     @staticmethod
     def _check_count(name: str, value: object, most: int = MAX_COUNT) -> None:

@@ -59,6 +59,15 @@ def _engine_options(stripe_size: int) -> tuple[Callable[[Command], Command], ...
         click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step."),
         click.option("--attention-backend", type=choice(AttentionName), default="auto", show_default=True),
         click.option("--executor", type=choice(ExecutorName), default="processes", show_default=True),
+        click.option("--listen", metavar="HOST:PORT", help="Where workers on other hosts find the driver."),
+        click.option("--secret-file", metavar="FILE", help="Shared with them; default: the variable LONGSPAN_SECRET."),
+        click.option(
+            "--connect-timeout-s",
+            type=float,
+            default=120.0,
+            show_default=True,
+            help="Longest wait for all workers to connect.",
+        ),
         click.option(
             "--topology", metavar="FILE", help="Nodes, links and rates from a file; default: measured at the start."
         ),

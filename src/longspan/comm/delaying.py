@@ -23,7 +23,6 @@ import os
 import struct
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,16 +31,25 @@ from longspan.comm.base import Communicator, Pending
 from longspan.simulation import SimulatedLinks
 
 _TIME = struct.Struct("=d")
+_PATH_LEN = 64
 
 
 class NodeClock:
-    """When a node's link is free again; shared by the node's ranks, processes or threads, through a small file."""
+    """When a node's link is free again; shared by the node's ranks, processes or threads, through memory."""
 
-    def __init__(self, directory: Path, node: int) -> None:
-        """Open the clock. Args: `directory` is the same for all ranks of the node, and theirs alone."""
-        self._file = os.open(directory / f"simulated-node-{node}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.ftruncate(self._file, _TIME.size)
+    def __init__(self, path: str | None = None) -> None:
+        """Make a clock, or open that of another rank. Args: the other clock's `path`."""
+        if path is None:  # a file without a name; it is gone with the last process that has it open
+            self._file = os.memfd_create("longspan-simulated-node")
+            os.ftruncate(self._file, _TIME.size)
+        else:
+            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._memory = mmap.mmap(self._file, _TIME.size)
+
+    @property
+    def path(self) -> str:
+        """Where other processes of this machine and user find it."""
+        return f"/proc/{os.getpid()}/fd/{self._file}"
 
     def reserve(self, seconds: float) -> float:
         """Occupy the link for so long, after all that occupy it already. Returns the end, on the monotonic clock."""
@@ -62,19 +70,31 @@ class NodeClock:
 class DelayingCommunicator:
     """Wraps a communicator and holds back what comes from other nodes. See Note [Simulated links]."""
 
-    def __init__(self, inner: Communicator, links: SimulatedLinks, directory: Path) -> None:
+    def __init__(self, inner: Communicator, links: SimulatedLinks) -> None:
         """Wrap.
 
         Args:
             inner: moves the messages.
             links: one node per rank.
-            directory: shared by the ranks of a node, and theirs alone.
+
+        Collective: all ranks do it; if they are not processes or threads of their own, in the order of ranks.
         """
         assert inner.size == len(links.nodes), "one node per rank"
         self._inner, self._links = inner, links
         self.rank, self.size = inner.rank, inner.size
         self._node = links.nodes[self.rank]
-        self._clock = NodeClock(directory, self._node)
+        self._clock = self._join_clock([rank for rank, node in enumerate(links.nodes) if node == self._node])
+
+    def _join_clock(self, ranks: Sequence[int]) -> NodeClock:
+        """The clock that the first of a node's ranks makes, and shows to the others."""
+        path = torch.zeros(_PATH_LEN, dtype=torch.uint8)
+        if self.rank == ranks[0]:
+            clock = NodeClock()
+            path[: len(clock.path)] = torch.tensor(list(clock.path.encode()), dtype=torch.uint8)
+            self._inner.exchange([(peer, path) for peer in ranks[1:]], []).wait()
+            return clock
+        self._inner.exchange([], [(ranks[0], path)]).wait()
+        return NodeClock(bytes(path.tolist()).rstrip(b"\0").decode())
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
         all_sends: list[tuple[int, Tensor]] = []

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from longspan.comm.base import Pending
 from longspan.errors import CommunicationError
@@ -38,7 +39,9 @@ class DistributedCommunicator:
         self._timeout_s = timeout_s
         join_timeout = timedelta(seconds=max(timeout_s, JOIN_TIMEOUT_S))
         try:
-            dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size, timeout=join_timeout)
+            self.store, _, _ = next(rendezvous(init_method, rank, size, timeout=join_timeout))
+            self.store.set_timeout(join_timeout)
+            dist.init_process_group("gloo", store=self.store, rank=rank, world_size=size, timeout=join_timeout)
         except (RuntimeError, dist.DistError) as error:
             raise CommunicationError(f"rank {rank}: could not join the group of {size}: {error}") from error
 

@@ -4,7 +4,6 @@ Holds the loop and the start-up. Must not know text: prompts and outputs are tok
 Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`.
 """
 
-import platform
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,8 +19,7 @@ from longspan.engine.costs import file_costs, find_costs, use_costs
 from longspan.engine.executor import Executor
 from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.memory import kv_cache_memory
-from longspan.engine.processes import ProcessExecutor
-from longspan.engine.threads import ThreadExecutor
+from longspan.engine.start import start_executor
 from longspan.errors import ConfigError
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
@@ -75,14 +73,10 @@ class Engine:
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
         costs = file_costs(config, self.spec)
-        start = Start(config, self.spec, num_pages, "")
-        self._executor: Executor = (
-            ThreadExecutor(start, model) if config.executor == "threads" else ProcessExecutor(start)
-        )
+        self._executor: Executor = start_executor(Start(config, self.spec, num_pages, None), model)
         try:
             if costs is None:
-                hosts = (platform.node(),) * config.context_parallel_size
-                costs = find_costs(config, self.spec, self._executor, hosts)
+                costs = find_costs(config, self.spec, self._executor, self._executor.hosts)
         except BaseException:
             self._executor.close()
             raise

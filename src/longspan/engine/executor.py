@@ -1,7 +1,7 @@
 """What runs plans: the protocol of executors, and the bookkeeping they share.
 
 Holds futures of plans. Must not know sockets, threads or models.
-Read next: `longspan.engine.processes` (the default), `longspan.engine.threads`.
+Read next: `longspan.engine.start`, which chooses one.
 """
 
 import threading
@@ -41,6 +41,10 @@ class Executor(Protocol):
     @property
     def failure(self) -> BaseException | None:
         """Why no plan can run any more; None while all is well."""
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Per rank, the name of the host that it runs on."""
 
     def close(self) -> None:
         """End all ranks; returns when they are gone. Plans in flight fail. May be called twice."""

@@ -1,7 +1,7 @@
 """Why a group of worker processes failed: the cause, picked from everything that its ranks showed.
 
 Holds the verdict. Must not know sockets, or how a process is started or ended.
-Read next: `longspan.engine.processes`.
+Read next: `longspan.engine.workers`.
 
 Note: cause and consequence
     When rank 1 is killed, rank 0's exchange with it breaks, and rank 0 may say so before the driver sees that rank 1 is
@@ -36,15 +36,14 @@ class Failures:
         self._said[message.rank] = message
         self._notice(now_s)
 
-    def ended(self, rank: int, pid: int, returncode: int, now_s: float) -> None:
-        """A rank's process is gone."""
-        self._ended.setdefault(rank, WorkerError(f"rank {rank} (pid {pid}) {describe_end(returncode)}"))
+    def ended(self, rank: int, name: str, how: str, now_s: float) -> None:
+        """A rank's process is gone. Args: its name for the user, and how it ended, both in words."""
+        self._ended.setdefault(rank, WorkerError(f"{name} {how}"))
         self._notice(now_s)
 
-    def silent(self, rank: int, pid: int, silence_s: float, now_s: float) -> None:
-        """A rank's process is there, but gives no sign of life."""
-        text = f"rank {rank} (pid {pid}) has given no sign of life for {silence_s:.0f} s: its process is stopped"
-        self._silent.setdefault(rank, WorkerError(text))
+    def silent(self, rank: int, name: str, silence_s: float, why: str, now_s: float) -> None:
+        """A rank's process gives no sign of life. Args: its name for the user, and what that means, in words."""
+        self._silent.setdefault(rank, WorkerError(f"{name} has given no sign of life for {silence_s:.0f} s: {why}"))
         self._notice(now_s)
 
     def cause(self) -> Exception:

@@ -1,15 +1,14 @@
 """Ranks as threads of this process, sharing one set of weights: for tests, debugging, and one rank without a process.
 
 Holds threads and queues. Must not know schedulers or requests.
-Read next: `longspan.engine.processes`, the same between processes.
+Read next: `longspan.engine.workers`, the same between processes.
 """
 
+import platform
 import queue
-import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -39,8 +38,7 @@ class ThreadExecutor:
         self._threads: list[threading.Thread] = []
         size = start.config.context_parallel_size
         comms = thread_group(size, timeout_s=start.config.exchange_timeout_s)
-        with tempfile.TemporaryDirectory(prefix="longspan-") as directory:  # what is open in it stays open
-            comms = [with_simulated_links(comm, start, Path(directory)) for comm in comms]
+        comms = [with_simulated_links(comm, start) for comm in comms]
         self.runners = [build_runner(start, model, comm) for comm in comms]
         for runner in self.runners:
             inbox: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
@@ -80,6 +78,10 @@ class ThreadExecutor:
     @property
     def failure(self) -> BaseException | None:
         return self._pending.error
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return (platform.node(),) * len(self.runners)
 
     def close(self) -> None:
         self._pending.fail(LongspanError("the engine is closed"))

@@ -5,7 +5,6 @@ Read next: `longspan.worker.runner`.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 
@@ -24,20 +23,19 @@ def load_weights(start: Start, *, show_progress: bool) -> torch.nn.Module:
     return load_model(start.config.model, resolve_dtype(start.config.dtype, DEVICE), show_progress=show_progress)
 
 
-def with_simulated_links(comm: Communicator, start: Start, directory: Path) -> Communicator:
+def with_simulated_links(comm: Communicator, start: Start) -> Communicator:
     """The communicator, slowed down if the user asked for it; rank 0 says so.
 
     Args:
         comm: to be wrapped.
         start: what the driver said.
-        directory: shared by the ranks, and theirs alone.
     """
     links = start.config.simulation
     if links is None:
         return comm
     if comm.rank == 0:
         print(f"longspan: simulating a slower network ({start.config.simulated_links})", file=sys.stderr, flush=True)
-    return DelayingCommunicator(comm, links, directory)
+    return DelayingCommunicator(comm, links)
 
 
 def build_runner(start: Start, model: torch.nn.Module, comm: Communicator) -> ModelRunner:

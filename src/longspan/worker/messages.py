@@ -1,7 +1,10 @@
 """What driver and worker processes say to each other.
 
 Holds message types and their encoding (MessagePack, never pickle). Must not know sockets or processes.
-Read next: `longspan.worker.process`; `longspan.engine.processes`, the other end.
+Read next: `longspan.worker.link`; `longspan.engine.workers`, the other end.
+
+A worker has two connections. One, its voice, says `Hello` first and carries plans and answers. The other, its pulse,
+says `Alive` every second, and hears `Pulse`, or that all is over, whatever the worker is busy with.
 """
 
 from typing import Literal
@@ -14,15 +17,36 @@ from longspan.policy.measured import RankMeasurement
 from longspan.types import ModelSpec
 
 
+class Versions(msgspec.Struct, frozen=True):
+    """What must be the same in all processes; each without what follows a plus sign."""
+
+    longspan: str
+    python: str
+    """Major and minor."""
+    torch: str
+    transformers: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """Worker to driver, first message."""
+
+    rank: int
+    world_size: int
+    """Ranks that whoever started the worker speaks of."""
+    host: str
+    pid: int
+    versions: Versions
+
+
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """Driver to worker, first message."""
+    """Driver to worker, the answer to `Hello`."""
 
     config: EngineConfig
     spec: ModelSpec
     num_pages: tuple[int, ...]
     """Per KV group."""
-    directory: str
-    """Where the ranks meet; theirs alone."""
+    directory: str | None
+    """Where ranks on the driver's machine meet, theirs alone; None: they meet as their environment says."""
 
 
 class RunPlan(msgspec.Struct, frozen=True, tag=True):
@@ -41,7 +65,25 @@ class Measure(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Driver to worker: end now."""
+    """Driver to worker: end now, all is well."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """Driver to worker: end now, the group has failed, or this worker cannot be in it."""
+
+    reason: str
+    """One line for the user."""
+
+
+class Pulse(msgspec.Struct, frozen=True, tag=True):
+    """Driver to worker, twice a second: the driver runs."""
+
+
+class Files(msgspec.Struct, frozen=True, tag=True):
+    """Worker to driver: the model's files as this host has them."""
+
+    rank: int
+    fingerprint: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -80,8 +122,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Where the reason lies: in what the user asked for (ConfigError), another rank (CommunicationError), or here."""
 
 
-ToWorker = Start | RunPlan | Measure | Stop
-ToDriver = Ready | Alive | Answer | Measured | Failed
+ToWorker = Start | RunPlan | Measure | Stop | Refused | Pulse
+ToDriver = Hello | Files | Ready | Alive | Answer | Measured | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -1,10 +1,11 @@
-"""Ranks as processes on one machine: small messages over Unix sockets, large ones over `torch.distributed`.
+"""Ranks as processes: small messages over sockets, large ones over `torch.distributed`.
 
-Holds the sockets and the choice between the two. Must not know attention, pages or plans.
-Read next: `longspan.comm.recording`.
+Holds the messages and the choice between the two. Must not know attention, pages or plans, or which ranks share a host.
+Read next: `longspan.comm.connect`, which makes the sockets; `longspan.comm.recording`.
 
 Note [Two ways]
 A round trip of a few kilobytes takes gloo about 0.3 ms, mostly to wake its threads, and a Unix socket 0.01 to 0.02 ms.
+Between hosts a TCP socket takes a Unix socket's place.
 A decode step makes two in every layer. Large messages stay with gloo, whose threads move them while this one computes.
 Both sides know every message's size, so both choose the same way, and each way keeps the order of its messages.
 
@@ -14,38 +15,33 @@ on sending from all queues. Only a wait for a large message does not; `SMALL_BYT
 """
 
 import select
-import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from longspan.comm.base import Pending
+from longspan.comm.connect import Meeting, connect_all
 from longspan.comm.distributed import DistributedCommunicator
 from longspan.errors import CommunicationError
 
 SMALL_BYTES = 32 * 1024
 """Largest message that goes over a socket: all that a strategy has under way to one peer, at most four, fit into the
-socket's buffer of about 200 KiB."""
-
-_HELLO = struct.Struct("<I")
-"""What a connecting rank says first: its rank."""
+socket's buffer of about 200 KiB (`BUFFER_BYTES` for TCP)."""
 
 
-class LocalCommunicator:
-    """One rank of a group on this machine, for tensors on the CPU."""
+class SocketCommunicator:
+    """One rank of a group, for tensors on the CPU."""
 
-    def __init__(self, rank: int, size: int, directory: Path, *, timeout_s: float = 300.0) -> None:
+    def __init__(self, rank: int, size: int, meeting: Meeting, *, timeout_s: float = 300.0) -> None:
         """Join the group.
 
         Args:
             rank: this process's position.
             size: ranks in the group.
-            directory: where the ranks meet; the same for all, and theirs alone.
+            meeting: where the ranks meet.
             timeout_s: longest wait for a peer in every exchange.
 
         Raises:
@@ -55,36 +51,14 @@ class LocalCommunicator:
         """
         self.rank, self.size = rank, size
         self._timeout_s = timeout_s
-        self._sockets: dict[int, socket.socket] = {}
+        # Returns when all ranks have come.
+        self._large = DistributedCommunicator(rank, size, meeting.init_method, timeout_s=timeout_s)
         try:
-            with socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(str(_address(directory, rank)))
-                listener.listen(size)
-                # Returns when all ranks have come, so after it all listeners exist.
-                self._large = DistributedCommunicator(rank, size, f"file://{directory}/rendezvous", timeout_s=timeout_s)
-                self._connect(listener, directory)
-        except OSError as error:
+            self._sockets = connect_all(rank, size, self._large.store, meeting, timeout_s=timeout_s)
+        except (OSError, RuntimeError) as error:
             raise CommunicationError(f"rank {rank}: could not join the group of {size}: {error}") from error
         self._unsent: dict[int, deque[memoryview]] = {peer: deque() for peer in self._sockets}
         self._num_sent = dict.fromkeys(self._sockets, 0)  # small messages that a peer's socket has taken
-
-    def _connect(self, listener: socket.socket, directory: Path) -> None:
-        """Connect to all lower ranks, and let all higher ones connect."""
-        for peer in range(self.rank):
-            connection = socket.socket(socket.AF_UNIX)
-            self._sockets[peer] = connection
-            connection.settimeout(self._timeout_s)
-            connection.connect(str(_address(directory, peer)))
-            connection.sendall(_HELLO.pack(self.rank))
-        listener.settimeout(self._timeout_s)
-        for _ in range(self.rank + 1, self.size):
-            connection, _ = listener.accept()
-            connection.settimeout(self._timeout_s)
-            (peer,) = _HELLO.unpack(connection.recv(_HELLO.size, socket.MSG_WAITALL))
-            self._sockets[peer] = connection
-        for connection in self._sockets.values():
-            connection.setblocking(False)
-        _address(directory, self.rank).unlink()  # everybody who needs it has connected
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
         large_sends = [(peer, tensor) for peer, tensor in sends if tensor.nbytes > SMALL_BYTES]
@@ -158,7 +132,7 @@ class _PendingMessages:
 
     def __init__(
         self,
-        comm: LocalCommunicator,
+        comm: SocketCommunicator,
         large: Pending | None,
         num_sent: dict[int, int],
         incoming: list[tuple[int, memoryview]],
@@ -178,7 +152,7 @@ class _PendingMessages:
             self._large.wait()
 
 
-def _receive_all(comm: LocalCommunicator, unread: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
+def _receive_all(comm: SocketCommunicator, unread: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
     """Read what has come. Returns what has not, in order."""
     rest: list[tuple[int, memoryview]] = []
     blocked: set[int] = set()  # a peer's second message is behind its first
@@ -193,7 +167,3 @@ def _receive_all(comm: LocalCommunicator, unread: list[tuple[int, memoryview]]) 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor's memory."""
     return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _address(directory: Path, rank: int) -> Path:
-    return directory / f"peer-{rank}"

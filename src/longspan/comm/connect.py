@@ -1,0 +1,224 @@
+"""How ranks find each other, and connect: one socket per pair, inside a host and between hosts.
+
+Holds addresses, listeners and the handshake. Must not know what the sockets carry.
+Read next: `longspan.comm.sockets`, which uses them.
+
+Note [Handshake between ranks]
+Ranks on several hosts listen on the network, where anybody may connect. Both sides prove that they know the key, which
+comes from the shared secret, without showing it; a connection that does not is closed and the wait goes on:
+
+    connecting rank 2                       accepting rank 0
+      2, nonce a                 -->
+                                 <--          nonce b, HMAC(key, "accepts" 0 2 a b)
+      HMAC(key, "connects" 2 0 a b)  -->
+
+What follows is neither signed nor encrypted. Where ranks meet in a directory that only the user may enter, the key is
+empty, and the handshake only says who is who.
+"""
+
+import fcntl
+import hmac
+import os
+import platform
+import secrets
+import select
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from longspan.errors import CommunicationError, ConfigError
+
+STRANGER_S = 5.0
+"""How long a connection may take to say who it is."""
+
+BUFFER_BYTES = 212_992
+"""Of a socket in each direction; what Linux admits without further settings."""
+
+_NONCE_BYTES, _PROOF_BYTES = 32, 32
+_HELLO = struct.Struct(f"<I{_NONCE_BYTES}s")
+_SIOCGIFADDR = 0x8915
+
+
+class Meeting(NamedTuple):
+    """Where the ranks of a group meet."""
+
+    init_method: str
+    """As torch.distributed takes it (`file:///...`, `env://`)."""
+    directory: Path | None
+    """For the sockets of ranks that are all on one machine; theirs alone. None: ranks may be on several hosts."""
+    address: str | None
+    """Where ranks on other hosts find this one (IPv4); None with a directory."""
+    key: bytes
+    """Known to the ranks alone; empty with a directory."""
+
+
+def local_meeting(directory: Path) -> Meeting:
+    """Ranks on one machine. Args: `directory` exists, is the same for all, and theirs alone."""
+    return Meeting(f"file://{directory}/rendezvous", directory, None, b"")
+
+
+class Store(Protocol):
+    """What the group writes down for all to read (a store of torch.distributed)."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        """Waits until somebody has set it."""
+
+
+class _Address(msgspec.Struct, frozen=True):
+    """Where a rank listens."""
+
+    host_id: str
+    unix: str
+    tcp: tuple[str, int] | None
+    """None where all ranks are on one machine."""
+
+
+def connect_all(rank: int, size: int, store: Store, meeting: Meeting, *, timeout_s: float) -> dict[int, socket.socket]:
+    """One connected, non-blocking socket per peer.
+
+    Args:
+        rank: this one.
+        size: ranks in the group.
+        store: shared by the group.
+        meeting: where it meets.
+        timeout_s: longest wait for a peer.
+
+    Raises:
+        OSError: a peer cannot be reached, or does not know the key.
+        RuntimeError: the store lost a peer.
+
+    Collective: all `size` ranks call it.
+    """
+    unix = str(meeting.directory / f"peer-{rank}") if meeting.directory else f"\0longspan-{secrets.token_hex(16)}"
+    with socket.socket(socket.AF_UNIX) as near, socket.socket(socket.AF_INET) as far:
+        near.bind(unix)
+        near.listen(size)
+        if meeting.address is not None:
+            _set_buffers(far)  # before it listens: its connections inherit them
+            far.bind((meeting.address, 0))
+            far.listen(size)
+        mine = _Address(_host_id(), unix, None if meeting.address is None else far.getsockname())
+        store.set(f"longspan-address-{rank}", msgspec.msgpack.encode(mine))
+        connections: dict[int, socket.socket] = {}
+        for peer in range(rank):
+            theirs = msgspec.msgpack.decode(store.get(f"longspan-address-{peer}"), type=_Address)
+            connections[peer] = _connect(rank, peer, theirs, mine.host_id, meeting.key, timeout_s)
+        listeners = [near] if meeting.address is None else [near, far]
+        waiting = set(range(rank + 1, size))
+        deadline = time.monotonic() + timeout_s
+        while waiting:
+            peer, connection = _accept(rank, waiting, listeners, meeting.key, deadline)
+            connections[peer] = connection
+            waiting.remove(peer)
+    if meeting.directory is not None:
+        os.unlink(unix)  # everybody who needs it has connected
+    for connection in connections.values():
+        connection.setblocking(False)
+    return connections
+
+
+def _connect(rank: int, peer: int, theirs: _Address, host_id: str, key: bytes, timeout_s: float) -> socket.socket:
+    is_near = theirs.host_id == host_id
+    connection = socket.socket(socket.AF_UNIX if is_near else socket.AF_INET)
+    connection.settimeout(timeout_s)
+    if is_near:
+        connection.connect(theirs.unix)
+    else:
+        assert theirs.tcp is not None, "ranks of one group meet in the same way"
+        _set_buffers(connection)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.connect(theirs.tcp)
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    connection.sendall(_HELLO.pack(rank, nonce))
+    answer = _receive(connection, _NONCE_BYTES + _PROOF_BYTES)
+    nonces = nonce + answer[:_NONCE_BYTES]
+    if not hmac.compare_digest(answer[_NONCE_BYTES:], _proof(key, b"accepts", peer, rank, nonces)):
+        raise OSError(f"rank {peer} does not know the secret")
+    connection.sendall(_proof(key, b"connects", rank, peer, nonces))
+    return connection
+
+
+def _accept(
+    rank: int, waiting: set[int], listeners: list[socket.socket], key: bytes, deadline: float
+) -> tuple[int, socket.socket]:
+    """The next of the peers waited for that connects and knows the key."""
+    while True:
+        ready, _, _ = select.select(listeners, [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise OSError(f"ranks {sorted(waiting)} did not connect")
+        connection, _ = ready[0].accept()
+        connection.settimeout(STRANGER_S)
+        try:
+            peer, nonce = _HELLO.unpack(_receive(connection, _HELLO.size))
+            nonces = nonce + secrets.token_bytes(_NONCE_BYTES)
+            connection.sendall(nonces[_NONCE_BYTES:] + _proof(key, b"accepts", rank, peer, nonces))
+            proof = _receive(connection, _PROOF_BYTES)
+        except OSError:
+            connection.close()
+            continue
+        if peer in waiting and hmac.compare_digest(proof, _proof(key, b"connects", peer, rank, nonces)):
+            if connection.family == socket.AF_INET:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return peer, connection
+        connection.close()
+
+
+def _proof(key: bytes, role: bytes, rank: int, peer: int, nonces: bytes) -> bytes:
+    """Made by `rank` for `peer`."""
+    return hmac.digest(key, role + struct.pack("<II", rank, peer) + nonces, "sha256")
+
+
+def _receive(connection: socket.socket, num_bytes: int) -> bytes:
+    data = connection.recv(num_bytes, socket.MSG_WAITALL)
+    if len(data) < num_bytes:
+        raise OSError("a peer closed the connection before it said who it is")
+    return data
+
+
+def _set_buffers(connection: socket.socket) -> None:
+    """Buffers of a fixed size: see Note [No deadlock] in `longspan.comm.sockets`."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+
+
+def _host_id() -> str:
+    """The same for processes that can reach each other's Unix sockets, for no others."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{platform.node()} {boot_id} {os.readlink('/proc/self/ns/net')}"
+
+
+def interface_address(interface: str) -> str:
+    """IPv4 address of a network interface.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError as error:
+            names = ", ".join(name for _, name in socket.if_nameindex())
+            raise ConfigError(
+                f"interface: got {interface!r}, legal is one of this host's with an IPv4 address, among {names}"
+            ) from error
+    return socket.inet_ntoa(found[20:24])
+
+
+def address_towards(host: str) -> str:
+    """IPv4 address from which this machine reaches a host.
+
+    Raises:
+        CommunicationError: there is no way to it.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError as error:
+            raise CommunicationError(f"no way to {host}: {error}") from error
+        return str(probe.getsockname()[0])

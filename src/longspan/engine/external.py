@@ -1,0 +1,58 @@
+"""Workers that somebody else starts and ends, such as torchrun on every host.
+
+Holds where the driver listens for them. Must not know messages or plans.
+Read next: `longspan.worker.remote`, what is started.
+"""
+
+import socket
+import sys
+
+from longspan.comm.secret import Secret, require_secret
+from longspan.config import EngineConfig, parse_listen
+from longspan.errors import ConfigError
+
+
+class ExternalLauncher:
+    """Starts nothing: says where the driver is, and the link waits."""
+
+    is_remote = True
+    directory: str | None = None
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Find out where to listen.
+
+        Raises:
+            ConfigError: there is no secret, or no such address.
+        """
+        assert config.listen is not None, "checked with the config"
+        self._size = config.context_parallel_size
+        self.bind_address = tcp_address(config.listen)
+        self.secret: Secret | None = require_secret(config.secret_file, "the driver listens on the network")
+
+    def start(self, address: str) -> None:
+        print(f"longspan: waiting for {self._size} ranks at {address}", file=sys.stderr, flush=True)
+
+    def name(self, rank: int) -> str | None:
+        return None
+
+    def ended(self, rank: int) -> str | None:
+        return None
+
+    def kill(self) -> None:
+        """Nothing that could be: the link tells them."""
+
+    def release(self, patience_s: float) -> None:
+        """Nothing to release."""
+
+
+def tcp_address(listen: str) -> str:
+    """HOST:PORT in ZeroMQ's words, with the host as a number.
+
+    Raises:
+        ConfigError: the host has no address.
+    """
+    host, port = parse_listen(listen)
+    try:
+        return f"tcp://{socket.gethostbyname(host)}:{port}"
+    except OSError as error:
+        raise ConfigError(f"listen: got {listen!r}, legal is a HOST with an IPv4 address: {error}") from error

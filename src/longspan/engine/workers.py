@@ -1,0 +1,265 @@
+"""Ranks as worker processes, wherever they run: what all launchers share.
+
+Holds the conversation with the workers, and the watch over them. Must not know how processes are started, schedulers,
+or requests.
+Read next: `longspan.engine.launcher`; `longspan.worker.link`, the other end; `longspan.engine.failures`.
+"""
+
+import threading
+import time
+from concurrent.futures import Future
+
+import msgspec
+
+from longspan.engine.executor import PendingMeasurements, PendingPlans
+from longspan.engine.failures import Failures
+from longspan.engine.launcher import Launcher
+from longspan.engine.link import DriverLink
+from longspan.engine.roster import Roster
+from longspan.errors import ConfigError, LongspanError, WorkerError
+from longspan.plan.types import Plan, PlanResult
+from longspan.policy.measured import RankMeasurement
+from longspan.worker.messages import (
+    Alive,
+    Answer,
+    Failed,
+    Files,
+    Hello,
+    Measure,
+    Measured,
+    Pulse,
+    Ready,
+    Refused,
+    RunPlan,
+    Start,
+    Stop,
+    ToDriver,
+    decode_to_driver,
+    encode,
+)
+from longspan.worker.pulse import SILENCE_MARGIN_S, remote_silence_s
+from longspan.worker.versions import own_versions
+
+POLL_MS = 100
+"""How often dead processes are looked for while nothing arrives."""
+
+PULSE_EVERY_S = 0.5
+"""How often workers hear that the driver runs, and connections that are gone are noticed."""
+
+STOP_S = 1.0
+"""How long idle workers may take to end when asked; then they are killed."""
+
+LATECOMERS_S = 2.0
+"""How long a group that cannot start tells workers on other hosts so, who come a little later than the first."""
+
+GRACE_S = 0.5
+"""How long the driver listens after a first sign of failure, to tell the cause from its consequences."""
+
+
+class WorkerExecutor:
+    """One worker process per rank."""
+
+    def __init__(self, start: Start, launcher: Launcher) -> None:
+        """Start all ranks and wait until they are ready.
+
+        Raises:
+            WorkerError: a worker died, failed while starting, or never came.
+            ConfigError: a worker refused what the user asked for, or does not fit to the others.
+        """
+        self._launcher = launcher
+        self._start = encode(msgspec.structs.replace(start, directory=launcher.directory))
+        self._size = start.config.context_parallel_size
+        self._connect_timeout_s = start.config.connect_timeout_s
+        timeout_s = start.config.exchange_timeout_s
+        self._silence_limit_s = remote_silence_s(timeout_s) if launcher.is_remote else timeout_s + SILENCE_MARGIN_S
+        self._pending = PendingPlans()
+        self._measurements = PendingMeasurements(self._size)
+        self._ready: Future[None] = Future()
+        self._roster = Roster(self._size, own_versions())
+        self._failures = Failures()
+        self._voices: dict[int, bytes] = {}  # per rank, its connection for plans and answers
+        self._pulses: dict[int, bytes] = {}  # per rank, its connection for signs of life
+        self._silence_s = [0.0] * self._size
+        self._closing = False
+        self._watcher: threading.Thread | None = None
+        self._link: DriverLink | None = None
+        try:
+            self._link = DriverLink(launcher.bind_address, launcher.secret)
+            launcher.start(self._link.address)
+            self._watcher = threading.Thread(target=self._watch, args=(self._link,), name="longspan-watch", daemon=True)
+            self._watcher.start()
+            self._ready.result()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- the watcher's thread ----------------------------------------------------------------------------------------
+
+    def _watch(self, link: DriverLink) -> None:
+        """Take in what the workers say, and notice when one is gone; after a failure, end all of them."""
+        error: Exception | None
+        try:
+            error = self._listen(link)
+        except Exception as broken:
+            error = broken
+        if error is not None:
+            self._wait_for_latecomers(link, error)
+            self._tell_all(link, Refused(" ".join(str(error).split())))
+            self._launcher.kill()
+            self._pending.fail(error)
+            self._measurements.fail(error)
+            if not self._ready.done():
+                self._ready.set_exception(error)
+
+    def _listen(self, link: DriverLink) -> Exception | None:
+        """Returns why the group failed, or None when the executor closes."""
+        began = now = time.monotonic()
+        pulsed = began - PULSE_EVERY_S
+        while not self._closing:
+            for peer, frame in link.receive(POLL_MS):
+                try:
+                    self._take_in(link, peer, frame)
+                except ConfigError as error:
+                    link.send(peer, encode(Refused(str(error))))
+                    if not self._ready.done():  # else a stray worker must not end those that run
+                        return error
+            # Capped: after the driver itself was stopped, or the machine slept, nobody has been silent for long.
+            step_s = min(1.0, time.monotonic() - now)
+            now = time.monotonic()
+            gone: set[int] = set()
+            if now - pulsed >= PULSE_EVERY_S:
+                pulsed = now
+                gone = self._send_pulses(link)
+            for rank in range(self._size):
+                self._check(rank, rank in gone, step_s, now)
+            if self._failures.first_s is not None and now - self._failures.first_s > GRACE_S:
+                return self._failures.cause()
+            if self._roster.missing and now - began > self._connect_timeout_s:
+                return self._missing(link)
+        return None
+
+    def _take_in(self, link: DriverLink, peer: bytes, frame: bytes) -> None:
+        """One message. Raises: ConfigError, if its sender cannot be in this group."""
+        try:
+            message: ToDriver = decode_to_driver(frame)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"message: got one of another version of longspan from a worker: {error}") from error
+        if isinstance(message, Hello):
+            self._roster.admit(message)
+            self._voices[message.rank] = peer
+            self._silence_s[message.rank] = 0.0
+            link.send(peer, self._start)
+        elif isinstance(message, Alive):
+            self._pulses.setdefault(message.rank, peer)
+            self._silence_s[message.rank] = 0.0
+        elif isinstance(message, Answer):
+            self._silence_s[message.result.rank] = 0.0
+            self._pending.answer(message.result)
+        elif isinstance(message, Measured):
+            self._measurements.answer(message.measurement)
+        elif isinstance(message, Files):
+            self._roster.compare_files(message.rank, message.fingerprint)
+        elif isinstance(message, Ready):
+            if self._roster.note_ready(message.rank):
+                self._ready.set_result(None)
+        else:
+            assert isinstance(message, Failed)
+            if self._launcher.is_remote:
+                reason = f"{message.reason}; said by {self._roster.name(message.rank)}"
+                message = msgspec.structs.replace(message, reason=reason)
+            self._failures.said(message, time.monotonic())
+
+    def _check(self, rank: int, is_gone: bool, step_s: float, now: float) -> None:
+        """Look for one rank's end, and for its signs of life."""
+        if (how := self._launcher.ended(rank)) is not None:
+            self._failures.ended(rank, self._name(rank), how, now)
+        elif is_gone and self._launcher.is_remote:
+            self._failures.ended(rank, self._name(rank), "is gone: its connection to the driver has closed", now)
+        elif self._roster.has_come(rank) or not self._launcher.is_remote:
+            self._silence_s[rank] += step_s
+            if self._silence_s[rank] > self._silence_limit_s:
+                why = "its process is stopped" + ", or its host is out of reach" * self._launcher.is_remote
+                self._failures.silent(rank, self._name(rank), self._silence_s[rank], why, now)
+
+    def _wait_for_latecomers(self, link: DriverLink, error: Exception) -> None:
+        """Who comes while a group fails to start, or has just come, must not wait for a driver that is gone."""
+        if not self._launcher.is_remote or self._ready.done():
+            return
+        deadline = time.monotonic() + LATECOMERS_S
+        while (self._roster.missing or set(self._voices) != set(self._pulses)) and time.monotonic() < deadline:
+            for peer, frame in link.receive(POLL_MS):
+                try:
+                    self._take_in(link, peer, frame)
+                except ConfigError:
+                    link.send(peer, encode(Refused(str(error))))
+            if self._closing:
+                return
+
+    def _send_pulses(self, link: DriverLink) -> set[int]:
+        """Tell the workers that the driver runs. Returns the ranks whose connection is gone."""
+        pulse = encode(Pulse())
+        return {rank for rank, peer in self._pulses.items() if not link.send(peer, pulse)}
+
+    def _missing(self, link: DriverLink) -> WorkerError:
+        """Who never came."""
+        ranks = self._roster.missing
+        who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+        text = f"{who} did not connect to {link.address} within {self._connect_timeout_s:g} s (connect_timeout_s)"
+        if link.strangers:
+            text += f"; connections with another secret came from {', '.join(sorted(link.strangers))}"
+        return WorkerError(text)
+
+    def _name(self, rank: int) -> str:
+        return self._launcher.name(rank) or self._roster.name(rank)
+
+    def _tell_all(self, link: DriverLink, message: Stop | Refused) -> None:
+        """Say it to workers that no signal reaches, busy or not."""
+        if self._launcher.is_remote:
+            for rank, peer in self._voices.items():
+                link.send(self._pulses.get(rank, peer), encode(message))
+
+    # -- the caller's thread -----------------------------------------------------------------------------------------
+
+    def submit(self, plan: Plan) -> "Future[PlanResult]":
+        future = self._pending.add(plan)
+        if not future.done():  # else the ranks have failed
+            assert self._link is not None
+            message = encode(RunPlan(plan))
+            for rank in plan.ranks:
+                self._link.send(self._voices[rank], message)  # the watcher notices whoever is gone
+        return future
+
+    def measure(self, nodes: tuple[int, ...], ranks_per_device: float) -> list[RankMeasurement]:
+        assert self._link is not None
+        message = encode(Measure(nodes, ranks_per_device))
+        for peer in self._voices.values():
+            self._link.send(peer, message)
+        return self._measurements.all.result()
+
+    @property
+    def failure(self) -> BaseException | None:
+        return self._pending.error
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return self._roster.hosts
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        self._pending.fail(LongspanError("the engine is closed"))
+        is_idle = self._ready.done() and self._ready.exception() is None and not self._pending.num_failed
+        if self._link is not None:
+            if self._watcher is not None:
+                self._link.wake()
+                self._watcher.join()
+            if is_idle:
+                for peer in self._voices.values():
+                    self._link.send(peer, encode(Stop()))
+            else:
+                # Whoever starts, or is busy with a plan that nobody waits for, would only cost the user a second.
+                self._tell_all(self._link, Stop())
+        self._launcher.release(STOP_S if is_idle else 0.0)
+        if self._link is not None:
+            self._link.close()

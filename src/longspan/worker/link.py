@@ -1,0 +1,92 @@
+"""A worker's end of its link to the driver: introduce itself, hear plans, answer.
+
+Holds one connection, and why it does not come about. Must not know what happens between the messages.
+Read next: `longspan.worker.pulse`, the worker's other connection; `longspan.engine.link`, the driver's end.
+"""
+
+import time
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from longspan.comm.secret import Secret
+from longspan.errors import CommunicationError, ConfigError
+from longspan.worker.curve import connect_with
+from longspan.worker.messages import Hello, Refused, Start, ToDriver, ToWorker, decode_to_worker, encode
+
+LINGER_MS = 2000
+"""How long a closed connection goes on sending a worker's last words."""
+
+MAX_REFUSALS = 3
+"""Handshakes that fail one after another until it must be the secret; a driver that ends may break off one."""
+
+
+class WorkerLink:
+    """The connection for plans and answers. For one thread."""
+
+    def __init__(self, address: str, secret: Secret | None) -> None:
+        """Connect, now or as soon as there is a driver. Args: as the driver's link."""
+        self.address, self.secret = address, secret
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket()
+        if secret is not None:
+            connect_with(self._socket, secret)
+        self._socket.connect(address)
+
+    def introduce(self, hello: Hello, timeout_s: float | None) -> Start:
+        """Say who this is, and wait for the driver's answer.
+
+        Raises:
+            ConfigError: the driver has another secret, or does not want this worker.
+            CommunicationError: no answer within `timeout_s`; None waits for ever.
+        """
+        self.send(hello)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        poller = zmq.Poller()
+        for readable in (self._socket, self._monitor):
+            poller.register(readable, zmq.POLLIN)
+        num_refusals, has_reached = 0, False
+        while deadline is None or time.monotonic() < deadline:
+            ready = dict(poller.poll(None if deadline is None else max(1, int((deadline - time.monotonic()) * 1e3))))
+            if self._socket in ready:
+                message = self.receive()
+                if isinstance(message, Start):
+                    return message
+                assert isinstance(message, Refused), f"unexpected {type(message).__name__}"
+                raise ConfigError(message.reason)
+            while self._monitor.poll(0):
+                kind = recv_monitor_message(self._monitor)["event"]
+                if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    num_refusals, has_reached = 0, True
+                elif kind in (
+                    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+                    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+                    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+                ):
+                    num_refusals += 1
+            if num_refusals >= MAX_REFUSALS:
+                raise ConfigError(
+                    f"LONGSPAN_SECRET: rank {hello.rank} on {hello.host} got as far as {self.address}, where the "
+                    "handshake failed; legal is the driver's secret"
+                )
+        what = "does not answer" if has_reached else "cannot be reached"
+        raise CommunicationError(
+            f"rank {hello.rank} on {hello.host}: the driver at {self.address} {what} (within {timeout_s:g} s)"
+        )
+
+    def send(self, message: ToDriver) -> None:
+        """Hand a message to the connection."""
+        self._socket.send(encode(message))
+
+    def receive(self) -> ToWorker:
+        """Wait for the driver's next message."""
+        message: ToWorker = decode_to_worker(self._socket.recv())
+        return message
+
+    def close(self, linger_ms: int = LINGER_MS) -> None:
+        """Disconnect. Args: how long to go on sending what is to be sent."""
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=linger_ms)
+        self._context.term()

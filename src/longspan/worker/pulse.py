@@ -1,0 +1,120 @@
+"""Signs of life between a worker and its driver, and the worker's end when the driver's stop.
+
+Holds one thread with a connection of its own. Must not know plans, and imports nothing heavy: it runs before
+torch does.
+Read next: `longspan.worker.process`, `longspan.worker.remote`.
+
+A worker never outlives its driver. On the driver's machine its standard input is a pipe that only the driver holds
+open; elsewhere it notices that the connection has closed, or that the driver's pulse does not come any more.
+"""
+
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import zmq
+
+from longspan.comm.secret import Secret
+from longspan.worker.curve import connect_with
+from longspan.worker.messages import Alive, Pulse, Refused, Stop, decode_to_worker, encode
+
+ALIVE_EVERY_S = 1.0
+"""How often the driver hears that the process runs."""
+
+REMOTE_SILENCE_S = 30.0
+"""Longest silence between driver and workers on several machines."""
+
+SILENCE_MARGIN_S = 5.0
+"""How much longer than an exchange a process may give no sign of life: a peer that waits for it can say more."""
+
+
+def remote_silence_s(exchange_timeout_s: float) -> float:
+    """How long driver and workers on several machines may hear nothing of each other."""
+    return min(exchange_timeout_s + SILENCE_MARGIN_S, REMOTE_SILENCE_S)
+
+
+class PulseThread(threading.Thread):
+    """Tells the driver every second that this process runs; ends it when the driver is gone or says so."""
+
+    def __init__(self, rank: int, address: str, secret: Secret | None, silence_limit_s: float | None) -> None:
+        """Make the thread; `start` it.
+
+        Args:
+            rank: of this worker.
+            address: of the driver's link.
+            secret: as the driver's link.
+            silence_limit_s: how long the driver may be silent; None watches the parent process instead.
+        """
+        super().__init__(name="longspan-pulse", daemon=True)
+        self._rank, self._address, self._secret = rank, address, secret
+        self._silence_limit_s = silence_limit_s
+        self._parent = os.getppid()
+
+    def run(self) -> None:
+        socket = zmq.Context().socket(zmq.DEALER)  # its own context: nobody ever waits for this thread
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        if self._secret is not None:
+            connect_with(socket, self._secret)
+        socket.connect(self._address)
+        poller = zmq.Poller()
+        for readable in (socket, *([0] if self._silence_limit_s is None else [monitor])):
+            poller.register(readable, zmq.POLLIN)
+        heard_s = next_s = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= next_s:
+                self._say_alive(socket)
+                next_s = now + ALIVE_EVERY_S
+            ready = dict(poller.poll(int(max(0, next_s - now) * 1e3) + 1))
+            if socket in ready:
+                heard_s = time.monotonic()
+                self._hear(socket)
+            if self._silence_limit_s is None:
+                # A process that the driver forked may hold the pipe open, so the parent's id is looked at too.
+                if os.getppid() != self._parent or (0 in ready and not os.read(0, 4096)):
+                    self._end_with_parent()
+            elif monitor in ready:
+                if not socket.poll(200):  # its last words may be on the way
+                    self._end("its connection to the driver has closed", 1)
+                self._hear(socket)
+                self._end("its connection to the driver has closed", 1)
+            elif time.monotonic() - heard_s > self._silence_limit_s:
+                self._end(f"the driver has given no sign of life for {self._silence_limit_s:g} s", 1)
+
+    def _say_alive(self, socket: "zmq.Socket[bytes]") -> None:
+        try:
+            socket.send(encode(Alive(self._rank)), flags=zmq.DONTWAIT)
+        except zmq.Again:
+            return  # a driver that is stopped has enough of them already
+
+    def _hear(self, socket: "zmq.Socket[bytes]") -> None:
+        while socket.poll(0):
+            message = decode_to_worker(socket.recv())
+            if isinstance(message, Stop):
+                self._end(None, 0)
+            if isinstance(message, Refused):
+                self._end(f"the driver has ended the group: {message.reason}", 1)
+            assert isinstance(message, Pulse)
+
+    def _end_with_parent(self) -> NoReturn:
+        if self._address.startswith("ipc://"):  # the driver could not clean up, or has done so
+            shutil.rmtree(Path(self._address.removeprefix("ipc://")).parent, ignore_errors=True)
+        os._exit(1)
+
+    def _end(self, why: str | None, status: int) -> NoReturn:
+        if why is not None:
+            say_last(f"rank {self._rank}: {why}")
+        os._exit(status)
+
+
+_said = threading.Lock()
+
+
+def say_last(text: str) -> None:
+    """Tell standard error why this process ends; the first reason counts, whichever thread has it."""
+    if _said.acquire(blocking=False):
+        print(f"longspan: {' '.join(text.split())}", file=sys.stderr, flush=True)

@@ -1,0 +1,97 @@
+"""A worker process that the driver's machine cannot see: on another host, or started by another program.
+
+Holds what such a worker is told, and its life and death. Must not know who started it, schedulers or requests.
+Read next: `longspan.worker.process`, the same on the driver's machine; `longspan.worker.__main__`.
+"""
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from longspan.comm.connect import Meeting, address_towards, interface_address
+from longspan.comm.secret import Secret
+from longspan.config import num_cores
+from longspan.errors import ConfigError, LongspanError
+from longspan.worker.link import WorkerLink
+from longspan.worker.process import hello, run
+from longspan.worker.pulse import PulseThread, remote_silence_s, say_last
+
+
+class Place(NamedTuple):
+    """A worker's place in its group, as torchrun and its like put it into the environment."""
+
+    rank: int
+    world_size: int
+    ranks_on_host: int
+    master_address: str
+    """Host of rank 0, where torch.distributed meets."""
+
+
+def read_place(environment: Mapping[str, str]) -> Place:
+    """From RANK, WORLD_SIZE, LOCAL_WORLD_SIZE (1 if not there), MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ConfigError: one is missing, or is no number.
+    """
+    world_size = _number(environment, "WORLD_SIZE", 1)
+    rank = _number(environment, "RANK", 0)
+    if rank >= world_size:
+        raise ConfigError(f"RANK: got {rank}, legal is a number from 0 and below WORLD_SIZE, {world_size}")
+    _number(environment, "MASTER_PORT", 1)
+    ranks_on_host = _number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else 1
+    return Place(rank, world_size, ranks_on_host, _text(environment, "MASTER_ADDR"))
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    if not environment.get(name):
+        raise ConfigError(f"{name}: not set, legal is what torchrun sets, which starts this command on every host")
+    return environment[name]
+
+
+def _number(environment: Mapping[str, str], name: str, least: int) -> int:
+    text = _text(environment, name)
+    if not text.isdecimal() or not least <= int(text) < 2**31:
+        raise ConfigError(f"{name}: got {text!r}, legal is a whole number from {least}")
+    return int(text)
+
+
+def run_remote(place: Place, driver: str, secret: Secret, interface: str | None, connect_timeout_s: float) -> int:
+    """Be a worker until the driver ends the group. What went wrong is said on standard error.
+
+    Args:
+        place: of this worker.
+        driver: address of its link.
+        secret: shared with all.
+        interface: the network interface for messages between ranks; None takes the one towards rank 0's host, and
+            leaves gloo its choice.
+        connect_timeout_s: longest wait for the driver.
+
+    Returns:
+        The exit code: 0, 1 for failure, 2 for what the user asked for.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this
+    if not os.environ.get("LONGSPAN_DEBUG"):  # torch has not been imported yet
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        warnings.simplefilter("ignore")
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    link = WorkerLink(driver, secret)
+    try:
+        address = interface_address(interface) if interface else address_towards(place.master_address)
+        start = link.introduce(hello(place.rank, place.world_size), connect_timeout_s)
+    except LongspanError as error:
+        link.close(linger_ms=0)
+        say_last(str(error))
+        return 2 if isinstance(error, ConfigError) else 1
+    PulseThread(place.rank, driver, secret, remote_silence_s(start.config.exchange_timeout_s)).start()
+    meeting = Meeting("env://", None, address, secret.key("ranks 1"))
+    num_threads = start.config.threads_per_rank or max(1, num_cores() // place.ranks_on_host)
+    failed = run(place.rank, start, link, meeting, num_threads)
+    if failed is None:
+        return 0
+    say_last(f"rank {place.rank}: {failed.reason.removeprefix(f'rank {place.rank}: ')}")
+    return 2 if failed.blames == "user" else 1
