@@ -133,12 +133,12 @@ def _serve(
 ) -> None:
     """One rank."""
     import torch
+    from longspan.comm.local import LocalCommunicator
 
     from longspan.attention.measure import measure_kernels
     from longspan.attention.select import make_backend
     from longspan.comm.base import Communicator
     from longspan.comm.delaying import DelayingCommunicator
-    from longspan.comm.local import LocalCommunicator
     from longspan.comm.measure import barrier, measure_links
     from longspan.comm.recording import RecordingCommunicator
     from longspan.cp.attend import StepAttention
