@@ -55,15 +55,16 @@ def test_a_lone_decode_is_predicted_by_hand():
 
 
 def test_keys_move_while_the_local_part_is_computed():
-    """Two ranks, 4 new tokens each: rank 0 is causal alone, rank 1 sees rank 0's keys as well."""
+    """Two ranks, 4 new tokens each: rank 0 is causal alone, rank 1 sees rank 0's keys as well. Of so few keys a kernel
+    computes all, seen or not."""
     rates = {"attention_flops_per_s": ((1, PAIR_FLOPS * 1000.0),)}  # 1 ms per query and key
     for strategy in (GATHER_KV, PASS_KV):
         step, tables = striped_step(strategy, 2, 0, 8)
-        assert attention_time(step, tables, GROUP, costs_of(**rates)) == pytest.approx(8e-3 + 16e-3)
+        assert attention_time(step, tables, GROUP, costs_of(**rates)) == pytest.approx(16e-3 + 16e-3)
         quick = costs_of(link=Link(1e-3, KEY_BYTES * 1000.0), **rates)  # 1 ms, and 1 ms per key
-        assert attention_time(step, tables, GROUP, quick) == pytest.approx(8e-3 + 16e-3)
-        slow = costs_of(link=Link(5e-3, KEY_BYTES * 1000.0), **rates)
-        assert attention_time(step, tables, GROUP, slow) == pytest.approx(5e-3 + 4e-3 + 16e-3)
+        assert attention_time(step, tables, GROUP, quick) == pytest.approx(16e-3 + 16e-3)
+        slow = costs_of(link=Link(15e-3, KEY_BYTES * 1000.0), **rates)
+        assert attention_time(step, tables, GROUP, slow) == pytest.approx(15e-3 + 4e-3 + 16e-3)
 
 
 def test_the_ring_pays_the_latency_of_every_hop_and_round():

@@ -29,7 +29,7 @@ SIZES = ((2 << 10, 32), (8 << 10, 24), (32 << 10, 16), (64 << 10, 12), (256 << 1
 WARM_UP = 3
 """Messages before those that count: connections and buffers are made on first use."""
 
-OVERLAP_BYTES, OVERLAP_REPEATS = 2 << 20, 3
+OVERLAP_BYTES, OVERLAP_REPEATS = 2 << 20, 5
 """The message that moves beside a computation."""
 
 BUSY_SIZE, BUSY_CALLS, MAX_BUSY_S = 192, 40, 0.05
@@ -171,22 +171,24 @@ def _moved_byte_s(comm: Communicator, ring: _Ring | None) -> float:
     a = torch.ones(BUSY_SIZE, BUSY_SIZE)
     busy = _repeat(lambda: torch.mm(a, a))
     busy(BUSY_CALLS)
-    barrier(comm)
+    message_s = 0.0 if ring is None else max(_exchanges(comm, ring, OVERLAP_BYTES, 3))
     call_s = busy(BUSY_CALLS) / BUSY_CALLS
-    barrier(comm)
-    if ring is None:
-        busy(int(MAX_BUSY_S / call_s))
-        return 0.0
-    message_s = max(_exchanges(comm, ring, OVERLAP_BYTES, 2))
-    num_calls = max(1, int(min(MAX_BUSY_S, 2 * message_s) / call_s))
+    num_calls = max(BUSY_CALLS, int(min(MAX_BUSY_S, 2 * message_s) / call_s))
     outgoing, incoming = _buffers(OVERLAP_BYTES)
-    lost_s: list[float] = []
+    alone_s: list[float] = []
+    beside_s: list[float] = []
     for _ in range(OVERLAP_REPEATS):
-        pending = comm.exchange([(ring.successor, outgoing)], [(ring.predecessor, incoming)])
-        computed_s = busy(num_calls)
-        pending.wait()
-        lost_s.append(computed_s - num_calls * call_s)
-    return min(max(0.0, statistics.median(lost_s)), message_s) / (2 * OVERLAP_BYTES)
+        barrier(comm)
+        alone_s.append(busy(num_calls))
+        barrier(comm)
+        if ring is not None:
+            pending = comm.exchange([(ring.successor, outgoing)], [(ring.predecessor, incoming)])
+            beside_s.append(busy(num_calls))
+            pending.wait()
+    if ring is None:
+        return 0.0
+    lost_s = statistics.median(beside_s) - statistics.median(alone_s)
+    return min(max(0.0, lost_s), message_s) / (2 * OVERLAP_BYTES)
 
 
 def _buffers(num_bytes: int) -> tuple[Tensor, Tensor]:

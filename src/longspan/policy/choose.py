@@ -13,7 +13,7 @@ from longspan.plan.segments import make_segments, remote_ranks
 from longspan.plan.types import DirectExchange, GroupStep, QueryRun, RingExchange, Segment
 from longspan.policy.predict import Prediction, message_bytes, predict_attention
 from longspan.policy.rates import Costs, costs_by_bytes
-from longspan.policy.work import count_work
+from longspan.policy.work import StepWork, count_work
 from longspan.sharding.pages import PageTable
 from longspan.types import KVGroup, Strategy
 
@@ -40,6 +40,17 @@ def _gathered_rows(step: GroupStep) -> int:
     return max(sum(row[i] for row in gather.num_rows) for i in range(len(gather.participants)))
 
 
+def _least_keys_s(work: StepWork, group: KVGroup, costs: Costs) -> float:
+    """Less than moving keys can take: those that the rank which needs most has to receive, over the best link."""
+    wanted: dict[int, int] = {}
+    for (query_rank, key_rank), pair in work.pairs.items():
+        if query_rank != key_rank:
+            wanted[query_rank] = wanted.get(query_rank, 0) + max(num_keys for num_keys, _, _ in pair.segments)
+    topology = costs.topology
+    best = max(topology.inside.bytes_per_s, topology.between.bytes_per_s * topology.ranks_per_link)
+    return max(wanted.values(), default=0) * group.spec.token_bytes / best
+
+
 def predict_candidates(
     segments: Sequence[Segment],
     tables: Mapping[int, PageTable],
@@ -47,6 +58,7 @@ def predict_candidates(
     costs: Costs,
     *,
     block_len: int = BLOCK_LEN,
+    prune: bool = False,
 ) -> Iterator[tuple[GroupStep, Prediction]]:
     """Every strategy that a step could use, written down and predicted, in the order of `CANDIDATES`.
 
@@ -54,11 +66,21 @@ def predict_candidates(
     memory grows with what is visible. `tree` is one only where the ranks that exchange lie on several nodes: on one it
     is `pass_q`.
 
-    Args: as `choose_strategy`.
+    Args: as `choose_strategy`; `prune` leaves out what moves keys if the keys alone would take longer than `pass_q`.
     """
     work = count_work(segments, tables, group, costs.rates)
     nodes = costs.topology.nodes
-    for strategy in CANDIDATES:
+    candidates: Sequence[Strategy] = CANDIDATES
+    known: dict[Strategy, tuple[GroupStep, Prediction]] = {}
+    if prune:
+        step = make_group_step(Strategy.PASS_Q, segments, tables, block_len, nodes)
+        known[Strategy.PASS_Q] = (step, predict_attention(step, tables, group, costs, work))
+        if _least_keys_s(work, group, costs) > known[Strategy.PASS_Q][1].total_s:
+            candidates = (Strategy.PASS_Q, Strategy.TREE)
+    for strategy in candidates:
+        if strategy in known:
+            yield known[strategy]
+            continue
         if strategy is Strategy.TREE and len({nodes[rank] for rank in remote_ranks(segments)}) < 2:
             continue
         step = make_group_step(strategy, segments, tables, block_len, nodes)
@@ -98,7 +120,7 @@ def choose_strategy(
         costs = costs_by_bytes(node_of_rank or (0,) * num_ranks)
     if forced is not None:
         return make_group_step(forced, segments, tables, block_len, costs.topology.nodes)
-    candidates = predict_candidates(segments, tables, group, costs, block_len=block_len)
+    candidates = predict_candidates(segments, tables, group, costs, block_len=block_len, prune=True)
     step, _ = min(candidates, key=lambda candidate: candidate[1].total_s)  # the first of equals
     return step
 

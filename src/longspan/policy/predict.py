@@ -188,6 +188,7 @@ class _Step:
         assert isinstance(ring, RingExchange)
         members, rates = ring.participants, self._rates
         num_rounds = -(-max(ring.num_rows) // ring.block_len)
+        row_s = {pair: self._ring_row_s(ring, *pair) for pair in self._pairs}
         before_s = [self._pair_s(rank, rank) for rank in members]  # what is computed beside the next hop
         self._run({r: self._pair_s(r, r) for r in self._ranks if r not in members}, {})
         total_s = 0.0
@@ -197,7 +198,7 @@ class _Step:
             blocks = tuple(max(0, min(ring.block_len, rows - index * ring.block_len)) for rows in ring.num_rows)
             kind = (blocks, blocks == last_blocks)
             if kind not in round_s:
-                round_s[kind], before_s = self._round_s(ring, blocks, before_s)
+                round_s[kind], before_s = self._round_s(ring, blocks, row_s, before_s)
             total_s += round_s[kind]
             last_blocks = blocks
         total_s += self._longest(members, before_s)
@@ -206,18 +207,26 @@ class _Step:
             compute_s = self._pair_s(rank, rank)
             copy_s = ring.num_rows[i] * self._group.spec.token_bytes / rates.copy_bytes_per_s
             for origin, rows in zip(members, ring.num_rows, strict=True):
-                num_blocks = -(-rows // ring.block_len)
-                if origin != rank and num_blocks and (pair := self._pairs.get((rank, origin))):
-                    compute_s += pair.kernel_s + num_blocks * pair.num_calls * rates.call_s
-                    copy_s += num_blocks * self._merge_s(pair.num_rows)
+                if origin != rank and (pair := self._pairs.get((rank, origin))):
+                    num_calls, num_rows = pair.in_blocks(ring.block_len)
+                    compute_s += pair.kernel_s + num_calls * rates.call_s
+                    copy_s += num_rows * self._row_bytes / rates.copy_bytes_per_s
+                    copy_s += -(-rows // ring.block_len) * rates.merge_s
             self._compute_s[rank], self._copy_s[rank] = compute_s, copy_s
 
-    def _round_s(self, ring: RingExchange, blocks: tuple[int, ...], before_s: list[float]) -> tuple[float, list[float]]:
+    def _round_s(
+        self,
+        ring: RingExchange,
+        blocks: tuple[int, ...],
+        row_s: Mapping[tuple[int, int], float],
+        before_s: list[float],
+    ) -> tuple[float, list[float]]:
         """One round of the ring.
 
         Args:
             ring: the exchange.
             blocks: rows of each member's block.
+            row_s: by (computing rank, rank of the keys), what a row of keys takes on average.
             before_s: per member, what it computes beside the first hop.
 
         Returns:
@@ -240,7 +249,11 @@ class _Step:
                 if sent:
                     message_s = max(message_s, links[i].message_s(sent))
             total_s += max(message_s, self._longest(members, loads_s))
-            before_s = [self._block_s(ring, i, (i - hop) % size, blocks) for i in range(size)]
+            before_s = []
+            for i in range(size):
+                origin = (i - hop) % size
+                seconds = blocks[origin] * row_s.get((members[i], members[origin]), 0.0)
+                before_s.append(seconds + rates.merge_s if seconds else 0.0)
         return total_s, before_s
 
     def _ring_links(self, members: Sequence[int]) -> list[Link]:
@@ -262,13 +275,17 @@ class _Step:
             for link, (a, b) in zip(links, pairs, strict=True)
         ]
 
-    def _block_s(self, ring: RingExchange, member: int, origin: int, blocks: tuple[int, ...]) -> float:
-        """One member's work on one block of another, its merge included."""
-        pair = self._pairs.get((ring.participants[member], ring.participants[origin]))
-        if pair is None or not blocks[origin]:
+    def _ring_row_s(self, ring: RingExchange, query_rank: int, key_rank: int) -> float:
+        """What one rank's work on the keys of another takes, per row of these that go round."""
+        if query_rank == key_rank or key_rank not in ring.participants:
             return 0.0
-        share = blocks[origin] / ring.num_rows[origin]
-        return pair.kernel_s * share + pair.num_calls * self._rates.call_s + self._merge_s(pair.num_rows)
+        num_rows = ring.num_rows[ring.participants.index(key_rank)]
+        if not num_rows:
+            return 0.0
+        pair, rates = self._pairs[query_rank, key_rank], self._rates
+        num_calls, num_merged = pair.in_blocks(ring.block_len)
+        merge_s = num_merged * self._row_bytes / rates.copy_bytes_per_s
+        return (pair.kernel_s + num_calls * rates.call_s + merge_s) / num_rows
 
     # -- phases ------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,17 @@ class PairWork:
     num_calls: int = 0
     num_rows: int = 0
     """Query rows with a key there; those of a partial."""
+    segments: list[tuple[int, int, int]] = field(default_factory=list)
+    """(keys, kernel calls, query rows) of each segment."""
+
+    def in_blocks(self, block_len: int) -> tuple[int, int]:
+        """Kernel calls, and query rows to merge, if the keys come in blocks of so many."""
+        num_calls = num_rows = 0
+        for num_keys, calls, rows in self.segments:
+            num_blocks = -(-num_keys // block_len)
+            num_calls += calls * num_blocks
+            num_rows += rows * num_blocks
+        return num_calls, num_rows
 
 
 @dataclass(slots=True)
@@ -83,6 +94,7 @@ def count_work(
             num_queries * seen_keys * pair_flops / rate, num_keys * spec.token_bytes / rates.read_bytes_per_s
         )
         pair.num_calls += num_calls
+        pair.segments.append((num_keys, num_calls, num_queries))
         run = (s.request_id, s.query_start, *key)
         if run not in seen:
             seen.add(run)
