@@ -89,7 +89,7 @@ class AttentionRanks:
     def measure(self) -> Costs:
         """What a start of longspan would measure."""
         sharing = max(1.0, self.num_ranks / num_cores())
-        return combine(self._ask(("measure", self.nodes, sharing)), self.nodes)
+        return combine(self._ask(("measure", self.nodes, sharing)), self.nodes, (0,) * self.num_ranks)
 
     def candidates(self, shape: Shape, costs: Costs) -> dict[Strategy, tuple[GroupStep, float]]:
         """Every strategy of a step, and its predicted seconds per layer."""
@@ -138,18 +138,20 @@ def _serve(
     from longspan.attention.measure import measure_kernels
     from longspan.attention.select import make_backend
     from longspan.comm.base import Communicator
+    from longspan.comm.connect import local_meeting
     from longspan.comm.delaying import DelayingCommunicator
     from longspan.comm.measure import barrier, measure_links
     from longspan.comm.recording import RecordingCommunicator
+    from longspan.comm.sockets import SocketCommunicator
     from longspan.cp.attend import StepAttention
     from longspan.kvcache.pool import PagePool
     from longspan.policy.measured import RankMeasurement
     from longspan.types import AttentionParams
 
     torch.set_num_threads(1)
-    comm: Communicator = LocalCommunicator(rank, num_ranks, Path(directory))
+    comm: Communicator = SocketCommunicator(rank, num_ranks, local_meeting(Path(directory)))
     if simulated_links is not None:
-        comm = DelayingCommunicator(comm, parse_simulated_links(simulated_links, num_ranks), Path(directory))
+        comm = DelayingCommunicator(comm, parse_simulated_links(simulated_links, num_ranks))
     device, backend, kv_group = torch.device("cpu"), make_backend("cpu", "cpu"), group()
     params = AttentionParams(WIDTH**-0.5)
     num_pages = (max_len // num_ranks + 2 * num_ranks * STRIPE) // PAGE

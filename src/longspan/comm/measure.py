@@ -23,7 +23,7 @@ from longspan.comm.base import Communicator
 from longspan.policy.measured import LinkMeasurement
 from longspan.policy.rates import Link
 
-SIZES = ((2 << 10, 32), (8 << 10, 24), (32 << 10, 16), (64 << 10, 12), (256 << 10, 8), (1 << 20, 6), (3 << 20, 4))
+SIZES = ((2 << 10, 32), (8 << 10, 24), (32 << 10, 16), (64 << 10, 24), (256 << 10, 12), (1 << 20, 6), (3 << 20, 5))
 """(bytes of a message, how often it is sent): short ones for latency, the last two for bandwidth."""
 
 WARM_UP = 3
@@ -69,7 +69,8 @@ def measure_links(comm: Communicator, nodes: Sequence[int]) -> LinkMeasurement:
     barrier(comm)
     lone = _bandwidth(comm, lone_ring) if has_several and lone_ring else None
     barrier(comm)
-    ring = inside_ring or between_ring
+    is_paired = len(set(nodes)) < len(nodes)  # some node has several ranks: links inside are what is looked at
+    ring = inside_ring if is_paired else between_ring
     moved_byte_s = _moved_byte_s(comm, ring)
     barrier(comm)
     times = [ring_times for ring_times in (inside, between) if ring_times is not None]
@@ -132,10 +133,10 @@ def _measure_ring(comm: Communicator, ring: _Ring) -> _RingTimes:
 
 
 def _typical(times: Sequence[float]) -> float:
-    """Mean of the middle half: ranks take turns at waiting, which a median would count as never or always."""
+    """Mean without the longest tenth: ranks take turns at waiting, and threads now and then wake late, which a median
+    would count as never or always."""
     ordered = sorted(times)
-    quarter = len(ordered) // 4
-    return statistics.fmean(ordered[quarter : len(ordered) - quarter])
+    return statistics.fmean(ordered[: len(ordered) - -(-len(ordered) // 10)])
 
 
 def _bandwidth(comm: Communicator, ring: _Ring) -> float:
@@ -155,7 +156,7 @@ def _slope(short: tuple[int, float], long: tuple[int, float]) -> float:
 def _link(times: _RingTimes) -> Link:
     """Fit latency and bandwidth, and the size from which on messages go another way, if they do."""
     message_s = times.message_s
-    bytes_per_s = _slope(*message_s[-2:])
+    bytes_per_s = _slope(message_s[-3], message_s[-1])
     # The rank's own time is counted apart, as `exchange_s`.
     rest_s = [(size, max(0.0, seconds - 2 * times.own_s - size / bytes_per_s)) for size, seconds in message_s]
     latency_s = max(1e-7, min(seconds - 2 * times.own_s for _, seconds in message_s[:2]))

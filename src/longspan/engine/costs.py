@@ -117,15 +117,18 @@ def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts
     cached = _load(measured_on) if asked == "auto" else None
     if cached is not None:
         return cached
-    costs = measure_costs(config, executor, nodes)
+    costs = measure_costs(config, executor, nodes, hosts)
     _store(measured_on, costs)
     return costs
 
 
-def measure_costs(config: EngineConfig, executor: Executor, nodes: tuple[int, ...]) -> Costs:
-    """Let the ranks measure, whatever is known. Raises: as `Executor.measure`."""
-    most_ranks = max(nodes.count(node) for node in nodes) if config.simulation is None else len(nodes)
-    return combine(executor.measure(nodes, max(1.0, most_ranks * config.num_threads / num_cores())), nodes)
+def measure_costs(config: EngineConfig, executor: Executor, nodes: tuple[int, ...], hosts: Sequence[str]) -> Costs:
+    """Let the ranks measure, whatever is known. Arguments and errors as in `find_costs`; `nodes` per rank."""
+    names = list(dict.fromkeys(hosts))
+    machines = tuple(names.index(host) for host in hosts)
+    most_ranks = max(machines.count(machine) for machine in machines)
+    sharing = max(1.0, most_ranks * config.num_threads / num_cores())
+    return combine(executor.measure(nodes, sharing), nodes, machines)
 
 
 def step_options(config: EngineConfig) -> StepOptions:

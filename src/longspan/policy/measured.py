@@ -34,12 +34,15 @@ class RankMeasurement(msgspec.Struct, frozen=True):
     links: LinkMeasurement
 
 
-def combine(measurements: Sequence[RankMeasurement], nodes: tuple[int, ...]) -> Costs:
+def combine(
+    measurements: Sequence[RankMeasurement], nodes: tuple[int, ...], machines: tuple[int, ...] | None = None
+) -> Costs:
     """The numbers of the slowest rank, one by one.
 
     Args:
         measurements: of all ranks.
         nodes: per rank, its node.
+        machines: per rank, its machine, if that is another thing.
     """
     links = [m.links for m in measurements]
     inside = _slowest_link(link.inside for link in links)
@@ -57,7 +60,7 @@ def combine(measurements: Sequence[RankMeasurement], nodes: tuple[int, ...]) -> 
         return min(field(rate) for rate in rates)
 
     return Costs(
-        Topology(nodes, inside or known, between or known, ranks_per_link),
+        Topology(nodes, inside or known, between or known, ranks_per_link, None if machines == nodes else machines),
         KernelRates(
             matmul_flops_per_s=least(lambda rate: rate.matmul_flops_per_s),
             read_bytes_per_s=least(lambda rate: rate.read_bytes_per_s),

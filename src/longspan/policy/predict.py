@@ -120,7 +120,8 @@ class _Step:
         self._now: Seconds = dict.fromkeys(self._ranks, 0.0)
         self._compute_s: Seconds = dict.fromkeys(self._ranks, 0.0)
         self._copy_s: Seconds = dict.fromkeys(self._ranks, 0.0)
-        self._busy_s: Seconds = {}  # per node, of all its ranks
+        self._machines = costs.topology.machines or costs.topology.nodes
+        self._busy_s: Seconds = {}  # per machine, of all its ranks
         self._row_bytes = group.num_query_heads * group.spec.v_width * max(4, group.spec.itemsize_bytes)
 
     def prediction(self) -> Prediction:
@@ -129,9 +130,11 @@ class _Step:
             return Prediction(self._step.strategy, 0.0, 0.0, 0.0)
         last = max(self._ranks, key=lambda rank: self._now[rank])
         total_s, compute_s, copy_s = self._now[last], self._compute_s[last], self._copy_s[last]
-        if self._rates.ranks_per_device > 1:  # what ranks of a node do at different times still takes its devices' time
-            for node, busy_s in self._busy_s.items():
-                total_s = max(total_s, busy_s / self._topology.nodes.count(node))
+        if (
+            self._rates.ranks_per_device > 1
+        ):  # what ranks of a machine do at different times still takes its devices' time
+            for machine, busy_s in self._busy_s.items():
+                total_s = max(total_s, busy_s / self._machines.count(machine))
         return Prediction(self._step.strategy, total_s, compute_s, copy_s)
 
     # -- strategies --------------------------------------------------------------------------------------------------
@@ -337,8 +340,8 @@ class _Step:
         sharing = self._rates.ranks_per_device
         if sharing == 1:
             return loads_s
-        nodes = self._topology.nodes
-        even_s: Seconds = {}  # per node, if its devices are busy to the end
+        nodes = self._machines
+        even_s: Seconds = {}  # per machine, if its devices are busy to the end
         for rank, load_s in zip(ranks, loads_s, strict=True):
             _add(even_s, nodes[rank], load_s / nodes.count(nodes[rank]))
             _add(self._busy_s, nodes[rank], load_s)

@@ -58,10 +58,14 @@ class Topology(msgspec.Struct, frozen=True):
     """Where there is one node only, nothing goes over it."""
     ranks_per_link: float = 1.0
     """Ranks of a node that share its link to others: one that sends alone sends so many times faster."""
+    machines: tuple[int, ...] | None = None
+    """Per rank, the machine whose devices it shares, where that is not its node (simulated nodes); None: its node."""
 
     def __post_init__(self) -> None:
         if sorted(set(self.nodes)) != list(range(max(self.nodes, default=-1) + 1)):
             raise ConfigError(f"nodes: got {self.nodes!r}, legal is one node per rank, counted from 0 without gaps")
+        if self.machines is not None and len(self.machines) != len(self.nodes):
+            raise ConfigError(f"machines: got {self.machines!r}, legal is None or one machine per rank")
         if not self.ranks_per_link >= 1:
             raise ConfigError(f"ranks_per_link: got {self.ranks_per_link!r}, legal is a number from 1")
 
