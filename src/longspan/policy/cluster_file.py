@@ -42,6 +42,8 @@ DESCRIBED_FIELDS = (
 )
 MEASURED_FIELDS = ("name", "dtype", "memory_bytes", "topology", "rates", "assumptions")
 
+LINK_FIELDS = ("latency_s", "bytes_per_s")
+
 NO_LINK = Link(0.0, 1e30)
 """Between nodes, where there is one node."""
 
@@ -105,7 +107,7 @@ def _described(data: Mapping[str, Any], name: str) -> Cluster:
         given = data.get(field, {})
         if not isinstance(given, dict):
             raise ConfigError(f"{field}: got {given!r}, legal is a mapping with bytes_per_s and latency_s")
-        _check_fields(field, given, Link.__struct_fields__)
+        _check_fields(field, given, LINK_FIELDS)
         if field in data and base is None:
             _require(field, given, ("bytes_per_s",))
         values: dict[str, Any] = {"latency_s": latency_s, "bytes_per_s": known.bytes_per_s}

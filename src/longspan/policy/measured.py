@@ -72,6 +72,7 @@ def combine(
             call_s=most(lambda rate: rate.call_s),
             exchange_s=max(link.exchange_s for link in links),
             layer_s=most(lambda rate: rate.layer_s),
+            token_s=max((rate.token_s for rate in rates if rate.token_s is not None), default=None),
             merge_s=most(lambda rate: rate.merge_s),
             moved_byte_s=max(link.moved_byte_s for link in links),
             ranks_per_device=most(lambda rate: rate.ranks_per_device),

@@ -11,10 +11,8 @@ Note: what a step takes
     heads     with tensor parallelism, two sums over the devices of a rank in every layer
     attention strategy and time as `longspan.policy.choose` finds them, per KV group, from the same page tables, runs
               and segments that a plan would have
-    logits    of one row, in the last step of a prompt and in every decode
-
-    Of a prompt's rows the last layer computes keys and values alone (`longspan.plan.read_runs`); the one row that is
-    read is not counted.
+    logits    of one row, in the last step of a prompt and in every decode; of a prompt's other rows the last layer
+              computes keys and values only
 
 Note: sampled steps
     Between two chunks of a prompt only the context grows, so a step's time is nearly straight in it while the strategy
@@ -23,7 +21,7 @@ Note: sampled steps
     they are (two per rank and chunk), and two steps are predicted. So a prediction takes seconds at most.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import msgspec
@@ -35,7 +33,7 @@ from longspan.policy.rates import Costs
 from longspan.policy.shapes import ModelShape
 from longspan.sharding.pages import PageTable
 from longspan.sharding.placement import chunk_len, place, stripe_lengths
-from longspan.types import Placement, Strategy
+from longspan.types import KVGroup, Placement, Strategy
 
 HIDDEN_WRITES = 8
 """Elements written per token and layer by norms and residual sums, in widths of the model."""
@@ -164,51 +162,61 @@ def predict_step(
         costs: of one device each.
         options: of the engine.
         tensor_parallel_size: devices per rank.
-        num_logit_rows: rows that need logits: all rows of a decode, or none.
+        num_logit_rows: rows that need logits.
     """
     runs = step_runs(table, start, end)
     tokens: dict[int, int] = {}
     for run in runs:
         tokens[run.compute_rank] = tokens.get(run.compute_rank, 0) + run.num_tokens
+    are_all_read = num_logit_rows == end - start
+    last_layer = shape.spec.num_layers - 1
     strategies: list[Strategy] = []
     attention_s = 0.0
-    tables: Mapping[int, PageTable] = {_REQUEST_ID: table}
-    is_prefill = not num_logit_rows
     for group in shape.spec.kv_groups:
-        step = plan_group(runs, tables, group, costs=costs)
-        strategies.append(step.strategy)
-        num_layers = len(group.layers) - (is_prefill and shape.spec.num_layers - 1 in group.layers)
-        attention_s += num_layers * attention_time(step, tables, group, costs)
+        strategy, layer_s = _attention(runs, table, group, costs)
+        strategies.append(strategy)
+        num_layers = len(group.layers)
+        if last_layer in group.layers and not are_all_read:
+            num_layers -= 1
+            if num_logit_rows:
+                attention_s += _attention(step_runs(table, end - num_logit_rows, end), table, group, costs)[1]
+        attention_s += num_layers * layer_s
     most = max(tokens.values())
     return StepPrediction(
         strategies=tuple(strategies),
-        dense_s=_dense_s(shape, most, len(tokens), costs, num_logit_rows, is_prefill=is_prefill),
+        dense_s=_dense_s(shape, most, len(tokens), costs, num_logit_rows, are_all_read=are_all_read),
         attention_s=attention_s,
-        sums_s=_sums_s(shape, most, costs, tensor_parallel_size),
+        sums_s=_sums_s(shape, most, costs, tensor_parallel_size, are_all_read=are_all_read),
         fixed_s=shape.spec.num_layers * costs.rates.layer_s + options.step_s,
     )
 
 
+def _attention(runs: Sequence[QueryRun], table: PageTable, group: KVGroup, costs: Costs) -> tuple[Strategy, float]:
+    """Strategy and time of one layer."""
+    tables = {_REQUEST_ID: table}
+    step = plan_group(runs, tables, group, costs)
+    return step.strategy, attention_time(step, tables, group, costs)
+
+
 def _dense_s(
-    shape: ModelShape, num_tokens: int, num_busy: int, costs: Costs, num_logit_rows: int, *, is_prefill: bool
+    shape: ModelShape, num_tokens: int, num_busy: int, costs: Costs, num_logit_rows: int, *, are_all_read: bool
 ) -> float:
     """Everything that a token meets outside attention, on the rank with most tokens."""
     rates, spec = costs.rates, shape.spec
     item = shape.itemsize_bytes
-    num_weights = spec.num_parameters - (shape.num_unread_weights if is_prefill else 0)
-    layers_s = _product_s(num_weights, item, num_tokens, costs)
-    logits_s = _product_s(shape.num_logit_weights, item, num_logit_rows, costs) if num_logit_rows else 0.0
+    unread = 0.0 if are_all_read else shape.num_unread_weights
+    layers_s = _product_s(spec.num_parameters - unread, item, num_tokens, costs)
+    if num_logit_rows:
+        layers_s += _product_s(shape.num_logit_weights + unread, item, num_logit_rows, costs)
     query_width = sum(len(g.layers) * g.num_query_heads * g.spec.k_width for g in spec.kv_groups)  # of all layers
     per_layer = HIDDEN_WRITES * shape.hidden_size + INNER_WRITES * shape.intermediate_size
     written = HEAD_WRITES * query_width + spec.num_layers * per_layer
     moved_s = num_tokens * written * item / rates.copy_bytes_per_s
-    return _alone(layers_s + logits_s + moved_s, num_busy, costs)
-
-
-def _alone(time_s: float, num_busy: int, costs: Costs) -> float:
-    """Rates are those of ranks that all compute; where they share a device, few of them are faster."""
-    sharing = max(1.0, costs.rates.ranks_per_device * num_busy / costs.topology.num_ranks)
-    return time_s * sharing / costs.rates.ranks_per_device
+    if rates.token_s is not None:
+        moved_s = num_tokens * spec.num_layers * rates.token_s if num_tokens > 1 else 0.0  # one token's is in `layer_s`
+    # Rates are those of ranks that all compute; where they share a device, few of them are faster.
+    sharing = max(1.0, rates.ranks_per_device * num_busy / costs.topology.num_ranks)
+    return (layers_s + moved_s) * sharing / rates.ranks_per_device
 
 
 def _product_s(num_weights: float, itemsize_bytes: int, num_tokens: int, costs: Costs) -> float:
@@ -217,7 +225,9 @@ def _product_s(num_weights: float, itemsize_bytes: int, num_tokens: int, costs: 
     return max(by_flops, num_weights * itemsize_bytes / costs.rates.read_bytes_per_s)
 
 
-def _sums_s(shape: ModelShape, num_tokens: int, costs: Costs, tensor_parallel_size: int) -> float:
+def _sums_s(
+    shape: ModelShape, num_tokens: int, costs: Costs, tensor_parallel_size: int, *, are_all_read: bool
+) -> float:
     """Two sums per layer over the devices of a rank, each a ring for the bytes and a tree for the latency."""
     size = tensor_parallel_size
     if size == 1:
@@ -225,7 +235,8 @@ def _sums_s(shape: ModelShape, num_tokens: int, costs: Costs, tensor_parallel_si
     link = costs.topology.inside
     num_bytes = num_tokens * shape.hidden_size * shape.itemsize_bytes * 2 * (size - 1) / size
     hops = 2 * (size - 1).bit_length()
-    return 2 * shape.spec.num_layers * (num_bytes / link.bytes_per_s + hops * link.latency_s)
+    num_layers = shape.spec.num_layers - (not are_all_read)
+    return 2 * num_layers * (num_bytes / link.bytes_per_s + hops * link.latency_s)
 
 
 def predict_prefill(
@@ -285,11 +296,16 @@ def predict_prefill(
     def over_steps(name: str) -> float:
         return float(sum(getattr(known[index], name) * weight for index, weight in weights.items()))
 
-    logits_s = _alone(_product_s(shape.num_logit_weights, shape.itemsize_bytes, 1, costs), 1, costs)
+    # The last token is read: what it takes of the last layer and for its logits is a decode's, but for all before.
+    (last_group,) = [group for group in shape.spec.kv_groups if shape.spec.num_layers - 1 in group.layers]
+    last_runs = step_runs(table, prompt_len - 1, prompt_len)
+    last_attention_s = _attention(last_runs, table, last_group, costs)[1]
+    read_weights = shape.num_logit_weights + shape.num_unread_weights
+    read_s = _product_s(read_weights, shape.itemsize_bytes, 1, costs) / costs.rates.ranks_per_device
     return PrefillPrediction(
-        total_s=over_steps("total_s") + logits_s,
-        dense_s=over_steps("dense_s") + logits_s,
-        attention_s=over_steps("attention_s"),
+        total_s=over_steps("total_s") + read_s + last_attention_s,
+        dense_s=over_steps("dense_s") + read_s,
+        attention_s=over_steps("attention_s") + last_attention_s,
         sums_s=over_steps("sums_s"),
         fixed_s=over_steps("fixed_s"),
         num_steps=num_steps,

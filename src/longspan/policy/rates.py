@@ -106,6 +106,9 @@ class KernelRates(msgspec.Struct, frozen=True):
     """Fixed time that a rank itself spends on starting and ending one message, beside the link's latency."""
     layer_s: float = 0.0
     """Fixed time of one layer outside attention (Python, launches)."""
+    token_s: float | None = None
+    """Time of one token in one layer outside attention and matrix products (norms, activations) where a step has many
+    tokens; None where it was not measured."""
     merge_s: float = 0.0
     """Fixed time of merging one partial, beside the copy of its rows."""
     moved_byte_s: float = 0.0
@@ -120,6 +123,8 @@ class KernelRates(msgspec.Struct, frozen=True):
         for name in ("call_s", "exchange_s", "layer_s", "merge_s", "moved_byte_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is a number from 0 (seconds)")
+        if self.token_s is not None and not self.token_s >= 0:
+            raise ConfigError(f"token_s: got {self.token_s!r}, legal is a number from 0 (seconds) or none")
         if not self.ranks_per_device >= 1:
             raise ConfigError(f"ranks_per_device: got {self.ranks_per_device!r}, legal is a number from 1")
         tokens = [num_tokens for num_tokens, _ in self.attention_flops_per_s]

@@ -23,6 +23,9 @@ MOST_WEIGHT_BYTES = 1 << 30
 
 REPEATS = 5
 
+MOST_TOKENS, FEWEST_TOKENS, TOKENS_FLOPS = 256, 32, 16e9
+"""Of the step that shows what a token takes beside matrix products; a model is not asked where it would have fewer."""
+
 
 @torch.inference_mode()
 def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
@@ -45,8 +48,10 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
     )
     sync()
     layer_s = _layer_s(runner, rates.read_bytes_per_s)
+    sync()
+    token_s = _token_s(runner, rates.matmul_flops_per_s, layer_s)
     links = measure_links(comm, message.nodes)
-    return RankMeasurement(runner.rank, msgspec.structs.replace(rates, layer_s=layer_s), links)
+    return RankMeasurement(runner.rank, msgspec.structs.replace(rates, layer_s=layer_s, token_s=token_s), links)
 
 
 def _layer_s(runner: ModelRunner, read_bytes_per_s: float) -> float:
@@ -55,21 +60,38 @@ def _layer_s(runner: ModelRunner, read_bytes_per_s: float) -> float:
     num_bytes = sum(p.numel() * p.element_size() for p in weights)
     if num_bytes > MOST_WEIGHT_BYTES:
         return 0.0
-    zero = torch.zeros(1, dtype=torch.long, device=runner.device)
+    layers_s: float = max(0.0, statistics.median(_model_s(runner, 1, REPEATS)) - num_bytes / read_bytes_per_s)
+    return layers_s / runner.spec.num_layers
+
+
+def _token_s(runner: ModelRunner, matmul_flops_per_s: float, layer_s: float) -> float | None:
+    """What a token takes in a layer beside attention and matrix products."""
+    spec = runner.spec
+    flops = 2.0 * max(1, spec.num_parameters)
+    num_tokens = min(MOST_TOKENS, int(TOKENS_FLOPS / flops))
+    if num_tokens < FEWEST_TOKENS:
+        return None
+    step_s = statistics.fmean(_model_s(runner, num_tokens, 3)[1:])
+    other_s = step_s - num_tokens * flops / matmul_flops_per_s - spec.num_layers * layer_s
+    return max(0.0, other_s) / (num_tokens * spec.num_layers)
+
+
+def _model_s(runner: ModelRunner, num_tokens: int, repeats: int) -> list[float]:
+    """Times of a step without attention."""
+    tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=runner.device)
 
     def attend(call: AttentionCall) -> Tensor:
         return call.q.new_zeros(*call.q.shape[:2], call.v.shape[2])
 
     times: list[float] = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         started = time.perf_counter()
         runner.model(
-            input_ids=zero[None],
-            position_ids=zero[None],
+            input_ids=tokens,
+            position_ids=tokens,
             use_cache=False,
-            logits_to_keep=zero,
+            logits_to_keep=tokens[0, :1],
             longspan_attend=attend,
         )
         times.append(time.perf_counter() - started)
-    layers_s: float = max(0.0, statistics.median(times) - num_bytes / read_bytes_per_s)
-    return layers_s / runner.spec.num_layers
+    return times
