@@ -270,6 +270,16 @@ def test_ranks_that_share_a_core_decode_faster_alone():
     )
 
 
+def test_what_tokens_take_beside_products_is_measured_or_reckoned_by_bytes():
+    shape, costs = make_shape(), costs_of(1)
+    measured = Costs(costs.topology, msgspec.structs.replace(costs.rates, token_s=1e-3))
+    table = striped_table(100, 1, OPTIONS)
+    reckoned_s, measured_s = (predict_step(shape, table, 0, 100, c, OPTIONS).dense_s for c in (costs, measured))
+    assert measured_s - reckoned_s == pytest.approx(100 * 16 * 1e-3, rel=0.01)
+    # one token's is in what a layer takes
+    assert predict_decode(shape, 100, measured, OPTIONS).dense_s < predict_decode(shape, 100, costs, OPTIONS).dense_s
+
+
 def test_floors_are_counted_pair_by_pair_and_byte_by_byte():
     shape = make_shape(None, 7, layers=1)
     inner, last = shape.spec.kv_groups  # of the last layer's attention and MLP nobody reads the prompt's rows

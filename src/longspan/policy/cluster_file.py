@@ -1,7 +1,7 @@
 """Reads a cluster from a YAML or JSON file: described by hand, or measured.
 
 Holds the two formats and their checks. Must not know what is predicted.
-Read next: `longspan.policy.clusters`.
+Read next: `longspan.policy.clusters`; `longspan.policy.topology_file`, the measured part.
 
 Described:                                   Measured (`topology` and `rates`, the fields of `longspan.policy.rates`):
 
@@ -19,13 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import yaml
-
 from longspan.config import parse_size
 from longspan.errors import ConfigError
 from longspan.policy.clusters import Assumptions, Cluster, check_number, known_cluster
-from longspan.policy.rates import KernelRates, Link, Topology
+from longspan.policy.rates import Link
+from longspan.policy.topology_file import parse_costs, read_mapping
 
 DESCRIBED_FIELDS = (
     "name",
@@ -58,15 +56,7 @@ def load_cluster(path: str, *, memory_bytes: int | None = None) -> Cluster:
     Raises:
         ConfigError: the file cannot be read, a field is unknown or missing, or a value is illegal.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        data = yaml.safe_load(text)  # JSON is YAML, but for numbers such as 1e9: those are text
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"cluster: got {path!r}, legal is a file that can be read: {reason}") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"cluster: got {path!r}, legal is YAML or JSON: {reason}") from error
+    data = read_mapping("cluster", path)
     if not isinstance(data, dict):
         raise ConfigError(f"cluster: got {path!r} with a {type(data).__name__}, legal is a mapping of fields")
     data = dict(data)
@@ -138,13 +128,8 @@ def _measured(data: Mapping[str, Any], name: str) -> Cluster:
             "memory_bytes: the file does not say, legal is a field memory_bytes or --memory SIZE, per rank"
         )
     _require("cluster with measured rates", data, ("topology", "rates"))
-    links = data["topology"]
-    if isinstance(links, dict) and "inside" in links:  # one node may do without a link to others
-        links = {"between": links["inside"], **links}
-    topology: Topology = _struct("topology", links, Topology)
-    if topology.num_nodes > 1 and "between" not in data["topology"]:
-        raise ConfigError("topology.between: the file does not say, legal is a link, as there are several nodes")
-    rates: KernelRates = _struct("rates", data["rates"], KernelRates)
+    costs = parse_costs(data["topology"], data["rates"])
+    topology, rates = costs.topology, costs.rates
     per_node = topology.ranks_per_node
     if len(set(per_node)) != 1 or list(topology.nodes) != sorted(topology.nodes):
         raise ConfigError(
@@ -167,6 +152,7 @@ def _measured(data: Mapping[str, Any], name: str) -> Cluster:
         assumptions=_assumptions(data),
         rates=rates,
         rates_dtype=dtype,
+        ranks_per_link=topology.ranks_per_link,
     )
 
 
@@ -176,17 +162,6 @@ def _assumptions(data: Mapping[str, Any]) -> Assumptions:
         raise ConfigError(f"assumptions: got {given!r}, legal is a mapping")
     _check_fields("assumptions", given, Assumptions.__struct_fields__)
     return Assumptions(**{key: _number(value) for key, value in given.items()})
-
-
-def _struct(field: str, value: Any, kind: Any) -> Any:
-    """Convert a mapping to one of the structs of `longspan.policy.rates`."""
-    if not isinstance(value, dict):
-        raise ConfigError(f"{field}: got {value!r}, legal is a mapping with {', '.join(kind.__struct_fields__)}")
-    _check_fields(field, value, kind.__struct_fields__)
-    try:
-        return msgspec.convert(value, kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{field}: {error}") from error
 
 
 def _check_fields(what: str, data: Mapping[Any, Any], legal: tuple[str, ...]) -> None:

@@ -45,25 +45,36 @@ def load_topology(path: str, num_ranks: int, dtype: str) -> Costs:
         ConfigError: the file cannot be read, a field is unknown or missing, a value is illegal, or the file is about
             another number of ranks or another dtype.
     """
-    data = _read(path)
+    data = read_mapping("topology", path)
     _check_fields(f"topology {path!r}", data, FIELDS, ("topology", "rates"))
     if data.get("dtype", dtype) != dtype:
         raise ConfigError(f"topology {path!r}: got rates for dtype {data['dtype']!r}, legal with this run is {dtype!r}")
-    links = data["topology"]
+    costs = parse_costs(data["topology"], data["rates"])
+    if costs.topology.num_ranks != num_ranks:
+        raise ConfigError(
+            f"topology.nodes: got {costs.topology.num_ranks} ranks in {path!r}, legal is context_parallel_size "
+            f"({num_ranks})"
+        )
+    return costs
+
+
+def parse_costs(links: Any, rates: Any) -> Costs:
+    """What a file says in its fields `topology` and `rates`.
+
+    Raises:
+        ConfigError: a field is unknown or missing, or a value is illegal.
+    """
     _check_fields("topology", links, Topology.__struct_fields__, ("nodes", "inside"))
+    has_between = "between" in links
     links = {"between": links["inside"], **links}
     for name in ("inside", "between"):
         _check_fields(f"topology.{name}", links[name], Link.__struct_fields__, ("latency_s", "bytes_per_s"))
     topology = _convert("topology", links, Topology)
-    if topology.num_ranks != num_ranks:
-        raise ConfigError(
-            f"topology.nodes: got {topology.num_ranks} ranks in {path!r}, legal is context_parallel_size ({num_ranks})"
-        )
-    if topology.num_nodes > 1 and "between" not in data["topology"]:
-        raise ConfigError(f"topology.between: {path!r} does not say, legal is a link, as there are several nodes")
+    if topology.num_nodes > 1 and not has_between:
+        raise ConfigError("topology.between: the file does not say, legal is a link, as there are several nodes")
     required = ("matmul_flops_per_s", "read_bytes_per_s", "copy_bytes_per_s", "attention_flops_per_s", "call_s")
-    _check_fields("rates", data["rates"], KernelRates.__struct_fields__, required)
-    return Costs(topology, _convert("rates", data["rates"], KernelRates))
+    _check_fields("rates", rates, KernelRates.__struct_fields__, required)
+    return Costs(topology, _convert("rates", rates, KernelRates))
 
 
 def topology_text(costs: Costs, *, name: str, dtype: str, memory_bytes: int) -> str:
@@ -73,16 +84,25 @@ def topology_text(costs: Costs, *, name: str, dtype: str, memory_bytes: int) -> 
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
 
 
-def _read(path: str) -> Mapping[str, Any]:
+def read_mapping(what: str, path: str) -> Any:
+    """What a YAML or JSON file holds, which need not be a mapping yet.
+
+    Args:
+        what: the option that names the file, for the error.
+        path: of the file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML, but takes 1e9 for text
     except OSError as error:
-        raise ConfigError(f"topology: got {path!r}, legal is a file that can be read: {error.strerror}") from error
+        raise ConfigError(f"{what}: got {path!r}, legal is a file that can be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"topology: got {path!r}, legal is UTF-8 text") from error
+        raise ConfigError(f"{what}: got {path!r}, legal is UTF-8 text") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"topology: got {path!r}, legal is YAML or JSON: {' '.join(str(error).split())}") from error
-    return data  # type: ignore[no-any-return]  # `_check_fields` sees to it
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{what}: got {path!r}, legal is YAML or JSON: {reason}") from error
 
 
 def _check_fields(what: str, data: object, legal: Sequence[str], required: Sequence[str]) -> None:
