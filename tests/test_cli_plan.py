@@ -6,9 +6,19 @@ import pytest
 from click.testing import CliRunner
 
 from longspan.cli.main import cli
+from longspan.cli.plan_text import print_plan
 from longspan.errors import ConfigError
 from longspan.models.shape import load_shape
-from planned import LLAMA_3_8B, LLAMA_3_8B_WEIGHTS, LLAMA_3_405B, LLAMA_3_405B_WEIGHTS, write_config
+from longspan.policy.report import make_plan
+from planned import (
+    LLAMA_3_8B,
+    LLAMA_3_8B_WEIGHTS,
+    LLAMA_3_405B,
+    LLAMA_3_405B_WEIGHTS,
+    make_cluster,
+    make_shape,
+    write_config,
+)
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -115,6 +125,15 @@ def test_text_says_what_is_assumed_what_fits_and_how_long_it_takes(plan, llama):
     table = [line.split("  ") for line in text.splitlines() if line.startswith(("8k ", "128k ", "1M (!) "))]
     assert len(table) == 3
     assert "tensor parallelism" not in text
+
+
+def test_a_terminal_gets_a_table(capsys):
+    report = make_plan(make_shape(), make_cluster(16), [8192, 10**9], model="made")
+    print_plan(report, is_terminal=True)
+    text = capsys.readouterr().out
+    assert "does not" in text
+    assert "\u2502" in text or "|" in text
+    assert "2 nodes of 8 x H100 SXM" in text
 
 
 def test_json_holds_everything(plan, llama):

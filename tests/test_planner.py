@@ -270,6 +270,14 @@ def test_ranks_that_share_a_core_decode_faster_alone():
     )
 
 
+@pytest.mark.parametrize(("prompt_len", "published_s"), [(128_000, 3.8), (1_000_000, 77.0)])
+def test_published_times_of_a_large_cluster_are_predicted_within_a_quarter(prompt_len, published_s):
+    """Llama 3 405B on 16 nodes of 8 H100, arXiv 2411.01783 (with 8-bit weights there, so memory is not compared)."""
+    shape = make_shape(layers=126, query_heads=128, hidden_size=16384, inner=53248).divided(8)
+    found = predict_prefill(shape, prompt_len, costs_of(128, 8), OPTIONS, tensor_parallel_size=8)
+    assert found.total_s == pytest.approx(published_s, rel=0.25)
+
+
 def test_what_tokens_take_beside_products_is_measured_or_reckoned_by_bytes():
     shape, costs = make_shape(), costs_of(1)
     measured = Costs(costs.topology, msgspec.structs.replace(costs.rates, token_s=1e-3))
