@@ -21,6 +21,9 @@ STEP_S = 2e-3
 
 NUM_TOKENS = 17
 
+KEYS = ("ranks", "prompt")
+"""Of a row."""
+
 
 def costs_of_two(model: Path) -> Costs:
     """What two ranks measure, for one rank."""
@@ -64,7 +67,10 @@ def compare(model: Path, shape: ModelShape, num_ranks: int, lengths: list[int], 
 
 def medians(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Row by row over the repeats."""
-    return [{name: median(row[name] for row in same) for name in same[0]} for same in zip(*runs, strict=True)]
+    return [
+        {**{name: median(row[name] for row in same) for name in same[0]}, **{name: same[0][name] for name in KEYS}}
+        for same in zip(*runs, strict=True)
+    ]
 
 
 def main() -> None:
