@@ -133,7 +133,6 @@ def _serve(
 ) -> None:
     """One rank."""
     import torch
-    from longspan.comm.local import LocalCommunicator
 
     from longspan.attention.measure import measure_kernels
     from longspan.attention.select import make_backend
