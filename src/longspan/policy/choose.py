@@ -89,6 +89,22 @@ def predict_candidates(
         yield step, predict_attention(step, tables, group, costs, work)
 
 
+def best_candidate(
+    segments: Sequence[Segment],
+    tables: Mapping[int, PageTable],
+    group: KVGroup,
+    costs: Costs,
+    *,
+    block_len: int = BLOCK_LEN,
+) -> tuple[GroupStep, Prediction]:
+    """The strategy that is predicted to take the least time, and the prediction. Arguments as in `choose_strategy`."""
+    if all(s.query_rank == s.key_rank for s in segments):
+        step = GroupStep(Strategy.LOCAL, tuple(segments))
+        return step, predict_attention(step, tables, group, costs)
+    candidates = predict_candidates(segments, tables, group, costs, block_len=block_len, prune=True)
+    return min(candidates, key=lambda candidate: candidate[1].total_s)  # the first of equals
+
+
 def choose_strategy(
     segments: Sequence[Segment],
     tables: Mapping[int, PageTable],
@@ -120,9 +136,7 @@ def choose_strategy(
         costs = costs_by_bytes(node_of_rank or (0,) * num_ranks)
     if forced is not None:
         return make_group_step(forced, segments, tables, block_len, costs.topology.nodes)
-    candidates = predict_candidates(segments, tables, group, costs, block_len=block_len, prune=True)
-    step, _ = min(candidates, key=lambda candidate: candidate[1].total_s)  # the first of equals
-    return step
+    return best_candidate(segments, tables, group, costs, block_len=block_len)[0]
 
 
 def plan_group(

@@ -26,9 +26,9 @@ from itertools import pairwise
 
 import msgspec
 
+from longspan.plan.segments import make_segments
 from longspan.plan.types import Literals, QueryRun
-from longspan.policy.choose import plan_group
-from longspan.policy.predict import attention_time
+from longspan.policy.choose import best_candidate
 from longspan.policy.rates import Costs
 from longspan.policy.shapes import ModelShape
 from longspan.sharding.pages import PageTable
@@ -194,8 +194,8 @@ def predict_step(
 def _attention(runs: Sequence[QueryRun], table: PageTable, group: KVGroup, costs: Costs) -> tuple[Strategy, float]:
     """Strategy and time of one layer."""
     tables = {_REQUEST_ID: table}
-    step = plan_group(runs, tables, group, costs)
-    return step.strategy, attention_time(step, tables, group, costs)
+    step, prediction = best_candidate(make_segments(runs, tables, group.spec.window), tables, group, costs)
+    return step.strategy, prediction.total_s
 
 
 def _dense_s(
