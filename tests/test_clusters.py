@@ -235,14 +235,15 @@ def test_what_ranks_measured_is_saved_and_planned_with(tmp_path):
     """The file that `longspan topology --save` writes, with every field of the cost model."""
     link = Link(2e-5, 1.5e9, short_bytes=65536, long_latency_s=3e-4)
     rates = KernelRates(1e11, 1e10, 5e9, ((1, 2e10), (256, 9e10)), 2e-5, 1e-5, 3e-4, 1e-5, 4e-6, 1e-10, 2.0)
-    costs = Costs(Topology((0, 0, 1, 1), link, Link(1e-4, 1e8), 2.0), rates)
+    costs = Costs(Topology((0, 0, 1, 1), link, Link(1e-4, 1e8), 2.0, (0, 0, 0, 0)), rates)
     path = tmp_path / "measured.yaml"
     path.write_text(topology_text(costs, name="two hosts", dtype="float32", memory_bytes=4 * 2**30))
     cluster = load_cluster(str(path))
     assert cluster.name == "two hosts"
     assert cluster.memory_bytes == 4 * 2**30
     assert cluster.costs(4, 1, "float32") == costs
-    assert cluster.costs(2, 1, "float32").topology.nodes == (0, 0)
+    half = cluster.costs(2, 1, "float32").topology
+    assert (half.nodes, half.machines, half.ranks_per_link) == ((0, 0), None, 2.0)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])

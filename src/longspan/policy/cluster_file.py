@@ -152,7 +152,7 @@ def _measured(data: Mapping[str, Any], name: str) -> Cluster:
         assumptions=_assumptions(data),
         rates=rates,
         rates_dtype=dtype,
-        ranks_per_link=topology.ranks_per_link,
+        topology=topology,
     )
 
 

@@ -100,8 +100,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     rates: KernelRates | None = None
     """Measured rates, in `rates_dtype`: the efficiencies are in them."""
     rates_dtype: str | None = None
-    ranks_per_link: float = 1.0
-    """As in `Topology`: measured, where ranks of a node share its link to others."""
+    topology: Topology | None = None
+    """Of the ranks that measured `rates`."""
 
     def __post_init__(self) -> None:
         check_count("nodes", self.num_nodes, MAX_DEVICES)
@@ -158,7 +158,10 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         nodes = tuple(first // self.devices_per_node for first in range(0, num_devices, tensor_parallel_size))
         if self.rates is not None:
             self.peak_flops_per_s(dtype)
-            return Costs(Topology(nodes, self.inside, self.between, self.ranks_per_link), self.rates)
+            assert self.topology is not None
+            if nodes == self.topology.nodes:
+                return Costs(self.topology, self.rates)
+            return Costs(msgspec.structs.replace(self.topology, nodes=nodes, machines=None), self.rates)
         a, peak = self.assumptions, self.peak_flops_per_s(dtype)
         read, attention = self.read_bytes_per_s * a.read_efficiency, peak * a.attention_efficiency
 
