@@ -462,10 +462,9 @@ def test_a_body_that_does_not_come_is_not_waited_for(cache_home, monkeypatch):
         send(client, b"{", length=100)
         time.sleep(0.3)
         assert served.state.num_open == 0  # a server that drains does not wait for it
-        answer = client.recv(10_000)
+        answer = b"".join(iter(lambda: client.recv(10_000), b""))  # until it is closed
         assert b" 408 " in answer
         assert b"body_too_slow" in answer
-        assert client.recv(10) == b""  # closed
 
 
 def test_a_client_that_does_not_read_is_dropped(cache_home, monkeypatch):
