@@ -373,6 +373,7 @@ PEER = ("said", Failed(0, "rank 0: receive from rank 1 failed", "", "peer"))
 RAISED = ("said", Failed(1, "ValueError: y", "trace", "rank"))
 KILLED = ("ended", 1, "rank 1 (pid 11)", "was killed by SIGKILL")
 CONSEQUENCE = ("ended", 0, "rank 0 (pid 10)", "ended with exit code 1")
+LOST = ("lost", 1, "rank 1 (pid 11)")
 SILENT = ("silent", 1, "rank 1 (pid 11)", 5.0, "its process is stopped")
 
 
@@ -381,6 +382,8 @@ SILENT = ("silent", 1, "rank 1 (pid 11)", 5.0, "its process is stopped")
     [
         ([PEER, CONSEQUENCE, KILLED], "rank 1 (pid 11) was killed by SIGKILL"),
         ([KILLED, PEER, CONSEQUENCE], "rank 1 (pid 11) was killed by SIGKILL"),
+        ([LOST, PEER, CONSEQUENCE, KILLED], "rank 1 (pid 11) was killed by SIGKILL"),
+        ([PEER, CONSEQUENCE, LOST], "rank 1 (pid 11) is gone: its connection to the driver has closed"),
         ([PEER, RAISED, CONSEQUENCE], "rank 1: ValueError: y"),
         ([PEER, CONSEQUENCE, SILENT], "rank 0: receive from rank 1 failed"),
         ([SILENT], "rank 1 (pid 11) has given no sign of life for 5 s: its process is stopped"),

@@ -20,9 +20,10 @@ DTypeName = Literal["auto", "float32", "bfloat16"]
 PlacementName = Literal["auto", "packed", "striped", "spill"]
 StrategyName = Literal["auto", "local", "gather_kv", "pass_kv", "pass_q", "tree"]
 PartialDTypeName = Literal["auto", "float32"]
-ExecutorName = Literal["processes", "threads", "external"]
-REMOTE_EXECUTORS = ("external",)
+ExecutorName = Literal["processes", "threads", "external", "ray"]
+REMOTE_EXECUTORS = ("external", "ray")
 """Their workers reach the driver over the network."""
+RayPlacementName = Literal["pack", "spread"]
 AttentionName = Literal["auto", "cpu", "reference"]
 MeasureName = Literal["auto", "again", "never"]
 
@@ -125,8 +126,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Most requests that run at once."""
     attention_backend: AttentionName = "auto"
     executor: ExecutorName = "processes"
-    """One worker process per rank on this machine; one thread of this process per rank (for tests and debugging); or
-    workers on any hosts, which somebody else starts (`external`)."""
+    """One worker process per rank on this machine; one thread of this process per rank (for tests and debugging);
+    workers on any hosts, which somebody else starts (`external`); or one actor of a Ray cluster per rank (`ray`)."""
     topology: str | None = None
     """A YAML or JSON file with the cluster's nodes, links and rates, as `longspan topology --save` writes it; None
     measures them when the ranks have started."""
@@ -138,6 +139,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """HOST:PORT where the driver waits for workers on other hosts: an address of the interface that they reach."""
     secret_file: str | None = None
     """Holds the secret that driver and workers on other hosts share; None reads the variable LONGSPAN_SECRET."""
+    ray_address: str | None = None
+    """Of a Ray cluster; None takes the variable RAY_ADDRESS, or starts a cluster on this machine."""
+    ray_placement: RayPlacementName = "pack"
+    """Ranks on as few of Ray's nodes as possible, or spread over as many."""
+    interface: str | None = None
+    """Network interface of Ray's nodes for messages between ranks; None leaves the choice to Ray and gloo."""
     exchange_timeout_s: float = 300.0
     """Longest wait for a peer in one exchange."""
     connect_timeout_s: float = 120.0
@@ -170,6 +177,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("executor", ExecutorName),
             ("attention_backend", AttentionName),
             ("partial_dtype", PartialDTypeName),
+            ("ray_placement", RayPlacementName),
             ("measure", MeasureName),
         ):
             value = getattr(self, name)
@@ -217,13 +225,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 "listen: got none with executor 'external', legal is HOST:PORT where workers find the driver"
             )
-        for name in ("listen", "secret_file"):
+        for name, executors in (
+            *((name, REMOTE_EXECUTORS) for name in ("listen", "secret_file")),
+            *((name, ("ray",)) for name in ("ray_address", "interface")),
+        ):
             value = getattr(self, name)
-            if value is not None and self.executor not in REMOTE_EXECUTORS:
+            if value is not None and (not isinstance(value, str) or self.executor not in executors):
                 raise ConfigError(
-                    f"{name}: got {value!r} with executor {self.executor!r}, legal is executor "
-                    f"{' or '.join(REMOTE_EXECUTORS)}, or none"
+                    f"{name}: got {value!r} with executor {self.executor!r}, legal is a text with executor "
+                    f"{' or '.join(executors)}, or none"
                 )
+        if self.ray_placement != "pack" and self.executor != "ray":
+            raise ConfigError(
+                f"ray_placement: got {self.ray_placement!r} with executor {self.executor!r}, legal is executor ray"
+            )
 
     @staticmethod
     def _check_count(name: str, value: object, most: int = MAX_COUNT) -> None:

@@ -17,6 +17,7 @@ from longspan.config import (
     MeasureName,
     PartialDTypeName,
     PlacementName,
+    RayPlacementName,
     StrategyName,
     parse_size,
 )
@@ -61,6 +62,9 @@ def _engine_options(stripe_size: int) -> tuple[Callable[[Command], Command], ...
         click.option("--executor", type=choice(ExecutorName), default="processes", show_default=True),
         click.option("--listen", metavar="HOST:PORT", help="Where workers on other hosts find the driver."),
         click.option("--secret-file", metavar="FILE", help="Shared with them; default: the variable LONGSPAN_SECRET."),
+        click.option("--ray-address", metavar="ADDRESS", help="Default: RAY_ADDRESS, or a cluster on this machine."),
+        click.option("--ray-placement", type=choice(RayPlacementName), default="pack", show_default=True),
+        click.option("--interface", metavar="NAME", help="Network interface of Ray's nodes, such as eth0."),
         click.option(
             "--connect-timeout-s",
             type=float,

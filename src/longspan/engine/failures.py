@@ -23,6 +23,7 @@ class Failures:
     def __init__(self) -> None:
         self._said: dict[int, Failed] = {}
         self._ended: dict[int, WorkerError] = {}
+        self._lost: set[int] = set()  # ranks in `_ended` of which the connection is all that is known
         self._silent: dict[int, WorkerError] = {}
         self.first_s: float | None = None
         """When the first sign came, on the caller's clock; None while all is well."""
@@ -38,7 +39,16 @@ class Failures:
 
     def ended(self, rank: int, name: str, how: str, now_s: float) -> None:
         """A rank's process is gone. Args: its name for the user, and how it ended, both in words."""
-        self._ended.setdefault(rank, WorkerError(f"{name} {how}"))
+        if rank not in self._ended or rank in self._lost:
+            self._ended[rank] = WorkerError(f"{name} {how}")
+            self._lost.discard(rank)
+        self._notice(now_s)
+
+    def lost(self, rank: int, name: str, now_s: float) -> None:
+        """A rank's connection is gone, and with it the process, but not how it ended; that may become known later."""
+        if rank not in self._ended:
+            self._ended[rank] = WorkerError(f"{name} is gone: its connection to the driver has closed")
+            self._lost.add(rank)
         self._notice(now_s)
 
     def silent(self, rank: int, name: str, silence_s: float, why: str, now_s: float) -> None:

@@ -45,14 +45,17 @@ class DriverLink:
         self._context = zmq.Context()
         self._admission: zmq.Socket[bytes] = self._context.socket(zmq.REP)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0  # but in `close`
         self._socket.router_mandatory = True  # a send to nobody is an error, not silence
         self._socket.sndhwm = self._socket.rcvhwm = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket()
-        self._peers: dict[int, str] = {}  # file descriptor of a connection: address at its other end
+        self._peers: dict[int, str | None] = {}  # file descriptor of a connection: address at its other end
         self._handshake_failed = False
         self.strangers: set[str] = set()
-        """Addresses of those who do not know the secret."""
+        """Addresses of those who do not know the secret, as far as they could be seen before they were gone."""
+        self.num_strangers = 0
+        """How often somebody who does not know the secret tried."""
         if secret is not None:
             self._admission.bind("inproc://zeromq.zap.01")
             listen_with(self._socket, secret)
@@ -123,9 +126,11 @@ class DriverLink:
         elif kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_AUTH):
             self._handshake_failed = True
         elif kind == zmq.EVENT_DISCONNECTED:
-            address = self._peers.pop(descriptor, "an unknown address")
+            address = self._peers.pop(descriptor, None)
             if self._handshake_failed:
-                self.strangers.add(address)
+                self.num_strangers += 1
+                if address is not None:
+                    self.strangers.add(address)
                 self._handshake_failed = False
 
     def close(self) -> None:
@@ -142,11 +147,11 @@ class DriverLink:
         os.close(self._wake)
 
 
-def _peer_address(descriptor: int) -> str:
+def _peer_address(descriptor: int) -> str | None:
     """Address at the other end of a connection, if it still is one."""
     try:
         with sockets.socket(fileno=os.dup(descriptor)) as connection:
             name = connection.getpeername()
     except OSError:
-        return "an unknown address"
+        return None
     return str(name[0]) if isinstance(name, tuple) else "this host"

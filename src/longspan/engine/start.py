@@ -4,7 +4,7 @@ Holds the choice. Must not know how any of them works.
 Read next: `longspan.engine.threads`, `longspan.engine.workers`.
 """
 
-from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
@@ -15,6 +15,7 @@ from longspan.engine.launcher import Launcher
 from longspan.engine.processes import LocalLauncher
 from longspan.engine.threads import ThreadExecutor
 from longspan.engine.workers import WorkerExecutor
+from longspan.errors import ConfigError
 from longspan.worker.messages import Start
 
 
@@ -31,8 +32,17 @@ def start_executor(start: Start, model: torch.nn.Module | None) -> Executor:
     """
     if start.config.executor == "threads":
         return ThreadExecutor(start, model)
-    launchers: dict[str, Callable[[EngineConfig], Launcher]] = {
-        "processes": LocalLauncher,
-        "external": ExternalLauncher,
-    }
-    return WorkerExecutor(start, launchers[start.config.executor](start.config))
+    return WorkerExecutor(start, _launcher(start.config))
+
+
+def _launcher(config: EngineConfig) -> Launcher:
+    if config.executor == "external":
+        return ExternalLauncher(config)
+    if config.executor == "ray":
+        if find_spec("ray") is None:
+            raise ConfigError("executor: got 'ray', which is not installed, legal is: pip install 'longspan[ray]'")
+        from longspan.engine.ray_cluster import RayLauncher
+
+        return RayLauncher(config)
+    assert config.executor == "processes"
+    return LocalLauncher(config)

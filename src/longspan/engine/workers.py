@@ -123,6 +123,8 @@ class WorkerExecutor:
                     link.send(peer, encode(Refused(str(error))))
                     if not self._ready.done():  # else a stray worker must not end those that run
                         return error
+            if self._failures.first_s is None and time.monotonic() - now < POLL_MS / 1e3:
+                continue
             # Capped: after the driver itself was stopped, or the machine slept, nobody has been silent for long.
             step_s = min(1.0, time.monotonic() - now)
             now = time.monotonic()
@@ -174,7 +176,7 @@ class WorkerExecutor:
         if (how := self._launcher.ended(rank)) is not None:
             self._failures.ended(rank, self._name(rank), how, now)
         elif is_gone and self._launcher.is_remote:
-            self._failures.ended(rank, self._name(rank), "is gone: its connection to the driver has closed", now)
+            self._failures.lost(rank, self._name(rank), now)
         elif self._roster.has_come(rank) or not self._launcher.is_remote:
             self._silence_s[rank] += step_s
             if self._silence_s[rank] > self._silence_limit_s:
@@ -205,8 +207,9 @@ class WorkerExecutor:
         ranks = self._roster.missing
         who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
         text = f"{who} did not connect to {link.address} within {self._connect_timeout_s:g} s (connect_timeout_s)"
-        if link.strangers:
-            text += f"; connections with another secret came from {', '.join(sorted(link.strangers))}"
+        if link.num_strangers:
+            where = ", ".join(sorted(link.strangers)) or "an unknown address"
+            text += f"; connections with another secret came from {where}"
         return WorkerError(text)
 
     def _name(self, rank: int) -> str:

@@ -29,6 +29,7 @@ class WorkerLink:
         self.address, self.secret = address, secret
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self._socket.linger = 0  # but in `close`: whoever fails to get there must not wait for a driver that is gone
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket()
         if secret is not None:
             connect_with(self._socket, secret)

@@ -36,8 +36,8 @@ def read_place(environment: Mapping[str, str]) -> Place:
     Raises:
         ConfigError: one is missing, or is no number.
     """
-    world_size = _number(environment, "WORLD_SIZE", 1)
     rank = _number(environment, "RANK", 0)
+    world_size = _number(environment, "WORLD_SIZE", 1)
     if rank >= world_size:
         raise ConfigError(f"RANK: got {rank}, legal is a number from 0 and below WORLD_SIZE, {world_size}")
     _number(environment, "MASTER_PORT", 1)
