@@ -81,8 +81,8 @@ def test_the_policy_chooses_on_cores_of_one_machine(num_ranks, chunk, context, e
 
 @pytest.mark.parametrize("num_gpus", [4, 6, 8])
 def test_rule_ring_within_one_node_of_more_than_two_devices_for_a_long_new_prompt(num_gpus):
-    """The prompt's first step, at the default of `max_num_batched_tokens` per rank. In later ones there are more keys
-    to move than queries."""
+    """The prompt's first step, at the default of `max_num_batched_tokens` per rank. Later ones have more keys to
+    move than queries."""
     assert chosen(gpus(1, num_gpus), num_gpus * EngineConfig(model="recall").max_num_batched_tokens, 0) is PASS_KV
 
 

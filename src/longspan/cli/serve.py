@@ -17,7 +17,8 @@ SHORT_STRIPE = 64
 """Tokens per stripe: chunks that take `--max-step-ms` are short, and each should have work for all ranks."""
 
 STRIPED_FROM = 1024
-"""Tokens per rank from which on a prompt is striped, if the user says nothing else: short ones stay on one rank."""
+"""Tokens per rank from which on a prompt is striped, if the user says nothing else. A lone request may gain from it
+earlier (`longspan.policy.placement_choice`); a server's other ranks have other requests to run."""
 
 
 @click.command()
