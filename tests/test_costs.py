@@ -256,7 +256,8 @@ def on_ranks(size, call):
     ("nodes", "inside", "between", "lone"),
     [
         ((0, 0), [True, True], [False, False], [False, False]),
-        ((0, 0, 0), [True] * 3, [False] * 3, [False] * 3),
+        ((0, 0, 0), [True, True, False], [False] * 3, [False] * 3),
+        ((0, 1, 2, 2), [False, False, True, True], [True, True, False, False], [True, True, True, False]),
         ((0, 1), [False, False], [True, True], [True, True]),
         ((0, 0, 1, 1), [True] * 4, [True] * 4, [True, False, True, False]),
         ((0, 1, 0, 1), [True] * 4, [True] * 4, [True, True, False, False]),

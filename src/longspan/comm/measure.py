@@ -7,7 +7,8 @@ Read next: `longspan.policy.rates`, which says what the numbers mean; `longspan.
 Note: everybody at once
     Ranks form rings, one per node, and one through the nodes for the first ranks of all nodes, one for the second
     ones, and so on. All rings run at the same time, and every rank sends to the next and receives from the one before,
-    which is what the strategies do. So a rank's bandwidth is what is left of a link that others use as well.
+    which is what the strategies do. So a rank's bandwidth is what is left of a link that others use as well. Short
+    messages go to and fro between neighbours, all pairs at the same time.
 """
 
 import statistics
@@ -26,6 +27,9 @@ from longspan.policy.rates import Link
 SIZES = ((2 << 10, 32), (8 << 10, 24), (32 << 10, 16), (64 << 10, 24), (256 << 10, 12), (1 << 20, 6), (3 << 20, 5))
 """(bytes of a message, how often it is sent): short ones for latency, the last two for bandwidth."""
 
+NUM_SHORT = 2
+"""How many of these sizes are sent to and fro."""
+
 WARM_UP = 3
 """Messages before those that count: connections and buffers are made on first use."""
 
@@ -35,7 +39,7 @@ OVERLAP_BYTES, OVERLAP_REPEATS = 2 << 20, 5
 BUSY_SIZE, BUSY_CALLS, MAX_BUSY_S = 192, 40, 0.05
 """Side of the matrices that are multiplied meanwhile, how often to learn its time, and the longest computation."""
 
-SIGNIFICANT_LATENCY = 0.5
+SIGNIFICANT_LATENCY = 0.15
 """Share of the latency that long messages must have in addition to be taken for another kind."""
 
 
@@ -86,6 +90,10 @@ def measure_links(comm: Communicator, nodes: Sequence[int]) -> LinkMeasurement:
 class _Ring(NamedTuple):
     successor: int
     predecessor: int
+    partner: int | None
+    """Neighbours in pairs; None for the odd one."""
+    is_first: bool
+    """Of its pair."""
 
 
 class _RingTimes(NamedTuple):
@@ -106,7 +114,10 @@ def _rings(rank: int, nodes: Sequence[int]) -> tuple[_Ring | None, _Ring | None,
 
 def _ring(rank: int, members: Sequence[int]) -> _Ring | None:
     place = members.index(rank)
-    return None if len(members) == 1 else _Ring(members[(place + 1) % len(members)], members[place - 1])
+    if len(members) == 1:
+        return None
+    partner = members[place ^ 1] if place ^ 1 < len(members) else None
+    return _Ring(members[(place + 1) % len(members)], members[place - 1], partner, place % 2 == 0)
 
 
 def _exchanges(comm: Communicator, ring: _Ring, num_bytes: int, repeats: int) -> list[float]:
@@ -120,16 +131,38 @@ def _exchanges(comm: Communicator, ring: _Ring, num_bytes: int, repeats: int) ->
     return times
 
 
-def _measure_ring(comm: Communicator, ring: _Ring) -> _RingTimes:
-    message_s: list[tuple[int, float]] = []
+def _measure_ring(comm: Communicator, ring: _Ring) -> _RingTimes | None:
+    """All messages of one ring; None for a rank without a partner, who only takes part."""
+    short_s: list[tuple[int, float]] = []
     own_s: list[float] = []
-    for num_bytes, repeats in SIZES:
-        _exchanges(comm, ring, num_bytes, WARM_UP if num_bytes < SIZES[-2][0] else 1)
+    for num_bytes, repeats in SIZES[:NUM_SHORT] if ring.partner is not None else ():
+        _ping_pong(comm, ring, num_bytes, WARM_UP)
         before_s = time.thread_time()
-        message_s.append((num_bytes, _typical(_exchanges(comm, ring, num_bytes, repeats))))
+        short_s.append((num_bytes, _typical(_ping_pong(comm, ring, num_bytes, repeats))))
         own_s.append((time.thread_time() - before_s) / (2 * repeats))
-    # Who comes last never sleeps, so of a short message the rank's own time is at most all of it.
-    return _RingTimes(message_s, min(own_s[0], own_s[1], message_s[0][1] / 2))
+    long_s: list[tuple[int, float]] = []
+    for num_bytes, repeats in SIZES[NUM_SHORT:]:
+        _exchanges(comm, ring, num_bytes, WARM_UP if num_bytes < SIZES[-2][0] else 1)
+        long_s.append((num_bytes, _typical(_exchanges(comm, ring, num_bytes, repeats))))
+    if not short_s:
+        return None
+    return _RingTimes([*short_s, *long_s], min(*own_s, short_s[0][1] / 2))
+
+
+def _ping_pong(comm: Communicator, ring: _Ring, num_bytes: int, repeats: int) -> list[float]:
+    """Seconds of one short message, half of there and back: the receiver sleeps until it comes, as in a real step."""
+    assert ring.partner is not None
+    outgoing, incoming = _buffers(num_bytes)
+    times: list[float] = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        if ring.is_first:
+            comm.exchange([(ring.partner, outgoing)], []).wait()
+        comm.exchange([], [(ring.partner, incoming)]).wait()
+        if not ring.is_first:
+            comm.exchange([(ring.partner, outgoing)], []).wait()
+        times.append((time.perf_counter() - started) / 2)
+    return times
 
 
 def _typical(times: Sequence[float]) -> float:

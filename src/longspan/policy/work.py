@@ -50,6 +50,16 @@ class StepWork:
     pairs: dict[tuple[int, int], PairWork] = field(default_factory=dict)
     """By (rank of the queries, rank of the keys)."""
 
+    def pair_s(self, query_rank: int, key_rank: int, rates: KernelRates) -> float:
+        """Of all kernel calls of one pair, whoever makes them."""
+        pair = self.pairs.get((query_rank, key_rank))
+        return pair.kernel_s + pair.num_calls * rates.call_s if pair else 0.0
+
+    def num_rows(self, query_rank: int, key_rank: int) -> int:
+        """Query rows of one rank with a key on the other."""
+        pair = self.pairs.get((query_rank, key_rank))
+        return pair.num_rows if pair else 0
+
 
 def count_work(
     segments: Iterable[Segment], tables: Mapping[int, PageTable], group: KVGroup, rates: KernelRates
