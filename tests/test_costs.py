@@ -126,9 +126,10 @@ class FakeRanks:
     def __init__(self, hosts=("a", "a")):
         self.hosts, self.num_asked = hosts, 0
 
-    def measure(self, nodes, ranks_per_device):
+    def measure(self, nodes, machines):
         self.num_asked += 1
-        rates = msgspec.structs.replace(cores(2).rates, ranks_per_device=ranks_per_device)
+        self.machines = machines
+        rates = cores(2).rates
         links = LinkMeasurement(Link(1e-5, 1e9), None, None, 1e-6 * self.num_asked, 0.0)
         return [RankMeasurement(rank, rates, links) for rank in range(len(nodes))]
 
@@ -149,7 +150,7 @@ def test_ranks_measure_once_and_later_starts_know(measuring):
     ranks = FakeRanks()
     first = costs_for(measuring, ranks)
     assert first is not None
-    assert first.topology.nodes == (0, 0)
+    assert first.topology.nodes == ranks.machines == (0, 0)
     assert costs_for(measuring, ranks) == first
     assert ranks.num_asked == 1
     again = costs_for(msgspec.structs.replace(measuring, measure="again"), ranks)

@@ -117,18 +117,16 @@ def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts
     cached = _load(measured_on) if asked == "auto" else None
     if cached is not None:
         return cached
-    costs = measure_costs(config, executor, nodes, hosts)
+    costs = measure_costs(executor, nodes, hosts)
     _store(measured_on, costs)
     return costs
 
 
-def measure_costs(config: EngineConfig, executor: Executor, nodes: tuple[int, ...], hosts: Sequence[str]) -> Costs:
+def measure_costs(executor: Executor, nodes: tuple[int, ...], hosts: Sequence[str]) -> Costs:
     """Let the ranks measure, whatever is known. Arguments and errors as in `find_costs`; `nodes` per rank."""
     names = list(dict.fromkeys(hosts))
     machines = tuple(names.index(host) for host in hosts)
-    most_ranks = max(machines.count(machine) for machine in machines)
-    sharing = max(1.0, most_ranks * config.num_threads / num_cores())
-    return combine(executor.measure(nodes, sharing), nodes, machines)
+    return combine(executor.measure(nodes, machines), nodes, machines)
 
 
 def step_options(config: EngineConfig) -> StepOptions:

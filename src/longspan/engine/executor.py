@@ -24,12 +24,12 @@ class Executor(Protocol):
             The answers of all its ranks, or a LongspanError: WorkerError, or ConfigError for what the user asked for.
         """
 
-    def measure(self, nodes: tuple[int, ...], ranks_per_device: float) -> list[RankMeasurement]:
+    def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:
         """Let all ranks measure themselves and their links. Only before the first plan.
 
         Args:
             nodes: per rank, its node.
-            ranks_per_device: compute threads of a machine's ranks per core, at least 1.
+            machines: per rank, the machine whose cores it shares.
 
         Returns:
             One per rank, in order.

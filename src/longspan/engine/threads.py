@@ -70,8 +70,8 @@ class ThreadExecutor:
             self._inboxes[rank].put(plan)
         return future
 
-    def measure(self, nodes: tuple[int, ...], ranks_per_device: float) -> list[RankMeasurement]:
-        message = Measure(nodes, ranks_per_device)
+    def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:
+        message = Measure(nodes, machines)
         with ThreadPoolExecutor(len(self.runners)) as threads:
             return list(threads.map(lambda runner: measure(runner, message), self.runners))
 

@@ -232,9 +232,9 @@ class WorkerExecutor:
                 self._link.send(self._voices[rank], message)  # the watcher notices whoever is gone
         return future
 
-    def measure(self, nodes: tuple[int, ...], ranks_per_device: float) -> list[RankMeasurement]:
+    def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:
         assert self._link is not None
-        message = encode(Measure(nodes, ranks_per_device))
+        message = encode(Measure(nodes, machines))
         for peer in self._voices.values():
             self._link.send(peer, message)
         return self._measurements.all.result()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longspan.attention.measure import measure_kernels
 from longspan.comm.measure import barrier, measure_links
+from longspan.config import num_cores
 from longspan.models.hook import AttentionCall
 from longspan.policy.measured import RankMeasurement
 from longspan.worker.messages import Measure
@@ -35,6 +36,8 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
     """
     comm, group = runner.comm.inner, runner.spec.kv_groups[0]  # the inner one: what is measured is no traffic of plans
 
+    num_ranks = message.machines.count(message.machines[runner.rank])  # of this machine
+
     def sync() -> None:
         barrier(comm)
 
@@ -42,7 +45,7 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
         runner.backend,
         group,
         runner.spec.layer_params[group.layers[0]],
-        ranks_per_device=message.ranks_per_device,
+        ranks_per_device=max(1.0, num_ranks * torch.get_num_threads() / num_cores()),
         sync=sync,
         device=runner.device,
     )

@@ -60,8 +60,8 @@ class Measure(msgspec.Struct, frozen=True, tag=True):
 
     nodes: tuple[int, ...]
     """Per rank, its node."""
-    ranks_per_device: float
-    """Of the worker's machine: compute threads of all ranks per core, at least 1."""
+    machines: tuple[int, ...]
+    """Per rank, the machine whose cores it shares."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
