@@ -6,6 +6,7 @@ communicator of a real run, slowed down where links are simulated. A step is pla
 
 import multiprocessing
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -103,14 +104,14 @@ class AttentionRanks:
         runs, table = striped(shape, self.num_ranks)
         return plan_group(runs, {0: table}, self.group, costs).strategy
 
-    def time(self, shape: Shape, steps: Sequence[GroupStep], repeats: int, most_s: float = 5.0) -> list[float]:
-        """Median seconds per layer of some steps of one shape, interleaved. Fewer repeats (not below 5) where `most_s`
-        would pass."""
+    def time(self, shape: Shape, steps: Sequence[GroupStep], repeats: int, most_s: float = 3.0) -> list[float]:
+        """Median seconds per layer of some steps of one shape, interleaved in changing order. Fewer repeats (not below
+        5) where `most_s` would pass."""
         runs, table = striped(shape, self.num_ranks)
         times: list[list[float]] = [[] for _ in steps]
         started = time.perf_counter()
         for repeat in range(repeats + 1):
-            for step, found in zip(steps, times, strict=True):
+            for step, found in random.Random(repeat).sample(list(zip(steps, times, strict=True)), len(steps)):
                 plan = Plan(0, Phase.PREFILL, tuple(range(self.num_ranks)), tuple(runs), (), (step,), ())
                 seconds = max(self._ask(("run", plan, table.runs)))
                 if repeat:  # the first one is for caches
@@ -143,9 +144,11 @@ def _serve(
     from longspan.comm.recording import RecordingCommunicator
     from longspan.comm.sockets import SocketCommunicator
     from longspan.cp.attend import StepAttention
+    from longspan.cp.measure import measure_messages
     from longspan.kvcache.pool import PagePool
     from longspan.policy.measured import RankMeasurement
     from longspan.types import AttentionParams
+    from longspan.worker.measure import with_messages
 
     torch.set_num_threads(1)
     comm: Communicator = SocketCommunicator(rank, num_ranks, local_meeting(Path(directory)))
@@ -167,6 +170,7 @@ def _serve(
                 rates = measure_kernels(
                     backend, kv_group, params, ranks_per_device=sharing, sync=lambda: barrier(comm), device=device
                 )
+                rates = with_messages(rates, measure_messages(kv_group, device))
                 pipe.send(RankMeasurement(rank, rates, measure_links(comm, nodes)))
                 continue
             _, plan, table_runs = message

@@ -1,6 +1,6 @@
 """How much time the policy's choice loses against the best strategy, over a grid of steps, ranks and links.
 
-    python benchmarks/regret.py [--setting NAME ...] [--repeats 31] [--save] [--plot]
+    python benchmarks/regret.py [--setting NAME ...] [--repeats 101] [--save] [--plot]
 
 Each setting starts its ranks, measures them as every start of longspan does, and times all strategies of each step,
 interleaved; the policy chooses from the measured numbers alone. With `--save`, settings are added to today's result, so
@@ -31,10 +31,10 @@ SHAPES = [
         (128, 32768),
         (256, 0),
         (512, 4096),
+        (512, 16384),
         (1024, 0),
-        (1024, 16384),
-        (2048, 2048),
-        (4096, 0),
+        (1024, 4096),
+        (2048, 0),
     )
 ]
 
@@ -133,7 +133,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--setting", action="append", choices=SETTINGS, help="only these")
-    options.add_argument("--repeats", type=int, default=31, help="medians of so many interleaved runs")
+    options.add_argument("--repeats", type=int, default=101, help="medians of so many interleaved runs")
     options.add_argument("--save", action="store_true", help="add to today's result in benchmarks/results/")
     options.add_argument("--plot", action="store_true", help="draw what has been saved, and measure nothing")
     chosen = options.parse_args()

@@ -1,6 +1,7 @@
 """Proves what the policy chooses from the numbers of named hardware, and that the original request's rule follows from
 them: a ring within one node, a tree across nodes, normal attention where one device is enough."""
 
+import msgspec
 import pytest
 
 from hardware import cores, gpus
@@ -131,6 +132,19 @@ def test_a_rank_whose_peers_are_idle_has_the_shared_device_to_itself():
     assert (alone.topology.nodes, alone.rates.ranks_per_device) == ((0,), 1.0)
     assert (alone.rates.matmul_flops_per_s, alone.rates.attention_flops_per_s) == (2.0, ((1, 8.0),))
     assert alone.rates.call_s == 0.5
+
+
+def test_tree_is_a_candidate_only_where_it_is_something_else_than_pass_q():
+    costs = gpus(2, 2)
+    for nodes, is_candidate in (
+        ((0, 0, 0, 0), False),
+        ((0, 1, 2, 3), False),
+        ((0, 0, 1, 1), True),
+        ((0, 1, 2, 2), True),
+    ):
+        topology = msgspec.structs.replace(costs.topology, nodes=nodes)
+        choice = predict_step_choice(LARGE, 0, 1, 4096, Costs(topology, costs.rates), OPTIONS)
+        assert (TREE in choice.predicted_s) == is_candidate
 
 
 # -- the table of typical steps --------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ def measure_kernels(
         device: where the model runs.
 
     Returns:
-        Rates; `exchange_s`, `moved_byte_s` and `layer_s` are 0, as they are measured elsewhere.
+        Rates; `exchange_s`, `moved_byte_s` and `layer_s` are 0, and `merge_s` is that of two partials at hand: what
+        messages take is measured elsewhere.
     """
     dtype: torch.dtype = getattr(torch, group.spec.dtype)
     spec, heads = group.spec, group.num_query_heads

@@ -51,6 +51,11 @@ def _least_keys_s(work: StepWork, group: KVGroup, costs: Costs) -> float:
     return max(wanted.values(), default=0) * group.spec.token_bytes / best
 
 
+def _has_levels(nodes: Sequence[int]) -> bool:
+    """Whether there is anything between nodes, and anything inside one. Args: the node of every rank that exchanges."""
+    return 1 < len(set(nodes)) < len(nodes)
+
+
 def predict_candidates(
     segments: Sequence[Segment],
     tables: Mapping[int, PageTable],
@@ -63,8 +68,8 @@ def predict_candidates(
     """Every strategy that a step could use, written down and predicted, in the order of `CANDIDATES`.
 
     `gather_kv` is a candidate only while what a rank gathers fits two blocks of the ring (which holds three): its
-    memory grows with what is visible. `tree` is one only where the ranks that exchange lie on several nodes: on one it
-    is `pass_q`.
+    memory grows with what is visible. `tree` is one only where the ranks that exchange lie on several
+    nodes, and two of them on one: else it is `pass_q`.
 
     Args: as `choose_strategy`; `prune` leaves out what moves keys if the keys alone would take longer than `pass_q`.
     """
@@ -81,7 +86,7 @@ def predict_candidates(
         if strategy in known:
             yield known[strategy]
             continue
-        if strategy is Strategy.TREE and len({nodes[rank] for rank in remote_ranks(segments)}) < 2:
+        if strategy is Strategy.TREE and not _has_levels([nodes[rank] for rank in remote_ranks(segments)]):
             continue
         step = make_group_step(strategy, segments, tables, block_len, nodes)
         if strategy is Strategy.GATHER_KV and _gathered_rows(step) > 2 * block_len:

@@ -88,12 +88,18 @@ class Clocks:
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def sending_s(self, messages: Sequence[Message]) -> Seconds:
-        """Per rank, time to pack its messages, and to start all that it sends and receives."""
+        """Per rank, time to pack and send its messages."""
         rates = self.costs.rates
         seconds: Seconds = {}
         for m in messages:
             add(seconds, m.source, rates.exchange_s + m.num_bytes / rates.copy_bytes_per_s)
-            add(seconds, m.target, rates.exchange_s)
+        return seconds
+
+    def receiving_s(self, messages: Sequence[Message]) -> Seconds:
+        """Per rank, time to take in what has come."""
+        seconds: Seconds = {}
+        for m in messages:
+            add(seconds, m.target, self.costs.rates.exchange_s)
         return seconds
 
     def queues_s(self, messages: Sequence[Message]) -> list[float]:

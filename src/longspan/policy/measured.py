@@ -30,7 +30,7 @@ class RankMeasurement(msgspec.Struct, frozen=True):
 
     rank: int
     rates: KernelRates
-    """Without what `links` says of messages."""
+    """`exchange_s` is the work at the ends of a message, without what `links` says of sending it."""
     links: LinkMeasurement
 
 
@@ -70,7 +70,7 @@ def combine(
                 for num_queries, _ in rates[0].attention_flops_per_s
             ),
             call_s=most(lambda rate: rate.call_s),
-            exchange_s=max(link.exchange_s for link in links),
+            exchange_s=most(lambda rate: rate.exchange_s) + max(link.exchange_s for link in links),
             layer_s=most(lambda rate: rate.layer_s),
             token_s=max((rate.token_s for rate in rates if rate.token_s is not None), default=None),
             merge_s=most(lambda rate: rate.merge_s),

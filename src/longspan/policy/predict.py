@@ -130,7 +130,7 @@ class _Layer:
         self._local(messages)
         clocks.wait(arrived)
         compute_s: Seconds = {}
-        copy_s: Seconds = {}
+        copy_s = clocks.receiving_s(messages)
         for m in messages:
             add(compute_s, m.target, self._work.pair_s(m.target, m.source, self._rates))
             add(copy_s, m.target, self._merge_s(self._work.num_rows(m.target, m.source) * self._row_bytes))
@@ -153,6 +153,7 @@ class _Layer:
         arrived = clocks.arrivals(queries, clocks.now)
         self._local(queries)
         clocks.wait(arrived)
+        clocks.run({}, clocks.receiving_s(queries))
         self._take_home(partials, self._serve(partials))
 
     def _tree(self) -> None:
@@ -163,8 +164,10 @@ class _Layer:
         arrived = clocks.arrivals(queries, clocks.now)
         self._local(queries)
         clocks.wait(arrived)
+        clocks.run({}, clocks.receiving_s(queries))
         clocks.run({}, clocks.sending_s(relayed))
         clocks.wait(clocks.arrivals(relayed, dict(clocks.now)))
+        clocks.run({}, clocks.receiving_s(relayed))
         self._take_home(partials, self._serve(partials))
         clocks.run({}, clocks.sending_s(merged))
         self._take_home(merged, dict(clocks.now))
@@ -197,7 +200,7 @@ class _Layer:
             time_s = link.latency_of(m.num_bytes) + max(last_s, first_s[m.source] + queue_s)
             arrived[m.target] = max(arrived.get(m.target, 0.0), time_s)
         clocks.wait(arrived)
-        merge_s: Seconds = {}
+        merge_s = clocks.receiving_s(partials)
         for m in partials:
             add(merge_s, m.target, self._merge_s(m.num_bytes))
         clocks.run({}, merge_s, partials)

@@ -62,10 +62,11 @@ class RingTime:
         """
         members, rates = self._ring.participants, self._rates
         size = len(members)
+        is_shared = rates.ranks_per_device > 1
         total_s = 0.0
         for hop in range(1, size):
             loads_s: list[float] = []
-            message_s = 0.0
+            message_s = late_s = 0.0
             for i in range(size):
                 sent = blocks[(i - hop + 1) % size] * self._token_bytes
                 received = blocks[(i - hop) % size] * self._token_bytes
@@ -75,8 +76,11 @@ class RingTime:
                     load_s += sent / rates.copy_bytes_per_s
                 loads_s.append(load_s)
                 if sent:
-                    message_s = max(message_s, self._links[i].message_s(sent))
-            total_s += max(message_s, self._clocks.longest(members, loads_s))
+                    link = self._links[i]
+                    message_s = max(message_s, link.message_s(sent))
+                    if is_shared:  # who moves long messages waits for its turn on a core, whatever is computed there
+                        late_s = max(late_s, link.latency_of(sent) - link.latency_s)
+            total_s += max(message_s - late_s, self._clocks.longest(members, loads_s)) + late_s
             before_s = []
             for i in range(size):
                 origin = (i - hop) % size

@@ -1,0 +1,50 @@
+"""What a partial's way through a message costs the ranks at both ends, beside its bytes.
+
+Holds one measurement. Must not know links or kernels.
+Read next: `longspan.policy.rates`, which says what the numbers mean; `longspan.comm.measure`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from longspan.attention.partial import PartialAttention
+from longspan.cp.partial_message import PartialMessage
+from longspan.types import KVGroup
+
+REPEATS = 60
+
+
+class MessageTimes(NamedTuple):
+    """Of a partial of one row."""
+
+    pack_s: float
+    """Making the message, and filling it."""
+    merge_s: float
+    """Merging it at home."""
+
+
+def measure_messages(group: KVGroup, device: torch.device) -> MessageTimes:
+    """Measure this rank; others may do the same at the same time."""
+    heads, width = group.num_query_heads, group.spec.v_width
+    partial = PartialAttention(torch.randn(1, heads, width, device=device), torch.randn(1, heads, device=device))
+    message = PartialMessage(group, 1, device)
+    message.pack(partial)
+    home = [PartialAttention(partial.out.clone(), partial.lse.clone())]
+    return MessageTimes(
+        pack_s=_mean_s(lambda: PartialMessage(group, 1, device).pack(partial)),
+        merge_s=_mean_s(lambda: message.merge_into_(home, [(0, 0, 1)])),
+    )
+
+
+def _mean_s(call: Callable[[], object]) -> float:
+    """Seconds of a call: the mean without the longest tenth, as ranks may take turns on a core."""
+    times: list[float] = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.fmean(sorted(times)[: REPEATS - REPEATS // 10])
