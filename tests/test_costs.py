@@ -360,6 +360,9 @@ def test_the_slowest_rank_counts_number_by_number():
     assert costs.topology.inside == Link(2e-6, 4e9, 1024, 1e-5)
     assert costs.topology.between == Link(1e-3, 1e8)
     assert costs.topology.ranks_per_link == pytest.approx(3.0)
+    shared = [msgspec.structs.replace(rate, ranks_per_device=1.5, exchange_s=1e-6) for rate in rates]
+    both = combine([RankMeasurement(i, *pair) for i, pair in enumerate(zip(shared, links, strict=True))], (0, 0))
+    assert both.rates.exchange_s == pytest.approx(1e-6 + 1.5 * 2e-6), "half of the ranks waited when it was measured"
     assert costs.rates == KernelRates(
         10.0, 19.0, 30.0, ((1, 5.0), (16, 8.0)), 2.0, 2e-6, layer_s=0.1, merge_s=3.0, moved_byte_s=1e-9
     )

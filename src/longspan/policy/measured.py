@@ -52,6 +52,9 @@ def combine(
     lone = max((link.lone_bytes_per_s for link in links if link.lone_bytes_per_s is not None), default=None)
     ranks_per_link = 1.0 if lone is None else max(1.0, lone / (between or known).bytes_per_s)
     rates = [m.rates for m in measurements]
+    # Links were measured while half of the ranks waited for the others; rates are those of ranks that are all busy.
+    sharing = max(rate.ranks_per_device for rate in rates)
+    slowdown = sharing / max(1.0, sharing / 2)
 
     def most(field: Callable[[KernelRates], float]) -> float:
         return max(field(rate) for rate in rates)
@@ -70,7 +73,7 @@ def combine(
                 for num_queries, _ in rates[0].attention_flops_per_s
             ),
             call_s=most(lambda rate: rate.call_s),
-            exchange_s=most(lambda rate: rate.exchange_s) + max(link.exchange_s for link in links),
+            exchange_s=most(lambda rate: rate.exchange_s) + max(link.exchange_s for link in links) * slowdown,
             layer_s=most(lambda rate: rate.layer_s),
             token_s=max((rate.token_s for rate in rates if rate.token_s is not None), default=None),
             merge_s=most(lambda rate: rate.merge_s),
