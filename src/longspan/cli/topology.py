@@ -32,8 +32,8 @@ def topology(model: str, save: str | None, as_json: bool, **options: Any) -> Non
     assert not options
     if config.context_parallel_size == 1:
         raise ConfigError("context_parallel_size: got 1, legal is 2 or more: one rank has no links")
-    if config.executor != "processes":
-        raise ConfigError(f"executor: got {config.executor!r}, legal is 'processes': threads never measure")
+    if config.executor == "threads":
+        raise ConfigError("executor: got 'threads', legal is processes, external or ray: threads never measure")
     if config.measure == "never":
         raise ConfigError("measure: got 'never', legal is auto or again")
     config = msgspec.structs.replace(config, measure="again")
