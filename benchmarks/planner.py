@@ -3,8 +3,8 @@
     python benchmarks/planner.py [--lengths 2048,8192,16384] [--ranks 1,2,4] [--repeats 1] [--json] [--save]
 
 The ranks measure kernels and links when an engine starts; `longspan.policy.planner` predicts with these numbers before
-the engine runs. Ranks have one thread each. One rank alone has no link to measure and uses the rates of two. Engines of
-different rank counts run one after the other, each started (and measured) again for every repeat: numbers are medians.
+the engine runs. Ranks have one thread each. Engines of different rank counts run one after the other, each started (and
+measured) again for every repeat: numbers are medians.
 """
 
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 from common import LongspanRunner, median, parser, random_model, random_prompt, report
 from longspan.models.shape import load_shape
 from longspan.policy.planner import StepOptions, predict_decode, predict_prefill
-from longspan.policy.rates import Costs, Topology
 from longspan.policy.shapes import ModelShape
 
 STEP_S = 2e-3
@@ -25,19 +24,10 @@ KEYS = ("ranks", "prompt")
 """Of a row."""
 
 
-def costs_of_two(model: Path) -> Costs:
-    """What two ranks measure, for one rank."""
-    runner = LongspanRunner(model, 2, 1, placement="striped", measure="again")
-    costs = runner.engine.costs
-    runner.close()
-    return Costs(Topology((0,), costs.topology.inside, costs.topology.between), costs.rates)
-
-
 def compare(model: Path, shape: ModelShape, num_ranks: int, lengths: list[int], repeat: int) -> list[dict[str, Any]]:
     """One start of one engine: its measurement, predictions, and runs."""
-    alone = costs_of_two(model) if num_ranks == 1 else None
-    runner = LongspanRunner(model, num_ranks, 1, placement="striped", **({} if alone else {"measure": "again"}))
-    costs = alone or runner.engine.costs
+    runner = LongspanRunner(model, num_ranks, 1, placement="striped", measure="again")
+    costs = runner.engine.costs
     rows = []
     for length in lengths:
         options = StepOptions(step_s=STEP_S)

@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from longspan.cli.main import cli
+from longspan.cli.plan_plot import check_plot
 from longspan.cli.plan_text import print_plan
 from longspan.errors import ConfigError
 from longspan.models.shape import load_shape
@@ -241,6 +242,12 @@ def test_rejects_options_in_one_line(llama, arguments, message):
 def test_rejects_a_model_that_is_not_there(cache_home, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert refused("./nothing", "--gpu", "h100").startswith("model: got './nothing', legal is")
+
+
+def test_rejects_a_picture_that_cannot_be_written(llama, tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(ConfigError, match=r"^plot: got '.*taken.png', legal is a file that can be written"):
+        check_plot(str(tmp_path / "taken.png"))
 
 
 def test_rejects_a_picture_without_matplotlib_and_names_the_extra(llama, monkeypatch):

@@ -212,6 +212,12 @@ def test_rejects_files_that_say_something_else(tmp_path, data, message):
     assert "\n" not in str(error.value)
 
 
+def test_rejects_a_file_of_brackets_in_one_line(tmp_path):
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    with pytest.raises(ConfigError, match="legal is YAML or JSON"):
+        load_cluster(str(tmp_path / "deep.yaml"))
+
+
 def test_rejects_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match=r"cluster: got .*, legal is a file that can be read: No such file"):
         load_cluster(str(tmp_path / "none.yaml"))

@@ -114,6 +114,10 @@ def test_rejects_nodes_that_contradict_the_file(tmp_path):
     assert file_costs(same, MODEL) == gpus(2, 2)
     with pytest.raises(ConfigError, match="nodes"):
         file_costs(msgspec.structs.replace(config, nodes=(0, 1, 2, 3)), MODEL)
+    with pytest.raises(ConfigError, match="nodes"):
+        file_costs(msgspec.structs.replace(config, simulated_links="nodes=0,1,0,1 latency_us=1"), MODEL)
+    with pytest.raises(ConfigError, match=r"nodes: got \(0, 1\) with simulated_links that say \(0, 0\)"):
+        EngineConfig(model="recall", context_parallel_size=2, nodes=(0, 1), simulated_links="nodes=0,0 latency_us=1")
     assert file_costs(msgspec.structs.replace(config, topology=None), MODEL) is None
 
 
@@ -171,11 +175,17 @@ def test_every_difference_that_matters_is_measured_apart(measuring):
     costs_for(msgspec.structs.replace(measuring, simulated_links=links.replace("100", "200")), ranks)
     costs_for(msgspec.structs.replace(measuring, threads_per_rank=7), ranks)
     costs_for(msgspec.structs.replace(measuring, attention_backend="reference"), ranks)
-    assert ranks.num_asked == 8
+    rounded = msgspec.structs.replace(
+        GROUP, float32_partials=True, spec=msgspec.structs.replace(GROUP.spec, dtype="bfloat16")
+    )
+    costs_for(measuring, ranks, model=msgspec.structs.replace(MODEL, kv_groups=(rounded,)))
+    kept = msgspec.structs.replace(rounded, float32_partials=False)
+    costs_for(measuring, ranks, model=msgspec.structs.replace(MODEL, kv_groups=(kept,)))
+    assert ranks.num_asked == 10
 
 
 def test_the_keys_of_the_cache_differ_in_every_field():
-    base = MeasuredOn(("a",), (0,), "cpu", 2, 1, "heads", 5, None, ("1",))
+    base = MeasuredOn(("a",), (0,), "cpu", 2, 1, "heads", 5, None, "ray eth0", ("1",))
     others = {
         "hosts": ("b",),
         "nodes": (1,),
@@ -185,6 +195,7 @@ def test_the_keys_of_the_cache_differ_in_every_field():
         "attention": "other",
         "num_parameters": 6,
         "simulated_links": "x",
+        "executor": "ray ib0",
         "versions": ("2",),
     }
     assert set(others) == set(MeasuredOn.__struct_fields__)
@@ -207,6 +218,27 @@ def test_a_cache_that_cannot_be_written_is_no_error(measuring, monkeypatch, tmp_
     (tmp_path / "file").write_text("no directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert costs_for(measuring, FakeRanks()) is not None
+
+
+def test_a_cache_that_cannot_take_its_place_leaves_nothing_behind(measuring, tmp_path):
+    costs_for(measuring, FakeRanks())
+    (path,) = (tmp_path / "longspan").iterdir()
+    path.unlink()
+    path.mkdir()
+    assert costs_for(measuring, FakeRanks()) is not None
+    assert list((tmp_path / "longspan").iterdir()) == [path]
+
+
+def test_a_cached_topology_of_other_nodes_is_not_believed(measuring, tmp_path):
+    ranks = FakeRanks()
+    costs_for(measuring, ranks)
+    (path,) = (tmp_path / "longspan").iterdir()
+    cached = msgspec.json.decode(path.read_bytes())
+    cached["costs"]["topology"]["nodes"] = [0, 0, 0]
+    cached["costs"]["topology"]["machines"] = None
+    path.write_bytes(msgspec.json.encode(cached))
+    assert costs_for(measuring, ranks).topology.nodes == (0, 0)
+    assert ranks.num_asked == 2
 
 
 def test_nobody_measures_where_it_would_be_of_no_use(measuring, monkeypatch):

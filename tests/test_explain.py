@@ -101,7 +101,6 @@ def test_topology_measures_real_ranks_and_saves_what_a_run_can_use(longspan, tmp
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ((), "context_parallel_size"),
         ((*TWO_RANKS, "--executor", "threads"), "executor"),
         ((*TWO_RANKS, "--measure", "never"), "measure"),
         ((*TWO_RANKS, "--topology", "/no/such/file"), "topology"),

@@ -290,6 +290,30 @@ def test_strangers_are_passed_over_and_ranks_still_meet(monkeypatch):
         connection.close()
 
 
+def test_silent_strangers_do_not_move_the_deadline(monkeypatch):
+    """Each of them was once heard to the end before the deadline was looked at."""
+    monkeypatch.setattr(connect, "STRANGER_S", 60.0)
+    store = dist.HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(connect_all, 0, 2, store, Meeting("unused", None, "127.0.0.1", b"k"), timeout_s=0.5)
+        address = msgspec.msgpack.decode(store.get("longspan-address-0"))["tcp"]
+        strangers = [socket.create_connection(address) for _ in range(3)]
+        with pytest.raises(OSError, match=r"ranks \[1\] did not connect"):
+            waiting.result(timeout=20)
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_a_message_of_the_handshake_may_come_in_pieces():
+    near, far = socket.socketpair()
+    with near, far:
+        near.sendall(b"abc")
+        threading.Timer(0.05, lambda: near.sendall(b"defgh")).start()
+        assert connect._receive(far, 6, time.monotonic() + 10) == b"abcdef"
+        with pytest.raises(TimeoutError):
+            connect._receive(far, 6, time.monotonic() + 0.05)
+
+
 def test_addresses_are_found_by_interface_and_by_route():
     assert interface_address("lo") == "127.0.0.1"
     assert address_towards("127.0.0.1") == "127.0.0.1"

@@ -211,6 +211,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         nodes, size = self.nodes, self.context_parallel_size
         if nodes is None:
             return
+        if self.simulation is not None and self.simulation.nodes != nodes:
+            raise ConfigError(
+                f"nodes: got {nodes!r} with simulated_links that say {self.simulation.nodes}, legal is the same"
+            )
         is_legal = isinstance(nodes, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in nodes)
         if not is_legal or len(nodes) != size or set(nodes) != set(range(len(set(nodes)))):
             raise ConfigError(

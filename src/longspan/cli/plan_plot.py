@@ -5,6 +5,7 @@ Read next: `longspan.policy.report`.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def check_plot(path: str) -> None:
         raise ConfigError(f"plot: got {path!r}, legal is a file name that ends in .png")
     if not Path(path).parent.is_dir():
         raise ConfigError(f"plot: got {path!r}, legal is a file in a directory that exists")
+    if Path(path).is_dir() or not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK):
+        raise ConfigError(f"plot: got {path!r}, legal is a file that can be written")
 
 
 def write_plot(report: PlanReport, path: str) -> None:
@@ -56,7 +59,10 @@ def write_plot(report: PlanReport, path: str) -> None:
         f"{report.architecture} on {cluster.num_nodes} x {cluster.devices_per_node} {cluster.name}, "
         f"tensor parallel size {report.tensor_parallel_size} (predicted)"
     )
-    figure.savefig(path, format="png", dpi=120)
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise ConfigError(f"plot: got {path!r}, legal is a file that can be written: {error.strerror}") from error
 
 
 def _line(axes: Any, x: list[int], y: list[float], label: str, color: str, style: str) -> None:

@@ -30,8 +30,6 @@ def topology(model: str, save: str | None, as_json: bool, **options: Any) -> Non
     """
     config = engine_config(model, options)
     assert not options
-    if config.context_parallel_size == 1:
-        raise ConfigError("context_parallel_size: got 1, legal is 2 or more: one rank has no links")
     if config.executor == "threads":
         raise ConfigError("executor: got 'threads', legal is processes, external or ray: threads never measure")
     if config.measure == "never":

@@ -20,10 +20,12 @@ import fcntl
 import hmac
 import os
 import platform
+import queue
 import secrets
 import select
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -34,6 +36,12 @@ from longspan.errors import CommunicationError, ConfigError
 
 STRANGER_S = 5.0
 """How long a connection may take to say who it is."""
+
+BACKLOG = 64
+"""Connections beside those of peers that may wait to be accepted."""
+
+ACCEPT_POLL_S = 0.02
+"""How often it is looked whether somebody has proved to be a peer."""
 
 BUFFER_BYTES = 212_992
 """Of a socket in each direction; what Linux admits without further settings."""
@@ -98,11 +106,11 @@ def connect_all(rank: int, size: int, store: Store, meeting: Meeting, *, timeout
     unix = str(meeting.directory / f"peer-{rank}") if meeting.directory else f"\0longspan-{secrets.token_hex(16)}"
     with socket.socket(socket.AF_UNIX) as near, socket.socket(socket.AF_INET) as far:
         near.bind(unix)
-        near.listen(size)
+        near.listen(size + BACKLOG)
         if meeting.address is not None:
             _set_buffers(far)  # before it listens: its connections inherit them
             far.bind((meeting.address, 0))
-            far.listen(size)
+            far.listen(size + BACKLOG)
         mine = _Address(_host_id(), unix, None if meeting.address is None else far.getsockname())
         store.set(f"longspan-address-{rank}", msgspec.msgpack.encode(mine))
         connections: dict[int, socket.socket] = {}
@@ -110,12 +118,7 @@ def connect_all(rank: int, size: int, store: Store, meeting: Meeting, *, timeout
             theirs = msgspec.msgpack.decode(store.get(f"longspan-address-{peer}"), type=_Address)
             connections[peer] = _connect(rank, peer, theirs, mine.host_id, meeting.key, timeout_s)
         listeners = [near] if meeting.address is None else [near, far]
-        waiting = set(range(rank + 1, size))
-        deadline = time.monotonic() + timeout_s
-        while waiting:
-            peer, connection = _accept(rank, waiting, listeners, meeting.key, deadline)
-            connections[peer] = connection
-            waiting.remove(peer)
+        connections |= _accept(rank, set(range(rank + 1, size)), listeners, meeting.key, timeout_s)
     if meeting.directory is not None:
         os.unlink(unix)  # everybody who needs it has connected
     for connection in connections.values():
@@ -136,7 +139,7 @@ def _connect(rank: int, peer: int, theirs: _Address, host_id: str, key: bytes, t
         connection.connect(theirs.tcp)
     nonce = secrets.token_bytes(_NONCE_BYTES)
     connection.sendall(_HELLO.pack(rank, nonce))
-    answer = _receive(connection, _NONCE_BYTES + _PROOF_BYTES)
+    answer = _receive(connection, _NONCE_BYTES + _PROOF_BYTES, time.monotonic() + timeout_s)
     nonces = nonce + answer[:_NONCE_BYTES]
     if not hmac.compare_digest(answer[_NONCE_BYTES:], _proof(key, b"accepts", peer, rank, nonces)):
         raise OSError(f"rank {peer} does not know the secret")
@@ -145,28 +148,54 @@ def _connect(rank: int, peer: int, theirs: _Address, host_id: str, key: bytes, t
 
 
 def _accept(
-    rank: int, waiting: set[int], listeners: list[socket.socket], key: bytes, deadline: float
-) -> tuple[int, socket.socket]:
-    """The next of the peers waited for that connects and knows the key."""
-    while True:
-        ready, _, _ = select.select(listeners, [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
+    rank: int, waiting: set[int], listeners: list[socket.socket], key: bytes, timeout_s: float
+) -> dict[int, socket.socket]:
+    """The peers waited for, as they connect and prove that they know the key.
+
+    Whoever connects is heard in a thread of its own: one that says nothing keeps nobody waiting.
+    """
+    found: queue.SimpleQueue[tuple[int, socket.socket]] = queue.SimpleQueue()
+    connections: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + timeout_s
+    while waiting:
+        if time.monotonic() >= deadline:
             raise OSError(f"ranks {sorted(waiting)} did not connect")
-        connection, _ = ready[0].accept()
-        connection.settimeout(STRANGER_S)
-        try:
-            peer, nonce = _HELLO.unpack(_receive(connection, _HELLO.size))
-            nonces = nonce + secrets.token_bytes(_NONCE_BYTES)
-            connection.sendall(nonces[_NONCE_BYTES:] + _proof(key, b"accepts", rank, peer, nonces))
-            proof = _receive(connection, _PROOF_BYTES)
-        except OSError:
-            connection.close()
-            continue
-        if peer in waiting and hmac.compare_digest(proof, _proof(key, b"connects", peer, rank, nonces)):
-            if connection.family == socket.AF_INET:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return peer, connection
+        ready, _, _ = select.select(listeners, [], [], ACCEPT_POLL_S)
+        for listener in ready:
+            connection, _ = listener.accept()
+            threading.Thread(target=_hear, args=(rank, connection, key, deadline, found), daemon=True).start()
+        while not found.empty():
+            peer, connection = found.get()
+            if peer in waiting:
+                connections[peer] = connection
+                waiting.remove(peer)
+            else:
+                connection.close()
+    return connections
+
+
+def _hear(
+    rank: int,
+    connection: socket.socket,
+    key: bytes,
+    deadline: float,
+    found: "queue.SimpleQueue[tuple[int, socket.socket]]",
+) -> None:
+    """Let somebody who has connected prove that he is a peer."""
+    try:
+        deadline = min(deadline, time.monotonic() + STRANGER_S)
+        peer, nonce = _HELLO.unpack(_receive(connection, _HELLO.size, deadline))
+        nonces = nonce + secrets.token_bytes(_NONCE_BYTES)
+        connection.sendall(nonces[_NONCE_BYTES:] + _proof(key, b"accepts", rank, peer, nonces))
+        proof = _receive(connection, _PROOF_BYTES, deadline)
+        if not hmac.compare_digest(proof, _proof(key, b"connects", peer, rank, nonces)):
+            raise OSError("a stranger")
+        if connection.family == socket.AF_INET:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:
         connection.close()
+        return
+    found.put((peer, connection))
 
 
 def _proof(key: bytes, role: bytes, rank: int, peer: int, nonces: bytes) -> bytes:
@@ -174,10 +203,18 @@ def _proof(key: bytes, role: bytes, rank: int, peer: int, nonces: bytes) -> byte
     return hmac.digest(key, role + struct.pack("<II", rank, peer) + nonces, "sha256")
 
 
-def _receive(connection: socket.socket, num_bytes: int) -> bytes:
-    data = connection.recv(num_bytes, socket.MSG_WAITALL)
-    if len(data) < num_bytes:
-        raise OSError("a peer closed the connection before it said who it is")
+def _receive(connection: socket.socket, num_bytes: int, deadline: float) -> bytes:
+    """All bytes of a message, in however many pieces they come."""
+    data = b""
+    while len(data) < num_bytes:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("a peer did not say who it is")
+        connection.settimeout(left_s)
+        piece = connection.recv(num_bytes - len(data))
+        if not piece:
+            raise OSError("a peer closed the connection before it said who it is")
+        data += piece
     return data
 
 

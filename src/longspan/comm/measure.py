@@ -62,8 +62,10 @@ def measure_links(comm: Communicator, nodes: Sequence[int]) -> LinkMeasurement:
         comm: the ranks' communicator; nothing else may be under way on it.
         nodes: per rank, its node, from 0.
 
-    Collective: all ranks, with the same `nodes`; about 100 exchanges of up to 3 MiB per ring.
+    Collective: all ranks, with the same `nodes`; about 100 exchanges of up to 3 MiB per ring. A lone rank has no link.
     """
+    if comm.size == 1:
+        return LinkMeasurement(None, None, None, 0.0, 0.0)
     inside_ring, between_ring, lone_ring = _rings(comm.rank, nodes)
     has_several = len(set(nodes)) > 1
     barrier(comm)

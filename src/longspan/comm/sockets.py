@@ -11,7 +11,9 @@ Both sides know every message's size, so both choose the same way, and each way 
 
 Note [No deadlock]
 A send never blocks: what a socket's buffer does not take waits in a queue, and whoever waits for small messages goes
-on sending from all queues. Only a wait for a large message does not; `SMALL_BYTES` keeps the queues empty then.
+on sending from all queues. Only a wait for a large message does not; `SMALL_BYTES` keeps the queues empty then. Where
+it does not (a `tree` over many nodes), the order does: every rank waits for exchanges in the order in which all of them
+start them (`longspan.cp.pass_q`, Note: order), and takes in an exchange's small messages before it waits for the large.
 """
 
 import select
@@ -28,8 +30,8 @@ from longspan.comm.distributed import DistributedCommunicator
 from longspan.errors import CommunicationError
 
 SMALL_BYTES = 32 * 1024
-"""Largest message that goes over a socket: all that a strategy has under way to one peer, at most four, fit into the
-socket's buffer of about 200 KiB (`BUFFER_BYTES` for TCP)."""
+"""Largest message that goes over a socket. The few that a strategy has under way to one peer fit into the socket's
+buffer of about 200 KiB (`BUFFER_BYTES` for TCP); where a `tree` has more, see Note [No deadlock]."""
 
 
 class SocketCommunicator:

@@ -47,6 +47,8 @@ class MeasuredOn(msgspec.Struct, frozen=True):
     """Heads, widths, dtype and kernels."""
     num_parameters: int
     simulated_links: str | None
+    executor: str
+    """And the interface that it was told to use."""
     versions: tuple[str, ...]
 
     @property
@@ -85,9 +87,10 @@ def file_costs(config: EngineConfig, model: ModelSpec) -> Costs | None:
     if config.topology is None:
         return None
     costs = load_topology(config.topology, config.context_parallel_size, model.kv_groups[0].spec.dtype)
-    if config.nodes not in (None, costs.topology.nodes):
+    nodes = config.nodes if config.simulation is None else config.simulation.nodes
+    if nodes not in (None, costs.topology.nodes):
         raise ConfigError(
-            f"nodes: got {config.nodes} with a topology file that says {costs.topology.nodes}, legal is one of them"
+            f"nodes: got {nodes} with a topology file that says {costs.topology.nodes}, legal is the same"
         )
     return costs
 
@@ -102,7 +105,8 @@ def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts
         hosts: name of every rank's host.
 
     Returns:
-        None where nothing is measured: one rank, ranks that are threads, or as the user wants it.
+        None where nothing is measured: one rank (unless asked to measure again), ranks that are threads, or as the
+        user wants it.
 
     Raises:
         LongspanError: as `Executor.measure`.
@@ -111,7 +115,8 @@ def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts
     asked = config.measure
     if asked == "auto" and os.environ.get(MEASURE) == "never":
         asked = "never"
-    if config.context_parallel_size == 1 or config.executor == "threads" or asked == "never":
+    is_alone = config.context_parallel_size == 1 and asked != "again"  # and has nothing to choose
+    if is_alone or config.executor == "threads" or asked == "never":
         return None
     measured_on = _measured_on(config, model, hosts, nodes)
     cached = _load(measured_on) if asked == "auto" else None
@@ -159,7 +164,13 @@ def use_costs(scheduler: Scheduler, costs: Costs, hidden_size: int) -> None:
         num_weights=model.num_parameters + num_logit_weights,
         num_logit_weights=num_logit_weights,
     )
-    found = shortest_striped_len(shape, costs, step_options(config))
+    fitting = (
+        sum(groups[i].num_pages for groups in scheduler.memory.allocators) * config.page_size
+        for i, group in enumerate(model.kv_groups)
+        if group.spec.window is None
+    )
+    longest = min(*fitting, model.max_position or LONGEST_LEN, LONGEST_LEN)
+    found = shortest_striped_len(shape, costs, step_options(config), longest)
     scheduler.memory.striped_from = found or LONGEST_LEN
 
 
@@ -172,9 +183,13 @@ def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], n
         cpu=_cpu_name(),
         num_cores=num_cores(),
         num_threads=config.num_threads,
-        attention=f"{config.attention_backend} {group.num_query_heads} {group.spec} {softcap} {kernels.is_available()}",
+        attention=(
+            f"{config.attention_backend} {group.num_query_heads} {group.spec} {group.partial_dtype} {softcap} "
+            f"{kernels.is_available()}"
+        ),
         num_parameters=model.num_parameters,
         simulated_links=config.simulated_links,
+        executor=f"{config.executor} {config.interface}",
         versions=(version("longspan"), str(torch.__version__), platform.python_version()),
     )
 
@@ -194,7 +209,8 @@ def _load(measured_on: MeasuredOn) -> Costs | None:
         cached = msgspec.json.decode(measured_on.path.read_bytes(), type=_Cached)
     except (OSError, msgspec.DecodeError, ConfigError):
         return None
-    return cached.costs if cached.measured_on == measured_on else None
+    is_whole = cached.measured_on == measured_on and cached.costs.topology.nodes == measured_on.nodes
+    return cached.costs if is_whole else None
 
 
 def _store(measured_on: MeasuredOn, costs: Costs) -> None:
@@ -205,3 +221,5 @@ def _store(measured_on: MeasuredOn, costs: Costs) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(msgspec.json.encode(_Cached(measured_on, costs)))
         os.replace(draft, path)
+    with contextlib.suppress(OSError):
+        draft.unlink()  # if it could not take its place

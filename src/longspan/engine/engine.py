@@ -77,13 +77,13 @@ class Engine:
         try:
             if costs is None:
                 costs = find_costs(config, self.spec, self._executor, self._executor.hosts)
+            if costs is not None:
+                use_costs(self.scheduler, costs, model_config.get_text_config().hidden_size)
         except BaseException:
             self._executor.close()
             raise
         self.costs: Costs | None = costs
         """What ranks and links can do; None where nobody knows."""
-        if costs is not None:
-            use_costs(self.scheduler, costs, model_config.get_text_config().hidden_size)
         self._futures: set[Future[PlanResult]] = set()
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""

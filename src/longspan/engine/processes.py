@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from longspan.comm.secret import VARIABLE as SECRET_VARIABLE
 from longspan.comm.secret import Secret
 from longspan.config import EngineConfig
 from longspan.engine.failures import describe_end
@@ -116,4 +117,5 @@ def _environment(num_threads: int) -> dict[str, str]:
     if not os.environ.get("LONGSPAN_DEBUG"):
         defaults["PYTHONWARNINGS"] = "ignore"
     forced = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    return {**defaults, **os.environ, **forced}
+    inherited = {name: value for name, value in os.environ.items() if name != SECRET_VARIABLE}  # of no use to them
+    return {**defaults, **inherited, **forced}

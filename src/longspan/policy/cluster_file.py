@@ -22,7 +22,7 @@ from typing import Any
 from longspan.config import parse_size
 from longspan.errors import ConfigError
 from longspan.policy.clusters import Assumptions, Cluster, check_number, known_cluster
-from longspan.policy.rates import Link
+from longspan.policy.rates import NO_LINK, Link
 from longspan.policy.topology_file import parse_costs, read_mapping
 
 DESCRIBED_FIELDS = (
@@ -41,9 +41,6 @@ DESCRIBED_FIELDS = (
 MEASURED_FIELDS = ("name", "dtype", "memory_bytes", "topology", "rates", "assumptions")
 
 LINK_FIELDS = ("latency_s", "bytes_per_s")
-
-NO_LINK = Link(0.0, 1e30)
-"""Between nodes, where there is one node."""
 
 
 def load_cluster(path: str, *, memory_bytes: int | None = None) -> Cluster:

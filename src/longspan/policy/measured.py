@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from longspan.policy.rates import Costs, KernelRates, Link, Topology
+from longspan.policy.rates import NO_LINK, Costs, KernelRates, Link, Topology
 
 
 class LinkMeasurement(msgspec.Struct, frozen=True):
@@ -47,7 +47,7 @@ def combine(
     links = [m.links for m in measurements]
     inside = _slowest_link(link.inside for link in links)
     between = _slowest_link(link.between for link in links)
-    known = inside or between
+    known = inside or between or (NO_LINK if len(nodes) == 1 else None)
     assert known is not None, "several ranks have at least one link"
     lone = max((link.lone_bytes_per_s for link in links if link.lone_bytes_per_s is not None), default=None)
     ranks_per_link = 1.0 if lone is None else max(1.0, lone / (between or known).bytes_per_s)

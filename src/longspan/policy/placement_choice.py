@@ -15,7 +15,7 @@ OUTPUT_LEN = 128
 """Tokens that a request is assumed to generate: striped, each of them pays for messages in every layer."""
 
 LONGEST_LEN = 1 << 20
-"""Prompts of this length are the last ones looked at."""
+"""Prompts of this length are the last ones looked at, whatever fits."""
 
 
 def request_s(shape: ModelShape, prompt_len: int, costs: Costs, options: StepOptions) -> float:
@@ -38,7 +38,9 @@ def on_one_rank(costs: Costs) -> Costs:
     return Costs(Topology((0,), costs.topology.inside, costs.topology.between), alone)
 
 
-def shortest_striped_len(shape: ModelShape, costs: Costs, options: StepOptions) -> int | None:
+def shortest_striped_len(
+    shape: ModelShape, costs: Costs, options: StepOptions, longest_len: int = LONGEST_LEN
+) -> int | None:
     """The shortest prompt whose request is predicted to end sooner striped than packed.
 
     Both the time to the first token and the time of `OUTPUT_LEN` more count: a short prompt's prefill may gain less
@@ -48,9 +50,10 @@ def shortest_striped_len(shape: ModelShape, costs: Costs, options: StepOptions) 
         shape: of the model.
         costs: of all ranks.
         options: of the engine.
+        longest_len: tokens of the longest prompt that is looked at.
 
     Returns:
-        Tokens, whole pages; None if no prompt up to `LONGEST_LEN` gains.
+        Tokens, whole pages; None if no prompt up to `longest_len` gains.
     """
     packed = on_one_rank(costs)
 
@@ -61,7 +64,7 @@ def shortest_striped_len(shape: ModelShape, costs: Costs, options: StepOptions) 
     high = 1
     while not gains(high):
         high *= 2
-        if high * options.page_size > LONGEST_LEN:
+        if high * options.page_size > longest_len:
             return None
     low = high // 2  # does not gain, or is 0
     while high - low > 1 and high - low > high // 16:

@@ -29,13 +29,13 @@ class Link(msgspec.Struct, frozen=True):
     """What such a message takes in addition to `latency_s`."""
 
     def __post_init__(self) -> None:
-        if not self.latency_s >= 0:
+        if not 0 <= self.latency_s < math.inf:
             raise ConfigError(f"latency_s: got {self.latency_s!r}, legal is a number from 0 (seconds)")
         if not self.bytes_per_s > 0:
             raise ConfigError(f"bytes_per_s: got {self.bytes_per_s!r}, legal is a number above 0")
         if self.short_bytes is not None and not self.short_bytes >= 0:
             raise ConfigError(f"short_bytes: got {self.short_bytes!r}, legal is None or a number from 0")
-        if not self.long_latency_s >= 0:
+        if not 0 <= self.long_latency_s < math.inf:
             raise ConfigError(f"long_latency_s: got {self.long_latency_s!r}, legal is a number from 0 (seconds)")
 
     def latency_of(self, num_bytes: float) -> float:
@@ -46,6 +46,10 @@ class Link(msgspec.Struct, frozen=True):
     def message_s(self, num_bytes: float) -> float:
         """Seconds of one message."""
         return self.latency_of(num_bytes) + num_bytes / self.bytes_per_s
+
+
+NO_LINK = Link(0.0, 1e30)
+"""Where there is nobody at the other end: between nodes of which there is one, inside a node of one rank."""
 
 
 class Topology(msgspec.Struct, frozen=True):
@@ -66,7 +70,7 @@ class Topology(msgspec.Struct, frozen=True):
             raise ConfigError(f"nodes: got {self.nodes!r}, legal is one node per rank, counted from 0 without gaps")
         if self.machines is not None and len(self.machines) != len(self.nodes):
             raise ConfigError(f"machines: got {self.machines!r}, legal is None or one machine per rank")
-        if not self.ranks_per_link >= 1:
+        if not 1 <= self.ranks_per_link < math.inf:
             raise ConfigError(f"ranks_per_link: got {self.ranks_per_link!r}, legal is a number from 1")
 
     @property
@@ -121,11 +125,11 @@ class KernelRates(msgspec.Struct, frozen=True):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is a number above 0")
         for name in ("call_s", "exchange_s", "layer_s", "merge_s", "moved_byte_s"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is a number from 0 (seconds)")
-        if self.token_s is not None and not self.token_s >= 0:
+        if self.token_s is not None and not 0 <= self.token_s < math.inf:
             raise ConfigError(f"token_s: got {self.token_s!r}, legal is a number from 0 (seconds) or none")
-        if not self.ranks_per_device >= 1:
+        if not 1 <= self.ranks_per_device < math.inf:
             raise ConfigError(f"ranks_per_device: got {self.ranks_per_device!r}, legal is a number from 1")
         tokens = [num_tokens for num_tokens, _ in self.attention_flops_per_s]
         if not tokens or tokens[0] < 1 or any(a >= b for a, b in pairwise(tokens)):

@@ -100,7 +100,7 @@ def read_mapping(what: str, path: str) -> Any:
         raise ConfigError(f"{what}: got {path!r}, legal is a file that can be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what}: got {path!r}, legal is UTF-8 text") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:  # the latter from thousands of brackets
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{what}: got {path!r}, legal is YAML or JSON: {reason}") from error
 

@@ -295,7 +295,10 @@ class Scheduler:
         # However many decode, a lead that prefills gets on by a page, or by half of a smaller budget.
         reserved = min(self.config.page_size, (most + 1) // 2) if lead.phase is Phase.PREFILL else 0
         budget = [most - reserved] * size
-        is_timed = self.config.max_step_ms is not None
+        # Decodes alone are never cut by time, and nothing is learnt from them.
+        is_timed = self.config.max_step_ms is not None and any(
+            request.phase is Phase.PREFILL and own <= ranks for request, own in ready
+        )
         flops_left, flops = [self._chunks.step_flops] * size, [0.0] * size
         movers = lead.phase if len(ranks) > 1 else None  # the phase of all requests that move something
         chosen: list[tuple[Request, int]] = []
@@ -357,7 +360,7 @@ class Scheduler:
             self.choices.note(movers or phase, i, step, tables, group, self.costs, is_forced=forced is not None)
             groups.append(step)
         last_layer: GroupStep | None = None
-        read = read_runs(query_runs, samples, scores)
+        read = read_runs(query_runs, samples, scores) if phase is Phase.PREFILL else query_runs  # all rows of a decode
         if sum(run.num_tokens for run in read) < sum(run.num_tokens for run in query_runs):
             i = self._last_group_idx
             tables = {r.request_id: r.tables[i] for r, _ in chosen}
