@@ -317,6 +317,7 @@ def test_two_llms_at_once_and_one_after_another_leave_nothing_behind(own_tmp):
 
 
 @pytest.mark.cover
+@pytest.mark.cover
 def test_opening_and_closing_with_threads_leaks_nothing(cache_home):
     counts = []
     for _ in range(20):

@@ -348,6 +348,7 @@ ALWAYS_IN_MANY = OFTEN | {
 }
 
 
+@pytest.mark.cover
 def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens():
     run_machine(25, is_fixed=True)
     assert {name for name in OFTEN if not REACHED[name]} == set(), "else this proves little"

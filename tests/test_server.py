@@ -448,6 +448,7 @@ def test_a_client_that_goes_frees_its_pages(cache_home, stream):
         assert re.search(r'finished_reason="abort",model_name="[^"]*"} 2.0', metrics)
 
 
+@pytest.mark.cover
 def test_streams_side_by_side_equal_each_alone(cache_home, llm):
     cases = []
     for i in range(64):

@@ -407,6 +407,7 @@ def test_nobody_is_refused_while_there_is_a_place(cache_home):
         assert served.refused(COMPLETIONS, prompt="x", n=18)["param"] == "n"
 
 
+@pytest.mark.cover
 def test_who_waits_for_memory_fills_the_queue(cache_home):
     memory = 256 * 3 * 2 * 2 * 16 * 4  # tokens, layers, K and V, KV heads, head size, bytes
     with serving(config=ServerConfig(max_queued_requests=1), kv_cache_memory=memory) as served:
@@ -467,6 +468,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(cache_home, monkeypatch):
         assert b"body_too_slow" in answer
 
 
+@pytest.mark.cover
 def test_a_client_that_does_not_read_is_dropped(cache_home, monkeypatch):
     monkeypatch.setattr("longspan.server.sse.SEND_S", 0.5)
     with serving(page_size=16) as served, connect(served) as client:
@@ -483,6 +485,7 @@ def test_a_client_that_does_not_read_is_dropped(cache_home, monkeypatch):
         assert served.state.engine.stats().num_running == 0
 
 
+@pytest.mark.cover
 def test_what_waits_for_a_slow_client_is_bounded(cache_home, monkeypatch):
     monkeypatch.setattr("longspan.server.generation.MAX_BEHIND", 5)
     with serving() as served, connect(served) as client:

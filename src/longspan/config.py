@@ -250,6 +250,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"{name}: got {value!r}, legal is a whole number from 1 to {most}")
 
     @property
+    def known_nodes(self) -> tuple[int, ...] | None:
+        """Per rank, its node, as far as options say; None leaves it to the hosts."""
+        return self.nodes if self.simulation is None else self.simulation.nodes
+
+    @property
     def num_threads(self) -> int:
         """Compute threads of one rank."""
         return self.threads_per_rank or max(1, num_cores() // self.context_parallel_size)

@@ -70,10 +70,8 @@ def nodes_of(config: EngineConfig, hosts: Sequence[str]) -> tuple[int, ...]:
         config: may name the nodes.
         hosts: name of every rank's host.
     """
-    if config.simulation is not None:
-        return config.simulation.nodes
-    if config.nodes is not None:
-        return config.nodes
+    if config.known_nodes is not None:
+        return config.known_nodes
     names = list(dict.fromkeys(hosts))
     return tuple(names.index(host) for host in hosts)
 
@@ -87,7 +85,7 @@ def file_costs(config: EngineConfig, model: ModelSpec) -> Costs | None:
     if config.topology is None:
         return None
     costs = load_topology(config.topology, config.context_parallel_size, model.kv_groups[0].spec.dtype)
-    nodes = config.nodes if config.simulation is None else config.simulation.nodes
+    nodes = config.known_nodes
     if nodes not in (None, costs.topology.nodes):
         raise ConfigError(
             f"nodes: got {nodes} with a topology file that says {costs.topology.nodes}, legal is the same"

@@ -62,7 +62,7 @@ class Scheduler:
         self.model, self.config = model, config
         self.memory = KVMemory(model, config, num_pages)
         self.step_time = StepTime(model, config.num_threads)
-        self.costs = costs_by_bytes(_nodes(config))
+        self.costs = costs_by_bytes(config.known_nodes or (0,) * config.context_parallel_size)
         """What the ranks and links can do. Whoever has measured them sets it before the first request."""
         self.choices = Choices()
         """Which strategies were chosen so far, and why."""
@@ -462,10 +462,3 @@ class Scheduler:
             else:
                 self.memory.slide(request)
             yield request
-
-
-def _nodes(config: EngineConfig) -> tuple[int, ...]:
-    """Per rank, its node, as far as the config says."""
-    if config.simulation is not None:
-        return config.simulation.nodes
-    return config.nodes or (0,) * config.context_parallel_size
