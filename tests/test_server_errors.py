@@ -436,7 +436,10 @@ def test_a_refused_choice_takes_the_others_with_it(cache_home):
             next(lines)
             other = httpx.post(served.url + COMPLETIONS, json={"prompt": "b", "n": 3}, timeout=60)
             error_of(other, 429)
-            assert served.state.engine.stats().num_waiting <= 3
+            deadline = time.monotonic() + 10  # the engine's thread takes back what was let in before the refusal
+            while served.state.engine.stats().num_waiting > 3:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
         served.wait_until_free()
 
 
