@@ -105,9 +105,9 @@ def test_key_runs_and_counts_name_every_stored_token_once(history, positions, ra
             found[run.position + i] = run.row + i
     assert found == {position: row for position, (owner, row) in expected.items() if owner == rank}
     assert [run.position for run in runs] == sorted(run.position for run in runs)
-    counts = table.count_tokens(start, end)
     owners = [owner for owner, _ in expected.values()]
-    assert counts == {owner: owners.count(owner) for owner in owners}
+    assert table.count_on(rank, start, end) == owners.count(rank)
+    assert table.ranks_with(start, end) == sorted(set(owners))
 
 
 @given(histories(), st.integers(0, 60))
@@ -173,7 +173,7 @@ def test_the_drawing_of_the_module_holds():
 def test_an_empty_table_has_nothing_anywhere(page_size):
     table = PageTable(page_size)
     assert table.key_runs(0, 0, 9) == []
-    assert table.count_tokens(0, 9) == {}
+    assert table.ranks_with(0, 9) == []
     assert table.owners(3, 3) == []
     assert table.free_before(5) == []
     with pytest.raises(KeyError, match="position 0 has no page"):
@@ -225,4 +225,4 @@ def test_row_runs_and_counts_agree_with_a_walk_over_all_tokens(page_size, runs, 
         found = table.row_runs(rank, start, end)
         assert [row + i for row, count in found for i in range(count)] == rows
         assert all(a + count != b for (a, count), (b, _) in itertools.pairwise(found)), "runs could be longer"
-        assert table.count_tokens(start, end).get(rank, 0) == len(rows)
+        assert table.count_on(rank, start, end) == len(rows)

@@ -219,9 +219,10 @@ class AsyncEngine:
                 if event is None:
                     break
                 done, self._done = self._done, []
-                self._deliver(self.engine.take_in(done))
+                updates = self._updates(self.engine.take_in(done))
                 for future in self.engine.submit_plans():
                     future.add_done_callback(self._plan_done)
+                self._deliver(updates)  # the ranks have work again before the event loop wants the interpreter
                 self._num_waiting = len(self.engine.scheduler.waiting)
                 self._note_starts()
         except Exception as failure:
@@ -283,10 +284,10 @@ class AsyncEngine:
             self._not_started.pop(request.request_id, None)
             self.engine.abort(request)
 
-    def _deliver(self, advanced: Sequence[Request]) -> None:
-        """One call into every event loop per step, whatever the number of requests."""
+    def _updates(self, advanced: Sequence[Request]) -> "_Updates":
+        """What the streams of these requests are to hear, per event loop."""
         now = time.perf_counter()
-        updates: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Update | LongspanError]]] = {}
+        updates: _Updates = {}
         for request in advanced:
             stream = self._streams.get(request.request_id)
             if stream is None:
@@ -308,12 +309,19 @@ class AsyncEngine:
             updates.setdefault(stream._loop, []).append((stream, update))
             if request.finish_reason is not None:
                 del self._streams[request.request_id]
+        return updates
+
+    def _deliver(self, updates: "_Updates") -> None:
+        """One call into every event loop per step, whatever the number of requests."""
         for loop, found in updates.items():
             try:
                 loop.call_soon_threadsafe(_put_all, found)
             except RuntimeError:  # that loop has closed; nobody waits
                 for stream, _ in found:
                     self._cancel(stream)
+
+
+_Updates = dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Update | LongspanError]]]
 
 
 def _has_started(stream: RequestStream) -> bool:

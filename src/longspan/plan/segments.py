@@ -29,7 +29,7 @@ def make_segments(
         Segment(run.request_id, run.position, run.end, run.compute_rank, key_rank, start, end, visibility)
         for run in query_runs
         for start, end, visibility in split_visible_keys(run.position, run.end, window)
-        for key_rank in sorted(tables[run.request_id].count_tokens(start, end))
+        for key_rank in tables[run.request_id].ranks_with(start, end)
     )
 
 

@@ -32,19 +32,19 @@ Range: TypeAlias = tuple[int, int, int]
 """(request_id, start, end) of positions."""
 
 
-class Literals(msgspec.Struct, frozen=True, array_like=True, tag="literal"):
+class Literals(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="literal"):
     """Input tokens that the driver knows."""
 
     token_ids: tuple[int, ...]
 
 
-class SampledBy(msgspec.Struct, frozen=True, array_like=True, tag="sampled"):
+class SampledBy(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="sampled"):
     """One input token that an earlier plan samples (asynchronous scheduling)."""
 
     plan_id: int
 
 
-class QueryRun(msgspec.Struct, frozen=True, array_like=True):
+class QueryRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Consecutive positions of one request that one rank computes in this step.
 
     The rank's packed rows are its query runs in plan order.
@@ -64,7 +64,7 @@ class QueryRun(msgspec.Struct, frozen=True, array_like=True):
         return self.position + self.num_tokens
 
 
-class TableDelta(msgspec.Struct, frozen=True, array_like=True):
+class TableDelta(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """What changed in one request's page table of one KV group since its last plan."""
 
     request_id: int
@@ -76,7 +76,7 @@ class TableDelta(msgspec.Struct, frozen=True, array_like=True):
     """Pages before this index were freed and may be another request's by now."""
 
 
-class Segment(msgspec.Struct, frozen=True, array_like=True):
+class Segment(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Queries of one run against the keys of one range that one rank stores."""
 
     request_id: int
@@ -89,7 +89,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     visibility: Visibility
 
 
-class DirectExchange(msgspec.Struct, frozen=True, array_like=True, tag="direct"):
+class DirectExchange(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="direct"):
     """Point-to-point messages among participants, once per layer; every participant joins, also with nothing to say."""
 
     operand: Literal["query", "partial", "kv"]
@@ -100,7 +100,7 @@ class DirectExchange(msgspec.Struct, frozen=True, array_like=True, tag="direct")
     """Rows that every message is padded to (fixed-shape steps), or None for exact sizes."""
 
 
-class RingExchange(msgspec.Struct, frozen=True, array_like=True, tag="ring"):
+class RingExchange(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="ring"):
     """K and V of every participant go once round the ring of participants, once per layer.
 
     Participant i sends to i + 1. A participant's rows are cut into blocks of `block_len`. In round r every
@@ -113,7 +113,7 @@ class RingExchange(msgspec.Struct, frozen=True, array_like=True, tag="ring"):
     block_len: int
 
 
-class GroupStep(msgspec.Struct, frozen=True, array_like=True):
+class GroupStep(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Attention of one KV group in this step: every layer of the group does the same."""
 
     strategy: Strategy
@@ -125,7 +125,7 @@ class GroupStep(msgspec.Struct, frozen=True, array_like=True):
     """`pass_q` and `tree`: most rows of one message, unless a single query run has more."""
 
 
-class PageCopy(msgspec.Struct, frozen=True, array_like=True):
+class PageCopy(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Copy whole pages of one KV group, before anything else of the step."""
 
     group_idx: int
@@ -133,7 +133,7 @@ class PageCopy(msgspec.Struct, frozen=True, array_like=True):
     target: PageRun
 
 
-class SampleRow(msgspec.Struct, frozen=True, array_like=True):
+class SampleRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Sample the token that follows `position`; the row's logits exist on the rank that computes the position."""
 
     request_id: int
@@ -162,7 +162,7 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True):
     """How often each of `generated_token_ids` was generated."""
 
 
-class ScoreRun(msgspec.Struct, frozen=True, array_like=True):
+class ScoreRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Report log-probabilities of known tokens: row `position + i` predicts `targets[i]`."""
 
     request_id: int
@@ -171,7 +171,7 @@ class ScoreRun(msgspec.Struct, frozen=True, array_like=True):
     num_logprobs: int
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(msgspec.Struct, frozen=True, gc=False):
     """One step: what its ranks compute, exchange, store and sample."""
 
     plan_id: int
@@ -193,7 +193,7 @@ class Plan(msgspec.Struct, frozen=True):
     (`longspan.plan.read_runs`). None: as in its KV group's other layers."""
 
 
-class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+class SampledToken(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """The token that a request continues with."""
 
     request_id: int
@@ -203,14 +203,14 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     logprobs: TokenLogprobs | None
 
 
-class FailedRow(msgspec.Struct, frozen=True, array_like=True):
+class FailedRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """A row that cannot be sampled: the request ends, the others go on."""
 
     request_id: int
     reason: str
 
 
-class ScoredRun(msgspec.Struct, frozen=True, array_like=True):
+class ScoredRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Answer to a `ScoreRun`."""
 
     request_id: int
@@ -219,7 +219,7 @@ class ScoredRun(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[TokenLogprobs, ...]
 
 
-class RankResult(msgspec.Struct, frozen=True):
+class RankResult(msgspec.Struct, frozen=True, gc=False):
     """What one rank has to say after a plan."""
 
     plan_id: int
@@ -239,7 +239,7 @@ class RankResult(msgspec.Struct, frozen=True):
     """Bytes sent per strategy since the worker started."""
 
 
-class PlanResult(msgspec.Struct, frozen=True):
+class PlanResult(msgspec.Struct, frozen=True, gc=False):
     """The answers of all ranks of a plan."""
 
     plan_id: int

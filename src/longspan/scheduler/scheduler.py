@@ -23,6 +23,7 @@ import secrets
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError
@@ -50,6 +51,23 @@ from longspan.scheduler.sampling import sample_row
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 
+class _Ready(NamedTuple):
+    """A request whose next step can start once its ranks are idle; ordered by turns."""
+
+    turn: int
+    is_decode: bool
+    """Of equal turns prefill is first,"""
+    last_plan_id: int
+    """then whoever waited longest,"""
+    num_others: int
+    """then whoever needs most ranks,"""
+    request_id: int
+    """then whoever is oldest."""
+    request: Request
+    ranks: set[int]
+    """That the step may involve."""
+
+
 class Scheduler:
     """Continuous batching: first come first served at admission, then whoever waited longest leads the next step.
 
@@ -69,6 +87,7 @@ class Scheduler:
         self._chunks = Chunks(config, self.memory, self.step_time)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        """The oldest first."""
         self.num_preemptions = 0
         self._by_id: dict[int, Request] = {}
         self._busy: set[int] = set()
@@ -205,20 +224,33 @@ class Scheduler:
         self._admit()  # also while all ranks are busy: whoever has a place does not wait for one
         if len(self._busy) == self.config.context_parallel_size:
             return None
-        ready: list[tuple[Request, set[int]]] = []
-        for request in sorted(self.running, key=lambda r: r.request_id):  # the oldest gets its page first
+        ready: list[_Ready] = []
+        for request in list(self.running):  # the oldest gets its page first; who is preempted for it is younger
             if not request.in_flight and request.page_ranks and self._has_page(request):
-                ready.append((request, self._ranks(request)))
-        ready = [(request, ranks) for request, ranks in ready if request.page_ranks]  # the others were preempted
-        # Of equal turns prefill first, then whoever waited longest, then whoever needs most ranks.
-        ready.sort(key=lambda r: (self._turn(*r), r[0].phase is Phase.DECODE, r[0].last_plan_id, -len(r[1])))
+                ready.append(self._ready(request))
+        ready.sort()
         taken = set(self._busy)
-        for lead, ranks in ready:
-            if ranks & taken:
-                taken |= ranks
+        for lead in ready:
+            if lead.ranks & taken:
+                taken |= lead.ranks
                 continue
-            return self._make_plan(lead, ranks, ready)
+            return self._make_plan(lead, ready)
         return None
+
+    def _ready(self, request: Request) -> _Ready:
+        is_decode, ranks, turn = request.phase is Phase.DECODE, self._ranks(request), request.last_plan_id
+        if not is_decode:
+            # Prefill waits as a queue: a rank that ran another prompt's chunk since has given prefill its turn.
+            turn = max(turn, min(self._last_prefill[rank] for rank in ranks))
+        return _Ready(
+            turn,
+            is_decode,
+            request.last_plan_id,
+            self.config.context_parallel_size - len(ranks),
+            request.request_id,
+            request,
+            ranks,
+        )
 
     def _admit(self) -> None:
         """Let requests in, in order, while they fit."""
@@ -232,7 +264,7 @@ class Scheduler:
                 return
             request = self.waiting.popleft()
             request.last_plan_id = self._next_plan_id - 1  # waits from now on; -1 would overtake all others
-            self.running.append(request)
+            insort(self.running, request, key=lambda r: r.request_id)
             self._add_load(load, request)
 
     def _add_load(self, load: list[float], request: Request) -> None:
@@ -248,25 +280,15 @@ class Scheduler:
         while len(request.token_ids) > request.num_pages * size:
             if self.memory.extend(request):
                 continue
-            victim = max(self.running, key=lambda r: r.request_id)
-            if victim is request:
+            if self.running[-1] is request:
                 if len(self.running) > 1:
                     self._preempt(request)
                 return False
             idle = [r for r in self.running if r.request_id > request.request_id and not r.in_flight]
             if not idle:
                 return False  # a younger one is in flight: its turn to give comes when it is back
-            self._preempt(max(idle, key=lambda r: r.request_id))
+            self._preempt(idle[-1])
         return True
-
-    def _turn(self, request: Request, ranks: set[int]) -> int:
-        """Since which plan a request waits for its turn; the lowest is next.
-
-        Prefill waits as a queue: a rank that ran another prompt's chunk since has given prefill its turn.
-        """
-        if request.phase is Phase.DECODE:
-            return request.last_plan_id
-        return max(request.last_plan_id, min(self._last_prefill[rank] for rank in ranks))
 
     def _ranks(self, request: Request) -> set[int]:
         """Ranks that a request's next step may involve: those with a key that it may see, or a page to copy."""
@@ -282,39 +304,40 @@ class Scheduler:
             ranks.add(copy.source.rank)
         return ranks
 
-    def _make_plan(self, lead: Request, ranks: set[int], ready: Sequence[tuple[Request, set[int]]]) -> Plan:
+    def _make_plan(self, lead: _Ready, ready: Sequence[_Ready]) -> Plan:
         """Fill a plan with all requests that fit its ranks, their budgets, and what moves.
 
         Args:
-            lead: has a place for certain.
-            ranks: of the plan.
-            ready: every request that may take part, and its ranks, in the order of their turns.
+            lead: has a place for certain; the plan's ranks are its ranks.
+            ready: every request that may take part, in the order of their turns.
         """
+        ranks = lead.ranks
         size = self.config.context_parallel_size
         most = self.config.max_num_batched_tokens
         # However many decode, a lead that prefills gets on by a page, or by half of a smaller budget.
-        reserved = min(self.config.page_size, (most + 1) // 2) if lead.phase is Phase.PREFILL else 0
+        reserved = min(self.config.page_size, (most + 1) // 2) if not lead.is_decode else 0
         budget = [most - reserved] * size
         # Decodes alone are never cut by time, and nothing is learnt from them.
         is_timed = self.config.max_step_ms is not None and any(
-            request.phase is Phase.PREFILL and own <= ranks for request, own in ready
+            not other.is_decode and other.ranks <= ranks for other in ready
         )
         flops_left, flops = [self._chunks.step_flops] * size, [0.0] * size
-        movers = lead.phase if len(ranks) > 1 else None  # the phase of all requests that move something
+        movers = lead.request.phase if len(ranks) > 1 else None  # the phase of all requests that move something
         chosen: list[tuple[Request, int]] = []
         # Decodes first, they are small; the lead before all others of its phase.
-        for request, own in sorted(ready, key=lambda r: (r[0].phase is Phase.PREFILL, r[0] is not lead)):
-            if not own <= ranks or (request.copies and request is not lead):
+        for other in sorted(ready, key=lambda other: (not other.is_decode, other is not lead)):
+            request = other.request
+            if not other.ranks <= ranks or (request.copies and other is not lead):
                 continue
-            if len(own) > 1:
+            if len(other.ranks) > 1:
                 if movers not in (None, request.phase):
                     continue
                 movers = request.phase
-            if request is lead:
+            if other is lead:
                 budget = [tokens + reserved for tokens in budget]
             end = self._chunks.end(request, budget)
-            if is_timed and request.phase is Phase.PREFILL:
-                end = self._chunks.end_in_time(request, end, flops_left, is_lead=request is lead)
+            if is_timed and not other.is_decode:
+                end = self._chunks.end_in_time(request, end, flops_left, is_lead=other is lead)
             if end == request.num_computed:
                 continue
             for rank, work in self._chunks.work(request, end).items() if is_timed else ():
@@ -389,8 +412,10 @@ class Scheduler:
     def _deltas(self, request: Request, end: int, ranks: set[int]) -> list[TableDelta]:
         """Allocate what a step needs, and say what the ranks must learn of the page tables."""
         size = self.config.page_size
-        added = self.memory.grow(request, end)
         replace = not ranks <= request.informed_ranks
+        if not replace and all(table.num_pages * size >= end for table in request.tables):
+            return []
+        added = self.memory.grow(request, end)
         if replace:
             request.informed_ranks |= ranks
             request.involved_ranks |= ranks

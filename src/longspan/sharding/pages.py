@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import msgspec
 
 
-class PageRun(msgspec.Struct, frozen=True, array_like=True):
+class PageRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Consecutive pages of a page table that lie in consecutive slots of one rank."""
 
     page_idx: int
@@ -31,7 +31,7 @@ class PageRun(msgspec.Struct, frozen=True, array_like=True):
     num_pages: int
 
 
-class KeyRun(msgspec.Struct, frozen=True, array_like=True):
+class KeyRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Tokens at consecutive positions of one request in consecutive rows of one tensor."""
 
     position: int
@@ -220,10 +220,9 @@ class PageTable:
             if run.rank == rank
         ]
 
-    def count_tokens(self, start: int, end: int) -> dict[int, int]:
-        """How many of positions `[start, end)` each rank holds; ranks with none are left out."""
-        counts = {rank: rows.count(start, end) for rank, rows in self._by_rank.items()}
-        return {rank: count for rank, count in counts.items() if count}
+    def ranks_with(self, start: int, end: int) -> list[int]:
+        """The ranks that hold some of positions `[start, end)`, ascending."""
+        return sorted(rank for rank, rows in self._by_rank.items() if rows.count(start, end))
 
     def count_on(self, rank: int, start: int, end: int) -> int:
         """How many of positions `[start, end)` one rank holds."""

@@ -49,7 +49,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     """Where ranks on the driver's machine meet, theirs alone; None: they meet as their environment says."""
 
 
-class RunPlan(msgspec.Struct, frozen=True, tag=True):
+class RunPlan(msgspec.Struct, frozen=True, gc=False, tag=True):
     """Driver to worker."""
 
     plan: Plan
@@ -98,7 +98,7 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     rank: int
 
 
-class Answer(msgspec.Struct, frozen=True, tag=True):
+class Answer(msgspec.Struct, frozen=True, gc=False, tag=True):
     """Worker to driver: a plan is done."""
 
     result: RankResult
