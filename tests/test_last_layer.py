@@ -6,6 +6,7 @@ That tokens stay exact is the business of `test_families`; here it is shown that
 import pytest
 
 from longspan.cp.attend import StepAttention
+from longspan.models import fused_layer
 from longspan.plan.read_runs import read_runs
 from longspan.plan.types import Literals, QueryRun, SampleRow, ScoreRun
 from longspan.types import SamplingParams
@@ -48,6 +49,7 @@ def rows_per_layer(monkeypatch, family, params, **options):
         return honest(self, group_idx, layer, q)
 
     monkeypatch.setattr(StepAttention, "_attend", attend)
+    monkeypatch.setattr(fused_layer, "takes", lambda _num_rows: False)  # so that all rows come by the layer's modules
     gate = model.module.model.layers[-1].mlp.gate_proj
     hook = gate.register_forward_hook(lambda _module, args, _output: mlp_rows.append(args[0].shape[1]))
     try:
@@ -91,6 +93,7 @@ def test_nothing_moves_in_the_last_layer_for_rows_that_nobody_reads(strategy, mo
         return partial
 
     monkeypatch.setattr(StepAttention, "_attend", attend)
+    monkeypatch.setattr(fused_layer, "takes", lambda _num_rows: False)  # so that all rows come by the layer's modules
     with tiny_engine(model, **LAYOUT, context_parallel_size=2, strategy=strategy) as engine:
         engine.add_request(model.references[3].prompt, greedy(1))
         engine.step()

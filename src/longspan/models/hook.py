@@ -70,7 +70,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: MaskRule | None,
+    attention_mask: MaskRule | Tensor | None,
     *,
     longspan_attend: AttendFunction | None = None,
     scaling: float | None = None,
@@ -93,7 +93,7 @@ def _attention(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
-        mask=attention_mask,
+        mask=attention_mask if isinstance(attention_mask, MaskRule) else None,
         is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
         other_arguments={
             name: argument

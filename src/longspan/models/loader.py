@@ -23,6 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from longspan.errors import ConfigError
+from longspan.models.fused_layer import fuse_layers_
 from longspan.models.hook import ATTENTION_NAME
 from longspan.models.last_layer import skip_unread_rows_
 from longspan.models.linear import speed_up_few_rows_
@@ -181,4 +182,5 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool) -> nn.Mod
     module: nn.Module = loaded.eval().requires_grad_(False)
     speed_up_few_rows_(module)
     skip_unread_rows_(module)
+    fuse_layers_(module)
     return module

@@ -14,25 +14,6 @@
 #define MAX_ROWS 8
 #define MAX_WIDTH 256
 
-/* e^x for x <= 0: 2^n * e^r with |r| <= ln(2) / 2; relative error below 2e-7. Under -87 it is 0 to float32's eyes. */
-INLINE vec exp_lanes(vec x)
-{
-    const vec zero = {0};
-    const veci low = x < -87.0f; /* lanes of ones where true */
-    vec clamped = (vec)(((veci)(zero - 87.0f) & low) | ((veci)x & ~low));
-    vec n = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23 rounds to the nearest integer */
-    veci exponent = (veci)n - (veci)(zero + 12582912.0f);
-    n -= 12582912.0f;
-    vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (vec)((exponent + 127) << 23);
-}
-
 /* One KV head: rows x the keys of all runs, a run being consecutive keys. out [rows, width] and lse [rows] are float32. */
 INLINE void attend(const float *q, const void *k, const void *v, long k_stride, long v_stride, const long *starts,
                    const long *lengths, long num_runs, int rows, int width, int is_bf16, float *out, float *lse)

@@ -1,7 +1,8 @@
-"""Our compiled kernels for decode on a CPU (`decode.c`, `linear.c`): found, loaded and called.
+"""Our compiled kernels for decode on a CPU: found and loaded; `decode.c` and `linear.c` called.
 
 Holds the binding. Must not know pages, masks, models or when a kernel is worth calling.
-Read next: `longspan.attention.cpu` and `longspan.models.linear`, which call them;
+Read next: `longspan.native.layer`, for `layer.c`; `longspan.attention.cpu` and `longspan.models.linear`, which call
+them;
 `docs/decisions/0004-decode-kernel.md` for why they exist.
 
 They are compiled when the package is installed, if there is a C compiler; else everything works, and decode is
@@ -28,7 +29,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None where they were not compiled or there is no OpenMP runtime for them."""
     here = Path(__file__).parent
     found = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_kernels{suffix}").is_file()]
@@ -38,26 +39,28 @@ def _library() -> ctypes.CDLL | None:
         maps = Path("/proc/self/maps").read_text().splitlines()
         (openmp, *_) = [line.split()[-1] for line in maps if "libgomp" in line or "libiomp5" in line]
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
-        library = ctypes.CDLL(str(found[0]))
+        kernels = ctypes.CDLL(str(found[0]))
     except (OSError, ValueError):
         return None
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    library.longspan_decode.argtypes = [
+    kernels.longspan_decode.argtypes = [
         *(pointer, pointer, pointer, long, long, long, long),
         *(integer, integer, long, integer, integer, integer, integer, pointer, pointer),
     ]
-    library.longspan_decode_batch.argtypes = [
+    kernels.longspan_decode_batch.argtypes = [
         *(pointer, pointer, pointer, long, long, long, long),
         *(integer, integer, integer, integer, ctypes.c_float, long, pointer, pointer, pointer, pointer),
         *(integer, pointer, pointer),
     ]
-    library.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
-    return library
+    kernels.longspan_before_attention.argtypes = [pointer] * 4 + [integer] * 2 + [pointer] * 4
+    kernels.longspan_behind_attention.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] * 2
+    kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
+    return kernels
 
 
 def is_available() -> bool:
     """Whether the kernels were compiled and can be loaded."""
-    return _library() is not None
+    return library() is not None
 
 
 def can_decode(num_rows: int, width: int, dtype: torch.dtype) -> bool:
@@ -78,13 +81,13 @@ def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> t
     Returns:
         out [num_runs, Hkv, r, D] and lse [num_runs, Hkv, r], float32: one partial per run.
     """
-    library = _library()
-    assert library is not None
+    found = library()
+    assert found is not None
     num_heads, num_rows, width = rows.shape
     scaled = (rows.float() * scale).contiguous()
     out = torch.empty(num_runs, num_heads, num_rows, width)
     lse = torch.empty(num_runs, num_heads, num_rows)
-    status = library.longspan_decode(
+    status = found.longspan_decode(
         *(scaled.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         *(num_heads, num_rows, k.shape[1], width, k.dtype is torch.bfloat16, num_runs, torch.get_num_threads()),
@@ -121,12 +124,12 @@ def decode_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: DecodeBat
         out: [T, H, D] float32, contiguous, written.
         lse: [T, H] float32, contiguous, written.
     """
-    library = _library()
-    assert library is not None
+    found = library()
+    assert found is not None
     assert q.is_contiguous()
     assert q.dtype is k.dtype
     num_kv_heads, _, width = k.shape
-    status = library.longspan_decode_batch(
+    status = found.longspan_decode_batch(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         *(num_kv_heads, q.shape[1] // num_kv_heads, width, k.dtype is torch.bfloat16, scale, batch.num_queries),
@@ -151,13 +154,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., num_out] in x's dtype.
     """
-    library = _library()
-    assert library is not None
+    found = library()
+    assert found is not None
     num_out, width = weight.shape
     rows = x.float().contiguous()
     num_rows = rows.numel() // width
     out = torch.empty(*x.shape[:-1], num_out)
-    status = library.longspan_linear(
+    status = found.longspan_linear(
         *(rows.data_ptr(), weight.data_ptr(), width, num_rows, num_out),
         *(weight.dtype is torch.bfloat16, torch.get_num_threads(), out.data_ptr()),
     )

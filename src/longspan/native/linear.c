@@ -6,9 +6,8 @@
  * bandwidth then. Here weights are one stream, met with all rows in registers.
  */
 
-#include "lanes.h"
+#include "linear.h"
 
-#define MAX_ROWS 8
 #define AHEAD_BYTES 4096 /* prefetch distance; measured: 0 and 1024 are up to 15 % slower */
 
 /* One output of all rows: x [rows, width] times w [width]; several sums, because one would wait for itself. */
@@ -65,6 +64,12 @@ INLINE void dot(const float *x, const void *w, long width, int rows, int is_bf16
 OUTPUTS(outputs_float32, 0)
 OUTPUTS(outputs_bfloat16, 1)
 
+void longspan_outputs(const float *x, const void *w, long width, int rows, long first, long last, int is_bf16, float *y,
+                      long y_stride)
+{
+    (is_bf16 ? outputs_bfloat16 : outputs_float32)(x, w, width, rows, first, last, y, y_stride);
+}
+
 /* y [rows, num_out] = x [rows, width] times the transpose of w [num_out, width]; outputs in parallel.
  *
  * x and y float32, w float32 or bfloat16; all contiguous.
@@ -80,7 +85,7 @@ int longspan_linear(const float *x, const void *w, long width, int rows, long nu
     for (int part = 0; part < num_threads; part++) {
         const long first = part * share;
         const long last = first + share < num_out ? first + share : num_out;
-        (is_bf16 ? outputs_bfloat16 : outputs_float32)(x, w, width, rows, first, last, y, num_out);
+        longspan_outputs(x, w, width, rows, first, last, is_bf16, y, num_out);
     }
     return 0;
 }

@@ -78,6 +78,8 @@ class ModelRunner:
             for group, pages in zip(spec.kv_groups, num_pages, strict=True)
         ]
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
+        # A mask with four dimensions is taken as it is; without one, Transformers looks for packed rows in every step.
+        self._no_mask = torch.empty(1, 1, 0, 0, device=self.device)
         self._tokens_computed = 0
         self._busy_s = 0.0
         self._strategy_bytes: Counter[str] = Counter()
@@ -217,6 +219,7 @@ class ModelRunner:
         output = self.model(
             input_ids=self._ids(token_ids)[None],
             position_ids=self._ids(positions)[None],
+            attention_mask=self._no_mask,
             use_cache=False,
             logits_to_keep=self._ids(rows),
             longspan_attend=attend,

@@ -1,0 +1,224 @@
+"""Decoder layers that take two kernel calls instead of forty small operators, for a few rows on a CPU.
+
+Holds the replacement of a layer's forward. Must not know plans, ranks or strategies.
+Read next: `longspan.native.layer`; `docs/decisions/0014-fused-layers.md` for what it gives.
+
+Note: nothing is assumed
+    A layer is read by the names of its modules, and every guess (what scales a norm, which activation, whether there is
+    a rotary embedding) is held against the modules themselves. Then both forms of the layer compute random rows. Where
+    anything is unknown, or the two disagree, the model keeps its own layers. So a family that is built differently is
+    slower, never wrong.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longspan.models.hook import AttendFunction, AttentionCall
+from longspan.models.last_layer import READ_ROWS
+from longspan.native.layer import FusedLayer, LayerWeights, takes
+
+_log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-5
+"""Most by which both forms of a layer may differ, relative to the largest output: float32 sums in another order."""
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def fuse_layers_(model: nn.Module) -> bool:
+    """Let a loaded model's decoder layers use the kernels for few rows, where they are proven to compute the same.
+
+    Args:
+        model: with the `longspan` attention function, evaluating, its weights in place.
+
+    Returns:
+        Whether it does. Either all layers use them or none.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return False
+    forwards: list[Callable[..., Tensor]] = []
+    with torch.inference_mode():
+        for layer in layers:
+            try:
+                forwards.append(_few_rows_forward(layer))
+            except (_UnknownLayerError, ValueError, AttributeError, TypeError) as error:
+                _log.debug("layers are not fused: %s", error)
+                return False
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
+    return True
+
+
+class _UnknownLayerError(Exception):
+    """A layer that is not proven."""
+
+
+def _few_rows_forward(layer: nn.Module) -> Callable[..., Tensor]:
+    """A forward of the layer that gives few rows to the kernels."""
+    fused = _fused(layer)
+    call = _prove(layer, fused)
+    own_forward: Callable[..., Tensor] = layer.forward
+
+    def forward(
+        hidden_states: Tensor,
+        *args: object,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        longspan_attend: AttendFunction | None = None,
+        **others: Any,
+    ) -> Tensor:
+        if (
+            longspan_attend is None
+            or position_embeddings is None
+            or not takes(hidden_states.shape[1])
+            or others.get(READ_ROWS) is not None
+        ):
+            return own_forward(
+                hidden_states,
+                *args,
+                position_embeddings=position_embeddings,
+                longspan_attend=longspan_attend,
+                **others,
+            )
+        x = hidden_states[0].contiguous()
+        cos, sin = position_embeddings
+        q, k, v = fused.before_attention(x, cos[0].contiguous(), sin[0].contiguous())
+        attended = longspan_attend(replace(call, q=q, k=k, v=v))
+        return fused.behind_attention(attended.contiguous(), x)[None]
+
+    return forward
+
+
+def _fused(layer: Any) -> FusedLayer:
+    """The layer as the kernels take it. Raises: _UnknownLayerError, ValueError."""
+    attention, mlp = layer.self_attn, layer.mlp
+    is_sandwich = hasattr(layer, "pre_feedforward_layernorm")  # norms before and behind both halves
+    norms = {"input_layernorm", "post_attention_layernorm"}
+    if is_sandwich:
+        norms |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+    _only(layer, {"self_attn", "mlp", *norms})
+    _only(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
+    _only(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
+    for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        if linear.bias is not None:
+            raise _UnknownLayerError("a bias in the MLP")
+    before, behind = layer.input_layernorm, layer.post_attention_layernorm
+    before_mlp = layer.pre_feedforward_layernorm if is_sandwich else behind
+    over_hidden = [before, behind, *([before_mlp, layer.post_feedforward_layernorm] if is_sandwich else [])]
+    per_head = [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
+    weights = LayerWeights(
+        before_attention=_scale(before),
+        q=attention.q_proj.weight,
+        k=attention.k_proj.weight,
+        v=attention.v_proj.weight,
+        q_bias=attention.q_proj.bias,
+        k_bias=attention.k_proj.bias,
+        v_bias=attention.v_proj.bias,
+        q_norm=_scale(attention.q_norm) if per_head else None,
+        k_norm=_scale(attention.k_norm) if per_head else None,
+        o=attention.o_proj.weight,
+        o_bias=attention.o_proj.bias,
+        behind_attention=_scale(behind) if is_sandwich else None,
+        before_mlp=_scale(before_mlp),
+        gate=mlp.gate_proj.weight,
+        up=mlp.up_proj.weight,
+        down=mlp.down_proj.weight,
+        behind_mlp=_scale(layer.post_feedforward_layernorm) if is_sandwich else None,
+    )
+    return FusedLayer(
+        weights,
+        width=attention.head_dim,
+        has_rope=bool(getattr(attention, "use_rope", True)),
+        activation=_activation(mlp.act_fn),
+        epsilon=_epsilon(over_hidden),
+        head_epsilon=_epsilon(per_head) if per_head else 0.0,
+    )
+
+
+def _only(module: nn.Module, known: set[str]) -> None:
+    """Raises: _UnknownLayerError, if a module has a part whose name is not known."""
+    unknown = {name for name, _ in module.named_children()} - known
+    if unknown:
+        raise _UnknownLayerError(f"{type(module).__name__} with {sorted(unknown)}")
+
+
+def _epsilon(norms: Sequence[Any]) -> float:
+    """What keeps norms from dividing by 0."""
+    found = {norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps for norm in norms}
+    if len(found) > 1:
+        raise _UnknownLayerError(f"norms with {sorted(found)}")
+    return float(found.pop())
+
+
+def _scale(norm: Any) -> Tensor:
+    """What a root mean square norm multiplies by: its weight, or one more."""
+    x = _random(2, norm.weight.shape[0])
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + _epsilon([norm]))
+    scale: Tensor
+    for scale in (norm.weight, norm.weight + 1):
+        if _agree(normed * scale, norm(x)):
+            return scale
+    raise _UnknownLayerError(type(norm).__name__)
+
+
+def _activation(function: Callable[[Tensor], Tensor]) -> str:
+    x = torch.linspace(-12, 12, 999)
+    for name, known in _ACTIVATIONS.items():
+        if _agree(known(x), function(x)):
+            return name
+    raise _UnknownLayerError(f"activation {function}")
+
+
+def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
+    """Compute two random rows in both ways.
+
+    Returns:
+        The layer's attention call, all but q, k and v of which is the same every time.
+
+    Raises:
+        _UnknownLayerError: they disagree.
+    """
+    calls: list[AttentionCall] = []
+
+    def attend(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        group_size = call.q.shape[1] // call.k.shape[0]
+        k, v = (tensor.transpose(0, 1).repeat_interleave(group_size, dim=1) for tensor in (call.k, call.v))
+        return call.q + 2 * k + 3 * v  # [T, H, D], whatever depends on all three
+
+    x = _random(2, fused.hidden)
+    angles = _random(2, fused.width) * 3
+    cos, sin = angles.cos(), angles.sin()
+    wanted = layer(
+        x[None],
+        attention_mask=None,
+        position_ids=torch.arange(2)[None],
+        position_embeddings=(cos[None], sin[None]),
+        longspan_attend=attend,
+    )
+    (call,) = calls
+    q, k, v = fused.before_attention(x, cos, sin)
+    found = fused.behind_attention(attend(replace(call, q=q, k=k, v=v)).contiguous(), x)
+    if not (torch.is_tensor(wanted) and wanted.shape[0] == 1 and _agree(found, wanted[0])):
+        raise _UnknownLayerError(f"{type(layer).__name__} computes something else")
+    return call
+
+
+def _agree(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two results are the same but for rounding."""
+    largest = max(1.0, float(wanted.abs().max()))
+    return found.shape == wanted.shape and float((found - wanted).abs().max()) <= TOLERANCE * largest
+
+
+def _random(*shape: int) -> Tensor:
+    """Numbers that are the same in every process."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))

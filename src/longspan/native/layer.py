@@ -1,0 +1,168 @@
+"""A decoder layer around its attention, as two compiled kernels (`layer.c`): the binding.
+
+Holds the layer as the kernels see it. Must not know Transformers, attention or when a kernel is worth calling.
+Read next: `longspan.models.fused_layer`, which makes and calls them.
+"""
+
+import ctypes
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from longspan.native.kernels import LANES, MAX_ROWS, library
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """What a layer is made of: float32, contiguous, on the CPU; None where it lacks something."""
+
+    before_attention: Tensor
+    """[hidden] scale of the norm."""
+    q: Tensor
+    """[H * D, hidden]"""
+    k: Tensor
+    """[Hkv * D, hidden]"""
+    v: Tensor
+    """[Hkv * D, hidden]"""
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    q_norm: Tensor | None
+    """[D] scale of a norm per head."""
+    k_norm: Tensor | None
+    o: Tensor
+    """[hidden, H * D]"""
+    o_bias: Tensor | None
+    behind_attention: Tensor | None
+    """[hidden] scale of the norm of what attention adds."""
+    before_mlp: Tensor
+    gate: Tensor
+    """[inner, hidden]"""
+    up: Tensor
+    """[inner, hidden]"""
+    down: Tensor
+    """[hidden, inner]"""
+    behind_mlp: Tensor | None
+
+
+_NUMBERS = ("hidden", "inner", "heads", "kv_heads", "width", "has_rope", "activation")
+
+
+class _Layer(ctypes.Structure):
+    """As in layer.c."""
+
+    _fields_ = [
+        *((field.name, ctypes.c_void_p) for field in fields(LayerWeights)),
+        *((name, ctypes.c_long) for name in _NUMBERS),
+        ("epsilon", ctypes.c_double),
+        ("head_epsilon", ctypes.c_double),
+    ]
+
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+"""In the order of layer.c."""
+
+
+class FusedLayer:
+    """A layer that the kernels can run."""
+
+    def __init__(
+        self,
+        weights: LayerWeights,
+        *,
+        width: int,
+        has_rope: bool,
+        activation: str,
+        epsilon: float,
+        head_epsilon: float,
+    ) -> None:
+        """Take a layer.
+
+        Args:
+            weights: kept, and not to be changed.
+            width: D, of a head.
+            has_rope: whether queries and keys are rotated.
+            activation: one of `ACTIVATIONS`.
+            epsilon: of the norms over `hidden`.
+            head_epsilon: of those per head.
+
+        Raises:
+            ValueError: the kernels are not there, or do not take this layer.
+        """
+        self._weights = weights  # the kernels have their addresses
+        self.num_heads, self.num_kv_heads, self.width = weights.q.shape[0] // width, weights.k.shape[0] // width, width
+        self.hidden, self.inner = weights.down.shape
+        found = library()
+        if found is None or any(size % LANES or not size for size in (self.hidden, self.inner, width)):
+            raise ValueError("no kernel for this layer")
+        addresses: dict[str, int | None] = {}
+        for field in fields(weights):
+            tensor: Tensor | None = getattr(weights, field.name)
+            if tensor is not None and not (
+                tensor.dtype is torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
+            ):
+                raise ValueError(f"no kernel for this layer: {field.name}")
+            addresses[field.name] = None if tensor is None else tensor.data_ptr()
+        self._layer = _Layer(
+            **addresses,
+            hidden=self.hidden,
+            inner=self.inner,
+            heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            width=width,
+            has_rope=has_rope,
+            activation=ACTIVATIONS.index(activation),
+            epsilon=epsilon,
+            head_epsilon=head_epsilon,
+        )
+        self._address = ctypes.addressof(self._layer)
+        self._before, self._behind = found.longspan_before_attention, found.longspan_behind_attention
+
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm, projections, rotary embedding.
+
+        Args:
+            x: [T, hidden] float32, contiguous; 1 <= T <= MAX_ROWS.
+            cos: [T, D] float32, contiguous.
+            sin: likewise.
+
+        Returns:
+            q [T, H, D], k [Hkv, T, D], v [Hkv, T, D].
+        """
+        num_rows = x.shape[0]
+        q = torch.empty(num_rows, self.num_heads, self.width)
+        k = torch.empty(self.num_kv_heads, num_rows, self.width)
+        v = torch.empty(self.num_kv_heads, num_rows, self.width)
+        scratch = torch.empty(num_rows * (self.hidden + (self.num_heads + 2 * self.num_kv_heads) * self.width))
+        status = self._before(
+            *(self._address, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), num_rows, torch.get_num_threads()),
+            *(scratch.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr()),
+        )
+        assert status == 0, f"layer kernel refused {num_rows} rows"
+        return q, k, v
+
+    def behind_attention(self, attended: Tensor, x: Tensor) -> Tensor:
+        """Output projection and MLP, both added to what the layer was given.
+
+        Args:
+            attended: [T, H, D] float32, contiguous.
+            x: [T, hidden], as `before_attention` got it.
+
+        Returns:
+            [T, hidden].
+        """
+        num_rows = x.shape[0]
+        y = torch.empty(num_rows, self.hidden)
+        scratch = torch.empty(2 * num_rows * (self.hidden + self.inner))
+        status = self._behind(
+            *(self._address, attended.data_ptr(), x.data_ptr(), num_rows, torch.get_num_threads()),
+            *(scratch.data_ptr(), y.data_ptr()),
+        )
+        assert status == 0, f"layer kernel refused {num_rows} rows"
+        return y
+
+
+def takes(num_rows: int) -> bool:
+    """Whether the kernels take so many rows."""
+    return 1 <= num_rows <= MAX_ROWS

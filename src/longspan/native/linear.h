@@ -1,0 +1,17 @@
+/* A few rows times some rows of a weight matrix: what kernels that hold several linear layers share. */
+
+#ifndef LONGSPAN_LINEAR_H
+#define LONGSPAN_LINEAR_H
+
+#include "lanes.h"
+
+#define MAX_ROWS 8
+
+/* y[r * y_stride + i] = x [rows, width] times row i of w [.., width], for i from first up to last; on this thread alone.
+ *
+ * x and y float32, w float32 or bfloat16; width a multiple of LANES; 1 to MAX_ROWS rows.
+ */
+void longspan_outputs(const float *x, const void *w, long width, int rows, long first, long last, int is_bf16, float *y,
+                      long y_stride);
+
+#endif
