@@ -104,43 +104,115 @@ class CPUBackend:
         if q.stride(2) != 1:
             q = q.contiguous()
         num_rows, num_heads, _ = q.shape
-        num_kv_heads, _, v_width = v.shape
+        v_width = v.shape[2]
         if num_heads == 0:
             return empty_like_queries(q, v)
 
+        if params.softcap is None and v_width == q.shape[2] and kernels.can_prefill(v_width, q.dtype):
+            return _by_query_runs(q, k, v, segments, params)
         pieces = [piece for segment in segments for piece in _pieces(segment, params.window)]
         if params.softcap is not None:
             pieces = [block for piece in pieces for block in _softcap_blocks(piece, num_heads)]
         if len(pieces) == 1 and pieces[0].num_queries == num_rows:  # the usual decode: nothing to merge
-            out, lse = _run(q, k, v, pieces[0], params)
-            dtype = accumulation_dtype(q.dtype)
-            return PartialAttention(
-                out.reshape(num_rows, num_heads, v_width).to(dtype), lse.reshape(num_rows, num_heads)
-            )
+            return _one_piece(q, k, v, pieces[0], params)
 
         acc = empty_like_queries(q, v)
+        touched = bytearray(num_rows)
         lone = [] if params.softcap is not None else _lone_queries(pieces, q, k, v)
         if lone:
             _decode_lone_queries(q, k, v, lone, params.scale, acc)
             if len(lone) == len(pieces):
                 return acc
-        grouped = (num_rows, num_kv_heads, num_heads // num_kv_heads)
-        acc_out, acc_lse = acc.out.view(*grouped, v_width), acc.lse.view(grouped)  # [T, Hkv, G, Dv], [T, Hkv, G]
-        touched = bytearray(num_rows)
+            for piece in lone:
+                touched[piece.query_row] = 1
+        for piece in pieces:
+            if not (lone and _is_lone(piece)):
+                _add_piece_(acc, touched, q, k, v, piece, params)
+        return acc
+
+
+def _one_piece(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, params: AttentionParams) -> PartialAttention:
+    """A piece with all rows of q."""
+    num_rows, num_heads, _ = q.shape
+    out, lse = _run(q, k, v, piece, params)
+    dtype = accumulation_dtype(q.dtype)
+    return PartialAttention(out.reshape(num_rows, num_heads, -1).to(dtype), lse.reshape(num_rows, num_heads))
+
+
+def _add_piece_(
+    acc: PartialAttention,
+    touched: bytearray,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    piece: _Piece,
+    params: AttentionParams,
+) -> None:
+    """Merge a piece into `acc`. Args: `touched`: which rows hold something already; changed."""
+    num_heads, num_kv_heads = q.shape[1], k.shape[0]
+    grouped = (num_kv_heads, num_heads // num_kv_heads)
+    start, end = piece.query_row, piece.query_row + piece.num_queries
+    out, lse = _run(q, k, v, piece, params)
+    acc_out = acc.out[start:end].view(end - start, *grouped, -1)  # [t, Hkv, G, Dv]
+    acc_lse = acc.lse[start:end].view(end - start, *grouped)
+    if touched.find(1, start, end) >= 0:
+        merge_views_(acc_out, acc_lse, out.to(acc.out.dtype), lse)
+    else:
+        acc_out.copy_(out)
+        acc_lse.copy_(lse)
+    touched[start:end] = b"\x01" * piece.num_queries
+
+
+def _by_query_runs(
+    q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
+) -> PartialAttention:
+    """All segments by the compiled kernels: one call for the keys that a run of queries sees, wherever they lie."""
+    num_rows, num_heads, width = q.shape
+    few = kernels.MAX_ROWS * k.shape[0] // num_heads  # queries that the decode kernel takes
+    pieces: list[_Piece] = []  # few queries: at the speed of memory
+    runs: dict[tuple[int, int], list[kernels.SeenKeys]] = {}  # many, by (first row, rows)
+    for s in segments:
+        if s.num_queries == 0 or s.num_keys == 0 or s.visibility is Visibility.NONE:
+            continue
+        if s.visibility is Visibility.FULL and s.num_queries <= few:
+            pieces.append(_Piece(s.query_row, s.num_queries, s.key_row, s.num_keys, Visibility.FULL, 0))
+        else:
+            runs.setdefault((s.query_row, s.num_queries), []).append(_seen_keys(s, params.window))
+    if len(pieces) == 1 and not runs and pieces[0].num_queries == num_rows:  # the usual decode: nothing to merge
+        return _one_piece(q, k, v, pieces[0], params)
+    acc, touched = empty_like_queries(q, v), bytearray(num_rows)
+    lone = _lone_queries(pieces, q, k, v)
+    if lone:
+        _decode_lone_queries(q, k, v, lone, params.scale, acc)
         for piece in lone:
             touched[piece.query_row] = 1
-        for piece in pieces:
-            if lone and _is_lone(piece):
-                continue
-            start, end = piece.query_row, piece.query_row + piece.num_queries
-            out, lse = _run(q, k, v, piece, params)
-            if touched.find(1, start, end) >= 0:
-                merge_views_(acc_out[start:end], acc_lse[start:end], out.to(acc.out.dtype), lse)
-            else:
-                acc_out[start:end] = out
-                acc_lse[start:end] = lse
-            touched[start:end] = b"\x01" * piece.num_queries
-        return acc
+    for piece in pieces:
+        if not (lone and _is_lone(piece)):
+            _add_piece_(acc, touched, q, k, v, piece, params)
+    if runs and q.stride(1) != width:
+        q = q.contiguous()
+    for (start, num_queries), seen in runs.items():
+        end = start + num_queries
+        into = PartialAttention(acc.out[start:end], acc.lse[start:end])
+        is_new = touched.find(1, start, end) < 0
+        part = into if is_new else PartialAttention(torch.empty_like(into.out), torch.empty_like(into.lse))
+        kernels.prefill(q[start:end], k, v, params.scale, seen, part.out, part.lse)
+        if not is_new:
+            merge_views_(into.out, into.lse, part.out, part.lse)
+        touched[start:end] = b"\x01" * num_queries
+    return acc
+
+
+def _seen_keys(segment: RowSegment, window: int | None) -> kernels.SeenKeys:
+    """A segment's keys, and who of its queries sees which."""
+    if segment.visibility is Visibility.FULL:
+        return kernels.SeenKeys(segment.key_row, segment.num_keys)
+    assert segment.key_position is not None
+    lead = segment.query_position - segment.key_position
+    if segment.visibility is Visibility.CAUSAL:
+        return kernels.SeenKeys(segment.key_row, segment.num_keys, lead)
+    assert window is not None
+    return kernels.SeenKeys(segment.key_row, segment.num_keys, lead, window)
 
 
 def _is_lone(piece: _Piece) -> bool:

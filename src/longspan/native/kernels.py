@@ -1,4 +1,5 @@
-"""Our compiled kernels for decode on a CPU: found and loaded; `decode.c` and `linear.c` called.
+"""Our compiled kernels for decode on a CPU: found and loaded; `decode.c`, `prefill.c` and `linear.c`
+called.
 
 Holds the binding. Must not know pages, masks, models or when a kernel is worth calling.
 Read next: `longspan.native.layer`, for `layer.c`; `longspan.attention.cpu` and `longspan.models.linear`, which call
@@ -17,6 +18,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from torch import Tensor
 
 MAX_ROWS, MAX_WIDTH, LANES = 8, 256, 16
 """As in decode.c, linear.c and lanes.h."""
+
+FAR = 1 << 40
+"""Further than any key lies from a query."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -54,6 +59,10 @@ def library() -> ctypes.CDLL | None:
     ]
     kernels.longspan_before_attention.argtypes = [pointer] * 4 + [integer] * 2 + [pointer] * 4
     kernels.longspan_behind_attention.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] * 2
+    kernels.longspan_prefill.argtypes = [
+        *(pointer, pointer, pointer, long, long, long, long, long, integer, integer, integer, long),
+        *(pointer, pointer, pointer, pointer, long, ctypes.c_float, integer, pointer, pointer),
+    ]
     kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
     return kernels
 
@@ -137,6 +146,57 @@ def decode_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: DecodeBat
         *(torch.get_num_threads(), out.data_ptr(), lse.data_ptr()),
     )
     assert status == 0, f"decode kernel refused {batch.num_queries} queries of {q.shape[1]} heads of {width}"
+
+
+@cache
+def _has_wide_registers() -> bool:
+    found = library()
+    return found is not None and bool(found.longspan_has_wide_registers())
+
+
+def can_prefill(width: int, dtype: torch.dtype) -> bool:
+    """Whether `prefill` takes this head size and dtype, and this CPU is one that it is fast on."""
+    return width % LANES == 0 and width > 0 and dtype is torch.float32 and is_available() and _has_wide_registers()
+
+
+class SeenKeys(NamedTuple):
+    """Consecutive keys, and which of them consecutive queries see: all, unless said otherwise."""
+
+    row: int
+    num_keys: int
+    lead: int = FAR
+    """Query i sees keys up to i + lead,"""
+    span: int = 2 * FAR
+    """and of these the last `span`."""
+
+
+def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKeys], out: Tensor, lse: Tensor) -> None:
+    """Consecutive queries over several runs of keys, all at once.
+
+    Args:
+        q: [t, H, D] float32, contiguous but in its first dimension; D such that `can_prefill` admits it.
+        k: [Hkv, rows, D], contiguous in the last dimension.
+        v: [Hkv, rows, D], likewise.
+        scale: factor on the dot products.
+        seen: disjoint runs of keys.
+        out: [t, H, D] float32, contiguous, written; 0 for a query that sees nothing.
+        lse: [t, H] float32, contiguous, written; -inf for a query that sees nothing.
+    """
+    found = library()
+    assert found is not None
+    num_queries, num_heads, width = q.shape
+    assert q.stride(2) == 1
+    assert q.stride(1) == width
+    num_kv_heads = k.shape[0]
+    numbers = np.array(seen, dtype=np.int64).T.copy()  # [4, runs]
+    status = found.longspan_prefill(
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0)),
+        *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        *(num_kv_heads, num_heads // num_kv_heads, width, num_queries),
+        *(row.ctypes.data for row in numbers),
+        *(len(seen), scale, torch.get_num_threads(), out.data_ptr(), lse.data_ptr()),
+    )
+    assert status == 0, f"prefill kernel refused {num_queries} queries of {num_heads} heads of {width}"
 
 
 def can_multiply(num_rows: int, width: int, dtype: torch.dtype) -> bool:
