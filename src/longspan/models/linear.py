@@ -1,34 +1,38 @@
-"""Linear layers that are fast for few rows on a CPU.
+"""Linear layers that are fast on a CPU, for few rows and for many.
 
 Holds the replacement of `nn.Linear`. Must not know attention, pages or plans.
-Read next: `longspan.native.kernels`.
+Read next: `longspan.native.kernels` for few rows, `longspan.models.onednn` for many.
 
 A decode step multiplies every weight by one row per request, and BLAS reads weights at a third of the memory bandwidth
 then: 88 MB of a 22 M parameter model took 8 ms on one thread and on two, and take 3.2 and 2.5 with the kernel.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longspan.models import onednn
 from longspan.native import kernels
 
 
 class FewRowsLinear(nn.Linear):
-    """`nn.Linear` that gives up to `kernels.MAX_ROWS` rows to the compiled kernel."""
+    """`nn.Linear` that gives up to `kernels.MAX_ROWS` rows to the compiled kernel, and more rows of float32 to oneDNN."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002: the name that nn.Linear has
         weight = self.weight
         num_rows = input.numel() // input.shape[-1]
-        if input.dtype is not weight.dtype or not kernels.can_multiply(num_rows, weight.shape[1], weight.dtype):
-            return F.linear(input, weight, self.bias)
-        out = kernels.linear(input, weight)
-        return out if self.bias is None else out.add_(self.bias)
+        if input.dtype is weight.dtype:
+            if kernels.is_available() and kernels.can_multiply(num_rows, weight.shape[1], weight.dtype):
+                out = kernels.linear(input, weight)
+                return out if self.bias is None else out.add_(self.bias)
+            if num_rows and weight.dtype is torch.float32 and onednn.is_available():
+                return onednn.linear(input, weight, self.bias)
+        return F.linear(input, weight, self.bias)
 
 
 def speed_up_few_rows_(model: nn.Module) -> None:
-    """Let the model's linear layers use the compiled kernel, where it exists and applies. Weights stay as they are."""
-    if not kernels.is_available():
-        return
+    """Let the model's linear layers use the compiled kernel and oneDNN, where they exist and apply. Weights stay as they
+    are."""
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.is_contiguous():
             module.__class__ = FewRowsLinear
