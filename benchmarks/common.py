@@ -97,9 +97,9 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def random_prompt(length: int, seed: int) -> list[int]:
+def random_prompt(length: int, seed: int, vocab_size: int = VOCAB_SIZE) -> list[int]:
     """Token ids."""
-    return [random.Random(seed * 7919 + i).randrange(VOCAB_SIZE) for i in range(length)]
+    return [random.Random(seed * 7919 + i).randrange(vocab_size) for i in range(length)]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class Timing:
     ttft_s: float
     tpot_s: float
     token_ids: list[int]
+    num_cached: int = 0
+    """Tokens of the prompt that a prefix cache had."""
 
 
 class LongspanRunner:
@@ -129,7 +131,8 @@ class LongspanRunner:
             self.engine.step()
             if request.num_generated == 1:
                 first = time.perf_counter()
-        return Timing(first - started, (time.perf_counter() - first) / max(1, num_tokens - 1), request.output_token_ids)
+        tpot_s = (time.perf_counter() - first) / max(1, num_tokens - 1)
+        return Timing(first - started, tpot_s, request.output_token_ids, request.num_cached)
 
     def close(self) -> None:
         self.engine.close()
@@ -229,14 +232,23 @@ def report(theme: str, rows: list[dict[str, Any]], facts: dict[str, Any], option
     result |= {"facts": facts, "rows": rows}
     text = json.dumps(result, indent=1)
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{theme}-{datetime.now(UTC).strftime('%Y-%m-%d')}-{os.cpu_count()}-core-cpu.json"
-        path.write_text(text + "\n")
+        result_path(theme, "json").write_text(text + "\n")
     if options.json:
         print(text)
         return
     for name, value in facts.items():
         print(f"{name:<40} {value}")
+    print_table(rows)
+
+
+def result_path(theme: str, suffix: str) -> Path:
+    """Where today's result belongs."""
+    RESULTS.mkdir(exist_ok=True)
+    return RESULTS / f"{theme}-{datetime.now(UTC).strftime('%Y-%m-%d')}-{os.cpu_count()}-core-cpu.{suffix}"
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Columns in the order in which rows name them."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
