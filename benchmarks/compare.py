@@ -4,7 +4,7 @@
                                  [--tokens 48] [--repeats 3] [--cores 0,1] [--json] [--save]
 
 Takes about an hour by default (model 20m; prompts of 1k and 16k tokens three times, of 64k once); `--models 500m` takes
-another hour, at 1k and 16k only. Needs two cores, 16 GiB of memory and, for vLLM and llama.cpp, pip, a C++ compiler and
+another, at 1k and 16k only. Needs two cores, 16 GiB of memory and, for vLLM and llama.cpp, pip, a C++ compiler and
 4 GB of disk: they get environments of their own in `benchmarks/.peers` (see `peers/environments.py`).
 
 Every engine is a process group of its own, with random float32 weights from the same files. All are started for each
@@ -13,9 +13,10 @@ other, while all others are stopped. Greedy decoding, a fixed number of tokens, 
 
 Settings: what a user gets by default, with both cores. longspan: 1 rank x 2 threads, 2 x 1, and 1 x 1 for the speed-up.
 vLLM: compiled, 2048 tokens per step (the whole prompt in one step and eager mode were slower), its threads bound to the
-cores (its default leaves one idle). llama.cpp: no flash attention; its cache in F16, its default, and in F32 like
-everyone's. The floor: flops over the rate of `torch.mm`, bytes over the read bandwidth, of both cores, in this run; an
-engine with a faster matrix product than `torch.mm` can be below it, so oneDNN's rate is printed too.
+cores (its default leaves one idle), Intel's OpenMP preloaded as its documentation asks. llama.cpp: no flash attention;
+its cache in F16, its default, and in F32 like everyone's. The floor: flops over the rate of `torch.mm`, bytes over the
+read bandwidth, of both cores, in this run. An engine with a faster matrix product than `torch.mm` can be below the
+first one, so oneDNN's rate is printed too.
 
 Memory is the peak of an engine's largest compute process (VmHWM) after the first prompt, above what a process holds
 that has made the same imports and loaded nothing. Agreement is against Transformers' tokens: the index of the first
