@@ -191,6 +191,9 @@ def main() -> int:
             f"compare: {error}; peers/environments.py says what pip needs, --peers leaves a peer out", file=sys.stderr
         )
         return 1
+    except KeyboardInterrupt:
+        print("compare: interrupted; all engines are ended", file=sys.stderr)
+        return 130
     result = {
         "theme": "compare",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
