@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from longspan.cli.main import main
+from longspan.cli.main import run_command
 from longspan.engine.costs import MEASURE
 
 os.environ[MEASURE] = "never"  # also in processes that tests start: choices must not depend on the machine
@@ -49,7 +49,7 @@ def longspan(cache_home, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["longspan", *arguments])
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
         with pytest.raises(SystemExit) as ended:
-            main()
+            run_command()
         captured = capsys.readouterr()
         return Outcome(ended.value.code, captured.out, captured.err)
 

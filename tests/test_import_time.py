@@ -29,9 +29,9 @@ def modules_after(code):
 HELP = """
 import sys
 sys.argv = ["longspan", {arguments}]
-from longspan.cli.main import main
+from longspan.cli.main import run_command
 try:
-    main()
+    run_command()
 except SystemExit as ended:
     assert ended.code == {code}
 """

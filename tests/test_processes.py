@@ -17,9 +17,11 @@ import pytest
 from longspan import LLM, ConfigError, LongspanError, SamplingParams, WorkerError
 from longspan.engine import workers
 from longspan.engine.failures import Failures, describe_end
+from longspan.engine.processes import _environment
 from longspan.plan.types import DirectExchange, GroupStep, Plan
 from longspan.types import Phase, Strategy
 from longspan.worker.messages import Failed
+from process_tree import is_alive, parents_of_ranks, ranks
 
 TEXT = Path(argparse.__file__).read_text()
 FACT = "The magic number is 4711."
@@ -40,27 +42,6 @@ IN_TIME_S = 2.0
 """All processes are gone so soon after Ctrl-C."""
 
 needs_processes = pytest.mark.processes
-
-
-def children(pid):
-    """Ids of the worker processes that a process has started, by rank."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"longspan.worker.process" in words:
-                    found.append((int(words[words.index(b"longspan.worker.process") + 1]), int(entry.name)))
-        except (OSError, IndexError):
-            continue  # gone
-    return [child for _, child in sorted(found)]
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def wait_until(condition, timeout_s, what):
@@ -99,15 +80,20 @@ class Command:
         self.workers = []
 
     def wait_for(self, phase):
-        """Return when the workers load, or a step of a phase is done."""
+        """Return when libraries are imported for the ranks, when the ranks load, or a step of a phase is done."""
+        if phase == "importing":
+            wait_until(lambda: len(parents_of_ranks(self.process.pid)) == 1, 120, "a parent of ranks")
+            self.workers = parents_of_ranks(self.process.pid)
+            time.sleep(0.5)  # Python itself has started
+            return
         if phase != "loading":
             for line in self.process.stderr:
                 if line.startswith(phase):
                     break
             else:
                 raise AssertionError(f"ended with {self.process.wait()} before {phase}")
-        wait_until(lambda: len(children(self.process.pid)) == 2, 120, "two workers")
-        self.workers = children(self.process.pid)
+        wait_until(lambda: len(ranks(self.process.pid)) == 2, 120, "two workers")
+        self.workers = ranks(self.process.pid) + parents_of_ranks(self.process.pid)
 
     def end(self):
         """Returns exit code, standard output, and what standard error says beside progress."""
@@ -152,12 +138,19 @@ def own_tmp(cache_home, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("phase", "number", "to_group", "code"),
     [
+        ("importing", signal.SIGINT, True, 130),
         ("loading", signal.SIGINT, True, 130),
         ("prefill", signal.SIGINT, False, 130),
         ("decode", signal.SIGINT, True, 130),
         ("decode", signal.SIGTERM, False, 143),
     ],
-    ids=["ctrl_c_while_loading", "interrupt_in_prefill", "ctrl_c_in_decode", "terminate_in_decode"],
+    ids=[
+        "ctrl_c_while_importing",
+        "ctrl_c_while_loading",
+        "interrupt_in_prefill",
+        "ctrl_c_in_decode",
+        "terminate_in_decode",
+    ],
 )
 def test_a_signal_ends_all_processes_in_time(command, phase, number, to_group, code):
     running = command(*(LONG_DECODE if phase == "decode" else LONG_PREFILL))
@@ -170,15 +163,38 @@ def test_a_signal_ends_all_processes_in_time(command, phase, number, to_group, c
 
 
 @needs_processes
-@pytest.mark.parametrize("phase", ["loading", "prefill"])
+@pytest.mark.parametrize("phase", ["importing", "loading", "prefill"])
 def test_workers_do_not_outlive_a_driver_that_was_killed(command, phase):
     running = command(*LONG_PREFILL)
     running.wait_for(phase)
-    if phase == "loading":
-        time.sleep(0.5)  # Python itself has started, and imports torch
     since = time.monotonic()
     os.kill(running.process.pid, signal.SIGKILL)
     running.assert_all_gone(since)
+
+
+@needs_processes
+def test_workers_do_not_outlive_a_driver_that_was_killed_and_had_forked(cache_home, tmp_path):
+    """The fork holds all that the driver had open, and lives on."""
+    script = """
+import os, time
+from longspan import LLM
+llm = LLM("recall", context_parallel_size=2)
+print(os.fork(), flush=True)
+time.sleep(60)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    forked = int(driver.stdout.readline())
+    running = ranks(driver.pid) + parents_of_ranks(driver.pid)
+    try:
+        assert len(running) == 3
+        driver.kill()
+        wait_until(lambda: not any(map(is_alive, running)), IN_TIME_S, "no worker left")
+        wait_until(lambda: leftovers(tmp_path) == [], IN_TIME_S, "no temporary directory left")
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        driver.kill()
+        driver.communicate()
 
 
 @needs_processes
@@ -216,8 +232,8 @@ def test_a_worker_killed_while_it_starts_fails_the_llm(own_tmp):
     killed = []
 
     def kill():
-        wait_until(lambda: len(children(os.getpid())) == 2, 60, "two workers")
-        killed.append(children(os.getpid())[0])
+        wait_until(lambda: ranks(os.getpid()), 60, "a worker")
+        killed.append(ranks(os.getpid())[0])
         os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -226,16 +242,46 @@ def test_a_worker_killed_while_it_starts_fails_the_llm(own_tmp):
         LLM("recall", **TWO_RANKS)
     killer.join()
     assert str(caught.value) == f"rank 0 (pid {killed[0]}) was killed by SIGKILL"
-    assert children(os.getpid()) == []
+    assert ranks(os.getpid()) == []
     assert leftovers(own_tmp) == []
     assert num_descriptors() <= before
+
+
+@needs_processes
+def test_ranks_end_with_the_process_that_forked_them(own_tmp):
+    def kill():
+        wait_until(lambda: parents_of_ranks(os.getpid()), 60, "a parent of ranks")
+        os.kill(*parents_of_ranks(os.getpid()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(WorkerError, match=r"^rank 0 was killed by SIGKILL$"):
+        LLM("recall", **TWO_RANKS)
+    killer.join()
+
+    with LLM("recall", **TWO_RANKS) as llm:
+        running = ranks(os.getpid())
+        os.kill(*parents_of_ranks(os.getpid()), signal.SIGKILL)
+        wait_until(lambda: not any(map(is_alive, running)), IN_TIME_S, "no worker left")
+        with pytest.raises(WorkerError, match=rf"^rank 0 \(pid {running[0]}\) was killed by SIGKILL$"):
+            llm.generate(PROMPT)
+    assert leftovers(own_tmp) == []
+
+
+def test_what_ranks_import_starts_no_thread():
+    """Only the thread that forks lives on in a rank."""
+    script = "import os, longspan.worker.serve; print(len(os.listdir('/proc/self/task')))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=_environment(num_threads=4)
+    )
+    assert done.stdout == "1\n"
 
 
 @needs_processes
 def test_a_worker_killed_while_idle_or_in_decode_fails_what_runs_and_all_that_follows(own_tmp):
     with LLM("recall", **TWO_RANKS) as llm:
         assert llm.generate(PROMPT, SamplingParams(max_tokens=5))[0].outputs[0].text == "4711."
-        _, pid = children(os.getpid())
+        _, pid = ranks(os.getpid())
 
         def kill(progress):
             if progress.generated_tokens == 3:
@@ -244,15 +290,15 @@ def test_a_worker_killed_while_idle_or_in_decode_fails_what_runs_and_all_that_fo
         with pytest.raises(WorkerError, match=rf"^rank 1 \(pid {pid}\) was killed by SIGKILL$"):
             llm.generate(PROMPT, SamplingParams(max_tokens=500), on_progress=kill)
         # The other rank is of no use without it, and does not stay behind.
-        wait_until(lambda: children(os.getpid()) == [], IN_TIME_S, "no worker left")
+        wait_until(lambda: ranks(os.getpid()) == [], IN_TIME_S, "no worker left")
         with pytest.raises(WorkerError, match="was killed by SIGKILL"):
             llm.generate(PROMPT)
     assert leftovers(own_tmp) == []
 
     with LLM("recall") as llm:
-        (pid,) = children(os.getpid())
+        (pid,) = ranks(os.getpid())
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: children(os.getpid()) == [], IN_TIME_S, "no worker left")
+        wait_until(lambda: ranks(os.getpid()) == [], IN_TIME_S, "no worker left")
         with pytest.raises(WorkerError, match=rf"^rank 0 \(pid {pid}\) was killed by SIGTERM$"):
             llm.generate(PROMPT)
 
@@ -272,7 +318,7 @@ def test_a_worker_that_raises_ends_the_run_with_its_rank_and_reason(own_tmp):
 @needs_processes
 def test_a_stopped_rank_is_named_by_the_peer_that_waits_for_it(own_tmp):
     with LLM("recall", **TWO_RANKS, exchange_timeout_s=2.0) as llm:
-        pid = children(os.getpid())[1]
+        pid = ranks(os.getpid())[1]
 
         def stop(progress):
             if progress.generated_tokens == 2:
@@ -287,7 +333,7 @@ def test_a_stopped_rank_is_named_by_the_peer_that_waits_for_it(own_tmp):
 def test_a_stopped_rank_that_no_peer_waits_for_is_noticed_by_the_driver(own_tmp, monkeypatch):
     monkeypatch.setattr(workers, "SILENCE_MARGIN_S", 1.0)
     with LLM("recall", exchange_timeout_s=2.0) as llm:
-        (pid,) = children(os.getpid())
+        (pid,) = ranks(os.getpid())
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(WorkerError, match=rf"^rank 0 \(pid {pid}\) has given no sign of life for 3 s"):
             llm.generate(PROMPT)
@@ -303,12 +349,12 @@ def test_two_llms_at_once_and_one_after_another_leave_nothing_behind(own_tmp):
     counts = []
     for _ in range(2):
         with LLM("recall", **TWO_RANKS) as first, LLM("recall") as second:
-            assert len(children(os.getpid())) == 3
+            assert len(ranks(os.getpid())) == 3
             for llm in (first, second, first):
                 assert llm.generate(PROMPT, params)[0].outputs[0].text == "4711."
             first.close()
             assert second.generate(PROMPT, params)[0].outputs[0].text == "4711."
-        assert children(os.getpid()) == []
+        assert ranks(os.getpid()) == []
         assert leftovers(own_tmp) == []
         counts.append((num_descriptors(), threading.active_count()))
     assert counts[0] == counts[1]

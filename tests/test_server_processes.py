@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import openai
 import pydantic
 import pytest
+
+from process_tree import is_alive, parents_of_ranks, ranks
 
 pytestmark = pytest.mark.processes
 
@@ -40,8 +41,7 @@ class Command:
 
     def workers(self):
         """Process ids of the ranks."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
+        return ranks(self.process.pid)
 
     def said(self):
         return "".join(self.lines)
@@ -74,14 +74,14 @@ def command(*options):
         assert ready.wait(timeout=120)
         assert url, lines
         served = Command(process, url[0], lines)
-        workers = served.workers()
+        workers = served.workers() + parents_of_ranks(process.pid)
         yield served
     finally:
         process.kill()
         process.wait()
         reader.join(timeout=10)
         deadline = time.monotonic() + 10
-        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        while any(map(is_alive, workers)):
             assert time.monotonic() < deadline, "workers outlive their server"
             time.sleep(0.05)
 

@@ -6,7 +6,8 @@
         output = llm.generate(text, SamplingParams(max_tokens=32))[0]
         print(output.outputs[0].text)
 
-Holds outputs, timing and the loop over steps. Must not know how steps run.
+Holds outputs, timing and the loop over steps. Must not know how steps run, and imports torch only when the ranks do so
+too.
 Read next: `longspan.engine.engine`.
 """
 
@@ -14,18 +15,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from longspan.config import EngineConfig
-from longspan.engine.engine import Engine, RankStats
+from longspan.engine.processes import early_ranks
 from longspan.errors import ConfigError
-from longspan.models.grammar import GrammarConstraint, Grammars, make_grammars
-from longspan.models.inspect import check_proven
-from longspan.models.loader import load_config, load_tokenizer
+from longspan.imports import quick_imports
 from longspan.models.text import TextStream, encode_prompt
 from longspan.policy.explain import Choice
 from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from longspan.engine.engine import RankStats
+    from longspan.models.grammar import GrammarConstraint, Grammars
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -110,10 +113,15 @@ class LLM:
                 raise ConfigError(f"option: got {name!r}, legal is one of {', '.join(legal)}")
         config = EngineConfig(model=model, **options)
         started = time.perf_counter()
-        check_proven(load_config(model)[0])  # before anything that an unproven model may lack
-        self.tokenizer = load_tokenizer(model)
         self._grammars: Grammars | None = None
-        self._engine = Engine(config)
+        with early_ranks(config) as launcher:
+            with quick_imports(for_good=False):
+                from longspan.engine.engine import Engine
+                from longspan.models.inspect import check_proven
+                from longspan.models.loader import load_config, load_tokenizer
+            check_proven(load_config(model)[0])  # before anything that an unproven model may lack
+            self.tokenizer = load_tokenizer(model)
+            self._engine = Engine(config, launcher=launcher)
         self.load_s = time.perf_counter() - started
         """Seconds until the ranks were ready."""
 
@@ -193,11 +201,13 @@ class LLM:
             raise ConfigError(f"prompt: got {type(prompt).__name__}, legal is text or a list of token ids")
         return None, [int(token_id) for token_id in prompt]
 
-    def _constraint(self, params: SamplingParams) -> GrammarConstraint | None:
+    def _constraint(self, params: SamplingParams) -> "GrammarConstraint | None":
         """What `json_schema` asks for."""
         if params.json_schema is None:
             return None
         if self._grammars is None:
+            from longspan.models.grammar import make_grammars
+
             spec = self._engine.spec
             self._grammars = make_grammars(self.tokenizer, spec.vocab_size, spec.eos_token_ids)
         return self._grammars.compile(params.json_schema)
@@ -216,7 +226,7 @@ class LLM:
                 self._engine.finish(request, FinishReason.STOP)
             request.finish_reason = FinishReason.STOP
 
-    def rank_stats(self) -> list[RankStats]:
+    def rank_stats(self) -> "list[RankStats]":
         """What every rank holds and has done, since the LLM was made."""
         return self._engine.rank_stats()
 

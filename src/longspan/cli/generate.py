@@ -16,6 +16,7 @@ from longspan.cli.explain import choices_text
 from longspan.cli.options import engine_config, engine_options
 from longspan.cli.progress import ProgressPrinter
 from longspan.errors import ConfigError
+from longspan.imports import quick_imports
 from longspan.types import SamplingParams
 
 
@@ -57,12 +58,12 @@ def generate(
     assert not options
     text = read_prompt(prompt, prompt_file, stdin)
 
-    from longspan.llm import LLM
-    from longspan.models.loader import quiet_transformers
+    with quick_imports(for_good=True):
+        from longspan.llm import LLM
 
-    quiet_transformers()
+        opened = LLM(**msgspec.structs.asdict(config))
     progress = ProgressPrinter(params.max_tokens)
-    with LLM(**msgspec.structs.asdict(config)) as llm, progress:
+    with opened as llm, progress:
         (output,) = llm.generate(text, params, on_progress=progress.update)
         progress.close()
         if explain:

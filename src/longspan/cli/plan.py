@@ -14,6 +14,7 @@ import msgspec
 from longspan.cli.options import choice
 from longspan.config import parse_size, parse_tokens
 from longspan.errors import ConfigError
+from longspan.imports import quick_imports
 
 if TYPE_CHECKING:
     from longspan.policy.clusters import Cluster
@@ -78,11 +79,10 @@ def plan(
     planned_dtype = cast("PlannedDType", dtype or described.rates_dtype or "bfloat16")
     described.peak_flops_per_s(planned_dtype)
 
-    from longspan.models.loader import quiet_transformers
-    from longspan.models.shape import load_shape
-    from longspan.policy.report import make_plan
+    with quick_imports(for_good=True):
+        from longspan.models.shape import load_shape
+        from longspan.policy.report import make_plan
 
-    quiet_transformers()
     report = make_plan(
         load_shape(model, planned_dtype),
         described,

@@ -11,6 +11,7 @@ import click
 
 from longspan.cli.options import engine_config, engine_options
 from longspan.config import parse_size
+from longspan.imports import quick_imports
 from longspan.server.config import ServerConfig
 
 SHORT_STRIPE = 64
@@ -58,8 +59,10 @@ def serve(model: str, max_body_size: str, **options: Any) -> None:
     config = engine_config(model, options)
     server_config = ServerConfig(max_body_bytes=parse_size(max_body_size, "max_body_size"), **options)
 
-    from longspan.models.loader import quiet_transformers
-    from longspan.server.run import serve as run
+    from longspan.engine.processes import early_ranks
 
-    quiet_transformers()
-    sys.exit(run(config, server_config))
+    with early_ranks(config) as launcher:
+        with quick_imports(for_good=True):
+            from longspan.server.run import serve as run
+        code = run(config, server_config, launcher)
+    sys.exit(code)

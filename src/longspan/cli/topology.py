@@ -12,6 +12,7 @@ import msgspec
 
 from longspan.cli.options import engine_config, engine_options
 from longspan.errors import ConfigError
+from longspan.imports import quick_imports
 
 if TYPE_CHECKING:
     from longspan.policy.grid import StepChoice
@@ -36,14 +37,16 @@ def topology(model: str, save: str | None, as_json: bool, **options: Any) -> Non
         raise ConfigError("measure: got 'never', legal is auto or again")
     config = msgspec.structs.replace(config, measure="again")
 
-    from longspan.engine.costs import step_options
-    from longspan.engine.engine import Engine
-    from longspan.models.loader import quiet_transformers
-    from longspan.policy.grid import predict_grid
-    from longspan.policy.topology_file import topology_text
+    from longspan.engine.processes import early_ranks
 
-    quiet_transformers()
-    with Engine(config) as engine:
+    with early_ranks(config) as launcher:
+        with quick_imports(for_good=True):
+            from longspan.engine.costs import step_options
+            from longspan.engine.engine import Engine
+            from longspan.policy.grid import predict_grid
+            from longspan.policy.topology_file import topology_text
+        running = Engine(config, launcher=launcher)
+    with running as engine:
         costs, striped_from = engine.costs, engine.scheduler.memory.striped_from
         groups, dtype = engine.spec.kv_groups, engine.spec.kv_groups[0].spec.dtype
         memory_bytes = engine.config.kv_cache_memory

@@ -18,6 +18,7 @@ from longspan.config import EngineConfig
 from longspan.engine.costs import file_costs, find_costs, use_costs
 from longspan.engine.executor import Executor
 from longspan.engine.interrupts import deferred_interrupt
+from longspan.engine.launcher import Launcher
 from longspan.engine.memory import kv_cache_memory
 from longspan.engine.start import start_executor
 from longspan.errors import ConfigError
@@ -49,12 +50,15 @@ class RankStats(msgspec.Struct, frozen=True):
 class Engine:
     """Runs requests on the ranks of one cp_group. Not safe to use from several threads."""
 
-    def __init__(self, config: EngineConfig, model: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, model: torch.nn.Module | None = None, launcher: Launcher | None = None
+    ) -> None:
         """Check everything that can be checked before weights are loaded, then start the ranks.
 
         Args:
             config: what to run, and how.
             model: with the `threads` executor, a loaded module with the `longspan` attention function.
+            launcher: of ranks that start already, as `early_ranks` has them; None starts them here.
 
         Raises:
             ConfigError: something in the config is illegal or not proven.
@@ -73,7 +77,7 @@ class Engine:
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
         costs = file_costs(config, self.spec)
-        self._executor: Executor = start_executor(Start(config, self.spec, num_pages, None), model)
+        self._executor: Executor = start_executor(Start(config, self.spec, num_pages, None), model, launcher)
         try:
             if costs is None:
                 costs = find_costs(config, self.spec, self._executor, self._executor.hosts)

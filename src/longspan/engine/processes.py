@@ -1,11 +1,12 @@
 """Worker processes on this machine.
 
-Holds their start and end. Must not know messages, schedulers or requests.
-Read next: `longspan.worker.process`, what is started.
+Holds their start and end. Must not know messages, schedulers or requests, nor import torch.
+Read next: `longspan.worker.preload`, what is started.
 """
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -15,73 +16,115 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from longspan.comm.secret import VARIABLE as SECRET_VARIABLE
 from longspan.comm.secret import Secret
 from longspan.config import EngineConfig
 from longspan.engine.failures import describe_end
 from longspan.errors import ConfigError
+from longspan.worker.preload import RankProcess
 
 MAX_DIRECTORY_BYTES = 96
 """Most bytes in the path of the sockets' directory: a socket's whole path has at most 107."""
 
+GONE_S = 1.0
+"""How long processes that were killed may take to be gone."""
+
 
 class LocalLauncher:
-    """One process per rank, each the driver's child."""
+    """A child that imports what ranks need, and forks one process per rank."""
 
     is_remote = False
 
     def __init__(self, config: EngineConfig) -> None:
-        """Make the directory of the group's sockets.
+        """Make the directory of the group's sockets, and start to import.
 
         Raises:
             ConfigError: the directory for temporary files has too long a name for sockets.
         """
-        self._config = config
-        self._processes: list[subprocess.Popen[bytes]] = []
         self._directory = _socket_directory()
         self.directory: str | None = str(self._directory)
         self.bind_address = f"ipc://{self._directory}/driver"
         self.secret: Secret | None = None
+        self._ranks: dict[int, RankProcess] = {}
+        self._unread = b""
+        self._all_gone = False
+        size = str(config.context_parallel_size)
+        with _interrupt_blocked():
+            self._parent = subprocess.Popen(
+                [sys.executable, "-m", "longspan.worker.preload", size, self.bind_address],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                env=_environment(config.num_threads),
+            )
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._word, self._reports = self._parent.stdin, self._parent.stdout
+        os.set_blocking(self._reports.fileno(), False)
 
     def start(self, address: str) -> None:
-        environment = _environment(self._config.num_threads)
-        for rank in range(self._config.context_parallel_size):
-            command = [
-                *(sys.executable, "-m", "longspan.worker.process"),
-                *(str(rank), str(self._config.context_parallel_size), address),
-            ]
-            with _interrupt_blocked():
-                self._processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.PIPE,
-                        stdout=2,  # the driver's standard output is the user's alone
-                        env=environment,
-                    )
-                )
+        assert address == self.bind_address
+        with contextlib.suppress(OSError):  # the parent has ended, which `ended` tells
+            self._word.write(b"\n")
 
     def name(self, rank: int) -> str | None:
-        return f"rank {rank} (pid {self._processes[rank].pid})"
+        return f"rank {rank} (pid {self._ranks[rank].pid})" if rank in self._ranks else None
 
     def ended(self, rank: int) -> str | None:
-        returncode = self._processes[rank].poll()
-        return None if returncode is None else describe_end(returncode)
+        parents_code = self._parent.poll()  # before its last reports are read
+        self._read_reports()
+        code = self._ranks[rank].returncode if rank in self._ranks else None
+        code = parents_code if code is None else code  # no rank outlives the parent
+        return None if code is None else describe_end(code)
 
     def kill(self) -> None:
-        for process in self._processes:
-            process.kill()
+        self._parent.kill()
 
     def release(self, patience_s: float) -> None:
-        deadline = time.monotonic() + patience_s
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        if self._reports.closed:
+            return
+        self._wait_until_gone(patience_s)
         self.kill()
-        for process in self._processes:
-            process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
+        self._wait_until_gone(GONE_S)
+        self._parent.wait()
+        self._word.close()
+        self._reports.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _read_reports(self) -> None:
+        while data := self._reports.read(2**16):
+            *lines, self._unread = (self._unread + data).split(b"\n")
+            for line in lines:
+                process = msgspec.json.decode(line, type=RankProcess)
+                self._ranks[process.rank] = process
+        self._all_gone = data is not None  # the parent and all ranks hold the pipe's other end
+
+    def _wait_until_gone(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        poller = select.poll()
+        poller.register(self._reports, select.POLLIN)
+        while not self._all_gone and poller.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+            self._read_reports()
+
+
+@contextlib.contextmanager
+def early_ranks(config: EngineConfig) -> Iterator[LocalLauncher | None]:
+    """Ranks on this machine import what they need while the caller does so too; they end if the caller fails.
+
+    Yields:
+        Their launcher; None where ranks start otherwise.
+    """
+    if config.executor != "processes" or sys.platform != "linux":
+        yield None
+        return
+    launcher = LocalLauncher(config)
+    try:
+        yield launcher
+    except BaseException:
+        launcher.release(0.0)
+        raise
 
 
 def _socket_directory() -> Path:
@@ -111,11 +154,12 @@ def _interrupt_blocked() -> Iterator[None]:
 
 
 def _environment(num_threads: int) -> dict[str, str]:
-    """Environment of a worker: its compute threads, gloo on the loopback interface, and nothing said but errors."""
+    """Environment of workers: their compute threads, gloo on the loopback interface, and nothing said but errors."""
     threads = str(num_threads)
     defaults = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if not os.environ.get("LONGSPAN_DEBUG"):
         defaults["PYTHONWARNINGS"] = "ignore"
     forced = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    forced["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own, which ranks do not use: it would start when it is imported
     inherited = {name: value for name, value in os.environ.items() if name != SECRET_VARIABLE}  # of no use to them
     return {**defaults, **inherited, **forced}

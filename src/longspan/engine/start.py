@@ -19,12 +19,13 @@ from longspan.errors import ConfigError
 from longspan.worker.messages import Start
 
 
-def start_executor(start: Start, model: torch.nn.Module | None) -> Executor:
+def start_executor(start: Start, model: torch.nn.Module | None, launcher: Launcher | None) -> Executor:
     """All ranks, ready for plans.
 
     Args:
         start: what every rank is told.
         model: a loaded module, for ranks that are threads; else None.
+        launcher: of ranks that start already; None makes one.
 
     Raises:
         ConfigError: something that the user asked for cannot be done.
@@ -32,7 +33,7 @@ def start_executor(start: Start, model: torch.nn.Module | None) -> Executor:
     """
     if start.config.executor == "threads":
         return ThreadExecutor(start, model)
-    return WorkerExecutor(start, _launcher(start.config))
+    return WorkerExecutor(start, launcher or _launcher(start.config))
 
 
 def _launcher(config: EngineConfig) -> Launcher:

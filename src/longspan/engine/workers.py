@@ -177,7 +177,7 @@ class WorkerExecutor:
             self._failures.ended(rank, self._name(rank), how, now)
         elif is_gone and self._launcher.is_remote:
             self._failures.lost(rank, self._name(rank), now)
-        elif self._roster.has_come(rank) or not self._launcher.is_remote:
+        elif self._roster.has_come(rank):
             self._silence_s[rank] += step_s
             if self._silence_s[rank] > self._silence_limit_s:
                 why = "its process is stopped" + ", or its host is out of reach" * self._launcher.is_remote

@@ -5,11 +5,13 @@ Read next: `longspan.llm`.
 """
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from longspan.errors import ConfigError
 from longspan.types import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CONTEXT_TOKENS = 8
 """Prompt tokens that the first generated token is decoded with: some tokenizers drop a leading space otherwise."""
@@ -24,7 +26,7 @@ _INCOMPLETE = "\ufffd"
 """What an unfinished UTF-8 sequence decodes to."""
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True) -> list[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer adds by itself, or without.
 
     Raises:
@@ -44,7 +46,7 @@ class TextStream:
     """The text of one request as its tokens arrive."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int], params: SamplingParams
+        self, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> None:
         self._tokenizer, self._params = tokenizer, params
         self._ids = list(prompt_token_ids[-_CONTEXT_TOKENS:])

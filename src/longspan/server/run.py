@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from longspan.config import EngineConfig
 from longspan.engine.async_engine import AsyncEngine
 from longspan.engine.engine import Engine
+from longspan.engine.launcher import Launcher
 from longspan.errors import ConfigError, LongspanError
 from longspan.models.grammar import make_grammars
 from longspan.models.inspect import check_proven
@@ -65,8 +66,13 @@ def make_state(engine: AsyncEngine, tokenizer: PreTrainedTokenizerBase, config: 
     )
 
 
-def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+def serve(engine_config: EngineConfig, config: ServerConfig, launcher: Launcher | None) -> int:
     """Serve until a signal comes; returns the exit code.
+
+    Args:
+        engine_config: what to run, and how.
+        config: how to serve it.
+        launcher: of ranks that start already, or None.
 
     Raises:
         ConfigError: something is illegal, or the port is in use.
@@ -76,7 +82,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     model_config, _ = load_config(engine_config.model)
     check_proven(model_config)
     tokenizer = load_tokenizer(engine_config.model)
-    with Engine(engine_config) as engine:
+    with Engine(engine_config, launcher=launcher) as engine:
         check_max_model_len(config, engine.spec.max_position)
         return asyncio.run(_serve(engine, tokenizer, config))
 

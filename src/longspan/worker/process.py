@@ -1,20 +1,15 @@
-"""A worker process on the driver's machine.
+"""The life of a rank's process: it introduces itself, works, and says why it cannot go on.
 
-Started by `longspan.engine.processes` as `python -m longspan.worker.process RANK SIZE DRIVER`. Holds the life and death
-of a worker, wherever it runs. Must not know schedulers, requests or models, and imports torch only when all below is in
-place.
-Read next: `longspan.worker.serve`; `longspan.worker.remote`, workers elsewhere.
-
-Ctrl-C reaches the whole process group of a terminal; the driver alone decides what it means, so workers ignore it.
+Holds what workers have in common, and those on the driver's machine. Must not know schedulers, requests or models, and
+imports torch only when all below is in place.
+Read next: `longspan.worker.serve`; `longspan.worker.preload`, the parent; `longspan.worker.remote`, workers elsewhere.
 """
 
 import os
 import platform
-import signal
-import sys
 import traceback
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from longspan.comm.connect import Meeting, local_meeting
 from longspan.errors import CommunicationError, ConfigError, LongspanError
@@ -54,18 +49,11 @@ def run(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads
     return failed
 
 
-def main() -> NoReturn:
-    """Entry point of the process."""
-    rank, size, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def run_rank(rank: int, size: int, address: str) -> int:
+    """Be a worker on the driver's machine until the driver ends the group. Returns the exit code."""
     PulseThread(rank, address, None, silence_limit_s=None).start()
     link = WorkerLink(address, None)
     start = link.introduce(hello(rank, size), timeout_s=None)
     assert start.directory is not None, "ranks of one machine meet in a directory"
     failed = run(rank, start, link, local_meeting(Path(start.directory)), start.config.num_threads)
-    # Not sys.exit: gloo's threads may still wait for a peer that is gone, and would keep the process alive.
-    os._exit(0 if failed is None else 1)
-
-
-if __name__ == "__main__":
-    main()
+    return 0 if failed is None else 1

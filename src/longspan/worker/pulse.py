@@ -4,16 +4,14 @@ Holds one thread with a connection of its own. Must not know plans, and imports 
 torch does.
 Read next: `longspan.worker.process`, `longspan.worker.remote`.
 
-A worker never outlives its driver. On the driver's machine its standard input is a pipe that only the driver holds
-open; elsewhere it notices that the connection has closed, or that the driver's pulse does not come any more.
+A worker never outlives its driver. On the driver's machine its parent sees to that (`longspan.worker.preload`);
+elsewhere it notices that the connection has closed, or that the driver's pulse does not come any more.
 """
 
 import os
-import shutil
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import NoReturn
 
 import zmq
@@ -47,12 +45,11 @@ class PulseThread(threading.Thread):
             rank: of this worker.
             address: of the driver's link.
             secret: as the driver's link.
-            silence_limit_s: how long the driver may be silent; None watches the parent process instead.
+            silence_limit_s: how long the driver may be silent or unconnected; None where the parent process watches.
         """
         super().__init__(name="longspan-pulse", daemon=True)
         self._rank, self._address, self._secret = rank, address, secret
         self._silence_limit_s = silence_limit_s
-        self._parent = os.getppid()
 
     def run(self) -> None:
         socket = zmq.Context().socket(zmq.DEALER)  # its own context: nobody ever waits for this thread
@@ -61,8 +58,9 @@ class PulseThread(threading.Thread):
             connect_with(socket, self._secret)
         socket.connect(self._address)
         poller = zmq.Poller()
-        for readable in (socket, *([0] if self._silence_limit_s is None else [monitor])):
-            poller.register(readable, zmq.POLLIN)
+        poller.register(socket, zmq.POLLIN)
+        if self._silence_limit_s is not None:
+            poller.register(monitor, zmq.POLLIN)
         heard_s = next_s = time.monotonic()
         while True:
             now = time.monotonic()
@@ -73,16 +71,12 @@ class PulseThread(threading.Thread):
             if socket in ready:
                 heard_s = time.monotonic()
                 self._hear(socket)
-            if self._silence_limit_s is None:
-                # A process that the driver forked may hold the pipe open, so the parent's id is looked at too.
-                if os.getppid() != self._parent or (0 in ready and not os.read(0, 4096)):
-                    self._end_with_parent()
-            elif monitor in ready:
+            if monitor in ready:
                 if not socket.poll(200):  # its last words may be on the way
                     self._end("its connection to the driver has closed", 1)
                 self._hear(socket)
                 self._end("its connection to the driver has closed", 1)
-            elif time.monotonic() - heard_s > self._silence_limit_s:
+            elif self._silence_limit_s is not None and time.monotonic() - heard_s > self._silence_limit_s:
                 self._end(f"the driver has given no sign of life for {self._silence_limit_s:g} s", 1)
 
     def _say_alive(self, socket: "zmq.Socket[bytes]") -> None:
@@ -99,11 +93,6 @@ class PulseThread(threading.Thread):
             if isinstance(message, Refused):
                 self._end(f"the driver has ended the group: {message.reason}", 1)
             assert isinstance(message, Pulse)
-
-    def _end_with_parent(self) -> NoReturn:
-        if self._address.startswith("ipc://"):  # the driver could not clean up, or has done so
-            shutil.rmtree(Path(self._address.removeprefix("ipc://")).parent, ignore_errors=True)
-        os._exit(1)
 
     def _end(self, why: str | None, status: int) -> NoReturn:
         if why is not None:
