@@ -87,7 +87,8 @@ class Preload:
     def _end(self) -> NoReturn:
         """The driver could not clean up, or has done so."""
         for pid in self._ranks:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(Path(self._address.removeprefix("ipc://")).parent, ignore_errors=True)
         os._exit(1)
 

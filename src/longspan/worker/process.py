@@ -13,6 +13,7 @@ from typing import Literal
 
 from longspan.comm.connect import Meeting, local_meeting
 from longspan.errors import CommunicationError, ConfigError, LongspanError
+from longspan.imports import quick_imports
 from longspan.worker.link import WorkerLink
 from longspan.worker.messages import Failed, Hello, Start
 from longspan.worker.pulse import PulseThread
@@ -39,7 +40,8 @@ def run(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads
     """Load, and run plans until told to stop. Returns why not, after telling the driver; None if all went well."""
     failed = None
     try:
-        from longspan.worker.serve import serve
+        with quick_imports(for_good=True):
+            from longspan.worker.serve import serve
 
         serve(rank, start, link, meeting, num_threads)
     except Exception as error:
