@@ -1,5 +1,6 @@
 """Fixtures that several files share: the `longspan` command inside the test process, and a cache for `recall`."""
 
+import gc
 import io
 import os
 import signal
@@ -50,6 +51,7 @@ def longspan(cache_home, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
         with pytest.raises(SystemExit) as ended:
             run_command()
+        gc.unfreeze()  # the command takes its process for its own
         captured = capsys.readouterr()
         return Outcome(ended.value.code, captured.out, captured.err)
 

@@ -1,9 +1,13 @@
-"""Importing longspan, and asking for help, imports nothing heavy."""
+"""Importing longspan, and asking for help, imports nothing heavy; what is heavy is imported without the collector."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
+
+from longspan.imports import quick_imports
 
 HEAVY = {
     "torch",
@@ -41,6 +45,7 @@ except SystemExit as ended:
     "code",
     [
         "import longspan; longspan.SamplingParams; longspan.ConfigError",
+        "from longspan.engine.processes import early_ranks",
         "from longspan.scheduler import scheduler",
         "from longspan.config import EngineConfig; EngineConfig(model='recall')",
         HELP.format(arguments="'--help'", code=0),
@@ -52,6 +57,7 @@ except SystemExit as ended:
     ],
     ids=[
         "package",
+        "early_ranks",
         "scheduler",
         "config",
         "help",
@@ -68,6 +74,38 @@ def test_nothing_heavy_is_imported(code):
 
 def test_a_worker_can_hear_its_driver_before_it_imports_torch():
     assert not modules_after("import longspan.worker.process") & (HEAVY - {"zmq"})
+
+
+def test_ranks_start_before_the_driver_imports_torch():
+    assert not modules_after("from longspan import LLM") & HEAVY
+    assert not modules_after("import longspan.worker.preload") & (HEAVY - {"zmq"})
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_nothing_is_collected_inside_and_nothing_is_lost_afterwards(for_good):
+    class Node:
+        pass
+
+    def cycle():
+        node = Node()
+        node.itself = node
+        return weakref.ref(node)
+
+    with quick_imports(for_good=for_good):
+        assert not gc.isenabled()
+        made_inside = cycle()
+        with quick_imports(for_good=False):
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    made_after = cycle()
+    try:
+        gc.collect()
+        assert made_after() is None
+        assert (made_inside() is not None) == for_good
+        assert (gc.get_freeze_count() > 0) == for_good
+    finally:
+        gc.unfreeze()
 
 
 def test_the_package_lists_what_it_exports():

@@ -248,6 +248,16 @@ def test_a_worker_killed_while_it_starts_fails_the_llm(own_tmp):
 
 
 @needs_processes
+def test_what_is_refused_after_ranks_began_to_start_leaves_nothing_behind(own_tmp):
+    before = num_descriptors()
+    with pytest.raises(ConfigError, match="legal is a model directory"):
+        LLM("./nothing", **TWO_RANKS)
+    assert parents_of_ranks(os.getpid()) == []
+    assert leftovers(own_tmp) == []
+    assert num_descriptors() <= before
+
+
+@needs_processes
 def test_ranks_end_with_the_process_that_forked_them(own_tmp):
     def kill():
         wait_until(lambda: parents_of_ranks(os.getpid()), 60, "a parent of ranks")

@@ -23,7 +23,7 @@ from longspan.comm.secret import Secret
 from longspan.config import EngineConfig
 from longspan.engine.failures import describe_end
 from longspan.errors import ConfigError
-from longspan.worker.preload import RankProcess
+from longspan.worker.messages import RankProcess
 
 MAX_DIRECTORY_BYTES = 96
 """Most bytes in the path of the sockets' directory: a socket's whole path has at most 107."""

@@ -122,6 +122,15 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Where the reason lies: in what the user asked for (ConfigError), another rank (CommunicationError), or here."""
 
 
+class RankProcess(msgspec.Struct, frozen=True):
+    """The parent of ranks to the driver, a line of JSON: a rank's process has started or ended."""
+
+    rank: int
+    pid: int
+    returncode: int | None = None
+    """How it ended, as `subprocess` counts; None when it has just started."""
+
+
 ToWorker = Start | RunPlan | Measure | Stop | Refused | Pulse
 ToDriver = Hello | Files | Ready | Alive | Answer | Measured | Failed
 

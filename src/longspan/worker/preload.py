@@ -30,6 +30,7 @@ from typing import NoReturn
 import msgspec
 
 from longspan.imports import quick_imports
+from longspan.worker.messages import RankProcess
 from longspan.worker.process import run_rank
 
 LOOK_EVERY_S = 0.5
@@ -37,15 +38,6 @@ LOOK_EVERY_S = 0.5
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
-
-
-class RankProcess(msgspec.Struct, frozen=True):
-    """What the driver hears of a rank's process."""
-
-    rank: int
-    pid: int
-    returncode: int | None = None
-    """How it ended, as `subprocess` counts; None when it has just started."""
 
 
 class Preload:
