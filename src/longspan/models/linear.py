@@ -16,7 +16,7 @@ from longspan.native import kernels
 
 
 class FewRowsLinear(nn.Linear):
-    """`nn.Linear` that gives up to `kernels.MAX_ROWS` rows to the compiled kernel, and more rows of float32 to oneDNN."""
+    """`nn.Linear` that gives up to `kernels.MAX_ROWS` rows to the compiled kernel, more rows of float32 to oneDNN."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002: the name that nn.Linear has
         weight = self.weight
@@ -31,8 +31,7 @@ class FewRowsLinear(nn.Linear):
 
 
 def speed_up_few_rows_(model: nn.Module) -> None:
-    """Let the model's linear layers use the compiled kernel and oneDNN, where they exist and apply. Weights stay as they
-    are."""
+    """Let a model's linear layers use the compiled kernel and oneDNN where these apply. Weights stay as they are."""
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.is_contiguous():
             module.__class__ = FewRowsLinear
