@@ -183,7 +183,7 @@ def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], n
         num_threads=config.num_threads,
         attention=(
             f"{config.attention_backend} {group.num_query_heads} {group.spec} {group.partial_dtype} {softcap} "
-            f"{kernels.is_available()}"
+            f"{kernels.fingerprint()}"
         ),
         num_parameters=model.num_parameters,
         simulated_links=config.simulated_links,

@@ -13,6 +13,7 @@ and the runtime that torch brought answers them. A second runtime would bring a 
 """
 
 import ctypes
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -70,6 +71,13 @@ def library() -> ctypes.CDLL | None:
 def is_available() -> bool:
     """Whether the kernels were compiled and can be loaded."""
     return library() is not None
+
+
+@cache
+def fingerprint() -> str:
+    """Changes when the compiled kernels do: what was measured with others says nothing. Empty without them."""
+    found = library()
+    return "" if found is None else hashlib.sha256(Path(found._name).read_bytes()).hexdigest()[:16]
 
 
 def can_decode(num_rows: int, width: int, dtype: torch.dtype) -> bool:
