@@ -60,7 +60,7 @@ def test_the_kernel_agrees_with_float64(heads, num_rows, num_keys, width, dtype,
         want_out, want_lse = expected(rows, k[:, part], v[:, part], 0.3)
         # A score may be far smaller than the products that it sums up, and is rounded as these are.
         products = (rows.double().abs() @ k[:, part].double().abs().transpose(1, 2) * 0.3).max().item()
-        torch.testing.assert_close(lse[run].double(), want_lse, rtol=0, atol=max(3e-6, 1e-7 * products))
+        torch.testing.assert_close(lse[run].double(), want_lse, rtol=0, atol=max(3e-6, 3e-7 * products))
         torch.testing.assert_close(out[run].double(), want_out, rtol=0, atol=2e-5 * max(1.0, size))
 
 

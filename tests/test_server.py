@@ -15,6 +15,7 @@ from longspan.server.config import ServerConfig
 from longspan.server.generation import _held_back
 from longspan.server.logprobs import prompt_offsets
 from longspan.server.protocol import nth_choice
+from longspan.server.sse import event
 from longspan.server.token_texts import TokenTexts
 from longspan.types import SamplingParams
 from serving import gather, reasons, served_model, serving, texts
@@ -463,6 +464,13 @@ def test_streams_side_by_side_equal_each_alone(cache_home, llm):
         assert texts(chunks) == [expected], case
 
 
+def test_an_event_is_one_line_for_every_client():
+    text = "a\u2028b\u2029c\x85d\re\x0bf\x1eg\\u2028é"
+    (line, *rest) = event({"text": text}).decode().splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}
+    assert rest == [""]
+
+
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
@@ -478,6 +486,7 @@ def test_text_to_tokens_and_back(server):
     assert server.ok("/detokenize", tokens=[]) == {"prompt": ""}
 
 
+@pytest.mark.processes
 def test_a_megabyte_of_text_does_not_keep_others_waiting(server):
     megabyte = "lorem ipsum " * 90_000
 

@@ -592,8 +592,8 @@ def test_a_key_from_a_file_may_end_with_a_line_break():
 def test_every_option_of_the_command_arrives(longspan, monkeypatch):
     seen = {}
 
-    def run(engine_config, config):
-        seen.update(engine=engine_config, server=config)
+    def run(engine_config, config, launcher):
+        seen.update(engine=engine_config, server=config, launcher=launcher)
         return 0
 
     monkeypatch.setattr("longspan.server.run.serve", run)
@@ -603,6 +603,7 @@ def test_every_option_of_the_command_arrives(longspan, monkeypatch):
         "--context-parallel-size=3 --kv-cache-memory=2MiB --placement=packed --executor=threads"
     )
     assert longspan("serve", "some/model", *options.split()).code == 0
+    assert seen["launcher"] is None  # threads: there is nothing to start early
     assert seen["server"] == ServerConfig(
         host="0.0.0.0",
         port=99,

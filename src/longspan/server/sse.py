@@ -24,13 +24,19 @@ SEND_S = 60.0
 ABORT = "longspan.abort"
 """In an ASGI scope: a function that drops the connection, with whatever the client has not read."""
 
+_UNICODE_LINE_ENDS = [(char.encode(), b"\\u%04x" % ord(char)) for char in "\x85\u2028\u2029"]
+"""Characters legal in JSON at which clients that split text as Python's `str.splitlines` does end a line, escaped."""
+
 CLIENT_GONE = 499
 """Status of an answer that nobody reads."""
 
 
 def event(data: object) -> bytes:
-    """One event with a JSON object."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+    """One event with a JSON object, on what every client takes for one line."""
+    line = msgspec.json.encode(data)
+    for end, escape in _UNICODE_LINE_ENDS:
+        line = line.replace(end, escape)
+    return b"data: " + line + b"\n\n"
 
 
 class EventStream(Response):
