@@ -15,9 +15,6 @@ from longspan.native import kernels
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
-needs_wide = pytest.mark.skipif(
-    not kernels.can_prefill(64, torch.float32), reason="no C compiler, or a CPU without 512-bit registers"
-)
 needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")
 
 
@@ -187,86 +184,6 @@ def test_a_batch_with_prompts_and_decodes_is_right_with_and_without_the_kernel(m
     want = ReferenceBackend().partial_attention(q.double(), k.double(), v.double(), segments, params)
     torch.testing.assert_close(got.out.double(), want.out, rtol=0, atol=1e-5)
     torch.testing.assert_close(got.lse.double(), want.lse, rtol=0, atol=1e-5)
-
-
-@needs_wide
-@settings(max_examples=150, deadline=None)
-@given(
-    num_kv_heads=st.integers(1, 3),
-    group=st.integers(1, 8),
-    num_queries=st.integers(1, 90),
-    width=st.sampled_from([16, 48, 64, 80, 128]),
-    runs=st.lists(st.tuples(st.integers(1, 600), st.sampled_from([None, "causal", "band"])), min_size=1, max_size=4),
-    window=st.integers(1, 300),
-    num_threads=st.integers(1, 3),
-    seed=st.integers(0, 2**31),
-)
-def test_the_prefill_kernel_agrees_with_float64(
-    num_kv_heads, group, num_queries, width, runs, window, num_threads, seed
-):
-    generator = torch.Generator().manual_seed(seed)
-    num_keys = sum(length + 3 for length, _ in runs)
-    q = torch.randn(num_queries, num_kv_heads * group, width, generator=generator)
-    k, v = (torch.full((num_kv_heads, num_keys, width), torch.nan) for _ in range(2))  # NaN between the runs
-    seen, masks, index, start = [], [], [], 0
-    for length, kind in runs:
-        for pool in (k, v):
-            pool[:, start : start + length] = torch.randn(num_kv_heads, length, width, generator=generator)
-        lead = int(torch.randint(-num_queries, length + 5, (1,), generator=generator))
-        if kind is None:
-            seen.append(kernels.SeenKeys(start, length))
-        else:
-            seen.append(kernels.SeenKeys(start, length, lead, *([window] if kind == "band" else [])))
-        distance = torch.arange(num_queries)[:, None] + lead - torch.arange(length)[None]
-        masks.append(torch.ones_like(distance).bool() if kind is None else distance >= 0)
-        if kind == "band":
-            masks[-1] &= distance < window
-        index.append(torch.arange(start, start + length))
-        start += length + 3
-    out, lse = torch.full(q.shape, 7.0), torch.full(q.shape[:2], 7.0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        kernels.prefill(q, k, v, 0.3, seen, out, lse)
-    finally:
-        torch.set_num_threads(before)
-    keys, values = (pool[:, torch.cat(index)].double().repeat_interleave(group, dim=0) for pool in (k, v))
-    scores = (q.double().transpose(0, 1) @ keys.transpose(1, 2) * 0.3).masked_fill(~torch.cat(masks, 1), -torch.inf)
-    want_lse = torch.logsumexp(scores, dim=-1).t()
-    want_out = (torch.softmax(scores, dim=-1).nan_to_num() @ values).transpose(0, 1)
-    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
-    torch.testing.assert_close(out.double(), want_out, rtol=0, atol=2e-5)
-
-
-@needs_wide
-@pytest.mark.parametrize("score", [-1e4, 1e4])
-def test_huge_scores_neither_overflow_nor_underflow_in_the_prefill_kernel(score):
-    k = torch.zeros(1, 300, 16)
-    k[..., 0] = score
-    k[0, 299, 0] = score + 1
-    q = torch.zeros(9, 1, 16)
-    q[..., 0] = 1.0
-    v = torch.randn(1, 300, 16)
-    out, lse = torch.empty(9, 1, 16), torch.empty(9, 1)
-    kernels.prefill(q, k, v, 1.0, [kernels.SeenKeys(0, 300)], out, lse)
-    want_out, want_lse = expected(q.transpose(0, 1), k, v, 1.0)
-    torch.testing.assert_close(out.transpose(0, 1).double(), want_out, rtol=0, atol=2e-3)  # scores have 10 bits behind
-    torch.testing.assert_close(lse.t().double(), want_lse, rtol=1e-6, atol=0)
-
-
-@needs_wide
-def test_nan_in_a_visible_key_is_not_hidden_from_many_rows_and_others_are():
-    q, k, v = torch.randn(40, 2, 32), torch.randn(1, 500, 32), torch.randn(1, 500, 32)
-    k[0, 480, 3] = torch.nan
-    out, lse = torch.empty(40, 2, 32), torch.empty(40, 2)
-    kernels.prefill(q, k, v, 0.1, [kernels.SeenKeys(0, 500, lead=460)], out, lse)
-    assert out[:20].isfinite().all()
-    assert lse[:20].isfinite().all()
-    assert out[20:].isnan().all()
-    assert lse[20:].isnan().all()
-
-
-# -- linear layers -----------------------------------------------------------------------------------------------------
 
 
 @needs_kernel

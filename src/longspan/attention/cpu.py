@@ -108,7 +108,7 @@ class CPUBackend:
         if num_heads == 0:
             return empty_like_queries(q, v)
 
-        if params.softcap is None and v_width == q.shape[2] and kernels.can_prefill(v_width, q.dtype):
+        if params.softcap is None and kernels.can_prefill(q.shape[2], v_width, q.dtype):
             return _by_query_runs(q, k, v, segments, params)
         pieces = [piece for segment in segments for piece in _pieces(segment, params.window)]
         if params.softcap is not None:
@@ -167,7 +167,7 @@ def _by_query_runs(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
 ) -> PartialAttention:
     """All segments by the compiled kernels: one call for the keys that a run of queries sees, wherever they lie."""
-    num_rows, num_heads, width = q.shape
+    num_rows, num_heads, _ = q.shape
     few = kernels.MAX_ROWS * k.shape[0] // num_heads  # queries that the decode kernel takes
     pieces: list[_Piece] = []  # few queries: at the speed of memory
     runs: dict[tuple[int, int], list[kernels.SeenKeys]] = {}  # many, by (first row, rows)
@@ -189,8 +189,6 @@ def _by_query_runs(
     for piece in pieces:
         if not (lone and _is_lone(piece)):
             _add_piece_(acc, touched, q, k, v, piece, params)
-    if runs and q.stride(1) != width:
-        q = q.contiguous()
     for (start, num_queries), seen in runs.items():
         end = start + num_queries
         into = PartialAttention(acc.out[start:end], acc.lse[start:end])

@@ -61,8 +61,9 @@ def library() -> ctypes.CDLL | None:
     kernels.longspan_before_attention.argtypes = [pointer] * 4 + [integer] * 2 + [pointer] * 4
     kernels.longspan_behind_attention.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] * 2
     kernels.longspan_prefill.argtypes = [
-        *(pointer, pointer, pointer, long, long, long, long, long, integer, integer, integer, long),
-        *(pointer, pointer, pointer, pointer, long, ctypes.c_float, integer, pointer, pointer),
+        *(pointer, pointer, pointer, long, long, long, long, long, long),
+        *(integer, integer, integer, integer, integer, long),
+        *(pointer, long, ctypes.c_float, integer, pointer, pointer),
     ]
     kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
     return kernels
@@ -162,9 +163,10 @@ def _has_wide_registers() -> bool:
     return found is not None and bool(found.longspan_has_wide_registers())
 
 
-def can_prefill(width: int, dtype: torch.dtype) -> bool:
-    """Whether `prefill` takes this head size and dtype, and this CPU is one that it is fast on."""
-    return width % LANES == 0 and width > 0 and dtype is torch.float32 and is_available() and _has_wide_registers()
+def can_prefill(width: int, v_width: int, dtype: torch.dtype) -> bool:
+    """Whether `prefill` takes these head sizes and this dtype, and this CPU has what it is made for."""
+    fits = all(size % LANES == 0 and 0 < size <= MAX_WIDTH for size in (width, v_width))
+    return fits and dtype in _DTYPES and is_available() and _has_wide_registers()
 
 
 class SeenKeys(NamedTuple):
@@ -182,29 +184,27 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKe
     """Consecutive queries over several runs of keys, all at once.
 
     Args:
-        q: [t, H, D] float32, contiguous but in its first dimension; D such that `can_prefill` admits it.
+        q: [t, H, D] of k's dtype, contiguous in the last dimension; sizes and dtype that `can_prefill` admits.
         k: [Hkv, rows, D], contiguous in the last dimension.
-        v: [Hkv, rows, D], likewise.
+        v: [Hkv, rows, Dv], likewise.
         scale: factor on the dot products.
         seen: disjoint runs of keys.
-        out: [t, H, D] float32, contiguous, written; 0 for a query that sees nothing.
+        out: [t, H, Dv] float32, contiguous, written; 0 for a query that sees nothing.
         lse: [t, H] float32, contiguous, written; -inf for a query that sees nothing.
     """
     found = library()
     assert found is not None
+    assert q.dtype is k.dtype
     num_queries, num_heads, width = q.shape
-    assert q.stride(2) == 1
-    assert q.stride(1) == width
     num_kv_heads = k.shape[0]
-    numbers = np.array(seen, dtype=np.int64).T.copy()  # [4, runs]
+    spans = np.array(seen, dtype=np.int64)  # [runs, 4]
     status = found.longspan_prefill(
-        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0)),
-        *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
-        *(num_kv_heads, num_heads // num_kv_heads, width, num_queries),
-        *(row.ctypes.data for row in numbers),
-        *(len(seen), scale, torch.get_num_threads(), out.data_ptr(), lse.data_ptr()),
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr()),
+        *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        *(num_kv_heads, num_heads // num_kv_heads, width, v.shape[2], k.dtype is torch.bfloat16, num_queries),
+        *(spans.ctypes.data, len(seen), scale, torch.get_num_threads(), out.data_ptr(), lse.data_ptr()),
     )
-    assert status == 0, f"prefill kernel refused {num_queries} queries of {num_heads} heads of {width}"
+    assert status == 0, f"prefill kernel refused {num_queries} queries of {num_heads} heads of {width}, {v.shape[2]}"
 
 
 def can_multiply(num_rows: int, width: int, dtype: torch.dtype) -> bool:

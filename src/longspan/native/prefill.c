@@ -1,343 +1,354 @@
-/* Attention of many query rows over many keys, at the speed of the vector units.
+/* Attention of many query rows over runs of keys, at the speed of the arithmetic units.
  *
- * Holds one kernel for CPUs with 32 vector registers of 16 floats. Must not know Python, torch or pages. Called from
- * longspan/native/kernels.py.
+ * Holds one kernel for CPUs with 512-bit registers, in plain C with vector extensions (GCC 12 or newer, or clang). Must
+ * not know Python, torch or pages. Called from longspan/native/kernels.py; `docs/decisions/0016-prefill-kernel.md` says
+ * why it exists.
  *
- * The query heads of one KV head become rows of one matrix. A unit of work is one KV head and TILE_ROWS of its rows;
- * keys pass by in blocks of BLOCK, whatever runs of memory they lie in, with the softmax kept online (2205.14135). Scores
- * are products of ROWS x KEYS in registers, keys transposed once per unit and block; outputs ROWS x 64.
+ * Query heads of a KV head are rows of one matrix. Rows lie across lanes, ROWS of them at a time: queries are transposed
+ * once, keys and values are read as they lie, one element for all lanes. So the softmax of a row goes down one lane, with
+ * no sum or maximum across lanes, and is kept online: a row's state (`struct rows`) meets block after block of keys, of
+ * any number of runs, and is divided by its denominator at the end.
  *
- *     scores  ROWS rows of q (broadcast)  x  64 keys (4 vectors)      24 sums, 4 keys, 1 query in registers
- *     output  ROWS rows of scores (broadcast)  x  64 of v's columns   likewise
+ *     scores [keys, rows] = K [keys, width] Q^T [width, rows]      tiles of TILE keys x ROWS rows in registers
+ *     state  [v_width, rows] += V^T [v_width, keys] exp(scores)    tiles of TILE elements x ROWS rows in registers
  */
 
 #include <stdlib.h>
 
 #include "lanes.h"
 
-#define ROWS 6          /* query rows of one product in registers */
-#define VECS 4          /* vectors beside them */
-#define KEYS (VECS * LANES)
-#define BLOCK 256       /* keys per block: their transpose and their values stay in the second-level cache */
-#define TILE_ROWS 384   /* query rows of a unit: their outputs stay there, too */
-#define LEAST_TILE_ROWS 24
-#define LOG2_E 1.44269504088896340736f
-#define LN_2 0.693147180559945309417f
+#define TILE 8           /* with 3 vectors of rows: 24 sums, 3 vectors and a broadcast in 32 registers */
+#define MAX_VECTORS 3
+#define ROWS (MAX_VECTORS * LANES)
+#define MOST_QUERIES (1 << 29)
+#define BLOCK 128        /* keys per block: the scores of ROWS rows take 24 KiB of the first-level cache */
+#define STATE_BYTES (384 << 10) /* of the rows that meet a block of keys while it is in the second-level cache */
 
-/* 2^x for x <= 0; relative error below 2e-7; under -126 it is 0 to float32's eyes. */
-INLINE vec exp2_lanes(vec x)
+#if defined(__x86_64__) && defined(__GNUC__)
+/* Also for what is inlined: GCC takes vectors apart that a function's own target does not have. */
+#define WIDE __attribute__((target("arch=x86-64-v4")))
+#define WIDE_INLINE static inline __attribute__((always_inline, target("arch=x86-64-v4")))
+
+/* A run of keys. Query i sees its keys j with i + lead - window < j <= i + lead. */
+struct span {
+    long row, num_keys, lead, window;
+};
+
+/* ROWS rows, in the order (query, head of the group). */
+struct rows {
+    float *queries; /* [width, ROWS], scaled for powers of 2 */
+    float *values;  /* [v_width, ROWS] */
+    float *top;     /* [ROWS] of the scores so far, -inf before the first */
+    float *sum;     /* [ROWS] */
+    veci query[MAX_VECTORS]; /* index of the query */
+    long first, last;        /* smallest and largest index */
+};
+
+/* Of a query; no index comes near the ends. */
+WIDE_INLINE int near(long query) { return (int)(query < -MOST_QUERIES ? -MOST_QUERIES : query > MOST_QUERIES ? MOST_QUERIES : query); }
+WIDE_INLINE vec at(const float *base) { return load(base, 0, 0); }
+WIDE_INLINE void put(float *base, vec value) { memcpy(base, &value, sizeof value); }
+WIDE_INLINE vec choose(veci mask, vec a, vec b) { return (vec)(((veci)a & mask) | ((veci)b & ~mask)); }
+WIDE_INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
+
+/* 2^x for x <= 0, relative error below 2e-7; 0 below -126, NaN for NaN. */
+WIDE_INLINE vec exp2_lanes(vec x)
 {
-    const vec zero = {0};
-    const veci low = x < -126.0f;
-    const vec clamped = (vec)(((veci)(zero - 126.0f) & low) | ((veci)x & ~low));
-    vec n = clamped + 12582912.0f; /* 1.5 * 2^23 rounds to the nearest integer */
-    const veci exponent = (veci)n - (veci)(zero + 12582912.0f);
-    const vec r = clamped - (n - 12582912.0f);
-    vec p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
-    p = p * r + 9.618437357674640e-3f;
-    p = p * r + 5.550332471162809e-2f;
-    p = p * r + 2.402264791363012e-1f;
-    p = p * r + 6.931472028550421e-1f;
+    const vec shift = (vec){0} + 12582912.0f; /* 1.5 * 2^23 rounds to the nearest integer */
+    const vec n = x + shift;
+    const vec r = x - (n - shift);
+    vec p = r * 1.535336188e-4f + 1.339887440e-3f;
+    p = p * r + 9.618437357e-3f;
+    p = p * r + 5.550332471e-2f;
+    p = p * r + 2.402264791e-1f;
+    p = p * r + 6.931472028e-1f;
     p = p * r + 1.0f;
-    return (vec)((veci)p + (exponent << 23));
+    return (vec)(((veci)p + ((veci)n << 23)) & ~(x <= -126.0f)); /* the low bits of n are an integer: added to the exponent */
 }
 
-/* 16 rows of 16 floats, from rows `stride` apart, to columns `out_stride` apart. */
-INLINE void transpose(const float *from, long stride, float *to, long out_stride)
+/* Scores of up to TILE keys, and their maximum so far. Under a mask, queries [first, end) see the first of them, and
+ * those one further on the next. `is_masked` and `vectors` are constants in every caller. */
+WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stride, int width, long count, int first,
+                       int end, int is_masked, int vectors, float *scores, vec *top)
 {
-    vec a[LANES], b[LANES];
-    for (int i = 0; i < LANES; i++)
-        a[i] = load(from, i * stride, 0);
-    for (int i = 0; i < 8; i++) {
-        b[i] = __builtin_shufflevector(a[i], a[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        b[i + 8] = __builtin_shufflevector(a[i], a[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const vec unseen = (vec){0} - __builtin_inff();
+    const float *keys[TILE];
+    vec acc[TILE][MAX_VECTORS];
+    for (int i = 0; i < TILE; i++) {
+        keys[i] = k + (i < count ? i : count - 1) * k_stride; /* a short tile repeats its last key */
+        for (int v = 0; v < vectors; v++)
+            acc[i][v] = (vec){0};
     }
-    for (int j = 0; j < LANES; j += 8)
-        for (int i = j; i < j + 4; i++) {
-            a[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-            a[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-        }
-    for (int j = 0; j < LANES; j += 4)
-        for (int i = j; i < j + 2; i++) {
-            b[i] = __builtin_shufflevector(a[i], a[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-            b[i + 2] = __builtin_shufflevector(a[i], a[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-        }
-    for (int i = 0; i < LANES; i += 2) {
-        a[i] = __builtin_shufflevector(b[i], b[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        a[i + 1] = __builtin_shufflevector(b[i], b[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    }
-    for (int i = 0; i < LANES; i++)
-        memcpy(to + i * out_stride, &a[i], sizeof a[i]);
-}
-
-/* keys [num, width], `stride` apart, to tiles of [width, KEYS]; zeros behind the last key. */
-INLINE void pack_keys(const float *k, long stride, int num, int width, float *packed)
-{
-    for (int first = 0; first < num; first += LANES) {
-        float *tile = packed + first / KEYS * KEYS * width + first % KEYS;
-        if (first + LANES <= num) {
-            for (int c = 0; c < width; c += LANES)
-                transpose(k + first * stride + c, stride, tile + (long)c * KEYS, KEYS);
-            continue;
-        }
-        for (int c = 0; c < width; c++)
-            for (int i = 0; i < LANES; i++)
-                tile[(long)c * KEYS + i] = first + i < num ? k[(first + i) * stride + c] : 0.0f;
-    }
-    const int end = (num + LANES - 1) / LANES * LANES, full = (num + KEYS - 1) / KEYS * KEYS;
-    for (int first = end; first < full; first += LANES)
-        for (int c = 0; c < width; c++)
-            memset(packed + first / KEYS * KEYS * width + first % KEYS + (long)c * KEYS, 0, LANES * sizeof *packed);
-}
-
-/* scores [ROWS, KEYS], rows BLOCK apart = q [ROWS, width] times a tile of keys. */
-INLINE void score_tile(const float *q, const float *keys, int width, float *scores)
-{
-    vec sums[ROWS][VECS];
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECS; c++)
-            sums[r][c] = (vec){0};
     for (int d = 0; d < width; d++) {
-        vec part[VECS];
-        for (int c = 0; c < VECS; c++)
-            part[c] = load(keys, (long)d * KEYS + c * LANES, 0);
-        for (int r = 0; r < ROWS; r++) {
-            const float value = q[r * width + d];
-            for (int c = 0; c < VECS; c++)
-                sums[r][c] += part[c] * value;
+        vec q[MAX_VECTORS];
+        for (int v = 0; v < vectors; v++)
+            q[v] = at(rows->queries + d * ROWS + v * LANES);
+        for (int i = 0; i < TILE; i++)
+            for (int v = 0; v < vectors; v++)
+                acc[i][v] += q[v] * keys[i][d];
+    }
+    for (int i = 0; i < TILE; i++) {
+        const int key = i < count ? i : (int)count - 1;
+        for (int v = 0; v < vectors; v++) {
+            if (is_masked) {
+                const veci is_seen = (rows->query[v] >= first + key) & (rows->query[v] < end + key);
+                acc[i][v] = choose(is_seen, acc[i][v], unseen);
+            }
+            top[v] = larger(acc[i][v], top[v]);
+            put(scores + i * ROWS + v * LANES, acc[i][v]);
         }
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECS; c++)
-            memcpy(scores + r * BLOCK + c * LANES, &sums[r][c], sizeof sums[r][c]);
 }
 
-/* out [ROWS, width], columns [first, first + vecs * LANES) = decay * out + weights [ROWS, num], rows BLOCK apart, times v. */
-INLINE void output_tile(const float *weights, const float *v, long stride, int num, const float *decay, int width,
-                        int first, int vecs, float *out)
+/* Ask for a row of the next block: hardware does not foresee rows that are read in columns. */
+WIDE_INLINE void prefetch(const float *row, int width)
 {
-    vec sums[ROWS][VECS];
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < vecs; c++)
-            sums[r][c] = load(out, (long)r * width + first + c * LANES, 0) * decay[r];
-    for (int s = 0; s < num; s++) {
-        vec part[VECS];
-        for (int c = 0; c < vecs; c++)
-            part[c] = load(v, s * stride + first + c * LANES, 0);
-        for (int r = 0; r < ROWS; r++) {
-            const float value = weights[r * BLOCK + s];
-            for (int c = 0; c < vecs; c++)
-                sums[r][c] += part[c] * value;
+    for (int d = 0; d < width; d += LANES)
+        __builtin_prefetch(row + d, 0, 2);
+}
+
+/* One state meets up to BLOCK keys, of which it sees some; the first to do so asks for the next block. */
+WIDE_INLINE void meet(struct rows *rows, const float *k, long k_stride, const float *v, long v_stride, int width,
+                 int v_width, long key, long count, const struct span *span, int is_first, int is_masked, int vectors, float *scores)
+{
+    const int first = near(key - span->lead), end = near(key - span->lead + span->window);
+    vec top[MAX_VECTORS], decay[MAX_VECTORS], sum[MAX_VECTORS];
+    for (int x = 0; x < vectors; x++)
+        top[x] = at(rows->top + x * LANES);
+    for (int j = 0; j < count; j += TILE) {
+        if (is_first)
+            for (int i = j + BLOCK; i < j + BLOCK + TILE; i++) {
+                prefetch(k + i * k_stride, width);
+                prefetch(v + i * v_stride, v_width);
+            }
+        score_tile(rows, k + j * k_stride, k_stride, width, count - j, first + j, end + j, is_masked, vectors,
+                   scores + j * ROWS, top);
+    }
+    for (int x = 0; x < vectors; x++) {
+        const vec before = at(rows->top + x * LANES);
+        put(rows->top + x * LANES, top[x]);
+        if (is_masked) /* a row that has seen nothing yet */
+            top[x] = choose(top[x] > -__builtin_inff(), top[x], (vec){0});
+        decay[x] = exp2_lanes(before - top[x]);
+        sum[x] = at(rows->sum + x * LANES) * decay[x];
+    }
+    for (long j = 0; j < count; j++)
+        for (int x = 0; x < vectors; x++) {
+            float *place = scores + j * ROWS + x * LANES;
+            const vec weight = exp2_lanes(at(place) - top[x]);
+            sum[x] += weight;
+            put(place, weight);
         }
+    for (int x = 0; x < vectors; x++)
+        put(rows->sum + x * LANES, sum[x]);
+    for (int d = 0; d < v_width; d += TILE) {
+        vec acc[TILE][MAX_VECTORS];
+        for (int i = 0; i < TILE; i++)
+            for (int x = 0; x < vectors; x++)
+                acc[i][x] = at(rows->values + (d + i) * ROWS + x * LANES) * decay[x];
+        for (long j = 0; j < count; j++) {
+            vec weight[MAX_VECTORS];
+            for (int x = 0; x < vectors; x++)
+                weight[x] = at(scores + j * ROWS + x * LANES);
+            for (int i = 0; i < TILE; i++)
+                for (int x = 0; x < vectors; x++)
+                    acc[i][x] += weight[x] * v[j * v_stride + d + i];
+        }
+        for (int i = 0; i < TILE; i++)
+            for (int x = 0; x < vectors; x++)
+                put(rows->values + (d + i) * ROWS + x * LANES, acc[i][x]);
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < vecs; c++)
-            memcpy(out + (long)r * width + first + c * LANES, &sums[r][c], sizeof sums[r][c]);
 }
 
-INLINE float top_lane(vec x)
-{
-    float top = x[0];
-    for (int i = 1; i < LANES; i++)
-        top = x[i] > top ? x[i] : top;
-    return top;
-}
+/* Constants for widths and the number of vectors let the compiler keep sums in registers. */
+#define MEET(w, vw, is_masked, vectors)                                                                                   \
+    meet(rows, k, k_stride, v, v_stride, w, vw, key, count, span, is_first, is_masked, vectors, scores)
+#define MEET_ALL(name, is_masked)                                                                                         \
+    WIDE static void name(struct rows *rows, const float *k, long k_stride, const float *v, long v_stride, int width,  \
+                          int v_width, long key, long count, const struct span *span, int is_first, int vectors, float *scores)  \
+    {                                                                                                                  \
+        if (vectors == 1)                                                                                              \
+            MEET(width, v_width, is_masked, 1);                                                                           \
+        else if (vectors == 2)                                                                                         \
+            MEET(width, v_width, is_masked, 2);                                                                           \
+        else                                                                                                           \
+            MEET(width, v_width, is_masked, 3);                                                                           \
+    }
+MEET_ALL(meet_masked, 1)
+MEET_ALL(meet_full, 0)
 
-/* One row's scores become weights relative to its highest score so far; only keys [low, high) count, others get 0.
- *
- * `end` is where the weights that anybody reads end. Returns by what earlier sums and outputs are to be multiplied.
- */
-INLINE float weigh(float *scores, int low, int high, int end, float *top, float *sum)
-{
-    const vec zero = {0}, least = zero - __builtin_inff();
-    veci lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    if (low >= high) {
-        memset(scores, 0, end * sizeof *scores);
-        return 1.0f;
-    }
-    for (int s = low / LANES * LANES; s < high; s += LANES) {
-        if (s >= low && s + LANES <= high)
-            continue;
-        const veci seen = (lane + s >= low) & (lane + s < high);
-        const vec x = (vec)(((veci)load(scores, s, 0) & seen) | ((veci)least & ~seen));
-        memcpy(scores + s, &x, sizeof x);
-    }
-    vec tops = least;
-    for (int s = low / LANES * LANES; s < high; s += LANES) {
-        const vec x = load(scores, s, 0);
-        const veci higher = x > tops;
-        tops = (vec)(((veci)x & higher) | ((veci)tops & ~higher));
-    }
-    const float block_top = top_lane(tops), new_top = block_top > *top ? block_top : *top;
-    const float decay = *top == -__builtin_inff() ? 0.0f : exp2_lanes(zero + (*top - new_top))[0];
-    vec total = zero;
-    memset(scores, 0, low / LANES * LANES * sizeof *scores);
-    int s = low / LANES * LANES;
-    for (; s < high; s += LANES) {
-        const vec x = load(scores, s, 0);
-        vec weight = exp2_lanes(x - new_top);
-        if (s < low || s + LANES > high) /* not e^-126, but nothing */
-            weight = (vec)((veci)weight & (lane + s >= low) & (lane + s < high));
-        memcpy(scores + s, &weight, sizeof weight);
-        total += weight;
-    }
-    if (s < end)
-        memset(scores + s, 0, (end - s) * sizeof *scores);
-    *sum = *sum * decay + sum_lanes(total);
-    *top = new_top;
-    return decay;
-}
-
-typedef struct {
-    const float *q, *k, *v;
-    long q_stride, k_head_stride, k_stride, v_head_stride, v_stride;
-    int heads, group, width;
-    long num_queries;
-    const long *starts, *lengths, *leads, *spans;
-    long num_runs;
+struct call {
+    const void *q, *k, *v;
+    long q_stride, q_head_stride, k_head_stride, k_stride, v_head_stride, v_stride; /* in elements */
+    int heads, group, width, v_width, is_bf16;
+    const struct span *spans;
+    long num_spans;
     float scale;
     float *out, *lse;
-} work;
+};
 
-static long clamped(long x, long low, long high)
+static long smaller(long a, long b) { return a < b ? a : b; }
+
+WIDE static float element(const void *base, long i, int is_bf16)
 {
-    return x < low ? low : x > high ? high : x;
+    if (!is_bf16)
+        return ((const float *)base)[i];
+    const uint32_t wide = (uint32_t)((const uint16_t *)base)[i] << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
 }
 
-/* Floats that a unit needs. */
-static long scratch_of(int width)
+/* [count, width] bfloat16 rows as float32, contiguous. */
+WIDE static void widen(const void *base, long first, long stride, long count, int width, float *out)
 {
-    return (long)2 * TILE_ROWS * width + (long)BLOCK * width + ROWS * BLOCK + 2 * TILE_ROWS + 64;
+    for (long j = 0; j < count; j++)
+        for (int d = 0; d < width; d += LANES)
+            put(out + j * width + d, load(base, first + j * stride + d, 1));
 }
 
-/* One KV head and the rows [first, first + num) of its matrix of queries. */
-INLINE void unit(const work *w, int head, long first, int num, float *scratch, int width)
+/* A new state of `count` rows from `row` of a head's matrix of queries. */
+WIDE static void read_rows(const struct call *c, int head, long row, long count, struct rows *rows)
 {
-    const int group = w->group, padded = (num + ROWS - 1) / ROWS * ROWS;
-    float *q = scratch, *out = q + (long)TILE_ROWS * width, *keys = out + (long)TILE_ROWS * width;
-    float *scores = keys + (long)BLOCK * width, *top = scores + ROWS * BLOCK, *sum = top + TILE_ROWS;
-    const float *head_k = w->k + head * w->k_head_stride, *head_v = w->v + head * w->v_head_stride;
+    const float scale = c->scale * 1.44269504f;
+    memset(rows->queries, 0, sizeof(float) * c->width * ROWS);
+    memset(rows->values, 0, sizeof(float) * c->v_width * ROWS);
+    for (int lane = 0; lane < ROWS; lane++) {
+        rows->top[lane] = -__builtin_inff();
+        rows->sum[lane] = 0.0f;
+        const long r = row + smaller(lane, count - 1), query = r / c->group;
+        rows->query[lane / LANES][lane % LANES] = (int)query;
+        if (lane >= count)
+            continue;
+        const long start = query * c->q_stride + (head * c->group + r % c->group) * c->q_head_stride;
+        for (int d = 0; d < c->width; d++)
+            rows->queries[d * ROWS + lane] = element(c->q, start + d, c->is_bf16) * scale;
+    }
+    rows->first = row / c->group;
+    rows->last = (row + count - 1) / c->group;
+}
 
-    memset(q, 0, (long)padded * width * sizeof *q);
-    memset(out, 0, (long)padded * width * sizeof *out);
-    for (int r = 0; r < padded; r++) {
-        top[r] = -__builtin_inff();
-        sum[r] = 0.0f;
+WIDE static void write_rows(const struct call *c, int head, long row, long count, const struct rows *rows)
+{
+    for (int lane = 0; lane < count; lane++) {
+        const long r = row + lane;
+        const long place = (r / c->group * c->heads + head) * c->group + r % c->group;
+        const int is_empty = rows->sum[lane] == 0.0f; /* else it is 1 at least, or NaN */
+        const float inverse = is_empty ? 0.0f : 1.0f / rows->sum[lane];
+        for (int d = 0; d < c->v_width; d++)
+            c->out[place * c->v_width + d] = rows->values[d * ROWS + lane] * inverse;
+        c->lse[place] =
+            is_empty ? -__builtin_inff() : rows->top[lane] * 0.693147181f + __builtin_logf(rows->sum[lane]);
     }
-    for (int r = 0; r < num; r++) {
-        const long query = (first + r) / group, of_group = (first + r) % group;
-        const float *row = w->q + query * w->q_stride + (head * group + of_group) * (long)width;
-        for (int c = 0; c < width; c += LANES) {
-            const vec value = load(row, c, 0) * (w->scale * LOG2_E);
-            memcpy(q + (long)r * width + c, &value, sizeof value);
-        }
+}
+
+static long state_floats(const struct call *c) { return (c->width + c->v_width + 2) * ROWS; }
+static long block_floats(const struct call *c) { return BLOCK * (ROWS + (c->is_bf16 ? c->width + c->v_width : 0)); }
+
+/* Rows [first, first + num_rows) of a KV head's matrix of queries, over all spans. */
+WIDE static void run_task(const struct call *c, int head, long first, long num_rows, float *scratch)
+{
+    const long num_states = (num_rows + ROWS - 1) / ROWS, item = c->is_bf16 ? 2 : 4;
+    float *scores = scratch, *wide_k = scores + BLOCK * ROWS, *wide_v = wide_k + BLOCK * c->width;
+    struct rows states[num_states];
+    for (long s = 0; s < num_states; s++) {
+        float *place = scratch + block_floats(c) + s * state_floats(c);
+        states[s].queries = place;
+        states[s].values = place += c->width * ROWS;
+        states[s].top = place += c->v_width * ROWS;
+        states[s].sum = place + ROWS;
+        read_rows(c, head, first + s * ROWS, smaller(num_rows - s * ROWS, ROWS), &states[s]);
     }
-    const long first_query = first / group, last_query = (first + num - 1) / group;
-    for (long run = 0; run < w->num_runs; run++) {
-        const long length = w->lengths[run], lead = w->leads[run], span = w->spans[run];
-        /* Query i sees keys [i + lead - span + 1, i + lead] of the run. */
-        const long run_low = clamped(first_query + lead - span + 1, 0, length);
-        const long run_high = clamped(last_query + lead + 1, 0, length);
-        for (long start = run_low; start < run_high; start += BLOCK) {
-            const int block = run_high - start < BLOCK ? (int)(run_high - start) : BLOCK;
-            const float *block_v = head_v + (w->starts[run] + start) * w->v_stride;
-            pack_keys(head_k + (w->starts[run] + start) * w->k_stride, w->k_stride, block, width, keys);
-            for (int r = 0; r < padded; r += ROWS) {
-                int low[ROWS], high[ROWS], least = block, end = 0;
-                float decay[ROWS];
-                for (int i = 0; i < ROWS; i++) {
-                    const long query = (first + r + i) / group;
-                    high[i] = r + i < num ? (int)clamped(query + lead + 1 - start, 0, block) : 0;
-                    low[i] = r + i < num ? (int)clamped(query + lead - span + 1 - start, 0, block) : 0;
-                    if (low[i] < high[i]) {
-                        end = high[i] > end ? high[i] : end;
-                        least = low[i] < least ? low[i] : least;
-                    }
-                }
-                if (least >= end)
+    for (const struct span *span = c->spans; span < c->spans + c->num_spans; span++) {
+        const char *head_k = (const char *)c->k + (head * c->k_head_stride + span->row * c->k_stride) * item;
+        const char *head_v = (const char *)c->v + (head * c->v_head_stride + span->row * c->v_stride) * item;
+        const long oldest = states[0].first + span->lead - span->window + 1;
+        const long newest = smaller(span->num_keys, states[num_states - 1].last + span->lead + 1);
+        for (long key = oldest > 0 ? oldest : 0; key < newest; key += BLOCK) {
+            const long end = smaller(key + BLOCK, newest);
+            long k_stride = c->k_stride, v_stride = c->v_stride;
+            const float *k = (const float *)(head_k + key * k_stride * item);
+            const float *v = (const float *)(head_v + key * v_stride * item);
+            if (c->is_bf16) {
+                widen(k, 0, k_stride, end - key, c->width, wide_k);
+                widen(v, 0, v_stride, end - key, c->v_width, wide_v);
+                k = wide_k, v = wide_v, k_stride = c->width, v_stride = c->v_width;
+            }
+            for (long s = 0; s < num_states; s++) {
+                struct rows *rows = &states[s];
+                const long left = num_rows - s * ROWS, past = rows->first + span->lead - span->window + 1;
+                const int vectors = (int)((smaller(left, ROWS) + LANES - 1) / LANES);
+                const long from = past > key ? past : key, to = smaller(rows->last + span->lead + 1, end);
+                if (from >= to)
                     continue;
-                for (int tile = least / KEYS; tile * KEYS < end; tile++)
-                    score_tile(q + (long)r * width, keys + (long)tile * KEYS * width, width, scores + tile * KEYS);
-                for (int i = 0; i < ROWS; i++)
-                    decay[i] = weigh(scores + i * BLOCK, low[i], high[i], end, top + r + i, sum + r + i);
-                const float *seen_v = block_v + least * w->v_stride;
-                int column = 0;
-                for (; column + KEYS <= width; column += KEYS)
-                    output_tile(scores + least, seen_v, w->v_stride, end - least, decay, width, column, VECS,
-                                out + (long)r * width);
-                for (; column < width; column += LANES)
-                    output_tile(scores + least, seen_v, w->v_stride, end - least, decay, width, column, 1,
-                                out + (long)r * width);
+                const int is_masked =
+                    to > rows->first + span->lead + 1 || from < rows->last + span->lead - span->window + 1;
+                (is_masked ? meet_masked : meet_full)(rows, k + (from - key) * k_stride, k_stride,
+                                                      v + (from - key) * v_stride, v_stride, c->width, c->v_width,
+                                                      from, to - from, span, s == 0, vectors, scores);
             }
         }
     }
-    for (int r = 0; r < num; r++) {
-        const long row = (first + r) / group * (w->heads * group) + head * group + (first + r) % group;
-        const float inverse = sum[r] > 0.0f || sum[r] != sum[r] ? 1.0f / sum[r] : 0.0f;
-        for (int c = 0; c < width; c += LANES) {
-            const vec value = load(out, (long)r * width + c, 0) * inverse;
-            memcpy(w->out + row * width + c, &value, sizeof value);
-        }
-        w->lse[row] = sum[r] == 0.0f ? -__builtin_inff() : top[r] * LN_2 + __builtin_logf(sum[r]);
-    }
+    for (long s = 0; s < num_states; s++)
+        write_rows(c, head, first + s * ROWS, smaller(num_rows - s * ROWS, ROWS), &states[s]);
 }
+#endif
 
-/* A constant width lets the compiler unroll. */
-MULTIVERSION static void any_unit(const work *w, int head, long first, int num, float *scratch)
-{
-    if (w->width == 64)
-        unit(w, head, first, num, scratch, 64);
-    else if (w->width == 128)
-        unit(w, head, first, num, scratch, 128);
-    else
-        unit(w, head, first, num, scratch, w->width);
-}
-
-/* Whether this CPU has the registers that the kernel is made for; without them it is right, and slow. */
+/* Whether this CPU has the registers that the kernel is made of. */
 int longspan_has_wide_registers(void)
 {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+#ifdef WIDE
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
     return 0;
 #endif
 }
 
-/* Consecutive queries over runs of keys.
+/* Consecutive queries over spans of keys.
  *
- * q [num_queries, heads * group, width], queries q_stride apart, heads contiguous; k and v: strides in elements, the last
- * dimension contiguous. Run j has lengths[j] keys from row starts[j]; query i sees its keys i + leads[j] - spans[j] + 1 up to
- * i + leads[j], as far as there are such. out [num_queries, heads * group, width] and lse [num_queries, heads * group],
- * contiguous, natural logarithm; -inf (and 0) for a query that sees nothing. All float32.
- * Returns 0, or 1 when a size is not supported or there is no memory (what is written then means nothing).
+ * q [num_queries, heads * group, width], k [heads, rows, width], v [heads, rows, v_width]: float32 or bfloat16, strides
+ * in elements, contiguous in the last dimension. out [num_queries, heads * group, v_width] and lse [num_queries, heads *
+ * group]: float32, contiguous, natural logarithm; 0 and -inf for a query that sees nothing.
+ * Returns 0, or 1 when a size or this CPU is not supported or memory is short (nothing is written then).
  */
-int longspan_prefill(const float *q, const float *k, const float *v, long q_stride, long k_head_stride, long k_stride,
-                     long v_head_stride, long v_stride, int heads, int group, int width, long num_queries,
-                     const long *starts, const long *lengths, const long *leads, const long *spans, long num_runs,
-                     float scale, int num_threads, float *out, float *lse)
+int longspan_prefill(const void *q, const void *k, const void *v, long q_stride, long q_head_stride, long k_head_stride,
+                     long k_stride, long v_head_stride, long v_stride, int heads, int group, int width, int v_width,
+                     int is_bf16, long num_queries, const struct span *spans, long num_spans, float scale,
+                     int num_threads, float *out, float *lse)
 {
-    if (num_threads < 1 || width < LANES || width % LANES || heads < 1 || group < 1 || num_queries < 1)
+#ifdef WIDE
+    if (num_threads < 1 || heads < 1 || group < 1 || width < LANES || width % LANES || v_width < LANES ||
+        v_width % LANES || num_queries < 1 || num_queries > MOST_QUERIES)
         return 1;
-    const work w = {q,     k,       v,      q_stride, k_head_stride, k_stride, v_head_stride, v_stride, heads, group,
-                    width, num_queries, starts, lengths,  leads,         spans,    num_runs,      scale,    out,   lse};
-    /* Three units a thread at least: they are not equally long. */
-    const long rows = num_queries * group, even = (rows * heads / (3 * num_threads) + ROWS - 1) / ROWS * ROWS;
-    const long tile_rows = clamped(even, LEAST_TILE_ROWS, TILE_ROWS);
-    const long tiles = (rows + tile_rows - 1) / tile_rows, units = tiles * heads;
-    int has_failed = 0;
-#pragma omp parallel num_threads(num_threads)
-    {
-        float *scratch = aligned_alloc(64, (scratch_of(width) * sizeof *scratch + 63) / 64 * 64);
-        if (!scratch)
-            has_failed = 1;
-#pragma omp for schedule(dynamic, 1)
-        for (long i = 0; i < units; i++) {
-            const long tile = tiles - 1 - i / heads, first = tile * tile_rows; /* the last rows see most */
-            if (scratch)
-                any_unit(&w, (int)(i % heads), first, (int)(rows - first < tile_rows ? rows - first : tile_rows), scratch);
+    const struct call call = {q,       k,        v,       q_stride, q_head_stride, k_head_stride, k_stride,
+                              v_head_stride, v_stride, heads, group, width, v_width, is_bf16,
+                              spans, num_spans, scale, out, lse};
+    const long num_rows = num_queries * group;
+    long task_rows = STATE_BYTES / (long)sizeof(float) / state_floats(&call) * ROWS;
+    if (task_rows < ROWS)
+        task_rows = ROWS;
+    while (task_rows > ROWS && heads * (num_rows / task_rows) < 4 * num_threads)
+        task_rows = (task_rows / ROWS + 1) / 2 * ROWS; /* more tasks, so that threads end together */
+    if (heads * ((num_rows + task_rows - 1) / task_rows) < num_threads)
+        task_rows = LANES; /* slower, but on every thread */
+    const long num_states = (task_rows + ROWS - 1) / ROWS, tasks = (num_rows + task_rows - 1) / task_rows;
+    const long scratch_bytes = (block_floats(&call) + num_states * state_floats(&call)) * (long)sizeof(float);
+    const long share = (scratch_bytes + 4095) / 4096 * 4096;
+    char *scratch = aligned_alloc(4096, share * num_threads);
+    if (!scratch)
+        return 1;
+    long next = tasks * heads; /* the last first: under causality they see the most */
+#pragma omp parallel for schedule(static, 1) num_threads(num_threads)
+    for (int thread = 0; thread < num_threads; thread++)
+        for (long i; (i = __atomic_sub_fetch(&next, 1, __ATOMIC_RELAXED)) >= 0;) {
+            const long first = i / heads * task_rows;
+            run_task(&call, (int)(i % heads), first, smaller(num_rows - first, task_rows),
+                     (float *)(scratch + thread * share));
         }
-        free(scratch);
-    }
-    return has_failed;
+    free(scratch);
+    return 0;
+#else
+    return 1;
+#endif
 }
