@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 
 from longspan.config import EngineConfig
 from longspan.kvcache.prefix import extend_hashes
-from longspan.plan.types import Literals, PageCopy, Plan, PlanResult, RankResult, SampledToken, SampleRow, ScoredRun
+from longspan.plan.types import (
+    Literals,
+    PageCopy,
+    Plan,
+    PlanResult,
+    RankResult,
+    SampledBy,
+    SampledToken,
+    SampleRow,
+    ScoredRun,
+)
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
@@ -37,7 +47,7 @@ def make_model(*windows: int | None, max_position: int | None = None) -> ModelSp
 
 
 def make_config(num_ranks: int = 2, **options) -> EngineConfig:
-    defaults = {"page_size": 4, "stripe_size": 8, "max_num_batched_tokens": 16}
+    defaults = {"page_size": 4, "stripe_size": 8, "max_num_batched_tokens": 16, "async_scheduling": False}
     return EngineConfig(model="fake", context_parallel_size=num_ranks, **{**defaults, **options})
 
 
@@ -92,7 +102,13 @@ class FakeRanks:
         config = self.scheduler.config
         assert list(plan.ranks) == sorted(set(plan.ranks))
         assert plan.ranks
-        assert not any(set(plan.ranks) & set(other.ranks) for other in self.in_flight.values()), "ranks run two plans"
+        before = [other for other in self.in_flight.values() if set(plan.ranks) & set(other.ranks)]
+        assert len(before) <= 1, "ranks run two plans, and then another"
+        for other in before:
+            assert plan.ranks == other.ranks
+            assert all(run.tokens == SampledBy(other.plan_id) for run in plan.query_runs), "ranks run two plans"
+            assert {run.request_id for run in plan.query_runs} <= {row.request_id for row in other.samples}
+        assert before or not any(isinstance(run.tokens, SampledBy) for run in plan.query_runs)
         assert plan.plan_id == len(self.plans)
         tokens = dict.fromkeys(plan.ranks, 0)
         for run in plan.query_runs:
@@ -198,9 +214,15 @@ class FakeRanks:
         for run in plan.query_runs:
             request = requests[run.request_id]
             assert request.in_flight
-            assert run.position == starts.get(run.request_id, request.num_computed)
-            assert isinstance(run.tokens, Literals)
-            assert run.tokens.token_ids == tuple(request.token_ids[run.position : run.end])
+            is_ahead = isinstance(run.tokens, SampledBy)
+            assert run.position == starts.get(run.request_id, request.num_computed + is_ahead)
+            if isinstance(run.tokens, Literals):
+                assert run.tokens.token_ids == tuple(request.token_ids[run.position : run.end])
+            else:
+                sampling = self.plans[run.tokens.plan_id]
+                assert (run.position, run.num_tokens) == (len(request.token_ids), 1)
+                (before,) = [other for other in sampling.query_runs if other.request_id == run.request_id]
+                assert (before.end, before.compute_rank) == (run.position, run.compute_rank), "not known there"
             starts[run.request_id] = run.end
             for table in request.tables:
                 assert table.owners(run.position, run.end) == [(run.compute_rank, run.position, run.end)]
@@ -208,7 +230,7 @@ class FakeRanks:
         assert plan.phase is (Phase.PREFILL if Phase.PREFILL in phases else Phase.DECODE)
         moving = {s.request_id for step in plan.groups for s in step.segments if s.query_rank != s.key_rank}
         assert len({requests[request_id].phase for request_id in moving}) <= 1, "one strategy for two phases"
-        to_sample = {r for r, end in starts.items() if end == len(requests[r].token_ids)}
+        to_sample = {r for r, end in starts.items() if end >= len(requests[r].token_ids)}
         assert [(row.request_id, row.position) for row in plan.samples] == [
             (r, starts[r] - 1) for r in starts if r in to_sample
         ]
@@ -232,7 +254,7 @@ class FakeRanks:
                 table = requests[run.request_id].tables[group_idx]
                 for keys in table.key_runs(run.compute_rank, run.position, run.end):
                     for i in range(keys.num_tokens):
-                        tokens = requests[run.request_id].token_ids[: keys.position + i + 1]
+                        tokens = self._tokens(requests[run.request_id])[: keys.position + i + 1]
                         self.written[group_idx, run.compute_rank, keys.row + i] = tuple(tokens)
             seen: dict[int, tuple[int, int]] = {}  # per request, hull of the keys seen
             for run in plan.query_runs:
@@ -245,13 +267,19 @@ class FakeRanks:
                     for keys in self.mirrors[rank][group_idx][request_id].key_runs(rank, start, end):
                         for i in range(keys.num_tokens):
                             found += 1
-                            tokens = requests[request_id].token_ids[: keys.position + i + 1]
+                            tokens = self._tokens(requests[request_id])[: keys.position + i + 1]
                             key = self.written[group_idx, rank, keys.row + i]
                             assert key == tuple(tokens), "not the key of this token behind these tokens"
                 assert found == end - start, "the plan leaves out a rank that stores keys"
             step = plan.groups[group_idx]
             assert {rank for s in step.segments for rank in (s.query_rank, s.key_rank)} <= set(plan.ranks)
             assert all(set(exchange.participants) <= set(plan.ranks) for exchange in step.exchanges)
+
+    def _tokens(self, request: Request) -> list[int]:
+        """The tokens, and one more if a plan in flight samples it."""
+        known = request.token_ids
+        rows = [row for plan in self.in_flight.values() for row in plan.samples if row.request_id == request.request_id]
+        return known + [fake_token(row) for row in rows if row.position == len(known) - 1]
 
     # -- a plan ends ------------------------------------------------------------------------------------------------
 
@@ -278,6 +306,15 @@ class FakeRanks:
         self.scheduler.memory.check_integrity()
         return advanced
 
+    def first_plans(self) -> list[Plan]:
+        """Those in flight that can end now: a rank runs its plans in order."""
+        plans = list(self.in_flight.values())
+        return [
+            plan
+            for i, plan in enumerate(plans)
+            if not any(set(plan.ranks) & set(earlier.ranks) for earlier in plans[:i])
+        ]
+
     def submit_all(self) -> None:
         while (plan := self.scheduler.schedule()) is not None:
             self.submit(plan)
@@ -286,11 +323,18 @@ class FakeRanks:
         """Submit all that can start, then end one plan."""
         self.submit_all()
         assert self.in_flight, "requests wait, but nothing runs"
-        return self.complete(self.rng.choice(list(self.in_flight.values())))
+        return self.complete(self.rng.choice(self.first_plans()))
+
+    def end_the_rest(self) -> None:
+        """Plans that ran ahead of requests that have ended."""
+        for plan in list(self.in_flight.values()):
+            assert any(isinstance(run.tokens, SampledBy) for run in plan.query_runs)
+            assert self.complete(plan) == []
 
     def run_to_the_end(self, max_steps: int = 20_000) -> None:
         for _ in range(max_steps):
             if not self.scheduler.has_requests:
+                self.end_the_rest()
                 return
             self.step()
         raise AssertionError("requests do not end")

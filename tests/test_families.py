@@ -5,8 +5,10 @@ import itertools
 import pytest
 
 from cp_cases import NODE_COUNTS, RANK_COUNTS, spread
+from longspan.errors import LongspanError
 from longspan.models.inspect import PROVEN_MODEL_TYPES, PROVEN_ROPE_TYPES
 from longspan.types import FinishReason
+from longspan.worker import runner
 from tiny_models import (
     FAMILIES,
     all_pairs,
@@ -248,6 +250,7 @@ def test_a_request_that_outgrows_its_rank_in_decode_is_joined_by_another(family,
         stripe_size=4,
         strategy=strategy,
         kv_cache_memory=memory_for(model, 104),
+        async_scheduling=False,  # else the first two tokens may come back at once
         max_num_batched_tokens=32,
     ) as engine:
         request = engine.add_request(reference.prompt, greedy())
@@ -289,7 +292,9 @@ def test_packed_requests_run_side_by_side():
 
         def count(plan):
             nonlocal most_in_flight
-            most_in_flight = max(most_in_flight, len(engine.scheduler._in_flight))
+            most_in_flight = max(
+                most_in_flight, len({plan.ranks for plan, _, _ in engine.scheduler._in_flight.values()})
+            )
             return submit(plan)
 
         engine._executor.submit = count
@@ -331,3 +336,26 @@ def test_local_attention_keeps_every_request_on_one_rank():
         run_all(engine)
         assert set(engine.strategy_counts) == {"local"}
     assert [r.output_token_ids for r in requests] == [reference.token_ids for reference in model.references]
+
+
+def test_a_row_that_cannot_be_sampled_ends_its_request_alone_while_the_next_step_runs(monkeypatch):
+    """The step behind it has the request in it, and a token that does not exist."""
+    model = tiny_model("llama")
+    sample_all = runner.sample_all
+    rows_after = []
+
+    def fail_at(logits, rows):
+        rows_after.extend(row for row in rows if row.request_id == 0 and row.position > 100)
+        found = sample_all(logits, rows)
+        is_it = [row.request_id == 0 and row.position == 100 for row in rows]
+        return [LongspanError("no number") if it else token for it, token in zip(is_it, found, strict=True)]
+
+    monkeypatch.setattr(runner, "sample_all", fail_at)
+    with tiny_engine(model, context_parallel_size=2, placement="packed") as engine:
+        broken = engine.add_request(model.references[2].prompt, greedy())
+        others = [engine.add_request(reference.prompt, greedy()) for reference in model.references]
+        run_all(engine)
+    assert (broken.finish_reason, broken.error) == (FinishReason.ERROR, "no number")
+    assert broken.output_token_ids == model.references[2].token_ids[: 101 - broken.prompt_len]
+    assert rows_after, "no step stood behind the one that failed"
+    assert [other.output_token_ids for other in others] == [reference.token_ids for reference in model.references]

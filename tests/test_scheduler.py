@@ -20,6 +20,7 @@ from fake_ranks import (
     make_scheduler,
 )
 from longspan.errors import CapacityError, ConfigError
+from longspan.plan.types import SampledBy
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
@@ -46,6 +47,7 @@ class Scenario:
             strategy=rng.choice(["auto", "pass_q", "pass_kv", "gather_kv"]),
             max_step_ms=rng.choice([None, None, 1, 100]),
             enable_prefix_caching=rng.random() < 0.8,
+            async_scheduling=rng.random() < 0.5,
         )
         windows = rng.choice([[None], [None], [None, 5], [None, 20, 3], [7], [1, 30]])
         model = make_model(*windows)
@@ -77,6 +79,7 @@ class Scenario:
                 ranks.step()
             if rng.random() < 0.03 and requests:
                 scheduler.cancel(rng.choice(requests))
+        ranks.end_the_rest()
         return ranks, requests
 
 
@@ -463,3 +466,89 @@ def test_the_ways_out_of_a_refusal_are_themselves_legal():
     config = make_config(1, stripe_size=50, page_size=50, kv_cache_memory=8 * 100)
     message = refuse(make_scheduler(make_model(None), config, 100), [5] * 101, max_tokens=1)
     assert all(50 % int(size) == 0 for size in re.findall(r"page_size (\d+)", message))
+
+
+# -- running ahead ---------------------------------------------------------------------------------------------------
+
+
+def run_ahead(num_ranks: int = 1, memory_tokens: int = 200, **options) -> FakeRanks:
+    config = make_config(num_ranks, async_scheduling=True, **options)
+    return FakeRanks(make_scheduler(make_model(None), config, memory_tokens), random.Random(0))
+
+
+def ahead(ranks: FakeRanks) -> list[bool]:
+    """Per plan, whether its tokens are sampled by the one before."""
+    return [isinstance(plan.query_runs[0].tokens, SampledBy) for plan in ranks.plans]
+
+
+def test_decodes_run_one_step_ahead_of_their_tokens_and_no_step_too_many():
+    ranks = run_ahead()
+    params = SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
+    requests = [ranks.scheduler.add_request([i] * 4, params) for i in range(3)]
+    ranks.step()
+    ranks.submit_all()
+    assert len(ranks.in_flight) == 2
+    ranks.run_to_the_end()
+    assert ahead(ranks) == [False, False, True, True, True, True]
+    for request in requests:
+        check_finished(request)
+
+
+def test_a_request_that_ends_while_the_next_step_runs_leaves_its_pages_at_once():
+    ranks = run_ahead()
+    request = ranks.scheduler.add_request([5] * 4, SamplingParams(max_tokens=40, ignore_eos=True, seed=0))
+    ranks.step()
+    ranks.submit_all()
+    first, second = ranks.in_flight.values()
+    assert ranks.complete(first) == [request]
+    ranks.scheduler.finish(request, FinishReason.STOP)  # its text holds a stop string
+    assert all(allocator.num_used == 0 for allocator in ranks.scheduler.memory.allocators[0])
+    other = ranks.scheduler.add_request([7] * 4, SamplingParams(max_tokens=4, ignore_eos=True, seed=0))
+    ranks.submit_all()
+    assert list(ranks.in_flight.values()) == [second], "a rank has one plan behind another at most"
+    assert ranks.complete(second) == []
+    assert request.num_generated == 2
+    ranks.run_to_the_end()
+    check_finished(other)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"presence_penalty": 0.5}, {"frequency_penalty": 0.5}, {"repetition_penalty": 1.5}, {"min_tokens": 5}],
+)
+def test_nothing_runs_ahead_where_the_next_row_depends_on_a_token_that_is_not_known(params):
+    ranks = run_ahead()
+    plain = SamplingParams(max_tokens=5, ignore_eos=True, seed=0)
+    special = ranks.scheduler.add_request([5] * 4, SamplingParams(max_tokens=5, ignore_eos=True, seed=0, **params))
+    beside = ranks.scheduler.add_request([6] * 4, plain)
+    ranks.run_to_the_end()
+    assert not any(ahead(ranks)), "nor does one request overtake another"
+    check_finished(special)
+    check_finished(beside)
+
+
+def test_nothing_runs_ahead_while_a_request_waits_for_the_rank():
+    ranks = run_ahead(max_num_batched_tokens=8)
+    scheduler = ranks.scheduler
+    scheduler.add_request([5] * 4, SamplingParams(max_tokens=20, ignore_eos=True, seed=0))
+    ranks.step()
+    plan = scheduler.schedule()
+    ranks.submit(plan)
+    prompt = scheduler.add_request([6] * 30, SamplingParams(max_tokens=1, seed=0))
+    assert scheduler.schedule() is None
+    ranks.complete(plan)
+    assert scheduler.schedule().phase is Phase.PREFILL
+    assert prompt.in_flight
+
+
+def test_a_token_that_another_rank_computes_is_waited_for():
+    """It is known where it was sampled, and nowhere else."""
+    ranks = run_ahead(2, placement="striped", page_size=2, stripe_size=4)
+    request = ranks.scheduler.add_request([5] * 16, SamplingParams(max_tokens=17, ignore_eos=True, seed=0))
+    ranks.run_to_the_end()
+    check_finished(request)
+    decodes = [plan.query_runs[0] for plan in ranks.plans if plan.phase is Phase.DECODE]
+    owners = [run.compute_rank for run in decodes]
+    assert len(set(owners)) == 2
+    changes = [i > 0 and owners[i] != owners[i - 1] for i in range(len(owners))]
+    assert [isinstance(run.tokens, SampledBy) for run in decodes[1:]] == [not changed for changed in changes[1:]]

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, fake_token, make_config, make_model
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
+from longspan.plan.types import SampledBy
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
 from longspan.scheduler.scheduler import Scheduler
@@ -49,6 +50,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
         decode_strategy=draw(st.sampled_from([None, "pass_q", "pass_kv", "gather_kv"])),
         max_step_ms=draw(st.sampled_from([None, 1, 100, 1000])),
         enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
+        async_scheduling=draw(st.booleans()),
     )
 
 
@@ -160,8 +162,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ranks.in_flight)
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
-        plan_id = data.draw(st.sampled_from(sorted(self.ranks.in_flight)))
-        self.finish_plan(plan_id)
+        self.finish_plan(data.draw(st.sampled_from([plan.plan_id for plan in self.ranks.first_plans()])))
 
     @precondition(lambda self: self.alive)
     @rule(num_steps=st.integers(1, 60))
@@ -211,11 +212,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.ended_early.add(request.request_id)
         self.scheduler.cancel(request)
 
-    @precondition(lambda self: any(not request.in_flight for request in self.alive))
+    @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def finish_early(self, data: st.DataObject) -> None:
         """As a stop string does."""
-        request = data.draw(st.sampled_from([request for request in self.alive if not request.in_flight]))
+        request = data.draw(st.sampled_from(self.alive))
         self.ended_early.add(request.request_id)
         self.scheduler.finish(request, FinishReason.STOP)
 
@@ -253,10 +254,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         self.submit()
         assert self.ranks.in_flight, "requests wait, but nothing runs"
-        self.finish_plan(self.ranks.rng.choice(sorted(self.ranks.in_flight)))
+        self.finish_plan(self.ranks.rng.choice(self.ranks.first_plans()).plan_id)
 
     def finish_plan(self, plan_id: int) -> None:
         for request in self.ranks.complete(self.ranks.in_flight[plan_id]):
+            REACHED["ended by a plan that another stood behind"] += request.finish_reason is not None and any(
+                run.request_id == request.request_id
+                for plan in self.ranks.in_flight.values()
+                for run in plan.query_runs
+            )
             assert request.request_id not in self.ended_early, "update returns a request that was cancelled"
 
     def note_plan(self) -> None:
@@ -270,6 +276,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         REACHED["copied pages"] += sum(copy.source.num_pages for copy in copied)
         num_requests = len({run.request_id for run in plan.query_runs})
         REACHED["batch"] += num_requests > 1
+        REACHED["ran ahead"] += isinstance(plan.query_runs[0].tokens, SampledBy)
         REACHED["mixed"] += (
             plan.phase is Phase.PREFILL
             and num_requests > 1
@@ -295,7 +302,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         while self.scheduler.has_requests:
             self.step()
-        assert not self.ranks.in_flight
+        self.ranks.end_the_rest()
         for request in self.requests:
             assert request.finish_reason is not None
             if request.request_id not in self.ended_early:
@@ -332,11 +339,12 @@ def run_machine(max_examples: int, *, is_fixed: bool) -> None:
     )
 
 
-OFTEN = {"1 ranks", "2 ranks", "batch", "evicted pages", "hit tokens", "local", "mixed", "preemptions"}
+OFTEN = {"1 ranks", "2 ranks", "batch", "evicted pages", "hit tokens", "local", "mixed", "preemptions", "ran ahead"}
 ALWAYS_IN_MANY = OFTEN | {
     "3 ranks",
     "8 ranks",
     "cancelled in flight",
+    "ended by a plan that another stood behind",
     "cancelled when preempted",
     "cancelled when waiting",
     "copied pages",

@@ -122,6 +122,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Chunks of prefill are cut so that a step is predicted to take no longer; None cuts by tokens alone."""
     enable_prefix_caching: bool = True
     """Keep the KV of prompts and answers, and go on from it when a prompt starts the same."""
+    async_scheduling: bool = True
+    """Submit the next step of decodes before the tokens of the one in flight are known; see `longspan.scheduler`."""
     max_num_seqs: int = 64
     """Most requests that run at once."""
     attention_backend: AttentionName = "auto"
@@ -164,8 +166,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             self._check_count("min_striped_len", self.min_striped_len)
         if self.max_step_ms is not None:
             self._check_count("max_step_ms", self.max_step_ms)
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ConfigError(f"enable_prefix_caching: got {self.enable_prefix_caching!r}, legal is true or false")
+        for name in ("enable_prefix_caching", "async_scheduling"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is true or false")
         if self.kv_cache_memory is not None:
             self._check_count("kv_cache_memory", self.kv_cache_memory, 2**63 - 1)
         self._check_count("context_parallel_size", self.context_parallel_size, MAX_RANKS)

@@ -45,6 +45,12 @@ earlier (`longspan.policy.placement_choice`); a server's other ranks have other 
     help="Cut prefill so that a step is predicted to take no longer; 0 cuts by tokens alone.",
 )
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True)
+@click.option(
+    "--async-scheduling/--no-async-scheduling",
+    default=True,
+    show_default=True,
+    help="Submit the next step of decodes before the tokens of the one in flight are known.",
+)
 @click.option("--max-body-size", metavar="SIZE", default="32Mi", show_default=True, help="Longest request body.")
 @click.option("--keep-alive-s", type=float, default=5.0, show_default=True, help="A silent stream sends a comment.")
 @engine_options(stripe_size=SHORT_STRIPE)

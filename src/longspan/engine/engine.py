@@ -108,7 +108,7 @@ class Engine:
         return self.scheduler.add_request(prompt_token_ids, params, constraint=constraint, page_hashes=page_hashes)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """End a request early, for example because its text holds a stop string. Not while it is in flight."""
+        """End a request early, for example because its text holds a stop string."""
         self.scheduler.finish(request, reason)
 
     def abort(self, request: Request) -> None:
@@ -156,12 +156,14 @@ class Engine:
     def take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
         """Hand results to the scheduler; returns the requests that advanced and were not aborted meanwhile."""
         advanced: list[Request] = []
+        results: list[PlanResult] = []
         for future in done:
             self._futures.discard(future)
             self._failure = future.exception()
             if self._failure is not None:
                 raise self._failure
-            result = future.result()
+            results.append(future.result())
+        for result in sorted(results, key=lambda result: result.plan_id):  # one may stand behind another
             self._last_results.update({r.rank: r for r in result.ranks})
             advanced += self.scheduler.update(result)
         return advanced

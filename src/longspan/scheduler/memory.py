@@ -365,7 +365,7 @@ class KVMemory:
         request.num_hit_pages = request.num_published = len(hit.ranks)
         if request.copies:  # the copies are not published yet
             request.num_published = min(copy.source.page_idx for copy in request.copies)
-        request.num_computed = len(hit.ranks) * size
+        request.num_computed = request.num_planned = len(hit.ranks) * size
         for rank, pages in groupby(hit.ranks):
             request.place(home if home is not None else rank, sum(1 for _ in pages))
         request.claims = [dict[int, int]() for _ in range(num_groups)]

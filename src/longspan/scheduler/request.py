@@ -48,6 +48,8 @@ class Request:
     """Prompt tokens whose KV was found in the prefix cache."""
     num_computed: int = 0
     """Tokens whose KV is stored."""
+    num_planned: int = 0
+    """Tokens whose KV is stored, or is being computed by plans in flight."""
     tables: list[PageTable] = field(default_factory=list)
     """Per KV group, empty before admission."""
     page_ranks: list[tuple[int, int]] = field(default_factory=list)
@@ -73,7 +75,6 @@ class Request:
     """Ranks that know the page tables as of the last plan."""
     involved_ranks: set[int] = field(default_factory=set)
     """Ranks that ever heard of the request."""
-    in_flight: bool = False
     last_plan_id: int = -1
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -89,6 +90,11 @@ class Request:
     def phase(self) -> Phase:
         """Prefill while more than the newest token is to be computed: a prompt, or all tokens after a preemption."""
         return Phase.PREFILL if len(self.token_ids) - self.num_computed > 1 else Phase.DECODE
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a plan that computes some of the tokens has not come back."""
+        return self.num_planned > self.num_computed
 
     @property
     def num_pages(self) -> int:
@@ -122,10 +128,11 @@ class Request:
             self.page_ranks.append((rank, num_pages))
 
     def forget_pages(self) -> None:
-        """Nothing is placed, promised or held any more."""
+        """Nothing is placed, promised, held or computed any more."""
         self.tables, self.page_ranks, self.page_ends = [], [], []
         self.claims, self.held, self.num_new = [], [], {}
         self.num_hit_pages = self.num_published = 0
+        self.num_computed = self.num_planned = 0
         self.informed_ranks = set()
 
     def banned_token_ids(self) -> tuple[int, ...]:

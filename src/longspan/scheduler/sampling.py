@@ -9,9 +9,24 @@ from longspan.plan.types import SampleRow
 from longspan.scheduler.request import Request
 
 
+def can_sample_ahead(request: Request) -> bool:
+    """Whether the row of the token after next is known: it depends on no token that is not."""
+    params = request.params
+    return (
+        request.constraint is None
+        and request.num_generated >= params.min_tokens
+        and params.repetition_penalty == 1
+        and not params.presence_penalty
+        and not params.frequency_penalty
+    )
+
+
 def sample_row(request: Request, position: int) -> SampleRow:
-    """How to sample the token that follows `position`, where the request's last known token stands."""
-    assert position == len(request.token_ids) - 1
+    """How to sample the token that follows `position`, where the request's last known token stands.
+
+    One position further on where `can_sample_ahead` says so.
+    """
+    assert position == len(request.token_ids) - 1 or can_sample_ahead(request)
     params = request.params
     allowed = None if request.constraint is None else request.constraint.allowed()
     banned = request.banned_token_ids()

@@ -17,6 +17,12 @@ Note: preemption
     When no rank has room for the next page of a decode, cached pages have gone first, then every rank was tried, and
     now the youngest running request gives all its pages back and waits at the head of the queue. Its tokens are kept:
     it is computed again, often from pages that are still cached. The oldest request is never preempted, so all end.
+
+Note: running ahead (`async_scheduling`)
+    A rank that has to wait for its next plan after every token waits longest where steps are shortest. So while a plan
+    of decodes is in flight and no request waits for its ranks, the next one is submitted behind it: the same requests,
+    one token further, each token `SampledBy` the plan before. Whoever ends meanwhile has computed one token for
+    nobody. Its pages are free at once all the same: a rank runs its plans in order, so whatever takes them comes later.
 """
 
 import secrets
@@ -36,6 +42,7 @@ from longspan.plan.types import (
     Plan,
     PlanResult,
     QueryRun,
+    SampledBy,
     SampleRow,
     ScoreRun,
     TableDelta,
@@ -47,7 +54,7 @@ from longspan.policy.rates import costs_by_bytes
 from longspan.scheduler.chunks import Chunks
 from longspan.scheduler.memory import DECODE_COST, KVMemory
 from longspan.scheduler.request import Constraint, Request
-from longspan.scheduler.sampling import sample_row
+from longspan.scheduler.sampling import can_sample_ahead, sample_row
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 
@@ -92,7 +99,7 @@ class Scheduler:
         self._by_id: dict[int, Request] = {}
         self._busy: set[int] = set()
         self._in_flight: dict[int, tuple[Plan, list[Request], float]] = {}  # with the flops of the rank with most
-        self._cancelled: set[int] = set()  # requests that end as soon as they are not in flight
+        self._cancelled: set[int] = set()  # requests that end when a plan that computes them comes back
         self._unreported: dict[int, set[int]] = {rank: set() for rank in range(config.context_parallel_size)}
         self._last_prefill = [-1] * config.context_parallel_size  # per rank, plan id of the last prefill
         self._next_plan_id = 0
@@ -181,9 +188,9 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """End a request that is not in flight, whatever its state, and free its pages."""
-        assert not request.in_flight
+        """End a request, whatever its state, and free its pages. A plan that computes it changes nothing any more."""
         request.finish_reason = reason
+        self._cancelled.discard(request.request_id)
         self._by_id.pop(request.request_id, None)
         if request in self.waiting:
             self.waiting.remove(request)
@@ -210,7 +217,6 @@ class Scheduler:
         self.running.remove(request)
         self.memory.free(request)
         request.forget_pages()
-        request.num_computed = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         waiting = list(self.waiting)
@@ -223,7 +229,7 @@ class Scheduler:
         """The next plan to submit, or None when nothing can start now."""
         self._admit()  # also while all ranks are busy: whoever has a place does not wait for one
         if len(self._busy) == self.config.context_parallel_size:
-            return None
+            return self._run_ahead()
         ready: list[_Ready] = []
         for request in list(self.running):  # the oldest gets its page first; who is preempted for it is younger
             if not request.in_flight and request.page_ranks and self._has_page(request):
@@ -235,10 +241,45 @@ class Scheduler:
                 taken |= lead.ranks
                 continue
             return self._make_plan(lead, ready)
+        return self._run_ahead()
+
+    def _run_ahead(self) -> Plan | None:
+        """The plan behind one of decodes that is in flight, unless a request waits for a rank or for a page."""
+        if self.config.async_scheduling and all(request.in_flight for request in self.running):
+            for plan, requests, _ in self._in_flight.values():
+                if plan.phase is Phase.DECODE and (chosen := self._ahead(plan, requests)):
+                    return self._write_plan(set(plan.ranks), chosen, Phase.DECODE, 0.0, behind=plan)
         return None
 
+    def _ahead(self, plan: Plan, requests: Sequence[Request]) -> list[tuple[Request, int]]:
+        """The requests that a plan behind this one takes a token further; none if that would leave one behind."""
+        chosen: list[tuple[Request, int]] = []
+        needs_all_ranks = False
+        for request in requests:
+            start, end = request.num_planned, request.num_planned + 1
+            if request.finish_reason is not None or request.request_id in self._cancelled:
+                continue
+            if start + 1 - request.prompt_len >= request.params.max_tokens:
+                continue  # ends with the token that is being sampled
+            if start != len(request.token_ids) or not can_sample_ahead(request):
+                return []
+            if end > request.num_pages * self.config.page_size and not self.memory.extend(request):
+                return []
+            # The token is known where it is sampled, and nowhere else before it has come back.
+            if len({rank for rank, _, _ in request.ranks_of(start - 1, end, self.config.page_size)}) > 1:
+                return []
+            ranks = self._ranks(request, end)
+            if not ranks <= set(plan.ranks):
+                return []
+            needs_all_ranks |= len(ranks) == len(plan.ranks)
+            chosen.append((request, end))
+        return chosen if needs_all_ranks else []
+
     def _ready(self, request: Request) -> _Ready:
-        is_decode, ranks, turn = request.phase is Phase.DECODE, self._ranks(request), request.last_plan_id
+        is_decode, end, turn = request.phase is Phase.DECODE, len(request.token_ids), request.last_plan_id
+        if not is_decode:
+            end = self._chunks.end(request, [self.config.max_num_batched_tokens] * self.config.context_parallel_size)
+        ranks = self._ranks(request, end)
         if not is_decode:
             # Prefill waits as a queue: a rank that ran another prompt's chunk since has given prefill its turn.
             turn = max(turn, min(self._last_prefill[rank] for rank in ranks))
@@ -290,12 +331,10 @@ class Scheduler:
             self._preempt(idle[-1])
         return True
 
-    def _ranks(self, request: Request) -> set[int]:
-        """Ranks that a request's next step may involve: those with a key that it may see, or a page to copy."""
-        size, end = self.config.page_size, len(request.token_ids)
-        if request.phase is Phase.PREFILL:
-            end = self._chunks.end(request, [self.config.max_num_batched_tokens] * self.config.context_parallel_size)
-        start = 0 if self._longest_window is None else max(0, request.num_computed - self._longest_window + 1)
+    def _ranks(self, request: Request, end: int) -> set[int]:
+        """Ranks that a step up to `end` may involve: those with a key that it may see, or a page to copy."""
+        size = self.config.page_size
+        start = 0 if self._longest_window is None else max(0, request.num_planned - self._longest_window + 1)
         if start == 0 and end >= len(request.token_ids):
             ranks = {rank for rank, _ in request.page_ranks}
         else:
@@ -349,9 +388,22 @@ class Scheduler:
         return self._write_plan(ranks, chosen, movers, max(flops))
 
     def _write_plan(
-        self, ranks: set[int], chosen: Sequence[tuple[Request, int]], movers: Phase | None, flops: float
+        self,
+        ranks: set[int],
+        chosen: Sequence[tuple[Request, int]],
+        movers: Phase | None,
+        flops: float,
+        behind: Plan | None = None,
     ) -> Plan:
-        """The plan that takes every chosen request to its end. Args: `flops` of the rank with most."""
+        """The plan that takes every chosen request to its end.
+
+        Args:
+            ranks: that run it.
+            chosen: (request, end).
+            movers: the phase of requests with keys on several ranks.
+            flops: of the rank with most.
+            behind: the plan that samples the tokens; None if they are known.
+        """
         plan_id = self._next_plan_id
         self._next_plan_id += 1
         phase = Phase.PREFILL if any(request.phase is Phase.PREFILL for request, _ in chosen) else Phase.DECODE
@@ -364,17 +416,18 @@ class Scheduler:
         samples: list[SampleRow] = []
         scores: list[ScoreRun] = []
         for request, end in chosen:
-            start = request.num_computed
+            start = request.num_planned
             copies += request.copies
             deltas += self._deltas(request, end, ranks)
             for rank, first, last in request.tables[0].owners(start, end):
                 for position in range(first, last, BLOCK_LEN):  # no run is longer than a block of queries
-                    token_ids = request.token_ids[position : min(last, position + BLOCK_LEN)]
-                    run = QueryRun(request.request_id, position, len(token_ids), rank, Literals(tuple(token_ids)))
-                    query_runs.append(run)
+                    stop = min(last, position + BLOCK_LEN)
+                    known = Literals(tuple(request.token_ids[position:stop]))
+                    tokens = known if behind is None else SampledBy(behind.plan_id)
+                    query_runs.append(QueryRun(request.request_id, position, stop - position, rank, tokens))
             samples += self._samples(request, end)
             scores += self._scores(request, start, end)
-            request.in_flight, request.last_plan_id = True, plan_id
+            request.num_planned, request.last_plan_id = end, plan_id
         forced = self.config.forced_decode_strategy if movers is Phase.DECODE else self.config.forced_strategy
         groups: list[GroupStep] = []
         for i, group in enumerate(self.model.kv_groups):
@@ -430,7 +483,7 @@ class Scheduler:
         return deltas
 
     def _samples(self, request: Request, end: int) -> list[SampleRow]:
-        """The row to sample from, if this step computes the request's last known token."""
+        """The row to sample from, if this step computes the request's last token."""
         if end < len(request.token_ids):
             return []
         return [sample_row(request, end - 1)]
@@ -456,30 +509,32 @@ class Scheduler:
             `finish_reason` have ended; `finish` has been called.
         """
         plan, requests, flops = self._in_flight.pop(result.plan_id)
-        self._busy -= set(plan.ranks)
+        self._busy = {rank for other, _, _ in self._in_flight.values() for rank in other.ranks}
         if plan.phase is Phase.PREFILL and self.config.max_step_ms is not None:
             self.step_time.learn(flops, max(rank_result.step_s for rank_result in result.ranks))
         computed = {run.request_id: run.end for run in plan.query_runs}
+        requests = [request for request in requests if request.finish_reason is None]  # the others have ended meanwhile
         for request in requests:
-            request.in_flight = False
             request.num_computed = max(request.num_computed, computed[request.request_id])
             self.memory.copied(request)
             self.memory.publish(request)
         for rank_result in result.ranks:
             for sampled in rank_result.sampled:
-                self._by_id[sampled.request_id].add_token(sampled.token_id, sampled.logprobs)
+                if (going_on := self._by_id.get(sampled.request_id)) is not None:
+                    going_on.add_token(sampled.token_id, sampled.logprobs)
             for row in rank_result.failed:
-                self._by_id[row.request_id].fail(row.reason)
+                if (going_on := self._by_id.get(row.request_id)) is not None:
+                    going_on.fail(row.reason)
         scored = sorted((run for r in result.ranks for run in r.scored), key=lambda run: (run.request_id, run.position))
         for run in scored:
-            self._by_id[run.request_id].prompt_logprobs.extend(run.logprobs)
+            if (going_on := self._by_id.get(run.request_id)) is not None:
+                going_on.prompt_logprobs.extend(run.logprobs)
         return list(self._settle(requests))
 
     def _settle(self, requests: Iterable[Request]) -> Iterable[Request]:
         """End what has ended; the others lose the pages that their windows have left."""
         for request in requests:
             if request.request_id in self._cancelled:
-                self._cancelled.remove(request.request_id)
                 self.finish(request, FinishReason.ABORT)
                 continue
             if request.finish_reason is not None:

@@ -80,6 +80,8 @@ class ModelRunner:
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
         # A mask with four dimensions is taken as it is; without one, Transformers looks for packed rows in every step.
         self._no_mask = torch.empty(1, 1, 0, 0, device=self.device)
+        self._sampled_by = -1  # the last plan that sampled here
+        self._sampled: dict[int, int] = {}  # request to its token of that plan
         self._tokens_computed = 0
         self._busy_s = 0.0
         self._strategy_bytes: Counter[str] = Counter()
@@ -167,11 +169,9 @@ class ModelRunner:
         positions: list[int] = []
         row_of: dict[tuple[int, int], int] = {}  # (request, position) to packed row
         for run in runs:
-            if not isinstance(run.tokens, Literals):
-                raise LongspanError(f"plan {plan.plan_id}: tokens sampled by an earlier plan are not supported")
             for i in range(run.num_tokens):
                 row_of[run.request_id, run.position + i] = len(positions) + i
-            token_ids += run.tokens.token_ids
+            token_ids += self._tokens(plan, run)
             positions += range(run.position, run.end)
         samples = [row for row in plan.samples if (row.request_id, row.position) in row_of]
         scores = [run for run in plan.scores if (run.request_id, run.position) in row_of]
@@ -185,10 +185,12 @@ class ModelRunner:
         sampled: list[SampledToken] = []
         failed: list[FailedRow] = []
         token_of = sample_all(logits[: len(samples)], samples)
+        self._sampled_by, self._sampled = plan.plan_id, {}
         for i, (row, token_id) in enumerate(zip(samples, token_of, strict=True)):
             if isinstance(token_id, LongspanError):
                 failed.append(FailedRow(row.request_id, str(token_id)))
                 continue
+            self._sampled[row.request_id] = token_id
             logprobs = None
             if row.num_logprobs is not None:
                 (logprobs,) = token_logprobs(logits[i : i + 1], self._ids([token_id]), row.num_logprobs)
@@ -201,6 +203,17 @@ class ModelRunner:
             scored.append(ScoredRun(score.request_id, score.position + 1, tuple(found)))
             first += count
         return _Answer(tuple(sampled), tuple(scored), tuple(failed))
+
+    def _tokens(self, plan: Plan, run: QueryRun) -> Sequence[int]:
+        """The input tokens of a run."""
+        if isinstance(run.tokens, Literals):
+            return run.tokens.token_ids
+        if run.tokens.plan_id != self._sampled_by or run.num_tokens != 1:
+            raise LongspanError(
+                f"plan {plan.plan_id}: needs {run.num_tokens} tokens of plan {run.tokens.plan_id}, rank {self.rank} "
+                f"has sampled for plan {self._sampled_by} last"
+            )
+        return [self._sampled.get(run.request_id, 0)]  # whose row could not be sampled has ended: nobody reads the rest
 
     def _ids(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
