@@ -16,6 +16,7 @@ from longspan.errors import ConfigError
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
 from longspan.models.loader import quiet_transformers
 from longspan.worker.build import build_runner, load_weights, with_simulated_links
+from longspan.worker.heap import keep_freed_memory
 from longspan.worker.link import WorkerLink
 from longspan.worker.measure import measure
 from longspan.worker.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
@@ -39,6 +40,7 @@ def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threa
     if directory is None and (directory := hub_directory(start.config.model)) is not None:
         link.send(Files(rank, fingerprint(directory)))
     runner = build_runner(start, model, _join_group(rank, start, meeting))
+    keep_freed_memory()  # behind weights and pools: what loading frees goes back
     link.send(Ready(rank))
     while isinstance(message := link.receive(), (RunPlan, Measure)):
         if isinstance(message, Measure):
