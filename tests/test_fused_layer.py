@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from longspan.models import fused_layer
+from longspan.models import fused_layer, many_rows, onednn
 from longspan.models.fused_layer import fuse_layers_
 from longspan.models.hook import AttentionCall
 from longspan.models.loader import load_model
@@ -50,19 +50,28 @@ def own_model(family: str = "llama") -> nn.Module:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_proven_family_is_fused_and_computes_the_same(family, monkeypatch):
     model = own_model(family)
-    sizes = (1, 2, 3, kernels.MAX_ROWS, kernels.MAX_ROWS + 1)
+    monkeypatch.setattr(many_rows, "BLOCK_ROWS", 16)
+    few, many = (1, 2, 3, kernels.MAX_ROWS), (kernels.MAX_ROWS + 1, 16, 17, 50)
+    sizes = (*few, *many)
     wanted = [logits(model, size, first=1000) for size in sizes]
     assert fuse_layers_(model)
-    rows = []
-    honest = native_layer.FusedLayer.behind_attention
+    rows = {"few": [], "many": []}
+    of_few, of_many = native_layer.FusedLayer.behind_attention, many_rows.behind_attention
     monkeypatch.setattr(
-        native_layer.FusedLayer, "behind_attention", lambda self, a, x: rows.append(len(x)) or honest(self, a, x)
+        native_layer.FusedLayer,
+        "behind_attention",
+        lambda self, a, x: rows["few"].append(len(x)) or of_few(self, a, x),
+    )
+    monkeypatch.setattr(
+        many_rows, "behind_attention", lambda fused, a, x: rows["many"].append(len(x)) or of_many(fused, a, x)
     )
     for size, own in zip(sizes, wanted, strict=True):
         found = logits(model, size, first=1000)
         torch.testing.assert_close(found, own, rtol=0, atol=1e-4 * own.abs().max().item())
     num_layers = len(model.model.layers)
-    assert rows == [size for size in sizes[:-1] for _ in range(num_layers)], "who computed the rows?"
+    assert rows == {
+        name: [size for size in those for _ in range(num_layers)] for name, those in (("few", few), ("many", many))
+    }, "who computed the rows?"
 
 
 @needs_kernel
@@ -172,21 +181,33 @@ def test_two_threads_compute_what_one_does():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = logits(model, 3)
+        alone, many_alone = logits(model, 3), logits(model, 30)
         torch.set_num_threads(3)
-        shared = logits(model, 3)
+        shared, many_shared = logits(model, 3), logits(model, 30)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(shared, alone, rtol=0, atol=0)
+    # Products of many rows are a library's, which may sum in another order.
+    torch.testing.assert_close(many_shared, many_alone, rtol=0, atol=1e-5 * many_alone.abs().max().item())
 
 
 @needs_kernel
 def test_the_reference_agrees():
     model, reference = own_model("qwen2"), load_reference(tiny_model("qwen2").path)
     assert fuse_layers_(model)
-    tokens = torch.arange(5, 11)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(logits(model, 6), reference(tokens).logits[0], rtol=0, atol=1e-4)
+    for num_tokens in (6, 60):
+        tokens = torch.arange(5, 5 + num_tokens)[None]
+        with torch.inference_mode():
+            torch.testing.assert_close(logits(model, num_tokens), reference(tokens).logits[0], rtol=0, atol=1e-4)
+
+
+@needs_kernel
+def test_many_rows_without_onednn(monkeypatch):
+    model = own_model("qwen2")
+    wanted = logits(model, 30)
+    assert fuse_layers_(model)
+    monkeypatch.setattr(onednn, "is_available", lambda: False)
+    torch.testing.assert_close(logits(model, 30), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
 
 
 @needs_kernel

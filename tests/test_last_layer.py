@@ -7,10 +7,13 @@ import pytest
 
 from longspan.cp.attend import StepAttention
 from longspan.models import fused_layer
+from longspan.native import kernels
 from longspan.plan.read_runs import read_runs
 from longspan.plan.types import Literals, QueryRun, SampleRow, ScoreRun
 from longspan.types import SamplingParams
 from tiny_models import FAMILIES, greedy, run_all, tiny_engine, tiny_model
+
+needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")
 
 LAYOUT = {"placement": "striped", "page_size": 4, "stripe_size": 8, "max_num_batched_tokens": 16}
 PROMPT_LEN = 97
@@ -49,7 +52,8 @@ def rows_per_layer(monkeypatch, family, params, **options):
         return honest(self, group_idx, layer, q)
 
     monkeypatch.setattr(StepAttention, "_attend", attend)
-    monkeypatch.setattr(fused_layer, "takes", lambda _num_rows: False)  # so that all rows come by the layer's modules
+    for layer in model.module.model.layers:  # fused layers do not call their modules
+        monkeypatch.delitem(layer.__dict__, "forward", raising=False)
     gate = model.module.model.layers[-1].mlp.gate_proj
     hook = gate.register_forward_hook(lambda _module, args, _output: mlp_rows.append(args[0].shape[1]))
     try:
@@ -69,6 +73,23 @@ def test_a_prompt_costs_the_last_layer_one_row(family, num_ranks, monkeypatch):
     assert set(others) == {PROMPT_LEN + 4}
     assert last == mlp_rows == 5
     assert request.output_token_ids == tiny_model(family).references[2].token_ids[:5]
+
+
+@needs_kernel
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_fused_layers_leave_the_same_rows_out(num_ranks, monkeypatch):
+    model = tiny_model("llama")  # loaded, so that its proof is not counted
+    rows = []
+    honest = fused_layer._behind_attention
+    monkeypatch.setattr(
+        fused_layer, "_behind_attention", lambda fused, a, x: rows.append(x.shape[0]) or honest(fused, a, x)
+    )
+    with tiny_engine(model, **LAYOUT, context_parallel_size=num_ranks) as engine:
+        request = engine.add_request(model.references[2].prompt, greedy(5))
+        run_all(engine)
+    num_others = len(model.module.model.layers) - 1
+    assert sum(rows) == num_others * (PROMPT_LEN + 4) + 5
+    assert request.output_token_ids == model.references[2].token_ids[:5]
 
 
 def test_rows_whose_log_probabilities_are_asked_for_are_computed(monkeypatch):
@@ -93,7 +114,6 @@ def test_nothing_moves_in_the_last_layer_for_rows_that_nobody_reads(strategy, mo
         return partial
 
     monkeypatch.setattr(StepAttention, "_attend", attend)
-    monkeypatch.setattr(fused_layer, "takes", lambda _num_rows: False)  # so that all rows come by the layer's modules
     with tiny_engine(model, **LAYOUT, context_parallel_size=2, strategy=strategy) as engine:
         engine.add_request(model.references[3].prompt, greedy(1))
         engine.step()

@@ -1,12 +1,13 @@
-"""Decoder layers that take two kernel calls instead of forty small operators, for a few rows on a CPU.
+"""Decoder layers that take a few kernel calls instead of forty small operators, for float32 on a CPU.
 
 Holds the replacement of a layer's forward. Must not know plans, ranks or strategies.
-Read next: `longspan.native.layer`; `docs/decisions/0014-fused-layers.md` for what it gives.
+Read next: `longspan.native.layer`, for few rows; `longspan.models.many_rows`, for more;
+`docs/decisions/0014-fused-layers.md` for what it gives.
 
 Note: nothing is assumed
     A layer is read by the names of its modules, and every guess (what scales a norm, which activation, whether there is
-    a rotary embedding) is held against the modules themselves. Then both forms of the layer compute random rows. Where
-    anything is unknown, or the two disagree, the model keeps its own layers. So a family that is built differently is
+    a rotary embedding) is held against the modules themselves. Then all forms of the layer compute random rows. Where
+    anything is unknown, or they disagree, the model keeps its own layers. So a family that is built differently is
     slower, never wrong.
 """
 
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longspan.models import many_rows
 from longspan.models.hook import AttendFunction, AttentionCall
 from longspan.models.last_layer import READ_ROWS
+from longspan.native.kernels import MAX_ROWS
 from longspan.native.layer import FusedLayer, LayerWeights, takes
 
 _log = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def fuse_layers_(model: nn.Module) -> bool:
-    """Let a loaded model's decoder layers use the kernels for few rows, where they are proven to compute the same.
+    """Let a loaded model's decoder layers use the kernels, where they are proven to compute the same.
 
     Args:
         model: with the `longspan` attention function, evaluating, its weights in place.
@@ -50,7 +53,7 @@ def fuse_layers_(model: nn.Module) -> bool:
     with torch.inference_mode():
         for layer in layers:
             try:
-                forwards.append(_few_rows_forward(layer))
+                forwards.append(_fused_forward(layer, is_last=layer is layers[-1]))
             except (_UnknownLayerError, ValueError, AttributeError, TypeError) as error:
                 _log.debug("layers are not fused: %s", error)
                 return False
@@ -63,8 +66,8 @@ class _UnknownLayerError(Exception):
     """A layer that is not proven."""
 
 
-def _few_rows_forward(layer: nn.Module) -> Callable[..., Tensor]:
-    """A forward of the layer that gives few rows to the kernels."""
+def _fused_forward(layer: nn.Module, *, is_last: bool) -> Callable[..., Tensor]:
+    """A forward of the layer that gives its rows to the kernels."""
     fused = _fused(layer)
     call = _prove(layer, fused)
     own_forward: Callable[..., Tensor] = layer.forward
@@ -76,12 +79,7 @@ def _few_rows_forward(layer: nn.Module) -> Callable[..., Tensor]:
         longspan_attend: AttendFunction | None = None,
         **others: Any,
     ) -> Tensor:
-        if (
-            longspan_attend is None
-            or position_embeddings is None
-            or not takes(hidden_states.shape[1])
-            or others.get(READ_ROWS) is not None
-        ):
+        if longspan_attend is None or position_embeddings is None:
             return own_forward(
                 hidden_states,
                 *args,
@@ -91,11 +89,26 @@ def _few_rows_forward(layer: nn.Module) -> Callable[..., Tensor]:
             )
         x = hidden_states[0].contiguous()
         cos, sin = position_embeddings
-        q, k, v = fused.before_attention(x, cos[0].contiguous(), sin[0].contiguous())
-        attended = longspan_attend(replace(call, q=q, k=k, v=v))
-        return fused.behind_attention(attended.contiguous(), x)[None]
+        q, k, v = _before_attention(fused, x, cos[0].contiguous(), sin[0].contiguous())
+        attended = longspan_attend(replace(call, q=q, k=k, v=v)).contiguous()
+        read = others.get(READ_ROWS) if is_last else None
+        if read is None:
+            return _behind_attention(fused, attended, x)[None]
+        return x.index_copy(0, read, _behind_attention(fused, attended[read], x[read]))[None]
 
     return forward
+
+
+def _before_attention(fused: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if takes(x.shape[0]):
+        return fused.before_attention(x, cos, sin)
+    return many_rows.before_attention(fused, x, cos, sin)
+
+
+def _behind_attention(fused: FusedLayer, attended: Tensor, x: Tensor) -> Tensor:
+    if takes(x.shape[0]):
+        return fused.behind_attention(attended, x)
+    return many_rows.behind_attention(fused, attended, x)
 
 
 def _fused(layer: Any) -> FusedLayer:
@@ -179,7 +192,7 @@ def _activation(function: Callable[[Tensor], Tensor]) -> str:
 
 
 def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
-    """Compute two random rows in both ways.
+    """Compute random rows in all ways.
 
     Returns:
         The layer's attention call, all but q, k and v of which is the same every time.
@@ -195,21 +208,22 @@ def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
         k, v = (tensor.transpose(0, 1).repeat_interleave(group_size, dim=1) for tensor in (call.k, call.v))
         return call.q + 2 * k + 3 * v  # [T, H, D], whatever depends on all three
 
-    x = _random(2, fused.hidden)
-    angles = _random(2, fused.width) * 3
+    x = _random(MAX_ROWS + 1, fused.hidden)
+    angles = _random(MAX_ROWS + 1, fused.width) * 3
     cos, sin = angles.cos(), angles.sin()
     wanted = layer(
         x[None],
         attention_mask=None,
-        position_ids=torch.arange(2)[None],
+        position_ids=torch.arange(len(x))[None],
         position_embeddings=(cos[None], sin[None]),
         longspan_attend=attend,
     )
     (call,) = calls
-    q, k, v = fused.before_attention(x, cos, sin)
-    found = fused.behind_attention(attend(replace(call, q=q, k=k, v=v)).contiguous(), x)
-    if not (torch.is_tensor(wanted) and wanted.shape[0] == 1 and _agree(found, wanted[0])):
-        raise _UnknownLayerError(f"{type(layer).__name__} computes something else")
+    for num_rows in (2, len(x)):  # few, and many
+        q, k, v = _before_attention(fused, x[:num_rows], cos[:num_rows], sin[:num_rows])
+        found = _behind_attention(fused, attend(replace(call, q=q, k=k, v=v)).contiguous(), x[:num_rows])
+        if not (torch.is_tensor(wanted) and wanted.shape[0] == 1 and _agree(found, wanted[0, :num_rows])):
+            raise _UnknownLayerError(f"{type(layer).__name__} computes something else")
     return call
 
 

@@ -60,6 +60,11 @@ def library() -> ctypes.CDLL | None:
     ]
     kernels.longspan_before_attention.argtypes = [pointer] * 4 + [integer] * 2 + [pointer] * 4
     kernels.longspan_behind_attention.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] * 2
+    kernels.longspan_norm_rows.argtypes = [pointer, pointer, long, integer, pointer]
+    kernels.longspan_finish_rows.argtypes = [pointer] * 6 + [long, integer] + [pointer] * 3 + [long]
+    kernels.longspan_add_attention_rows.argtypes = [pointer, pointer, long, integer, pointer, pointer]
+    kernels.longspan_gate_rows.argtypes = [pointer, pointer, long, integer, pointer]
+    kernels.longspan_add_mlp_rows.argtypes = [pointer] * 3 + [long, integer, pointer]
     kernels.longspan_prefill.argtypes = [
         *(pointer, pointer, pointer, long, long, long, long, long, long),
         *(integer, integer, integer, integer, integer, long),

@@ -1,7 +1,8 @@
-/* A decoder layer around its attention, for a few rows, at the speed of memory.
+/* A decoder layer around its attention: all of it for a few rows, what lies between its products for many.
  *
- * Holds two kernels for CPUs: what comes before attention (norm, projections, rotary embedding) and what comes behind it
- * (projection, residual, norm, gated MLP, residual). Must not know Python, torch or attention. Called from
+ * Holds two kernels for CPUs that take a few rows: what comes before attention (norm, projections, rotary embedding) and
+ * what comes behind it (projection, residual, norm, gated MLP, residual). And the same without the products, in five
+ * steps, for many rows, whose products a BLAS computes faster. Must not know Python, torch or attention. Called from
  * longspan/native/layer.py.
  *
  * A decode step spends more time between its operators than in them: some forty small ones a layer, at 5 us each. Here
@@ -42,11 +43,11 @@ MULTIVERSION static void rms_norm(const float *x, const float *weight, long widt
     }
 }
 
-/* y += x */
-MULTIVERSION static void add(const float *x, long width, float *y)
+/* y = a + b; y and b may be one. */
+MULTIVERSION static void add(const float *a, const float *b, long width, float *y)
 {
     for (long c = 0; c < width; c += LANES) {
-        const vec value = load(y, c, 0) + load(x, c, 0);
+        const vec value = load(a, c, 0) + load(b, c, 0);
         memcpy(y + c, &value, sizeof value);
     }
 }
@@ -83,7 +84,7 @@ MULTIVERSION static void finish_head(const float *x, const float *bias, const fl
 {
     memcpy(y, x, width * sizeof *y);
     if (bias)
-        add(bias, width, y);
+        add(bias, y, width, y);
     if (norm)
         rms_norm(y, norm, width, epsilon, y);
     if (!cos)
@@ -96,9 +97,52 @@ MULTIVERSION static void finish_head(const float *x, const float *bias, const fl
     }
 }
 
-static int is_supported(const longspan_layer *l, int rows, int num_threads)
+/* Products of rows with q, k and v; a stride is from row to row. */
+typedef struct {
+    const float *q, *k, *v;
+    long q_stride, kv_stride;
+} projected_rows;
+
+/* The head-th of a row's heads (those of q, then k, then v) to q [.., heads, width], k and v [kv_heads, .., width], whose
+ * heads are kv_head_stride apart. */
+static void finish_one(const longspan_layer *l, const projected_rows *from, long r, long head, const float *cos,
+                       const float *sin, float *q, float *k, float *v, long kv_head_stride)
 {
-    return num_threads >= 1 && rows >= 1 && rows <= MAX_ROWS && l->hidden > 0 && l->hidden % LANES == 0 &&
+    const long width = l->width, own = head < l->heads ? head : (head - l->heads) % l->kv_heads;
+    const float *row_cos = l->has_rope ? cos + r * width : NULL, *row_sin = l->has_rope ? sin + r * width : NULL;
+    if (head < l->heads)
+        finish_head(from->q + r * from->q_stride + own * width, l->q_bias ? l->q_bias + own * width : NULL, l->q_norm,
+                    l->head_epsilon, row_cos, row_sin, width, q + (r * l->heads + own) * width);
+    else if (head < l->heads + l->kv_heads)
+        finish_head(from->k + r * from->kv_stride + own * width, l->k_bias ? l->k_bias + own * width : NULL, l->k_norm,
+                    l->head_epsilon, row_cos, row_sin, width, k + own * kv_head_stride + r * width);
+    else
+        finish_head(from->v + r * from->kv_stride + own * width, l->v_bias ? l->v_bias + own * width : NULL, NULL, 0.0,
+                    NULL, NULL, width, v + own * kv_head_stride + r * width);
+}
+
+/* sum: the projection of a row's attention, to what the MLP's output is added to; normed: what the MLP gets. */
+static void add_attention(const longspan_layer *l, const float *x, float *sum, float *normed)
+{
+    if (l->o_bias)
+        add(l->o_bias, sum, l->hidden, sum);
+    if (l->behind_attention)
+        rms_norm(sum, l->behind_attention, l->hidden, l->epsilon, sum);
+    add(x, sum, l->hidden, sum);
+    rms_norm(sum, l->before_mlp, l->hidden, l->epsilon, normed);
+}
+
+/* The MLP's output of a row to the layer's, y; they may be one. */
+static void add_mlp(const longspan_layer *l, const float *mlp, const float *added, float *y)
+{
+    if (l->behind_mlp)
+        rms_norm(mlp, l->behind_mlp, l->hidden, l->epsilon, y);
+    add(added, l->behind_mlp ? y : mlp, l->hidden, y);
+}
+
+static int is_supported(const longspan_layer *l, long rows, int num_threads)
+{
+    return num_threads >= 1 && rows >= 1 && l->hidden > 0 && l->hidden % LANES == 0 &&
            l->inner > 0 && l->inner % LANES == 0 && l->width > 0 && l->width % LANES == 0;
 }
 
@@ -126,11 +170,12 @@ static long share_of(long num_out, int num_threads)
 int longspan_before_attention(const longspan_layer *l, const float *x, const float *cos, const float *sin, int rows,
                               int num_threads, float *scratch, float *q, float *k, float *v)
 {
-    if (!is_supported(l, rows, num_threads))
+    if (!is_supported(l, rows, num_threads) || rows > MAX_ROWS)
         return 1;
     const long q_out = l->heads * l->width, kv_out = l->kv_heads * l->width, all = q_out + 2 * kv_out;
     const long heads = l->heads + 2 * l->kv_heads, share = share_of(all, num_threads);
     float *normed = scratch, *y = scratch + rows * l->hidden;
+    const projected_rows projected = {y, y + q_out, y + q_out + kv_out, all, all};
 #pragma omp parallel num_threads(num_threads)
     {
 #pragma omp for schedule(static, 1)
@@ -144,23 +189,8 @@ int longspan_before_attention(const longspan_layer *l, const float *x, const flo
             some_outputs(normed, l->v, l->hidden, rows, q_out + kv_out, kv_out, first, last, y, all);
         }
 #pragma omp for schedule(static)
-        for (long i = 0; i < rows * heads; i++) {
-            const long r = i / heads, head = i % heads, width = l->width;
-            const float *from = y + r * all + head * width;
-            const float *row_cos = l->has_rope ? cos + r * width : NULL, *row_sin = l->has_rope ? sin + r * width : NULL;
-            if (head < l->heads) {
-                finish_head(from, l->q_bias ? l->q_bias + head * width : NULL, l->q_norm, l->head_epsilon, row_cos,
-                            row_sin, width, q + (r * l->heads + head) * width);
-            } else if (head < l->heads + l->kv_heads) {
-                const long own = head - l->heads;
-                finish_head(from, l->k_bias ? l->k_bias + own * width : NULL, l->k_norm, l->head_epsilon, row_cos,
-                            row_sin, width, k + (own * rows + r) * width);
-            } else {
-                const long own = head - l->heads - l->kv_heads;
-                finish_head(from, l->v_bias ? l->v_bias + own * width : NULL, NULL, 0.0, NULL, NULL, width,
-                            v + (own * rows + r) * width);
-            }
-        }
+        for (long i = 0; i < rows * heads; i++)
+            finish_one(l, &projected, i / heads, i % heads, cos, sin, q, k, v, rows * l->width);
     }
     return 0;
 }
@@ -173,7 +203,7 @@ int longspan_before_attention(const longspan_layer *l, const float *x, const flo
 int longspan_behind_attention(const longspan_layer *l, const float *attended, const float *x, int rows, int num_threads,
                               float *scratch, float *y)
 {
-    if (!is_supported(l, rows, num_threads))
+    if (!is_supported(l, rows, num_threads) || rows > MAX_ROWS)
         return 1;
     const long hidden = l->hidden, inner = l->inner;
     const long share = share_of(hidden, num_threads), inner_share = share_of(inner, num_threads);
@@ -186,15 +216,8 @@ int longspan_behind_attention(const longspan_layer *l, const float *attended, co
             longspan_outputs(attended, l->o, l->heads * l->width, rows, first, last, 0, added, hidden);
         }
 #pragma omp for schedule(static, 1)
-        for (int r = 0; r < rows; r++) {
-            float *sum = added + r * hidden;
-            if (l->o_bias)
-                add(l->o_bias, hidden, sum);
-            if (l->behind_attention)
-                rms_norm(sum, l->behind_attention, hidden, l->epsilon, sum);
-            add(x + r * hidden, hidden, sum);
-            rms_norm(sum, l->before_mlp, hidden, l->epsilon, normed + r * hidden);
-        }
+        for (int r = 0; r < rows; r++)
+            add_attention(l, x + r * hidden, added + r * hidden, normed + r * hidden);
 #pragma omp for schedule(static, 1)
         for (int part = 0; part < num_threads; part++) {
             const long first = part * inner_share, last = first + inner_share < inner ? first + inner_share : inner;
@@ -211,11 +234,74 @@ int longspan_behind_attention(const longspan_layer *l, const float *attended, co
             longspan_outputs(gate, l->down, inner, rows, first, last, 0, y, hidden);
         }
 #pragma omp for schedule(static, 1)
-        for (int r = 0; r < rows; r++) {
-            if (l->behind_mlp)
-                rms_norm(y + r * hidden, l->behind_mlp, hidden, l->epsilon, y + r * hidden);
-            add(added + r * hidden, hidden, y + r * hidden);
-        }
+        for (int r = 0; r < rows; r++)
+            add_mlp(l, y + r * hidden, added + r * hidden, y + r * hidden);
     }
+    return 0;
+}
+
+/* From here on: between the products of many rows. x, normed, projected, mlp, added and y are [rows, hidden], gate and up
+ * [rows, inner], all contiguous. Return 0, or 1 when a size is not supported. */
+
+/* Before q, k and v. */
+int longspan_norm_rows(const longspan_layer *l, const float *x, long rows, int num_threads, float *normed)
+{
+    if (!is_supported(l, rows, num_threads))
+        return 1;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (long r = 0; r < rows; r++)
+        rms_norm(x + r * l->hidden, l->before_attention, l->hidden, l->epsilon, normed + r * l->hidden);
+    return 0;
+}
+
+/* Behind q, k and v: products [rows, heads * width] and twice [rows, kv_heads * width] to q [rows, heads, width], k and v
+ * [kv_heads, rows, width], whose heads are kv_head_stride apart; cos and sin [rows, width]. */
+int longspan_finish_rows(const longspan_layer *l, const float *q_product, const float *k_product, const float *v_product,
+                         const float *cos, const float *sin, long rows, int num_threads, float *q, float *k, float *v,
+                         long kv_head_stride)
+{
+    if (!is_supported(l, rows, num_threads))
+        return 1;
+    const long heads = l->heads + 2 * l->kv_heads;
+    const projected_rows products = {q_product, k_product, v_product, l->heads * l->width, l->kv_heads * l->width};
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (long r = 0; r < rows; r++)
+        for (long head = 0; head < heads; head++)
+            finish_one(l, &products, r, head, cos, sin, q, k, v, kv_head_stride);
+    return 0;
+}
+
+/* Behind the projection of attention, in place: what the MLP's output is added to. normed: what the MLP gets. */
+int longspan_add_attention_rows(const longspan_layer *l, const float *x, long rows, int num_threads, float *projected,
+                                float *normed)
+{
+    if (!is_supported(l, rows, num_threads))
+        return 1;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (long r = 0; r < rows; r++)
+        add_attention(l, x + r * l->hidden, projected + r * l->hidden, normed + r * l->hidden);
+    return 0;
+}
+
+/* gate = activation(gate) * up */
+int longspan_gate_rows(const longspan_layer *l, const float *up, long rows, int num_threads, float *gate)
+{
+    if (!is_supported(l, rows, num_threads))
+        return 1;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (long r = 0; r < rows; r++)
+        gated(gate + r * l->inner, up + r * l->inner, l->inner, l->activation);
+    return 0;
+}
+
+/* Behind the MLP: its output and what it is added to, to the layer's, y. */
+int longspan_add_mlp_rows(const longspan_layer *l, const float *mlp, const float *added, long rows, int num_threads,
+                          float *y)
+{
+    if (!is_supported(l, rows, num_threads))
+        return 1;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (long r = 0; r < rows; r++)
+        add_mlp(l, mlp + r * l->hidden, added + r * l->hidden, y + r * l->hidden);
     return 0;
 }

@@ -1,7 +1,7 @@
-"""A decoder layer around its attention, as two compiled kernels (`layer.c`): the binding.
+"""A decoder layer around its attention, as compiled kernels (`layer.c`): the binding.
 
 Holds the layer as the kernels see it. Must not know Transformers, attention or when a kernel is worth calling.
-Read next: `longspan.models.fused_layer`, which makes and calls them.
+Read next: `longspan.models.fused_layer`, which makes and calls them; `longspan.models.many_rows`, for the steps.
 """
 
 import ctypes
@@ -90,7 +90,7 @@ class FusedLayer:
         Raises:
             ValueError: the kernels are not there, or do not take this layer.
         """
-        self._weights = weights  # the kernels have their addresses
+        self.weights = weights  # the kernels have their addresses
         self.num_heads, self.num_kv_heads, self.width = weights.q.shape[0] // width, weights.k.shape[0] // width, width
         self.hidden, self.inner = weights.down.shape
         found = library()
@@ -118,6 +118,9 @@ class FusedLayer:
         )
         self._address = ctypes.addressof(self._layer)
         self._before, self._behind = found.longspan_before_attention, found.longspan_behind_attention
+        self._norm, self._finish = found.longspan_norm_rows, found.longspan_finish_rows
+        self._add_attention, self._add_mlp = found.longspan_add_attention_rows, found.longspan_add_mlp_rows
+        self._gate = found.longspan_gate_rows
 
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, projections, rotary embedding.
@@ -161,6 +164,70 @@ class FusedLayer:
         )
         assert status == 0, f"layer kernel refused {num_rows} rows"
         return y
+
+    # The steps between the products of many rows. All tensors are float32 and contiguous, and T is at least 1.
+
+    def norm(self, x: Tensor) -> Tensor:
+        """What the products with q, k and v get: [T, hidden] of [T, hidden]."""
+        normed = torch.empty_like(x)
+        self._done(self._norm(self._address, x.data_ptr(), *self._rows_of(x), normed.data_ptr()))
+        return normed
+
+    def finish_heads(
+        self, products: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        """Bias, norm and rotary embedding of queries and keys, bias of values.
+
+        Args:
+            products: [T, H * D], [T, Hkv * D] twice.
+            cos: [T, D].
+            sin: [T, D].
+            q: [T, H, D], written.
+            k: [Hkv, T, D], written; each head contiguous.
+            v: [Hkv, T, D], likewise, with k's strides.
+        """
+        assert k.stride() == v.stride(), "one stride for keys and values"
+        inputs = (tensor.data_ptr() for tensor in (*products, cos, sin))
+        outputs = (tensor.data_ptr() for tensor in (q, k, v))
+        self._done(self._finish(self._address, *inputs, *self._rows_of(q), *outputs, k.stride(0)))
+
+    def add_attention_(self, projected: Tensor, x: Tensor) -> Tensor:
+        """Add what attention adds to what the layer was given.
+
+        Args:
+            projected: [T, hidden], the output projection's product; becomes the sum.
+            x: [T, hidden].
+
+        Returns:
+            [T, hidden], what the MLP gets.
+        """
+        normed = torch.empty_like(x)
+        addresses = (projected.data_ptr(), normed.data_ptr())
+        self._done(self._add_attention(self._address, x.data_ptr(), *self._rows_of(x), *addresses))
+        return normed
+
+    def gate_(self, gate: Tensor, up: Tensor) -> None:
+        """Of the MLP's products, both [T, inner]: gate becomes activation(gate) * up."""
+        self._done(self._gate(self._address, up.data_ptr(), *self._rows_of(gate), gate.data_ptr()))
+
+    def add_mlp(self, mlp: Tensor, added: Tensor, y: Tensor) -> None:
+        """Write the layer's output.
+
+        Args:
+            mlp: [T, hidden], the MLP's last product.
+            added: [T, hidden], the sum that `add_attention_` left.
+            y: [T, hidden], written.
+        """
+        addresses = (mlp.data_ptr(), added.data_ptr())
+        self._done(self._add_mlp(self._address, *addresses, *self._rows_of(y), y.data_ptr()))
+
+    @staticmethod
+    def _rows_of(tensor: Tensor) -> tuple[int, int]:
+        return tensor.shape[0], torch.get_num_threads()
+
+    @staticmethod
+    def _done(status: int) -> None:
+        assert status == 0, "layer kernel refused its rows"
 
 
 def takes(num_rows: int) -> bool:
