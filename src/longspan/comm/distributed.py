@@ -18,8 +18,43 @@ JOIN_TIMEOUT_S = 300.0
 """Shortest wait for all ranks to come: they load their weights before, and not at the same speed."""
 
 
-class DistributedCommunicator:
-    """One rank of a `torch.distributed` process group."""
+class GroupCommunicator:
+    """One rank of a `torch.distributed` process group that a host has made and will end."""
+
+    def __init__(self, group: dist.ProcessGroup, store: dist.Store, *, timeout_s: float = 300.0) -> None:
+        """Use the group.
+
+        Args:
+            group: this process is in it.
+            store: what the group's ranks write down for each other.
+            timeout_s: longest wait for a peer in every exchange.
+        """
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.store = store
+        self._group, self._timeout_s = group, timeout_s
+
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
+        works: list[tuple[str, dist.Work]] = []
+        what = ""
+        try:
+            for peer, tensor in recvs:
+                if tensor.numel():
+                    what = f"receive of {tensor.numel()} elements from rank {peer}"
+                    works.append((what, _started(dist.irecv(tensor, group=self._group, group_src=peer))))
+            for peer, tensor in sends:
+                if tensor.numel():
+                    what = f"send of {tensor.numel()} elements to rank {peer}"
+                    works.append((what, _started(dist.isend(tensor, group=self._group, group_dst=peer))))
+        except RuntimeError as error:
+            raise CommunicationError(f"rank {self.rank}: {what} failed: {error}") from error
+        return _PendingWorks(self.rank, works, self._timeout_s)
+
+    def close(self) -> None:
+        """Leaves the group as it is: it is its maker's."""
+
+
+class DistributedCommunicator(GroupCommunicator):
+    """One rank of the default process group, which it makes and ends."""
 
     def __init__(self, rank: int, size: int, init_method: str, *, timeout_s: float = 300.0) -> None:
         """Join the group.
@@ -35,31 +70,16 @@ class DistributedCommunicator:
 
         Collective: all `size` ranks must join.
         """
-        self.rank, self.size = rank, size
-        self._timeout_s = timeout_s
         join_timeout = timedelta(seconds=max(timeout_s, JOIN_TIMEOUT_S))
         try:
-            self.store, _, _ = next(rendezvous(init_method, rank, size, timeout=join_timeout))
-            self.store.set_timeout(join_timeout)
-            dist.init_process_group("gloo", store=self.store, rank=rank, world_size=size, timeout=join_timeout)
+            store, _, _ = next(rendezvous(init_method, rank, size, timeout=join_timeout))
+            store.set_timeout(join_timeout)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=join_timeout)
         except (RuntimeError, dist.DistError) as error:
             raise CommunicationError(f"rank {rank}: could not join the group of {size}: {error}") from error
-
-    def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
-        works: list[tuple[str, dist.Work]] = []
-        what = ""
-        try:
-            for peer, tensor in recvs:
-                if tensor.numel():
-                    what = f"receive of {tensor.numel()} elements from rank {peer}"
-                    works.append((what, _started(dist.irecv(tensor, peer))))
-            for peer, tensor in sends:
-                if tensor.numel():
-                    what = f"send of {tensor.numel()} elements to rank {peer}"
-                    works.append((what, _started(dist.isend(tensor, peer))))
-        except RuntimeError as error:
-            raise CommunicationError(f"rank {self.rank}: {what} failed: {error}") from error
-        return _PendingWorks(self.rank, works, self._timeout_s)
+        world = dist.group.WORLD
+        assert world is not None
+        super().__init__(world, store, timeout_s=timeout_s)
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longspan.comm.base import Pending
 from longspan.comm.connect import Meeting, connect_all
-from longspan.comm.distributed import DistributedCommunicator
+from longspan.comm.distributed import DistributedCommunicator, GroupCommunicator
 from longspan.errors import CommunicationError
 
 SMALL_BYTES = 32 * 1024
@@ -37,7 +37,15 @@ buffer of about 200 KiB (`BUFFER_BYTES` for TCP); where a `tree` has more, see N
 class SocketCommunicator:
     """One rank of a group, for tensors on the CPU."""
 
-    def __init__(self, rank: int, size: int, meeting: Meeting, *, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        meeting: Meeting,
+        *,
+        timeout_s: float = 300.0,
+        large: GroupCommunicator | None = None,
+    ) -> None:
         """Join the group.
 
         Args:
@@ -45,6 +53,7 @@ class SocketCommunicator:
             size: ranks in the group.
             meeting: where the ranks meet.
             timeout_s: longest wait for a peer in every exchange.
+            large: for the large messages; None makes a default process group for them.
 
         Raises:
             CommunicationError: not all ranks came.
@@ -54,7 +63,7 @@ class SocketCommunicator:
         self.rank, self.size = rank, size
         self._timeout_s = timeout_s
         # Returns when all ranks have come.
-        self._large = DistributedCommunicator(rank, size, meeting.init_method, timeout_s=timeout_s)
+        self._large = large or DistributedCommunicator(rank, size, meeting.init_method, timeout_s=timeout_s)
         try:
             self._sockets = connect_all(rank, size, self._large.store, meeting, timeout_s=timeout_s)
         except (OSError, RuntimeError) as error:
