@@ -1,0 +1,118 @@
+"""vLLM's attention layers, answered by our core.
+
+Holds the backend that vLLM's model classes ask for on a CPU. Must not know schedulers, requests or communicators: a
+step arrives as vLLM's "attention metadata".
+Read next: `longspan.cp.attend`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from longspan.cp.attend import StepAttention
+from longspan.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class StepMetadata:
+    """What vLLM carries to every attention layer of a step."""
+
+    attention: StepAttention
+    index_of_layer: dict[str, int]
+    """vLLM's layer names, counted from 0 in the model's order."""
+
+
+class StepAttentionImpl(AttentionImpl[StepMetadata]):
+    """One layer: hands queries, keys and values to the step."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **others: Any,
+    ) -> None:
+        """Raises: UnsupportedModelError, if the layer needs more than plain causal attention with a scale and softcap."""
+        for wrong, what in (
+            (alibi_slopes is not None, "ALiBi"),
+            (sliding_window is not None, "a sliding window"),
+            (attn_type != AttentionType.DECODER, f"attention of type {attn_type}"),
+            (kv_sharing_target_layer_name is not None, "layers that share keys and values"),
+            (kv_cache_dtype.startswith(("fp8", "nvfp4", "int")), f"a KV cache of {kv_cache_dtype}"),
+            (any(value is not None for value in others.values()), ", ".join(sorted(others))),
+        ):
+            if wrong:
+                raise UnsupportedModelError(f"model: a layer has {what}, which longspan does not support in vLLM")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = logits_soft_cap or None
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: StepMetadata,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Args: `query` [T, H, D], `key` and `value` [T, Hkv, D] after RoPE; `output` [T, H, Dv] is written."""
+        assert output_scale is None and output_block_scale is None, "no fused quantisation of outputs"
+        index = attn_metadata.index_of_layer[layer.layer_name]
+        out = attn_metadata.attention.attend(index, query, key.transpose(0, 1), value.transpose(0, 1))
+        output.copy_(out)
+        return output
+
+
+class StepAttentionBackend(CPUAttentionBackend):
+    """Takes the place of vLLM's CPU backend in a worker."""
+
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_impl_cls() -> type[StepAttentionImpl]:
+        return StepAttentionImpl
+
+
+def install_backend() -> None:
+    """Let vLLM's model classes of this process use our backend. The CPU platform takes no other name for one."""
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{StepAttentionBackend.__qualname__}")
+
+
+def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:
+    """The model's attention layers, in the order in which it runs them.
+
+    Raises:
+        UnsupportedModelError: a layer keeps state that is not ours.
+    """
+    found: dict[int, tuple[str, Any]] = {}
+    for name, layer in static_forward_context.items():
+        if not hasattr(layer, "get_kv_cache_spec"):
+            continue  # fused MoE registers itself too
+        if not isinstance(getattr(layer, "impl", None), StepAttentionImpl):
+            raise UnsupportedModelError(
+                f"model: layer {name} is {type(layer).__name__}, which longspan does not support in vLLM"
+            )
+        index = extract_layer_index(name)
+        if index in found:
+            raise UnsupportedModelError(f"model: layers {found[index][0]} and {name} have one index")
+        found[index] = (name, layer)
+    if not found:
+        raise UnsupportedModelError("model: it has no attention layers")
+    return dict(found[index] for index in sorted(found))

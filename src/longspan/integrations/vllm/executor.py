@@ -1,0 +1,32 @@
+"""Starts cp x tp worker processes.
+
+Holds what differs from vLLM's own executor: the number of processes, and who answers. Must not know models or plans.
+Read next: `longspan.integrations.vllm.worker`.
+
+Note: ranks
+    Process `cp_rank * tp_size + tp_rank`. vLLM makes tensor parallel groups of `tp_size` consecutive processes; the
+    processes with equal `tp_rank` are a cp_group. The first process samples, and answers for all.
+"""
+
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+from longspan.integrations.vllm.options import parse_options
+
+
+class ContextParallelExecutor(MultiprocExecutor):
+    """One process per (cp_rank, tp_rank)."""
+
+    def _get_parallel_sizes(self) -> tuple[int, int, int]:
+        config = self.parallel_config
+        options = parse_options(self.vllm_config.additional_config)
+        assert options is not None, "the plugin selects this executor only with its options"
+        # Read from here by whoever starts a worker, and by the worker itself.
+        config.world_size = options.context_parallel_size * config.tensor_parallel_size
+        self.world_size, self.local_world_size = config.world_size, config.local_world_size
+        return config.tensor_parallel_size, 1, options.context_parallel_size
+
+    def _is_driver_worker(self, rank: int) -> bool:
+        return rank % self.parallel_config.tensor_parallel_size == 0
+
+    def _get_output_rank(self) -> int:
+        return 0

@@ -1,0 +1,46 @@
+"""The cp_group's communicator, beside vLLM's own process groups.
+
+Holds how the ranks with equal tensor parallel rank find each other. Must not know plans.
+Read next: `longspan.comm.sockets`.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch.distributed as dist
+
+from longspan.comm.connect import local_meeting
+from longspan.comm.distributed import GroupCommunicator
+from longspan.comm.sockets import SocketCommunicator
+
+
+def join_group(rank: int, cp_size: int, tp_size: int) -> SocketCommunicator:
+    """This process's place among the processes that hold the same part of every head.
+
+    Args:
+        rank: of the process, `cp_rank * tp_size + tp_rank`.
+        cp_size: ranks that share a sequence.
+        tp_size: processes per rank.
+
+    Collective: all processes call it, once, after vLLM has made its own groups.
+    """
+    mine: dist.ProcessGroup | None = None
+    for tp_rank in range(tp_size):
+        members = [cp_rank * tp_size + tp_rank for cp_rank in range(cp_size)]
+        group = dist.new_group(members, backend="gloo")
+        if rank in members:
+            mine = group
+    assert mine is not None
+    cp_rank = rank // tp_size
+    names: list[str | None] = [tempfile.mkdtemp(prefix="longspan-") if cp_rank == 0 else None]
+    dist.broadcast_object_list(names, group=mine, group_src=0)
+    assert names[0] is not None
+    directory = Path(names[0])
+    store = dist.FileStore(str(directory / "store"), cp_size)
+    large = GroupCommunicator(mine, store)
+    comm = SocketCommunicator(cp_rank, cp_size, local_meeting(directory), large=large)
+    dist.barrier(mine)
+    if cp_rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    return comm

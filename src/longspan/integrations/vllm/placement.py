@@ -1,0 +1,81 @@
+"""On which rank every block of a request lies, decided when its first block is allocated.
+
+Holds integers. Must not know vLLM.
+Read next: `longspan.integrations.vllm.spec`, which asks; `longspan.sharding.placement`, where stripes come from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from bisect import bisect_right
+
+from longspan.sharding.placement import snake_rank, stripe_lengths
+
+
+@dataclass(frozen=True)
+class Striping:
+    """How long prompts are cut."""
+
+    num_ranks: int
+    stripe_blocks: int
+    """Blocks of a full stripe."""
+    chunk_blocks: int
+    """Blocks of a full chunk of prefill."""
+    min_striped_blocks: int
+    """Requests with fewer blocks of prompt are packed where one rank has room; 0 packs none."""
+
+
+def block_rank(block_id: int, num_blocks: int, num_ranks: int) -> tuple[int, int]:
+    """(rank, slot) of a global block id: every rank has a contiguous range of ids, the same number of each."""
+    per_rank = -(-num_blocks // num_ranks)
+    return divmod(block_id, per_rank)
+
+
+class RequestPlacement:
+    """The wanted rank of every block of one request."""
+
+    def __init__(self, striping: Striping, num_prompt_blocks: int, first_block: int, room: Sequence[int], home: int):
+        """Choose packed or striped.
+
+        Args:
+            striping: of the engine.
+            num_prompt_blocks: blocks of the prompt, those found in the prefix cache included.
+            first_block: blocks found in the prefix cache.
+            room: free blocks per rank.
+            home: rank that a packed request fills, and where stripes start.
+        """
+        self._striping, self._home, self._first = striping, home, first_block
+        new_blocks = max(0, num_prompt_blocks - first_block)
+        is_short = num_prompt_blocks < striping.min_striped_blocks
+        self.is_packed = striping.num_ranks == 1 or (is_short and new_blocks < room[home])
+        self._ends: list[int] = []  # of the prompt's stripes, in blocks after the first
+        if not self.is_packed:
+            stripes = stripe_lengths(
+                new_blocks, striping.stripe_blocks, striping.chunk_blocks, striping.num_ranks, 0
+            )
+            self._ends = list(accumulate(stripes))
+
+    def rank_of(self, block_idx: int) -> int:
+        """Where a block of the sequence should lie; what has no room there goes to the next rank that has."""
+        if self.is_packed:
+            return self._home
+        offset = block_idx - self._first
+        if self._ends and offset < self._ends[-1]:
+            stripe = bisect_right(self._ends, offset)
+        else:
+            past = offset - (self._ends[-1] if self._ends else 0)
+            stripe = len(self._ends) + past // self._striping.stripe_blocks
+        return snake_rank(stripe, self._home, self._striping.num_ranks)
+
+
+def choose_home(room: Sequence[int], last_rank: int | None, needed: int) -> int:
+    """Rank to start on: that of the last cached block if it has room, else the one with most room.
+
+    Args:
+        room: free blocks per rank.
+        last_rank: rank of the last block found in the prefix cache, or None.
+        needed: blocks that the prompt still needs.
+    """
+    if last_rank is not None and room[last_rank] > needed:
+        return last_rank
+    return max(range(len(room)), key=lambda rank: (room[rank], -rank))

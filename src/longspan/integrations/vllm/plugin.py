@@ -1,0 +1,51 @@
+"""The entry point: `--additional-config '{"longspan": {...}}'` selects our executor and worker, and nothing else does.
+
+Holds the wrapper of `EngineArgs.create_engine_config`. Must stay cheap and harmless: vLLM calls `register` in every
+process, also where nobody asked for context parallelism, and under versions of vLLM that we do not support.
+Read next: `longspan.integrations.vllm.refusals`, `longspan.integrations.vllm.worker`.
+"""
+
+import copy
+import functools
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+
+from longspan.integrations.vllm.options import parse_options
+
+WORKER = "longspan.integrations.vllm.worker.Worker"
+_MARK = "_longspan_original"
+
+
+def register() -> None:
+    """Wrap `EngineArgs.create_engine_config`. May be called any number of times."""
+    original = EngineArgs.create_engine_config
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        options = parse_options(self.additional_config or {})
+        if options is None:
+            return original(self, *args, **kwargs)
+        from longspan.integrations.vllm.refusals import check_arguments, check_config, check_version
+
+        check_version()
+        check_arguments(self)
+        ours = copy.copy(self)
+        ours.worker_cls, ours.distributed_executor_backend = WORKER, _executor()
+        # Rows differ from rank to rank and step to step; compiled graphs of vLLM's models are not proven with that.
+        ours.enforce_eager = True
+        config = original(ours, *args, **kwargs)
+        check_config(config, options)
+        return config
+
+    setattr(create_engine_config, _MARK, original)
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def _executor() -> type:
+    """Our executor, as a class: vLLM looks at its attributes."""
+    from longspan.integrations.vllm.executor import ContextParallelExecutor
+
+    return ContextParallelExecutor

@@ -1,0 +1,100 @@
+"""What the plugin does not support, refused at start with the option's name.
+
+Holds checks of versions, arguments and configurations. Must not change anything.
+Read next: `longspan.integrations.vllm.backend`, which refuses what only a model's layers tell.
+"""
+
+from typing import Any
+
+import vllm
+
+from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.integrations.vllm.options import KEY, Options
+
+SUPPORTED_MINORS = ((0, 32),)
+"""vLLM promises none of what the plugin builds on: only versions that the tests ran with are accepted."""
+
+
+def check_version(version: str | None = None) -> None:
+    """Raises: ConfigError, if vLLM is of a version that was not tested. Args: None is the installed version."""
+    version = version or vllm.__version__
+    found = tuple(int(part) if part.isdigit() else -1 for part in version.split(".")[:2])
+    if found not in SUPPORTED_MINORS:
+        legal = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED_MINORS)
+        raise ConfigError(f"vllm: got version {version}, legal with {KEY} in additional_config is {legal}")
+
+
+def check_arguments(arguments: Any) -> None:
+    """Refuse what the plugin would have to overrule. Args: `arguments` as the user gave them.
+
+    Raises:
+        ConfigError: with the option's name.
+    """
+    if arguments.worker_cls != "auto" and "longspan" not in str(arguments.worker_cls):
+        _refuse("worker_cls", arguments.worker_cls, "auto")
+    if arguments.distributed_executor_backend not in (None, "mp"):
+        _refuse("distributed_executor_backend", arguments.distributed_executor_backend, "mp")
+
+
+def check_config(config: Any, options: Options) -> None:
+    """Refuse what does not work with context parallelism.
+
+    Raises:
+        ConfigError: with the option's name.
+        UnsupportedModelError: the model.
+    """
+    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
+    if config.device_config.device_type != "cpu":
+        _refuse("device", config.device_config.device_type, "cpu")
+    for name in (
+        "pipeline_parallel_size",
+        "prefill_context_parallel_size",
+        "decode_context_parallel_size",
+        "data_parallel_size",
+        "nnodes",
+    ):
+        if getattr(parallel, name) != 1:
+            _refuse(name, getattr(parallel, name), "1")
+    if parallel.enable_expert_parallel:
+        _refuse("enable_expert_parallel", True, "false")
+    for name, what in (
+        ("speculative_config", "speculative decoding"),
+        ("lora_config", "LoRA"),
+        ("kv_transfer_config", "KV connectors"),
+        ("ec_transfer_config", "encoder connectors"),
+    ):
+        if getattr(config, name) is not None:
+            _refuse(name, "a value", f"none ({what})")
+    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        _refuse("kv_cache_dtype", cache.cache_dtype, "auto")
+    if getattr(model, "enable_sleep_mode", False):
+        _refuse("enable_sleep_mode", True, "false")
+    if model.runner_type != "generate":
+        _refuse("runner", model.runner_type, "generate")
+    if getattr(model, "enable_prompt_embeds", False):
+        _refuse("enable_prompt_embeds", True, "false")
+    if getattr(model, "enable_return_routed_experts", False):
+        _refuse("enable_return_routed_experts", True, "false")
+    for wrong, what in (
+        (model.is_multimodal_model, "a multimodal model"),
+        (model.is_encoder_decoder, "an encoder and a decoder"),
+        (model.use_mla, "multi-head latent attention"),
+        (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
+        (model.uses_mrope, "multimodal positions"),
+        (_window_of(model) is not None, f"a sliding window of {_window_of(model)} tokens"),
+    ):
+        if wrong:
+            raise UnsupportedModelError(f"model: {model.model} has {what}, which {KEY} does not support")
+
+
+def _window_of(model: Any) -> int | None:
+    """Tokens of the model's sliding window, where some layer has one."""
+    window: int | None = model.get_sliding_window()
+    kinds = getattr(model.hf_text_config, "layer_types", None)
+    if window is not None and kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return window
+
+
+def _refuse(name: str, got: object, legal: str) -> None:
+    raise ConfigError(f"{name}: got {got}, legal with {KEY} in additional_config is {legal}")

@@ -1,0 +1,121 @@
+"""What a worker remembers of every request: tokens, blocks, and how far it is computed.
+
+Holds the mirror of vLLM's scheduler, the same on every rank. Must not know tensors or plans.
+Read next: `longspan.integrations.vllm.planning`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from longspan.errors import LongspanError
+from longspan.integrations.vllm.placement import block_rank
+from longspan.sharding.pages import PageTable
+
+
+@dataclass
+class RequestState:
+    """One request."""
+
+    req_id: str
+    number: int
+    """Name of the request in plans."""
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    sampling_params: Any
+    table: PageTable
+    num_computed: int
+    has_prompt_logprobs: bool = False
+    """They have been reported, or were not asked for."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What the sampling rank keeps: random generator, prompt logprobs so far."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Known tokens at positions `[start, end)`."""
+        cut = len(self.prompt_token_ids)
+        found = self.prompt_token_ids[start : min(end, cut)] if start < cut else []
+        if end > cut:
+            found = found + self.output_token_ids[max(0, start - cut) : end - cut]
+        if len(found) != end - start:
+            raise LongspanError(f"request {self.req_id}: tokens {start} to {end} are scheduled, {self.num_tokens} known")
+        return tuple(found)
+
+
+class Requests:
+    """All requests of a worker."""
+
+    def __init__(self, num_blocks: int, num_ranks: int, block_size: int) -> None:
+        self._num_blocks, self._num_ranks, self._block_size = num_blocks, num_ranks, block_size
+        self._by_id: dict[str, RequestState] = {}
+        self._next_number = 0
+
+    def __getitem__(self, req_id: str) -> RequestState:
+        return self._by_id[req_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_id)
+
+    def update(self, step: Any) -> None:
+        """Take in a SchedulerOutput.
+
+        Raises:
+            LongspanError: it asks for something that the plugin refuses at start.
+        """
+        for name in ("kv_cache_block_copies", "scheduled_spec_decode_tokens", "scheduled_encoder_inputs"):
+            if getattr(step, name):
+                raise LongspanError(f"{name}: vLLM's scheduler asks for it, and longspan does not support it")
+        for req_id in step.finished_req_ids:
+            self._by_id.pop(req_id, None)
+        for new in step.scheduled_new_reqs:
+            self._add(new)
+        cached = step.scheduled_cached_reqs
+        for i, req_id in enumerate(cached.req_ids):
+            state = self._by_id[req_id]
+            state.num_computed = cached.num_computed_tokens[i]
+            num_outputs = cached.num_output_tokens[i]
+            if num_outputs > len(state.output_token_ids):
+                known = len(state.output_token_ids)
+                raise LongspanError(f"request {req_id}: vLLM knows {num_outputs} generated tokens, this rank {known}")
+            del state.output_token_ids[num_outputs:]  # in place: the sampler has the same list
+            blocks = cached.new_block_ids[i]
+            if req_id in cached.resumed_req_ids:
+                state.table = PageTable(self._block_size)
+            if blocks is not None:
+                self._append(state.table, blocks)
+
+    def _add(self, new: Any) -> None:
+        """A request that is new, or resumed in the dialect that sends it anew."""
+        if new.prompt_token_ids is None or new.sampling_params is None:
+            raise LongspanError(f"request {new.req_id}: longspan needs a prompt of tokens, and sampling parameters")
+        table = PageTable(self._block_size)
+        self._append(table, new.block_ids)
+        prompt = list(new.prompt_token_ids)
+        all_tokens = new.prefill_token_ids
+        outputs = [] if all_tokens is None else list(all_tokens[len(prompt) :])
+        before = self._by_id.get(new.req_id)
+        state = RequestState(
+            req_id=new.req_id,
+            number=self._next_number,
+            prompt_token_ids=prompt,
+            output_token_ids=outputs,
+            sampling_params=new.sampling_params,
+            table=table,
+            num_computed=new.num_computed_tokens,
+            has_prompt_logprobs=new.sampling_params.prompt_logprobs is None,
+        )
+        if before is not None:
+            state.extra, state.has_prompt_logprobs = before.extra, before.has_prompt_logprobs
+        self._next_number += 1
+        self._by_id[new.req_id] = state
+
+    def _append(self, table: PageTable, block_ids: Sequence[Sequence[int]]) -> None:
+        (ids,) = block_ids  # one KV cache group
+        for block_id in ids:
+            assert block_id != 0, "vLLM's null block has no place in full attention"
+            rank, slot = block_rank(block_id, self._num_blocks, self._num_ranks)
+            table.append(rank, slot, 1)

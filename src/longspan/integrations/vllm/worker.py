@@ -1,0 +1,299 @@
+"""One process of one rank: vLLM's model, our pools, plans and exchanges.
+
+Holds the calls that vLLM makes to a worker. Must not choose ranks or strategies.
+Read next: `longspan.integrations.vllm.planning`, `longspan.cp.attend`.
+
+Note: who samples
+    Rows are computed by their owners. The hidden states that are read travel to cp_rank 0, which alone has logits and
+    samples (all of its tensor parallel processes do, as in vLLM itself), and tells the others the tokens.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader import get_model
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+
+from longspan.attention.select import make_backend
+from longspan.comm.recording import RecordingCommunicator
+from longspan.cp.attend import StepAttention
+from longspan.errors import ConfigError, LongspanError
+from longspan.integrations.vllm.backend import StepMetadata, attention_layers, install_backend
+from longspan.integrations.vllm.group import join_group
+from longspan.integrations.vllm.memory import local_kv_bytes
+from longspan.integrations.vllm.options import parse_options
+from longspan.integrations.vllm.placement import Striping
+from longspan.integrations.vllm.planning import Row, StepPlan, plan_step
+from longspan.integrations.vllm.requests import Requests
+from longspan.integrations.vllm.sampling import SamplingBatch
+from longspan.integrations.vllm.spec import PlacedSpec
+from longspan.kvcache.pool import PagePool
+from longspan.types import AttentionParams, KVGroup, KVSpec, Strategy
+
+DEVICE = torch.device("cpu")
+SCORED_ROWS = 512
+"""Prompt rows whose logits exist at once."""
+
+
+class Worker(WorkerBase):
+    """One (cp_rank, tp_rank)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = parse_options(self.vllm_config.additional_config)
+        assert options is not None, "the plugin selects this worker only with its options"
+        self._options = options
+        self._cp_size, self._tp_size = options.context_parallel_size, self.parallel_config.tensor_parallel_size
+        self._cp_rank = self.rank // self._tp_size
+        self._forced = None if options.strategy == "auto" else Strategy(options.strategy)
+        self.parallel_config.disable_custom_all_reduce = True
+        self._num_steps = 0
+        self._pending: tuple[StepPlan, Any, Tensor] | None = None  # between execute_model and sample_tokens
+        install_backend()
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    def init_device(self) -> None:
+        self.device = DEVICE
+        init_method = self.distributed_init_method
+        os.environ["VLLM_DIST_IDENT"] = os.path.basename(init_method.removeprefix("file://")).split(":")[-1]
+        init_worker_distributed_environment(
+            self.vllm_config, self.rank, init_method, self.local_rank, self.current_platform.dist_backend
+        )
+        self._comm = RecordingCommunicator(join_group(self.rank, self._cp_size, self._tp_size))
+        set_random_seed(self.model_config.seed)
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        if load_dummy_weights:
+            raise ConfigError("load_dummy_weights: got True, legal with longspan is False")
+        torch.accelerator.empty_cache = _do_nothing  # the loader calls it, and a CPU has none
+        self.model = get_model(vllm_config=self.vllm_config)
+        layers = attention_layers(self.compilation_config.static_forward_context)
+        self._index_of_layer = {name: i for i, name in enumerate(layers)}
+        shapes = {(a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v) for a in layers.values()}
+        if len(shapes) != 1:
+            raise ConfigError("model: its attention layers differ in heads or widths, which longspan does not support")
+        ((num_heads, num_kv_heads, k_width, v_width),) = shapes
+        dtype = str(self.model_config.dtype).removeprefix("torch.")
+        self._group = KVGroup(tuple(range(len(layers))), KVSpec(num_kv_heads, k_width, v_width, dtype), num_heads)
+        self._params = tuple(AttentionParams(a.impl.scale, a.impl.logits_soft_cap) for a in layers.values())
+
+    def get_model(self) -> torch.nn.Module:
+        return self.model
+
+    def get_kv_cache_spec(self) -> dict[str, PlacedSpec]:
+        size = self.cache_config.block_size
+        options, budget = self._options, self.scheduler_config.max_num_batched_tokens
+        shortest = {"packed": 2**31 - 1, "striped": 0, "auto": options.min_striped_len}[options.placement]
+        striping = Striping(
+            num_ranks=self._cp_size,
+            stripe_blocks=-(-min(options.stripe_size, max(1, budget // (2 * self._cp_size))) // size),
+            chunk_blocks=max(1, budget // size),
+            min_striped_blocks=-(-shortest // size),
+        )
+        spec = self._group.spec
+        placed = PlacedSpec(
+            block_size=size,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.k_width,
+            head_size_v=spec.v_width,
+            dtype=self.model_config.dtype,
+            striping=striping,
+        )
+        return dict.fromkeys(self._index_of_layer, placed)
+
+    def determine_available_memory(self) -> int:
+        """Bytes of all ranks together, in whole blocks of each: vLLM sees one device with all of them."""
+        block_bytes = self._group.token_bytes * self.cache_config.block_size
+        local = local_kv_bytes(self.cache_config, self.parallel_config.world_size)
+        blocks = torch.tensor([local // block_bytes])
+        dist.all_reduce(blocks, dist.ReduceOp.MIN)
+        return int(blocks) * block_bytes * self._cp_size
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        self.model_config.max_model_len = max_model_len
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        num_blocks, size = kv_cache_config.num_blocks, self.cache_config.block_size
+        assert len(kv_cache_config.kv_cache_groups) == 1, "all layers share one spec"
+        self._requests = Requests(num_blocks, self._cp_size, size)
+        self._pool = PagePool(self._group, -(-num_blocks // self._cp_size), size, DEVICE)
+        self._backend = make_backend("auto", DEVICE)
+        self._sampling = SamplingBatch(self.vllm_config, DEVICE) if self._cp_rank == 0 else None
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        set_random_seed(self.model_config.seed)
+        return CompilationTimes(0.0, 0.0)
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput | None:
+        """Compute this rank's rows. Collective: every process, in the order of steps."""
+        try:
+            return self._execute(scheduler_output)
+        except Exception:
+            self._comm.close()  # peers that wait for this rank learn of it at once
+            raise
+
+    def _execute(self, scheduler_output: Any) -> ModelRunnerOutput | None:
+        self._requests.update(scheduler_output)
+        if not scheduler_output.total_num_scheduled_tokens:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        self._num_steps += 1
+        scheduled = scheduler_output.num_scheduled_tokens
+        step = plan_step(self._num_steps, scheduled, self._requests, self._group, self._cp_size, self._forced)
+        attention = StepAttention(step.plan, [step.tables], [self._pool], self._comm, self._backend, self._params)
+        self._pending = (step, scheduler_output, self._forward(step, attention))
+        return None
+
+    def _forward(self, step: StepPlan, attention: StepAttention) -> Tensor:
+        """[T, hidden] of this rank's rows."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        for run in step.plan.query_runs:
+            if run.compute_rank == self._cp_rank:
+                token_ids += run.tokens.token_ids  # type: ignore[union-attr]
+                positions += range(run.position, run.end)
+        if not token_ids:
+            for layer in self._group.layers:
+                attention.join(layer)
+            return torch.empty(0, self.model_config.get_hidden_size(), dtype=self.model_config.dtype)
+        metadata = StepMetadata(attention, self._index_of_layer)
+        with set_forward_context(metadata, self.vllm_config, num_tokens=len(token_ids), slot_mapping={}):
+            hidden: Tensor = self.model(
+                input_ids=torch.tensor(token_ids, dtype=torch.int32), positions=torch.tensor(positions)
+            )
+        return hidden
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
+        """One token for every request whose prompt is computed. Collective: as `execute_model`."""
+        if self._pending is None:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        try:
+            (step, scheduler_output, hidden), self._pending = self._pending, None
+            return self._sample(step, scheduler_output, hidden, grammar_output)
+        except Exception:
+            self._comm.close()
+            raise
+
+    def _sample(self, step: StepPlan, scheduler_output: Any, hidden: Tensor, grammar_output: Any) -> ModelRunnerOutput:
+        scheduled = list(scheduler_output.num_scheduled_tokens)
+        states = [self._requests[req_id] for req_id in scheduled if req_id in step.samples]
+        # The order of the batch is known to the sampling rank alone: rows and tokens travel in the schedule's order.
+        score_rows = [row for score in step.scores for row in score.rows]
+        rows = self._gather(hidden, score_rows + [step.samples[state.req_id] for state in states])
+        tokens = torch.empty(len(states), dtype=torch.int64)
+        output = ModelRunnerOutput(req_ids=scheduled, req_id_to_index={r: i for i, r in enumerate(scheduled)})
+        if self._sampling is not None:
+            assert rows is not None
+            output.prompt_logprobs_dict = self._score(step, rows[: len(score_rows)])
+            if states:
+                order = self._sampling.admit(states)
+                position = {state.req_id: i for i, state in enumerate(states)}
+                index = torch.tensor([position[req_id] for req_id in order])
+                logits = self._logits(rows[len(score_rows) :][index])
+                sampled, logprobs = self._sampling.sample(logits, scheduler_output, grammar_output)
+                tokens[index] = torch.tensor(sampled)
+                # vLLM reads rows of log-probabilities by the answer's order: the batch's requests come first.
+                output.req_ids = order + [req_id for req_id in scheduled if req_id not in position]
+                output.req_id_to_index = {req_id: i for i, req_id in enumerate(output.req_ids)}
+                output.logprobs = logprobs
+        self._broadcast(tokens)
+        token_of = {state.req_id: int(token) for state, token in zip(states, tokens, strict=True)}
+        for state in states:
+            state.output_token_ids.append(token_of[state.req_id])
+        for score in step.scores:
+            self._requests[score.req_id].has_prompt_logprobs |= score.is_last
+        if self._sampling is not None and states:
+            self._sampling.advance([token_of[req_id] for req_id in output.req_ids[: len(states)]])
+        output.sampled_token_ids = [[token_of[r]] if r in token_of else [] for r in output.req_ids]
+        return output
+
+    def _gather(self, hidden: Tensor, wanted: Sequence[Row]) -> Tensor | None:
+        """[len(wanted), hidden] rows of all ranks on cp_rank 0, None elsewhere. Collective: once per step."""
+        mine = torch.tensor([row.row for row in wanted if row.rank == self._cp_rank], dtype=torch.long)
+        if self._cp_rank:
+            self._comm.exchange([(0, hidden[mine].contiguous())], []).wait()
+            return None
+        rows = hidden.new_empty(len(wanted), hidden.shape[-1])
+        places = [[i for i, row in enumerate(wanted) if row.rank == rank] for rank in range(self._cp_size)]
+        arriving = {
+            rank: hidden.new_empty(len(places[rank]), hidden.shape[-1]) for rank in range(1, self._cp_size)
+        }
+        self._comm.exchange([], list(arriving.items())).wait()
+        rows[places[0]] = hidden[mine]
+        for rank, part in arriving.items():
+            rows[places[rank]] = part
+        return rows
+
+    def _broadcast(self, tokens: Tensor) -> None:
+        """Tell all ranks what cp_rank 0 has sampled; `tokens` is written elsewhere. Collective: once per step."""
+        peers = range(1, self._cp_size) if self._cp_rank == 0 else ()
+        self._comm.exchange(
+            [(peer, tokens) for peer in peers], [(0, tokens)] if self._cp_rank else []
+        ).wait()
+
+    def _score(self, step: StepPlan, rows: Tensor) -> dict[str, Any]:
+        """Prompt log-probabilities of the requests whose prompt ends in this step."""
+        assert self._sampling is not None
+        found: dict[str, Any] = {}
+        first = 0
+        for score in step.scores:
+            state = self._requests[score.req_id]
+            part = rows[first : first + len(score.rows)]
+            first += len(score.rows)
+            for i in range(0, len(part), SCORED_ROWS):
+                self._sampling.score_prompt(state, score.start + i, self._logits(part[i : i + SCORED_ROWS]))
+            if score.is_last:
+                found[score.req_id] = self._sampling.take_prompt_logprobs(state)
+        return found
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor | None = self.model.compute_logits(hidden)
+        if logits is None:
+            raise LongspanError("vLLM gathers logits on one tensor parallel rank, which longspan does not support")
+        return logits
+
+    # -- what vLLM may call besides ----------------------------------------------------------------------------------
+
+    def take_draft_token_ids(self) -> None:
+        return None
+
+    def execute_dummy_batch(self) -> None:
+        """Only data parallel engines need one."""
+
+    def reset_encoder_cache(self) -> None:
+        """There is none."""
+
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None) -> None:
+        raise ConfigError("profile: longspan does not support it")
+
+    def sleep(self, level: int = 1) -> None:
+        raise ConfigError("sleep: longspan does not support it")
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        raise ConfigError("wake_up: longspan does not support it")
+
+    def add_lora(self, lora_request: Any) -> bool:
+        raise ConfigError("add_lora: longspan does not support LoRA")
+
+    def shutdown(self) -> None:
+        if hasattr(self, "_comm"):
+            self._comm.close()
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of what needs an accelerator."""
