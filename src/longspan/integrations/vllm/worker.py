@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from vllm.config import set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model
 from vllm.utils.torch_utils import set_random_seed
@@ -75,7 +76,8 @@ class Worker(WorkerBase):
         if load_dummy_weights:
             raise ConfigError("load_dummy_weights: got True, legal with longspan is False")
         torch.accelerator.empty_cache = _do_nothing  # the loader calls it, and a CPU has none
-        self.model = get_model(vllm_config=self.vllm_config)
+        with set_current_vllm_config(self.vllm_config):
+            self.model = get_model(vllm_config=self.vllm_config)
         layers = attention_layers(self.compilation_config.static_forward_context)
         self._index_of_layer = {name: i for i, name in enumerate(layers)}
         shapes = {(a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v) for a in layers.values()}
