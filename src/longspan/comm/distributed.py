@@ -6,6 +6,7 @@ Read next: `longspan.comm.recording`.
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +22,7 @@ JOIN_TIMEOUT_S = 300.0
 class GroupCommunicator:
     """One rank of a `torch.distributed` process group that a host has made and will end."""
 
-    def __init__(self, group: dist.ProcessGroup, store: dist.Store, *, timeout_s: float = 300.0) -> None:
+    def __init__(self, group: dist.ProcessGroup, store: Any, *, timeout_s: float = 300.0) -> None:
         """Use the group.
 
         Args:

@@ -24,6 +24,8 @@ Note: which schemas
     White space between elements is free, up to a length: small models would fill the context with it.
 """
 
+import functools
+import importlib.metadata
 import json
 import re
 from collections.abc import Sequence
@@ -76,6 +78,18 @@ class GrammarConstraint:
         return mask
 
 
+@functools.cache
+def _check_version() -> None:
+    """vLLM 0.32 wants an older llguidance than ours, which does not keep to `_WHITE_SPACE`.
+
+    Raises:
+        ConfigError: it is such a version.
+    """
+    found = importlib.metadata.version("llguidance")
+    if tuple(int(part) for part in found.split(".")[:2]) < (1, 9):
+        raise ConfigError(f"json_schema: got llguidance {found}, legal is 1.9 or newer (or vLLM's structured output)")
+
+
 def _reason(matcher: LLMatcher) -> str:
     """What llguidance says went wrong, in one line."""
     return " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())[:300]
@@ -97,6 +111,7 @@ class Grammars:
         Raises:
             ConfigError: the schema means nothing, asks for what cannot be enforced, or cannot be satisfied.
         """
+        _check_version()
         try:
             if "x-guidance" in json.loads(json_schema):
                 raise ConfigError("json_schema: got the key 'x-guidance', legal are those of JSON Schema")

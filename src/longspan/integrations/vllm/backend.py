@@ -44,7 +44,7 @@ class StepAttentionImpl(AttentionImpl[StepMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **others: Any,
     ) -> None:
-        """Raises: UnsupportedModelError, if the layer needs more than plain causal attention with a scale and softcap."""
+        """Raises: UnsupportedModelError, if the layer needs more than causal attention with a scale and a softcap."""
         for wrong, what in (
             (alibi_slopes is not None, "ALiBi"),
             (sliding_window is not None, "a sliding window"),
@@ -73,7 +73,8 @@ class StepAttentionImpl(AttentionImpl[StepMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Args: `query` [T, H, D], `key` and `value` [T, Hkv, D] after RoPE; `output` [T, H, Dv] is written."""
-        assert output_scale is None and output_block_scale is None, "no fused quantisation of outputs"
+        assert output_scale is None, "no fused quantisation of outputs"
+        assert output_block_scale is None, "no fused quantisation of outputs"
         index = attn_metadata.index_of_layer[layer.layer_name]
         out = attn_metadata.attention.attend(index, query, key.transpose(0, 1), value.transpose(0, 1))
         output.copy_(out)

@@ -26,7 +26,7 @@ class ContextParallelExecutor(MultiprocExecutor):
         return config.tensor_parallel_size, 1, options.context_parallel_size
 
     def _is_driver_worker(self, rank: int) -> bool:
-        return rank % self.parallel_config.tensor_parallel_size == 0
+        return bool(rank % self.parallel_config.tensor_parallel_size == 0)
 
     def _get_output_rank(self) -> int:
         return 0

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from longspan.comm.connect import local_meeting
 from longspan.comm.distributed import GroupCommunicator
@@ -37,7 +38,7 @@ def join_group(rank: int, cp_size: int, tp_size: int) -> SocketCommunicator:
     dist.broadcast_object_list(names, group=mine, group_src=0)
     assert names[0] is not None
     directory = Path(names[0])
-    store = dist.FileStore(str(directory / "store"), cp_size)
+    store = FileStore(str(directory / "store"), cp_size)
     large = GroupCommunicator(mine, store)
     comm = SocketCommunicator(cp_rank, cp_size, local_meeting(directory), large=large)
     dist.barrier(mine)

@@ -4,10 +4,10 @@ Holds integers. Must not know vLLM.
 Read next: `longspan.integrations.vllm.spec`, which asks; `longspan.sharding.placement`, where stripes come from.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from bisect import bisect_right
 
 from longspan.sharding.placement import snake_rank, stripe_lengths
 
@@ -50,9 +50,7 @@ class RequestPlacement:
         self.is_packed = striping.num_ranks == 1 or (is_short and new_blocks < room[home])
         self._ends: list[int] = []  # of the prompt's stripes, in blocks after the first
         if not self.is_packed:
-            stripes = stripe_lengths(
-                new_blocks, striping.stripe_blocks, striping.chunk_blocks, striping.num_ranks, 0
-            )
+            stripes = stripe_lengths(new_blocks, striping.stripe_blocks, striping.chunk_blocks, striping.num_ranks, 0)
             self._ends = list(accumulate(stripes))
 
     def rank_of(self, block_idx: int) -> int:

@@ -7,7 +7,7 @@ Read next: `longspan.policy.choose`, which picks the strategy; `longspan.integra
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from longspan.integrations.vllm.requests import RequestState, Requests
+from longspan.integrations.vllm.requests import Requests, RequestState
 from longspan.plan.types import Literals, Plan, QueryRun
 from longspan.policy.choose import plan_group
 from longspan.sharding.pages import PageTable

@@ -42,7 +42,9 @@ class RequestState:
         if end > cut:
             found = found + self.output_token_ids[max(0, start - cut) : end - cut]
         if len(found) != end - start:
-            raise LongspanError(f"request {self.req_id}: tokens {start} to {end} are scheduled, {self.num_tokens} known")
+            raise LongspanError(
+                f"request {self.req_id}: tokens {start} to {end} are scheduled, {self.num_tokens} known"
+            )
         return tuple(found)
 
 

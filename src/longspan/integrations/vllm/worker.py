@@ -89,7 +89,8 @@ class Worker(WorkerBase):
         self._params = tuple(AttentionParams(a.impl.scale, a.impl.logits_soft_cap) for a in layers.values())
 
     def get_model(self) -> torch.nn.Module:
-        return self.model
+        model: torch.nn.Module = self.model
+        return model
 
     def get_kv_cache_spec(self) -> dict[str, PlacedSpec]:
         size = self.cache_config.block_size
@@ -118,7 +119,7 @@ class Worker(WorkerBase):
         local = local_kv_bytes(self.cache_config, self.parallel_config.world_size)
         blocks = torch.tensor([local // block_bytes])
         dist.all_reduce(blocks, dist.ReduceOp.MIN)
-        return int(blocks) * block_bytes * self._cp_size
+        return int(blocks.item()) * int(block_bytes) * int(self._cp_size)
 
     def update_max_model_len(self, max_model_len: int) -> None:
         self.model_config.max_model_len = max_model_len
@@ -232,9 +233,7 @@ class Worker(WorkerBase):
             return None
         rows = hidden.new_empty(len(wanted), hidden.shape[-1])
         places = [[i for i, row in enumerate(wanted) if row.rank == rank] for rank in range(self._cp_size)]
-        arriving = {
-            rank: hidden.new_empty(len(places[rank]), hidden.shape[-1]) for rank in range(1, self._cp_size)
-        }
+        arriving = {rank: hidden.new_empty(len(places[rank]), hidden.shape[-1]) for rank in range(1, self._cp_size)}
         self._comm.exchange([], list(arriving.items())).wait()
         rows[places[0]] = hidden[mine]
         for rank, part in arriving.items():
@@ -244,9 +243,7 @@ class Worker(WorkerBase):
     def _broadcast(self, tokens: Tensor) -> None:
         """Tell all ranks what cp_rank 0 has sampled; `tokens` is written elsewhere. Collective: once per step."""
         peers = range(1, self._cp_size) if self._cp_rank == 0 else ()
-        self._comm.exchange(
-            [(peer, tokens) for peer in peers], [(0, tokens)] if self._cp_rank else []
-        ).wait()
+        self._comm.exchange([(peer, tokens) for peer in peers], [(0, tokens)] if self._cp_rank else []).wait()
 
     def _score(self, step: StepPlan, rows: Tensor) -> dict[str, Any]:
         """Prompt log-probabilities of the requests whose prompt ends in this step."""

@@ -1,0 +1,59 @@
+"""Tests of the plugin inside vLLM: `make test-vllm` runs them in an environment of their own.
+
+The models are tiny and random, with weights scaled so that a wrong block, position or merge changes tokens.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
+
+os.environ.update(
+    VLLM_LOGGING_LEVEL="WARNING",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",  # more processes than cores
+    OMP_NUM_THREADS="1",
+)
+
+VOCAB_SIZE = 512
+
+
+def save_model(kind: str, directory) -> str:
+    """A random model and a byte tokenizer. Args: `kind` is llama or qwen3."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from longspan.models.recall_tokenizer import build_tokenizer
+
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        bos_token_id=256,
+        eos_token_id=257,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(0, 0.2 if "lm_head" in name else 2.5 * weight.shape[1] ** -0.5)
+    model.save_pretrained(directory)
+    build_tokenizer(4096).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Directory of each kind of model."""
+    return {kind: save_model(kind, tmp_path_factory.mktemp(kind)) for kind in ("llama", "qwen3")}

@@ -1,0 +1,87 @@
+"""What vLLM offers gives the same answers with context parallelism as without."""
+
+import json
+
+import pytest
+from engines import engine, generate, prompts, random_prompts
+
+
+@pytest.fixture(scope="module")
+def engines(models):
+    """With two ranks, and without the plugin's options."""
+    with engine(models["llama"], 2) as ours, engine(models["llama"], None, enforce_eager=True) as stock:
+        yield ours, stock
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logprobs": 3},
+        {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"logit_bias": {5: 4.0, 7: -100.0}},
+        {"temperature": 0.8, "seed": 11, "min_p": 0.05},
+        {"temperature": 0.8, "seed": 11, "top_p": 0.9, "top_k": 20},
+        {"temperature": 0.9, "seed": 3, "n": 3},
+        {"ignore_eos": False, "stop_token_ids": list(range(0, 512, 9)), "min_tokens": 4},
+        {"allowed_token_ids": list(range(30, 90))},
+        {"bad_words": ["a", "b"]},
+    ],
+    ids=lambda params: "-".join(params),
+)
+def test_tokens_equal_stock_vllm(engines, params):
+    asked = prompts()[:5]
+    ours, stock = (generate(llm, asked, max_tokens=24, **params) for llm in engines)
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert [list(o.token_ids) for o in mine.outputs] == [list(o.token_ids) for o in theirs.outputs]
+        assert [o.finish_reason for o in mine.outputs] == [o.finish_reason for o in theirs.outputs]
+        if "logprobs" in params:
+            _assert_close(mine.outputs[0].logprobs, theirs.outputs[0].logprobs)
+
+
+def test_prompt_logprobs_of_chunked_and_striped_prompts(engines):
+    asked = random_prompts((2, 33, 1500), seed=9)
+    ours, stock = (generate(llm, asked, max_tokens=2, prompt_logprobs=2) for llm in engines)
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert mine.prompt_logprobs[0] is None
+        _assert_close(mine.prompt_logprobs[1:], theirs.prompt_logprobs[1:])
+
+
+def test_structured_output(engines):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "yy"]}}, "required": ["a"], "additionalProperties": False}
+    asked = prompts()[2:5]
+    params = {"max_tokens": 60, "ignore_eos": False}
+    constraint = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
+    ours, _ = (generate(llm, asked, structured_outputs=constraint, **params) for llm in engines)
+    for output in ours:
+        assert json.loads(output.outputs[0].text)["a"] in ("x", "yy")
+
+
+def test_aborted_in_mid_prefill_and_the_others_go_on(engines):
+    from vllm import SamplingParams
+
+    ours, _ = engines
+    asked = random_prompts((3000, 50), seed=4)
+    (expected,) = generate(ours, asked[1:], max_tokens=30)
+    core = ours.llm_engine
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    core.add_request("long", {"prompt_token_ids": asked[0]}, params)
+    core.add_request("short", {"prompt_token_ids": asked[1]}, params)
+    core.step()
+    core.abort_request(["long"])
+    last = None
+    while core.has_unfinished_requests():
+        for output in core.step():
+            last = output if output.request_id.startswith("short") else last
+    assert list(last.outputs[0].token_ids) == list(expected.outputs[0].token_ids)
+    assert generate(ours, asked[:1], max_tokens=5)[0].outputs[0].token_ids
+
+
+def _assert_close(mine, theirs):
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for token_id in a:
+            assert a[token_id].logprob == pytest.approx(b[token_id].logprob, abs=1e-3)
+            assert a[token_id].rank == b[token_id].rank
