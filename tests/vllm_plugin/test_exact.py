@@ -56,9 +56,7 @@ def test_kv_capacity_is_that_of_all_ranks():
 def test_sixteen_at_once_with_preemptions(models):
     asked = random_prompts((300, 500, 700, 900) * 4, seed=5)
     expected = reference(models["llama"], asked, 100)
-    with engine(
-        models["llama"], 2, num_gpu_blocks_override=200, max_num_batched_tokens=256, max_num_seqs=16
-    ) as llm:
+    with engine(models["llama"], 2, num_gpu_blocks_override=200, max_num_batched_tokens=256, max_num_seqs=16) as llm:
         assert tokens_of(generate(llm, asked, max_tokens=100)) == expected
         assert metric(llm, "vllm:num_preemptions") > 0
         assert tokens_of(generate(llm, asked, max_tokens=100)) == expected

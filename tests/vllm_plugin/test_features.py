@@ -49,13 +49,20 @@ def test_prompt_logprobs_of_chunked_and_striped_prompts(engines):
 def test_structured_output(engines):
     from vllm.sampling_params import StructuredOutputsParams
 
-    schema = {"type": "object", "properties": {"a": {"enum": ["x", "yy"]}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "yy"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     asked = prompts()[2:5]
-    params = {"max_tokens": 60, "ignore_eos": False}
-    constraint = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
-    ours, _ = (generate(llm, asked, structured_outputs=constraint, **params) for llm in engines)
-    for output in ours:
-        assert json.loads(output.outputs[0].text)["a"] in ("x", "yy")
+    constraint = StructuredOutputsParams(json=schema)
+    params = {"max_tokens": 60, "ignore_eos": False, "structured_outputs": constraint}
+    ours, stock = (generate(llm, asked, **params) for llm in engines)
+    for mine, theirs in zip(ours, stock, strict=True):
+        token_ids = list(mine.outputs[0].token_ids)
+        assert token_ids == list(theirs.outputs[0].token_ids)
+        assert json.loads(bytes(token_ids[:-1]))["a"] in ("x", "yy")
 
 
 def test_aborted_in_mid_prefill_and_the_others_go_on(engines):
