@@ -179,7 +179,8 @@ def test_workers_do_not_outlive_a_driver_that_was_killed_and_had_forked(cache_ho
 import os, time
 from longspan import LLM
 llm = LLM("recall", context_parallel_size=2)
-print(os.fork(), flush=True)
+if forked := os.fork():
+    print(forked, flush=True)
 time.sleep(60)
 """
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
