@@ -88,7 +88,7 @@ class Engine:
             raise
         self.costs: Costs | None = costs
         """What ranks and links can do; None where nobody knows."""
-        self._futures: set[Future[PlanResult]] = set()
+        self._futures: dict[Future[PlanResult], None] = {}  # in the order submitted
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""
         self._failure: BaseException | None = None
@@ -138,7 +138,10 @@ class Engine:
         with deferred_interrupt():
             self.submit_plans()
         assert self._futures, "requests wait, but no plan runs"
-        done, _ = wait(self._futures, return_when=FIRST_COMPLETED)
+        wait(self._futures, return_when=FIRST_COMPLETED)
+        # The newest first: a plan ends after the one that it stands behind, which is then among them. `wait` itself may
+        # return the one without the other, as it asks them one after another too.
+        done = [future for future in reversed(self._futures) if future.done()]
         with deferred_interrupt():
             return self.take_in(done)
 
@@ -150,7 +153,7 @@ class Engine:
         while (plan := self.scheduler.schedule()) is not None:
             self.strategy_counts.update(group.strategy.value for group in plan.groups)
             submitted.append(self._executor.submit(plan))
-        self._futures.update(submitted)
+        self._futures.update(dict.fromkeys(submitted))
         return submitted
 
     def take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
@@ -158,7 +161,7 @@ class Engine:
         advanced: list[Request] = []
         results: list[PlanResult] = []
         for future in done:
-            self._futures.discard(future)
+            self._futures.pop(future, None)
             self._failure = future.exception()
             if self._failure is not None:
                 raise self._failure
