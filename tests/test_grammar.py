@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from longspan import LLM, ConfigError, LongspanError, SamplingParams
+from longspan.models import grammar
 from longspan.models.grammar import make_grammars
 from longspan.models.recall_tokenizer import EOS_ID, build_tokenizer
 from longspan.models.recall_tokenizer import VOCAB_SIZE as RECALL_VOCAB_SIZE
@@ -487,3 +488,11 @@ def test_the_bundled_model_copies_what_the_schema_allows(cache_home):
     assert output.outputs[0].text == '{"a": 42, "b": "x"}'
     assert output.outputs[0].token_ids[-1] == EOS_ID
     assert output.outputs[0].finish_reason is FinishReason.STOP
+
+
+def test_an_llguidance_whose_white_space_has_no_end_is_refused(monkeypatch):
+    """vLLM's environment has one."""
+    monkeypatch.setattr(grammar.importlib.metadata, "version", lambda name: "1.7.6")
+    grammar._check_version.cache_clear()
+    with pytest.raises(ConfigError, match=r"json_schema: got llguidance 1\.7\.6, legal is 1\.9 or newer"):
+        make_grammars(build_tokenizer(1024), RECALL_VOCAB_SIZE, [EOS_ID]).compile('{"type": "boolean"}')

@@ -37,6 +37,7 @@ from longspan.integrations.vllm.requests import Requests
 from longspan.integrations.vllm.sampling import SamplingBatch
 from longspan.integrations.vllm.spec import PlacedSpec
 from longspan.kvcache.pool import PagePool
+from longspan.plan.types import Literals
 from longspan.types import AttentionParams, KVGroup, KVSpec, Strategy
 
 DEVICE = torch.device("cpu")
@@ -167,7 +168,8 @@ class Worker(WorkerBase):
         positions: list[int] = []
         for run in step.plan.query_runs:
             if run.compute_rank == self._cp_rank:
-                token_ids += run.tokens.token_ids  # type: ignore[union-attr]
+                assert isinstance(run.tokens, Literals), "vLLM's schedule names tokens that are known"
+                token_ids += run.tokens.token_ids
                 positions += range(run.position, run.end)
         if not token_ids:
             for layer in self._group.layers:
@@ -189,7 +191,7 @@ class Worker(WorkerBase):
             (step, scheduler_output, hidden), self._pending = self._pending, None
             return self._sample(step, scheduler_output, hidden, grammar_output)
         except Exception:
-            self._comm.close()
+            self._comm.close()  # as above
             raise
 
     def _sample(self, step: StepPlan, scheduler_output: Any, hidden: Tensor, grammar_output: Any) -> ModelRunnerOutput:
