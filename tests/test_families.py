@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from concurrent.futures import wait
 
 import pytest
 
@@ -251,7 +252,6 @@ def test_a_request_that_outgrows_its_rank_in_decode_is_joined_by_another(family,
         stripe_size=4,
         strategy=strategy,
         kv_cache_memory=memory_for(model, 104),
-        async_scheduling=False,  # else the first two tokens may come back at once
         max_num_batched_tokens=32,
     ) as engine:
         request = engine.add_request(reference.prompt, greedy())
@@ -362,3 +362,38 @@ def test_a_row_that_cannot_be_sampled_ends_its_request_alone_while_the_next_step
     assert broken.output_token_ids == model.references[2].token_ids[:9]
     assert rows_after, "no step stood behind the one that failed"
     assert [other.output_token_ids for other in others] == [reference.token_ids for reference in model.references]
+
+
+def test_a_step_takes_a_request_one_token_further_however_many_plans_have_ended():
+    """Else a token behind a stop string would count."""
+    model = tiny_model("llama")
+    with tiny_engine(model, context_parallel_size=2, placement="packed") as engine:
+        requests = [engine.add_request(reference.prompt, greedy()) for reference in model.references]
+        num_waiting = 0
+        while engine.has_requests:
+            before = {request: request.num_generated for request in requests}
+            engine.submit_plans()
+            time.sleep(0.005)
+            num_waiting += len([future for future in engine._futures if future.done()]) > 1
+            advanced = engine.step()
+            assert len(set(advanced)) == len(advanced)
+            assert all(request.num_generated <= before[request] + 1 for request in requests)
+        assert num_waiting > 10, "plans never stood behind each other"
+    assert [request.output_token_ids for request in requests] == [r.token_ids for r in model.references]
+
+
+def test_plans_that_are_taken_in_together_advance_a_request_once_in_the_order_submitted():
+    model = tiny_model("llama")
+    reference = model.references[1]
+    with tiny_engine(model, context_parallel_size=2, placement="packed") as engine:
+        request = engine.add_request(reference.prompt, greedy())
+        num_together = 0
+        while engine.has_requests:
+            engine.submit_plans()
+            done = list(engine._futures)
+            wait(done)
+            known = request.num_generated
+            assert engine.take_in(reversed(done)) == [request]
+            num_together += request.num_generated == known + 2
+        assert num_together > 10
+    assert request.output_token_ids == reference.token_ids

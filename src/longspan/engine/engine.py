@@ -127,10 +127,10 @@ class Engine:
         return self.scheduler.has_requests
 
     def step(self) -> list[Request]:
-        """Submit what can run, wait for the first plan to end, take in its result.
+        """Submit what can run, wait for the first plan to end, take in its result, and no other.
 
         Returns:
-            The requests that advanced.
+            The requests that advanced, by one token at most: who reads text can end one before its next token counts.
 
         Raises:
             WorkerError: a worker died or failed; the engine is of no more use.
@@ -139,11 +139,11 @@ class Engine:
             self.submit_plans()
         assert self._futures, "requests wait, but no plan runs"
         wait(self._futures, return_when=FIRST_COMPLETED)
-        # The newest first: a plan ends after the one that it stands behind, which is then among them. `wait` itself may
-        # return the one without the other, as it asks them one after another too.
-        done = [future for future in reversed(self._futures) if future.done()]
+        # The newest is asked first: a plan ends after the one that it stands behind, which is then found too. `wait`
+        # itself may return the one without the other, as it asks them one after another in any order.
+        oldest = [future for future in reversed(self._futures) if future.done()][-1]
         with deferred_interrupt():
-            return self.take_in(done)
+            return self.take_in([oldest])
 
     def submit_plans(self) -> list[Future[PlanResult]]:
         """Submit all plans that can start now; returns their futures. Raises: what made the ranks fail."""
@@ -157,8 +157,13 @@ class Engine:
         return submitted
 
     def take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
-        """Hand results to the scheduler; returns the requests that advanced and were not aborted meanwhile."""
-        advanced: list[Request] = []
+        """Hand results to the scheduler.
+
+        Returns:
+            The requests that advanced and were not aborted meanwhile, each once. A plan and the one that stood behind
+            it take a request two tokens further.
+        """
+        advanced: dict[Request, None] = {}
         results: list[PlanResult] = []
         for future in done:
             self._futures.pop(future, None)
@@ -168,8 +173,8 @@ class Engine:
             results.append(future.result())
         for result in sorted(results, key=lambda result: result.plan_id):  # one may stand behind another
             self._last_results.update({r.rank: r for r in result.ranks})
-            advanced += self.scheduler.update(result)
-        return advanced
+            advanced.update(dict.fromkeys(self.scheduler.update(result)))
+        return list(advanced)
 
     def rank_stats(self) -> list[RankStats]:
         """What every rank holds and has done."""
