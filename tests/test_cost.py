@@ -10,7 +10,7 @@ from fake_ranks import FakeRanks, assert_all_free, check_finished, make_config, 
 from longspan.plan.types import Plan, PlanResult, RankResult, SampledToken
 from longspan.policy.cost import FIRST_FLOPS_PER_S, StepTime
 from longspan.scheduler.scheduler import Scheduler
-from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec, SamplingParams
+from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec, SamplingParams, Strategy
 
 NUM_PARAMETERS = 1000
 
@@ -123,12 +123,31 @@ class TimedRanks(FakeRanks):
     def __init__(self, scheduler: Scheduler, rng: random.Random, rate: float) -> None:
         super().__init__(scheduler, rng)
         self.rate = rate
+        self._flops: dict[int, list[float]] = {}  # by plan id
+
+    def submit(self, plan: Plan) -> None:
+        super().submit(plan)
+        self._flops[plan.plan_id] = self._count(plan)
 
     def flops(self, plan: Plan) -> list[float]:
-        step_time = self.scheduler.step_time
-        flops = [0.0] * self.scheduler.config.context_parallel_size
+        """Of every rank."""
+        return self._flops[plan.plan_id]
+
+    def _count(self, plan: Plan) -> list[float]:
+        """Weights where tokens are computed; attention where the strategy brings queries and keys together."""
+        num_ranks, groups = self.scheduler.config.context_parallel_size, self.scheduler.model.kv_groups
+        flops = [0.0] * num_ranks
+        requests = {request.request_id: request for request in self.scheduler.running}
         for run in plan.query_runs:
-            flops[run.compute_rank] += step_time.chunk_flops(run.position, run.end)
+            flops[run.compute_rank] += run.num_tokens * self.scheduler.step_time.token_flops
+            for i, (group, step) in enumerate(zip(groups, plan.groups, strict=True)):
+                table, window = requests[run.request_id].tables[i], group.spec.window
+                pair_flops = 2.0 * len(group.layers) * group.num_query_heads * (group.spec.k_width + group.spec.v_width)
+                for query in range(run.position, run.end):
+                    first = 0 if window is None else max(0, query - window + 1)
+                    for key_rank in range(num_ranks):
+                        rank = key_rank if step.strategy in (Strategy.PASS_Q, Strategy.TREE) else run.compute_rank
+                        flops[rank] += table.count_on(key_rank, first, query + 1) * pair_flops
         return flops
 
     def complete(self, plan: Plan):
@@ -225,6 +244,20 @@ def test_chunks_cut_by_time_end_where_snake_order_has_come_round(num_ranks):
         assert end % unit == 0
         work = ranks.flops(plan)
         assert max(work) == pytest.approx(min(work))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_short_chunk_behind_a_long_context_is_cut_by_what_its_strategy_lets_each_rank_compute(num_ranks):
+    """Its tokens have one owner. Where queries move, that rank computes its share of the keys and not all of them."""
+    num_chunks = {}
+    for strategy in ("pass_q", "pass_kv"):
+        ranks = timed_ranks(num_ranks, placement="striped", stripe_size=64, max_step_ms=300, strategy=strategy)
+        ranks.scheduler.add_request([6] * 6000, SamplingParams(max_tokens=1, seed=0))
+        ranks.run_to_the_end()
+        late = [(plan, start, end) for plan, start, end in chunks_of(ranks, 0) if start >= 4000]
+        assert max(max(ranks.flops(plan)) / RATE for plan, _, _ in late) <= 0.33
+        num_chunks[strategy] = len(late)
+    assert num_chunks["pass_q"] < 0.8 * num_chunks["pass_kv"]
 
 
 def test_a_limit_that_no_page_keeps_is_one_page_per_step():

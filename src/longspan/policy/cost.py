@@ -36,6 +36,9 @@ class StepTime:
             (g.spec.window, 2.0 * len(g.layers) * g.num_query_heads * (g.spec.k_width + g.spec.v_width))
             for g in model.kv_groups
         ]
+        windows = [window for window, _ in self._groups]
+        self.longest_window = None if None in windows else max(window for window in windows if window is not None)
+        """None if some layer sees all."""
         self.flops_per_s = FIRST_FLOPS_PER_S * num_threads
         self.overhead_s = 0.0
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # weighted sums of 1, flops, seconds, flops^2, flops * seconds
@@ -54,6 +57,12 @@ class StepTime:
     def chunk_flops(self, start: int, end: int) -> float:
         """Of tokens `[start, end)`, on all ranks together."""
         return (end - start) * self.token_flops + self.attention_flops(start, end)
+
+    def first_key(self, position: int) -> int:
+        """The first position whose key a query at `position` sees in some layer."""
+        if self.longest_window is None:
+            return 0
+        return max(0, position - self.longest_window + 1)
 
     def flops_within(self, step_s: float) -> float:
         """What a rank is predicted to do in a step of so many seconds; never less than a fifth of the time's worth."""

@@ -4,7 +4,7 @@ Holds the cutting of prompts. Must not know which requests share a step, or plan
 Read next: `longspan.policy.cost`, which predicts; `longspan.scheduler.scheduler`, which asks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from longspan.config import EngineConfig
 from longspan.policy.cost import StepTime
@@ -66,11 +66,34 @@ class Chunks:
         return end
 
     def work(self, request: Request, end: int) -> dict[int, float]:
-        """Flops per rank of a step that takes a request to `end`: a rank has those of the tokens that it computes."""
+        """Flops per rank of a step that takes a request to `end`."""
+        return self._work(request, end, self._key_shares(request))
+
+    def _work(self, request: Request, end: int, key_shares: Mapping[int, float]) -> dict[int, float]:
+        """A rank has the flops of the tokens that it computes, but where queries move those of its share of keys."""
         work: dict[int, float] = {}
         for rank, first, last in request.ranks_of(request.num_computed, end, self._config.page_size):
-            work[rank] = work.get(rank, 0.0) + self._step_time.chunk_flops(first, last)
+            flops = (last - first) * self._step_time.token_flops
+            if not key_shares:
+                flops += self._step_time.attention_flops(first, last)
+            work[rank] = work.get(rank, 0.0) + flops
+        for rank, share in key_shares.items():
+            attention_flops = self._step_time.attention_flops(request.num_computed, end)
+            work[rank] = work.get(rank, 0.0) + share * attention_flops
         return work
+
+    def _key_shares(self, request: Request) -> dict[int, float]:
+        """Share of the next step's keys per rank if its queries are expected to move, as those of the last step did.
+
+        A short chunk behind a long context has few owners, often one: they do not compute its attention alone.
+        """
+        if not request.moves_queries:
+            return {}
+        first = self._step_time.first_key(request.num_computed)
+        held: dict[int, int] = {}
+        for rank, start, end in request.ranks_of(first, request.num_computed + 1, self._config.page_size):
+            held[rank] = held.get(rank, 0) + end - start
+        return {rank: num_keys / (request.num_computed + 1 - first) for rank, num_keys in held.items()}
 
     def end_in_time(self, request: Request, end: int, left: Sequence[float], *, is_lead: bool) -> int:
         """The end of a chunk that is predicted to take no more flops than are left on every rank.
@@ -79,8 +102,10 @@ class Chunks:
         """
         start, size = request.num_computed, self._config.page_size
 
+        key_shares = self._key_shares(request)
+
         def fits(end: int) -> bool:
-            return all(flops <= left[rank] for rank, flops in self.work(request, end).items())
+            return all(flops <= left[rank] for rank, flops in self._work(request, end, key_shares).items())
 
         if end == start or fits(end):
             return end

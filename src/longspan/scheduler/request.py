@@ -76,6 +76,8 @@ class Request:
     involved_ranks: set[int] = field(default_factory=set)
     """Ranks that ever heard of the request."""
     last_plan_id: int = -1
+    moves_queries: bool = False
+    """Whether its last step brought queries to keys: then attention's work lies where the keys are."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     """What happened, if `finish_reason` is `ERROR`."""
@@ -134,6 +136,7 @@ class Request:
         self.num_hit_pages = self.num_published = 0
         self.num_computed = self.num_planned = 0
         self.informed_ranks = set()
+        self.moves_queries = False
 
     def banned_token_ids(self) -> tuple[int, ...]:
         """Tokens that must not be sampled next: whatever would end the request before `min_tokens`."""

@@ -55,7 +55,7 @@ from longspan.scheduler.chunks import Chunks
 from longspan.scheduler.memory import DECODE_COST, KVMemory
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.sampling import can_sample_ahead, sample_row
-from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
+from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams, Strategy
 
 
 class _Ready(NamedTuple):
@@ -106,8 +106,6 @@ class Scheduler:
         self._next_request_id = 0
         last_layer = model.num_layers - 1
         (self._last_group_idx,) = [i for i, group in enumerate(model.kv_groups) if last_layer in group.layers]
-        windows = [group.spec.window for group in model.kv_groups]
-        self._longest_window = None if None in windows else max(window for window in windows if window is not None)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -334,7 +332,7 @@ class Scheduler:
     def _ranks(self, request: Request, end: int) -> set[int]:
         """Ranks that a step up to `end` may involve: those with a key that it may see, or a page to copy."""
         size = self.config.page_size
-        start = 0 if self._longest_window is None else max(0, request.num_planned - self._longest_window + 1)
+        start = self.step_time.first_key(request.num_planned)
         if start == 0 and end >= len(request.token_ids):
             ranks = {rank for rank, _ in request.page_ranks}
         else:
@@ -435,6 +433,9 @@ class Scheduler:
             step = plan_group(query_runs, tables, group, self.costs, forced=forced)
             self.choices.note(movers or phase, i, step, tables, group, self.costs, is_forced=forced is not None)
             groups.append(step)
+        moves_queries = any(step.strategy in (Strategy.PASS_Q, Strategy.TREE) for step in groups)
+        for request, _ in chosen:
+            request.moves_queries = moves_queries and len(request.page_ranks) > 1
         last_layer: GroupStep | None = None
         read = read_runs(query_runs, samples, scores) if phase is Phase.PREFILL else query_runs  # all rows of a decode
         if sum(run.num_tokens for run in read) < sum(run.num_tokens for run in query_runs):
