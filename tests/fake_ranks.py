@@ -326,9 +326,8 @@ class FakeRanks:
         return self.complete(self.rng.choice(self.first_plans()))
 
     def end_the_rest(self) -> None:
-        """Plans that ran ahead of requests that have ended."""
+        """Plans of requests that have ended meanwhile, or that ran ahead of their last token."""
         for plan in list(self.in_flight.values()):
-            assert any(isinstance(run.tokens, SampledBy) for run in plan.query_runs)
             assert self.complete(plan) == []
 
     def run_to_the_end(self, max_steps: int = 20_000) -> None:

@@ -4,125 +4,283 @@
  * pages or masks: every row sees every key. Called from longspan/native/kernels.py.
  *
  * Decode multiplies a matrix of keys by 1 to 8 query rows per KV head. BLAS kernels need more rows to be fast: at 4 rows
- * they read keys at a quarter of the memory bandwidth. Here every key is read once, met with all rows in registers,
- * and softmax is kept online per block of BLOCK keys.
+ * they read keys at a quarter of the memory bandwidth. Here every key is read once and meets all rows, and softmax is
+ * kept online per block of BLOCK keys:
+ *
+ *     scores [keys, rows]    tiles of several keys x all rows: sums in registers, transposed while their lanes are added
+ *                            up, so that a tile ends as one vector of scores
+ *     exp(scores)            whole vectors, whatever keys and rows they hold: lane i is of row i modulo the number of rows
+ *     values [rows, width]   tiles of some rows x whole values, in registers over all keys of a block
+ *
+ * Rows are padded to 1, 2, 4 or 8.
  */
 
 #include "lanes.h"
 
-#define BLOCK 128    /* keys per block: scores of all rows stay in the first-level cache */
+#define BLOCK 128        /* scores at a time: 128 keys of 1 row to 16 keys of 8; keys and values fit the first-level cache */
+#define AHEAD 4096       /* bytes that are asked for before they are read */
 #define MAX_ROWS 8
 #define MAX_WIDTH 256
+#define WIDE_TILE 16     /* vectors of sums that 32 registers of 512 bits hold, and room for keys, values and rows */
+#define NARROW_TILE 4    /* the same for 16 registers of 256 bits */
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDE __attribute__((target("arch=x86-64-v4")))
+#endif
+
+INLINE void put(float *base, vec value) { memcpy(base, &value, sizeof value); }
+
+INLINE vec larger(vec a, vec b)
+{
+    const veci mask = a > b;
+    return (vec)(((veci)a & mask) | ((veci)b & ~mask));
+}
+
+/* Keys or values of one KV head; stride in elements. */
+struct matrix {
+    const void *base;
+    long stride;
+    int is_bf16;
+};
+
+INLINE vec part_of(struct matrix m, long row, long c) { return load(m.base, row * m.stride + c, m.is_bf16); }
+
+/* Ask for what lies AHEAD of `count` elements from (row, c) on: it is read next where rows follow each other. */
+INLINE void prefetch(struct matrix m, long row, long c, long count)
+{
+    const long item = m.is_bf16 ? 2 : 4;
+    const char *start = (const char *)m.base + (row * m.stride + c) * item + AHEAD;
+    for (long byte = 0; byte < count * item; byte += 64)
+        __builtin_prefetch(start + byte);
+}
+
+/* Lane i: the lanes of x[i] added up. Neighbours are added while they are transposed: 15 additions for 16 sums. */
+#define HALVES(a, b, i, j, k, l)                                                                                       \
+    __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12,  \
+                            k + 12, l + 12)
+#define QUARTERS(a, b, i, j)                                                                                           \
+    __builtin_shufflevector(a, b, i, i + 1, i + 2, i + 3, j, j + 1, j + 2, j + 3, i + 16, i + 17, i + 18, i + 19,      \
+                            j + 16, j + 17, j + 18, j + 19)
+INLINE vec sum_16(const vec *x)
+{
+    vec four[4]; /* in every quarter: sums over it of x[4 i] .. x[4 i + 3] */
+    for (int i = 0; i < 4; i++) {
+        const vec *y = x + 4 * i;
+        const vec a = HALVES(y[0], y[1], 0, 16, 1, 17) + HALVES(y[0], y[1], 2, 18, 3, 19);
+        const vec b = HALVES(y[2], y[3], 0, 16, 1, 17) + HALVES(y[2], y[3], 2, 18, 3, 19);
+        four[i] = HALVES(a, b, 0, 1, 16, 17) + HALVES(a, b, 2, 3, 18, 19);
+    }
+    const vec a = QUARTERS(four[0], four[1], 0, 8) + QUARTERS(four[0], four[1], 4, 12);
+    const vec b = QUARTERS(four[2], four[3], 0, 8) + QUARTERS(four[2], four[3], 4, 12);
+    return QUARTERS(a, b, 0, 8) + QUARTERS(a, b, 4, 12);
+}
+
+INLINE vec4 quarter(vec x)
+{
+    vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+}
+
+/* The same for 4 vectors. */
+INLINE vec4 sum_4(const vec *x)
+{
+    const vec4 y[4] = {quarter(x[0]), quarter(x[1]), quarter(x[2]), quarter(x[3])};
+    const vec4 a = __builtin_shufflevector(y[0], y[1], 0, 4, 1, 5) + __builtin_shufflevector(y[0], y[1], 2, 6, 3, 7);
+    const vec4 b = __builtin_shufflevector(y[2], y[3], 0, 4, 1, 5) + __builtin_shufflevector(y[2], y[3], 2, 6, 3, 7);
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+}
+
+/* scores [keys, padded] of keys from `first` on; -inf up to a whole vector. */
+INLINE void score(const float *q, struct matrix k, long first, long keys, long rows, long padded, long width, long tile,
+                  float *scores)
+{
+    const long together = padded < tile ? padded : tile, step = tile / together; /* rows and keys of a tile */
+    long s = 0;
+    for (; s + step <= keys; s += step)
+        for (long r = 0; r < padded; r += together) {
+            if (r == 0)
+                prefetch(k, first + s, 0, step * width);
+            vec dot[WIDE_TILE];
+            for (long i = 0; i < tile; i++)
+                dot[i] = (vec){0};
+            for (long c = 0; c < width; c += LANES)
+                for (long i = 0; i < step; i++) {
+                    const vec part = part_of(k, first + s + i, c);
+                    for (long j = 0; j < together && r + j < rows; j++)
+                        dot[i * together + j] += part * load(q, (r + j) * width + c, 0);
+                }
+            if (tile == WIDE_TILE)
+                put(scores + s * padded, sum_16(dot));
+            else {
+                const vec4 sums = sum_4(dot);
+                memcpy(scores + s * padded + r, &sums, sizeof sums);
+            }
+        }
+    for (; s < keys; s++) /* fewer than a tile */
+        for (long r = 0; r < padded; r++) {
+            vec dot = {0};
+            for (long c = 0; c < width && r < rows; c += LANES)
+                dot += part_of(k, first + s, c) * load(q, r * width + c, 0);
+            scores[s * padded + r] = sum_lanes(dot);
+        }
+    for (long i = keys * padded; i % LANES; i++)
+        scores[i] = -__builtin_inff();
+}
+
+/* Of the keys so far. Lane i is of row i % padded. */
+struct softmax {
+    float top[LANES];
+    float sum[LANES];    /* a row's is the sum of its lanes */
+    float shrink[LANES]; /* what the last block has made of a weight 1 of the blocks before */
+};
+
+/* scores [num] to weights. A function of its own, lest its constants take registers from the tiles around it. */
+MULTIVERSION __attribute__((noinline)) static void soften(float *scores, long num, long padded, struct softmax *state)
+{
+    const vec before = load(state->top, 0, 0);
+    vec top = before;
+    for (long i = 0; i < num; i += LANES)
+        top = larger(load(scores, i, 0), top);
+#define LARGER_ACROSS(n)                                                                                               \
+    if (padded <= n)                                                                                                   \
+        top = larger(top, __builtin_shufflevector(top, top, n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7, n + 8, \
+                                                  n + 9, n + 10, n + 11, n + 12, n + 13, n + 14, n + 15));
+    LARGER_ACROSS(8)
+    LARGER_ACROSS(4)
+    LARGER_ACROSS(2)
+    LARGER_ACROSS(1)
+    const vec shrink = exp_lanes(before - top); /* first block: e^-inf, which is next to 0, of nothing */
+    vec sum = load(state->sum, 0, 0) * shrink;
+    for (long i = 0; i < num; i += LANES) {
+        const vec weights = exp_lanes(load(scores, i, 0) - top);
+        put(scores + i, weights);
+        sum += weights;
+    }
+    put(state->top, top);
+    put(state->sum, sum);
+    put(state->shrink, shrink);
+}
+
+/* acc [rows, width] = acc * shrink + weights [keys, padded]^T V: `num_rows` rows from `row` on, `num` vectors from column
+ * `c` on. */
+INLINE void add_tile(struct matrix v, long first, long keys, long row, long num_rows, long padded, long width, long c,
+                     long num, const float *weights, const float *shrink, float *acc)
+{
+    vec sum[WIDE_TILE];
+    acc += row * width + c;
+    weights += row;
+    for (long r = 0; r < num_rows; r++)
+        for (long i = 0; i < num; i++)
+            sum[r * num + i] = load(acc, r * width + i * LANES, 0) * shrink[row + r];
+    for (long s = 0; s < keys; s++) {
+        if (row == 0)
+            prefetch(v, first + s, c, num * LANES);
+        for (long i = 0; i < num; i++) {
+            const vec part = part_of(v, first + s, c + i * LANES);
+            for (long r = 0; r < num_rows; r++)
+                sum[r * num + i] += part * weights[s * padded + r];
+        }
+    }
+    for (long r = 0; r < num_rows; r++)
+        for (long i = 0; i < num; i++)
+            put(acc + r * width + i * LANES, sum[r * num + i]);
+}
+
+/* The same for all rows and columns. Whole rows of V first: memory is read as it lies, the next rows find it in cache. */
+INLINE void add_values(struct matrix v, long first, long keys, long rows, long padded, long width, long tile,
+                       const float *weights, const float *shrink, float *acc)
+{
+    long c = 0;
+#define COLUMNS(num)                                                                                                   \
+    if (num <= tile)                                                                                                   \
+        for (const long most = tile / num; c + num * LANES <= width; c += num * LANES) {                               \
+            for (long row = 0; row + most <= rows; row += most)                                                        \
+                add_tile(v, first, keys, row, most, padded, width, c, num, weights, shrink, acc);                      \
+            if (rows % most)                                                                                           \
+                add_tile(v, first, keys, rows - rows % most, rows % most, padded, width, c, num, weights, shrink, acc);\
+        }
+    COLUMNS(16)
+    COLUMNS(8)
+    COLUMNS(4)
+    COLUMNS(2)
+    COLUMNS(1)
+}
 
 /* One KV head: rows x the keys of all runs, a run being consecutive keys. out [rows, width] and lse [rows] are float32. */
-INLINE void attend(const float *q, const void *k, const void *v, long k_stride, long v_stride, const long *starts,
-                   const long *lengths, long num_runs, int rows, int width, int is_bf16, float *out, float *lse)
+INLINE void attend(const float *q, struct matrix k, struct matrix v, const long *starts, const long *lengths,
+                   long num_runs, long rows, long width, long tile, float *out, float *lse)
 {
-    float scores[MAX_ROWS][BLOCK] __attribute__((aligned(64)));
-    float top[MAX_ROWS], sum[MAX_ROWS];
-    vec acc[MAX_ROWS][MAX_WIDTH / LANES];
-    const int chunks = width / LANES;
-
-    for (int r = 0; r < rows; r++) {
-        top[r] = -__builtin_inff();
-        sum[r] = 0.0f;
-        for (int c = 0; c < chunks; c++)
-            acc[r][c] = (vec){0};
+    const long padded = rows <= 2 ? rows : rows <= 4 ? 4 : 8, most = BLOCK / padded; /* keys at a time */
+    float scores[BLOCK] __attribute__((aligned(64)));
+    float acc[MAX_ROWS * MAX_WIDTH] __attribute__((aligned(64)));
+    struct softmax state;
+    put(state.top, (vec){0} - __builtin_inff());
+    put(state.sum, (vec){0});
+    for (long i = 0; i < rows * width; i++)
+        acc[i] = 0.0f;
+    for (long run = 0, start = 0; run < num_runs;) {
+        const long first = starts[run] + start, left = lengths[run] - start, keys = left < most ? left : most;
+        start = left > most ? start + most : 0;
+        run += left <= most;
+        score(q, k, first, keys, rows, padded, width, tile, scores);
+        soften(scores, keys * padded, padded, &state);
+        add_values(v, first, keys, rows, padded, width, tile, scores, state.shrink, acc);
     }
-    for (long run = 0, start = 0; run < num_runs; start += BLOCK) {
-        const long first = starts[run] + start, left = lengths[run] - start;
-        const int keys = left < BLOCK ? (int)left : BLOCK;
-        if (left <= BLOCK) {
-            run++;
-            start = -BLOCK;
-        }
-        for (int s = 0; s < keys; s++) {
-            const long key = (first + s) * k_stride;
-            vec dot[MAX_ROWS];
-            for (int r = 0; r < rows; r++)
-                dot[r] = (vec){0};
-            for (int c = 0; c < chunks; c++) {
-                const vec part = load(k, key + c * LANES, is_bf16);
-                for (int r = 0; r < rows; r++)
-                    dot[r] += part * load(q, (long)r * width + c * LANES, 0);
-            }
-            for (int r = 0; r < rows; r++)
-                scores[r][s] = sum_lanes(dot[r]);
-        }
-        const int padded = (keys + LANES - 1) / LANES * LANES;
-        for (int r = 0; r < rows; r++) {
-            float block_top = top[r];
-            for (int s = 0; s < keys; s++)
-                block_top = scores[r][s] > block_top ? scores[r][s] : block_top;
-            for (int s = keys; s < padded; s++)
-                scores[r][s] = -__builtin_inff();
-            const vec decay = exp_lanes((vec){0} + (top[r] - block_top)); /* first block: e^-inf, which is next to 0 */
-            const float shrink = top[r] == -__builtin_inff() ? 0.0f : decay[0];
-            vec total = {0};
-            for (int s = 0; s < padded; s += LANES) {
-                vec x;
-                memcpy(&x, &scores[r][s], sizeof x);
-                x = exp_lanes(x - block_top);
-                if (s + LANES > keys)
-                    for (int i = keys - s; i < LANES; i++)
-                        x[i] = 0.0f;
-                memcpy(&scores[r][s], &x, sizeof x);
-                total += x;
-            }
-            sum[r] = sum[r] * shrink + sum_lanes(total);
-            top[r] = block_top;
-            for (int c = 0; c < chunks; c++)
-                acc[r][c] *= shrink;
-        }
-        for (int s = 0; s < keys; s++) {
-            const long key = (first + s) * v_stride;
-            for (int c = 0; c < chunks; c++) {
-                const vec part = load(v, key + c * LANES, is_bf16);
-                for (int r = 0; r < rows; r++)
-                    acc[r][c] += part * scores[r][s];
-            }
-        }
-    }
-    for (int r = 0; r < rows; r++) {
-        const float inverse = 1.0f / sum[r];
-        for (int c = 0; c < chunks; c++) {
-            const vec value = acc[r][c] * inverse;
-            memcpy(out + (long)r * width + c * LANES, &value, sizeof value);
-        }
-        lse[r] = top[r] + __builtin_logf(sum[r]);
+    for (long r = 0; r < rows; r++) {
+        float total = 0.0f;
+        for (long i = r; i < LANES; i += padded)
+            total += state.sum[i];
+        const float inverse = 1.0f / total;
+        for (long c = 0; c < width; c += LANES)
+            put(out + r * width + c, load(acc, r * width + c, 0) * inverse);
+        lse[r] = state.top[r] + __builtin_logf(total);
     }
 }
 
-/* Constants for rows and width let the compiler keep queries and sums in registers. */
-#define ROWS(n, width, is_bf16)                                                                                        \
+/* A constant number of rows lets the compiler keep tiles in registers. */
+#define ROWS(n, tile)                                                                                                  \
     case n:                                                                                                            \
-        attend(q, k, v, k_stride, v_stride, starts, lengths, num_runs, n, width, is_bf16, out, lse);                   \
+        attend(q, k, v, starts, lengths, num_runs, n, width, tile, out, lse);                                          \
         break;
-#define ALL_ROWS(width, is_bf16)                                                                                       \
-    switch (rows) {                                                                                                    \
-        ROWS(1, width, is_bf16)                                                                                        \
-        ROWS(2, width, is_bf16)                                                                                        \
-        ROWS(3, width, is_bf16)                                                                                        \
-        ROWS(4, width, is_bf16)                                                                                        \
-    default:                                                                                                           \
-        attend(q, k, v, k_stride, v_stride, starts, lengths, num_runs, rows, width, is_bf16, out, lse);                \
-    }
-
-#define HEAD(name, is_bf16)                                                                                            \
-    MULTIVERSION static void name(const float *q, const void *k, const void *v, long k_stride, long v_stride,         \
-                                  const long *starts, const long *lengths, long num_runs, int rows, int width,        \
-                                  float *out, float *lse)                                                             \
+#define HEAD(attributes, name, tile, bf16)                                                                             \
+    attributes static void name(const float *q, struct matrix k, struct matrix v, const long *starts,                  \
+                                const long *lengths, long num_runs, int rows, int width, float *out, float *lse)       \
     {                                                                                                                  \
-        if (width == 64) {                                                                                             \
-            ALL_ROWS(64, is_bf16)                                                                                      \
-        } else if (width == 128) {                                                                                     \
-            ALL_ROWS(128, is_bf16)                                                                                     \
-        } else                                                                                                         \
-            attend(q, k, v, k_stride, v_stride, starts, lengths, num_runs, rows, width, is_bf16, out, lse);            \
+        k.is_bf16 = v.is_bf16 = bf16;                                                                                  \
+        switch (rows) {                                                                                                \
+            ROWS(1, tile)                                                                                              \
+            ROWS(2, tile)                                                                                              \
+            ROWS(3, tile)                                                                                              \
+            ROWS(4, tile)                                                                                              \
+            ROWS(5, tile)                                                                                              \
+            ROWS(6, tile)                                                                                              \
+            ROWS(7, tile)                                                                                              \
+            ROWS(8, tile)                                                                                              \
+        }                                                                                                              \
     }
 
-HEAD(head_float32, 0)
-HEAD(head_bfloat16, 1)
+typedef void head(const float *, struct matrix, struct matrix, const long *, const long *, long, int, int, float *,
+                  float *);
+
+HEAD(MULTIVERSION, narrow_float32, NARROW_TILE, 0)
+HEAD(MULTIVERSION, narrow_bfloat16, NARROW_TILE, 1)
+#ifdef WIDE
+HEAD(WIDE, wide_float32, WIDE_TILE, 0)
+HEAD(WIDE, wide_bfloat16, WIDE_TILE, 1)
+#endif
+
+int longspan_has_wide_registers(void); /* prefill.c */
+
+/* The kernel for a dtype on this CPU. */
+static head *head_for(int is_bf16)
+{
+#ifdef WIDE
+    if (longspan_has_wide_registers())
+        return is_bf16 ? wide_bfloat16 : wide_float32;
+#endif
+    return is_bf16 ? narrow_bfloat16 : narrow_float32;
+}
 
 /* Every row of q over every key, once per run of keys, runs and KV heads in parallel.
  *
@@ -141,17 +299,17 @@ int longspan_decode(const float *q, const void *k, const void *v, long k_head_st
     if (run_len * (num_runs - 1) >= num_keys)
         return 1; /* a run would be empty */
     const long item = is_bf16 ? 2 : 4;
+    head *const attend_head = head_for(is_bf16);
 #pragma omp parallel for collapse(2) schedule(static, 1) num_threads(num_threads)
     for (int run = 0; run < num_runs; run++) {
-        for (int head = 0; head < heads; head++) {
+        for (int h = 0; h < heads; h++) {
             const long first = run * run_len;
             const long count = num_keys - first < run_len ? num_keys - first : run_len;
-            const char *keys = (const char *)k + (head * k_head_stride + first * k_stride) * item;
-            const char *values = (const char *)v + (head * v_head_stride + first * v_stride) * item;
-            const long row = ((long)run * heads + head) * rows;
-            const long start = 0;
-            (is_bf16 ? head_bfloat16 : head_float32)(q + (long)head * rows * width, keys, values, k_stride, v_stride,
-                                                     &start, &count, 1, rows, width, out + row * width, lse + row);
+            const struct matrix keys = {(const char *)k + h * k_head_stride * item, k_stride, is_bf16};
+            const struct matrix values = {(const char *)v + h * v_head_stride * item, v_stride, is_bf16};
+            const long row = ((long)run * heads + h) * rows;
+            attend_head(q + (long)h * rows * width, keys, values, &first, &count, 1, rows, width, out + row * width,
+                        lse + row);
         }
     }
     return 0;
@@ -175,20 +333,20 @@ int longspan_decode_batch(const void *q, const void *k, const void *v, long k_he
         if (offsets[i] == offsets[i + 1])
             return 1;
     const long item = is_bf16 ? 2 : 4;
+    head *const attend_head = head_for(is_bf16);
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(num_threads)
     for (long i = 0; i < num_queries; i++) {
-        for (int head = 0; head < heads; head++) {
+        for (int h = 0; h < heads; h++) {
             float scaled[MAX_ROWS * MAX_WIDTH] __attribute__((aligned(64)));
-            const long row = (query_rows[i] * heads + head) * rows;
+            const long row = (query_rows[i] * heads + h) * rows;
             for (long c = 0; c < (long)rows * width; c += LANES) {
                 const vec value = load(q, row * width + c, is_bf16) * scale;
                 memcpy(scaled + c, &value, sizeof value);
             }
-            (is_bf16 ? head_bfloat16 : head_float32)(scaled, (const char *)k + head * k_head_stride * item,
-                                                     (const char *)v + head * v_head_stride * item, k_stride, v_stride,
-                                                     starts + offsets[i], lengths + offsets[i],
-                                                     offsets[i + 1] - offsets[i], rows, width, out + row * width,
-                                                     lse + row);
+            const struct matrix keys = {(const char *)k + h * k_head_stride * item, k_stride, is_bf16};
+            const struct matrix values = {(const char *)v + h * v_head_stride * item, v_stride, is_bf16};
+            attend_head(scaled, keys, values, starts + offsets[i], lengths + offsets[i], offsets[i + 1] - offsets[i],
+                        rows, width, out + row * width, lse + row);
         }
     }
     return 0;
