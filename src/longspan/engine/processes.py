@@ -161,5 +161,7 @@ def _environment(num_threads: int) -> dict[str, str]:
         defaults["PYTHONWARNINGS"] = "ignore"
     forced = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     forced["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own, which ranks do not use: it would start when it is imported
+    if num_threads == 1:  # threads that a rank borrows give the core back when they have nothing to do
+        defaults["GOMP_SPINCOUNT"] = "3000"
     inherited = {name: value for name, value in os.environ.items() if name != SECRET_VARIABLE}  # of no use to them
     return {**defaults, **inherited, **forced}

@@ -5,6 +5,7 @@ Read next: `longspan.worker.runner`.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -12,6 +13,7 @@ from longspan.attention.select import make_backend
 from longspan.comm.base import Communicator
 from longspan.comm.delaying import DelayingCommunicator
 from longspan.models.loader import load_model, resolve_dtype
+from longspan.plan.types import Plan
 from longspan.worker.messages import Start
 from longspan.worker.runner import ModelRunner
 
@@ -38,8 +40,13 @@ def with_simulated_links(comm: Communicator, start: Start) -> Communicator:
     return DelayingCommunicator(comm, links)
 
 
-def build_runner(start: Start, model: torch.nn.Module, comm: Communicator) -> ModelRunner:
-    """A rank that is ready for plans."""
+def build_runner(
+    start: Start,
+    model: torch.nn.Module,
+    comm: Communicator,
+    dense_threads: Callable[[Plan, int], int] | None = None,
+) -> ModelRunner:
+    """A rank that is ready for plans. Args: `dense_threads` as `ModelRunner` takes it."""
     return ModelRunner(
         model,
         start.spec,
@@ -47,4 +54,5 @@ def build_runner(start: Start, model: torch.nn.Module, comm: Communicator) -> Mo
         page_size=start.config.page_size,
         comm=comm,
         backend=make_backend(start.config.attention_backend, DEVICE),
+        dense_threads=dense_threads,
     )

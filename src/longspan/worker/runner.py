@@ -7,7 +7,7 @@ Read next: `longspan.cp.attend`; `longspan.worker.process`, the process around i
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ class ModelRunner:
         page_size: int,
         comm: Communicator,
         backend: AttentionBackend,
+        dense_threads: Callable[[Plan, int], int] | None = None,
     ) -> None:
         """Allocate the pools.
 
@@ -66,8 +67,10 @@ class ModelRunner:
             page_size: tokens per page.
             comm: this rank's communicator.
             backend: this rank's attention kernels.
+            dense_threads: (plan, rank) to threads for all but attention and exchanges; None: as everywhere.
         """
         self.model: Any = model
+        self._dense_threads = dense_threads
         self.spec, self.backend = spec, backend
         self.comm = RecordingCommunicator(comm)
         self.rank = comm.rank
@@ -179,7 +182,13 @@ class ModelRunner:
         for score in scores:
             rows += [row_of[score.request_id, score.position + i] for i in range(len(score.targets))]
 
-        logits = self._forward(token_ids, positions, rows, attention)  # [len(rows), vocab]
+        own = torch.get_num_threads()
+        dense = own if self._dense_threads is None else self._dense_threads(plan, self.rank)
+        torch.set_num_threads(dense)
+        try:
+            logits = self._forward(token_ids, positions, rows, attention, own)  # [len(rows), vocab]
+        finally:
+            torch.set_num_threads(own)
         self._tokens_computed += len(token_ids)
 
         sampled: list[SampledToken] = []
@@ -219,15 +228,23 @@ class ModelRunner:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     def _forward(
-        self, token_ids: Sequence[int], positions: Sequence[int], rows: Sequence[int], attention: StepAttention
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        rows: Sequence[int],
+        attention: StepAttention,
+        attention_threads: int,
     ) -> Tensor:
         """[len(rows), vocab] logits of some packed rows."""
-        params = self.spec.layer_params
+        params, dense_threads = self.spec.layer_params, torch.get_num_threads()
 
         def attend(call: AttentionCall) -> Tensor:
             expected = params[call.layer]
             assert (call.scale, call.softcap, call.window) == (expected.scale, expected.softcap, expected.window)
-            return attention.attend(call.layer, call.q, call.k, call.v, sinks=call.sinks)
+            torch.set_num_threads(attention_threads)  # the others compute too
+            attended = attention.attend(call.layer, call.q, call.k, call.v, sinks=call.sinks)
+            torch.set_num_threads(dense_threads)
+            return attended
 
         output = self.model(
             input_ids=self._ids(token_ids)[None],

@@ -12,14 +12,19 @@ from longspan.comm.base import Communicator
 from longspan.comm.connect import Meeting
 from longspan.comm.sockets import SocketCommunicator
 from longspan.comm.threads import thread_group
+from longspan.config import num_cores
 from longspan.errors import ConfigError
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
 from longspan.models.loader import quiet_transformers
+from longspan.worker.borrow import borrowed_threads, lends
 from longspan.worker.build import build_runner, load_weights, with_simulated_links
 from longspan.worker.heap import keep_freed_memory
 from longspan.worker.link import WorkerLink
 from longspan.worker.measure import measure
 from longspan.worker.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
+
+LOOK_S = 400e-6
+"""How long a rank with a core of its own looks for a small message before it sleeps."""
 
 
 def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int) -> None:
@@ -39,7 +44,10 @@ def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threa
     model = load_weights(start, show_progress=rank == 0 and sys.stderr.isatty())
     if directory is None and (directory := hub_directory(start.config.model)) is not None:
         link.send(Files(rank, fingerprint(directory)))
-    runner = build_runner(start, model, _join_group(rank, start, meeting))
+    # Other executors may have ranks on other machines, which cannot lend their threads.
+    is_lent = start.config.executor == "processes" and lends(num_threads, model, start.spec)
+    comm = _join_group(rank, start, meeting, look_s=0.0 if is_lent else LOOK_S)
+    runner = build_runner(start, model, comm, borrowed_threads if is_lent else None)
     keep_freed_memory()  # behind weights and pools: what loading frees goes back
     link.send(Ready(rank))
     while isinstance(message := link.receive(), (RunPlan, Measure)):
@@ -55,8 +63,12 @@ def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threa
         raise ConfigError(message.reason)
 
 
-def _join_group(rank: int, start: Start, meeting: Meeting) -> Communicator:
-    size, timeout_s = start.config.context_parallel_size, start.config.exchange_timeout_s
+def _join_group(rank: int, start: Start, meeting: Meeting, *, look_s: float) -> Communicator:
+    """Args: `look_s` for ranks that have a core of their own."""
+    config = start.config
+    size, timeout_s = config.context_parallel_size, config.exchange_timeout_s
     if size == 1:
         return thread_group(1, timeout_s=timeout_s)[0]
-    return with_simulated_links(SocketCommunicator(rank, size, meeting, timeout_s=timeout_s), start)
+    has_core = config.executor == "processes" and size * config.num_threads <= num_cores()
+    comm = SocketCommunicator(rank, size, meeting, timeout_s=timeout_s, look_s=look_s if has_core else 0.0)
+    return with_simulated_links(comm, start)

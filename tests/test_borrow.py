@@ -1,0 +1,70 @@
+"""Proves who lends threads to whom, and that attention never uses borrowed ones."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from longspan.cp.attend import StepAttention
+from longspan.engine import threads
+from longspan.native.layer import FusedLayer
+from longspan.plan.types import Literals, Plan, QueryRun
+from longspan.types import Phase
+from longspan.worker import borrow
+from longspan.worker.borrow import MIN_LAYER_BYTES, borrowed_threads, lends
+from longspan.worker.build import build_runner
+from tiny_models import greedy, run_all, tiny_engine, tiny_model
+
+
+def plan(phase, num_ranks, *computing):
+    runs = tuple(QueryRun(i, 5, 1, rank, Literals((3,))) for i, rank in enumerate(computing))
+    return Plan(0, phase, tuple(range(num_ranks)), runs, (), (), ())
+
+
+@pytest.mark.parametrize(
+    ("phase", "num_ranks", "computing", "expected"),
+    [
+        (Phase.DECODE, 2, (0,), 2),
+        (Phase.DECODE, 3, (0, 0), 3),
+        (Phase.DECODE, 9, (0,), 4),  # there are 4 cores
+        (Phase.DECODE, 1, (0,), 1),
+        (Phase.DECODE, 2, (0, 1), 1),
+        (Phase.PREFILL, 2, (0,), 1),
+    ],
+)
+def test_who_computes_alone_borrows_from_the_plans_other_ranks(phase, num_ranks, computing, expected, monkeypatch):
+    monkeypatch.setattr(borrow, "num_cores", lambda: 4)
+    assert borrowed_threads(plan(phase, num_ranks, *computing), 0) == expected
+
+
+def test_ranks_with_one_thread_and_large_layers_lend():
+    spec, large = SimpleNamespace(num_layers=2), nn.Linear(MIN_LAYER_BYTES // 4, 2, bias=False)
+    assert lends(1, large, spec)
+    assert not lends(2, large, spec)
+    assert not lends(1, nn.Linear(MIN_LAYER_BYTES // 4 - 1, 2, bias=False), spec)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_layers_use_borrowed_threads_and_attention_does_not(num_ranks, monkeypatch):
+    model = tiny_model("llama")
+    used: dict[str, set[int]] = {"attention": set(), "layers": set()}
+
+    def recording(method, name):
+        def call(*args, **options):
+            used[name].add(torch.get_num_threads())
+            return method(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(borrow, "num_cores", lambda: 4)
+    monkeypatch.setattr(threads, "build_runner", lambda *args: build_runner(*args, borrowed_threads))
+    monkeypatch.setattr(StepAttention, "attend", recording(StepAttention.attend, "attention"))
+    monkeypatch.setattr(FusedLayer, "behind_attention", recording(FusedLayer.behind_attention, "layers"))
+    with tiny_engine(model, context_parallel_size=num_ranks, placement="striped") as engine:
+        reference = model.references[2]
+        request = engine.add_request(reference.prompt, greedy(5))
+        run_all(engine)
+    assert request.output_token_ids == reference.token_ids[:5]
+    assert used["attention"] == {1}
+    assert num_ranks in used["layers"]
