@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.attention.partial import PartialAttention, accumulation_dtype, merge_partials, merge_rows_, merge_sinks_
+from longspan.native import kernels
 
 NAN, INF = float("nan"), float("inf")
 
@@ -236,3 +237,32 @@ def test_a_sink_on_an_empty_row_takes_all_the_weight():
 def test_partials_are_kept_in_float32_unless_the_queries_are_float64():
     assert accumulation_dtype(torch.bfloat16) == accumulation_dtype(torch.float32) == torch.float32
     assert accumulation_dtype(torch.float64) == torch.float64
+
+
+@pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("v_width", [1, 16, 100])
+def test_the_kernel_merges_like_torch(v_width, num_threads, monkeypatch):
+    """Also rows that are empty, with NaN beside them, on either side or on both, and shares next to 0 and 1."""
+    generator = torch.Generator().manual_seed(v_width)
+    lses = torch.tensor([-INF, -200.0, -1.0, 0.0, 1.0, 3000.0])
+    acc_lse, lse = (side.repeat(120, 1).contiguous() for side in torch.cartesian_prod(lses, lses).T)
+    acc_out, out = (torch.randn(120, 36, v_width, generator=generator) for _ in range(2))
+    for empty in (acc_lse, lse):
+        (acc_out if empty is acc_lse else out)[torch.isneginf(empty)] = NAN
+
+    def merged() -> PartialAttention:
+        acc = PartialAttention(acc_out.clone(), acc_lse.clone())
+        merge_rows_(acc, 0, PartialAttention(out, lse))
+        return acc
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        found = merged()
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(kernels, "can_merge", lambda *_: False)
+    expected = merged()
+    torch.testing.assert_close(found.out, expected.out, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.lse, expected.lse, rtol=1e-6, atol=0)

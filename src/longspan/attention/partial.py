@@ -1,6 +1,6 @@
 """Attention over part of the keys, and the one law that puts parts together.
 
-Holds `PartialAttention` and its merges. Must not know pages, ranks, kernels or how a partial came to be.
+Holds `PartialAttention` and its merges. Must not know pages, ranks or how a partial came to be.
 Read next: `longspan.attention.base`, which makes partials; `longspan.cp`, which moves them.
 
 Note [The merge law]
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from longspan.native import kernels
 
 
 @dataclass(slots=True)
@@ -99,6 +101,9 @@ def merge_rows_(acc: PartialAttention, row: int, part: PartialAttention) -> None
     if row < 0 or row + num_rows > acc.lse.shape[0]:
         raise ValueError(f"rows [{row}, {row + num_rows}) are not in a partial of {acc.lse.shape[0]} rows")
     acc_out, acc_lse = acc.out[row : row + num_rows], acc.lse[row : row + num_rows]
+    if kernels.can_merge(acc_out, acc_lse, part.out, part.lse):
+        kernels.merge_rows(acc_out, acc_lse, part.out, part.lse)
+        return
     merge_views_(acc_out, acc_lse, _clean(part.out.to(acc_out.dtype), part.lse), part.lse.to(acc_lse.dtype))
 
 

@@ -70,6 +70,7 @@ def library() -> ctypes.CDLL | None:
         *(integer, integer, integer, integer, integer, long),
         *(pointer, long, ctypes.c_float, integer, pointer, pointer),
     ]
+    kernels.longspan_merge_rows.argtypes = [pointer] * 4 + [long, integer, integer]
     kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
     return kernels
 
@@ -210,6 +211,30 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKe
         *(spans.ctypes.data, len(seen), scale, torch.get_num_threads(), out.data_ptr(), lse.data_ptr()),
     )
     assert status == 0, f"prefill kernel refused {num_queries} queries of {num_heads} heads of {width}, {v.shape[2]}"
+
+
+def can_merge(*tensors: Tensor) -> bool:
+    """Whether `merge_rows` takes these outputs and log-sum-exps."""
+    fits = all(t.dtype is torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    return fits and is_available()
+
+
+def merge_rows(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge a partial into another one of the same shape, in place.
+
+    Args:
+        acc_out: [T, H, Dv], like all of them as `can_merge` admits; 0 in rows that stay empty.
+        acc_lse: [T, H] natural logarithm, -inf in empty rows.
+        out: [T, H, Dv]; anything in empty rows.
+        lse: [T, H]
+    """
+    found = library()
+    assert found is not None
+    status = found.longspan_merge_rows(
+        *(acc_out.data_ptr(), acc_lse.data_ptr(), out.data_ptr(), lse.data_ptr()),
+        *(acc_lse.numel(), acc_out.shape[-1], torch.get_num_threads()),
+    )
+    assert status == 0, f"merge kernel refused {acc_lse.numel()} rows of {acc_out.shape[-1]}"
 
 
 def can_multiply(num_rows: int, width: int, dtype: torch.dtype) -> bool:
