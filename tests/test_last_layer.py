@@ -78,7 +78,8 @@ def test_a_prompt_costs_the_last_layer_one_row(family, num_ranks, monkeypatch):
 @needs_kernel
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_fused_layers_leave_the_same_rows_out(num_ranks, monkeypatch):
-    model = tiny_model("llama")  # loaded, so that its proof is not counted
+    model = tiny_model("llama")
+    num_others = len(model.module.model.layers) - 1  # loads the model: its proof is not counted
     rows = []
     honest = fused_layer._behind_attention
     monkeypatch.setattr(
@@ -87,7 +88,6 @@ def test_fused_layers_leave_the_same_rows_out(num_ranks, monkeypatch):
     with tiny_engine(model, **LAYOUT, context_parallel_size=num_ranks) as engine:
         request = engine.add_request(model.references[2].prompt, greedy(5))
         run_all(engine)
-    num_others = len(model.module.model.layers) - 1
     assert sum(rows) == num_others * (PROMPT_LEN + 4) + 5
     assert request.output_token_ids == model.references[2].token_ids[:5]
 
