@@ -312,7 +312,7 @@ class Worker(WorkerBase):
     def reset_encoder_cache(self) -> None:
         """There is none."""
 
-    def profile(self, is_start: bool = True, **options: Any) -> None:
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None, **options: Any) -> None:
         raise ConfigError("profile: longspan does not support it")
 
     def sleep(self, level: int = 1) -> None:
