@@ -107,9 +107,11 @@ def test_aborted_in_mid_prefill_and_the_others_go_on(engines):
 
 
 def _assert_close(mine, theirs):
+    """Equal within 1e-3; two tokens that are that close to each other may change places."""
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for token_id in a:
+        ours, stock = (sorted(entry.logprob for entry in found.values()) for found in (a, b))
+        assert ours == pytest.approx(stock, abs=1e-3)
+        for token_id in a.keys() & b.keys():
             assert a[token_id].logprob == pytest.approx(b[token_id].logprob, abs=1e-3)
-            assert a[token_id].rank == b[token_id].rank
+            assert abs(a[token_id].rank - b[token_id].rank) <= 1
