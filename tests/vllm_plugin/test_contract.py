@@ -4,24 +4,112 @@ import dataclasses
 import inspect
 
 import pytest
+import torch
+import vllm.envs as envs
+from vllm.config import (
+    CacheConfig,
+    CompilationConfig,
+    DeviceConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
+from vllm.config.aux_output import AuxOutputConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.attention.backend import AttentionImpl
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
+from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput, SamplerOutput
+from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
+from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import WorkerBase
 
 from longspan.integrations.vllm.spec import RankedFreeQueue
 from longspan.integrations.vllm.worker import Worker
 
 FIELDS = [
-    (EngineArgs, ["additional_config", "worker_cls", "distributed_executor_backend", "enforce_eager"]),
+    (
+        EngineArgs,
+        [
+            "additional_config",
+            "worker_cls",
+            "distributed_executor_backend",
+            "enforce_eager",
+            "return_sampling_mask",
+            "enable_trace_replay",
+            "aux_output_config",
+            "watermark_config",
+        ],
+    ),
+    (AuxOutputConfig, ["enable_return_routed_experts"]),
+    (
+        VllmConfig,
+        [
+            "additional_config",
+            "cache_config",
+            "compilation_config",
+            "device_config",
+            "ec_transfer_config",
+            "kv_transfer_config",
+            "lora_config",
+            "model_config",
+            "parallel_config",
+            "reasoning_config",
+            "scheduler_config",
+            "speculative_config",
+        ],
+    ),
+    (
+        ParallelConfig,
+        [
+            "data_parallel_size",
+            "decode_context_parallel_size",
+            "disable_custom_all_reduce",
+            "enable_expert_parallel",
+            "nnodes",
+            "pipeline_parallel_size",
+            "prefill_context_parallel_size",
+            "tensor_parallel_size",
+            "world_size",
+        ],
+    ),
+    (
+        ModelConfig,
+        [
+            "dtype",
+            "enable_prompt_embeds",
+            "enable_sleep_mode",
+            "hf_text_config",
+            "logits_processors",
+            "logprobs_mode",
+            "max_model_len",
+            "model",
+            "seed",
+            "use_fp64_gumbel",
+        ],
+    ),
+    (CacheConfig, ["block_size", "cache_dtype", "gpu_memory_utilization", "kv_cache_memory_bytes"]),
+    (SchedulerConfig, ["max_num_batched_tokens", "max_num_seqs"]),
+    (DeviceConfig, ["device_type"]),
+    (CompilationConfig, ["static_forward_context"]),
     (
         SchedulerOutput,
         [
@@ -45,7 +133,18 @@ FIELDS = [
     ),
     (
         FullAttentionSpec,
-        ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window", "dcp_sharded"],
+        [
+            "block_size",
+            "num_kv_heads",
+            "head_size",
+            "head_size_v",
+            "dtype",
+            "kv_quant_mode",
+            "sliding_window",
+            "attention_chunk_size",
+            "non_causal",
+            "dcp_sharded",
+        ],
     ),
     (KVCacheConfig, ["num_blocks", "kv_cache_groups"]),
     (
@@ -90,16 +189,114 @@ PARAMETERS = [
         ],
     ),
     (FullAttentionSpec.merge, ["specs"]),
+    (Sampler.__init__, ["self", "logprobs_mode", "use_fp64_gumbel"]),
+    (Sampler.compute_logprobs, ["logits"]),
     (Sampler.forward, ["self", "logits", "sampling_metadata", "predict_bonus_token", "logprobs_mode_override"]),
     (Sampler.gather_logprobs, ["logprobs", "num_logprobs", "token_ids"]),
     (InputBatch.add_request, ["self", "request"]),
     (InputBatch.remove_request, ["self", "req_id"]),
     (InputBatch.condense, ["self"]),
     (InputBatch.refresh_metadata, ["self"]),
+    (LogprobsTensors.tolists, ["self", "cu_num_generated_tokens"]),
     (LogprobsTensors.empty_cpu, ["num_positions", "num_tokens_per_position"]),
+    (
+        WorkerBase.__init__,
+        ["self", "vllm_config", "local_rank", "rank", "distributed_init_method", "is_driver_worker"],
+    ),
     (WorkerBase.execute_model, ["self", "scheduler_output"]),
     (WorkerBase.sample_tokens, ["self", "grammar_output"]),
+    (Attention.get_kv_cache_spec, ["self", "vllm_config"]),
+    (
+        AttentionImpl.__init__,
+        [
+            "self",
+            "num_heads",
+            "head_size",
+            "scale",
+            "num_kv_heads",
+            "alibi_slopes",
+            "sliding_window",
+            "kv_cache_dtype",
+            "logits_soft_cap",
+            "attn_type",
+            "kv_sharing_target_layer_name",
+        ],
+    ),
+    (apply_grammar_bitmask, ["scheduler_output", "grammar_output", "input_batch", "logits"]),
+    (build_logitsprocs, ["vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"]),
+    (extract_layer_index, ["layer_name", "num_attn_module"]),
+    (
+        init_worker_distributed_environment,
+        ["vllm_config", "rank", "distributed_init_method", "local_rank", "backend"],
+    ),
+    (register_backend, ["backend", "class_path", "is_mamba"]),
+    (register_kv_cache_spec, ["manager_class", "uniform_type_base_spec"]),
+    (set_random_seed, ["seed", "data_parallel_index"]),
 ]
+
+KEYWORDS = [
+    (BlockPool.__init__, ["num_gpu_blocks", "enable_caching", "hash_block_size"]),
+    (
+        InputBatch.__init__,
+        [
+            "max_num_reqs",
+            "max_model_len",
+            "max_num_batched_tokens",
+            "device",
+            "vocab_size",
+            "block_sizes",
+            "max_num_blocks_per_req",
+            "logitsprocs",
+            "logitsprocs_need_output_token_ids",
+            "reasoning_config",
+        ],
+    ),
+    (get_model, ["vllm_config"]),
+    (set_current_vllm_config, ["vllm_config"]),
+    (set_forward_context, ["attn_metadata", "vllm_config", "num_tokens", "slot_mapping"]),
+]
+"""Some of the parameters of each."""
+
+MEMBERS = [
+    (VllmConfig, ["use_v2_model_runner"]),
+    (ParallelConfig, ["local_world_size"]),
+    (
+        ModelConfig,
+        [
+            "get_hidden_size",
+            "get_sliding_window",
+            "get_vocab_size",
+            "has_inner_state",
+            "is_encoder_decoder",
+            "is_hybrid",
+            "is_multimodal_model",
+            "use_mla",
+            "uses_mrope",
+        ],
+    ),
+    (SamplingParams, ["prompt_logprobs", "sampling_type", "seed"]),
+    (SamplingType, ["RANDOM_SEED"]),
+    (AttentionType, ["DECODER"]),
+    (AttentionBackendEnum, ["CPU_ATTN"]),
+    (CPUAttentionBackend, ["get_impl_cls", "forward_includes_kv_cache_update"]),
+    (KVCacheBlock, ["block_id"]),
+    (envs, ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_USE_V2_MODEL_RUNNER"]),
+    (
+        InputBatch(2, 64, 64, torch.device("cpu"), 512, [32], [1]),
+        [
+            "is_token_ids",
+            "num_tokens_no_spec",
+            "req_id_to_index",
+            "req_ids",
+            "req_output_token_ids",
+            "sampling_metadata",
+            "token_ids_cpu",
+            "vocab_size",
+        ],
+    ),
+    (BlockPool(4, False, 32), ["free_block_queue", "num_gpu_blocks"]),
+]
+"""Attributes of classes, modules and instances."""
 
 
 @pytest.mark.parametrize(("cls", "names"), FIELDS, ids=lambda value: getattr(value, "__name__", ""))
@@ -113,9 +310,32 @@ def test_parameters(function, names):
     assert list(inspect.signature(function).parameters) == names
 
 
+@pytest.mark.parametrize(("function", "names"), KEYWORDS, ids=lambda value: getattr(value, "__qualname__", ""))
+def test_keywords(function, names):
+    assert set(names) <= inspect.signature(function).parameters.keys()
+
+
+@pytest.mark.parametrize(("owner", "names"), MEMBERS, ids=lambda value: getattr(value, "__name__", ""))
+def test_members(owner, names):
+    missing = [name for name in names if not hasattr(owner, name)]
+    assert not missing, f"{owner} has no {missing} any more"
+
+
+def test_logprobs_begin_with_ids_values_and_ranks():
+    assert LogprobsTensors._fields[:3] == ("logprob_token_ids", "logprobs", "selected_token_ranks")
+
+
+def test_attention_layers_have_what_we_read():
+    source = inspect.getsource(Attention.__init__)
+    for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl", "layer_name"):
+        assert f"self.{name} = " in source, name
+
+
 def test_our_queue_has_all_that_vllm_asks_of_one():
-    theirs = {name for name, _ in inspect.getmembers(FreeKVCacheBlockQueue, inspect.isfunction) if name[0] != "_"}
-    assert theirs - {"iter_blocks_after"} <= set(dir(RankedFreeQueue))  # KV offloading, which is refused, has that one
+    for name, method in inspect.getmembers(FreeKVCacheBlockQueue, inspect.isfunction):
+        if name[0] != "_" and name != "iter_blocks_after":  # KV offloading, which is refused, has that one
+            ours = inspect.signature(getattr(RankedFreeQueue, name))
+            assert list(ours.parameters) == list(inspect.signature(method).parameters), name
     assert "num_free_blocks" in dir(RankedFreeQueue)
     assert "free_block_queue" in inspect.getsource(BlockPool.get_new_blocks)
 

@@ -1,12 +1,20 @@
 """What does not work is refused before a worker starts, with the option's name."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention
+from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
+from vllm.model_executor.layers.attention.static_sink_attention import StaticSinkAttention
 
 from longspan.errors import ConfigError, UnsupportedModelError
-from longspan.integrations.vllm.backend import StepAttentionImpl
+from longspan.integrations.vllm.backend import StepAttentionImpl, attention_layers
+from longspan.integrations.vllm.options import Options
 from longspan.integrations.vllm.plugin import WORKER, register
-from longspan.integrations.vllm.refusals import check_version
+from longspan.integrations.vllm.refusals import check_config, check_version
 
 
 def config(model, longspan=None, **options):
@@ -27,6 +35,7 @@ def test_the_key_alone_selects_everything(models):
     assert found.parallel_config.worker_cls == WORKER
     assert found.parallel_config.distributed_executor_backend.__name__ == "ContextParallelExecutor"
     assert found.parallel_config.tensor_parallel_size == 1
+    assert not found.use_v2_model_runner, "vLLM itself refuses requests that need its V2 runner"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +65,11 @@ def test_rejects_options(models, longspan, name):
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"distributed_executor_backend": "ray"}, "distributed_executor_backend"),
         ({"worker_cls": "somebody.Else"}, "worker_cls"),
+        ({"worker_cls": "somebody.longspan.Else"}, "worker_cls"),
+        ({"return_sampling_mask": True}, "return_sampling_mask"),
+        ({"enable_trace_replay": True}, "enable_trace_replay"),
+        ({"enable_return_routed_experts": True}, "enable_return_routed_experts"),
+        ({"watermark_config": {"algorithm": "gumbel"}}, "watermark_config"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -66,6 +80,101 @@ def test_rejects_what_vllm_offers_and_the_plugin_does_not(models, options, name)
         options = {"kv_transfer_config": KVTransferConfig(**options["kv_transfer_config"])}
     with pytest.raises(ConfigError, match=name):
         config(models["llama"], {"context_parallel_size": 2}, **options)
+
+
+def test_rejects_the_v2_runner(models, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER"):
+        config(models["llama"], {"context_parallel_size": 2})
+
+
+PLAIN = {
+    "device_config.device_type": "cpu",
+    "parallel_config.pipeline_parallel_size": 1,
+    "parallel_config.prefill_context_parallel_size": 1,
+    "parallel_config.decode_context_parallel_size": 1,
+    "parallel_config.data_parallel_size": 1,
+    "parallel_config.nnodes": 1,
+    "parallel_config.enable_expert_parallel": False,
+    "speculative_config": None,
+    "lora_config": None,
+    "kv_transfer_config": None,
+    "ec_transfer_config": None,
+    "cache_config.cache_dtype": "auto",
+    "model_config.model": "m",
+    "model_config.dtype": torch.float32,
+    "model_config.enable_sleep_mode": False,
+    "model_config.runner_type": "generate",
+    "model_config.enable_prompt_embeds": False,
+    "model_config.is_multimodal_model": False,
+    "model_config.is_encoder_decoder": False,
+    "model_config.use_mla": False,
+    "model_config.is_hybrid": False,
+    "model_config.has_inner_state": False,
+    "model_config.uses_mrope": False,
+    "model_config.get_sliding_window": lambda: None,
+    "model_config.hf_text_config": SimpleNamespace(layer_types=None),
+}
+"""What `check_config` reads of a configuration that it accepts."""
+
+
+def stub(**changed):
+    """A VllmConfig of `PLAIN` with changes, where `__` stands for the dot."""
+    found = SimpleNamespace()
+    for path, value in {**PLAIN, **{name.replace("__", "."): value for name, value in changed.items()}}.items():
+        *outer, name = path.split(".")
+        for part in outer:
+            found.__dict__.setdefault(part, SimpleNamespace())
+        setattr(getattr(found, outer[0]) if outer else found, name, value)
+    return found
+
+
+def test_accepts_a_plain_configuration():
+    check_config(stub(), Options(context_parallel_size=2))
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"device_config__device_type": "cuda"}, "device"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),
+        ({"parallel_config__data_parallel_size": 2}, "data_parallel_size"),
+        ({"parallel_config__nnodes": 2}, "nnodes"),
+        ({"parallel_config__enable_expert_parallel": True}, "enable_expert_parallel"),
+        ({"speculative_config": object()}, "speculative_config"),
+        ({"lora_config": object()}, "lora_config"),
+        ({"kv_transfer_config": object()}, "kv_transfer_config"),
+        ({"ec_transfer_config": object()}, "ec_transfer_config"),
+        ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"model_config__enable_sleep_mode": True}, "enable_sleep_mode"),
+        ({"model_config__runner_type": "pooling"}, "runner"),
+        ({"model_config__enable_prompt_embeds": True}, "enable_prompt_embeds"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rejects_configurations(changed, what):
+    with pytest.raises(ConfigError, match=f"^{what}: "):
+        check_config(stub(**changed), Options(context_parallel_size=2))
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"model_config__is_multimodal_model": True}, "multimodal model"),
+        ({"model_config__is_encoder_decoder": True}, "encoder"),
+        ({"model_config__use_mla": True}, "latent attention"),
+        ({"model_config__is_hybrid": True}, "recurrent"),
+        ({"model_config__has_inner_state": True}, "recurrent"),
+        ({"model_config__uses_mrope": True}, "multimodal positions"),
+        ({"model_config__get_sliding_window": lambda: 64}, "sliding window of 64"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rejects_models(changed, what):
+    with pytest.raises(UnsupportedModelError, match=what):
+        check_config(stub(**changed), Options(context_parallel_size=2))
 
 
 def test_rejects_a_model_with_a_sliding_window(models, tmp_path):
@@ -90,6 +199,21 @@ def test_rejects_a_model_with_a_sliding_window(models, tmp_path):
 def test_rejects_layers_that_need_more(options, what):
     with pytest.raises(UnsupportedModelError, match=what):
         StepAttentionImpl(4, 32, 0.1, **options)
+
+
+def test_names_only_what_a_layer_needs():
+    with pytest.raises(UnsupportedModelError) as raised:
+        StepAttentionImpl(4, 32, 0.1, sinks=object(), mystery=None)
+    assert "sinks" in str(raised.value)
+    assert "mystery" not in str(raised.value)
+
+
+@pytest.mark.parametrize("cls", [ChunkedLocalAttention, PrefillPrefixLMAttention, RSWAAttention, StaticSinkAttention])
+def test_rejects_subclasses_of_attention(cls):
+    layer = cls.__new__(cls)  # as vLLM makes one, with our implementation inside: the mask is in the class
+    layer.__dict__["impl"] = StepAttentionImpl(4, 32, 0.1)
+    with pytest.raises(UnsupportedModelError, match=cls.__name__):
+        attention_layers({"model.layers.0.self_attn.attn": layer})
 
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.32.0", "dev"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -45,13 +46,14 @@ class StepAttentionImpl(AttentionImpl[StepMetadata]):
         **others: Any,
     ) -> None:
         """Raises: UnsupportedModelError, if the layer needs more than causal attention with a scale and a softcap."""
+        needed = sorted(name for name, value in others.items() if value is not None)
         for wrong, what in (
             (alibi_slopes is not None, "ALiBi"),
             (sliding_window is not None, "a sliding window"),
             (attn_type != AttentionType.DECODER, f"attention of type {attn_type}"),
             (kv_sharing_target_layer_name is not None, "layers that share keys and values"),
             (kv_cache_dtype.startswith(("fp8", "nvfp4", "int")), f"a KV cache of {kv_cache_dtype}"),
-            (any(value is not None for value in others.values()), ", ".join(sorted(others))),
+            (bool(needed), ", ".join(needed)),
         ):
             if wrong:
                 raise UnsupportedModelError(f"model: a layer has {what}, which longspan does not support in vLLM")
@@ -100,13 +102,14 @@ def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:
     """The model's attention layers, in the order in which it runs them.
 
     Raises:
-        UnsupportedModelError: a layer keeps state that is not ours.
+        UnsupportedModelError: a layer keeps state that is not ours, or is a subclass of vLLM's `Attention`: chunked,
+            prefix and other masks are subclasses, which share our backend and would be computed as causal.
     """
     found: dict[int, tuple[str, Any]] = {}
     for name, layer in static_forward_context.items():
         if not hasattr(layer, "get_kv_cache_spec"):
             continue  # fused MoE registers itself too
-        if not isinstance(getattr(layer, "impl", None), StepAttentionImpl):
+        if type(layer) is not Attention or not isinstance(layer.impl, StepAttentionImpl):
             raise UnsupportedModelError(
                 f"model: layer {name} is {type(layer).__name__}, which longspan does not support in vLLM"
             )

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
+import vllm.envs as envs
 from torch._C._distributed_c10d import FileStore
 
 from longspan.comm.connect import local_meeting
@@ -39,8 +40,9 @@ def join_group(rank: int, cp_size: int, tp_size: int) -> SocketCommunicator:
     assert names[0] is not None
     directory = Path(names[0])
     store = FileStore(str(directory / "store"), cp_size)
-    large = GroupCommunicator(mine, store)
-    comm = SocketCommunicator(cp_rank, cp_size, local_meeting(directory), large=large)
+    timeout_s = float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)  # as long as vLLM waits for a step
+    large = GroupCommunicator(mine, store, timeout_s=timeout_s)
+    comm = SocketCommunicator(cp_rank, cp_size, local_meeting(directory), large=large, timeout_s=timeout_s)
     dist.barrier(mine)
     if cp_rank == 0:
         shutil.rmtree(directory, ignore_errors=True)

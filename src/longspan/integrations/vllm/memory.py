@@ -9,8 +9,6 @@ from typing import Any
 
 import psutil
 
-from longspan.errors import ConfigError
-
 
 def local_kv_bytes(cache_config: Any, num_processes: int) -> int:
     """Bytes for keys and values in this process.
@@ -18,18 +16,13 @@ def local_kv_bytes(cache_config: Any, num_processes: int) -> int:
     The user's number (`--kv-cache-memory-bytes`, or VLLM_CPU_KVCACHE_SPACE), which is per process, as in vLLM; or this
     process's share of the part of the machine's memory that vLLM may use, less what the process has already.
 
-    Raises:
-        ConfigError: nothing is left.
+    Returns:
+        0 where nothing is left. All ranks refuse that together: one that raised here would leave the others waiting.
     """
     explicit: int | None = cache_config.kv_cache_memory_bytes
     if explicit is not None:
         return explicit
     memory = psutil.virtual_memory()
     share = cache_config.gpu_memory_utilization * memory.total / num_processes
-    left = int(min(share - psutil.Process(os.getpid()).memory_info().rss, memory.available / num_processes))
-    if left <= 0:
-        raise ConfigError(
-            f"gpu_memory_utilization: got {cache_config.gpu_memory_utilization}, which leaves no memory for keys and "
-            f"values; legal is more, or kv_cache_memory_bytes"
-        )
-    return left
+    left = min(share - psutil.Process(os.getpid()).memory_info().rss, memory.available / num_processes)
+    return max(0, int(left))

@@ -7,6 +7,7 @@ Read next: `longspan.integrations.vllm.refusals`, `longspan.integrations.vllm.wo
 
 import copy
 import functools
+import os
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
@@ -32,6 +33,9 @@ def register() -> None:
 
         check_version()
         check_arguments(self)
+        # Our worker has what the V1 runner has. vLLM decides by this variable, at start and per request, so that it
+        # refuses by itself what a request may ask of the V2 runner alone.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         ours = copy.copy(self)
         ours.worker_cls, ours.distributed_executor_backend = WORKER, _executor()
         # Rows differ from rank to rank and step to step; compiled graphs of vLLM's models are not proven with that.

@@ -7,6 +7,7 @@ Read next: `longspan.integrations.vllm.backend`, which refuses what only a model
 from typing import Any
 
 import vllm
+import vllm.envs as envs
 
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.integrations.vllm.options import KEY, Options
@@ -30,10 +31,22 @@ def check_arguments(arguments: Any) -> None:
     Raises:
         ConfigError: with the option's name.
     """
-    if arguments.worker_cls != "auto" and "longspan" not in str(arguments.worker_cls):
+    if arguments.worker_cls != "auto":
         _refuse("worker_cls", arguments.worker_cls, "auto")
     if arguments.distributed_executor_backend not in (None, "mp"):
         _refuse("distributed_executor_backend", arguments.distributed_executor_backend, "mp")
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
+        _refuse("VLLM_USE_V2_MODEL_RUNNER", "1", "0, or unset")
+    # Of vLLM's V2 model runner alone; its own checks speak of the runner rather than of the option.
+    for name, wrong in (
+        ("return_sampling_mask", arguments.return_sampling_mask),
+        ("enable_trace_replay", arguments.enable_trace_replay),
+        ("enable_return_routed_experts", arguments.aux_output_config.enable_return_routed_experts),
+    ):
+        if wrong:
+            _refuse(name, True, "false")
+    if arguments.watermark_config is not None:
+        _refuse("watermark_config", "a value", "none (watermarks)")
 
 
 def check_config(config: Any, options: Options) -> None:
@@ -67,14 +80,12 @@ def check_config(config: Any, options: Options) -> None:
             _refuse(name, "a value", f"none ({what})")
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         _refuse("kv_cache_dtype", cache.cache_dtype, "auto")
-    if getattr(model, "enable_sleep_mode", False):
+    if model.enable_sleep_mode:
         _refuse("enable_sleep_mode", True, "false")
     if model.runner_type != "generate":
         _refuse("runner", model.runner_type, "generate")
-    if getattr(model, "enable_prompt_embeds", False):
+    if model.enable_prompt_embeds:
         _refuse("enable_prompt_embeds", True, "false")
-    if getattr(model, "enable_return_routed_experts", False):
-        _refuse("enable_return_routed_experts", True, "false")
     for wrong, what in (
         (model.is_multimodal_model, "a multimodal model"),
         (model.is_encoder_decoder, "an encoder and a decoder"),

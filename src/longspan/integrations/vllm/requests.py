@@ -5,7 +5,7 @@ Read next: `longspan.integrations.vllm.planning`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from longspan.errors import LongspanError
@@ -27,8 +27,10 @@ class RequestState:
     num_computed: int
     has_prompt_logprobs: bool = False
     """They have been reported, or were not asked for."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """What the sampling rank keeps: random generator, prompt logprobs so far."""
+    generator: Any = None
+    """On the sampling rank: the random generator of a request with a seed."""
+    prompt_logprobs: Any = None
+    """On the sampling rank: the prompt's log-probabilities so far, until they are reported."""
 
     @property
     def num_tokens(self) -> int:
@@ -111,7 +113,8 @@ class Requests:
             has_prompt_logprobs=new.sampling_params.prompt_logprobs is None,
         )
         if before is not None:
-            state.extra, state.has_prompt_logprobs = before.extra, before.has_prompt_logprobs
+            state.generator, state.prompt_logprobs = before.generator, before.prompt_logprobs
+            state.has_prompt_logprobs = before.has_prompt_logprobs
         self._next_number += 1
         self._by_id[new.req_id] = state
 

@@ -18,8 +18,6 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from longspan.integrations.vllm.requests import RequestState
 
-_GENERATOR, _PROMPT_LOGPROBS = "generator", "prompt_logprobs"
-
 
 class SamplingBatch:
     """Requests that get a token in a step, as vLLM's sampler wants them."""
@@ -40,7 +38,7 @@ class SamplingBatch:
             logitsprocs_need_output_token_ids=bool(custom),
             reasoning_config=vllm_config.reasoning_config,
         )
-        self._sampler = Sampler(logprobs_mode=model.logprobs_mode)
+        self._sampler = Sampler(logprobs_mode=model.logprobs_mode, use_fp64_gumbel=model.use_fp64_gumbel)
 
     def admit(self, states: Sequence[RequestState]) -> list[str]:
         """Make the batch hold exactly these requests.
@@ -100,13 +98,13 @@ class SamplingBatch:
     def take_prompt_logprobs(self, state: RequestState) -> LogprobsTensors:
         """All of a prompt's log-probabilities; they are not kept any longer."""
         kept = self._kept(state, self._num_prompt_logprobs(state))
-        del state.extra[_PROMPT_LOGPROBS]
+        state.prompt_logprobs = None
         return kept
 
     def _kept(self, state: RequestState, count: int) -> LogprobsTensors:
-        if _PROMPT_LOGPROBS not in state.extra:
-            state.extra[_PROMPT_LOGPROBS] = LogprobsTensors.empty_cpu(len(state.prompt_token_ids) - 1, count + 1)
-        kept: LogprobsTensors = state.extra[_PROMPT_LOGPROBS]
+        if state.prompt_logprobs is None:
+            state.prompt_logprobs = LogprobsTensors.empty_cpu(len(state.prompt_token_ids) - 1, count + 1)
+        kept: LogprobsTensors = state.prompt_logprobs
         return kept
 
     def _num_prompt_logprobs(self, state: RequestState) -> int:
@@ -115,16 +113,15 @@ class SamplingBatch:
 
     def _cached(self, state: RequestState) -> CachedRequestState:
         params = state.sampling_params
-        if params.sampling_type == SamplingType.RANDOM_SEED and _GENERATOR not in state.extra:
-            generator = torch.Generator(device=self._device)
-            generator.manual_seed(params.seed)
-            state.extra[_GENERATOR] = generator
+        if params.sampling_type == SamplingType.RANDOM_SEED and state.generator is None:
+            state.generator = torch.Generator(device=self._device)
+            state.generator.manual_seed(params.seed)
         return CachedRequestState(
             req_id=state.req_id,
             prompt_token_ids=state.prompt_token_ids,
             mm_features=[],
             sampling_params=params,
-            generator=state.extra.get(_GENERATOR),
+            generator=state.generator,
             block_ids=([],),
             num_computed_tokens=state.num_computed,
             output_token_ids=state.output_token_ids,

@@ -107,7 +107,10 @@ class PlacingManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, *args: Any, prefill_end: int = 0, **kwargs: Any
     ) -> int:
         if request_id not in self._placements:
-            self._prompt_blocks[request_id] = -(-max(prefill_end, num_tokens) // self.block_size)
+            # The longest that any call names: vLLM asks for the whole prompt first (scheduler_reserve_full_isl), then
+            # for a chunk, and names prefill_end only where prefix_cache_retention_interval is 0.
+            blocks = -(-max(prefill_end, num_tokens) // self.block_size)
+            self._prompt_blocks[request_id] = max(blocks, self._prompt_blocks.get(request_id, 0))
         found: int = super().get_num_blocks_to_allocate(
             request_id, num_tokens, *args, prefill_end=prefill_end, **kwargs
         )
@@ -148,5 +151,6 @@ class PlacedSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
         """vLLM's merge, which drops fields that it does not know."""
+        assert all(spec.striping == specs[0].striping for spec in specs), "all layers share one striping"
         merged = super().merge(specs)
         return replace(merged, striping=specs[0].striping)

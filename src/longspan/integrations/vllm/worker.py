@@ -6,10 +6,19 @@ Read next: `longspan.integrations.vllm.planning`, `longspan.cp.attend`.
 Note: who samples
     Rows are computed by their owners. The hidden states that are read travel to cp_rank 0, which alone has logits and
     samples (all of its tensor parallel processes do, as in vLLM itself), and tells the others the tokens.
+
+Note: who fails
+    vLLM reads the answers of process 0 alone. Another process that fails leaves its tensor parallel peers in a
+    collective, so it ends: vLLM's monitor of processes then ends the engine.
+
+Note: what is patched
+    `torch.accelerator.empty_cache`, which vLLM's loader calls and a CPU lacks, does nothing while a model is loaded.
 """
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +28,7 @@ from vllm.config import set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model
 from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
@@ -26,7 +36,7 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 from longspan.attention.select import make_backend
 from longspan.comm.recording import RecordingCommunicator
 from longspan.cp.attend import StepAttention
-from longspan.errors import ConfigError, LongspanError
+from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
 from longspan.integrations.vllm.backend import StepMetadata, attention_layers, install_backend
 from longspan.integrations.vllm.group import join_group
 from longspan.integrations.vllm.memory import local_kv_bytes
@@ -39,6 +49,8 @@ from longspan.integrations.vllm.spec import PlacedSpec
 from longspan.kvcache.pool import PagePool
 from longspan.plan.types import Literals
 from longspan.types import AttentionParams, KVGroup, KVSpec, Strategy
+
+logger = logging.getLogger(__name__)
 
 DEVICE = torch.device("cpu")
 SCORED_ROWS = 512
@@ -76,8 +88,7 @@ class Worker(WorkerBase):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         if load_dummy_weights:
             raise ConfigError("load_dummy_weights: got True, legal with longspan is False")
-        torch.accelerator.empty_cache = _do_nothing  # the loader calls it, and a CPU has none
-        with set_current_vllm_config(self.vllm_config):
+        with set_current_vllm_config(self.vllm_config), _no_accelerator_cache():
             self.model = get_model(vllm_config=self.vllm_config)
         layers = attention_layers(self.compilation_config.static_forward_context)
         self._index_of_layer = {name: i for i, name in enumerate(layers)}
@@ -104,22 +115,38 @@ class Worker(WorkerBase):
             min_striped_blocks=-(-shortest // size),
         )
         spec = self._group.spec
-        placed = PlacedSpec(
-            block_size=size,
-            num_kv_heads=spec.num_kv_heads,
-            head_size=spec.k_width,
-            head_size_v=spec.v_width,
-            dtype=self.model_config.dtype,
-            striping=striping,
-        )
-        return dict.fromkeys(self._index_of_layer, placed)
+        fields = {
+            "block_size": size,
+            "num_kv_heads": spec.num_kv_heads,
+            "head_size": spec.k_width,
+            "head_size_v": spec.v_width,
+            "dtype": self.model_config.dtype,
+        }
+        plain = FullAttentionSpec(**fields)
+        for name in self._index_of_layer:
+            own = self.compilation_config.static_forward_context[name].get_kv_cache_spec(self.vllm_config)
+            if own != plain:
+                raise UnsupportedModelError(f"model: layer {name} needs {own}, legal with longspan in vLLM is {plain}")
+        return dict.fromkeys(self._index_of_layer, PlacedSpec(**fields, striping=striping))
 
     def determine_available_memory(self) -> int:
-        """Bytes of all ranks together, in whole blocks of each: vLLM sees one device with all of them."""
+        """Bytes of all ranks together, in whole blocks of each: vLLM sees one device with all of them.
+
+        Raises:
+            ConfigError: on all ranks, if one of them has no room for a block.
+
+        Collective: every process, once.
+        """
         block_bytes = self._group.token_bytes * self.cache_config.block_size
         local = local_kv_bytes(self.cache_config, self.parallel_config.world_size)
         blocks = torch.tensor([local // block_bytes])
         dist.all_reduce(blocks, dist.ReduceOp.MIN)
+        if not blocks.item():
+            raise ConfigError(
+                f"kv_cache_memory_bytes: got {self.cache_config.kv_cache_memory_bytes}, with gpu_memory_utilization "
+                f"{self.cache_config.gpu_memory_utilization}, which leaves a process no room for a block of "
+                f"{block_bytes} bytes; legal is more of either"
+            )
         return int(blocks.item()) * int(block_bytes) * int(self._cp_size)
 
     def update_max_model_len(self, max_model_len: int) -> None:
@@ -145,11 +172,8 @@ class Worker(WorkerBase):
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput | None:
         """Compute this rank's rows. Collective: every process, in the order of steps."""
-        try:
+        with self._telling_peers_of_failure():
             return self._execute(scheduler_output)
-        except Exception:
-            self._comm.close()  # peers that wait for this rank learn of it at once
-            raise
 
     def _execute(self, scheduler_output: Any) -> ModelRunnerOutput | None:
         self._requests.update(scheduler_output)
@@ -187,12 +211,9 @@ class Worker(WorkerBase):
         """One token for every request whose prompt is computed. Collective: as `execute_model`."""
         if self._pending is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        try:
-            (step, scheduler_output, hidden), self._pending = self._pending, None
+        (step, scheduler_output, hidden), self._pending = self._pending, None
+        with self._telling_peers_of_failure():
             return self._sample(step, scheduler_output, hidden, grammar_output)
-        except Exception:
-            self._comm.close()  # as above
-            raise
 
     def _sample(self, step: StepPlan, scheduler_output: Any, hidden: Tensor, grammar_output: Any) -> ModelRunnerOutput:
         scheduled = list(scheduler_output.num_scheduled_tokens)
@@ -268,6 +289,18 @@ class Worker(WorkerBase):
             raise LongspanError("vLLM gathers logits on one tensor parallel rank, which longspan does not support")
         return logits
 
+    @contextmanager
+    def _telling_peers_of_failure(self) -> Iterator[None]:
+        """Let no process wait for one that failed. See Note: who fails."""
+        try:
+            yield
+        except Exception as error:
+            self._comm.close()  # ranks that wait for this one learn of it at once
+            if self.rank == 0:
+                raise
+            logger.exception("process %d failed, and ends", self.rank)
+            raise SystemExit(1) from error
+
     # -- what vLLM may call besides ----------------------------------------------------------------------------------
 
     def take_draft_token_ids(self) -> None:
@@ -279,7 +312,7 @@ class Worker(WorkerBase):
     def reset_encoder_cache(self) -> None:
         """There is none."""
 
-    def profile(self, is_start: bool = True, profile_prefix: str | None = None) -> None:
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None, **options: Any) -> None:
         raise ConfigError("profile: longspan does not support it")
 
     def sleep(self, level: int = 1) -> None:
@@ -296,5 +329,12 @@ class Worker(WorkerBase):
             self._comm.close()
 
 
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of what needs an accelerator."""
+@contextmanager
+def _no_accelerator_cache() -> Iterator[None]:
+    """Let `torch.accelerator.empty_cache` do nothing meanwhile."""
+    original = torch.accelerator.empty_cache
+    torch.accelerator.empty_cache = lambda: None
+    try:
+        yield
+    finally:
+        torch.accelerator.empty_cache = original

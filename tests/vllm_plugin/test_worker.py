@@ -1,0 +1,83 @@
+"""What a worker and the block manager decide, without an engine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.integrations.vllm import worker as worker_module
+from longspan.integrations.vllm.memory import local_kv_bytes
+from longspan.integrations.vllm.options import Options
+from longspan.integrations.vllm.placement import Striping
+from longspan.integrations.vllm.spec import PlacedSpec, PlacingManager
+from longspan.types import KVGroup, KVSpec
+
+STRIPING = Striping(num_ranks=2, stripe_blocks=4, chunk_blocks=8, min_striped_blocks=16)
+SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "head_size_v": 32, "dtype": torch.float32}
+
+
+@pytest.fixture
+def worker():
+    """Of two ranks, as after `load_model` of a model with one layer."""
+    found = worker_module.Worker.__new__(worker_module.Worker)
+    found._options, found._cp_size = Options(context_parallel_size=2), 2
+    found._group, found._index_of_layer = KVGroup((0,), KVSpec(2, 32, 32, "float32"), 4), {"attn": 0}
+    found.vllm_config = None
+    found.cache_config = SimpleNamespace(block_size=32, kv_cache_memory_bytes=None, gpu_memory_utilization=0.5)
+    found.scheduler_config = SimpleNamespace(max_num_batched_tokens=1024)
+    found.model_config = SimpleNamespace(dtype=torch.float32)
+    found.parallel_config = SimpleNamespace(world_size=2)
+    return found
+
+
+@pytest.mark.parametrize("more", [{}, {"sliding_window": 64}, {"attention_chunk_size": 64}, {"non_causal": True}])
+def test_only_layers_with_plain_full_attention_are_placed(worker, more):
+    layer = SimpleNamespace(get_kv_cache_spec=lambda vllm_config: FullAttentionSpec(**SHAPE, **more))
+    worker.compilation_config = SimpleNamespace(static_forward_context={"attn": layer})
+    if more:
+        with pytest.raises(UnsupportedModelError, match="layer attn"):
+            worker.get_kv_cache_spec()
+    else:
+        assert isinstance(worker.get_kv_cache_spec()["attn"], PlacedSpec)
+
+
+def test_all_ranks_refuse_where_one_has_no_memory(worker, monkeypatch):
+    monkeypatch.setattr(worker_module.dist, "all_reduce", lambda blocks, op: blocks.zero_())  # another rank's 0
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
+        worker.determine_available_memory()
+
+
+def test_a_rank_without_memory_says_zero():
+    cache = SimpleNamespace(kv_cache_memory_bytes=None, gpu_memory_utilization=1e-9)
+    assert local_kv_bytes(cache, 2) == 0
+
+
+def test_other_processes_than_the_first_end_where_they_fail(worker):
+    closed = []
+    worker._comm, worker.rank = SimpleNamespace(close=lambda: closed.append(True)), 1
+    with pytest.raises(SystemExit), worker._telling_peers_of_failure():
+        raise ValueError
+    worker.rank = 0
+    with pytest.raises(ValueError, match="reason"), worker._telling_peers_of_failure():
+        raise ValueError("reason")
+    assert closed == [True, True]
+
+
+def test_a_prompt_is_placed_by_its_whole_length_however_vllm_asks(monkeypatch):
+    monkeypatch.setattr(FullAttentionManager, "get_num_blocks_to_allocate", lambda *args, **kwargs: 0)
+    manager = PlacingManager.__new__(PlacingManager)
+    manager.block_size, manager._placements, manager._prompt_blocks = 32, {}, {}
+    manager.get_num_blocks_to_allocate("a", 3200, prefill_end=0)  # admission
+    manager.get_num_blocks_to_allocate("a", 1024, prefill_end=0)  # the first chunk
+    manager.get_num_blocks_to_allocate("b", 1024, prefill_end=3200)
+    assert manager._prompt_blocks == {"a": 100, "b": 100}
+
+
+def test_specs_with_unlike_striping_are_not_merged():
+    one, other = PlacedSpec(**SHAPE, striping=STRIPING), PlacedSpec(**SHAPE, striping=None)
+    assert PlacedSpec.merge([one, one]) == one
+    with pytest.raises(AssertionError, match="striping"):
+        PlacedSpec.merge([one, other])
