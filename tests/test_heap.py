@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from longspan.worker.heap import keep_freed_memory
+from longspan.native.heap import keep_freed_memory
 
 has_mallopt = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="a C library without mallopt")
 
 _PROGRAM = """
 import resource, torch
-from longspan.worker.heap import keep_freed_memory
+from longspan.native.heap import keep_freed_memory
 assert keep_freed_memory()
 faults = []
 for _ in range(20):

@@ -35,6 +35,10 @@ SMALL_BYTES = 32 * 1024
 buffer of about 200 KiB (`BUFFER_BYTES` for TCP); where a `tree` has more, see Note [No deadlock]."""
 
 
+LOOK_S = 400e-6
+"""How long a rank with a core of its own should look for a small message before it sleeps."""
+
+
 class SocketCommunicator:
     """One rank of a group, for tensors on the CPU."""
 

@@ -10,21 +10,18 @@ import torch
 
 from longspan.comm.base import Communicator
 from longspan.comm.connect import Meeting
-from longspan.comm.sockets import SocketCommunicator
+from longspan.comm.sockets import LOOK_S, SocketCommunicator
 from longspan.comm.threads import thread_group
 from longspan.config import num_cores
 from longspan.errors import ConfigError
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
 from longspan.models.loader import quiet_transformers
+from longspan.native.heap import keep_freed_memory
 from longspan.worker.borrow import borrowed_threads, lends
 from longspan.worker.build import build_runner, load_weights, with_simulated_links
-from longspan.worker.heap import keep_freed_memory
 from longspan.worker.link import WorkerLink
 from longspan.worker.measure import measure
 from longspan.worker.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
-
-LOOK_S = 400e-6
-"""How long a rank with a core of its own looks for a small message before it sleeps."""
 
 
 def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int) -> None:

@@ -4,17 +4,19 @@ Holds how the ranks with equal tensor parallel rank find each other. Must not kn
 Read next: `longspan.comm.sockets`.
 """
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import vllm.envs as envs
 from torch._C._distributed_c10d import FileStore
 
 from longspan.comm.connect import local_meeting
 from longspan.comm.distributed import GroupCommunicator
-from longspan.comm.sockets import SocketCommunicator
+from longspan.comm.sockets import LOOK_S, SocketCommunicator
 
 
 def join_group(rank: int, cp_size: int, tp_size: int) -> SocketCommunicator:
@@ -42,7 +44,10 @@ def join_group(rank: int, cp_size: int, tp_size: int) -> SocketCommunicator:
     store = FileStore(str(directory / "store"), cp_size)
     timeout_s = float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)  # as long as vLLM waits for a step
     large = GroupCommunicator(mine, store, timeout_s=timeout_s)
-    comm = SocketCommunicator(cp_rank, cp_size, local_meeting(directory), large=large, timeout_s=timeout_s)
+    num_cores = os.cpu_count() or 1  # of the machine: vLLM has bound this process to its own
+    look_s = LOOK_S if cp_size * tp_size * torch.get_num_threads() <= num_cores else 0.0
+    meeting = local_meeting(directory)
+    comm = SocketCommunicator(cp_rank, cp_size, meeting, timeout_s=timeout_s, look_s=look_s, large=large)
     dist.barrier(mine)
     if cp_rank == 0:
         shutil.rmtree(directory, ignore_errors=True)

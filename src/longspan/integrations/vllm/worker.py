@@ -47,6 +47,7 @@ from longspan.integrations.vllm.requests import Requests
 from longspan.integrations.vllm.sampling import SamplingBatch
 from longspan.integrations.vllm.spec import PlacedSpec
 from longspan.kvcache.pool import PagePool
+from longspan.native.heap import keep_freed_memory
 from longspan.plan.types import Literals
 from longspan.types import AttentionParams, KVGroup, KVSpec, Strategy
 
@@ -90,6 +91,7 @@ class Worker(WorkerBase):
             raise ConfigError("load_dummy_weights: got True, legal with longspan is False")
         with set_current_vllm_config(self.vllm_config), _no_accelerator_cache():
             self.model = get_model(vllm_config=self.vllm_config)
+        keep_freed_memory()
         layers = attention_layers(self.compilation_config.static_forward_context)
         self._index_of_layer = {name: i for i, name in enumerate(layers)}
         shapes = {(a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v) for a in layers.values()}

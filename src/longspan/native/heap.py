@@ -1,7 +1,7 @@
 """How the C library keeps the memory of a step's temporaries.
 
 Holds one setting. Must not know what is computed.
-Read next: `longspan.worker.serve`, which sets it.
+Read next: `longspan.worker.serve`, which sets it in our ranks.
 
 glibc gives a large block back to the operating system when it is freed, and gets it again zeroed, page by page: a
 quarter of the time of a prompt of 1,024 tokens. Kept, the same memory serves the next layer.
