@@ -107,8 +107,8 @@ def ignore_lse_in_one_merge(monkeypatch):
 def shift_positions_on_one_rank(monkeypatch):
     original = ModelRunner._forward
 
-    def forward(self, token_ids, positions, rows, attention):
-        return original(self, token_ids, [p + (self.rank == 1) for p in positions], rows, attention)
+    def forward(self, token_ids, positions, *others):
+        return original(self, token_ids, [p + (self.rank == 1) for p in positions], *others)
 
     monkeypatch.setattr(ModelRunner, "_forward", forward)
 
