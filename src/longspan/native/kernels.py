@@ -230,6 +230,7 @@ def merge_rows(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> No
     """
     found = library()
     assert found is not None
+    assert (out.shape, lse.shape) == (acc_out.shape, acc_lse.shape), "partials differ in shape"
     status = found.longspan_merge_rows(
         *(acc_out.data_ptr(), acc_lse.data_ptr(), out.data_ptr(), lse.data_ptr()),
         *(acc_lse.numel(), acc_out.shape[-1], torch.get_num_threads()),

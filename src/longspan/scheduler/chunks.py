@@ -73,13 +73,13 @@ class Chunks:
         """A rank has the flops of the tokens that it computes, but where queries move those of its share of keys."""
         work: dict[int, float] = {}
         for rank, first, last in request.ranks_of(request.num_computed, end, self._config.page_size):
-            flops = (last - first) * self._step_time.token_flops
-            if not key_shares:
-                flops += self._step_time.attention_flops(first, last)
+            dense_flops = (last - first) * self._step_time.token_flops
+            flops = dense_flops if key_shares else self._step_time.chunk_flops(first, last)
             work[rank] = work.get(rank, 0.0) + flops
-        for rank, share in key_shares.items():
+        if key_shares:
             attention_flops = self._step_time.attention_flops(request.num_computed, end)
-            work[rank] = work.get(rank, 0.0) + share * attention_flops
+            for rank, share in key_shares.items():
+                work[rank] = work.get(rank, 0.0) + share * attention_flops
         return work
 
     def _key_shares(self, request: Request) -> dict[int, float]:
