@@ -51,7 +51,8 @@ def own_model(family: str = "llama") -> nn.Module:
 def test_every_proven_family_is_fused_and_computes_the_same(family, monkeypatch):
     model = own_model(family)
     monkeypatch.setattr(many_rows, "BLOCK_ROWS", 16)
-    few, many = (1, 2, 3, kernels.MAX_ROWS), (kernels.MAX_ROWS + 1, 16, 17, 50)
+    most = kernels.MAX_LINEAR_ROWS
+    few, many = (1, 2, 3, kernels.MAX_ROWS, kernels.MAX_ROWS + 1, 50, most), (most + 1, 144, 161)
     sizes = (*few, *many)
     wanted = [logits(model, size, first=1000) for size in sizes]
     assert fuse_layers_(model)
@@ -181,9 +182,9 @@ def test_two_threads_compute_what_one_does():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone, many_alone = logits(model, 3), logits(model, 30)
+        alone, many_alone = (logits(model, 3), logits(model, 30)), logits(model, 150)
         torch.set_num_threads(3)
-        shared, many_shared = logits(model, 3), logits(model, 30)
+        shared, many_shared = (logits(model, 3), logits(model, 30)), logits(model, 150)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(shared, alone, rtol=0, atol=0)
@@ -195,7 +196,7 @@ def test_two_threads_compute_what_one_does():
 def test_the_reference_agrees():
     model, reference = own_model("qwen2"), load_reference(tiny_model("qwen2").path)
     assert fuse_layers_(model)
-    for num_tokens in (6, 60):
+    for num_tokens in (6, 60, 150):
         tokens = torch.arange(5, 5 + num_tokens)[None]
         with torch.inference_mode():
             torch.testing.assert_close(logits(model, num_tokens), reference(tokens).logits[0], rtol=0, atol=1e-4)
@@ -204,10 +205,10 @@ def test_the_reference_agrees():
 @needs_kernel
 def test_many_rows_without_onednn(monkeypatch):
     model = own_model("qwen2")
-    wanted = logits(model, 30)
+    wanted = logits(model, 150)
     assert fuse_layers_(model)
     monkeypatch.setattr(onednn, "is_available", lambda: False)
-    torch.testing.assert_close(logits(model, 30), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    torch.testing.assert_close(logits(model, 150), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
 
 
 @needs_kernel

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from longspan.models import many_rows
 from longspan.models.hook import AttendFunction, AttentionCall
 from longspan.models.last_layer import READ_ROWS
-from longspan.native.kernels import MAX_ROWS
+from longspan.native.kernels import MAX_LINEAR_ROWS, MAX_ROWS
 from longspan.native.layer import FusedLayer, LayerWeights, takes
 
 _log = logging.getLogger(__name__)
@@ -208,8 +208,8 @@ def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
         k, v = (tensor.transpose(0, 1).repeat_interleave(group_size, dim=1) for tensor in (call.k, call.v))
         return call.q + 2 * k + 3 * v  # [T, H, D], whatever depends on all three
 
-    x = _random(MAX_ROWS + 1, fused.hidden)
-    angles = _random(MAX_ROWS + 1, fused.width) * 3
+    x = _random(MAX_LINEAR_ROWS + 1, fused.hidden)
+    angles = _random(MAX_LINEAR_ROWS + 1, fused.width) * 3
     cos, sin = angles.cos(), angles.sin()
     wanted = layer(
         x[None],
@@ -219,7 +219,7 @@ def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
         longspan_attend=attend,
     )
     (call,) = calls
-    for num_rows in (2, len(x)):  # few, and many
+    for num_rows in (2, MAX_ROWS + 1, len(x)):  # few, some, and many
         q, k, v = _before_attention(fused, x[:num_rows], cos[:num_rows], sin[:num_rows])
         found = _behind_attention(fused, attend(replace(call, q=q, k=k, v=v)).contiguous(), x[:num_rows])
         if not (torch.is_tensor(wanted) and wanted.shape[0] == 1 and _agree(found, wanted[0, :num_rows])):

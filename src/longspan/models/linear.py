@@ -16,7 +16,7 @@ from longspan.native import kernels
 
 
 class FewRowsLinear(nn.Linear):
-    """`nn.Linear` that gives up to `kernels.MAX_ROWS` rows to the compiled kernel, more rows of float32 to oneDNN."""
+    """`nn.Linear` that gives the rows that `kernels.can_multiply` to the compiled kernel, more of float32 to oneDNN."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002: the name that nn.Linear has
         weight = self.weight

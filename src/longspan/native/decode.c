@@ -21,12 +21,6 @@
 #define AHEAD 4096       /* bytes that are asked for before they are read */
 #define MAX_ROWS 8
 #define MAX_WIDTH 256
-#define WIDE_TILE 16     /* vectors of sums that 32 registers of 512 bits hold, and room for keys, values and rows */
-#define NARROW_TILE 4    /* the same for 16 registers of 256 bits */
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define WIDE __attribute__((target("arch=x86-64-v4")))
-#endif
 
 INLINE void put(float *base, vec value) { memcpy(base, &value, sizeof value); }
 
@@ -52,43 +46,6 @@ INLINE void prefetch(struct matrix m, long row, long c, long count)
     const char *start = (const char *)m.base + (row * m.stride + c) * item + AHEAD;
     for (long byte = 0; byte < count * item; byte += 64)
         __builtin_prefetch(start + byte);
-}
-
-/* Lane i: the lanes of x[i] added up. Neighbours are added while they are transposed: 15 additions for 16 sums. */
-#define HALVES(a, b, i, j, k, l)                                                                                       \
-    __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12,  \
-                            k + 12, l + 12)
-#define QUARTERS(a, b, i, j)                                                                                           \
-    __builtin_shufflevector(a, b, i, i + 1, i + 2, i + 3, j, j + 1, j + 2, j + 3, i + 16, i + 17, i + 18, i + 19,      \
-                            j + 16, j + 17, j + 18, j + 19)
-INLINE vec sum_16(const vec *x)
-{
-    vec four[4]; /* in every quarter: sums over it of x[4 i] .. x[4 i + 3] */
-    for (int i = 0; i < 4; i++) {
-        const vec *y = x + 4 * i;
-        const vec a = HALVES(y[0], y[1], 0, 16, 1, 17) + HALVES(y[0], y[1], 2, 18, 3, 19);
-        const vec b = HALVES(y[2], y[3], 0, 16, 1, 17) + HALVES(y[2], y[3], 2, 18, 3, 19);
-        four[i] = HALVES(a, b, 0, 1, 16, 17) + HALVES(a, b, 2, 3, 18, 19);
-    }
-    const vec a = QUARTERS(four[0], four[1], 0, 8) + QUARTERS(four[0], four[1], 4, 12);
-    const vec b = QUARTERS(four[2], four[3], 0, 8) + QUARTERS(four[2], four[3], 4, 12);
-    return QUARTERS(a, b, 0, 8) + QUARTERS(a, b, 4, 12);
-}
-
-INLINE vec4 quarter(vec x)
-{
-    vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-}
-
-/* The same for 4 vectors. */
-INLINE vec4 sum_4(const vec *x)
-{
-    const vec4 y[4] = {quarter(x[0]), quarter(x[1]), quarter(x[2]), quarter(x[3])};
-    const vec4 a = __builtin_shufflevector(y[0], y[1], 0, 4, 1, 5) + __builtin_shufflevector(y[0], y[1], 2, 6, 3, 7);
-    const vec4 b = __builtin_shufflevector(y[2], y[3], 0, 4, 1, 5) + __builtin_shufflevector(y[2], y[3], 2, 6, 3, 7);
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
 }
 
 /* scores [keys, padded] of keys from `first` on; -inf up to a whole vector. */
@@ -269,8 +226,6 @@ HEAD(MULTIVERSION, narrow_bfloat16, NARROW_TILE, 1)
 HEAD(WIDE, wide_float32, WIDE_TILE, 0)
 HEAD(WIDE, wide_bfloat16, WIDE_TILE, 1)
 #endif
-
-int longspan_has_wide_registers(void); /* prefill.c */
 
 /* The kernel for a dtype on this CPU. */
 static head *head_for(int is_bf16)

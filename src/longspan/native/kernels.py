@@ -1,4 +1,4 @@
-"""Our compiled kernels for decode on a CPU: found and loaded; `decode.c`, `prefill.c` and `linear.c`
+"""Our compiled kernels for a CPU: found and loaded; `decode.c`, `prefill.c` and `linear.c`
 called.
 
 Holds the binding. Must not know pages, masks, models or when a kernel is worth calling.
@@ -26,7 +26,10 @@ import torch
 from torch import Tensor
 
 MAX_ROWS, MAX_WIDTH, LANES = 8, 256, 16
-"""As in decode.c, linear.c and lanes.h."""
+"""As in decode.c, linear.h (FEW_ROWS) and lanes.h."""
+
+MAX_LINEAR_ROWS = 128
+"""As in linear.h (MAX_ROWS). From here on oneDNN is as fast: what it spends on rearranging weights is spread over more."""
 
 FAR = 1 << 40
 """Further than any key lies from a query."""
@@ -240,7 +243,8 @@ def merge_rows(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> No
 
 def can_multiply(num_rows: int, width: int, dtype: torch.dtype) -> bool:
     """Whether `linear` takes so many rows, this number of inputs and this dtype."""
-    return 1 <= num_rows <= MAX_ROWS and width % LANES == 0 and width > 0 and dtype in _DTYPES
+    most = MAX_LINEAR_ROWS if dtype is torch.float32 else MAX_ROWS
+    return 1 <= num_rows <= most and width % LANES == 0 and width > 0 and dtype in _DTYPES
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

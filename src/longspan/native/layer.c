@@ -1,6 +1,6 @@
-/* A decoder layer around its attention: all of it for a few rows, what lies between its products for many.
+/* A decoder layer around its attention: all of it for up to MAX_ROWS rows, what lies between its products for more.
  *
- * Holds two kernels for CPUs that take a few rows: what comes before attention (norm, projections, rotary embedding) and
+ * Holds two kernels for CPUs that take up to MAX_ROWS rows: what comes before attention (norm, projections, rotary embedding) and
  * what comes behind it (projection, residual, norm, gated MLP, residual). And the same without the products, in five
  * steps, for many rows, whose products a BLAS computes faster. Must not know Python, torch or attention. Called from
  * longspan/native/layer.py.

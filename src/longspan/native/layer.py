@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from longspan.native.kernels import LANES, MAX_ROWS, library
+from longspan.native.kernels import LANES, MAX_LINEAR_ROWS, library
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ class FusedLayer:
         """Norm, projections, rotary embedding.
 
         Args:
-            x: [T, hidden] float32, contiguous; 1 <= T <= MAX_ROWS.
+            x: [T, hidden] float32, contiguous; 1 <= T <= MAX_LINEAR_ROWS.
             cos: [T, D] float32, contiguous.
             sin: likewise.
 
@@ -232,4 +232,4 @@ class FusedLayer:
 
 def takes(num_rows: int) -> bool:
     """Whether the kernels take so many rows."""
-    return 1 <= num_rows <= MAX_ROWS
+    return 1 <= num_rows <= MAX_LINEAR_ROWS

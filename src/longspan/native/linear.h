@@ -1,11 +1,12 @@
-/* A few rows times some rows of a weight matrix: what kernels that hold several linear layers share. */
+/* Rows times some rows of a weight matrix: what kernels that hold several linear layers share. */
 
 #ifndef LONGSPAN_LINEAR_H
 #define LONGSPAN_LINEAR_H
 
 #include "lanes.h"
 
-#define MAX_ROWS 8
+#define FEW_ROWS 8
+#define MAX_ROWS 128 /* more than FEW_ROWS: float32 only */
 
 /* y[r * y_stride + i] = x [rows, width] times row i of w [.., width], for i from first up to last; on this thread alone.
  *

@@ -24,9 +24,8 @@
 #define BLOCK 128        /* keys per block: the scores of ROWS rows take 24 KiB of the first-level cache */
 #define STATE_BYTES (384 << 10) /* of the rows that meet a block of keys while it is in the second-level cache */
 
-#if defined(__x86_64__) && defined(__GNUC__)
-/* Also for what is inlined: GCC takes vectors apart that a function's own target does not have. */
-#define WIDE __attribute__((target("arch=x86-64-v4")))
+#ifdef WIDE
+/* GCC takes vectors apart that a function's own target does not have. */
 #define WIDE_INLINE static inline __attribute__((always_inline, target("arch=x86-64-v4")))
 
 /* A run of keys. Query i sees its keys j with i + lead - window < j <= i + lead. */
