@@ -29,7 +29,7 @@ MAX_ROWS, MAX_WIDTH, LANES = 8, 256, 16
 """As in decode.c, linear.h (FEW_ROWS) and lanes.h."""
 
 MAX_LINEAR_ROWS = 128
-"""As in linear.h (MAX_ROWS). From here on oneDNN is as fast: what it spends on rearranging weights is spread over more."""
+"""As in linear.h (MAX_ROWS). Behind it oneDNN is as fast: what it spends on rearranging weights is spread over more."""
 
 FAR = 1 << 40
 """Further than any key lies from a query."""
