@@ -14,7 +14,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+
+import msgspec
 
 from longspan.engine.engine import Engine
 from longspan.engine.stats import EngineStats
@@ -37,8 +38,7 @@ class QueueFullError(LongspanError):
         super().__init__(f"{num_waiting} requests wait, legal is at most {limit}; try again later")
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(msgspec.Struct, frozen=True):
     """What one step did for one request."""
 
     token_ids: list[int]

@@ -457,7 +457,7 @@ class KVMemory:
         for group_idx, table in enumerate(request.tables):
             new: list[PageRun] = []
             if table.num_pages * size < end:
-                for rank, first, last in list(request.ranks_of(table.num_pages * size, -(-end // size) * size, size)):
+                for rank, first, last in request.ranks_of(table.num_pages * size, -(-end // size) * size, size):
                     allocator = self.allocators[rank][group_idx]
                     near = next((run.slot + run.num_pages for run in reversed(table.runs) if run.rank == rank), None)
                     for slot, num_pages in allocator.allocate((last - first) // size, near):

@@ -6,12 +6,11 @@ Read next: `longspan.scheduler.scheduler`.
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from longspan.errors import LongspanError
-from longspan.plan.types import PageCopy
+from longspan.plan.types import PageCopy, SampleRow
 from longspan.sharding.pages import PageTable
 from longspan.types import FinishReason, Phase, SamplingParams, TokenLogprobs
 
@@ -85,6 +84,8 @@ class Request:
     """One per generated token, if asked for."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One per prompt token but the first, if asked for."""
+    next_row: SampleRow | None = None
+    """How all next tokens are sampled but for their positions, once they are sampled alike."""
     _counts: Counter[int] | None = None
     _seen: bytearray | None = None
 
@@ -111,14 +112,16 @@ class Request:
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.prompt_len :]
 
-    def ranks_of(self, start: int, end: int, page_size: int) -> Iterator[tuple[int, int, int]]:
+    def ranks_of(self, start: int, end: int, page_size: int) -> list[tuple[int, int, int]]:
         """(rank, start, end) of the planned placement of positions `[start, end)`, in sequence order."""
+        found: list[tuple[int, int, int]] = []
         index = bisect_right(self.page_ends, start // page_size)
         while index < len(self.page_ranks) and start < end:
             last = min(end, self.page_ends[index] * page_size)
-            yield self.page_ranks[index][0], start, last
+            found.append((self.page_ranks[index][0], start, last))
             start = last
             index += 1
+        return found
 
     def place(self, rank: int, num_pages: int) -> None:
         """Note where the next pages go."""

@@ -5,6 +5,8 @@ torch, logits, or how the rules are applied.
 Read next: `longspan.worker.sampler`, which applies them.
 """
 
+from msgspec import structs
+
 from longspan.plan.types import SampleRow
 from longspan.scheduler.request import Request
 
@@ -26,7 +28,16 @@ def sample_row(request: Request, position: int) -> SampleRow:
 
     One position further on where `can_sample_ahead` says so.
     """
-    assert position == len(request.token_ids) - 1 or can_sample_ahead(request)
+    is_alike = can_sample_ahead(request)
+    assert is_alike or position == len(request.token_ids) - 1
+    if not is_alike:
+        return _row(request, position)
+    if request.next_row is None:
+        request.next_row = _row(request, position)
+    return structs.replace(request.next_row, position=position)
+
+
+def _row(request: Request, position: int) -> SampleRow:
     params = request.params
     allowed = None if request.constraint is None else request.constraint.allowed()
     banned = request.banned_token_ids()

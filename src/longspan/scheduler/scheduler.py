@@ -245,7 +245,8 @@ class Scheduler:
         """The plan behind one of decodes that is in flight, unless a request waits for a rank or for a page."""
         if self.config.async_scheduling and all(request.in_flight for request in self.running):
             for plan, requests, _ in self._in_flight.values():
-                if plan.phase is Phase.DECODE and (chosen := self._ahead(plan, requests)):
+                is_followed = any(request.last_plan_id != plan.plan_id for request in requests)
+                if plan.phase is Phase.DECODE and not is_followed and (chosen := self._ahead(plan, requests)):
                     return self._write_plan(set(plan.ranks), chosen, Phase.DECODE, 0.0, behind=plan)
         return None
 
@@ -408,6 +409,7 @@ class Scheduler:
         if phase is Phase.PREFILL:
             for rank in ranks:
                 self._last_prefill[rank] = plan_id
+        sampled = None if behind is None else SampledBy(behind.plan_id)
         query_runs: list[QueryRun] = []
         copies: list[PageCopy] = []
         deltas: list[TableDelta] = []
@@ -420,8 +422,7 @@ class Scheduler:
             for rank, first, last in request.tables[0].owners(start, end):
                 for position in range(first, last, BLOCK_LEN):  # no run is longer than a block of queries
                     stop = min(last, position + BLOCK_LEN)
-                    known = Literals(tuple(request.token_ids[position:stop]))
-                    tokens = known if behind is None else SampledBy(behind.plan_id)
+                    tokens = sampled or Literals(tuple(request.token_ids[position:stop]))
                     query_runs.append(QueryRun(request.request_id, position, stop - position, rank, tokens))
             samples += self._samples(request, end)
             scores += self._scores(request, start, end)
@@ -438,7 +439,7 @@ class Scheduler:
             request.moves_queries = moves_queries and len(request.page_ranks) > 1
         last_layer: GroupStep | None = None
         read = read_runs(query_runs, samples, scores) if phase is Phase.PREFILL else query_runs  # all rows of a decode
-        if sum(run.num_tokens for run in read) < sum(run.num_tokens for run in query_runs):
+        if read is not query_runs and _num_tokens(read) < _num_tokens(query_runs):
             i = self._last_group_idx
             tables = {r.request_id: r.tables[i] for r, _ in chosen}
             last_layer = plan_group(read, tables, self.model.kv_groups[i], self.costs, forced=forced)
@@ -492,8 +493,10 @@ class Scheduler:
     def _scores(self, request: Request, start: int, end: int) -> list[ScoreRun]:
         """Prompt rows whose next token is a prompt token, if prompt_logprobs were asked for and are not known yet."""
         num_logprobs = request.params.prompt_logprobs
+        if num_logprobs is None:
+            return []
         start, end = max(start, len(request.prompt_logprobs)), min(end, request.prompt_len - 1)
-        if num_logprobs is None or start >= end:
+        if start >= end:
             return []
         return [
             ScoreRun(request.request_id, first, tuple(request.token_ids[first + 1 : last + 1]), num_logprobs)
@@ -543,3 +546,7 @@ class Scheduler:
             else:
                 self.memory.slide(request)
             yield request
+
+
+def _num_tokens(runs: Iterable[QueryRun]) -> int:
+    return sum(run.num_tokens for run in runs)

@@ -193,6 +193,10 @@ class PageTable:
         Raises:
             KeyError: a position has no page.
         """
+        if start < end and self.runs:
+            last_run = self.runs[-1]  # where every token is born
+            if last_run.page_idx * self.page_size <= start and end <= self.num_pages * self.page_size:
+                return [(last_run.rank, start, end)]
         pieces: list[tuple[int, int, int]] = []
         expected = start
         for run, first, last in self._overlapping(start, end):
@@ -222,6 +226,10 @@ class PageTable:
 
     def ranks_with(self, start: int, end: int) -> list[int]:
         """The ranks that hold some of positions `[start, end)`, ascending."""
+        if len(self.runs) == 1:
+            run, size = self.runs[0], self.page_size
+            is_here = max(start, run.page_idx * size) < min(end, (run.page_idx + run.num_pages) * size)
+            return [run.rank] if is_here else []
         return sorted(rank for rank, rows in self._by_rank.items() if rows.count(start, end))
 
     def count_on(self, rank: int, start: int, end: int) -> int:

@@ -76,6 +76,8 @@ def split_visible_keys(query_start: int, query_end: int, window: int | None) -> 
     Returns:
         `(key_start, key_end, visibility)` per range, none of them empty.
     """
+    if window is None and query_end - query_start == 1:
+        return [(0, query_end, Visibility.FULL)]
     start, end = visible_keys(query_start, query_end, window)
     if start >= end:
         return []
