@@ -494,6 +494,8 @@ class KVMemory:
 
     def slide(self, request: Request) -> None:
         """Free the pages that no later token's window reaches."""
+        if not any(self._has_window):
+            return
         for group_idx, (group, table) in enumerate(zip(self.model.kv_groups, request.tables, strict=True)):
             if group.spec.window is not None:
                 oldest = max(0, request.num_computed - group.spec.window + 1)

@@ -264,11 +264,11 @@ class Scheduler:
                 return []
             if end > request.num_pages * self.config.page_size and not self.memory.extend(request):
                 return []
-            # The token is known where it is sampled, and nowhere else before it has come back.
-            if len({rank for rank, _, _ in request.ranks_of(start - 1, end, self.config.page_size)}) > 1:
-                return []
             ranks = self._ranks(request, end)
-            if not ranks <= set(plan.ranks):
+            if not ranks.issubset(plan.ranks):
+                return []
+            # The token is known where it is sampled, and nowhere else before it has come back.
+            if len(request.page_ranks) > 1 and len(request.ranks_of(start - 1, end, self.config.page_size)) > 1:
                 return []
             needs_all_ranks |= len(ranks) == len(plan.ranks)
             chosen.append((request, end))
