@@ -468,8 +468,12 @@ class Scheduler:
         """Allocate what a step needs, and say what the ranks must learn of the page tables."""
         size = self.config.page_size
         replace = not ranks <= request.informed_ranks
-        if not replace and all(table.num_pages * size >= end for table in request.tables):
-            return []
+        if not replace:
+            for table in request.tables:
+                if table.num_pages * size < end:
+                    break
+            else:
+                return []
         added = self.memory.grow(request, end)
         if replace:
             request.informed_ranks |= ranks
