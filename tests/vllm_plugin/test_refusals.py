@@ -35,6 +35,7 @@ def test_the_key_alone_selects_everything(models):
     assert found.parallel_config.worker_cls == WORKER
     assert found.parallel_config.distributed_executor_backend.__name__ == "ContextParallelExecutor"
     assert found.parallel_config.tensor_parallel_size == 1
+    assert not found.model_config.enforce_eager, "vLLM compiles the model as it does without us"
     assert not found.use_v2_model_runner, "vLLM itself refuses requests that need its V2 runner"
 
 

@@ -38,8 +38,6 @@ def register() -> None:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         ours = copy.copy(self)
         ours.worker_cls, ours.distributed_executor_backend = WORKER, _executor()
-        # Rows differ from rank to rank and step to step; compiled graphs of vLLM's models are not proven with that.
-        ours.enforce_eager = True
         config = original(ours, *args, **kwargs)
         check_config(config, options)
         return config

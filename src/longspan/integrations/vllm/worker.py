@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from vllm.config import set_current_vllm_config
+from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model
 from vllm.utils.torch_utils import set_random_seed
@@ -34,16 +34,17 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from longspan.attention.select import make_backend
+from longspan.comm.base import Pending
 from longspan.comm.recording import RecordingCommunicator
 from longspan.cp.attend import StepAttention
 from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
-from longspan.integrations.vllm.backend import StepMetadata, attention_layers, install_backend
+from longspan.integrations.vllm.backend import StepMetadata, WarmUp, attention_layers, install_backend
 from longspan.integrations.vllm.group import join_group
 from longspan.integrations.vllm.memory import local_kv_bytes
 from longspan.integrations.vllm.options import parse_options
 from longspan.integrations.vllm.placement import Striping
 from longspan.integrations.vllm.planning import Row, StepPlan, plan_step
-from longspan.integrations.vllm.requests import Requests
+from longspan.integrations.vllm.requests import Requests, RequestState
 from longspan.integrations.vllm.sampling import SamplingBatch
 from longspan.integrations.vllm.spec import PlacedSpec
 from longspan.kvcache.pool import PagePool
@@ -72,6 +73,8 @@ class Worker(WorkerBase):
         self.parallel_config.disable_custom_all_reduce = True
         self._num_steps = 0
         self._pending: tuple[StepPlan, Any, Tensor] | None = None  # between execute_model and sample_tokens
+        self._failure: Exception | None = None
+        self._arriving: tuple[Pending, Tensor, list[RequestState]] | None = None  # between two steps: sampled tokens
         install_backend()
 
     # -- start -------------------------------------------------------------------------------------------------------
@@ -139,6 +142,7 @@ class Worker(WorkerBase):
 
         Collective: every process, once.
         """
+        self._warm_up()
         block_bytes = self._group.token_bytes * self.cache_config.block_size
         local = local_kv_bytes(self.cache_config, self.parallel_config.world_size)
         blocks = torch.tensor([local // block_bytes])
@@ -150,6 +154,18 @@ class Worker(WorkerBase):
                 f"{block_bytes} bytes; legal is more of either"
             )
         return int(blocks.item()) * int(block_bytes) * int(self._cp_size)
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Let vLLM compile the model, where it may, with as many rows as a rank can get in a step.
+
+        Collective: the processes of one rank, once.
+        """
+        if self.compilation_config.mode == CompilationMode.NONE:
+            return
+        num_tokens = self.scheduler_config.max_num_batched_tokens
+        with _no_accelerator_cache():
+            self._run_model(WarmUp(), torch.zeros(num_tokens, dtype=torch.int32), torch.arange(num_tokens))
 
     def update_max_model_len(self, max_model_len: int) -> None:
         self.model_config.max_model_len = max_model_len
@@ -171,10 +187,18 @@ class Worker(WorkerBase):
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
+    def begin_step(self, scheduler_output: Any) -> None:
+        """As `execute_model`, without an answer: `sample_tokens` raises what fails here. Collective: likewise."""
+        try:
+            self.execute_model(scheduler_output)
+        except Exception as error:
+            self._failure = error
+
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput | None:
         """Compute this rank's rows. Collective: every process, in the order of steps."""
         with self._telling_peers_of_failure():
+            self._hear_tokens()
             return self._execute(scheduler_output)
 
     def _execute(self, scheduler_output: Any) -> ModelRunnerOutput | None:
@@ -198,19 +222,24 @@ class Worker(WorkerBase):
                 token_ids += run.tokens.token_ids
                 positions += range(run.position, run.end)
         if not token_ids:
-            for layer in self._group.layers:
-                attention.join(layer)
+            if any(group_step.exchanges for group_step in step.plan.groups):
+                for layer in self._group.layers:
+                    attention.join(layer)
             return torch.empty(0, self.model_config.get_hidden_size(), dtype=self.model_config.dtype)
         metadata = StepMetadata(attention, self._index_of_layer)
+        return self._run_model(metadata, torch.tensor(token_ids, dtype=torch.int32), torch.tensor(positions))
+
+    def _run_model(self, metadata: StepMetadata | WarmUp, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """[T, hidden]. Args: `token_ids` [T] int32, `positions` [T] int64; T is not 0."""
         with set_forward_context(metadata, self.vllm_config, num_tokens=len(token_ids), slot_mapping={}):
-            hidden: Tensor = self.model(
-                input_ids=torch.tensor(token_ids, dtype=torch.int32), positions=torch.tensor(positions)
-            )
+            hidden: Tensor = self.model(input_ids=token_ids, positions=positions)
         return hidden
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
         """One token for every request whose prompt is computed. Collective: as `execute_model`."""
+        if self._failure is not None:
+            raise self._failure
         if self._pending is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
         (step, scheduler_output, hidden), self._pending = self._pending, None
@@ -223,52 +252,71 @@ class Worker(WorkerBase):
         # The order of the batch is known to the sampling rank alone: rows and tokens travel in the schedule's order.
         score_rows = [row for score in step.scores for row in score.rows]
         rows = self._gather(hidden, score_rows + [step.samples[state.req_id] for state in states])
-        tokens = torch.empty(len(states), dtype=torch.int64)
-        output = ModelRunnerOutput(req_ids=scheduled, req_id_to_index={r: i for i, r in enumerate(scheduled)})
-        if self._sampling is not None:
-            assert rows is not None
-            output.prompt_logprobs_dict = self._score(step, rows[: len(score_rows)])
-            if states:
-                order = self._sampling.admit(states)
-                position = {state.req_id: i for i, state in enumerate(states)}
-                index = torch.tensor([position[req_id] for req_id in order])
-                logits = self._logits(rows[len(score_rows) :][index])
-                sampled, logprobs = self._sampling.sample(logits, scheduler_output, grammar_output)
-                tokens[index] = torch.tensor(sampled)
-                # vLLM reads rows of log-probabilities by the answer's order: the batch's requests come first.
-                output.req_ids = order + [req_id for req_id in scheduled if req_id not in position]
-                output.req_id_to_index = {req_id: i for i, req_id in enumerate(output.req_ids)}
-                output.logprobs = logprobs
-        self._broadcast(tokens)
-        token_of = {state.req_id: int(token) for state, token in zip(states, tokens, strict=True)}
-        for state in states:
-            state.output_token_ids.append(token_of[state.req_id])
         for score in step.scores:
             self._requests[score.req_id].has_prompt_logprobs |= score.is_last
-        if self._sampling is not None and states:
-            self._sampling.advance([token_of[req_id] for req_id in output.req_ids[: len(states)]])
+        if rows is None:
+            self._expect_tokens(states)
+            return EMPTY_MODEL_RUNNER_OUTPUT  # vLLM reads the answer of process 0
+        assert self._sampling is not None
+        output = ModelRunnerOutput(req_ids=scheduled, req_id_to_index={r: i for i, r in enumerate(scheduled)})
+        output.prompt_logprobs_dict = self._score(step, rows[: len(score_rows)])
+        token_of: dict[str, int] = {}
+        if states:
+            order = self._sampling.admit(states)
+            position = {state.req_id: i for i, state in enumerate(states)}
+            logits = self._logits(rows[len(score_rows) :][[position[req_id] for req_id in order]])
+            sampled, logprobs = self._sampling.sample(logits, scheduler_output, grammar_output)
+            token_of = dict(zip(order, sampled, strict=True))
+            for state in states:
+                state.output_token_ids.append(token_of[state.req_id])
+            self._sampling.advance(sampled)
+            # vLLM reads rows of log-probabilities by the answer's order: the batch's requests come first.
+            output.req_ids = order + [req_id for req_id in scheduled if req_id not in position]
+            output.req_id_to_index = {req_id: i for i, req_id in enumerate(output.req_ids)}
+            output.logprobs = logprobs
+            self._tell_tokens([token_of[state.req_id] for state in states])
         output.sampled_token_ids = [[token_of[r]] if r in token_of else [] for r in output.req_ids]
         return output
 
     def _gather(self, hidden: Tensor, wanted: Sequence[Row]) -> Tensor | None:
-        """[len(wanted), hidden] rows of all ranks on cp_rank 0, None elsewhere. Collective: once per step."""
-        mine = torch.tensor([row.row for row in wanted if row.rank == self._cp_rank], dtype=torch.long)
+        """[len(wanted), hidden] rows of all ranks on cp_rank 0, None elsewhere.
+
+        Collective: once per step, cp_rank 0 and the ranks with wanted rows.
+        """
+        mine = [row.row for row in wanted if row.rank == self._cp_rank]
         if self._cp_rank:
-            self._comm.exchange([(0, hidden[mine].contiguous())], []).wait()
+            if mine:
+                self._comm.exchange([(0, hidden[mine])], []).wait()
             return None
+        if len(mine) == len(wanted):
+            return hidden[mine]
         rows = hidden.new_empty(len(wanted), hidden.shape[-1])
         places = [[i for i, row in enumerate(wanted) if row.rank == rank] for rank in range(self._cp_size)]
-        arriving = {rank: hidden.new_empty(len(places[rank]), hidden.shape[-1]) for rank in range(1, self._cp_size)}
+        arriving = {rank: hidden.new_empty(len(at), hidden.shape[-1]) for rank, at in enumerate(places) if rank and at}
         self._comm.exchange([], list(arriving.items())).wait()
         rows[places[0]] = hidden[mine]
         for rank, part in arriving.items():
             rows[places[rank]] = part
         return rows
 
-    def _broadcast(self, tokens: Tensor) -> None:
-        """Tell all ranks what cp_rank 0 has sampled; `tokens` is written elsewhere. Collective: once per step."""
-        peers = range(1, self._cp_size) if self._cp_rank == 0 else ()
-        self._comm.exchange([(peer, tokens) for peer in peers], [(0, tokens)] if self._cp_rank else []).wait()
+    def _tell_tokens(self, token_ids: list[int]) -> None:
+        """Tell all ranks what cp_rank 0 has sampled. Collective: as `_expect_tokens`."""
+        tokens = torch.tensor(token_ids)
+        self._comm.exchange([(peer, tokens) for peer in range(1, self._cp_size)], []).wait()
+
+    def _expect_tokens(self, states: list[RequestState]) -> None:
+        """Let `_hear_tokens` add a token to each of these requests. Collective: once per step that samples any."""
+        if states:
+            tokens = torch.empty(len(states), dtype=torch.int64)
+            self._arriving = (self._comm.exchange([], [(0, tokens)]), tokens, states)
+
+    def _hear_tokens(self) -> None:
+        """Take in what the step before has sampled. Only now: meanwhile, this rank has kept nobody waiting."""
+        if self._arriving is not None:
+            (pending, tokens, states), self._arriving = self._arriving, None
+            pending.wait()
+            for state, token_id in zip(states, tokens.tolist(), strict=True):
+                state.output_token_ids.append(token_id)
 
     def _score(self, step: StepPlan, rows: Tensor) -> dict[str, Any]:
         """Prompt log-probabilities of the requests whose prompt ends in this step."""
