@@ -56,7 +56,10 @@ FIELDS = [
             "distributed_executor_backend",
             "return_sampling_mask",
             "enable_trace_replay",
+            "async_scheduling",
+            "attention_backend",
             "aux_output_config",
+            "enforce_eager",
             "watermark_config",
         ],
     ),
@@ -280,7 +283,7 @@ MEMBERS = [
     (SamplingType, ["RANDOM_SEED"]),
     (CompilationMode, ["NONE"]),
     (AttentionType, ["DECODER"]),
-    (AttentionBackendEnum, ["CPU_ATTN"]),
+    (AttentionBackendEnum, ["CPU_ATTN", "FLASH_ATTN"]),
     (CPUAttentionBackend, ["get_impl_cls", "forward_includes_kv_cache_update"]),
     (KVCacheBlock, ["block_id"]),
     (envs, ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_USE_V2_MODEL_RUNNER"]),
@@ -332,6 +335,10 @@ def test_attention_layers_have_what_we_read():
     source = inspect.getsource(Attention.__init__)
     for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl", "layer_name"):
         assert f"self.{name} = " in source, name
+
+
+def test_models_have_what_we_read():
+    assert "self.attention_chunk_size = " in inspect.getsource(ModelConfig.__post_init__)
 
 
 def test_our_queue_has_all_that_vllm_asks_of_one():

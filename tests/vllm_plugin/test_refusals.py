@@ -48,6 +48,8 @@ def test_the_key_alone_selects_everything(models):
         ({"context_parallel_size": 2, "ranks": 3}, "ranks"),
         ({"context_parallel_size": 2, "strategy": "ring"}, "strategy"),
         ({"context_parallel_size": 2, "placement": "spill"}, "placement"),
+        ({"context_parallel_size": 2, "untested_cuda": 1}, "untested_cuda"),
+        ({"context_parallel_size": 2, "untested_cuda": True}, "device"),  # this is no GPU
         ([2], "longspan"),
     ],
 )
@@ -113,6 +115,7 @@ PLAIN = {
     "model_config.is_hybrid": False,
     "model_config.has_inner_state": False,
     "model_config.uses_mrope": False,
+    "model_config.attention_chunk_size": None,
     "model_config.get_sliding_window": lambda: None,
     "model_config.hf_text_config": SimpleNamespace(layer_types=None),
 }
@@ -132,6 +135,7 @@ def stub(**changed):
 
 def test_accepts_a_plain_configuration():
     check_config(stub(), Options(context_parallel_size=2))
+    check_config(stub(device_config__device_type="cuda"), Options(context_parallel_size=2, untested_cuda=True))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +173,7 @@ def test_rejects_configurations(changed, what):
         ({"model_config__is_hybrid": True}, "recurrent"),
         ({"model_config__has_inner_state": True}, "recurrent"),
         ({"model_config__uses_mrope": True}, "multimodal positions"),
+        ({"model_config__attention_chunk_size": 64}, "chunked attention of 64"),
         ({"model_config__get_sliding_window": lambda: 64}, "sliding window of 64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -183,6 +188,15 @@ def test_rejects_a_model_with_a_sliding_window(models, tmp_path):
 
     AutoConfig.for_model("mistral", sliding_window=64, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="sliding window"):
+        config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
+
+
+def test_rejects_llama_4(tmp_path):
+    from transformers import AutoConfig
+
+    config_ = AutoConfig.for_model("llama4_text", attention_chunk_size=64, architectures=["Llama4ForCausalLM"])
+    config_.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="chunked attention of 64"):
         config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
 
 

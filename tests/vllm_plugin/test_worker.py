@@ -27,6 +27,7 @@ def worker():
     found = worker_module.Worker.__new__(worker_module.Worker)
     found._options, found._cp_size = Options(context_parallel_size=2), 2
     found._group, found._index_of_layer = KVGroup((0,), KVSpec(2, 32, 32, "float32"), 4), {"attn": 0}
+    found.device = torch.device("cpu")
     found.vllm_config, found.compilation_config = None, SimpleNamespace(mode=CompilationMode.NONE)
     found.cache_config = SimpleNamespace(block_size=32, kv_cache_memory_bytes=None, gpu_memory_utilization=0.5)
     found.scheduler_config = SimpleNamespace(max_num_batched_tokens=1024)
@@ -54,7 +55,7 @@ def test_all_ranks_refuse_where_one_has_no_memory(worker, monkeypatch):
 
 def test_a_rank_without_memory_says_zero():
     cache = SimpleNamespace(kv_cache_memory_bytes=None, gpu_memory_utilization=1e-9)
-    assert local_kv_bytes(cache, 2) == 0
+    assert local_kv_bytes(cache, 2, torch.device("cpu")) == 0
 
 
 def test_other_processes_than_the_first_end_where_they_fail(worker):

@@ -99,9 +99,12 @@ class StepAttentionBackend(CPUAttentionBackend):
         return StepAttentionImpl
 
 
-def install_backend() -> None:
+def install_backend(device_type: str) -> None:
     """Let vLLM's model classes of this process use our backend. The CPU platform takes no other name for one."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{StepAttentionBackend.__qualname__}")
+    if device_type == "cpu":
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{StepAttentionBackend.__qualname__}")
+    else:
+        register_backend(AttentionBackendEnum.FLASH_ATTN, "longspan.integrations.vllm.flash.FlashStepBackend")
 
 
 def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:

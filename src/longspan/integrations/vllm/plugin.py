@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from longspan.integrations.vllm.options import parse_options
 
@@ -38,6 +39,10 @@ def register() -> None:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         ours = copy.copy(self)
         ours.worker_cls, ours.distributed_executor_backend = WORKER, _executor()
+        if options.untested_cuda:
+            # On GPUs, nothing but the plainest way of vLLM is written for.
+            ours.enforce_eager, ours.async_scheduling = True, False
+            ours.attention_backend = AttentionBackendEnum.FLASH_ATTN
         config = original(ours, *args, **kwargs)
         check_config(config, options)
         return config

@@ -57,8 +57,11 @@ def check_config(config: Any, options: Options) -> None:
         UnsupportedModelError: the model.
     """
     parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
-    if config.device_config.device_type != "cpu":
-        _refuse("device", config.device_config.device_type, "cpu")
+    device_type, device = config.device_config.device_type, "cpu, or cuda with untested_cuda: true"
+    if device_type != "cpu" and (device_type != "cuda" or not options.untested_cuda):
+        _refuse("device", device_type, device)
+    if device_type == "cpu" and options.untested_cuda:
+        _refuse("device", "cpu with untested_cuda: true", device)
     for name in (
         "pipeline_parallel_size",
         "prefill_context_parallel_size",
@@ -92,6 +95,7 @@ def check_config(config: Any, options: Options) -> None:
         (model.use_mla, "multi-head latent attention"),
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
         (model.uses_mrope, "multimodal positions"),
+        (model.attention_chunk_size is not None, f"chunked attention of {model.attention_chunk_size} tokens"),
         (_window_of(model) is not None, f"a sliding window of {_window_of(model)} tokens"),
     ):
         if wrong:

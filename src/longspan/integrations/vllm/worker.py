@@ -33,8 +33,9 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
+from longspan.attention.base import AttentionBackend
 from longspan.attention.select import make_backend
-from longspan.comm.base import Pending
+from longspan.comm.base import Communicator, Pending
 from longspan.comm.recording import RecordingCommunicator
 from longspan.cp.attend import StepAttention
 from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
@@ -47,6 +48,7 @@ from longspan.integrations.vllm.planning import Row, StepPlan, plan_step
 from longspan.integrations.vllm.requests import Requests, RequestState
 from longspan.integrations.vllm.sampling import SamplingBatch
 from longspan.integrations.vllm.spec import PlacedSpec
+from longspan.integrations.vllm.staging import StagingCommunicator
 from longspan.kvcache.pool import PagePool
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.types import Literals
@@ -54,7 +56,6 @@ from longspan.types import AttentionParams, KVGroup, KVSpec, Strategy
 
 logger = logging.getLogger(__name__)
 
-DEVICE = torch.device("cpu")
 SCORED_ROWS = 512
 """Prompt rows whose logits exist at once."""
 
@@ -75,24 +76,30 @@ class Worker(WorkerBase):
         self._pending: tuple[StepPlan, Any, Tensor] | None = None  # between execute_model and sample_tokens
         self._failure: Exception | None = None
         self._arriving: tuple[Pending, Tensor, list[RequestState]] | None = None  # between two steps: sampled tokens
-        install_backend()
+        install_backend(self.vllm_config.device_config.device_type)
 
     # -- start -------------------------------------------------------------------------------------------------------
 
     def init_device(self) -> None:
-        self.device = DEVICE
+        self.device = torch.device("cpu")
+        if self.vllm_config.device_config.device_type == "cuda":
+            self.device = torch.device(f"cuda:{self.local_rank}")
+            torch.cuda.set_device(self.device)
         init_method = self.distributed_init_method
         os.environ["VLLM_DIST_IDENT"] = os.path.basename(init_method.removeprefix("file://")).split(":")[-1]
         init_worker_distributed_environment(
             self.vllm_config, self.rank, init_method, self.local_rank, self.current_platform.dist_backend
         )
-        self._comm = RecordingCommunicator(join_group(self.rank, self._cp_size, self._tp_size))
+        comm: Communicator = join_group(self.rank, self._cp_size, self._tp_size)
+        if self.device.type == "cuda":
+            comm = StagingCommunicator(comm)
+        self._comm = RecordingCommunicator(comm)
         set_random_seed(self.model_config.seed)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         if load_dummy_weights:
             raise ConfigError("load_dummy_weights: got True, legal with longspan is False")
-        with set_current_vllm_config(self.vllm_config), _no_accelerator_cache():
+        with set_current_vllm_config(self.vllm_config), _no_accelerator_cache(self.device):
             self.model = get_model(vllm_config=self.vllm_config)
         keep_freed_memory()
         layers = attention_layers(self.compilation_config.static_forward_context)
@@ -144,8 +151,8 @@ class Worker(WorkerBase):
         """
         self._warm_up()
         block_bytes = self._group.token_bytes * self.cache_config.block_size
-        local = local_kv_bytes(self.cache_config, self.parallel_config.world_size)
-        blocks = torch.tensor([local // block_bytes])
+        local = local_kv_bytes(self.cache_config, self.parallel_config.world_size, self.device)
+        blocks = torch.tensor([local // block_bytes], device=self.device)
         dist.all_reduce(blocks, dist.ReduceOp.MIN)
         if not blocks.item():
             raise ConfigError(
@@ -161,10 +168,10 @@ class Worker(WorkerBase):
 
         Collective: the processes of one rank, once.
         """
-        if self.compilation_config.mode == CompilationMode.NONE:
-            return
+        if self.compilation_config.mode == CompilationMode.NONE and self.device.type == "cpu":
+            return  # on a GPU, for the memory that it takes
         num_tokens = self.scheduler_config.max_num_batched_tokens
-        with _no_accelerator_cache():
+        with _no_accelerator_cache(self.device):
             self._run_model(WarmUp(), torch.zeros(num_tokens, dtype=torch.int32), torch.arange(num_tokens))
 
     def update_max_model_len(self, max_model_len: int) -> None:
@@ -174,9 +181,20 @@ class Worker(WorkerBase):
         num_blocks, size = kv_cache_config.num_blocks, self.cache_config.block_size
         assert len(kv_cache_config.kv_cache_groups) == 1, "all layers share one spec"
         self._requests = Requests(num_blocks, self._cp_size, size)
-        self._pool = PagePool(self._group, -(-num_blocks // self._cp_size), size, DEVICE)
-        self._backend = make_backend("auto", DEVICE)
-        self._sampling = SamplingBatch(self.vllm_config, DEVICE) if self._cp_rank == 0 else None
+        self._pool = PagePool(self._group, -(-num_blocks // self._cp_size), size, self.device)
+        self._backend = self._make_attention()
+        self._sampling = SamplingBatch(self.vllm_config, self.device) if self._cp_rank == 0 else None
+
+    def _make_attention(self) -> AttentionBackend:
+        if self.device.type == "cpu":
+            return make_backend("auto", self.device)
+        from longspan.integrations.vllm.flash import check_against_reference, make_flash_backend
+
+        with set_current_vllm_config(self.vllm_config):
+            backend = make_flash_backend(self._group.spec, any(params.softcap for params in self._params))
+        for params in set(self._params):
+            check_against_reference(backend, self._group, params, self.device)
+        return backend
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         set_random_seed(self.model_config.seed)
@@ -225,14 +243,15 @@ class Worker(WorkerBase):
             if any(group_step.exchanges for group_step in step.plan.groups):
                 for layer in self._group.layers:
                     attention.join(layer)
-            return torch.empty(0, self.model_config.get_hidden_size(), dtype=self.model_config.dtype)
+            shape = (0, self.model_config.get_hidden_size())
+            return torch.empty(shape, dtype=self.model_config.dtype, device=self.device)
         metadata = StepMetadata(attention, self._index_of_layer)
         return self._run_model(metadata, torch.tensor(token_ids, dtype=torch.int32), torch.tensor(positions))
 
     def _run_model(self, metadata: StepMetadata | WarmUp, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[T, hidden]. Args: `token_ids` [T] int32, `positions` [T] int64; T is not 0."""
         with set_forward_context(metadata, self.vllm_config, num_tokens=len(token_ids), slot_mapping={}):
-            hidden: Tensor = self.model(input_ids=token_ids, positions=positions)
+            hidden: Tensor = self.model(input_ids=token_ids.to(self.device), positions=positions.to(self.device))
         return hidden
 
     @torch.inference_mode()
@@ -380,8 +399,11 @@ class Worker(WorkerBase):
 
 
 @contextmanager
-def _no_accelerator_cache() -> Iterator[None]:
-    """Let `torch.accelerator.empty_cache` do nothing meanwhile."""
+def _no_accelerator_cache(device: torch.device) -> Iterator[None]:
+    """On a CPU, let `torch.accelerator.empty_cache` do nothing meanwhile."""
+    if device.type != "cpu":
+        yield
+        return
     original = torch.accelerator.empty_cache
     torch.accelerator.empty_cache = lambda: None
     try:
