@@ -281,7 +281,7 @@ MEMBERS = [
     ),
     (SamplingParams, ["prompt_logprobs", "sampling_type", "seed"]),
     (SamplingType, ["RANDOM_SEED"]),
-    (CompilationMode, ["NONE"]),
+    (CompilationMode, ["NONE", "STOCK_TORCH_COMPILE"]),
     (AttentionType, ["DECODER"]),
     (AttentionBackendEnum, ["CPU_ATTN", "FLASH_ATTN"]),
     (CPUAttentionBackend, ["get_impl_cls", "forward_includes_kv_cache_update"]),

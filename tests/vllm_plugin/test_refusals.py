@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import CompilationMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention
@@ -85,6 +86,15 @@ def test_rejects_what_vllm_offers_and_the_plugin_does_not(models, options, name)
         config(models["llama"], {"context_parallel_size": 2}, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"async_scheduling": True}, "async_scheduling"), ({"attention_backend": "FLASHINFER"}, "attention_backend")],
+)
+def test_rejects_what_the_path_for_gpus_would_overrule(models, options, name):
+    with pytest.raises(ConfigError, match=name):
+        config(models["llama"], {"context_parallel_size": 2, "untested_cuda": True}, **options)
+
+
 def test_rejects_the_v2_runner(models, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER"):
@@ -93,6 +103,7 @@ def test_rejects_the_v2_runner(models, monkeypatch):
 
 PLAIN = {
     "device_config.device_type": "cpu",
+    "compilation_config.mode": CompilationMode.DYNAMO_TRACE_ONCE,
     "parallel_config.pipeline_parallel_size": 1,
     "parallel_config.prefill_context_parallel_size": 1,
     "parallel_config.decode_context_parallel_size": 1,
@@ -142,6 +153,7 @@ def test_accepts_a_plain_configuration():
     ("changed", "what"),
     [
         ({"device_config__device_type": "cuda"}, "device"),
+        ({"compilation_config__mode": CompilationMode.STOCK_TORCH_COMPILE}, "compilation_config.mode"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),

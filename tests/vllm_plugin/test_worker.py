@@ -8,12 +8,16 @@ from vllm.config import CompilationMode
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from longspan.comm.recording import RecordingCommunicator
+from longspan.comm.threads import thread_group
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.integrations.vllm import worker as worker_module
+from longspan.integrations.vllm.exchange import StepExchange
 from longspan.integrations.vllm.executor import ContextParallelExecutor
 from longspan.integrations.vllm.memory import local_kv_bytes
 from longspan.integrations.vllm.options import Options
 from longspan.integrations.vllm.placement import Striping, choose_home
+from longspan.integrations.vllm.planning import Row
 from longspan.integrations.vllm.spec import PlacedSpec, PlacingManager
 from longspan.types import KVGroup, KVSpec
 
@@ -120,14 +124,14 @@ def test_a_step_begins_without_an_answer_from_anybody():
 
 
 def test_what_fails_in_a_step_is_raised_where_it_ends(worker):
-    worker.rank, worker._failure, worker._arriving = 0, None, None
+    worker.rank, worker._failure, worker._exchange = 0, None, StepExchange(None)
     worker._comm, worker._requests = SimpleNamespace(close=lambda: None), None
     worker.begin_step(step(1))
     with pytest.raises(AttributeError):
         worker.sample_tokens(None)
 
 
-def test_sampled_tokens_are_taken_in_with_the_next_step(worker):
+def test_sampled_tokens_are_taken_in_with_the_next_step():
     written = []
     state = SimpleNamespace(output_token_ids=[4])
 
@@ -136,9 +140,21 @@ def test_sampled_tokens_are_taken_in_with_the_next_step(worker):
         assert (sends, peer) == ([], 0)
         return SimpleNamespace(wait=lambda: written.append(tokens.fill_(7)))
 
-    worker._comm, worker._arriving = SimpleNamespace(exchange=exchange), None
-    worker._expect_tokens([state])
+    found = StepExchange(SimpleNamespace(exchange=exchange))
+    found.expect_tokens([state])
     assert not written, "nobody waits at the end of a step"
-    worker._hear_tokens()
-    worker._hear_tokens()
+    found.hear_tokens()
+    found.hear_tokens()
     assert (len(written), state.output_token_ids) == (1, [4, 7])
+
+
+def test_hidden_states_travel_only_to_the_rank_that_samples_and_only_from_ranks_that_have_them():
+    comms = [RecordingCommunicator(comm) for comm in thread_group(3)]
+    wanted = [Row(2, 1), Row(0, 0), Row(2, 0)]
+    hidden = [torch.full((2, 4), 10.0 * rank) + torch.arange(2.0).view(2, 1) for rank in range(3)]
+    assert [StepExchange(comms[rank]).gather(hidden[rank], wanted) for rank in (1, 2)] == [None, None]
+    rows = StepExchange(comms[0]).gather(hidden[0], wanted)
+    assert rows[:, 0].tolist() == [21.0, 0.0, 20.0]
+    assert [comm.num_exchanges for comm in comms] == [1, 0, 1]
+    assert StepExchange(comms[0]).gather(hidden[0], [Row(0, 1)])[:, 0].tolist() == [1.0]
+    assert comms[0].num_exchanges == 1, "a lone request at home is no business of others"

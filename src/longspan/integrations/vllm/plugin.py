@@ -33,7 +33,7 @@ def register() -> None:
         from longspan.integrations.vllm.refusals import check_arguments, check_config, check_version
 
         check_version()
-        check_arguments(self)
+        check_arguments(self, options)
         # Our worker has what the V1 runner has. vLLM decides by this variable, at start and per request, so that it
         # refuses by itself what a request may ask of the V2 runner alone.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
