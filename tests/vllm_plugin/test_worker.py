@@ -12,6 +12,7 @@ from longspan.comm.recording import RecordingCommunicator
 from longspan.comm.threads import thread_group
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.integrations.vllm import worker as worker_module
+from longspan.integrations.vllm.backend import StepAttentionImpl, WarmUp
 from longspan.integrations.vllm.exchange import StepExchange
 from longspan.integrations.vllm.executor import ContextParallelExecutor
 from longspan.integrations.vllm.memory import local_kv_bytes
@@ -158,3 +159,24 @@ def test_hidden_states_travel_only_to_the_rank_that_samples_and_only_from_ranks_
     assert [comm.num_exchanges for comm in comms] == [1, 0, 1]
     assert StepExchange(comms[0]).gather(hidden[0], [Row(0, 1)])[:, 0].tolist() == [1.0]
     assert comms[0].num_exchanges == 1, "a lone request at home is no business of others"
+
+
+def test_a_model_is_compiled_with_as_many_rows_as_a_step_may_have_and_with_positions_that_all_models_have(worker):
+    ran = []
+    worker._run_model = lambda *arguments: ran.append(arguments)
+    worker._warm_up()
+    assert not ran, "nothing is compiled"
+    worker.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
+    worker._warm_up()
+    ((metadata, token_ids, positions),) = ran
+    assert isinstance(metadata, WarmUp)
+    assert token_ids.shape == positions.shape == (1024,)
+    assert not positions.any()
+
+
+def test_attention_gives_zeros_only_while_a_model_is_compiled():
+    attention, ones = StepAttentionImpl(4, 32, 0.1), torch.ones(3, 4, 32)
+    kv = torch.ones(3, 2, 32)
+    assert not attention.forward(None, ones, kv, kv, None, WarmUp(), ones.clone()).any()
+    with pytest.raises(AttributeError):
+        attention.forward(SimpleNamespace(layer_name="attn"), ones, kv, kv, None, None, ones.clone())
