@@ -1,10 +1,10 @@
 """vLLM with longspan's plugin beside vLLM alone: the same weights, prompts and two cores, in one run.
 
-    python benchmarks/vllm_plugin.py [--length 16384] [--short 512] [--repeats 3] [--json] [--save]
+    python benchmarks/vllm_plugin.py [--length 16384] [--short 512] [--repeats 3] [--only short] [--json] [--save]
 
-Takes about 6 minutes. vLLM's CPU build gets an environment of its own in `benchmarks/.peers`, longspan in it
-(`peers/environments.py` says what pip needs). Random float32 weights, 22 M parameters. How engines are run is in
-`compare.py`; here they are
+Takes about 6 minutes; `--only long` or `--only short` takes half of it, and has a result file of its own. vLLM's CPU
+build gets an environment of its own in `benchmarks/.peers`, longspan in it (`peers/environments.py` says what pip
+needs). Random float32 weights, 22 M parameters. How engines are run is in `compare.py`; here they are
 
     vllm TP 2 x 1              one prompt over both cores as vLLM can: half of the heads on each
     vllm with longspan 2 x 1   half of the tokens on each
@@ -45,13 +45,18 @@ def kv_tokens_per_byte(row: dict[str, Any]) -> float:
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--short", type=int, default=512, help="tokens of a short prompt, which stays on one rank")
+    options.add_argument("--only", choices=("long", "short"), help="measure prompts of one length")
     chosen = options.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as directory:
         model = make(SIZE, Path(directory) / SIZE.name)
-        long, failures = measure(model, chosen.length, chosen.repeats, [VLLM_TP2, VLLM_LONGSPAN, VLLM_1X1])
-        short, more_failures = measure(model, chosen.short, 5 * chosen.repeats, [VLLM_1X1, VLLM_LONGSPAN])
+        long, short, failures = {}, {}, []
+        if chosen.only != "short":
+            long, failures = measure(model, chosen.length, chosen.repeats, [VLLM_TP2, VLLM_LONGSPAN, VLLM_1X1])
+        if chosen.only != "long":
+            short, more_failures = measure(model, chosen.short, 5 * chosen.repeats, [VLLM_1X1, VLLM_LONGSPAN])
+            failures += more_failures
     rows = []
     goals = {"ttft_s": 0.95, "tpot_s": 1.0}
     for name, found, stock, goal_of in (
@@ -79,9 +84,9 @@ def main() -> int:
         rows.append(
             {"prompt": "longest", "what": "at the same KV memory per rank", "ratio": ours / theirs, "goal": ">= 1.98"}
         )
-    failures += more_failures
-    facts = {"settings": str({name: row["settings"] for name, row in long.items()}), "failures": str(failures)}
-    report("vllm-plugin", rows, facts, chosen)
+    settings = {name: row["settings"] for name, row in (long or short).items()}
+    theme = "vllm-plugin" if chosen.only is None else f"vllm-plugin-{chosen.only}"
+    report(theme, rows, {"settings": str(settings), "failures": str(failures)}, chosen)
     return 1 if failures else 0
 
 

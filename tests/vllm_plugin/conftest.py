@@ -22,8 +22,8 @@ os.environ.update(
 VOCAB_SIZE = 512
 
 
-def save_model(kind: str, directory) -> str:
-    """A random model and a byte tokenizer. Args: `kind` is llama or qwen3."""
+def save_model(kind: str, directory, **more) -> str:
+    """A random model and a byte tokenizer. Args: `kind` is llama or one like it, `more` of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from longspan.models.recall_tokenizer import build_tokenizer
@@ -42,12 +42,13 @@ def save_model(kind: str, directory) -> str:
         bos_token_id=256,
         eos_token_id=257,
         tie_word_embeddings=False,
+        **more,
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(0, 0.2 if "lm_head" in name else 2.5 * weight.shape[1] ** -0.5)
+            if weight.dim() >= 2:
+                weight.normal_(0, 0.2 if "lm_head" in name else 2.5 * weight.shape[-1] ** -0.5)
     model.save_pretrained(directory)
     build_tokenizer(4096).save_pretrained(directory)
     return str(directory)

@@ -9,7 +9,7 @@ OPTIONS = {"min_striped_len": 400, "stripe_size": 128}
 
 @contextmanager
 def engine(model, cp_size, longspan=None, **options):
-    """`vllm.LLM`; without the plugin's options where `cp_size` is None."""
+    """`vllm.LLM`; without the plugin's options where `cp_size` is None. Models are compiled only where a test asks."""
     import vllm
 
     arguments = {
@@ -19,6 +19,7 @@ def engine(model, cp_size, longspan=None, **options):
         "max_num_batched_tokens": 1024,
         "block_size": 32,
         "disable_log_stats": False,
+        "enforce_eager": True,
         **options,
     }
     if cp_size is not None:

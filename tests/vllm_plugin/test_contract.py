@@ -9,6 +9,7 @@ import vllm.envs as envs
 from vllm.config import (
     CacheConfig,
     CompilationConfig,
+    CompilationMode,
     DeviceConfig,
     ModelConfig,
     ParallelConfig,
@@ -31,7 +32,8 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput, SamplerOutput
@@ -52,10 +54,12 @@ FIELDS = [
             "additional_config",
             "worker_cls",
             "distributed_executor_backend",
-            "enforce_eager",
             "return_sampling_mask",
             "enable_trace_replay",
+            "async_scheduling",
+            "attention_backend",
             "aux_output_config",
+            "enforce_eager",
             "watermark_config",
         ],
     ),
@@ -109,7 +113,7 @@ FIELDS = [
     (CacheConfig, ["block_size", "cache_dtype", "gpu_memory_utilization", "kv_cache_memory_bytes"]),
     (SchedulerConfig, ["max_num_batched_tokens", "max_num_seqs"]),
     (DeviceConfig, ["device_type"]),
-    (CompilationConfig, ["static_forward_context"]),
+    (CompilationConfig, ["mode", "static_forward_context"]),
     (
         SchedulerOutput,
         [
@@ -170,6 +174,7 @@ FIELDS = [
 PARAMETERS = [
     (EngineArgs.create_engine_config, ["self", "usage_context", "headless"]),
     (MultiprocExecutor._get_parallel_sizes, ["self"]),
+    (MultiprocExecutor.execute_model, ["self", "scheduler_output", "non_block"]),
     (MultiprocExecutor._is_driver_worker, ["self", "rank"]),
     (MultiprocExecutor._get_output_rank, ["self"]),
     (FullAttentionManager.allocate_new_blocks, ["self", "request_id", "num_tokens", "num_tokens_main_model"]),
@@ -276,8 +281,9 @@ MEMBERS = [
     ),
     (SamplingParams, ["prompt_logprobs", "sampling_type", "seed"]),
     (SamplingType, ["RANDOM_SEED"]),
+    (CompilationMode, ["NONE", "STOCK_TORCH_COMPILE"]),
     (AttentionType, ["DECODER"]),
-    (AttentionBackendEnum, ["CPU_ATTN"]),
+    (AttentionBackendEnum, ["CPU_ATTN", "FLASH_ATTN"]),
     (CPUAttentionBackend, ["get_impl_cls", "forward_includes_kv_cache_update"]),
     (KVCacheBlock, ["block_id"]),
     (envs, ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_USE_V2_MODEL_RUNNER"]),
@@ -331,6 +337,10 @@ def test_attention_layers_have_what_we_read():
         assert f"self.{name} = " in source, name
 
 
+def test_models_have_what_we_read():
+    assert "self.attention_chunk_size = " in inspect.getsource(ModelConfig.__post_init__)
+
+
 def test_our_queue_has_all_that_vllm_asks_of_one():
     for name, method in inspect.getmembers(FreeKVCacheBlockQueue, inspect.isfunction):
         if name[0] != "_" and name != "iter_blocks_after":  # KV offloading, which is refused, has that one
@@ -345,6 +355,22 @@ def test_our_worker_implements_what_vllm_asks_of_one():
     for name, method in inspect.getmembers(WorkerBase, inspect.isfunction):
         if "raise NotImplementedError" in inspect.getsource(method) and name not in optional:
             assert name in vars(Worker), f"WorkerBase.{name} is new"
+
+
+def test_a_process_answers_only_where_it_is_asked_to():
+    source = inspect.getsource(WorkerProc._execute_worker_rpc)
+    assert "method, args, kwargs, output_rank = rpc_request" in source
+    assert "if output_rank is None or self.rank == output_rank" in source
+    sent = inspect.getsource(MultiprocExecutor.collective_rpc)
+    assert "self.rpc_broadcast_mq.enqueue((send_method, args, kwargs, output_rank))" in sent
+    assert "if self.is_failed" in sent
+
+
+def test_a_step_is_sampled_after_it_has_begun():
+    source = inspect.getsource(EngineCore.step)
+    begin, wait, sample = (source.index(text) for text in (".execute_model(", ".result()", ".sample_tokens("))
+    assert begin < wait < sample
+    assert "if model_output is None" in source[wait:sample]
 
 
 def test_attention_layers_call_what_we_implement():

@@ -9,7 +9,7 @@ from engines import engine, generate, prompts, random_prompts, tokens_of
 @pytest.fixture(scope="module")
 def engines(models):
     """With two ranks, and without the plugin's options."""
-    with engine(models["llama"], 2) as ours, engine(models["llama"], None, enforce_eager=True) as stock:
+    with engine(models["llama"], 2) as ours, engine(models["llama"], None) as stock:
         yield ours, stock
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import CompilationMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention
@@ -35,6 +36,7 @@ def test_the_key_alone_selects_everything(models):
     assert found.parallel_config.worker_cls == WORKER
     assert found.parallel_config.distributed_executor_backend.__name__ == "ContextParallelExecutor"
     assert found.parallel_config.tensor_parallel_size == 1
+    assert not found.model_config.enforce_eager, "vLLM compiles the model as it does without us"
     assert not found.use_v2_model_runner, "vLLM itself refuses requests that need its V2 runner"
 
 
@@ -47,6 +49,8 @@ def test_the_key_alone_selects_everything(models):
         ({"context_parallel_size": 2, "ranks": 3}, "ranks"),
         ({"context_parallel_size": 2, "strategy": "ring"}, "strategy"),
         ({"context_parallel_size": 2, "placement": "spill"}, "placement"),
+        ({"context_parallel_size": 2, "untested_cuda": 1}, "untested_cuda"),
+        ({"context_parallel_size": 2, "untested_cuda": True}, "device"),  # this is no GPU
         ([2], "longspan"),
     ],
 )
@@ -82,6 +86,15 @@ def test_rejects_what_vllm_offers_and_the_plugin_does_not(models, options, name)
         config(models["llama"], {"context_parallel_size": 2}, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"async_scheduling": True}, "async_scheduling"), ({"attention_backend": "FLASHINFER"}, "attention_backend")],
+)
+def test_rejects_what_the_path_for_gpus_would_overrule(models, options, name):
+    with pytest.raises(ConfigError, match=name):
+        config(models["llama"], {"context_parallel_size": 2, "untested_cuda": True}, **options)
+
+
 def test_rejects_the_v2_runner(models, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER"):
@@ -90,6 +103,7 @@ def test_rejects_the_v2_runner(models, monkeypatch):
 
 PLAIN = {
     "device_config.device_type": "cpu",
+    "compilation_config.mode": CompilationMode.DYNAMO_TRACE_ONCE,
     "parallel_config.pipeline_parallel_size": 1,
     "parallel_config.prefill_context_parallel_size": 1,
     "parallel_config.decode_context_parallel_size": 1,
@@ -112,6 +126,7 @@ PLAIN = {
     "model_config.is_hybrid": False,
     "model_config.has_inner_state": False,
     "model_config.uses_mrope": False,
+    "model_config.attention_chunk_size": None,
     "model_config.get_sliding_window": lambda: None,
     "model_config.hf_text_config": SimpleNamespace(layer_types=None),
 }
@@ -131,12 +146,14 @@ def stub(**changed):
 
 def test_accepts_a_plain_configuration():
     check_config(stub(), Options(context_parallel_size=2))
+    check_config(stub(device_config__device_type="cuda"), Options(context_parallel_size=2, untested_cuda=True))
 
 
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
         ({"device_config__device_type": "cuda"}, "device"),
+        ({"compilation_config__mode": CompilationMode.STOCK_TORCH_COMPILE}, "compilation_config.mode"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),
@@ -168,6 +185,7 @@ def test_rejects_configurations(changed, what):
         ({"model_config__is_hybrid": True}, "recurrent"),
         ({"model_config__has_inner_state": True}, "recurrent"),
         ({"model_config__uses_mrope": True}, "multimodal positions"),
+        ({"model_config__attention_chunk_size": 64}, "chunked attention of 64"),
         ({"model_config__get_sliding_window": lambda: 64}, "sliding window of 64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -182,6 +200,15 @@ def test_rejects_a_model_with_a_sliding_window(models, tmp_path):
 
     AutoConfig.for_model("mistral", sliding_window=64, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="sliding window"):
+        config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
+
+
+def test_rejects_llama_4(tmp_path):
+    from transformers import AutoConfig
+
+    config_ = AutoConfig.for_model("llama4_text", attention_chunk_size=64, architectures=["Llama4ForCausalLM"])
+    config_.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="chunked attention of 64"):
         config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
 
 

@@ -28,7 +28,11 @@ class StepMetadata:
     """vLLM's layer names, counted from 0 in the model's order."""
 
 
-class StepAttentionImpl(AttentionImpl[StepMetadata]):
+class WarmUp:
+    """In place of `StepMetadata` while a model is compiled: no tokens are stored, and attention gives zeros."""
+
+
+class StepAttentionImpl(AttentionImpl[StepMetadata | WarmUp]):
     """One layer: hands queries, keys and values to the step."""
 
     def __init__(
@@ -69,7 +73,7 @@ class StepAttentionImpl(AttentionImpl[StepMetadata]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: StepMetadata,
+        attn_metadata: StepMetadata | WarmUp,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -77,6 +81,8 @@ class StepAttentionImpl(AttentionImpl[StepMetadata]):
         """Args: `query` [T, H, D], `key` and `value` [T, Hkv, D] after RoPE; `output` [T, H, Dv] is written."""
         assert output_scale is None, "no fused quantisation of outputs"
         assert output_block_scale is None, "no fused quantisation of outputs"
+        if isinstance(attn_metadata, WarmUp):
+            return output.zero_()
         index = attn_metadata.index_of_layer[layer.layer_name]
         out = attn_metadata.attention.attend(index, query, key.transpose(0, 1), value.transpose(0, 1))
         output.copy_(out)
@@ -93,9 +99,12 @@ class StepAttentionBackend(CPUAttentionBackend):
         return StepAttentionImpl
 
 
-def install_backend() -> None:
+def install_backend(device_type: str) -> None:
     """Let vLLM's model classes of this process use our backend. The CPU platform takes no other name for one."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{StepAttentionBackend.__qualname__}")
+    if device_type == "cpu":
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{StepAttentionBackend.__qualname__}")
+    else:
+        register_backend(AttentionBackendEnum.FLASH_ATTN, "longspan.integrations.vllm.flash.FlashStepBackend")
 
 
 def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Starts cp x tp worker processes.
 
-Holds what differs from vLLM's own executor: the number of processes, and who answers. Must not know models or plans.
+Holds what differs from vLLM's own executor: the number of processes, who answers, and when. Must not know models or
+plans.
 Read next: `longspan.integrations.vllm.worker`.
 
 Note: ranks
@@ -8,9 +9,15 @@ Note: ranks
     processes with equal `tp_rank` are a cp_group. The first process samples, and answers for all.
 """
 
+from concurrent.futures import Future
+from typing import Any
+
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from longspan.integrations.vllm.options import parse_options
+
+NOBODY = -1
+"""In place of the process that answers."""
 
 
 class ContextParallelExecutor(MultiprocExecutor):
@@ -30,3 +37,15 @@ class ContextParallelExecutor(MultiprocExecutor):
 
     def _get_output_rank(self) -> int:
         return 0
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """Let the processes begin a step, and wait for none: `sample_tokens`, which comes next, has the answer."""
+        if not scheduler_output.total_num_scheduled_tokens:
+            return super().execute_model(scheduler_output, non_block)  # then nothing is sampled
+        if self.is_failed:
+            raise RuntimeError("Executor failed.")
+        assert self.rpc_broadcast_mq is not None
+        self.rpc_broadcast_mq.enqueue(("begin_step", (scheduler_output,), {}, NOBODY))
+        begun: Future[None] = Future()
+        begun.set_result(None)
+        return begun if non_block else None

@@ -8,13 +8,15 @@ import os
 from typing import Any
 
 import psutil
+import torch
 
 
-def local_kv_bytes(cache_config: Any, num_processes: int) -> int:
+def local_kv_bytes(cache_config: Any, num_processes: int, device: torch.device) -> int:
     """Bytes for keys and values in this process.
 
     The user's number (`--kv-cache-memory-bytes`, or VLLM_CPU_KVCACHE_SPACE), which is per process, as in vLLM; or this
-    process's share of the part of the machine's memory that vLLM may use, less what the process has already.
+    process's share of the part of the machine's memory that vLLM may use, less what the process has already. A GPU is
+    not shared with other processes.
 
     Returns:
         0 where nothing is left. All ranks refuse that together: one that raised here would leave the others waiting.
@@ -23,6 +25,9 @@ def local_kv_bytes(cache_config: Any, num_processes: int) -> int:
     if explicit is not None:
         return explicit
     memory = psutil.virtual_memory()
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(cache_config.gpu_memory_utilization * total) - (total - free))
     share = cache_config.gpu_memory_utilization * memory.total / num_processes
     left = min(share - psutil.Process(os.getpid()).memory_info().rss, memory.available / num_processes)
     return max(0, int(left))

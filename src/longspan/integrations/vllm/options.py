@@ -32,6 +32,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Most tokens per stripe; rounded up to whole blocks."""
     strategy: StrategyName = "auto"
     """What moves where queries and keys are on different ranks; auto takes what moves the fewest bytes."""
+    untested_cuda: bool = False
+    """Run on GPUs, which nobody has tried; without it they are refused."""
 
 
 def parse_options(additional_config: Mapping[str, Any]) -> Options | None:
@@ -62,4 +64,6 @@ def parse_options(additional_config: Mapping[str, Any]) -> Options | None:
     for name, names in (("strategy", get_args(StrategyName)), ("placement", get_args(PlacementName))):
         if given.get(name, "auto") not in names:
             raise ConfigError(f"{KEY}.{name}: got {given[name]!r}, legal is one of {', '.join(names)}")
+    if not isinstance(given.get("untested_cuda", False), bool):
+        raise ConfigError(f"{KEY}.untested_cuda: got {given['untested_cuda']!r}, legal is true or false")
     return Options(**given)

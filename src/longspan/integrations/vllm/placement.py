@@ -69,6 +69,9 @@ class RequestPlacement:
 def choose_home(room: Sequence[int], last_rank: int | None, needed: int) -> int:
     """Rank to start on: that of the last cached block if it has room, else the one with most room.
 
+    Rank 0 goes first where others have one block more: it lacks vLLM's null block, and it samples, so that a lone
+    request on it has nothing to exchange.
+
     Args:
         room: free blocks per rank.
         last_rank: rank of the last block found in the prefix cache, or None.
@@ -76,4 +79,4 @@ def choose_home(room: Sequence[int], last_rank: int | None, needed: int) -> int:
     """
     if last_rank is not None and room[last_rank] > needed:
         return last_rank
-    return max(range(len(room)), key=lambda rank: (room[rank], -rank))
+    return max(range(len(room)), key=lambda rank: (room[rank] + (rank == 0), -rank))

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from longspan.integrations.vllm.options import parse_options
 
@@ -32,14 +33,16 @@ def register() -> None:
         from longspan.integrations.vllm.refusals import check_arguments, check_config, check_version
 
         check_version()
-        check_arguments(self)
+        check_arguments(self, options)
         # Our worker has what the V1 runner has. vLLM decides by this variable, at start and per request, so that it
         # refuses by itself what a request may ask of the V2 runner alone.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         ours = copy.copy(self)
         ours.worker_cls, ours.distributed_executor_backend = WORKER, _executor()
-        # Rows differ from rank to rank and step to step; compiled graphs of vLLM's models are not proven with that.
-        ours.enforce_eager = True
+        if options.untested_cuda:
+            # On GPUs, nothing but the plainest way of vLLM is written for.
+            ours.enforce_eager, ours.async_scheduling = True, False
+            ours.attention_backend = AttentionBackendEnum.FLASH_ATTN
         config = original(ours, *args, **kwargs)
         check_config(config, options)
         return config

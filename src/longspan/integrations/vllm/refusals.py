@@ -8,6 +8,8 @@ from typing import Any
 
 import vllm
 import vllm.envs as envs
+from vllm.config import CompilationMode
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.integrations.vllm.options import KEY, Options
@@ -25,7 +27,7 @@ def check_version(version: str | None = None) -> None:
         raise ConfigError(f"vllm: got version {version}, legal with {KEY} in additional_config is {legal}")
 
 
-def check_arguments(arguments: Any) -> None:
+def check_arguments(arguments: Any, options: Options) -> None:
     """Refuse what the plugin would have to overrule. Args: `arguments` as the user gave them.
 
     Raises:
@@ -35,6 +37,11 @@ def check_arguments(arguments: Any) -> None:
         _refuse("worker_cls", arguments.worker_cls, "auto")
     if arguments.distributed_executor_backend not in (None, "mp"):
         _refuse("distributed_executor_backend", arguments.distributed_executor_backend, "mp")
+    if options.untested_cuda and arguments.async_scheduling:
+        _refuse("async_scheduling", True, "false")
+    backend = arguments.attention_backend  # a name, or vLLM's enumeration
+    if options.untested_cuda and backend not in (None, "FLASH_ATTN", AttentionBackendEnum.FLASH_ATTN):
+        _refuse("attention_backend", backend, "FLASH_ATTN")
     if envs.VLLM_USE_V2_MODEL_RUNNER:
         _refuse("VLLM_USE_V2_MODEL_RUNNER", "1", "0, or unset")
     # Of vLLM's V2 model runner alone; its own checks speak of the runner rather than of the option.
@@ -57,8 +64,11 @@ def check_config(config: Any, options: Options) -> None:
         UnsupportedModelError: the model.
     """
     parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
-    if config.device_config.device_type != "cpu":
-        _refuse("device", config.device_config.device_type, "cpu")
+    device_type, device = config.device_config.device_type, "cpu, or cuda with untested_cuda: true"
+    if device_type != "cpu" and (device_type != "cuda" or not options.untested_cuda):
+        _refuse("device", device_type, device)
+    if device_type == "cpu" and options.untested_cuda:
+        _refuse("device", "cpu with untested_cuda: true", device)
     for name in (
         "pipeline_parallel_size",
         "prefill_context_parallel_size",
@@ -68,6 +78,9 @@ def check_config(config: Any, options: Options) -> None:
     ):
         if getattr(parallel, name) != 1:
             _refuse(name, getattr(parallel, name), "1")
+    mode = config.compilation_config.mode
+    if mode == CompilationMode.STOCK_TORCH_COMPILE:
+        _refuse("compilation_config.mode", mode.name, "NONE, DYNAMO_TRACE_ONCE or VLLM_COMPILE")
     if parallel.enable_expert_parallel:
         _refuse("enable_expert_parallel", True, "false")
     for name, what in (
@@ -92,6 +105,7 @@ def check_config(config: Any, options: Options) -> None:
         (model.use_mla, "multi-head latent attention"),
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
         (model.uses_mrope, "multimodal positions"),
+        (model.attention_chunk_size is not None, f"chunked attention of {model.attention_chunk_size} tokens"),
         (_window_of(model) is not None, f"a sliding window of {_window_of(model)} tokens"),
     ):
         if wrong:
