@@ -347,6 +347,33 @@ def test_rejects_truncated_weights(broken, num_bytes):
     assert_refused(broken, "weights")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", -1),
+        ("num_hidden_layers", True),
+        ("hidden_size", "sixty-four"),
+        ("hidden_size", None),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 3),
+        ("head_dim", 10**12),
+        ("vocab_size", -5),
+        ("max_position_embeddings", 1e30),
+    ],
+)
+def test_rejects_a_config_of_which_no_model_can_be_made(broken, field, value):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ConfigError) as caught:
+        Engine(EngineConfig(model=str(broken), **THREADS))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 1000
+    assert message.startswith((field, "config", "model"))
+
+
 def test_rejects_weights_with_missing_tensors(broken):
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.self_attn.k_proj.weight"]

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from longspan.errors import UnsupportedModelError
+from longspan.errors import LongspanError, UnsupportedModelError
 from longspan.models.hook import ATTENTION_NAME, AttentionCall, MaskRule
 from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
 
@@ -21,6 +21,18 @@ PROVEN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2",
 
 PROVEN_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """`dynamic` and `longrope` look at the whole row, which is wrong for packed rows of several requests."""
+
+MAX_SIZES = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "vocab_size": 2**31,
+    "max_position_embeddings": 2**48,
+}
+"""More than any model has. A config may hold any number, and a model of a billion layers takes for ever to build."""
 
 TRANSFORMERS_VERSIONS = ("5.16", "6")
 """From the first, below the second."""
@@ -66,6 +78,14 @@ def check_proven(config: PreTrainedConfig) -> None:
         refuse("quantization_config", config.quantization_config.get("quant_method", "?"), "none")
     if getattr(config, "use_bidirectional_attention", None):
         refuse("use_bidirectional_attention", True, "false")
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """Refuse numbers of which no model can be made. Raises: UnsupportedModelError."""
+    for field, most in MAX_SIZES.items():
+        size = getattr(config, field, None)
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most):
+            raise UnsupportedModelError(f"{field}: got {size!r}, legal is an integer from 1 to {most}")
 
 
 def _check_mask(call: AttentionCall) -> None:
@@ -119,7 +139,14 @@ def inspect_model(
         UnsupportedModelError: the model does something that is not proven exact.
     """
     check_proven(config)
-    return trace_model(config, generation_config, dtype)[0]
+    _check_sizes(config)
+    try:
+        return trace_model(config, generation_config, dtype)[0]
+    except LongspanError:
+        raise
+    except Exception as error:  # sizes that do not go together fail wherever the model divides by them
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnsupportedModelError(f"config: got a {config.model_type} that cannot be built: {reason}") from error
 
 
 def trace_model(

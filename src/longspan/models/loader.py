@@ -94,13 +94,13 @@ def load_config(model: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
     name, is_offline = _source(model)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, local_files_only=is_offline)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # Hugging Face's own errors for a field of a wrong type derive from Exception alone
         raise _loading(model, "config", error) from error
     if Path(name).is_dir() and not (Path(name) / GENERATION_CONFIG_NAME).is_file():
         return config, None
     try:
         return config, GenerationConfig.from_pretrained(name, local_files_only=is_offline)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # likewise
         if Path(name).is_dir():  # it is there, and broken
             raise _loading(model, "generation config", error) from error
         return config, None
@@ -114,7 +114,7 @@ def load_config_file(path: Path) -> PreTrainedConfig:
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as in `load_config`
         raise _loading(str(path), "config", error) from error
     return config
 
