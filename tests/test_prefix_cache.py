@@ -14,9 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from fake_ranks import FakeRanks, assert_all_free, check_finished, make_config, make_model, make_scheduler
 from longspan.kvcache.allocator import OutOfPagesError
 from longspan.kvcache.prefix import CachingAllocator, extend_hashes
+from longspan.plan.types import FailedRow, PlanResult, RankResult
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
-from longspan.types import SamplingParams
+from longspan.types import FinishReason, SamplingParams
 
 NUM_PAGES = 20
 TEXT = tuple(random.Random(0).choices(range(50), k=400))
@@ -412,6 +413,35 @@ def test_a_step_of_a_cancelled_request_still_serves_others():
     assert ranks.complete(plan) == []
     assert cached_pages(ranks, TEXT[:64]) == list(range(16))
     assert_all_free(ranks.scheduler)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_pages_of_a_request_that_failed_serve_nobody(num_ranks):
+    """Neither those of the step that failed, nor of the chunks before, nor what it was given of others."""
+    ranks = make_ranks(num_ranks, max_num_batched_tokens=16)
+    scheduler = ranks.scheduler
+    run_one(ranks, TEXT[:16])
+    run_one(ranks, TEXT[100:140])
+    request = scheduler.add_request(TEXT[:64], SamplingParams(max_tokens=9, seed=0))
+    while request.num_computed < 60:
+        ranks.submit_all()
+        (plan,) = ranks.in_flight.values()
+        if not plan.samples:
+            ranks.complete(plan)
+            continue
+        del ranks.in_flight[plan.plan_id]
+        row = FailedRow(request.request_id, "not a number")
+        results = [
+            RankResult(plan.plan_id, rank, (), (), 0, 0, failed=(row,) * (rank == plan.ranks[0])) for rank in plan.ranks
+        ]
+        assert scheduler.update(PlanResult(plan.plan_id, tuple(results))) == [request]
+    assert (request.finish_reason, request.error) == (FinishReason.ERROR, "not a number")
+    assert request.num_cached == 16
+    assert all(cached_pages(ranks, TEXT[:64], rank) == [] for rank in range(num_ranks))
+    assert any(cached_pages(ranks, TEXT[100:140], rank) == list(range(10)) for rank in range(num_ranks)), "of others"
+    scheduler.memory.check_integrity()
+    assert_all_free(scheduler)
+    assert run_one(ranks, TEXT[:64]).num_cached == 0
 
 
 def test_queried_and_hit_tokens_are_counted():

@@ -87,6 +87,16 @@ class CachingAllocator:
             self._slot_of[page_hash] = slot
             self._hash_of[slot] = page_hash
 
+    def withdraw(self, page_hash: bytes) -> None:
+        """Let no later request find a page; who uses it keeps it."""
+        slot = self._slot_of.pop(page_hash, None)
+        if slot is None:
+            return
+        del self._hash_of[slot]
+        if slot in self._idle:
+            del self._idle[slot]
+            self._slots.release(slot, 1)
+
     def find(self, page_hash: bytes) -> int | None:
         """Slot of a published page, or None."""
         return self._slot_of.get(page_hash)

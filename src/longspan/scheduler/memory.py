@@ -484,6 +484,14 @@ class KVMemory:
                     self.allocators[page[0]][group_idx].publish(request.page_hashes[page_idx], page[1])
         request.num_published = full
 
+    def withdraw(self, request: Request) -> None:
+        """Let nobody find this request's pages any more, nor those that it was given: what they hold is in doubt."""
+        self._refused = None
+        for page_hash in request.page_hashes:
+            for allocators in self.allocators:
+                for allocator in allocators:
+                    allocator.withdraw(page_hash)
+
     def copied(self, request: Request) -> None:
         """The sources of a request's copies are no longer needed."""
         if request.copies:

@@ -525,14 +525,19 @@ class Scheduler:
         for request in requests:
             request.num_computed = max(request.num_computed, computed[request.request_id])
             self.memory.copied(request)
-            self.memory.publish(request)
+        failed = {row.request_id: row.reason for rank_result in result.ranks for row in rank_result.failed}
+        for request in requests:
+            if request.request_id in failed:
+                self.memory.withdraw(request)
+            else:
+                self.memory.publish(request)
         for rank_result in result.ranks:
             for sampled in rank_result.sampled:
                 if (going_on := self._by_id.get(sampled.request_id)) is not None:
                     going_on.add_token(sampled.token_id, sampled.logprobs)
-            for row in rank_result.failed:
-                if (going_on := self._by_id.get(row.request_id)) is not None:
-                    going_on.fail(row.reason)
+        for request_id, reason in failed.items():
+            if (going_on := self._by_id.get(request_id)) is not None:
+                going_on.fail(reason)
         scored = sorted((run for r in result.ranks for run in r.scored), key=lambda run: (run.request_id, run.position))
         for run in scored:
             if (going_on := self._by_id.get(run.request_id)) is not None:
