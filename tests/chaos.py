@@ -25,6 +25,7 @@ import os
 import random
 import signal
 import statistics
+import string
 import sys
 import time
 from dataclasses import dataclass, field
@@ -34,15 +35,18 @@ import httpx
 
 from hostile import held, open_files
 from process_tree import children
-from test_server_processes import FACT, FILLER, QUESTION, Command, command
+from test_server_processes import FACT, QUESTION, Command, command
 
 
 def bodies(rng: random.Random) -> list[dict[str, object]]:
-    """Requests: short and long ones, greedy and drawn."""
+    """Requests: short and long ones, greedy and drawn. Nothing occurs twice in a prompt but the fact that is asked for:
+    of two equally good continuations rounding would choose, with or without a loss."""
     found: list[dict[str, object]] = []
     for i in range(16):
-        start, length = rng.randrange(2000), rng.choice((50, 300, 1500, 4000))
-        prompt = FILLER[start : start + length] + FACT + FILLER[:200] + QUESTION
+        before, behind = (
+            "".join(rng.choices(string.ascii_lowercase + " ", k=k)) for k in (rng.choice((50, 300, 1500, 4000)), 300)
+        )
+        prompt = before + FACT + behind + QUESTION
         drawn = {"temperature": 1.0, "seed": i} if i % 2 else {"temperature": 0}
         found.append({"model": "recall", "prompt": prompt, "max_tokens": rng.choice((8, 40, 120)), **drawn})
     return found
