@@ -78,6 +78,7 @@ def main() -> int:
     print(
         f"strategy  {', '.join(f'{name} {count}' for name, count in sorted(strategies.items()))} (plan, KV group) pairs"
     )
+    assert output.ttft_s is not None
     rate = len(output.prompt_token_ids) / output.ttft_s
     print(f"time      {output.ttft_s:.1f} s to the first token ({rate:.0f} tokens/s), ", end="")
     print(f"{(output.tpot_s or 0) * 1000:.1f} ms per token, {time.perf_counter() - started:.1f} s in all")

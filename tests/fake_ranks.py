@@ -281,6 +281,20 @@ class FakeRanks:
         rows = [row for plan in self.in_flight.values() for row in plan.samples if row.request_id == request.request_id]
         return known + [fake_token(row) for row in rows if row.position == len(known) - 1]
 
+    # -- all ranks are lost -------------------------------------------------------------------------------------------
+
+    def crash(self) -> None:
+        """What was in flight is lost, and new ranks know and hold nothing."""
+        self.scheduler.restart()
+        self.in_flight.clear()
+        self.written.clear()
+        self.mirrors = [[{} for _ in groups] for groups in self.mirrors]
+        assert not self.scheduler.running
+        for allocators in self.scheduler.memory.allocators:
+            for allocator in allocators:
+                assert allocator.num_available == allocator.num_pages
+                assert allocator.num_used == 0
+
     # -- a plan ends ------------------------------------------------------------------------------------------------
 
     def complete(self, plan: Plan) -> list[Request]:
@@ -339,7 +353,8 @@ class FakeRanks:
         raise AssertionError("requests do not end")
 
 
-def assert_all_free(scheduler: Scheduler) -> None:
+def assert_all_free(scheduler: Scheduler, *, ended: bool = True) -> None:
+    """No page is held or promised, nothing is in flight. Args: `ended` if no request is left either."""
     scheduler.memory.check_integrity()
     for rank, allocators in enumerate(scheduler.memory.allocators):
         for allocator in allocators:
@@ -348,7 +363,7 @@ def assert_all_free(scheduler: Scheduler) -> None:
     assert all(pages == 0 for rank in scheduler.memory._promised for pages in rank)
     assert not scheduler._in_flight
     assert not scheduler._busy
-    assert not scheduler._by_id
+    assert not (ended and scheduler._by_id)
     assert not scheduler._cancelled
 
 

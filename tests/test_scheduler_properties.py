@@ -25,7 +25,7 @@ from longspan.errors import CapacityError
 from longspan.plan.types import SampledBy
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
-from longspan.scheduler.scheduler import Scheduler
+from longspan.scheduler.scheduler import SUSPECT_CRASHES, Scheduler
 from longspan.sharding.capacity import pages_by_group
 from longspan.types import FinishReason, Phase, SamplingParams
 
@@ -202,6 +202,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Those that have ended, or were cancelled before, too."""
         self.cancel(data.draw(st.sampled_from(self.requests)))
 
+    @rule(num_times=st.sampled_from([1, 1, 2, 3]), num_steps=st.integers(0, 3))
+    def crash(self, num_times: int, num_steps: int) -> None:
+        """The ranks are lost, perhaps several times before much has been done."""
+        for _ in range(num_times):
+            self.submit()
+            in_flight = {run.request_id for plan in self.ranks.in_flight.values() for run in plan.query_runs}
+            cancelled = set(self.scheduler._cancelled)
+            alive = {request.request_id: list(request.token_ids) for request in self.alive}
+            REACHED["crashes with plans in flight"] += bool(in_flight)
+            REACHED["crashes of cancelled requests"] += bool(cancelled)
+            self.ranks.crash()
+            self.last_plan.clear()
+            left = {request.request_id: request.token_ids for request in self.scheduler.waiting}
+            assert left == {key: tokens for key, tokens in alive.items() if key not in cancelled}
+            assert_all_free(self.scheduler, ended=False)
+            for _ in range(num_steps):
+                if self.scheduler.has_requests:
+                    self.step()
+
     def cancel(self, request: Request) -> None:
         if request.finish_reason is None:
             is_waiting = request in self.scheduler.waiting
@@ -275,6 +294,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         copied = [copy for copy in plan.page_copies if copy.source.rank != copy.target.rank]
         REACHED["copied pages"] += sum(copy.source.num_pages for copy in copied)
         num_requests = len({run.request_id for run in plan.query_runs})
+        in_flight = [request for request in self.scheduler.running if request.in_flight]
+        if any(request.num_crashes >= SUSPECT_CRASHES for request in in_flight):
+            assert len(in_flight) == 1, "a suspect is not alone"
+            REACHED["suspects alone"] += 1
         REACHED["batch"] += num_requests > 1
         REACHED["ran ahead"] += isinstance(plan.query_runs[0].tokens, SampledBy)
         REACHED["mixed"] += (
@@ -287,7 +310,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         for request in self.scheduler.running:
             since = self.last_plan.setdefault(request.request_id, plan.plan_id)
-            if request.in_flight:
+            if request.in_flight or any(other.num_crashes >= SUSPECT_CRASHES for other in self.scheduler.running):
                 self.last_plan[request.request_id] = plan.plan_id
             else:
                 waited = plan.plan_id - since
@@ -339,7 +362,18 @@ def run_machine(max_examples: int, *, is_fixed: bool) -> None:
     )
 
 
-OFTEN = {"1 ranks", "2 ranks", "batch", "evicted pages", "hit tokens", "local", "mixed", "preemptions", "ran ahead"}
+OFTEN = {
+    "1 ranks",
+    "2 ranks",
+    "batch",
+    "crashes with plans in flight",
+    "evicted pages",
+    "hit tokens",
+    "local",
+    "mixed",
+    "preemptions",
+    "ran ahead",
+}
 ALWAYS_IN_MANY = OFTEN | {
     "3 ranks",
     "8 ranks",
@@ -348,6 +382,7 @@ ALWAYS_IN_MANY = OFTEN | {
     "cancelled when preempted",
     "cancelled when waiting",
     "copied pages",
+    "crashes of cancelled requests",
     "gather_kv",
     "pass_kv",
     "pass_q",

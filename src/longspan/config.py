@@ -151,6 +151,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Longest wait for a peer in one exchange."""
     connect_timeout_s: float = 120.0
     """Longest wait for all worker processes to connect to the driver."""
+    max_restarts: int = 0
+    """Most times within 10 minutes that ranks which were lost are replaced, and all that ran is computed again; one
+    more fails every request. 0 replaces none. Only ranks that the driver starts on its own machine can be replaced."""
     simulated_links: str | None = None
     """Simulation, for tests and benchmarks only: pretend that ranks of one machine are on several nodes, and hold back
     the messages between nodes. Such as `nodes=0,0,1,1 latency_us=500 mbit_per_s=1000`; see `longspan.simulation`."""
@@ -198,6 +201,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                     f"{name}: got {timeout!r}, legal is a number above 0 and up to {MAX_TIMEOUT_S} (seconds)"
                 )
         self._check_link()
+        self._check_restarts()
         if self.simulated_links is not None:
             parse_simulated_links(self.simulated_links, self.context_parallel_size)
         if self.context_parallel_size > 1 and self.placement in ("striped", "spill"):
@@ -245,6 +249,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.ray_placement != "pack" and self.executor != "ray":
             raise ConfigError(
                 f"ray_placement: got {self.ray_placement!r} with executor {self.executor!r}, legal is executor ray"
+            )
+
+    def _check_restarts(self) -> None:
+        most = self.max_restarts
+        if type(most) is int and most == 0:
+            return
+        self._check_count("max_restarts", most)
+        if self.executor in REMOTE_EXECUTORS:
+            raise ConfigError(
+                f"max_restarts: got {most} with executor {self.executor!r}, whose ranks are not replaced, legal is 0"
             )
 
     @staticmethod

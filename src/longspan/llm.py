@@ -60,8 +60,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None
     """One per prompt token, the first one None, if asked for."""
-    ttft_s: float
-    """Seconds from the call of `generate` to the first token."""
+    ttft_s: float | None
+    """Seconds from the call of `generate` to the first token; None if an error came before it."""
     tpot_s: float | None
     """Seconds per token after the first; None if there is only one."""
     num_cached_tokens: int
@@ -296,7 +296,7 @@ def _output(state: _Running) -> RequestOutput:
             )
         ],
         prompt_logprobs=None if params.prompt_logprobs is None else [None, *request.prompt_logprobs],
-        ttft_s=times[0],
+        ttft_s=times[0] if times else None,
         tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
         num_cached_tokens=request.num_cached,
     )

@@ -15,7 +15,7 @@ import msgspec
 from longspan.cli.explain import choices_text
 from longspan.cli.options import engine_config, engine_options
 from longspan.cli.progress import ProgressPrinter
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, LongspanError
 from longspan.imports import quick_imports
 from longspan.types import SamplingParams
 
@@ -69,6 +69,8 @@ def generate(
         if explain:
             click.echo(choices_text(llm.explain()), err=True)
         completion = output.outputs[0]
+        if completion.error is not None:
+            raise LongspanError(completion.error)
         if not as_json:
             click.echo(completion.text)
             return

@@ -31,7 +31,7 @@ def choice(legal: Any) -> click.Choice[str]:
     return click.Choice(list(legal.__args__))
 
 
-def _engine_options(stripe_size: int) -> tuple[Callable[[Command], Command], ...]:
+def _engine_options(stripe_size: int, max_restarts: int | None) -> tuple[Callable[[Command], Command], ...]:
     return (
         click.option("--context-parallel-size", type=int, default=1, show_default=True, help="Ranks per sequence."),
         click.option("--threads-per-rank", type=int, help="Default: cores / ranks."),
@@ -73,6 +73,13 @@ def _engine_options(stripe_size: int) -> tuple[Callable[[Command], Command], ...
             help="Longest wait for all workers to connect.",
         ),
         click.option(
+            "--max-restarts",
+            type=int,
+            default=max_restarts,
+            help="Replace ranks that are lost, so often within 10 minutes; 0: never. Default: "
+            + ("10, or 0 with ranks on other hosts." if max_restarts is None else f"{max_restarts}."),
+        ),
+        click.option(
             "--topology", metavar="FILE", help="Nodes, links and rates from a file; default: measured at the start."
         ),
         click.option(
@@ -91,11 +98,11 @@ def _engine_options(stripe_size: int) -> tuple[Callable[[Command], Command], ...
     )
 
 
-def engine_options(*, stripe_size: int) -> Callable[[Command], Command]:
-    """Decorator: give a command all options of the engine. Args: `stripe_size` is the default of that option."""
+def engine_options(*, stripe_size: int, max_restarts: int | None = 0) -> Callable[[Command], Command]:
+    """Decorator: give a command all options of the engine. Args: defaults of the options of these names."""
 
     def decorate(command: Command) -> Command:
-        for option in reversed(_engine_options(stripe_size)):
+        for option in reversed(_engine_options(stripe_size, max_restarts)):
             command = option(command)
         return command
 

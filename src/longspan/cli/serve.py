@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from longspan.cli.options import engine_config, engine_options
-from longspan.config import parse_size
+from longspan.config import REMOTE_EXECUTORS, parse_size
 from longspan.imports import quick_imports
 from longspan.server.config import ServerConfig
 
@@ -20,6 +20,9 @@ SHORT_STRIPE = 64
 STRIPED_FROM = 1024
 """Tokens per rank from which on a prompt is striped, if the user says nothing else. A lone request may gain from it
 earlier (`longspan.policy.placement_choice`); a server's other ranks have other requests to run."""
+
+MAX_RESTARTS = 10
+"""Of ranks on this machine, if the user says nothing else."""
 
 
 @click.command()
@@ -53,7 +56,7 @@ earlier (`longspan.policy.placement_choice`); a server's other ranks have other 
 )
 @click.option("--max-body-size", metavar="SIZE", default="32Mi", show_default=True, help="Longest request body.")
 @click.option("--keep-alive-s", type=float, default=5.0, show_default=True, help="A silent stream sends a comment.")
-@engine_options(stripe_size=SHORT_STRIPE)
+@engine_options(stripe_size=SHORT_STRIPE, max_restarts=None)
 def serve(model: str, max_body_size: str, **options: Any) -> None:
     """Serve MODEL (a directory, `recall`, or a Hub id) to clients of OpenAI's API.
 
@@ -62,6 +65,8 @@ def serve(model: str, max_body_size: str, **options: Any) -> None:
     options["max_step_ms"] = options["max_step_ms"] or None
     if options["min_striped_len"] is None:
         options["min_striped_len"] = STRIPED_FROM * max(1, options["context_parallel_size"])
+    if options["max_restarts"] is None:
+        options["max_restarts"] = 0 if options["executor"] in REMOTE_EXECUTORS else MAX_RESTARTS
     config = engine_config(model, options)
     server_config = ServerConfig(max_body_bytes=parse_size(max_body_size, "max_body_size"), **options)
 

@@ -54,6 +54,8 @@ class Update(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None
     prompt_logprobs: list[TokenLogprobs] | None
     """With the first token, if asked for: one per prompt token but the first."""
+    is_recovering: bool = False
+    """The ranks are lost; when new ones are ready, prompt and tokens are computed again before the next token."""
 
 
 class RequestStream:
@@ -114,7 +116,8 @@ class AsyncEngine:
             max_queued_requests: most requests that wait; None admits any number. A request waits if `max_num_seqs`
                 others have not ended, or if the engine's thread, when it last looked, found no pages for it. One that
                 it has not looked at yet takes a place that may be free.
-            on_failure: called once, from the engine's thread, when the ranks have failed and no request can be served.
+            on_failure: called once, from the engine's thread, when the ranks have failed for good and no request can be
+                served.
         """
         self.engine = engine
         self._max_queued_requests = max_queued_requests
@@ -128,7 +131,9 @@ class AsyncEngine:
         self._takes_requests = True  # guarded by _lock
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
-        """What made the ranks fail."""
+        """What made the ranks fail for good."""
+        self.is_recovering = False
+        """The ranks are lost, and new ones are on their way."""
         self._reason = LongspanError("the engine is closed")  # what requests are told that can't be answered any more
         self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
         self._thread.start()
@@ -196,6 +201,9 @@ class AsyncEngine:
             num_preemptions=scheduler.num_preemptions,
             prefix_queries_tokens=scheduler.memory.num_queried_tokens,
             prefix_hit_tokens=scheduler.memory.num_hit_tokens,
+            num_restarts=self.engine.restarts.num_done,
+            recovery_s=self.engine.restarts.total_s,
+            last_recovery_s=self.engine.restarts.last_s,
         )
 
     def close(self) -> None:
@@ -220,6 +228,9 @@ class AsyncEngine:
                     break
                 done, self._done = self._done, []
                 updates = self._updates(self.engine.take_in(done))
+                if self.engine.failure is not None:
+                    self._deliver(updates)
+                    updates = self._recover()
                 for future in self.engine.submit_plans():
                     future.add_done_callback(self._plan_done)
                 self._deliver(updates)  # the ranks have work again before the event loop wants the interpreter
@@ -245,14 +256,41 @@ class AsyncEngine:
                 late()
 
     def _next_event(self) -> Callable[[], None] | None:
-        """What comes next. Raises: what made the ranks fail meanwhile."""
+        """What comes next; nothing in particular, if the ranks are lost while they have nothing to do."""
         while True:
             try:
                 return self._events.get(timeout=IDLE_CHECK_S)
             except queue.Empty:
-                failure = self.engine.failure
-                if failure is not None:
-                    raise failure from None
+                if self.engine.failure is not None:
+                    return lambda: None
+
+    def _recover(self) -> "_Updates":
+        """Replace the ranks, telling streams before. Returns what streams are to hear afterwards.
+
+        Raises:
+            BaseException: what made the ranks fail, for good.
+        """
+        self.is_recovering = self.engine.config.max_restarts > 0
+        try:
+            if self.is_recovering:
+                self._deliver(self._pauses())
+            return self._updates(self.engine.recover())
+        finally:
+            self.is_recovering = False
+
+    def _pauses(self) -> "_Updates":
+        """What the streams of requests that have to be computed again are to hear."""
+        updates: _Updates = {}
+        for stream in self._streams.values():
+            if _has_started(stream) and stream._request is not None:
+                cached = stream._request.num_cached
+                update = Update([], [], 0, cached, self._since_start_s(stream), None, None, is_recovering=True)
+                updates.setdefault(stream._loop, []).append((stream, update))
+        return updates
+
+    @staticmethod
+    def _since_start_s(stream: RequestStream) -> float:
+        return 0.0 if stream._started_s is None else time.perf_counter() - stream._started_s
 
     def _note_starts(self) -> None:
         started = [request_id for request_id, stream in self._not_started.items() if _has_started(stream)]
@@ -286,7 +324,6 @@ class AsyncEngine:
 
     def _updates(self, advanced: Sequence[Request]) -> "_Updates":
         """What the streams of these requests are to hear, per event loop."""
-        now = time.perf_counter()
         updates: _Updates = {}
         for request in advanced:
             stream = self._streams.get(request.request_id)
@@ -294,6 +331,7 @@ class AsyncEngine:
                 continue
             if request.finish_reason is FinishReason.ERROR:
                 del self._streams[request.request_id]
+                self._not_started.pop(request.request_id, None)
                 updates.setdefault(stream._loop, []).append((stream, LongspanError(request.error)))
                 continue
             first, stream._num_read = stream._num_read, request.num_generated
@@ -302,7 +340,7 @@ class AsyncEngine:
                 logprobs=request.logprobs[first:],
                 num_prefilled=min(request.num_computed, request.prompt_len),
                 num_cached=request.num_cached,
-                since_start_s=now - (now if stream._started_s is None else stream._started_s),
+                since_start_s=self._since_start_s(stream),
                 finish_reason=request.finish_reason,
                 prompt_logprobs=request.prompt_logprobs if first == 0 < request.num_generated else None,
             )

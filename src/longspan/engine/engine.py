@@ -5,6 +5,7 @@ Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`
 """
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -20,8 +21,9 @@ from longspan.engine.executor import Executor
 from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.launcher import Launcher
 from longspan.engine.memory import kv_cache_memory
+from longspan.engine.recovery import Restarts, add_totals, fail_poison
 from longspan.engine.start import start_executor
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, LongspanError
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.plan.types import PlanResult, RankResult
@@ -77,7 +79,8 @@ class Engine:
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
         costs = file_costs(config, self.spec)
-        self._executor: Executor = start_executor(Start(config, self.spec, num_pages, None), model, launcher)
+        self._model, self._start = model, Start(config, self.spec, num_pages, None)
+        self._executor: Executor = start_executor(self._start, model, launcher)
         try:
             if costs is None:
                 costs = find_costs(config, self.spec, self._executor, self._executor.hosts)
@@ -91,8 +94,13 @@ class Engine:
         self._futures: dict[Future[PlanResult], None] = {}  # in the order submitted
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""
-        self._failure: BaseException | None = None
-        self._last_results: dict[int, RankResult] = {}  # per rank; its totals count from the start
+        self.restarts = Restarts(config.max_restarts)
+        """How often ranks that were lost have been replaced."""
+        self._lost: BaseException | None = None  # why a plan failed; the ranks are to be replaced
+        self._failure: BaseException | None = None  # the end: they are not replaced any more
+        self._is_closed = False
+        self._last_results: dict[int, RankResult] = {}  # per rank; its totals count from the start of these ranks
+        self._earlier: dict[int, RankResult] = {}  # the same, of ranks that were lost
 
     def add_request(
         self,
@@ -118,8 +126,8 @@ class Engine:
 
     @property
     def failure(self) -> BaseException | None:
-        """What made the ranks fail, also while none of them had anything to do."""
-        return self._failure or self._executor.failure
+        """Why the ranks are lost, also while none of them had anything to do; `recover` replaces them."""
+        return self._failure or self._lost or self._executor.failure
 
     @property
     def has_requests(self) -> bool:
@@ -129,12 +137,17 @@ class Engine:
     def step(self) -> list[Request]:
         """Submit what can run, wait for the first plan to end, take in its result, and no other.
 
+        If the ranks are lost, replace them, and no more.
+
         Returns:
             The requests that advanced, by one token at most: who reads text can end one before its next token counts.
+            After a loss also those that ended because they seem to be its reason.
 
         Raises:
-            WorkerError: a worker died or failed; the engine is of no more use.
+            WorkerError: a worker died or failed, too often; the engine is of no more use.
         """
+        if self.failure is not None:
+            return self.recover()
         with deferred_interrupt():
             self.submit_plans()
         assert self._futures, "requests wait, but no plan runs"
@@ -143,10 +156,11 @@ class Engine:
         # itself may return the one without the other, as it asks them one after another in any order.
         oldest = [future for future in reversed(self._futures) if future.done()][-1]
         with deferred_interrupt():
-            return self.take_in([oldest])
+            advanced = self.take_in([oldest])
+        return advanced if self.failure is None else advanced + self.recover()
 
     def submit_plans(self) -> list[Future[PlanResult]]:
-        """Submit all plans that can start now; returns their futures. Raises: what made the ranks fail."""
+        """Submit all plans that can start now; returns their futures. Raises: what made the ranks fail for good."""
         if self._failure is not None:
             raise self._failure
         submitted: list[Future[PlanResult]] = []
@@ -157,7 +171,7 @@ class Engine:
         return submitted
 
     def take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
-        """Hand results to the scheduler.
+        """Hand results to the scheduler. A plan that failed leaves a `failure`; results of lost ranks change nothing.
 
         Returns:
             The requests that advanced and were not aborted meanwhile, each once. A plan and the one that stood behind
@@ -166,21 +180,70 @@ class Engine:
         advanced: dict[Request, None] = {}
         results: list[PlanResult] = []
         for future in done:
-            self._futures.pop(future, None)
-            self._failure = future.exception()
-            if self._failure is not None:
-                raise self._failure
-            results.append(future.result())
+            if future not in self._futures:
+                continue  # of ranks that were lost, and replaced meanwhile
+            del self._futures[future]
+            error = future.exception()
+            if error is None:
+                results.append(future.result())
+            else:
+                self._lost = self._lost or error
         for result in sorted(results, key=lambda result: result.plan_id):  # one may stand behind another
             self._last_results.update({r.rank: r for r in result.ranks})
             advanced.update(dict.fromkeys(self.scheduler.update(result)))
         return list(advanced)
 
+    def recover(self) -> list[Request]:
+        """Replace ranks that were lost: end what is left of them, start new ones, and compute again what ran.
+
+        Blocks until the new ranks are ready. If it is interrupted, it may be called again.
+
+        Returns:
+            The requests that advanced by plans that were done before the loss, and those that have ended because they
+            seem to be its reason: those have a `finish_reason`.
+
+        Raises:
+            BaseException: what made the ranks fail, if they are not replaced; the engine is of no more use.
+        """
+        began = time.monotonic()
+        cause = self.failure
+        assert cause is not None, "no rank is lost"
+        if self._failure is not None or self._is_closed:
+            raise cause
+        self._take_restart(cause)
+        self._executor.close()
+        with deferred_interrupt():
+            advanced = self.take_in([f for f in self._futures if f.done() and f.exception() is None])
+            self._futures.clear()
+            self.scheduler.restart()
+            advanced += fail_poison(self.scheduler, cause)
+            self._earlier, self._last_results = add_totals(self._earlier, self._last_results.values()), {}
+        while True:
+            self._start = structs.replace(self._start, generation=self._start.generation + 1)
+            try:
+                self._executor = start_executor(self._start, self._model, None)
+            except LongspanError as error:
+                self._take_restart(error)
+            else:
+                break
+        self._lost = None
+        waiting = len(self.scheduler.waiting)
+        self.restarts.note_ready(time.monotonic() - began, waiting)
+        return list(dict.fromkeys(advanced))
+
+    def _take_restart(self, cause: BaseException) -> None:
+        try:
+            self.restarts.take(cause)
+        except BaseException as final:
+            self._failure = final
+            raise
+
     def rank_stats(self) -> list[RankStats]:
         """What every rank holds and has done."""
         stats: list[RankStats] = []
+        totals = self._totals()
         for rank, allocators in enumerate(self.scheduler.memory.allocators):
-            last = self._last_results.get(rank)
+            last = totals.get(rank)
             stats.append(
                 RankStats(
                     rank=rank,
@@ -200,12 +263,17 @@ class Engine:
     def bytes_per_strategy(self) -> dict[str, int]:
         """Bytes that ranks sent each other, per strategy."""
         total: Counter[str] = Counter()
-        for last in list(self._last_results.values()):
+        for last in self._totals().values():
             total.update(last.strategy_bytes)
         return dict(total)
 
+    def _totals(self) -> dict[int, RankResult]:
+        """Per rank, what it did until now. May be called from any thread."""
+        return add_totals(self._earlier, list(self._last_results.values()))
+
     def close(self) -> None:
         """End the ranks. May be called twice."""
+        self._is_closed = True
         self._executor.close()
 
     def __enter__(self) -> "Engine":

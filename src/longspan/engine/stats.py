@@ -34,3 +34,9 @@ class EngineStats:
     """Prompt tokens that were looked up in the prefix cache."""
     prefix_hit_tokens: int = 0
     """Prompt tokens that were found there."""
+    num_restarts: int = 0
+    """Times that ranks were lost and replaced."""
+    recovery_s: float = 0.0
+    """Seconds that this took, all times together, from the notice of the loss until new ranks were ready."""
+    last_recovery_s: float | None = None
+    """The same, the last time; None if there was none."""

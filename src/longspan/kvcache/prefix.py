@@ -140,6 +140,11 @@ class CachingAllocator:
             self._slots.release(slot, end - slot)
         return num_shared
 
+    def forget_all(self) -> None:
+        """The pool is a new one: all pages are free, and none is known. Peaks and counts stay."""
+        self._slots = PageAllocator(self.num_pages)
+        self._slot_of, self._hash_of, self._idle = {}, {}, {}
+
     def check_integrity(self) -> None:
         """Assert that slots, hashes and idle pages agree."""
         self._slots.check_integrity()

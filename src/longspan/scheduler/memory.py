@@ -528,6 +528,14 @@ class KVMemory:
             if new > 0:
                 self._hold(request, group_idx, run.rank, -new)
 
+    def forget_all(self) -> None:
+        """The pools of all ranks are new ones: nothing is held, promised or cached."""
+        self._refused = None
+        self._promised = [[0] * len(self._num_pages) for _ in range(self.num_ranks)]
+        for allocators in self.allocators:
+            for allocator in allocators:
+                allocator.forget_all()
+
     def check_integrity(self) -> None:
         """Assert that the allocators are sound, and that every promise can be kept."""
         for allocators, promised in zip(self.allocators, self._promised, strict=True):

@@ -74,6 +74,10 @@ class Request:
     """Ranks that know the page tables as of the last plan."""
     involved_ranks: set[int] = field(default_factory=set)
     """Ranks that ever heard of the request."""
+    num_crashes: int = 0
+    """How often, one after another, the ranks were lost while they computed this request, and it got no further."""
+    farthest: int = 0
+    """Tokens that were computed when the ranks were last lost; to compute these again is not to get further."""
     last_plan_id: int = -1
     moves_queries: bool = False
     """Whether its last step brought queries to keys: then attention's work lies where the keys are."""
@@ -140,6 +144,20 @@ class Request:
         self.num_computed = self.num_planned = 0
         self.informed_ranks = set()
         self.moves_queries = False
+
+    def lose_ranks(self, *, was_in_flight: bool) -> None:
+        """The ranks that computed it are gone, with all that they held. Args: whether a plan in flight computed it."""
+        self.num_crashes += was_in_flight
+        self.farthest = max(self.farthest, self.num_computed)
+        self.forget_pages()
+        self.copies = []
+        self.involved_ranks = set()
+
+    def note_computed(self, num_tokens: int) -> None:
+        """So many tokens have their KV stored now."""
+        self.num_computed = max(self.num_computed, num_tokens)
+        if self.num_computed > self.farthest:
+            self.num_crashes = 0
 
     def banned_token_ids(self) -> tuple[int, ...]:
         """Tokens that must not be sampled next: whatever would end the request before `min_tokens`."""

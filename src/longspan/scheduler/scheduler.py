@@ -23,6 +23,12 @@ Note: running ahead (`async_scheduling`)
     of decodes is in flight and no request waits for its ranks, the next one is submitted behind it: the same requests,
     one token further, each token `SampledBy` the plan before. Whoever ends meanwhile has computed one token for
     nobody. Its pages are free at once all the same: a rank runs its plans in order, so whatever takes them comes later.
+
+Note: lost ranks
+    When the ranks are lost (`restart`), every running request goes back to the queue, as after a preemption. Whoever
+    was in flight may have been the reason. After two such losses since which it got no further, a request is a suspect:
+    suspects run one at a time and nobody beside them, until they get further than before. So if the ranks are lost
+    once more, the one in flight is to blame, and the others are not.
 """
 
 import secrets
@@ -56,6 +62,9 @@ from longspan.scheduler.memory import DECODE_COST, KVMemory
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.sampling import can_sample_ahead, sample_row
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams, Strategy
+
+SUSPECT_CRASHES = 2
+"""Losses of the ranks, one after another, after which a request that was in flight each time runs alone."""
 
 
 class _Ready(NamedTuple):
@@ -221,6 +230,28 @@ class Scheduler:
         insort(waiting, request, key=lambda r: r.request_id)
         self.waiting = deque(waiting)
 
+    def restart(self) -> None:
+        """The ranks were lost, and new ones hold nothing: compute all running requests again, with their tokens kept.
+
+        See Note: lost ranks. Plans in flight are forgotten; the caller hands in no result of theirs any more.
+        """
+        in_flight = {request.request_id for _, requests, _ in self._in_flight.values() for request in requests}
+        self._in_flight.clear()
+        self._busy.clear()
+        for request in [request for request in self.running if request.request_id in self._cancelled]:
+            self.finish(request, FinishReason.ABORT)
+        for request in self.running:
+            request.lose_ranks(was_in_flight=request.request_id in in_flight)
+            request.num_preemptions += 1
+        for request in self.waiting:
+            request.involved_ranks = set()
+        self.waiting = deque(sorted([*self.waiting, *self.running], key=lambda request: request.request_id))
+        self.running = []
+        self.memory.forget_all()
+        for unreported in self._unreported.values():
+            unreported.clear()
+        self._last_prefill = [-1] * self.config.context_parallel_size
+
     # -- plans -------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Plan | None:
@@ -229,9 +260,12 @@ class Scheduler:
         if len(self._busy) == self.config.context_parallel_size:
             return self._run_ahead()
         ready: list[_Ready] = []
-        for request in list(self.running):  # the oldest gets its page first; who is preempted for it is younger
+        candidates = self._candidates()
+        for request in candidates:  # the oldest gets its page first; who is preempted for it is younger
             if not request.in_flight and request.page_ranks and self._has_page(request):
                 ready.append(self._ready(request))
+        if not ready and candidates and candidates[0] not in self.running:
+            return self.schedule()  # a suspect gave its pages to those that it kept waiting
         ready.sort()
         taken = set(self._busy)
         for lead in ready:
@@ -240,6 +274,13 @@ class Scheduler:
                 continue
             return self._make_plan(lead, ready)
         return self._run_ahead()
+
+    def _candidates(self) -> list[Request]:
+        """Running requests that plans may be made for now, the oldest first. See Note: lost ranks."""
+        suspect = next((request for request in self.running if request.num_crashes >= SUSPECT_CRASHES), None)
+        if suspect is None:
+            return list(self.running)
+        return [] if self._in_flight else [suspect]
 
     def _run_ahead(self) -> Plan | None:
         """The plan behind one of decodes that is in flight, unless a request waits for a rank or for a page."""
@@ -523,7 +564,7 @@ class Scheduler:
         computed = {run.request_id: run.end for run in plan.query_runs}
         requests = [request for request in requests if request.finish_reason is None]  # the others have ended meanwhile
         for request in requests:
-            request.num_computed = max(request.num_computed, computed[request.request_id])
+            request.note_computed(computed[request.request_id])
             self.memory.copied(request)
         failed = {row.request_id: row.reason for rank_result in result.ranks for row in rank_result.failed}
         for request in requests:

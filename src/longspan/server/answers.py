@@ -112,8 +112,10 @@ class Answer(ABC):
 
 
 def _progress(choice: Choice, progress: Progress) -> dict[str, Any]:
-    """As llama.cpp's server gives it, and beside it the choice and what is left."""
+    """As llama.cpp's server gives it, and beside it the choice and what is left; `recovering` only while it is so."""
+    recovering = {"recovering": True} if progress.is_recovering else {}
     return {
+        **recovering,
         "index": choice.index,
         "total": progress.total,
         "cache": progress.cached,

@@ -115,6 +115,9 @@ def make_app(state: ServerState) -> FastAPI:
         """200 while requests can be served."""
         if state.engine.failure is not None:
             raise ApiError(503, f"the ranks have failed: {state.engine.failure}", code="engine_error")
+        if state.engine.is_recovering:
+            body = ApiError(503, "the ranks were lost; new ones start, requests wait", code="recovering").body
+            return json_response({"status": "recovering", **body}, 503)
         if state.is_draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         return json_response({"status": "ok"})

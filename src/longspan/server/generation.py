@@ -46,6 +46,8 @@ class Progress:
     """Since the first step; waiting for a place is not counted."""
     left_s: float | None
     """Estimate of what is left; None when there is nothing to go by."""
+    is_recovering: bool = False
+    """The ranks were lost: all is computed again when new ones are ready."""
 
 
 @dataclass(slots=True)
@@ -255,6 +257,10 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
 def _progress(choice: Choice, update: Update) -> Progress | None:
     """None if nothing has changed."""
     total, done = len(choice.prompt.token_ids), update.num_prefilled
+    if update.is_recovering:
+        choice.samples.clear()
+        choice.num_prefilled = done
+        return Progress(total, update.num_cached, done, update.since_start_s, None, is_recovering=True)
     if done == choice.num_prefilled:
         return None
     if done < choice.num_prefilled:  # it had to give up its pages, and starts again

@@ -114,6 +114,15 @@ class _EngineCollector(Collector):
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries_tokens
         )
         yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hit_tokens)
+        yield self._counter("longspan:restarts", "Times that ranks were lost and replaced.", stats.num_restarts)
+        yield self._counter(
+            "longspan:recovery_seconds",
+            "From the notice that ranks were lost until new ones were ready, all times together.",
+            stats.recovery_s,
+        )
+        yield self._gauge(
+            "longspan:last_recovery_seconds", "The same, the last time; 0: never.", stats.last_recovery_s or 0.0
+        )
         yield self._per("rank", GaugeMetricFamily, "longspan:kv_pages_used", "KV pages in use.", stats.kv_pages_used)
         yield self._per("rank", GaugeMetricFamily, "longspan:kv_pages_total", "KV pages.", stats.kv_pages_total)
         yield self._per("rank", CounterMetricFamily, "longspan:busy_seconds", "Time spent on plans.", stats.busy_s)

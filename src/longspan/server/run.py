@@ -6,7 +6,8 @@ Read next: `longspan.server.app`; `longspan.engine.async_engine`.
 Note: how a server ends
     first SIGTERM or SIGINT    no new requests (503), those that run may end; exit code 0
     second one                 open requests get an error, and the process ends at once; exit code 128 + signal
-    ranks died                 open requests get an error, and the process ends; exit code 1
+    ranks died                 new ones start, and open requests go on (`longspan.engine.recovery`)
+    ranks died too often       open requests get an error, and the process ends; exit code 1
 """
 
 import asyncio

@@ -47,6 +47,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     """Per KV group."""
     directory: str | None
     """Where ranks on the driver's machine meet, theirs alone; None: they meet as their environment says."""
+    generation: int = 0
+    """How often ranks were started before for the same engine: they are started again after a loss."""
 
 
 class RunPlan(msgspec.Struct, frozen=True, gc=False, tag=True):

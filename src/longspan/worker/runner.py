@@ -33,6 +33,7 @@ from longspan.plan.types import (
 )
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec
+from longspan.worker.fault import Fault
 from longspan.worker.sampler import sample_all, token_logprobs
 
 
@@ -85,6 +86,9 @@ class ModelRunner:
         self._no_mask = torch.empty(1, 1, 0, 0, device=self.device)
         self._sampled_by = -1  # the last plan that sampled here
         self._sampled: dict[int, int] = {}  # request to its token of that plan
+        self.fault: Fault | None = None
+        """What is to go wrong here, for tests."""
+        self._num_plans = 0
         self._tokens_computed = 0
         self._busy_s = 0.0
         self._strategy_bytes: Counter[str] = Counter()
@@ -105,6 +109,7 @@ class ModelRunner:
         finally:
             step_s = time.perf_counter() - started
             self._busy_s += step_s
+            self._num_plans += 1
         return RankResult(
             plan_id=plan.plan_id,
             rank=self.rank,
@@ -130,6 +135,8 @@ class ModelRunner:
         runs = [run for run in plan.query_runs if run.compute_rank == self.rank]
         if not runs:
             for layer in range(self.spec.num_layers):
+                if self.fault is not None:
+                    self.fault.strike(self._num_plans, layer)
                 attention.join(layer)
             answer = _Answer()
         else:
@@ -239,6 +246,8 @@ class ModelRunner:
         params, dense_threads = self.spec.layer_params, torch.get_num_threads()
 
         def attend(call: AttentionCall) -> Tensor:
+            if self.fault is not None:
+                self.fault.strike(self._num_plans, call.layer)
             expected = params[call.layer]
             assert (call.scale, call.softcap, call.window) == (expected.scale, expected.softcap, expected.window)
             torch.set_num_threads(attention_threads)  # the others compute too

@@ -4,6 +4,7 @@ Holds the loop. Must not know schedulers or requests, or how the process lives a
 Read next: `longspan.worker.runner`.
 """
 
+import os
 import sys
 
 import torch
@@ -19,6 +20,7 @@ from longspan.models.loader import quiet_transformers
 from longspan.native.heap import keep_freed_memory
 from longspan.worker.borrow import borrowed_threads, lends
 from longspan.worker.build import build_runner, load_weights, with_simulated_links
+from longspan.worker.fault import read_fault
 from longspan.worker.link import WorkerLink
 from longspan.worker.measure import measure
 from longspan.worker.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
@@ -45,6 +47,7 @@ def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threa
     is_lent = start.config.executor == "processes" and lends(num_threads, model, start.spec)
     comm = _join_group(rank, start, meeting, look_s=0.0 if is_lent else LOOK_S)
     runner = build_runner(start, model, comm, borrowed_threads if is_lent else None)
+    runner.fault = read_fault(os.environ, rank, start.generation)
     keep_freed_memory()  # behind weights and pools: what loading frees goes back
     link.send(Ready(rank))
     while isinstance(message := link.receive(), (RunPlan, Measure)):

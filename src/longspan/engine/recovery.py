@@ -1,0 +1,110 @@
+"""Ranks that were lost are replaced: how often, which requests are to blame, and what it took.
+
+Holds the budget, the verdict and the books. Must not know how ranks run, nor streams.
+Read next: `longspan.engine.engine`, whose `recover` uses this; Note: lost ranks in `longspan.scheduler.scheduler`.
+
+Note [What may be lost]
+    KV is a cache of what the driver knows: token ids, seeds, grammar states. So when a rank dies, all ranks end, new
+    ones start, and every request that ran is computed again from its prompt and the tokens that it has. Tokens are not
+    drawn again, and the next one depends on seed and position alone. What the user asked for and cannot be done
+    (`ConfigError`) is no reason to try again, and neither is a first start that fails.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from msgspec import structs
+
+from longspan.errors import ConfigError, LongspanError, WorkerError
+from longspan.plan.types import RankResult
+from longspan.scheduler.request import Request
+from longspan.scheduler.scheduler import Scheduler
+from longspan.types import FinishReason
+
+RESTART_WINDOW_S = 600.0
+"""`max_restarts` counts the restarts of so many seconds."""
+
+POISON_CRASHES = 3
+"""A request during which the ranks were lost so often, one after another, is not tried again."""
+
+log = logging.getLogger(__name__)
+
+
+class Restarts:
+    """How often ranks were replaced, and whether they may be once more."""
+
+    def __init__(self, most: int) -> None:
+        """Args: `most` within `RESTART_WINDOW_S`; 0 never replaces any."""
+        self._most = most
+        self._at_s: deque[float] = deque()
+        self.num_done = 0
+        """Times that new ranks were ready."""
+        self.total_s = 0.0
+        """Seconds from the notice that ranks were lost until new ones were ready, all times together."""
+        self.last_s: float | None = None
+        """The same, the last time."""
+
+    def take(self, cause: BaseException) -> None:
+        """Use up one restart.
+
+        Args:
+            cause: why the ranks are lost.
+
+        Raises:
+            BaseException: the cause, where a restart would not help, or none is allowed.
+            WorkerError: with the cause, if there were too many.
+        """
+        if not self._most or not isinstance(cause, LongspanError) or isinstance(cause, ConfigError):
+            raise cause
+        now = time.monotonic()
+        while self._at_s and now - self._at_s[0] > RESTART_WINDOW_S:
+            self._at_s.popleft()
+        if len(self._at_s) >= self._most:
+            times = "once" if self._most == 1 else f"{self._most} times"
+            raise WorkerError(
+                f"{cause}; the ranks were started again {times} within {RESTART_WINDOW_S:g} s before (max_restarts)"
+            ) from cause
+        self._at_s.append(now)
+        log.warning("longspan: the ranks are lost: %s; new ones start", cause)
+
+    def note_ready(self, seconds: float, num_requests: int) -> None:
+        """New ranks are ready. Args: what it took, and how many requests go on or wait."""
+        self.num_done += 1
+        self.total_s += seconds
+        self.last_s = seconds
+        log.warning("longspan: new ranks are ready after %.2f s; %d requests go on", seconds, num_requests)
+
+
+def fail_poison(scheduler: Scheduler, cause: BaseException) -> list[Request]:
+    """End the requests that the ranks were lost with too often. Call it after `Scheduler.restart`; returns them."""
+    poison = [request for request in scheduler.waiting if request.num_crashes >= POISON_CRASHES]
+    for request in poison:
+        request.fail(
+            f"the ranks were lost {request.num_crashes} times in a row while they computed this request, the last time "
+            f"because: {cause}; it is not tried again"
+        )
+        scheduler.finish(request, FinishReason.ERROR)
+        log.warning("longspan: request %d: %s", request.request_id, request.error)
+    return poison
+
+
+def add_totals(earlier: dict[int, RankResult], last: Iterable[RankResult]) -> dict[int, RankResult]:
+    """Per rank, what it did until now: totals of ranks that are gone, and of those that run."""
+    found = dict(earlier)
+    for result in last:
+        before = found.get(result.rank)
+        found[result.rank] = result if before is None else _sum(before, result)
+    return found
+
+
+def _sum(before: RankResult, last: RankResult) -> RankResult:
+    names = {*before.strategy_bytes, *last.strategy_bytes}
+    return structs.replace(
+        last,
+        tokens_computed=before.tokens_computed + last.tokens_computed,
+        bytes_sent=before.bytes_sent + last.bytes_sent,
+        busy_s=before.busy_s + last.busy_s,
+        strategy_bytes={name: before.strategy_bytes.get(name, 0) + last.strategy_bytes.get(name, 0) for name in names},
+    )

@@ -1,0 +1,75 @@
+"""Faults on demand, for tests: a rank that dies, stalls or raises at a certain plan and layer.
+
+Holds the switch and its meaning. Must not know what a layer does.
+Read next: `longspan.worker.runner`, which asks before every layer; docs/reliability.md.
+
+    LONGSPAN_FAULT="rank=1,plan=5,layer=2,kind=die,generation=0"
+
+`plan` counts the plans that the rank has run, from 0, since its process started; `layer` the model's layers. The fault
+comes once in the life of the rank's process. Ranks that replace it are a generation of their own, and have the fault
+too: each generation fails at its own plan 5, unless `generation` names one (the first is 0). Read by ranks that are
+processes.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import msgspec
+
+from longspan.errors import ConfigError
+
+VARIABLE = "LONGSPAN_FAULT"
+
+Kind = Literal["die", "stall", "raise"]
+"""Killed as by the kernel; alive, but never done; an exception."""
+
+
+class InjectedFaultError(RuntimeError):
+    """What a rank raises for `kind=raise`."""
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """Where it comes, and what it is."""
+
+    rank: int
+    plan: int
+    kind: Kind
+    layer: int = 0
+    generation: int | None = None
+    """None is every one."""
+
+    def strike(self, num_plans: int, layer: int) -> None:
+        """Called before a layer. Args: `num_plans` that the rank has run before this one."""
+        if num_plans != self.plan or layer != self.layer:
+            return
+        if self.kind == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while self.kind == "stall":
+            time.sleep(3600)
+        raise InjectedFaultError(f"injected before layer {layer} ({VARIABLE})")
+
+
+def read_fault(environment: Mapping[str, str], rank: int, generation: int) -> Fault | None:
+    """The fault that a rank is to have, if any.
+
+    Raises:
+        ConfigError: the variable is not as it must be.
+    """
+    text = environment.get(VARIABLE)
+    if not text:
+        return None
+    words = [word.partition("=") for word in text.split(",")]
+    fields = {name.strip(): value.strip() for name, _, value in words}
+    try:
+        if len(fields) != len(words) or not fields.keys() <= {*Fault.__struct_fields__}:
+            raise ValueError
+        fault = msgspec.convert(fields, Fault, strict=False)
+    except ValueError:  # a ValidationError is one
+        raise ConfigError(
+            f"{VARIABLE}: got {text!r}, legal is like rank=1,plan=5,layer=2,kind={'|'.join(get_args(Kind))} and "
+            "perhaps generation=0"
+        ) from None
+    return fault if fault.rank == rank and fault.generation in (None, generation) else None

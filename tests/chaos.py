@@ -1,0 +1,196 @@
+"""Ranks are killed at random moments under many streams, and no client may notice more than a pause.
+
+    python tests/chaos.py [--kills 40] [--streams 50] [--ranks 2] [--seed 0]
+
+Starts `longspan serve recall`, and gets the answers to some prompts (half of them drawn with a seed, half greedy) once
+in peace. Then `--streams` clients ask for them again and again, while a random rank is killed (SIGKILL) at random
+moments. Ends with one line of JSON:
+
+    kills, streams       how often, and how many answers were streamed meanwhile
+    lost                 answers that ended early, or with an error
+    duplicated           answers that went on after their end
+    wrong                answers that differ otherwise
+    median_recovery_s    from a kill to the first new token of any stream
+    of_which_start_s     from the notice to new ranks that are ready, as the server counts it; mean
+    leaks                afterwards: requests and pages held, files, processes and shared memory left
+
+Exit status 0 if nothing is lost, duplicated or wrong, and nothing leaks.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import statistics
+import string
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from hostile import held, open_files
+from process_tree import children
+from test_server_processes import FACT, QUESTION, Command, command
+
+
+def bodies(rng: random.Random) -> list[dict[str, object]]:
+    """Requests: short and long ones, greedy and drawn. Nothing occurs twice in a prompt but the fact that is asked for:
+    of two equally good continuations rounding would choose, with or without a loss."""
+    found: list[dict[str, object]] = []
+    for i in range(16):
+        before, behind = (
+            "".join(rng.choices(string.ascii_lowercase + " ", k=k)) for k in (rng.choice((50, 300, 1500, 4000)), 300)
+        )
+        prompt = before + FACT + behind + QUESTION
+        drawn = {"temperature": 1.0, "seed": i} if i % 2 else {"temperature": 0}
+        found.append({"model": "recall", "prompt": prompt, "max_tokens": rng.choice((8, 40, 120)), **drawn})
+    return found
+
+
+@dataclass
+class Seen:
+    """What the clients saw."""
+
+    streams: int = 0
+    lost: list[str] = field(default_factory=list)
+    duplicated: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)
+    """Of all streams."""
+
+
+async def stream(client: httpx.AsyncClient, body: dict[str, object], seen: Seen) -> list[str]:
+    """The texts of an answer's chunks; raises if it has no end."""
+    texts: list[str] = []
+    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        if answer.status_code != 200:
+            raise ValueError(f"{answer.status_code} {(await answer.aread())[:200]!r}")
+        async for line in answer.aiter_lines():
+            if line == "data: [DONE]":
+                return texts
+            if line.startswith("data: "):
+                chunk = json.loads(line.removeprefix("data: "))
+                if "error" in chunk:
+                    raise ValueError(chunk["error"]["message"])
+                seen.token_times.append(time.monotonic())
+                texts.append(chunk["choices"][0]["text"])
+    raise ValueError("no end")
+
+
+async def ask(
+    client: httpx.AsyncClient,
+    rng: random.Random,
+    right: list[tuple[dict[str, object], str]],
+    seen: Seen,
+    stop: asyncio.Event,
+) -> None:
+    """One client, until it is told to stop."""
+    while not stop.is_set():
+        body, wanted = rng.choice(right)
+        seen.streams += 1
+        try:
+            found = "".join(await stream(client, body, seen))
+        except (ValueError, httpx.HTTPError) as error:
+            seen.lost.append(f"{type(error).__name__}: {error}")
+            continue
+        if found == wanted:
+            continue
+        if wanted.startswith(found):
+            seen.lost.append(f"{found!r} of {wanted!r}")
+        elif found.startswith(wanted):
+            seen.duplicated.append(f"{found!r} for {wanted!r}")
+        else:
+            seen.wrong.append(f"{found!r} for {wanted!r}")
+
+
+async def killing(server: Command, kills: int, streams: int, seed: int) -> tuple[Seen, list[float]]:
+    """Returns what was seen, and the seconds of every recovery."""
+    rng = random.Random(seed)
+    seen, recoveries = Seen(), []
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        right = [(body, "".join(await stream(client, body, Seen()))) for body in bodies(rng)]
+        stop = asyncio.Event()
+        asking = [asyncio.create_task(ask(client, random.Random(seed + i), right, seen, stop)) for i in range(streams)]
+        for _ in range(kills):
+            await asyncio.sleep(rng.uniform(0.0, 2.0))
+            victims = server.workers()
+            killed_s = time.monotonic()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice(victims), signal.SIGKILL)
+            while set(victims) & set(server.workers()):  # tokens that were on their way are not new ones
+                await asyncio.sleep(0.005)
+            gone_s = time.monotonic()
+            while not seen.token_times or seen.token_times[-1] < gone_s:
+                if server.process.poll() is not None:
+                    raise RuntimeError(f"the server ended: {server.said()[-2000:]}")
+                await asyncio.sleep(0.005)
+            recoveries.append(next(t for t in seen.token_times if t >= gone_s) - killed_s)
+            seen.token_times.clear()
+        stop.set()
+        await asyncio.gather(*asking)
+    return seen, recoveries
+
+
+def shared_memory() -> set[str]:
+    """Names of shared memory, and of the directories where groups of ranks meet."""
+    return {path.name for path in (*Path("/dev/shm").iterdir(), *Path("/tmp").glob("longspan-*"))}
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def run(kills: int, streams: int, ranks: int, seed: int) -> dict[str, object]:
+    """Returns the counts; `problems` is empty if all is well."""
+    before = shared_memory()
+    options = ("--context-parallel-size", str(ranks), "--threads-per-rank", "1", "--max-restarts", str(kills + 2))
+    with command(*options) as server:
+        asyncio.run(killing(server, 1, streams, seed - 1))  # whatever is made once and kept
+        pid = server.process.pid
+        files, processes, shared = open_files(pid), len(children(pid)), len(shared_memory() - before)
+        seen, recoveries = asyncio.run(killing(server, kills, streams, seed))
+        deadline = time.monotonic() + 30
+        while (held(server.url) or open_files(pid) > files + 2) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        leaks = {
+            "requests and pages": held(server.url),
+            "files": max(0, open_files(pid) - files - 2),  # the question of this very moment
+            "processes": len(children(pid)) - processes,
+            "shared memory": len(shared_memory() - before) - shared,
+        }
+        restarts = metric(server.url, "longspan:restarts_total")
+        start_s = metric(server.url, "longspan:recovery_seconds_total") / max(1.0, restarts)
+        status = server.end()
+    return {
+        "kills": kills,
+        "streams": seen.streams,
+        "lost": len(seen.lost),
+        "duplicated": len(seen.duplicated),
+        "wrong": len(seen.wrong),
+        "median_recovery_s": round(statistics.median(recoveries), 2),
+        "of_which_start_s": round(start_s, 2),
+        "leaks": {what: count for what, count in leaks.items() if count},
+        "problems": (seen.lost + seen.duplicated + seen.wrong)[:5] + ([f"exit status {status}"] if status else []),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--streams", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    found = run(**vars(parser.parse_args()))
+    print(json.dumps(found))
+    return 1 if found["problems"] or found["leaks"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

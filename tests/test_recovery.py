@@ -1,0 +1,198 @@
+"""Ranks that are lost are replaced: nothing of any request is lost, repeated or wrong, and somebody is to blame."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import httpx
+import pytest
+
+from fake_ranks import FakeRanks, assert_all_free, make_config, make_model, make_scheduler
+from longspan import LLM, SamplingParams
+from longspan.engine.recovery import POISON_CRASHES, Restarts, fail_poison
+from longspan.errors import ConfigError, WorkerError
+from longspan.types import FinishReason
+from longspan.worker.fault import VARIABLE, read_fault
+from process_tree import ranks
+from test_server_processes import FACT, FILLER, QUESTION, command
+
+# -- who is to blame ---------------------------------------------------------------------------------------------------
+
+
+def test_a_request_with_which_the_ranks_are_lost_again_and_again_is_failed_alone():
+    fake = FakeRanks(make_scheduler(make_model(None), make_config(2), 400), random.Random(0))
+    scheduler = fake.scheduler
+    poison = scheduler.add_request([7] * 9, SamplingParams(max_tokens=5, seed=0, ignore_eos=True))
+    others = [scheduler.add_request([i] * 9, SamplingParams(max_tokens=5, ignore_eos=True, seed=i)) for i in range(6)]
+    crashes = 0
+    while poison.finish_reason is None:
+        fake.submit_all()
+        if any(run.request_id == poison.request_id for plan in fake.in_flight.values() for run in plan.query_runs):
+            fake.crash()
+            crashes += 1
+            ended = fail_poison(scheduler, WorkerError("rank 1 was killed"))
+            assert ended == ([poison] if crashes == POISON_CRASHES else [])
+        else:
+            fake.complete(fake.rng.choice(fake.first_plans()))
+    assert crashes == POISON_CRASHES
+    assert poison.finish_reason is FinishReason.ERROR
+    assert "rank 1 was killed" in poison.error
+    fake.run_to_the_end()
+    assert [len(request.output_token_ids) for request in others] == [5] * 6
+    assert_all_free(scheduler)
+
+
+def test_a_request_that_gets_further_each_time_is_not_to_blame():
+    fake = FakeRanks(make_scheduler(make_model(None), make_config(1), 400), random.Random(0))
+    request = fake.scheduler.add_request([7] * 9, SamplingParams(max_tokens=9, seed=0, ignore_eos=True))
+    for _ in range(6):
+        known = request.num_generated
+        while request.num_generated == known:
+            fake.step()
+        fake.submit_all()
+        fake.crash()
+        assert not fail_poison(fake.scheduler, WorkerError("killed"))
+    fake.run_to_the_end()
+    assert len(request.output_token_ids) == 9
+
+
+def test_a_budget_of_restarts_ends():
+    restarts = Restarts(2)
+    restarts.take(WorkerError("one"))
+    restarts.take(WorkerError("two"))
+    with pytest.raises(WorkerError, match=r"^three; the ranks were started again 2 times within 600 s"):
+        restarts.take(WorkerError("three"))
+
+
+@pytest.mark.parametrize(
+    ("most", "cause"), [(0, WorkerError("killed")), (5, ConfigError("illegal")), (5, RuntimeError("a bug"))]
+)
+def test_what_a_restart_does_not_help_is_raised(most, cause):
+    with pytest.raises(type(cause), match=str(cause)):
+        Restarts(most).take(cause)
+
+
+@pytest.mark.parametrize("text", ["rank=1", "rank=x,plan=1,kind=die", "rank=1,plan=1,kind=explode", "a=1", "rank"])
+def test_rejects_faults_that_are_none(text):
+    with pytest.raises(ConfigError, match=VARIABLE):
+        read_fault({VARIABLE: text}, 1, 0)
+
+
+def test_a_fault_is_for_one_rank_and_perhaps_one_generation():
+    environment = {VARIABLE: "rank=1,plan=5,layer=2,kind=die,generation=0"}
+    fault = read_fault(environment, 1, 0)
+    assert (fault.rank, fault.plan, fault.layer, fault.kind) == (1, 5, 2, "die")
+    assert read_fault(environment, 0, 0) is None
+    assert read_fault(environment, 1, 1) is None
+    assert read_fault({}, 1, 0) is None
+
+
+# -- real processes ----------------------------------------------------------------------------------------------------
+
+RANKS = {"context_parallel_size": 2, "placement": "striped", "page_size": 16, "stripe_size": 64, "threads_per_rank": 1}
+PROMPTS = [FILLER[:1500] + FACT + FILLER[1500:3000] + QUESTION, FILLER[3000:4000]]
+PARAMS = [SamplingParams(max_tokens=40), SamplingParams(max_tokens=60, temperature=1.0, seed=5)]
+
+
+def tokens_of(llm, **options):
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS, **options)]
+
+
+@pytest.fixture(scope="module")
+def wanted(cache_home):
+    with LLM("recall", **RANKS) as llm:
+        return tokens_of(llm)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_are_killed_are_replaced_and_tokens_are_the_same(wanted, rank):
+    """In prefill, twice in decode, and while nothing runs."""
+    killed = set()
+
+    def kill(progress):
+        moment = (progress.generated_tokens > 2) + (progress.generated_tokens > 20)
+        if progress.request_idx == 1 and moment not in killed:
+            killed.add(moment)
+            os.kill(ranks(os.getpid())[rank], signal.SIGKILL)
+
+    with LLM("recall", **RANKS, max_restarts=4, max_num_batched_tokens=256) as llm:
+        assert tokens_of(llm, on_progress=kill) == wanted
+        assert len(killed) == 3
+        os.kill(ranks(os.getpid())[rank], signal.SIGKILL)
+        time.sleep(0.3)
+        assert tokens_of(llm) == wanted
+        assert llm._engine.restarts.num_done >= 3
+    assert not ranks(os.getpid())
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["die", "raise"])
+def test_a_rank_that_fails_within_a_layer_is_replaced(wanted, kind, monkeypatch):
+    monkeypatch.setenv(VARIABLE, f"rank=1,plan=3,layer=1,kind={kind},generation=0")
+    with LLM("recall", **RANKS, max_restarts=1, max_num_batched_tokens=256) as llm:
+        assert tokens_of(llm) == wanted
+        assert llm._engine.restarts.num_done == 1
+
+
+@pytest.mark.processes
+def test_a_request_that_kills_the_ranks_every_time_is_told_why(cache_home, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "rank=0,plan=0,layer=0,kind=raise")
+    with LLM("recall", **RANKS, max_restarts=9) as llm:
+        (output,) = llm.generate(PROMPTS[:1], PARAMS[:1])
+        assert output.outputs[0].finish_reason is FinishReason.ERROR
+        assert "lost 3 times in a row" in output.outputs[0].error
+        assert output.ttft_s is None
+
+
+@pytest.mark.processes
+def test_without_restarts_the_first_loss_is_the_last(cache_home, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "rank=0,plan=0,layer=0,kind=die")
+    with LLM("recall", **RANKS) as llm, pytest.raises(WorkerError, match="rank 0"):
+        llm.generate(PROMPTS[:1], PARAMS[:1])
+
+
+@pytest.mark.processes
+def test_a_server_whose_rank_is_killed_pauses_and_goes_on(cache_home):
+    body = {"model": "recall", "prompt": FILLER[:2000], "max_tokens": 150, "temperature": 1, "seed": 3, "stream": True}
+
+    def stream(url, heard=lambda: None):
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            assert answer.status_code == 200
+            lines = []
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    lines.append(line)
+                    heard()
+        assert lines[-1] == "data: [DONE]"
+        return "".join(lines).count('"text"'), [line.split('"text":', 1)[1].split(',"', 1)[0] for line in lines[:-1]]
+
+    with command("--context-parallel-size", "2", "--placement", "striped", "--stripe-size", "64") as server:
+        right = stream(server.url)
+        heard, killed, statuses = [], threading.Event(), []
+
+        def kill_once():
+            heard.append(1)
+            if len(heard) == 30:
+                os.kill(server.workers()[1], signal.SIGKILL)
+                killed.set()
+
+        def watch():
+            assert killed.wait(60)
+            while not statuses or statuses[-1] != 200 or 503 not in statuses:
+                statuses.append(httpx.get(f"{server.url}/health", timeout=10).status_code)
+                time.sleep(0.01)
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        assert stream(server.url, kill_once) == right
+        watching.join(timeout=10)
+        assert statuses[-1] == 200
+        assert 503 in statuses
+        metrics = httpx.get(f"{server.url}/metrics").text
+        (count,) = [line for line in metrics.splitlines() if line.startswith("longspan:restarts_total")]
+        assert count.endswith(" 1.0")
+        assert "new ranks are ready" in server.said()
+        assert server.end() == 0
