@@ -339,8 +339,8 @@ def test_a_second_signal_does_not_wait_for_threads(cache_home):
         thread.join(timeout=10)
 
 
-def test_when_a_worker_is_killed_every_client_is_told_and_the_exit_code_is_not_0(cache_home):
-    with command(*TWO_RANKS) as served:
+def test_when_a_worker_is_killed_for_good_every_client_is_told_and_the_exit_code_is_not_0(cache_home):
+    with command(*TWO_RANKS, "--max-restarts", "0") as served:
         answers = []
 
         def ask():
@@ -370,6 +370,16 @@ def test_when_a_worker_is_killed_every_client_is_told_and_the_exit_code_is_not_0
 
 
 def test_an_idle_server_notices_that_a_worker_died(cache_home):
-    with command(*TWO_RANKS) as served:
-        os.kill(served.workers()[0], signal.SIGKILL)
+    with command(*TWO_RANKS, "--max-restarts", "1") as served:
+        first = served.workers()
+        os.kill(first[0], signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while "new ranks are ready" not in served.said():
+            assert time.monotonic() < deadline, served.said()
+            time.sleep(0.05)
+        second = served.workers()
+        assert len(second) == 2
+        assert not {*first} & {*second}
+        os.kill(second[0], signal.SIGKILL)
         assert served.process.wait(timeout=30) == 1
+        assert "the ranks were started again once within 600 s before (max_restarts)" in served.said()
