@@ -202,25 +202,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Those that have ended, or were cancelled before, too."""
         self.cancel(data.draw(st.sampled_from(self.requests)))
 
-    @rule(num_times=st.sampled_from([1, 1, 2, 3]), num_steps=st.integers(0, 3))
-    def crash(self, num_times: int, num_steps: int) -> None:
-        """The ranks are lost, perhaps several times before much has been done."""
-        for _ in range(num_times):
-            self.submit()
-            in_flight = {run.request_id for plan in self.ranks.in_flight.values() for run in plan.query_runs}
-            cancelled = set(self.scheduler._cancelled)
-            alive = {request.request_id: list(request.token_ids) for request in self.alive}
-            REACHED["crashes with plans in flight"] += bool(in_flight)
-            REACHED["crashes of cancelled requests"] += bool(cancelled)
-            self.ranks.crash()
-            self.last_plan.clear()
-            left = {request.request_id: request.token_ids for request in self.scheduler.waiting}
-            assert left == {key: tokens for key, tokens in alive.items() if key not in cancelled}
-            assert_all_free(self.scheduler, ended=False)
-            for _ in range(num_steps):
-                if self.scheduler.has_requests:
-                    self.step()
-
     def cancel(self, request: Request) -> None:
         if request.finish_reason is None:
             is_waiting = request in self.scheduler.waiting
@@ -343,18 +324,43 @@ class SchedulerMachine(RuleBasedStateMachine):
         REACHED["evicted pages"] += sum(allocator.num_evicted for allocator in allocators)
 
 
-def run_machine(max_examples: int, *, is_fixed: bool) -> None:
+class CrashingMachine(SchedulerMachine):
+    """The same, and the ranks may be lost at any moment."""
+
+    @rule(num_times=st.sampled_from([1, 1, 2, 3]), num_steps=st.integers(0, 3))
+    def crash(self, num_times: int, num_steps: int) -> None:
+        """The ranks are lost, perhaps several times before much has been done."""
+        for _ in range(num_times):
+            self.submit()
+            in_flight = {run.request_id for plan in self.ranks.in_flight.values() for run in plan.query_runs}
+            cancelled = set(self.scheduler._cancelled)
+            alive = {request.request_id: list(request.token_ids) for request in self.alive}
+            REACHED["crashes with plans in flight"] += bool(in_flight)
+            REACHED["crashes of cancelled requests"] += bool(cancelled)
+            self.ranks.crash()
+            self.last_plan.clear()
+            left = {request.request_id: request.token_ids for request in self.scheduler.waiting}
+            assert left == {key: tokens for key, tokens in alive.items() if key not in cancelled}
+            assert_all_free(self.scheduler, ended=False)
+            for _ in range(num_steps):
+                if self.scheduler.has_requests:
+                    self.step()
+
+
+def run_machine(
+    max_examples: int, *, is_fixed: bool, base: type[SchedulerMachine] = SchedulerMachine, num_steps: int = 30
+) -> None:
     """Run the machine. Args: `is_fixed` takes the same examples every time, for one version of hypothesis."""
     REACHED.clear()
 
-    class Machine(SchedulerMachine):
+    class Machine(base):
         pass
 
     run_state_machine_as_test(
         seed(0)(Machine) if is_fixed else Machine,
         settings=settings(
             max_examples=max_examples,
-            stateful_step_count=30,
+            stateful_step_count=num_steps,
             deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
@@ -366,7 +372,6 @@ OFTEN = {
     "1 ranks",
     "2 ranks",
     "batch",
-    "crashes with plans in flight",
     "evicted pages",
     "hit tokens",
     "local",
@@ -382,7 +387,6 @@ ALWAYS_IN_MANY = OFTEN | {
     "cancelled when preempted",
     "cancelled when waiting",
     "copied pages",
-    "crashes of cancelled requests",
     "gather_kv",
     "pass_kv",
     "pass_q",
@@ -395,6 +399,20 @@ ALWAYS_IN_MANY = OFTEN | {
 def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens():
     run_machine(25, is_fixed=True)
     assert {name for name in OFTEN if not REACHED[name]} == set(), "else this proves little"
+
+
+@pytest.mark.cover
+def test_a_history_with_lost_ranks_keeps_every_promise_too():
+    run_machine(15, is_fixed=True, base=CrashingMachine, num_steps=12)
+    assert REACHED["crashes with plans in flight"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_any_history_with_lost_ranks_keeps_every_promise_often():
+    run_machine(200, is_fixed=False, base=CrashingMachine)
+    wanted = {"crashes with plans in flight", "crashes of cancelled requests", "suspects alone"}
+    assert {name for name in wanted if not REACHED[name]} == set()
 
 
 @pytest.mark.slow

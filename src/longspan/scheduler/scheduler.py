@@ -63,6 +63,9 @@ from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.sampling import can_sample_ahead, sample_row
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams, Strategy
 
+PATIENCE = 2
+"""Plans per rank and running request that a prompt waits for its next chunk before it goes first."""
+
 SUSPECT_CRASHES = 2
 """Losses of the ranks, one after another, after which a request that was in flight each time runs alone."""
 
@@ -320,8 +323,10 @@ class Scheduler:
         if not is_decode:
             end = self._chunks.end(request, [self.config.max_num_batched_tokens] * self.config.context_parallel_size)
         ranks = self._ranks(request, end)
-        if not is_decode:
-            # Prefill waits as a queue: a rank that ran another prompt's chunk since has given prefill its turn.
+        patience = PATIENCE * self.config.context_parallel_size * (1 + len(self.running))
+        if not is_decode and self._next_plan_id - turn <= patience:
+            # Prefill waits as a queue: a rank that ran another prompt's chunk since has given prefill its turn. But not
+            # for ever: whoever needs a rank that all others need, and none that is idle, would never be first.
             turn = max(turn, min(self._last_prefill[rank] for rank in ranks))
         return _Ready(
             turn,
