@@ -28,7 +28,7 @@ Note: lost ranks
     When the ranks are lost (`restart`), every running request goes back to the queue, as after a preemption. Whoever
     was in flight may have been the reason. After two such losses since which it got no further, a request is a suspect:
     suspects run one at a time and nobody beside them, until they get further than before. So if the ranks are lost
-    once more, the one in flight is to blame, and the others are not.
+    twice more, the one in flight is to blame, and the others are not. Once more may be chance.
 """
 
 import secrets
