@@ -27,8 +27,8 @@ RESTART_WINDOW_S = 600.0
 """`max_restarts` counts the restarts of so many seconds."""
 
 POISON_CRASHES = 4
-"""A request during which the ranks were lost so often, one after another, the last two times with nobody beside it, is not
-tried again."""
+"""A request during which the ranks were lost so often, one after another, is not tried again; the last two times it had
+nobody beside it."""
 
 log = logging.getLogger(__name__)
 
