@@ -27,6 +27,7 @@ import signal
 import statistics
 import string
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,7 @@ async def killing(server: Command, kills: int, streams: int, seed: int) -> tuple
 
 def shared_memory() -> set[str]:
     """Names of shared memory, and of the directories where groups of ranks meet."""
-    return {path.name for path in (*Path("/dev/shm").iterdir(), *Path("/tmp").glob("longspan-*"))}
+    return {path.name for path in (*Path("/dev/shm").iterdir(), *Path(tempfile.gettempdir()).glob("longspan-*"))}
 
 
 def metric(url: str, name: str) -> float:

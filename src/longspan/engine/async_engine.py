@@ -271,12 +271,11 @@ class AsyncEngine:
             BaseException: what made the ranks fail, for good.
         """
         self.is_recovering = self.engine.config.max_restarts > 0
-        try:
-            if self.is_recovering:
-                self._deliver(self._pauses())
-            return self._updates(self.engine.recover())
-        finally:
-            self.is_recovering = False
+        if self.is_recovering:
+            self._deliver(self._pauses())
+        updates = self._updates(self.engine.recover())
+        self.is_recovering = False  # and not where it raised: `failure` takes over, with no moment of health between
+        return updates
 
     def _pauses(self) -> "_Updates":
         """What the streams of requests that have to be computed again are to hear."""

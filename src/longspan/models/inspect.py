@@ -83,9 +83,10 @@ def check_proven(config: PreTrainedConfig) -> None:
 def _check_sizes(config: PreTrainedConfig) -> None:
     """Refuse numbers of which no model can be made. Raises: UnsupportedModelError."""
     for field, most in MAX_SIZES.items():
-        size = getattr(config, field, None)
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most):
-            raise UnsupportedModelError(f"{field}: got {size!r}, legal is an integer from 1 to {most}")
+        value = getattr(config, field, None)
+        for size in value if isinstance(value, (list, tuple)) else [value]:  # some families have one per layer
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most):
+                raise UnsupportedModelError(f"{field}: got {size!r}, legal is an integer from 1 to {most}")
 
 
 def _check_mask(call: AttentionCall) -> None:
@@ -139,7 +140,6 @@ def inspect_model(
         UnsupportedModelError: the model does something that is not proven exact.
     """
     check_proven(config)
-    _check_sizes(config)
     try:
         return trace_model(config, generation_config, dtype)[0]
     except LongspanError:
@@ -156,6 +156,7 @@ def trace_model(
 
     Args, Raises: as in `inspect_model`; also an unproven model must call attention as the proven ones do.
     """
+    _check_sizes(config)
     with torch.device("meta"), torch.inference_mode():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
         recorder = _Recorder()

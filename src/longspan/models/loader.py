@@ -100,10 +100,12 @@ def load_config(model: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
         return config, None
     try:
         return config, GenerationConfig.from_pretrained(name, local_files_only=is_offline)
-    except Exception as error:  # likewise
+    except OSError as error:
         if Path(name).is_dir():  # it is there, and broken
             raise _loading(model, "generation config", error) from error
-        return config, None
+        return config, None  # the Hub has none, or cannot be asked
+    except Exception as error:  # as above: it was found, and is broken
+        raise _loading(model, "generation config", error) from error
 
 
 def load_config_file(path: Path) -> PreTrainedConfig:
