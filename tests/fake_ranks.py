@@ -5,7 +5,6 @@ workers. Instead of KV, a row holds the tokens that its key depends on. No torch
 """
 
 import random
-from collections import Counter
 from dataclasses import dataclass, field
 
 from longspan.config import EngineConfig
@@ -21,6 +20,7 @@ from longspan.plan.types import (
     SampleRow,
     ScoredRun,
 )
+from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
@@ -83,7 +83,7 @@ class FakeRanks:
 
     scheduler: Scheduler
     rng: random.Random
-    checks_owners: bool = True
+    checks_books: bool = True
     """With every plan; a caller that does so itself, less often, may turn it off."""
     mirrors: list[list[dict[int, PageTable]]] = field(default_factory=list)
     """[rank][KV group][request]"""
@@ -154,45 +154,8 @@ class FakeRanks:
                 for rank in plan.ranks:
                     mirror = self.mirrors[rank][group_idx][request_id]
                     assert runs_from(mirror, first) == table.runs, f"rank {rank} missed something"
-        if self.checks_owners:
-            self.check_owners()
-
-    def check_owners(self) -> None:
-        """Every page has as many references as owners, none without an owner is in use, and promises add up."""
-        memory, running = self.scheduler.memory, self.scheduler.running
-        owners = Counter(
-            (run.rank, group_idx, run.slot + i)
-            for request in running
-            for group_idx, table in enumerate(request.tables)
-            for run in (*table.runs, *(copy.source for copy in request.copies if copy.group_idx == group_idx))
-            for i in range(run.num_pages)
-        )
-        promised = [[0] * len(memory.model.kv_groups) for _ in memory.allocators]
-        for (rank, group_idx, slot), count in owners.items():
-            allocator = memory.allocators[rank][group_idx]
-            assert 0 <= slot < allocator.num_pages
-            assert not allocator.is_idle(slot)
-            assert allocator._slots.references(slot) == count, "owners and references differ"
-            if memory.model.kv_groups[group_idx].spec.window is not None:
-                promised[rank][group_idx] += count - 1
-        for request in running:
-            for group_idx, table in enumerate(request.tables):
-                new = Counter(
-                    run.rank
-                    for run in table.runs
-                    for i in range(run.num_pages)
-                    if run.page_idx + i >= request.num_hit_pages
-                )
-                for rank, claim in request.claims[group_idx].items():
-                    promised[rank][group_idx] += max(0, claim - new[rank])
-        assert promised == memory._promised, "not what running requests may still need"
-        used = Counter((rank, group_idx) for rank, group_idx, _ in owners)
-        for rank, allocators in enumerate(memory.allocators):
-            for group_idx, allocator in enumerate(allocators):
-                assert allocator.num_used == used[rank, group_idx], "a page without an owner is not free"
-        for request in self.scheduler.waiting:
-            assert not request.tables
-            assert not request.copies
+        if self.checks_books:
+            check_books(self.scheduler)
 
     def check_cached(self) -> None:
         """Every page that the prefix cache offers holds the keys of the tokens that its hash says."""
@@ -360,7 +323,7 @@ def assert_all_free(scheduler: Scheduler, *, ended: bool = True) -> None:
         for allocator in allocators:
             assert allocator.num_used == 0, f"rank {rank} lost pages"
             assert allocator.num_available == allocator.num_pages
-    assert all(pages == 0 for rank in scheduler.memory._promised for pages in rank)
+    assert all(pages == 0 for rank in scheduler.memory.promised for pages in rank)
     assert not scheduler._in_flight
     assert not scheduler._busy
     assert not (ended and scheduler._by_id)

@@ -15,6 +15,7 @@ from fake_ranks import FakeRanks, assert_all_free, check_finished, make_config, 
 from longspan.kvcache.allocator import OutOfPagesError
 from longspan.kvcache.prefix import CachingAllocator, extend_hashes
 from longspan.plan.types import FailedRow, PlanResult, RankResult
+from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.types import FinishReason, SamplingParams
@@ -625,11 +626,11 @@ def test_a_cancelled_copy_gives_source_and_target_back():
     cache_on(ranks, 0)
     cancelled = [admit(ranks, SYSTEM + (7,) * 5, [1000.0, 0.0]) for _ in range(2)]
     ranks.scheduler.running += cancelled
-    ranks.check_owners()
+    check_books(ranks.scheduler)
     for request in cancelled:
         ranks.scheduler.running.remove(request)
         ranks.scheduler.memory.free(request)
-        ranks.check_owners()
+        check_books(ranks.scheduler)
     assert cached_pages(ranks, SYSTEM, 1) == [], "what was never copied is never offered"
     assert cached_pages(ranks, SYSTEM, 0) == list(range(10))
 
@@ -645,7 +646,7 @@ def test_a_request_that_is_cancelled_while_it_waits_for_its_copies_gives_them_ba
     assert copied_pages(chat) == [(0, 1)] * 10
     assert not chat.in_flight
     ranks.scheduler.cancel(chat)
-    ranks.check_owners()
+    check_books(ranks.scheduler)
     assert cached_pages(ranks, SYSTEM, 1) == []
     ranks.run_to_the_end()
     assert_all_free(ranks.scheduler)

@@ -15,11 +15,11 @@ import msgspec
 import pytest
 
 from longspan import LLM, ConfigError, LongspanError, SamplingParams, WorkerError
-from longspan.engine import workers
 from longspan.engine.failures import Failures, describe_end
 from longspan.engine.processes import _environment
 from longspan.plan.types import DirectExchange, GroupStep, Plan
 from longspan.types import Phase, Strategy
+from longspan.worker import pulse
 from longspan.worker.messages import Failed
 from process_tree import is_alive, parents_of_ranks, ranks
 
@@ -342,7 +342,7 @@ def test_a_stopped_rank_is_named_by_the_peer_that_waits_for_it(own_tmp):
 
 @needs_processes
 def test_a_stopped_rank_that_no_peer_waits_for_is_noticed_by_the_driver(own_tmp, monkeypatch):
-    monkeypatch.setattr(workers, "SILENCE_MARGIN_S", 1.0)
+    monkeypatch.setattr(pulse, "MARGIN_S", 1.0)
     with LLM("recall", exchange_timeout_s=2.0) as llm:
         (pid,) = ranks(os.getpid())
         os.kill(pid, signal.SIGSTOP)
@@ -432,6 +432,7 @@ RAISED = ("said", Failed(1, "ValueError: y", "trace", "rank"))
 KILLED = ("ended", 1, "rank 1 (pid 11)", "was killed by SIGKILL")
 CONSEQUENCE = ("ended", 0, "rank 0 (pid 10)", "ended with exit code 1")
 LOST = ("lost", 1, "rank 1 (pid 11)")
+STUCK = ("stuck", 1, "rank 1 (pid 11)", 5.0)
 SILENT = ("silent", 1, "rank 1 (pid 11)", 5.0, "its process is stopped")
 
 
@@ -445,6 +446,8 @@ SILENT = ("silent", 1, "rank 1 (pid 11)", 5.0, "its process is stopped")
         ([PEER, RAISED, CONSEQUENCE], "rank 1: ValueError: y"),
         ([PEER, CONSEQUENCE, SILENT], "rank 0: receive from rank 1 failed"),
         ([SILENT], "rank 1 (pid 11) has given no sign of life for 5 s: its process is stopped"),
+        ([STUCK], "rank 1 (pid 11) has got no further for 5 s: it hangs, or computes for ever"),
+        ([STUCK, PEER], "rank 0: receive from rank 1 failed"),
         ([CONSEQUENCE, USER], "dtype: got x"),
     ],
 )
@@ -453,6 +456,13 @@ def test_the_cause_is_told_from_its_consequences(signs, text):
     assert found.first_s == 0.0
     assert str(found.cause()) == text
     assert isinstance(found.cause(), ConfigError) == (USER in signs)
+
+
+def test_nothing_more_can_be_learnt_when_every_rank_has_ended_or_said_why():
+    assert not failures(KILLED).is_complete(2)
+    assert failures(KILLED, PEER).is_complete(2)
+    assert not failures(KILLED, PEER).is_complete(3)
+    assert not failures(LOST, PEER).is_complete(2), "how it ended may become known"
 
 
 def test_ends_are_described_in_words():

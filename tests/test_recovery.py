@@ -9,14 +9,19 @@ import time
 
 import httpx
 import pytest
+import torch
 
 from fake_ranks import FakeRanks, assert_all_free, make_config, make_model, make_scheduler
 from longspan import LLM, SamplingParams
+from longspan.engine import workers
 from longspan.engine.recovery import POISON_CRASHES, Restarts, fail_poison
-from longspan.errors import ConfigError, WorkerError
+from longspan.errors import CapacityError, ConfigError, WorkerError
+from longspan.models.inspect import inspect_model
+from longspan.models.loader import load_config
 from longspan.types import FinishReason
+from longspan.worker import pulse
 from longspan.worker.fault import VARIABLE, read_fault
-from process_tree import ranks
+from process_tree import is_alive, parents_of_ranks, ranks
 from test_server_processes import FACT, FILLER, QUESTION, command
 
 # -- who is to blame ---------------------------------------------------------------------------------------------------
@@ -92,7 +97,14 @@ def test_a_fault_is_for_one_rank_and_perhaps_one_generation():
 
 # -- real processes ----------------------------------------------------------------------------------------------------
 
-RANKS = {"context_parallel_size": 2, "placement": "striped", "page_size": 16, "stripe_size": 64, "threads_per_rank": 1}
+RANKS = {
+    "context_parallel_size": 2,
+    "placement": "striped",
+    "page_size": 16,
+    "stripe_size": 64,
+    "threads_per_rank": 1,
+    "check_invariants": 1,
+}
 PROMPTS = [FILLER[:1500] + FACT + FILLER[1500:3000] + QUESTION, FILLER[3000:4000]]
 PARAMS = [SamplingParams(max_tokens=40), SamplingParams(max_tokens=60, temperature=1.0, seed=5)]
 
@@ -136,6 +148,96 @@ def test_a_rank_that_fails_within_a_layer_is_replaced(wanted, kind, monkeypatch)
     with LLM("recall", **RANKS, max_restarts=1, max_num_batched_tokens=256) as llm:
         assert tokens_of(llm) == wanted
         assert llm._engine.restarts.num_done == 1
+
+
+@pytest.mark.processes
+def test_new_ranks_need_no_imports(wanted):
+    """They come from the process that the lost ones came from; if it is lost too, from a new one."""
+    with LLM("recall", **RANKS, max_restarts=2) as llm:
+        (parent,) = parents_of_ranks(os.getpid())
+        os.kill(ranks(os.getpid())[0], signal.SIGKILL)
+        assert tokens_of(llm) == wanted
+        assert parents_of_ranks(os.getpid()) == [parent]
+        os.kill(parent, signal.SIGKILL)
+        assert tokens_of(llm) == wanted
+        assert len(parents_of_ranks(os.getpid())) == 1
+        assert llm._engine.restarts.num_done == 2
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("how", ["stopped", "hangs"])
+def test_ranks_of_which_one_is_stopped_or_hangs_are_replaced(wanted, num_ranks, how, monkeypatch):
+    """With a peer that waits for it, and without."""
+    monkeypatch.setattr(pulse, "MARGIN_S", 0.5)
+    monkeypatch.setattr(workers, "MARGIN_S", 0.5)
+    if how == "hangs":
+        monkeypatch.setenv(VARIABLE, f"rank={num_ranks - 1},plan=3,layer=1,kind=stall,generation=0")
+    stopped = []
+
+    def stop(progress):
+        if progress.generated_tokens > 2 and how == "stopped" and not stopped:
+            stopped.append(ranks(os.getpid())[-1])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    options = {**RANKS, "context_parallel_size": num_ranks, "max_num_batched_tokens": 256, "exchange_timeout_s": 2.0}
+    with LLM("recall", **options, max_restarts=1) as llm:
+        assert tokens_of(llm, on_progress=stop) == wanted
+        assert llm._engine.restarts.num_done == 1
+    assert not any(is_alive(pid) for pid in stopped)
+
+
+@pytest.mark.processes
+def test_a_damaged_message_counts_as_a_loss_of_the_ranks(wanted, monkeypatch, caplog):
+    monkeypatch.setenv(VARIABLE, "rank=1,plan=3,layer=1,kind=corrupt,generation=0")
+    with LLM("recall", **RANKS, max_restarts=1, max_num_batched_tokens=256, check_messages=True) as llm:
+        assert tokens_of(llm) == wanted
+        assert llm._engine.restarts.num_done == 1
+    assert "was damaged on the way" in caplog.text
+
+
+@pytest.mark.processes
+def test_a_start_that_fails_once_is_tried_again(wanted, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=die,generation=1")
+    with LLM("recall", **RANKS, max_restarts=2) as llm:
+        os.kill(ranks(os.getpid())[0], signal.SIGKILL)
+        assert tokens_of(llm) == wanted
+        assert len(ranks(os.getpid())) == 2
+
+
+@pytest.mark.processes
+def test_fewer_ranks_go_on_where_one_cannot_be_started_any_more(wanted, monkeypatch):
+    """With the requests that they can hold; the others are told."""
+    monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=raise,since=1")
+    memory = 2700 * sum(
+        group.token_bytes for group in inspect_model(load_config("recall")[0], None, torch.float32).kv_groups
+    )
+    with LLM("recall", **RANKS, max_restarts=3, kv_cache_memory=memory) as llm:
+        killed = []
+
+        def kill(progress):
+            if not killed and progress.generated_tokens:
+                killed.append(ranks(os.getpid())[0])
+                os.kill(killed[0], signal.SIGKILL)
+
+        outputs = llm.generate([*PROMPTS, FILLER[:6000]], [*PARAMS, SamplingParams(max_tokens=30)], on_progress=kill)
+        assert [output.outputs[0].token_ids for output in outputs[:2]] == wanted
+        assert outputs[2].outputs[0].finish_reason is FinishReason.ERROR
+        assert "ranks were lost and cannot be started again" in outputs[2].outputs[0].error
+        assert "legal is at most" in outputs[2].outputs[0].error
+        assert len(ranks(os.getpid())) == 1
+        assert tokens_of(llm) == wanted
+        with pytest.raises(CapacityError, match="1 rank x"):
+            llm.generate(FILLER[:6000])
+
+
+@pytest.mark.processes
+def test_too_few_ranks_are_none(cache_home, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=raise,since=1")
+    with LLM("recall", **RANKS, max_restarts=3, min_ranks=2) as llm:
+        os.kill(ranks(os.getpid())[0], signal.SIGKILL)
+        with pytest.raises(WorkerError, match=r"rank 1: .*injected.*; the ranks were started again 3 times"):
+            tokens_of(llm)
 
 
 @pytest.mark.processes

@@ -23,6 +23,7 @@ from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, fake_t
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
 from longspan.plan.types import SampledBy
+from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
 from longspan.scheduler.scheduler import SUSPECT_CRASHES, Scheduler
@@ -102,7 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_pages = max(1, memory_tokens // config.page_size)
         pages = pages_by_group(model, num_pages, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(model, config, pages)
-        self.ranks = FakeRanks(self.scheduler, random.Random(seed), checks_owners=False)
+        self.ranks = FakeRanks(self.scheduler, random.Random(seed), checks_books=False)
         self.requests: list[Request] = []
         self.ended_early: set[int] = set()
         self.last_plan: dict[int, int] = {}
@@ -223,8 +224,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def books_balance(self) -> None:
         if hasattr(self, "ranks"):
-            self.ranks.check_owners()
-            self.scheduler.memory.check_integrity()
+            check_books(self.scheduler)
 
     @invariant()
     def the_cache_tells_the_truth(self) -> None:
@@ -433,7 +433,7 @@ def test_a_request_that_is_cancelled_after_its_preemption_leaves_nothing_behind(
         for request in [request for request in scheduler.waiting if request.num_preemptions]:
             scheduler.cancel(request)
             cancelled.append(request)
-            ranks.check_owners()
+            check_books(ranks.scheduler)
     assert len(cancelled) > num_ranks
     for request in requests:
         assert request.finish_reason is (FinishReason.ABORT if request in cancelled else FinishReason.LENGTH)

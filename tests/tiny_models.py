@@ -238,7 +238,7 @@ def tiny_engine(model: TinyModel, **options: object) -> Iterator[Engine]:
         engine.scheduler.memory.check_integrity()
         for allocators in engine.scheduler.memory.allocators:
             assert [allocator.num_used for allocator in allocators] == [0] * len(allocators)
-        assert not any(any(reserved) for reserved in engine.scheduler.memory._promised)
+        assert not any(any(reserved) for reserved in engine.scheduler.memory.promised)
 
 
 def run_all(engine: Engine) -> None:

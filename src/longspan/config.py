@@ -154,6 +154,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_restarts: int = 0
     """Most times within 10 minutes that ranks which were lost are replaced, and all that ran is computed again; one
     more fails every request. 0 replaces none. Only ranks that the driver starts on its own machine can be replaced."""
+    min_ranks: int = 1
+    """Fewest ranks to go on with, if ranks that were lost cannot all be started again."""
+    check_messages: bool = False
+    """Send a checksum with every message between ranks; one that was damaged counts as a loss of the ranks."""
+    check_invariants: int = 0
+    """Check the books of all pages after so many plans, and whenever no request is left; 0 never does. For tests, and
+    whoever suspects them: a broken one ends the engine."""
     simulated_links: str | None = None
     """Simulation, for tests and benchmarks only: pretend that ranks of one machine are on several nodes, and hold back
     the messages between nodes. Such as `nodes=0,0,1,1 latency_us=500 mbit_per_s=1000`; see `longspan.simulation`."""
@@ -169,7 +176,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             self._check_count("min_striped_len", self.min_striped_len)
         if self.max_step_ms is not None:
             self._check_count("max_step_ms", self.max_step_ms)
-        for name in ("enable_prefix_caching", "async_scheduling"):
+        for name in ("enable_prefix_caching", "async_scheduling", "check_messages"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is true or false")
         if self.kv_cache_memory is not None:
@@ -202,6 +209,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 )
         self._check_link()
         self._check_restarts()
+        if type(self.check_invariants) is not int or self.check_invariants != 0:
+            self._check_count("check_invariants", self.check_invariants)
+        if self.check_invariants and not __debug__:
+            raise ConfigError("check_invariants: got it with python -O, which drops them; legal is Python without -O")
         if self.simulated_links is not None:
             parse_simulated_links(self.simulated_links, self.context_parallel_size)
         if self.context_parallel_size > 1 and self.placement in ("striped", "spill"):
@@ -253,6 +264,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def _check_restarts(self) -> None:
         most = self.max_restarts
+        self._check_count("min_ranks", self.min_ranks, self.context_parallel_size)
         if type(most) is int and most == 0:
             return
         self._check_count("max_restarts", most)

@@ -80,6 +80,22 @@ def _engine_options(stripe_size: int, max_restarts: int | None) -> tuple[Callabl
             + ("10, or 0 with ranks on other hosts." if max_restarts is None else f"{max_restarts}."),
         ),
         click.option(
+            "--min-ranks",
+            type=int,
+            default=1,
+            show_default=True,
+            help="Fewest ranks to go on with, if not all can be replaced.",
+        ),
+        click.option("--check-messages", is_flag=True, help="A checksum with every message between ranks."),
+        click.option(
+            "--check-invariants",
+            metavar="N",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Check the books of all pages every N plans, and when idle; 0: never.",
+        ),
+        click.option(
             "--topology", metavar="FILE", help="Nodes, links and rates from a file; default: measured at the start."
         ),
         click.option(

@@ -21,13 +21,14 @@ from longspan.engine.executor import Executor
 from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.launcher import Launcher
 from longspan.engine.memory import kv_cache_memory
-from longspan.engine.recovery import Restarts, add_totals, fail_poison
+from longspan.engine.recovery import STARTS, Restarts, add_totals, fail_poison, fail_unfit, fewer_ranks
 from longspan.engine.start import start_executor
 from longspan.errors import ConfigError, LongspanError
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.plan.types import PlanResult, RankResult
 from longspan.policy.rates import Costs
+from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
@@ -80,17 +81,12 @@ class Engine:
         self.scheduler = Scheduler(self.spec, config, num_pages)
         costs = file_costs(config, self.spec)
         self._model, self._start = model, Start(config, self.spec, num_pages, None)
-        self._executor: Executor = start_executor(self._start, model, launcher)
-        try:
-            if costs is None:
-                costs = find_costs(config, self.spec, self._executor, self._executor.hosts)
-            if costs is not None:
-                use_costs(self.scheduler, costs, model_config.get_text_config().hidden_size)
-        except BaseException:
-            self._executor.close()
-            raise
-        self.costs: Costs | None = costs
+        self._launcher: Launcher | None = None  # of ranks that were lost, until an executor starts new ones with it
+        self._hidden_size: int = model_config.get_text_config().hidden_size
+        self._executor: Executor
+        self.costs: Costs | None
         """What ranks and links can do; None where nobody knows."""
+        self._executor, self.costs = self._start_ranks(launcher, costs)
         self._futures: dict[Future[PlanResult], None] = {}  # in the order submitted
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""
@@ -99,8 +95,27 @@ class Engine:
         self._lost: BaseException | None = None  # why a plan failed; the ranks are to be replaced
         self._failure: BaseException | None = None  # the end: they are not replaced any more
         self._is_closed = False
+        self._num_unchecked = 0  # plans since the books were checked
         self._last_results: dict[int, RankResult] = {}  # per rank; its totals count from the start of these ranks
         self._earlier: dict[int, RankResult] = {}  # the same, of ranks that were lost
+
+    def _start_ranks(self, launcher: Launcher | None, costs: Costs | None) -> tuple[Executor, Costs | None]:
+        """Ranks that are ready, and what they can do.
+
+        Args:
+            launcher: of ranks that start already; None starts them here.
+            costs: if they are known; None measures them.
+        """
+        executor = start_executor(self._start, self._model, launcher)
+        try:
+            if costs is None:
+                costs = find_costs(self.config, self.spec, executor, executor.hosts)
+            if costs is not None:
+                use_costs(self.scheduler, costs, self._hidden_size)
+        except BaseException:
+            executor.close()
+            raise
+        return executor, costs
 
     def add_request(
         self,
@@ -191,7 +206,16 @@ class Engine:
         for result in sorted(results, key=lambda result: result.plan_id):  # one may stand behind another
             self._last_results.update({r.rank: r for r in result.ranks})
             advanced.update(dict.fromkeys(self.scheduler.update(result)))
+        if results and self.config.check_invariants:
+            self._check(len(results))
         return list(advanced)
+
+    def _check(self, num_plans: int) -> None:
+        """See the option `check_invariants`. Args: plans that have just been taken in."""
+        self._num_unchecked += num_plans
+        if self._num_unchecked >= self.config.check_invariants or not self.has_requests:
+            self._num_unchecked = 0
+            check_books(self.scheduler)
 
     def recover(self) -> list[Request]:
         """Replace ranks that were lost: end what is left of them, start new ones, and compute again what ran.
@@ -211,25 +235,40 @@ class Engine:
         if self._failure is not None or self._is_closed:
             raise cause
         self._take_restart(cause)
-        self._executor.close()
         with deferred_interrupt():
+            self._launcher = self._executor.replace() or self._launcher
             advanced = self.take_in([f for f in self._futures if f.done() and f.exception() is None])
             self._futures.clear()
             self.scheduler.restart()
             advanced += fail_poison(self.scheduler, cause)
             self._earlier, self._last_results = add_totals(self._earlier, self._last_results.values()), {}
-        while True:
-            self._start = structs.replace(self._start, generation=self._start.generation + 1)
-            try:
-                self._executor = start_executor(self._start, self._model, None)
-            except LongspanError as error:
-                self._take_restart(error)
-            else:
-                break
+        advanced += self._start_again()
         self._lost = None
         waiting = len(self.scheduler.waiting)
         self.restarts.note_ready(time.monotonic() - began, waiting)
         return list(dict.fromkeys(advanced))
+
+    def _start_again(self) -> list[Request]:
+        """Start new ranks, or fewer. Returns the requests that have ended because fewer ranks cannot hold them."""
+        unfit: list[Request] = []
+        num_failed = 0
+        while True:
+            self._start = structs.replace(self._start, generation=self._start.generation + 1)
+            launcher, self._launcher = self._launcher, None
+            try:
+                self._executor, self.costs = self._start_ranks(launcher, self.costs)
+            except LongspanError as error:
+                self._take_restart(error)
+                num_failed += 1
+            else:
+                return unfit
+            if num_failed % STARTS == 0 and (config := fewer_ranks(self.config)) is not None:
+                with deferred_interrupt():
+                    before, self.config, self.costs = self.scheduler, config, None
+                    self._start = structs.replace(self._start, config=config)
+                    self.scheduler = Scheduler(self.spec, config, self._start.num_pages)
+                    self.scheduler.take_over(before)
+                    unfit += fail_unfit(self.scheduler)
 
     def _take_restart(self, cause: BaseException) -> None:
         try:
@@ -275,6 +314,8 @@ class Engine:
         """End the ranks. May be called twice."""
         self._is_closed = True
         self._executor.close()
+        if self._launcher is not None:
+            self._launcher.release(0.0)
 
     def __enter__(self) -> "Engine":
         return self

@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import Future
 from typing import Protocol
 
+from longspan.engine.launcher import Launcher
 from longspan.plan.types import Plan, PlanResult, RankResult
 from longspan.policy.measured import RankMeasurement
 
@@ -49,6 +50,9 @@ class Executor(Protocol):
     def close(self) -> None:
         """End all ranks; returns when they are gone. Plans in flight fail. May be called twice."""
 
+    def replace(self) -> Launcher | None:
+        """The same, but keep what can start new ranks sooner, for the executor that comes next; None if nothing can."""
+
 
 class PendingPlans:
     """Collects the ranks' answers to plans in flight. Safe to use from several threads."""
@@ -74,6 +78,11 @@ class PendingPlans:
                 return future
         future.set_exception(self._error)
         return future
+
+    def owing(self) -> set[int]:
+        """Ranks whose answer to a plan in flight is missing."""
+        with self._lock:
+            return {rank for plan, _, got in self._futures.values() for rank in plan.ranks if rank not in got}
 
     def answer(self, result: RankResult) -> None:
         """Note one rank's answer; the last one completes the future. After the ranks failed it changes nothing."""

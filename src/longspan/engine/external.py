@@ -25,12 +25,11 @@ class ExternalLauncher:
             ConfigError: there is no secret, or no such address.
         """
         assert config.listen is not None, "checked with the config"
-        self._size = config.context_parallel_size
         self.bind_address = tcp_address(config.listen)
         self.secret: Secret | None = require_secret(config.secret_file, "the driver listens on the network")
 
-    def start(self, address: str) -> None:
-        print(f"longspan: waiting for {self._size} ranks at {address}", file=sys.stderr, flush=True)
+    def start(self, address: str, size: int) -> None:
+        print(f"longspan: waiting for {size} ranks at {address}", file=sys.stderr, flush=True)
 
     def name(self, rank: int) -> str | None:
         return None
@@ -40,6 +39,9 @@ class ExternalLauncher:
 
     def kill(self) -> None:
         """Nothing that could be: the link tells them."""
+
+    def renew(self) -> bool:
+        return False
 
     def release(self, patience_s: float) -> None:
         """Nothing to release."""

@@ -7,7 +7,7 @@ Note: cause and consequence
     When rank 1 is killed, rank 0's exchange with it breaks, and rank 0 may say so before the driver sees that rank 1 is
     gone. So the driver listens a little longer after the first sign, and then takes the first that there is of: what
     the user asked for cannot be done; a rank ended without a word; a rank failed by itself; a rank says that a peer is
-    gone or did not answer; a rank gives no sign of life.
+    gone or did not answer; a rank gives no sign of life, or does not get any further.
 """
 
 import signal
@@ -24,7 +24,7 @@ class Failures:
         self._said: dict[int, Failed] = {}
         self._ended: dict[int, WorkerError] = {}
         self._lost: set[int] = set()  # ranks in `_ended` of which the connection is all that is known
-        self._silent: dict[int, WorkerError] = {}
+        self._silent: dict[int, WorkerError] = {}  # or stuck
         self.first_s: float | None = None
         """When the first sign came, on the caller's clock; None while all is well."""
 
@@ -55,6 +55,17 @@ class Failures:
         """A rank's process gives no sign of life. Args: its name for the user, and what that means, in words."""
         self._silent.setdefault(rank, WorkerError(f"{name} has given no sign of life for {silence_s:.0f} s: {why}"))
         self._notice(now_s)
+
+    def stuck(self, rank: int, name: str, limit_s: float, now_s: float) -> None:
+        """A rank's process is alive, but does not get any further with a plan."""
+        self._silent.setdefault(
+            rank, WorkerError(f"{name} has got no further for {limit_s:.0f} s: it hangs, or computes for ever")
+        )
+        self._notice(now_s)
+
+    def is_complete(self, size: int) -> bool:
+        """Whether nothing more can be learnt: every rank has ended, or said why it cannot go on."""
+        return len(self._said.keys() | (self._ended.keys() - self._lost)) == size
 
     def cause(self) -> Exception:
         """The error to report: see Note [cause and consequence]."""

@@ -21,8 +21,8 @@ class Launcher(Protocol):
     is_remote: bool
     """Whether ranks may be out of reach of signals: then they are told to end, and told why."""
 
-    def start(self, address: str) -> None:
-        """Start all ranks. Args: `address` is where they find the driver."""
+    def start(self, address: str, size: int) -> None:
+        """Start all ranks. Args: `address` is where they find the driver; `size` is how many they are."""
 
     def name(self, rank: int) -> str | None:
         """A rank in words before it has introduced itself, or None."""
@@ -31,7 +31,10 @@ class Launcher(Protocol):
         """How a rank's process ended, in words; None while it runs, or if that cannot be known."""
 
     def kill(self) -> None:
-        """End all processes that this launcher can end, at once. Any thread may call it."""
+        """End all ranks that this launcher can end, at once. Any thread may call it."""
+
+    def renew(self) -> bool:
+        """End all ranks, and make ready to start new ones. Returns False where another launcher must do that."""
 
     def release(self, patience_s: float) -> None:
         """Wait so long for processes that were asked to end, kill the rest, and leave nothing behind."""

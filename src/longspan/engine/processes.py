@@ -23,9 +23,9 @@ from longspan.comm.secret import Secret
 from longspan.config import EngineConfig
 from longspan.engine.failures import describe_end
 from longspan.errors import ConfigError
-from longspan.worker.messages import RankProcess
+from longspan.worker.messages import ForkRanks, KillRanks, Order, RankProcess
 
-MAX_DIRECTORY_BYTES = 96
+MAX_DIRECTORY_BYTES = 90
 """Most bytes in the path of the sockets' directory: a socket's whole path has at most 107."""
 
 GONE_S = 1.0
@@ -33,7 +33,7 @@ GONE_S = 1.0
 
 
 class LocalLauncher:
-    """A child that imports what ranks need, and forks one process per rank."""
+    """A child that imports what ranks need, and forks one process per rank; again, if they are lost."""
 
     is_remote = False
 
@@ -44,16 +44,15 @@ class LocalLauncher:
             ConfigError: the directory for temporary files has too long a name for sockets.
         """
         self._directory = _socket_directory()
-        self.directory: str | None = str(self._directory)
-        self.bind_address = f"ipc://{self._directory}/driver"
+        self._generation = 0
         self.secret: Secret | None = None
         self._ranks: dict[int, RankProcess] = {}
+        self._num_ranks = 0  # that the parent was asked for
         self._unread = b""
         self._all_gone = False
-        size = str(config.context_parallel_size)
         with _interrupt_blocked():
             self._parent = subprocess.Popen(
-                [sys.executable, "-m", "longspan.worker.preload", size, self.bind_address],
+                [sys.executable, "-m", "longspan.worker.preload", str(self._directory)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
@@ -61,13 +60,22 @@ class LocalLauncher:
             )
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
-        self._word, self._reports = self._parent.stdin, self._parent.stdout
+        self._orders, self._reports = self._parent.stdin, self._parent.stdout
         os.set_blocking(self._reports.fileno(), False)
+        self._meet()
 
-    def start(self, address: str) -> None:
+    def _meet(self) -> None:
+        """A directory of their own for the ranks that are started next: nothing of lost ones is in it."""
+        directory = self._directory / str(self._generation)
+        directory.mkdir()
+        self.directory: str | None = str(directory)
+        self.bind_address = f"ipc://{directory}/driver"
+
+    def start(self, address: str, size: int) -> None:
         assert address == self.bind_address
-        with contextlib.suppress(OSError):  # the parent has ended, which `ended` tells
-            self._word.write(b"\n")
+        assert not self._running
+        self._ranks, self._num_ranks = {}, size
+        self._order(ForkRanks(size, address))
 
     def name(self, rank: int) -> str | None:
         return f"rank {rank} (pid {self._ranks[rank].pid})" if rank in self._ranks else None
@@ -80,18 +88,39 @@ class LocalLauncher:
         return None if code is None else describe_end(code)
 
     def kill(self) -> None:
-        self._parent.kill()
+        self._order(KillRanks())
+
+    def renew(self) -> bool:
+        self.kill()
+        self._wait_until_gone(GONE_S)
+        if self._running or self._parent.poll() is not None:
+            return False
+        shutil.rmtree(self._directory / str(self._generation), ignore_errors=True)
+        self._generation += 1
+        self._meet()
+        return True
 
     def release(self, patience_s: float) -> None:
         if self._reports.closed:
             return
         self._wait_until_gone(patience_s)
-        self.kill()
-        self._wait_until_gone(GONE_S)
+        self._parent.kill()  # and all ranks with it
+        while not self._all_gone and self._wait_for_reports(GONE_S):
+            self._read_reports()
         self._parent.wait()
-        self._word.close()
+        self._orders.close()
         self._reports.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    @property
+    def _running(self) -> bool:
+        """Whether any rank may run."""
+        ended = sum(process.returncode is not None for process in self._ranks.values())
+        return not self._all_gone and ended < self._num_ranks
+
+    def _order(self, order: Order) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the parent has ended, which `ended` tells; or it is released
+            self._orders.write(msgspec.json.encode(order) + b"\n")
 
     def _read_reports(self) -> None:
         while data := self._reports.read(2**16):
@@ -101,11 +130,15 @@ class LocalLauncher:
                 self._ranks[process.rank] = process
         self._all_gone = data is not None  # the parent and all ranks hold the pipe's other end
 
-    def _wait_until_gone(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _wait_for_reports(self, timeout_s: float) -> bool:
+        """Returns whether there are any, or none will come."""
         poller = select.poll()
         poller.register(self._reports, select.POLLIN)
-        while not self._all_gone and poller.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+        return bool(poller.poll(max(0.0, timeout_s) * 1e3))
+
+    def _wait_until_gone(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self._running and self._wait_for_reports(deadline - time.monotonic()):
             self._read_reports()
 
 

@@ -127,7 +127,8 @@ class RayLauncher:
             )
         return "tcp://127.0.0.1:*"
 
-    def start(self, address: str) -> None:
+    def start(self, address: str, size: int) -> None:
+        assert size == self._size, "known before, as the cluster may be made for it"
         assert self.secret is not None
         config, threads = self._config, self._config.num_threads
         group = self._group = placement_group([{"CPU": threads}] * self._size, strategy=config.ray_placement.upper())
@@ -170,6 +171,9 @@ class RayLauncher:
     def kill(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
+
+    def renew(self) -> bool:
+        return False
 
     def release(self, patience_s: float) -> None:
         with contextlib.suppress(RayError):

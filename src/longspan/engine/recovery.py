@@ -17,7 +17,8 @@ from collections.abc import Iterable
 
 from msgspec import structs
 
-from longspan.errors import ConfigError, LongspanError, WorkerError
+from longspan.config import EngineConfig
+from longspan.errors import CapacityError, ConfigError, LongspanError, WorkerError
 from longspan.plan.types import RankResult
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
@@ -25,6 +26,9 @@ from longspan.types import FinishReason
 
 RESTART_WINDOW_S = 600.0
 """`max_restarts` counts the restarts of so many seconds."""
+
+STARTS = 2
+"""Times that a start of new ranks may fail before one rank less is tried, and again so many for the next."""
 
 POISON_CRASHES = 4
 """A request during which the ranks were lost so often, one after another, is not tried again; the last two times it had
@@ -89,6 +93,31 @@ def fail_poison(scheduler: Scheduler, cause: BaseException) -> list[Request]:
         scheduler.finish(request, FinishReason.ERROR)
         log.warning("longspan: request %d: %s", request.request_id, request.error)
     return poison
+
+
+def fewer_ranks(config: EngineConfig) -> EngineConfig | None:
+    """The same with one rank less; None if that would be too few, or nobody can tell what is known of the others."""
+    size = config.context_parallel_size - 1
+    if size < config.min_ranks or config.topology is not None or config.simulated_links is not None:
+        return None
+    log.warning("longspan: the ranks cannot be started again; the next try is with %d of %d", size, size + 1)
+    nodes = config.nodes and config.nodes[:size]
+    if nodes and set(nodes) != set(range(len(set(nodes)))):
+        nodes = None  # the rank that is left out was alone on a node between others
+    return structs.replace(config, context_parallel_size=size, nodes=nodes)
+
+
+def fail_unfit(scheduler: Scheduler) -> list[Request]:
+    """End the requests that fewer ranks cannot hold. Call it after `Scheduler.take_over`; returns them."""
+    unfit: list[Request] = []
+    for request in list(scheduler.waiting):
+        try:
+            scheduler.memory.check_fits(request.prompt_len, request.params.max_tokens)
+        except CapacityError as error:
+            request.fail(f"ranks were lost and cannot be started again, and the others cannot hold it: {error}")
+            scheduler.finish(request, FinishReason.ERROR)
+            unfit.append(request)
+    return unfit
 
 
 def add_totals(earlier: dict[int, RankResult], last: Iterable[RankResult]) -> dict[int, RankResult]:

@@ -66,8 +66,16 @@ class Roster:
         self._ready.add(rank)
         return len(self._ready) == self._size and not was_complete
 
+    def is_ready(self, rank: int) -> bool:
+        return rank in self._ready
+
     def has_come(self, rank: int) -> bool:
         return rank in self._hellos
+
+    def is_process(self, rank: int, host: str, pid: int) -> bool:
+        """Whether this is the process of a rank that has come."""
+        hello = self._hellos.get(rank)
+        return hello is not None and (hello.host, hello.pid) == (host, pid)
 
     @property
     def missing(self) -> Sequence[int]:

@@ -17,7 +17,7 @@ from longspan.engine.executor import PendingPlans
 from longspan.errors import LongspanError, WorkerError
 from longspan.plan.types import Plan, PlanResult
 from longspan.policy.measured import RankMeasurement
-from longspan.worker.build import build_runner, load_weights, with_simulated_links
+from longspan.worker.build import build_runner, load_weights, with_options
 from longspan.worker.measure import measure
 from longspan.worker.messages import Measure, Start
 from longspan.worker.runner import ModelRunner
@@ -38,7 +38,7 @@ class ThreadExecutor:
         self._threads: list[threading.Thread] = []
         size = start.config.context_parallel_size
         comms = thread_group(size, timeout_s=start.config.exchange_timeout_s)
-        comms = [with_simulated_links(comm, start) for comm in comms]
+        comms = [with_options(comm, start) for comm in comms]
         self.runners = [build_runner(start, model, comm) for comm in comms]
         for runner in self.runners:
             inbox: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
@@ -90,3 +90,6 @@ class ThreadExecutor:
         deadline = time.monotonic() + STOP_S
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
+
+    def replace(self) -> None:
+        self.close()

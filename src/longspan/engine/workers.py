@@ -37,7 +37,7 @@ from longspan.worker.messages import (
     decode_to_driver,
     encode,
 )
-from longspan.worker.pulse import SILENCE_MARGIN_S, remote_silence_s
+from longspan.worker.pulse import MARGIN_S, silence_limit_s
 from longspan.worker.versions import own_versions
 
 POLL_MS = 100
@@ -71,7 +71,8 @@ class WorkerExecutor:
         self._size = start.config.context_parallel_size
         self._connect_timeout_s = start.config.connect_timeout_s
         timeout_s = start.config.exchange_timeout_s
-        self._silence_limit_s = remote_silence_s(timeout_s) if launcher.is_remote else timeout_s + SILENCE_MARGIN_S
+        self._silence_limit_s = silence_limit_s(timeout_s)
+        self._stuck_limit_s = timeout_s + MARGIN_S
         self._pending = PendingPlans()
         self._measurements = PendingMeasurements(self._size)
         self._ready: Future[None] = Future()
@@ -80,12 +81,14 @@ class WorkerExecutor:
         self._voices: dict[int, bytes] = {}  # per rank, its connection for plans and answers
         self._pulses: dict[int, bytes] = {}  # per rank, its connection for signs of life
         self._silence_s = [0.0] * self._size
-        self._closing = False
+        self._progress = [0] * self._size
+        self._stuck_s = [0.0] * self._size  # since a rank that owes an answer got further
+        self._is_closed = False
         self._watcher: threading.Thread | None = None
         self._link: DriverLink | None = None
         try:
             self._link = DriverLink(launcher.bind_address, launcher.secret)
-            launcher.start(self._link.address)
+            launcher.start(self._link.address, self._size)
             self._watcher = threading.Thread(target=self._watch, args=(self._link,), name="longspan-watch", daemon=True)
             self._watcher.start()
             self._ready.result()
@@ -115,7 +118,7 @@ class WorkerExecutor:
         """Returns why the group failed, or None when the executor closes."""
         began = now = time.monotonic()
         pulsed = began - PULSE_EVERY_S
-        while not self._closing:
+        while not self._is_closed:
             for peer, frame in link.receive(POLL_MS):
                 try:
                     self._take_in(link, peer, frame)
@@ -132,9 +135,12 @@ class WorkerExecutor:
             if now - pulsed >= PULSE_EVERY_S:
                 pulsed = now
                 gone = self._send_pulses(link)
+            owing = self._pending.owing()
             for rank in range(self._size):
                 self._check(rank, rank in gone, step_s, now)
-            if self._failures.first_s is not None and now - self._failures.first_s > GRACE_S:
+                self._check_progress(rank, rank in owing, step_s, now)
+            first_s = self._failures.first_s
+            if first_s is not None and (now - first_s > GRACE_S or self._failures.is_complete(self._size)):
                 return self._failures.cause()
             if self._roster.missing and now - began > self._connect_timeout_s:
                 return self._missing(link)
@@ -152,10 +158,17 @@ class WorkerExecutor:
             self._silence_s[message.rank] = 0.0
             link.send(peer, self._start)
         elif isinstance(message, Alive):
-            self._pulses.setdefault(message.rank, peer)
-            self._silence_s[message.rank] = 0.0
+            rank = message.rank
+            if self._roster.is_process(rank, message.host, message.pid):  # else not yet admitted, or not at all
+                self._pulses.setdefault(rank, peer)
+                self._silence_s[rank] = 0.0
+                if self._progress[rank] != message.progress:
+                    self._progress[rank], self._stuck_s[rank] = message.progress, 0.0
+        elif self._voices.get(_rank_of(message)) != peer:
+            raise ConfigError(f"message: got {type(message).__name__} of a worker that is not in this group")
         elif isinstance(message, Answer):
-            self._silence_s[message.result.rank] = 0.0
+            rank = message.result.rank
+            self._silence_s[rank] = self._stuck_s[rank] = 0.0
             self._pending.answer(message.result)
         elif isinstance(message, Measured):
             self._measurements.answer(message.measurement)
@@ -179,9 +192,16 @@ class WorkerExecutor:
             self._failures.lost(rank, self._name(rank), now)
         elif self._roster.has_come(rank):
             self._silence_s[rank] += step_s
-            if self._silence_s[rank] > self._silence_limit_s:
+            is_loading = not self._launcher.is_remote and not self._roster.is_ready(rank)  # which may take all it can
+            if self._silence_s[rank] > (self._stuck_limit_s if is_loading else self._silence_limit_s):
                 why = "its process is stopped" + ", or its host is out of reach" * self._launcher.is_remote
                 self._failures.silent(rank, self._name(rank), self._silence_s[rank], why, now)
+
+    def _check_progress(self, rank: int, is_owing: bool, step_s: float, now: float) -> None:
+        """Look whether a rank that owes an answer gets any further."""
+        self._stuck_s[rank] = self._stuck_s[rank] + step_s if is_owing else 0.0
+        if self._stuck_s[rank] > self._stuck_limit_s:
+            self._failures.stuck(rank, self._name(rank), self._stuck_limit_s, now)
 
     def _wait_for_latecomers(self, link: DriverLink, error: Exception) -> None:
         """Who comes while a group fails to start, or has just come, must not wait for a driver that is gone."""
@@ -194,7 +214,7 @@ class WorkerExecutor:
                     self._take_in(link, peer, frame)
                 except ConfigError:
                     link.send(peer, encode(Refused(str(error))))
-            if self._closing:
+            if self._is_closed:
                 return
 
     def _send_pulses(self, link: DriverLink) -> set[int]:
@@ -248,9 +268,23 @@ class WorkerExecutor:
         return self._roster.hosts
 
     def close(self) -> None:
-        if self._closing:
-            return
-        self._closing = True
+        if not self._is_closed:
+            self._launcher.release(STOP_S if self._end() else 0.0)
+            self._close_link()
+
+    def replace(self) -> Launcher | None:
+        if self._is_closed:
+            return None
+        self._end()
+        self._close_link()  # before new ranks look for a driver
+        if self._launcher.renew():
+            return self._launcher
+        self._launcher.release(0.0)
+        return None
+
+    def _end(self) -> bool:
+        """End the watch, and tell the ranks to end. Returns whether they were idle, and will."""
+        self._is_closed = True
         self._pending.fail(LongspanError("the engine is closed"))
         is_idle = self._ready.done() and self._ready.exception() is None and not self._pending.num_failed
         if self._link is not None:
@@ -263,6 +297,15 @@ class WorkerExecutor:
             else:
                 # Whoever starts, or is busy with a plan that nobody waits for, would only cost the user a second.
                 self._tell_all(self._link, Stop())
-        self._launcher.release(STOP_S if is_idle else 0.0)
+        return is_idle
+
+    def _close_link(self) -> None:
         if self._link is not None:
             self._link.close()
+
+
+def _rank_of(message: Answer | Measured | Files | Ready | Failed) -> int:
+    """Whose it is."""
+    if isinstance(message, Answer):
+        return message.result.rank
+    return message.measurement.rank if isinstance(message, Measured) else message.rank

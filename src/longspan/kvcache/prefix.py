@@ -105,6 +105,10 @@ class CachingAllocator:
         """Whether `find` would find a page."""
         return page_hash in self._slot_of
 
+    def references(self, slot: int) -> int:
+        """How many use a page; one that is idle counts as used once."""
+        return self._slots.references(slot)
+
     def is_idle(self, slot: int) -> bool:
         """Whether nobody uses a published page: using it takes it from what is available."""
         return slot in self._idle

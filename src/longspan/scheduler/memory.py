@@ -85,7 +85,8 @@ class KVMemory:
         self.num_ranks = config.context_parallel_size
         self.allocators = [[CachingAllocator(pages) for pages in num_pages] for _ in range(self.num_ranks)]
         """[rank][KV group]"""
-        self._promised = [[0] * len(num_pages) for _ in range(self.num_ranks)]  # [rank][group]
+        self.promised = [[0] * len(num_pages) for _ in range(self.num_ranks)]
+        """[rank][KV group]: pages that running requests may still need; see Note: promises."""
         self._num_pages = tuple(num_pages)
         # The group that limits a request's length: one without a window, if there is one.
         full = [i for i, group in enumerate(model.kv_groups) if group.spec.window is None]
@@ -332,7 +333,7 @@ class KVMemory:
 
     def _holds_others(self) -> bool:
         """Whether any request has pages or promises."""
-        return any(any(promised) for promised in self._promised) or any(
+        return any(any(promised) for promised in self.promised) or any(
             allocator.num_used for allocators in self.allocators for allocator in allocators
         )
 
@@ -380,16 +381,16 @@ class KVMemory:
     def use_page(self, rank: int, group_idx: int, slot: int) -> None:
         """Add a reference to a cached page."""
         is_shared = self.allocators[rank][group_idx].use(slot)
-        self._promised[rank][group_idx] += is_shared and self._has_window[group_idx]
+        self.promised[rank][group_idx] += is_shared and self._has_window[group_idx]
 
     def _release_pages(self, group_idx: int, run: PageRun) -> None:
         """Drop a reference to consecutive pages."""
         num_shared = self.allocators[run.rank][group_idx].release(run.slot, run.num_pages)
-        self._promised[run.rank][group_idx] -= num_shared if self._has_window[group_idx] else 0
+        self.promised[run.rank][group_idx] -= num_shared if self._has_window[group_idx] else 0
 
     def _room(self, rank: int, group_idx: int) -> int:
         """Pages that nobody holds or has been promised."""
-        return self.allocators[rank][group_idx].num_available - self._promised[rank][group_idx]
+        return self.allocators[rank][group_idx].num_available - self.promised[rank][group_idx]
 
     def _rooms(self) -> list[list[int]]:
         """The room of every rank and group."""
@@ -400,14 +401,14 @@ class KVMemory:
         held = request.held[group_idx].get(rank, 0)
         before = request.claims[group_idx].get(rank, 0)
         request.claims[group_idx][rank] = num_pages
-        self._promised[rank][group_idx] += max(0, num_pages - held) - max(0, before - held)
+        self.promised[rank][group_idx] += max(0, num_pages - held) - max(0, before - held)
 
     def _hold(self, request: Request, group_idx: int, rank: int, change: int) -> None:
         """Note that a request holds more or fewer of its new pages on a rank."""
         held = request.held[group_idx].get(rank, 0)
         claim = request.claims[group_idx].get(rank, 0)
         request.held[group_idx][rank] = held + change
-        self._promised[rank][group_idx] += max(0, claim - held - change) - max(0, claim - held)
+        self.promised[rank][group_idx] += max(0, claim - held - change) - max(0, claim - held)
 
     # -- pages of a running request ----------------------------------------------------------------------------------
 
@@ -531,14 +532,14 @@ class KVMemory:
     def forget_all(self) -> None:
         """The pools of all ranks are new ones: nothing is held, promised or cached."""
         self._refused = None
-        self._promised = [[0] * len(self._num_pages) for _ in range(self.num_ranks)]
+        self.promised = [[0] * len(self._num_pages) for _ in range(self.num_ranks)]
         for allocators in self.allocators:
             for allocator in allocators:
                 allocator.forget_all()
 
     def check_integrity(self) -> None:
         """Assert that the allocators are sound, and that every promise can be kept."""
-        for allocators, promised in zip(self.allocators, self._promised, strict=True):
+        for allocators, promised in zip(self.allocators, self.promised, strict=True):
             for allocator, pages in zip(allocators, promised, strict=True):
                 allocator.check_integrity()
                 assert 0 <= pages <= allocator.num_available, "more pages are promised than there are"

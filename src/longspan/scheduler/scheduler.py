@@ -144,6 +144,8 @@ class Scheduler:
         prompt = list(prompt_token_ids)
         if page_hashes is None:
             page_hashes = self.check_request(prompt, params)
+        else:
+            self.memory.check_fits(len(prompt), params.max_tokens)  # there may be fewer ranks since
         if params.json_schema is not None and constraint is None:
             raise ConfigError("json_schema: got no constraint with it, legal is one that `models.grammar` made of it")
         request = Request(
@@ -254,6 +256,19 @@ class Scheduler:
         for unreported in self._unreported.values():
             unreported.clear()
         self._last_prefill = [-1] * self.config.context_parallel_size
+
+    def take_over(self, other: "Scheduler") -> None:
+        """Go on with the requests of a scheduler for other ranks, which has lost them: all of them wait.
+
+        Args:
+            other: not to be used any more.
+        """
+        assert not other.running, "restart comes first"
+        self.waiting, self._by_id = other.waiting, other._by_id
+        self.num_preemptions, self.choices = other.num_preemptions, other.choices
+        self._next_plan_id, self._next_request_id = other._next_plan_id, other._next_request_id
+        self.memory.num_queried_tokens = other.memory.num_queried_tokens
+        self.memory.num_hit_tokens = other.memory.num_hit_tokens
 
     # -- plans -------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import torch
 
 from longspan.attention.select import make_backend
 from longspan.comm.base import Communicator
+from longspan.comm.checking import CheckingCommunicator
 from longspan.comm.delaying import DelayingCommunicator
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.plan.types import Plan
@@ -25,14 +26,16 @@ def load_weights(start: Start, *, show_progress: bool) -> torch.nn.Module:
     return load_model(start.config.model, resolve_dtype(start.config.dtype, DEVICE), show_progress=show_progress)
 
 
-def with_simulated_links(comm: Communicator, start: Start) -> Communicator:
-    """The communicator, slowed down if the user asked for it; rank 0 says so.
+def with_options(comm: Communicator, start: Start) -> Communicator:
+    """The communicator, with checks, and slowed down, if the user asked for it; rank 0 says the latter.
 
     Args:
         comm: to be wrapped.
         start: what the driver said.
     """
     links = start.config.simulation
+    if start.config.check_messages:
+        comm = CheckingCommunicator(comm)
     if links is None:
         return comm
     if comm.rank == 0:

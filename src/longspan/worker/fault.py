@@ -1,14 +1,14 @@
-"""Faults on demand, for tests: a rank that dies, stalls or raises at a certain plan and layer.
+"""Faults on demand, for tests: a rank that dies, stalls, raises or damages a message at a certain plan and layer.
 
 Holds the switch and its meaning. Must not know what a layer does.
 Read next: `longspan.worker.runner`, which asks before every layer; docs/reliability.md.
 
     LONGSPAN_FAULT="rank=1,plan=5,layer=2,kind=die,generation=0"
 
-`plan` counts the plans that the rank has run, from 0, since its process started; `layer` the model's layers. The fault
-comes once in the life of the rank's process. Ranks that replace it are a generation of their own, and have the fault
-too: each generation fails at its own plan 5, unless `generation` names one (the first is 0). Read by ranks that are
-processes.
+`plan` counts the plans that the rank has run, from 0, since its process started, and -1 is its start; `layer` the
+model's layers. The fault comes once in the life of the rank's process. Ranks that replace it are a generation of their
+own, and have the fault too: each generation fails at its own plan 5, unless `generation` names one (the first is 0), or
+`since` the first that does. Read by ranks that are processes.
 """
 
 import os
@@ -19,12 +19,16 @@ from typing import Literal, get_args
 
 import msgspec
 
+from longspan.comm.checking import DamagingCommunicator
 from longspan.errors import ConfigError
 
 VARIABLE = "LONGSPAN_FAULT"
 
-Kind = Literal["die", "stall", "raise"]
-"""Killed as by the kernel; alive, but never done; an exception."""
+START = -1
+"""Instead of a plan: when the rank starts."""
+
+Kind = Literal["die", "stall", "raise", "corrupt"]
+"""Killed as by the kernel; alive, but never done; an exception; one bit of the next message turned over."""
 
 
 class InjectedFaultError(RuntimeError):
@@ -39,17 +43,37 @@ class Fault(msgspec.Struct, frozen=True):
     kind: Kind
     layer: int = 0
     generation: int | None = None
-    """None is every one."""
+    """None is every one"""
+    since: int = 0
+    """from this one on."""
 
-    def strike(self, num_plans: int, layer: int) -> None:
-        """Called before a layer. Args: `num_plans` that the rank has run before this one."""
-        if num_plans != self.plan or layer != self.layer:
+
+class Injector:
+    """A rank's fault, if it is to have one."""
+
+    def __init__(self, fault: Fault | None, comm: DamagingCommunicator | None = None) -> None:
+        """Args: `comm` is what damages messages, for `kind=corrupt`."""
+        self._fault, self._comm = fault, comm
+
+    def before_layer(self, num_plans: int, layer: int) -> None:
+        """The rank is about to compute a layer. Args: `num_plans` that it has run before this one."""
+        fault = self._fault
+        if fault is not None and (fault.plan, fault.layer) == (num_plans, layer):
+            self._strike(fault)
+
+    def at_start(self) -> None:
+        """The rank is about to say that it is ready."""
+        self.before_layer(START, 0)
+
+    def _strike(self, fault: Fault) -> None:
+        if fault.kind == "corrupt" and self._comm is not None:
+            self._comm.damages_next = True
             return
-        if self.kind == "die":
+        if fault.kind == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        while self.kind == "stall":
+        while fault.kind == "stall":
             time.sleep(3600)
-        raise InjectedFaultError(f"injected before layer {layer} ({VARIABLE})")
+        raise InjectedFaultError(f"injected before layer {fault.layer} ({VARIABLE})")
 
 
 def read_fault(environment: Mapping[str, str], rank: int, generation: int) -> Fault | None:
@@ -70,6 +94,7 @@ def read_fault(environment: Mapping[str, str], rank: int, generation: int) -> Fa
     except ValueError:  # a ValidationError is one
         raise ConfigError(
             f"{VARIABLE}: got {text!r}, legal is like rank=1,plan=5,layer=2,kind={'|'.join(get_args(Kind))} and "
-            "perhaps generation=0"
+            "perhaps generation=0 or since=1"
         ) from None
-    return fault if fault.rank == rank and fault.generation in (None, generation) else None
+    is_now = generation >= fault.since and fault.generation in (None, generation)
+    return fault if fault.rank == rank and is_now else None

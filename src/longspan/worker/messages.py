@@ -98,6 +98,12 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     """Worker to driver, every second: the process runs, whatever it is busy with."""
 
     rank: int
+    host: str
+    """As in the worker's `Hello`, to tell it from one that was not admitted,"""
+    pid: int
+    """and this too."""
+    progress: int
+    """Layers and plans that it has begun since it started."""
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False, tag=True):
@@ -124,6 +130,18 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Where the reason lies: in what the user asked for (ConfigError), another rank (CommunicationError), or here."""
 
 
+class ForkRanks(msgspec.Struct, frozen=True, tag=True):
+    """The driver to the parent of ranks, a line of JSON: fork ranks. None of those before may run."""
+
+    size: int
+    address: str
+    """Where they find the driver."""
+
+
+class KillRanks(msgspec.Struct, frozen=True, tag=True):
+    """The driver to the parent of ranks, a line of JSON: end those that run, at once, whatever they do."""
+
+
 class RankProcess(msgspec.Struct, frozen=True):
     """The parent of ranks to the driver, a line of JSON: a rank's process has started or ended."""
 
@@ -132,6 +150,8 @@ class RankProcess(msgspec.Struct, frozen=True):
     returncode: int | None = None
     """How it ended, as `subprocess` counts; None when it has just started."""
 
+
+Order = ForkRanks | KillRanks
 
 ToWorker = Start | RunPlan | Measure | Stop | Refused | Pulse
 ToDriver = Hello | Files | Ready | Alive | Answer | Measured | Failed

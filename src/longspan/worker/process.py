@@ -16,7 +16,7 @@ from longspan.errors import CommunicationError, ConfigError, LongspanError
 from longspan.imports import quick_imports
 from longspan.worker.link import WorkerLink
 from longspan.worker.messages import Failed, Hello, Start
-from longspan.worker.pulse import PulseThread
+from longspan.worker.pulse import Progress, PulseThread
 from longspan.worker.versions import own_versions
 
 
@@ -36,14 +36,16 @@ def last_words(rank: int, error: Exception) -> Failed:
     return Failed(rank, f"{reason} {notes}".strip(), traceback.format_exc(), blames)
 
 
-def run(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int) -> Failed | None:
+def run(
+    rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: Progress
+) -> Failed | None:
     """Load, and run plans until told to stop. Returns why not, after telling the driver; None if all went well."""
     failed = None
     try:
         with quick_imports(for_good=True):
             from longspan.worker.serve import serve
 
-        serve(rank, start, link, meeting, num_threads)
+        serve(rank, start, link, meeting, num_threads, progress)
     except Exception as error:
         failed = last_words(rank, error)
         link.send(failed)
@@ -53,9 +55,10 @@ def run(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads
 
 def run_rank(rank: int, size: int, address: str) -> int:
     """Be a worker on the driver's machine until the driver ends the group. Returns the exit code."""
-    PulseThread(rank, address, None, silence_limit_s=None).start()
+    me, progress = hello(rank, size), Progress()
+    PulseThread(me, progress, address, None, silence_limit_s=None).start()
     link = WorkerLink(address, None)
-    start = link.introduce(hello(rank, size), timeout_s=None)
+    start = link.introduce(me, timeout_s=None)
     assert start.directory is not None, "ranks of one machine meet in a directory"
-    failed = run(rank, start, link, local_meeting(Path(start.directory)), start.config.num_threads)
+    failed = run(rank, start, link, local_meeting(Path(start.directory)), start.config.num_threads, progress)
     return 0 if failed is None else 1

@@ -18,37 +18,49 @@ import zmq
 
 from longspan.comm.secret import Secret
 from longspan.worker.curve import connect_with
-from longspan.worker.messages import Alive, Pulse, Refused, Stop, decode_to_worker, encode
+from longspan.worker.messages import Alive, Hello, Pulse, Refused, Stop, decode_to_worker, encode
 
 ALIVE_EVERY_S = 1.0
 """How often the driver hears that the process runs."""
 
-REMOTE_SILENCE_S = 30.0
-"""Longest silence between driver and workers on several machines."""
+SILENCE_S = 30.0
+"""Longest silence between the driver and a rank that is ready, or on another machine."""
 
-SILENCE_MARGIN_S = 5.0
-"""How much longer than an exchange a process may give no sign of life: a peer that waits for it can say more."""
+MARGIN_S = 5.0
+"""How much longer than an exchange a rank may give no sign of life, or make no progress: a peer that waits for it can
+say more."""
 
 
-def remote_silence_s(exchange_timeout_s: float) -> float:
-    """How long driver and workers on several machines may hear nothing of each other."""
-    return min(exchange_timeout_s + SILENCE_MARGIN_S, REMOTE_SILENCE_S)
+def silence_limit_s(exchange_timeout_s: float) -> float:
+    """How long the driver and a rank may hear nothing of each other."""
+    return min(exchange_timeout_s + MARGIN_S, SILENCE_S)
+
+
+class Progress:
+    """How far a rank has come. Written by the thread that computes, read by the one that tells the driver."""
+
+    count = 0
+    """Layers and plans that it has begun since it started."""
 
 
 class PulseThread(threading.Thread):
-    """Tells the driver every second that this process runs; ends it when the driver is gone or says so."""
+    """Tells the driver every second that this process runs, and how far it is; ends it when the driver is gone, or says
+    so."""
 
-    def __init__(self, rank: int, address: str, secret: Secret | None, silence_limit_s: float | None) -> None:
+    def __init__(
+        self, me: Hello, progress: Progress, address: str, secret: Secret | None, silence_limit_s: float | None
+    ) -> None:
         """Make the thread; `start` it.
 
         Args:
-            rank: of this worker.
+            me: as this worker introduces itself.
+            progress: of this worker.
             address: of the driver's link.
             secret: as the driver's link.
             silence_limit_s: how long the driver may be silent or unconnected; None where the parent process watches.
         """
         super().__init__(name="longspan-pulse", daemon=True)
-        self._rank, self._address, self._secret = rank, address, secret
+        self._me, self._progress, self._address, self._secret = me, progress, address, secret
         self._silence_limit_s = silence_limit_s
 
     def run(self) -> None:
@@ -81,7 +93,8 @@ class PulseThread(threading.Thread):
 
     def _say_alive(self, socket: "zmq.Socket[bytes]") -> None:
         try:
-            socket.send(encode(Alive(self._rank)), flags=zmq.DONTWAIT)
+            me = self._me
+            socket.send(encode(Alive(me.rank, me.host, me.pid, self._progress.count)), flags=zmq.DONTWAIT)
         except zmq.Again:
             return  # a driver that is stopped has enough of them already
 
@@ -96,7 +109,7 @@ class PulseThread(threading.Thread):
 
     def _end(self, why: str | None, status: int) -> NoReturn:
         if why is not None:
-            say_last(f"rank {self._rank}: {why}")
+            say_last(f"rank {self._me.rank}: {why}")
         os._exit(status)
 
 

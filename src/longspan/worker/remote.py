@@ -17,7 +17,7 @@ from longspan.config import num_cores
 from longspan.errors import ConfigError, LongspanError
 from longspan.worker.link import WorkerLink
 from longspan.worker.process import hello, run
-from longspan.worker.pulse import PulseThread, remote_silence_s, say_last
+from longspan.worker.pulse import Progress, PulseThread, say_last, silence_limit_s
 
 
 class Place(NamedTuple):
@@ -79,18 +79,18 @@ def run_remote(place: Place, driver: str, secret: Secret, interface: str | None,
         warnings.simplefilter("ignore")
     if interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-    link = WorkerLink(driver, secret)
+    link, me, progress = WorkerLink(driver, secret), hello(place.rank, place.world_size), Progress()
     try:
         address = interface_address(interface) if interface else address_towards(place.master_address)
-        start = link.introduce(hello(place.rank, place.world_size), connect_timeout_s)
+        start = link.introduce(me, connect_timeout_s)
     except LongspanError as error:
         link.close(linger_ms=0)
         say_last(str(error))
         return 2 if isinstance(error, ConfigError) else 1
-    PulseThread(place.rank, driver, secret, remote_silence_s(start.config.exchange_timeout_s)).start()
+    PulseThread(me, progress, driver, secret, silence_limit_s(start.config.exchange_timeout_s)).start()
     meeting = Meeting("env://", None, address, secret.key("ranks 1"))
     num_threads = start.config.threads_per_rank or max(1, num_cores() // place.ranks_on_host)
-    failed = run(place.rank, start, link, meeting, num_threads)
+    failed = run(place.rank, start, link, meeting, num_threads, progress)
     if failed is None:
         return 0
     say_last(f"rank {place.rank}: {failed.reason.removeprefix(f'rank {place.rank}: ')}")

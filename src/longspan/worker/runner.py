@@ -33,7 +33,8 @@ from longspan.plan.types import (
 )
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec
-from longspan.worker.fault import Fault
+from longspan.worker.fault import Injector
+from longspan.worker.pulse import Progress
 from longspan.worker.sampler import sample_all, token_logprobs
 
 
@@ -86,8 +87,10 @@ class ModelRunner:
         self._no_mask = torch.empty(1, 1, 0, 0, device=self.device)
         self._sampled_by = -1  # the last plan that sampled here
         self._sampled: dict[int, int] = {}  # request to its token of that plan
-        self.fault: Fault | None = None
+        self.faults = Injector(None)
         """What is to go wrong here, for tests."""
+        self.progress = Progress()
+        """How far this rank has come."""
         self._num_plans = 0
         self._tokens_computed = 0
         self._busy_s = 0.0
@@ -104,6 +107,7 @@ class ModelRunner:
             LongspanError: the model's output is not a number, or the plan asks for something unknown.
         """
         started = time.perf_counter()
+        self.progress.count += 1
         try:
             answer = self._run(plan)
         finally:
@@ -135,14 +139,17 @@ class ModelRunner:
         runs = [run for run in plan.query_runs if run.compute_rank == self.rank]
         if not runs:
             for layer in range(self.spec.num_layers):
-                if self.fault is not None:
-                    self.fault.strike(self._num_plans, layer)
+                self._begin(layer)
                 attention.join(layer)
             answer = _Answer()
         else:
             answer = self._compute(plan, runs, attention)
         self._strategy_bytes.update(attention.bytes_sent)
         return answer
+
+    def _begin(self, layer: int) -> None:
+        self.progress.count += 1
+        self.faults.before_layer(self._num_plans, layer)
 
     def _copy_pages(self, plan: Plan) -> None:
         """Copy pages within this rank, and exchange those that go to other ranks or come from them."""
@@ -246,8 +253,7 @@ class ModelRunner:
         params, dense_threads = self.spec.layer_params, torch.get_num_threads()
 
         def attend(call: AttentionCall) -> Tensor:
-            if self.fault is not None:
-                self.fault.strike(self._num_plans, call.layer)
+            self._begin(call.layer)
             expected = params[call.layer]
             assert (call.scale, call.softcap, call.window) == (expected.scale, expected.softcap, expected.window)
             torch.set_num_threads(attention_threads)  # the others compute too

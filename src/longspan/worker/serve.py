@@ -10,6 +10,7 @@ import sys
 import torch
 
 from longspan.comm.base import Communicator
+from longspan.comm.checking import DamagingCommunicator
 from longspan.comm.connect import Meeting
 from longspan.comm.sockets import LOOK_S, SocketCommunicator
 from longspan.comm.threads import thread_group
@@ -19,14 +20,15 @@ from longspan.models.fingerprint import fingerprint, hub_directory, local_direct
 from longspan.models.loader import quiet_transformers
 from longspan.native.heap import keep_freed_memory
 from longspan.worker.borrow import borrowed_threads, lends
-from longspan.worker.build import build_runner, load_weights, with_simulated_links
-from longspan.worker.fault import read_fault
+from longspan.worker.build import build_runner, load_weights, with_options
+from longspan.worker.fault import Injector, read_fault
 from longspan.worker.link import WorkerLink
 from longspan.worker.measure import measure
 from longspan.worker.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
+from longspan.worker.pulse import Progress
 
 
-def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int) -> None:
+def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: Progress) -> None:
     """Start up, then run plans until told to stop.
 
     Args:
@@ -35,6 +37,7 @@ def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threa
         link: to the driver.
         meeting: where the ranks meet.
         num_threads: for computing.
+        progress: counts on while this rank gets further.
     """
     quiet_transformers()
     torch.set_num_threads(num_threads)
@@ -45,10 +48,15 @@ def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threa
         link.send(Files(rank, fingerprint(directory)))
     # Other executors may have ranks on other machines, which cannot lend their threads.
     is_lent = start.config.executor == "processes" and lends(num_threads, model, start.spec)
+    fault = read_fault(os.environ, rank, start.generation)
     comm = _join_group(rank, start, meeting, look_s=0.0 if is_lent else LOOK_S)
+    damaging = DamagingCommunicator(comm) if fault is not None and fault.kind == "corrupt" else None
+    comm = with_options(damaging or comm, start)
     runner = build_runner(start, model, comm, borrowed_threads if is_lent else None)
-    runner.fault = read_fault(os.environ, rank, start.generation)
+    runner.progress = progress
+    runner.faults = Injector(fault, damaging)
     keep_freed_memory()  # behind weights and pools: what loading frees goes back
+    runner.faults.at_start()
     link.send(Ready(rank))
     while isinstance(message := link.receive(), (RunPlan, Measure)):
         if isinstance(message, Measure):
@@ -70,5 +78,4 @@ def _join_group(rank: int, start: Start, meeting: Meeting, *, look_s: float) -> 
     if size == 1:
         return thread_group(1, timeout_s=timeout_s)[0]
     has_core = config.executor == "processes" and size * config.num_threads <= num_cores()
-    comm = SocketCommunicator(rank, size, meeting, timeout_s=timeout_s, look_s=look_s if has_core else 0.0)
-    return with_simulated_links(comm, start)
+    return SocketCommunicator(rank, size, meeting, timeout_s=timeout_s, look_s=look_s if has_core else 0.0)

@@ -1,0 +1,82 @@
+"""Notices messages that were damaged on the way: every one is followed by a checksum.
+
+Holds the checksums, and what damages a message, for tests. Must not know attention, pages or plans.
+Read next: `longspan.comm.base`; the option `check_messages` in `longspan.config`.
+
+Kernels and network cards check what they move, so this is for machines that are in doubt. It finds what happens between
+one rank's memory and another's, not what a rank computes.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.comm.base import Communicator, Pending
+from longspan.errors import CommunicationError
+
+
+class CheckingCommunicator:
+    """Wraps a communicator of tensors on the CPU. All ranks of a group do, or none."""
+
+    def __init__(self, inner: Communicator) -> None:
+        self._inner = inner
+        self.rank, self.size = inner.rank, inner.size
+
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
+        """As the wrapped one. `wait` raises `CommunicationError` for a message that is not what was sent, too."""
+        outgoing: list[tuple[int, Tensor]] = []
+        for peer, tensor in sends:
+            if tensor.numel():
+                outgoing += [(peer, tensor), (peer, torch.tensor([_checksum(tensor)]))]
+        incoming: list[tuple[int, Tensor]] = []
+        for peer, tensor in recvs:
+            if tensor.numel():
+                incoming += [(peer, tensor), (peer, torch.empty(1, dtype=torch.int64))]
+        return _PendingChecks(self.rank, self._inner.exchange(outgoing, incoming), incoming)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _PendingChecks:
+    """An exchange under way, with a checksum behind every message."""
+
+    def __init__(self, rank: int, pending: Pending, incoming: Sequence[tuple[int, Tensor]]) -> None:
+        self._rank, self._pending, self._incoming = rank, pending, incoming
+
+    def wait(self) -> None:
+        self._pending.wait()
+        for (peer, message), (_, checksum) in zip(self._incoming[::2], self._incoming[1::2], strict=True):
+            if _checksum(message) != checksum.item():
+                raise CommunicationError(
+                    f"rank {self._rank}: a message of {message.nbytes} bytes from rank {peer} was damaged on the way"
+                )
+
+
+class DamagingCommunicator:
+    """Wraps a communicator, and damages a message when it is told to."""
+
+    def __init__(self, inner: Communicator) -> None:
+        self._inner = inner
+        self.rank, self.size = inner.rank, inner.size
+        self.damages_next = False
+        """Whether one bit of the next message is turned over."""
+
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
+        sends = list(sends)
+        if self.damages_next and (found := next((i for i, (_, t) in enumerate(sends) if t.numel()), None)) is not None:
+            self.damages_next = False
+            peer, tensor = sends[found]
+            damaged = tensor.clone()
+            damaged.view(-1).view(torch.uint8)[-1] ^= 0x40  # of a float, a high bit of its exponent
+            sends[found] = (peer, damaged)
+        return self._inner.exchange(sends, recvs)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,54 @@
+"""What must hold of the books at any time between two calls of the scheduler.
+
+Holds checks that raise `AssertionError`; they read all pages, and change nothing. Must not know torch or processes.
+Read next: `longspan.scheduler.memory`; the option `check_invariants` in `longspan.config`.
+"""
+
+from collections import Counter
+
+from longspan.scheduler.scheduler import Scheduler
+
+
+def check_books(scheduler: Scheduler) -> None:
+    """Assert that pages, requests and promises tell the same story, and that nothing is held when nobody is left."""
+    scheduler.memory.check_integrity()
+    _check_owners(scheduler)
+    for request in scheduler.waiting:
+        assert not request.tables, "a request that waits has pages"
+        assert not request.copies, "a request that waits has pages to copy"
+        assert not request.in_flight, "a request that waits is being computed"
+
+
+def _check_owners(scheduler: Scheduler) -> None:
+    """Every page has as many references as owners, none without an owner is in use, and promises add up."""
+    memory, running = scheduler.memory, scheduler.running
+    owners = Counter(
+        (run.rank, group_idx, run.slot + i)
+        for request in running
+        for group_idx, table in enumerate(request.tables)
+        for run in (*table.runs, *(copy.source for copy in request.copies if copy.group_idx == group_idx))
+        for i in range(run.num_pages)
+    )
+    promised = [[0] * len(memory.model.kv_groups) for _ in memory.allocators]
+    for (rank, group_idx, slot), count in owners.items():
+        allocator = memory.allocators[rank][group_idx]
+        assert 0 <= slot < allocator.num_pages
+        assert not allocator.is_idle(slot), "a page with an owner is idle"
+        assert allocator.references(slot) == count, "owners and references differ"
+        if memory.model.kv_groups[group_idx].spec.window is not None:
+            promised[rank][group_idx] += count - 1
+    for request in running:
+        for group_idx, table in enumerate(request.tables):
+            new = Counter(
+                run.rank
+                for run in table.runs
+                for i in range(run.num_pages)
+                if run.page_idx + i >= request.num_hit_pages
+            )
+            for rank, claim in request.claims[group_idx].items():
+                promised[rank][group_idx] += max(0, claim - new[rank])
+    assert promised == memory.promised, "not what running requests may still need"
+    used = Counter((rank, group_idx) for rank, group_idx, _ in owners)
+    for rank, allocators in enumerate(memory.allocators):
+        for group_idx, allocator in enumerate(allocators):
+            assert allocator.num_used == used[rank, group_idx], "a page without an owner is not free"
