@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Parallel test processes share the cores: one compute thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: install demo test test-all test-vllm check chaos hostile bench clean
+.PHONY: install demo test test-all test-vllm check chaos hostile simulate soak bench clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -51,13 +51,21 @@ $(VLLM_STAMP): pyproject.toml
 test-vllm: $(VLLM_STAMP)
 	.venv-vllm/bin/python -m pytest tests/vllm_plugin --timeout 600
 
-# Kills ranks under many streams; ends with one line of JSON. CHAOS="--kills 200 --seed 1" and the like.
+# Loses ranks under many streams, 200 times; ends with one line of JSON. CHAOS="--kills 20 --seed 1" and the like.
 chaos: $(STAMP)
 	$(BIN)/python tests/chaos.py $(CHAOS)
 
 # 10,000 requests that no client should send, at a real server; ends with one line of JSON.
 hostile: $(STAMP)
 	$(BIN)/python tests/hostile.py
+
+# An engine on simulated ranks: 5,000 histories of delays, losses and reorderings; ends with one line of JSON.
+simulate: $(STAMP)
+	$(BIN)/python tests/simulate.py $(SIMULATE)
+
+# An hour of mixed traffic at a real server; ends with one line of JSON. SOAK="--minutes 10" and the like.
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py $(SOAK)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/prefill.py

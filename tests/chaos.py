@@ -1,18 +1,21 @@
-"""Ranks are killed at random moments under many streams, and no client may notice more than a pause.
+"""Ranks are lost at random moments under many streams, and no client may notice more than a pause.
 
-    python tests/chaos.py [--kills 40] [--streams 50] [--ranks 2] [--seed 0]
+    python tests/chaos.py [--kills 200] [--streams 50] [--ranks 2] [--seed 0]
 
 Starts `longspan serve recall`, and gets the answers to some prompts (half of them drawn with a seed, half greedy) once
-in peace. Then `--streams` clients ask for them again and again, while a random rank is killed (SIGKILL) at random
-moments. Ends with one line of JSON:
+in peace. Then `--streams` clients ask for them again and again, while at random moments a random rank is killed
+(SIGKILL; sometimes one of the new ones too, while it starts), a rank is stopped (SIGSTOP), or the process that forks
+ranks is killed. Ends with one line of JSON:
 
-    kills, streams       how often, and how many answers were streamed meanwhile
+    kills, of_which      how often in all, and per kind
+    streams              answers that were streamed meanwhile
     lost                 answers that ended early, or with an error
     duplicated           answers that went on after their end
     wrong                answers that differ otherwise
-    median_recovery_s    from a kill to the first new token of any stream
+    median_recovery_s    from a kill to the first new token of any stream; and per kind
     of_which_start_s     from the notice to new ranks that are ready, as the server counts it; mean
     leaks                afterwards: requests and pages held, files, processes and shared memory left
+    grown_mb             memory of the server's process, from after the first loss to the end
 
 Exit status 0 if nothing is lost, duplicated or wrong, and nothing leaks.
 """
@@ -34,8 +37,8 @@ from pathlib import Path
 
 import httpx
 
-from hostile import held, open_files
-from process_tree import children
+from hostile import held, open_files, resident_mb
+from process_tree import children, parents_of_ranks
 from test_server_processes import FACT, QUESTION, Command, command
 
 
@@ -109,7 +112,34 @@ async def ask(
             seen.wrong.append(f"{found!r} for {wanted!r}")
 
 
-async def killing(server: Command, kills: int, streams: int, seed: int) -> tuple[Seen, list[float]]:
+KINDS = {"kill": 84, "kill again": 6, "kill parent": 5, "stop": 5}
+"""Ways to lose a rank, and how often of 100 times."""
+
+
+async def lose_ranks(server: Command, kind: str, rng: random.Random) -> None:
+    """Returns when the ranks that ran before are gone."""
+    victims = server.workers()
+    with contextlib.suppress(ProcessLookupError):  # another death may have ended it
+        if kind == "kill parent":
+            os.kill(*parents_of_ranks(server.process.pid), signal.SIGKILL)
+        else:
+            os.kill(rng.choice(victims), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
+    await gone(server, victims)
+    if kind == "kill again":
+        while not (new := server.workers()):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(rng.uniform(0.0, 0.2))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice(new), signal.SIGKILL)
+        await gone(server, new)
+
+
+async def gone(server: Command, victims: list[int]) -> None:
+    while set(victims) & set(server.workers()):
+        await asyncio.sleep(0.005)
+
+
+async def killing(server: Command, kinds: list[str], streams: int, seed: int) -> tuple[Seen, list[float]]:
     """Returns what was seen, and the seconds of every recovery."""
     rng = random.Random(seed)
     seen, recoveries = Seen(), []
@@ -118,15 +148,11 @@ async def killing(server: Command, kills: int, streams: int, seed: int) -> tuple
         right = [(body, "".join(await stream(client, body, Seen()))) for body in bodies(rng)]
         stop = asyncio.Event()
         asking = [asyncio.create_task(ask(client, random.Random(seed + i), right, seen, stop)) for i in range(streams)]
-        for _ in range(kills):
+        for kind in kinds:
             await asyncio.sleep(rng.uniform(0.0, 2.0))
-            victims = server.workers()
             killed_s = time.monotonic()
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(victims), signal.SIGKILL)
-            while set(victims) & set(server.workers()):  # tokens that were on their way are not new ones
-                await asyncio.sleep(0.005)
-            gone_s = time.monotonic()
+            await lose_ranks(server, kind, rng)
+            gone_s = time.monotonic()  # tokens that were on their way are not new ones
             while not seen.token_times or seen.token_times[-1] < gone_s:
                 if server.process.poll() is not None:
                     raise RuntimeError(f"the server ended: {server.said()[-2000:]}")
@@ -151,12 +177,14 @@ def metric(url: str, name: str) -> float:
 def run(kills: int, streams: int, ranks: int, seed: int) -> dict[str, object]:
     """Returns the counts; `problems` is empty if all is well."""
     before = shared_memory()
-    options = ("--context-parallel-size", str(ranks), "--threads-per-rank", "1", "--max-restarts", str(kills + 2))
-    with command(*options) as server:
-        asyncio.run(killing(server, 1, streams, seed - 1))  # whatever is made once and kept
+    kinds = random.Random(seed).choices(list(KINDS), KINDS.values(), k=kills)
+    options = ("--context-parallel-size", str(ranks), "--threads-per-rank", "1", "--max-restarts", str(4 * kills + 4))
+    with command(*options, "--check-invariants", "20", "--exchange-timeout-s", "3") as server:
+        asyncio.run(killing(server, ["kill"], streams, seed - 1))  # whatever is made once and kept
         pid = server.process.pid
         files, processes, shared = open_files(pid), len(children(pid)), len(shared_memory() - before)
-        seen, recoveries = asyncio.run(killing(server, kills, streams, seed))
+        grown_mb = -resident_mb(pid)
+        seen, recoveries = asyncio.run(killing(server, kinds, streams, seed))
         deadline = time.monotonic() + 30
         while (held(server.url) or open_files(pid) > files + 2) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -166,25 +194,30 @@ def run(kills: int, streams: int, ranks: int, seed: int) -> dict[str, object]:
             "processes": len(children(pid)) - processes,
             "shared memory": len(shared_memory() - before) - shared,
         }
+        grown_mb += resident_mb(pid)
         restarts = metric(server.url, "longspan:restarts_total")
         start_s = metric(server.url, "longspan:recovery_seconds_total") / max(1.0, restarts)
         status = server.end()
+    found = {kind: [s for s, one in zip(recoveries, kinds, strict=True) if one == kind] for kind in KINDS}
     return {
         "kills": kills,
+        "of_which": {kind: len(times) for kind, times in found.items()},
         "streams": seen.streams,
         "lost": len(seen.lost),
         "duplicated": len(seen.duplicated),
         "wrong": len(seen.wrong),
         "median_recovery_s": round(statistics.median(recoveries), 2),
+        "per_kind": {kind: round(statistics.median(times), 2) for kind, times in found.items() if times},
         "of_which_start_s": round(start_s, 2),
         "leaks": {what: count for what, count in leaks.items() if count},
+        "grown_mb": grown_mb,
         "problems": (seen.lost + seen.duplicated + seen.wrong)[:5] + ([f"exit status {status}"] if status else []),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

@@ -22,6 +22,7 @@ from longspan.plan.types import (
 )
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Request
+from longspan.scheduler.sampling import sample_row
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
 from longspan.sharding.pages import PageRun, PageTable
@@ -72,6 +73,15 @@ def fake_token(row: SampleRow) -> int:
     return 2 if token in row.banned_token_ids else token
 
 
+def tokens_alone(request: Request) -> list[int]:
+    """The output of a request with nothing beside it: the simulator's tokens depend on seed and position only."""
+    alone = Request(0, request.params, request.seed, request.token_ids[: request.prompt_len], request.prompt_len, ())
+    alone.eos_token_ids = request.eos_token_ids
+    while alone.finish_reason is None:
+        alone.add_token(fake_token(sample_row(alone, len(alone.token_ids) - 1)), None)
+    return alone.output_token_ids
+
+
 def _logprobs(token_id: int, row: SampleRow) -> TokenLogprobs | None:
     """Tells the position, if asked for."""
     return None if row.num_logprobs is None else TokenLogprobs(token_id, -float(row.position), 1, ())
@@ -89,6 +99,7 @@ class FakeRanks:
     """[rank][KV group][request]"""
     in_flight: dict[int, Plan] = field(default_factory=dict)
     plans: list[Plan] = field(default_factory=list)
+    first_plan_id: int = 0
     written: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
     """(KV group, rank, row) to the tokens up to the one whose key lies there: what the key depends on."""
 
@@ -109,7 +120,7 @@ class FakeRanks:
             assert all(run.tokens == SampledBy(other.plan_id) for run in plan.query_runs), "ranks run two plans"
             assert {run.request_id for run in plan.query_runs} <= {row.request_id for row in other.samples}
         assert before or not any(isinstance(run.tokens, SampledBy) for run in plan.query_runs)
-        assert plan.plan_id == len(self.plans)
+        assert plan.plan_id == self.first_plan_id + len(self.plans)
         tokens = dict.fromkeys(plan.ranks, 0)
         for run in plan.query_runs:
             tokens[run.compute_rank] += run.num_tokens
@@ -182,7 +193,7 @@ class FakeRanks:
             if isinstance(run.tokens, Literals):
                 assert run.tokens.token_ids == tuple(request.token_ids[run.position : run.end])
             else:
-                sampling = self.plans[run.tokens.plan_id]
+                sampling = self.plans[run.tokens.plan_id - self.first_plan_id]
                 assert (run.position, run.num_tokens) == (len(request.token_ids), 1)
                 (before,) = [other for other in sampling.query_runs if other.request_id == run.request_id]
                 assert (before.end, before.compute_rank) == (run.position, run.compute_rank), "not known there"
@@ -262,6 +273,12 @@ class FakeRanks:
 
     def complete(self, plan: Plan) -> list[Request]:
         del self.in_flight[plan.plan_id]
+        advanced = self.scheduler.update(self.answer(plan))
+        self.scheduler.memory.check_integrity()
+        return advanced
+
+    def answer(self, plan: Plan) -> PlanResult:
+        """What the plan's ranks say."""
         results = []
         for rank in plan.ranks:
             mine = [run for run in plan.query_runs if run.compute_rank == rank]
@@ -279,9 +296,7 @@ class FakeRanks:
         assert sum(len(r.sampled) for r in results) == len(plan.samples), "one rank samples each row"
         assert sum(len(r.scored) for r in results) == len(plan.scores)
         self.rng.shuffle(results)
-        advanced = self.scheduler.update(PlanResult(plan.plan_id, tuple(results)))
-        self.scheduler.memory.check_integrity()
-        return advanced
+        return PlanResult(plan.plan_id, tuple(results))
 
     def first_plans(self) -> list[Plan]:
         """Those in flight that can end now: a rank runs its plans in order."""

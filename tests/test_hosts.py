@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -47,15 +48,21 @@ class Workers:
     def __init__(
         self, hosts, *, ranks_per_host=1, world_size=None, torchrun=False, environments=None, directories=None
     ):
-        self.hosts = hosts
+        self.hosts, self._ranks_per_host, self._torchrun = hosts, ranks_per_host, torchrun
+        self._world_size = world_size or ranks_per_host * len(hosts)
+        self._environments, self._directories = environments or {}, directories or {}
+        self.start()
+
+    def start(self):
+        """Also again, when all have ended."""
+        hosts, ranks_per_host = self.hosts, self._ranks_per_host
         self.processes = []
-        world_size = world_size or ranks_per_host * len(hosts)
         common = ["longspan.worker", "--driver", f"tcp://{DRIVER}", "--interface", "eth0", "--connect-timeout-s", "60"]
         master = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29571"}
         for host in hosts:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environments or {}).get(host.index, {})}
-            directory = (directories or {}).get(host.index)
-            if torchrun:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._environments.get(host.index, {})}
+            directory = self._directories.get(host.index)
+            if self._torchrun:
                 command = [
                     *(sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(hosts))),
                     *("--node-rank", str(host.index), "--nproc-per-node", str(ranks_per_host)),
@@ -64,7 +71,8 @@ class Workers:
                 self.processes.append(host.start([*command, *common], environment, directory))
                 continue
             for rank in range(host.index * ranks_per_host, (host.index + 1) * ranks_per_host):
-                place = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(ranks_per_host)}
+                place = {"WORLD_SIZE": str(self._world_size), "LOCAL_WORLD_SIZE": str(ranks_per_host)}
+                place["RANK"] = str(rank)
                 command = [sys.executable, "-m", *common]
                 self.processes.append(host.start(command, {**master, **place, **environment}, directory))
 
@@ -137,6 +145,26 @@ def test_a_worker_killed_on_another_host_is_named_with_its_host(hosts):
         # Rank 0 tells what it saw first: its peer's end, or the driver's verdict.
         assert "rank 0: " in outcomes[0][1]
         assert "rank 1" in outcomes[0][1].partition("rank 0: ")[2]
+
+
+def test_workers_that_somebody_starts_again_go_on(hosts):
+    model = tiny_model("llama")
+    with workers(hosts[:2]) as running, Engine(config(model.path, 2, max_restarts=1)) as engine:
+        requests = [engine.add_request(reference.prompt, greedy()) for reference in model.references]
+        while not requests[-1].num_generated:
+            engine.step()
+        os.kill(engine._executor._roster._hellos[1].pid, signal.SIGKILL)
+
+        def start_again():
+            assert all(code for code, _ in running.end())
+            running.start()
+
+        again = threading.Thread(target=start_again)
+        again.start()
+        run_all(engine)
+        again.join()
+        assert [r.output_token_ids for r in requests] == [reference.token_ids for reference in model.references]
+        assert engine.restarts.num_done == 1
 
 
 @pytest.mark.slow

@@ -47,6 +47,19 @@ def test_tokens_of_actors_are_those_of_transformers_and_our_cluster_ends_with_th
     assert not ray.is_initialized()
 
 
+def test_an_actor_that_dies_is_replaced_if_the_user_wants_it():
+    references = tiny_model("gemma3").references
+    with Engine(config(max_restarts=2)) as engine:
+        requests = [engine.add_request(reference.prompt, greedy()) for reference in references]
+        while not requests[-1].num_generated:
+            engine.step()
+        os.kill(engine._executor._roster._hellos[1].pid, signal.SIGKILL)
+        run_all(engine)
+        assert engine.restarts.num_done == 1
+    assert [request.output_token_ids for request in requests] == [reference.token_ids for reference in references]
+    assert not ray.is_initialized()
+
+
 def test_an_actor_that_dies_is_named_with_rank_and_node_and_the_cluster_that_was_there_stays():
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     with Engine(config(ray_placement="spread")) as engine:

@@ -19,13 +19,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, fake_token, make_config, make_model
+from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, make_config, make_model, tokens_alone
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
 from longspan.plan.types import SampledBy
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Request
-from longspan.scheduler.sampling import sample_row
 from longspan.scheduler.scheduler import SUSPECT_CRASHES, Scheduler
 from longspan.sharding.capacity import pages_by_group
 from longspan.types import FinishReason, Phase, SamplingParams
@@ -78,15 +77,6 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         presence_penalty=draw(st.sampled_from([0.0, 0.5])),
         repetition_penalty=draw(st.sampled_from([1.0, 1.5])),
     )
-
-
-def tokens_alone(request: Request) -> list[int]:
-    """The output of a request with nothing beside it: the simulator's tokens depend on seed and position only."""
-    alone = Request(0, request.params, request.seed, request.token_ids[: request.prompt_len], request.prompt_len, ())
-    alone.eos_token_ids = request.eos_token_ids
-    while alone.finish_reason is None:
-        alone.add_token(fake_token(sample_row(alone, len(alone.token_ids) - 1)), None)
-    return alone.output_token_ids
 
 
 class SchedulerMachine(RuleBasedStateMachine):

@@ -148,12 +148,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     interface: str | None = None
     """Network interface of Ray's nodes for messages between ranks; None leaves the choice to Ray and gloo."""
     exchange_timeout_s: float = 300.0
-    """Longest wait for a peer in one exchange."""
+    """Longest wait for a peer in one exchange. A rank that owes an answer and gets no further for 5 s more is lost, as
+    is one whose process gives no sign of life for so long, or for 30 s."""
     connect_timeout_s: float = 120.0
     """Longest wait for all worker processes to connect to the driver."""
     max_restarts: int = 0
     """Most times within 10 minutes that ranks which were lost are replaced, and all that ran is computed again; one
-    more fails every request. 0 replaces none. Only ranks that the driver starts on its own machine can be replaced."""
+    more fails every request. 0 replaces none. With `external`, whoever starts the workers has to start all of them
+    again: the driver waits for them as it did at first."""
     min_ranks: int = 1
     """Fewest ranks to go on with, if ranks that were lost cannot all be started again."""
     check_messages: bool = False
@@ -268,10 +270,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if type(most) is int and most == 0:
             return
         self._check_count("max_restarts", most)
-        if self.executor in REMOTE_EXECUTORS:
-            raise ConfigError(
-                f"max_restarts: got {most} with executor {self.executor!r}, whose ranks are not replaced, legal is 0"
-            )
 
     @staticmethod
     def _check_count(name: str, value: object, most: int = MAX_COUNT) -> None:

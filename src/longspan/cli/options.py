@@ -73,11 +73,18 @@ def _engine_options(stripe_size: int, max_restarts: int | None) -> tuple[Callabl
             help="Longest wait for all workers to connect.",
         ),
         click.option(
+            "--exchange-timeout-s",
+            type=float,
+            default=300.0,
+            show_default=True,
+            help="Longest wait of a rank for a peer; 5 s more without progress, or 30 s of silence, is a loss too.",
+        ),
+        click.option(
             "--max-restarts",
             type=int,
             default=max_restarts,
             help="Replace ranks that are lost, so often within 10 minutes; 0: never. Default: "
-            + ("10, or 0 with ranks on other hosts." if max_restarts is None else f"{max_restarts}."),
+            + ("10, or 0 with --executor external." if max_restarts is None else f"{max_restarts}."),
         ),
         click.option(
             "--min-ranks",

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from longspan.cli.options import engine_config, engine_options
-from longspan.config import REMOTE_EXECUTORS, parse_size
+from longspan.config import parse_size
 from longspan.imports import quick_imports
 from longspan.server.config import ServerConfig
 
@@ -22,7 +22,7 @@ STRIPED_FROM = 1024
 earlier (`longspan.policy.placement_choice`); a server's other ranks have other requests to run."""
 
 MAX_RESTARTS = 10
-"""Of ranks on this machine, if the user says nothing else."""
+"""Where the driver itself can start ranks again, if the user says nothing else."""
 
 
 @click.command()
@@ -66,7 +66,7 @@ def serve(model: str, max_body_size: str, **options: Any) -> None:
     if options["min_striped_len"] is None:
         options["min_striped_len"] = STRIPED_FROM * max(1, options["context_parallel_size"])
     if options["max_restarts"] is None:
-        options["max_restarts"] = 0 if options["executor"] in REMOTE_EXECUTORS else MAX_RESTARTS
+        options["max_restarts"] = 0 if options["executor"] == "external" else MAX_RESTARTS
     config = engine_config(model, options)
     server_config = ServerConfig(max_body_bytes=parse_size(max_body_size, "max_body_size"), **options)
 

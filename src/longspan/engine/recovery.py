@@ -100,6 +100,8 @@ def fewer_ranks(config: EngineConfig) -> EngineConfig | None:
     size = config.context_parallel_size - 1
     if size < config.min_ranks or config.topology is not None or config.simulated_links is not None:
         return None
+    if config.executor == "external":  # whose workers are told by somebody else how many they are
+        return None
     log.warning("longspan: the ranks cannot be started again; the next try is with %d of %d", size, size + 1)
     nodes = config.nodes and config.nodes[:size]
     if nodes and set(nodes) != set(range(len(set(nodes)))):

@@ -153,6 +153,8 @@ class WorkerExecutor:
         except msgspec.DecodeError as error:
             raise ConfigError(f"message: got one of another version of longspan from a worker: {error}") from error
         if isinstance(message, Hello):
+            if self._voices.get(message.rank) == peer or self._failures.first_s is not None:
+                return  # said twice over a connection that was made twice; or early, for the ranks that come next
             self._roster.admit(message)
             self._voices[message.rank] = peer
             self._silence_s[message.rank] = 0.0

@@ -59,6 +59,10 @@ class WorkerLink:
             while self._monitor.poll(0):
                 kind = recv_monitor_message(self._monitor)["event"]
                 if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    if (
+                        has_reached
+                    ):  # the driver before has ended, perhaps to start again, and has taken the first along
+                        self.send(hello)
                     num_refusals, has_reached = 0, True
                 elif kind in (
                     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
