@@ -117,26 +117,28 @@ KINDS = {"kill": 84, "kill again": 6, "kill parent": 5, "stop": 5}
 
 
 async def lose_ranks(server: Command, kind: str, rng: random.Random) -> None:
-    """Returns when the ranks that ran before are gone."""
+    """Returns when there are processes of new ranks."""
     victims = server.workers()
     with contextlib.suppress(ProcessLookupError):  # another death may have ended it
         if kind == "kill parent":
             os.kill(*parents_of_ranks(server.process.pid), signal.SIGKILL)
         else:
             os.kill(rng.choice(victims), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
-    await gone(server, victims)
+    new = await successors(server, victims)
     if kind == "kill again":
-        while not (new := server.workers()):
-            await asyncio.sleep(0.001)
         await asyncio.sleep(rng.uniform(0.0, 0.2))
         with contextlib.suppress(ProcessLookupError):
             os.kill(rng.choice(new), signal.SIGKILL)
-        await gone(server, new)
+        await successors(server, new)
 
 
-async def gone(server: Command, victims: list[int]) -> None:
-    while set(victims) & set(server.workers()):
+async def successors(server: Command, victims: list[int]) -> list[int]:
+    """Ranks that replace these, when they are there."""
+    while set(victims) & set(found := server.workers()) or len(found) < len(victims):
+        if server.process.poll() is not None:
+            raise RuntimeError(f"the server ended: {server.said()[-2000:]}")
         await asyncio.sleep(0.005)
+    return found
 
 
 async def killing(server: Command, kinds: list[str], streams: int, seed: int) -> tuple[Seen, list[float]]:
@@ -152,12 +154,12 @@ async def killing(server: Command, kinds: list[str], streams: int, seed: int) ->
             await asyncio.sleep(rng.uniform(0.0, 2.0))
             killed_s = time.monotonic()
             await lose_ranks(server, kind, rng)
-            gone_s = time.monotonic()  # tokens that were on their way are not new ones
-            while not seen.token_times or seen.token_times[-1] < gone_s:
+            started_s = time.monotonic()  # tokens that were on their way before are not new ones
+            while not seen.token_times or seen.token_times[-1] < started_s:
                 if server.process.poll() is not None:
                     raise RuntimeError(f"the server ended: {server.said()[-2000:]}")
                 await asyncio.sleep(0.005)
-            recoveries.append(next(t for t in seen.token_times if t >= gone_s) - killed_s)
+            recoveries.append(next(t for t in seen.token_times if t >= started_s) - killed_s)
             seen.token_times.clear()
         stop.set()
         await asyncio.gather(*asking)
