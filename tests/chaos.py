@@ -151,7 +151,7 @@ async def killing(server: Command, kinds: list[str], streams: int, seed: int) ->
         stop = asyncio.Event()
         asking = [asyncio.create_task(ask(client, random.Random(seed + i), right, seen, stop)) for i in range(streams)]
         for kind in kinds:
-            await asyncio.sleep(rng.uniform(0.0, 2.0))
+            await asyncio.sleep(rng.uniform(0.0, 1.5))
             killed_s = time.monotonic()
             await lose_ranks(server, kind, rng)
             started_s = time.monotonic()  # tokens that were on their way before are not new ones

@@ -268,7 +268,7 @@ def test_measured_costs_set_strategies_and_striped_prompts_of_a_scheduler():
     scheduler = Scheduler(MODEL, config, (64,))
     assert scheduler.memory.striped_from == config.striped_from
     use_costs(scheduler, cores(2), 16)
-    assert scheduler.costs == cores(2)
+    assert scheduler.writer.costs == cores(2)
     assert scheduler.memory.striped_from != config.striped_from
     forced = Scheduler(MODEL, msgspec.structs.replace(config, min_striped_len=77), (64,))
     use_costs(forced, cores(2), 16)

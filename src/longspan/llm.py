@@ -236,7 +236,7 @@ class LLM:
 
     def explain(self) -> list[Choice]:
         """Which strategies were chosen so far, per phase and KV group, and each candidate's predicted time."""
-        return self._engine.scheduler.choices.all
+        return self._engine.scheduler.writer.choices.all
 
     def close(self) -> None:
         """End the ranks. May be called twice."""

@@ -149,7 +149,7 @@ def use_costs(scheduler: Scheduler, costs: Costs, hidden_size: int) -> None:
         costs: of its ranks.
         hidden_size: of the model.
     """
-    scheduler.costs = costs
+    scheduler.writer.costs = costs
     config, model = scheduler.config, scheduler.model
     if config.min_striped_len is not None or config.context_parallel_size == 1:
         return

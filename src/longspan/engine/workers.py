@@ -150,7 +150,7 @@ class WorkerExecutor:
         """One message. Raises: ConfigError, if its sender cannot be in this group."""
         try:
             message: ToDriver = decode_to_driver(frame)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"message: got one of another version of longspan from a worker: {error}") from error
         if isinstance(message, Hello):
             if self._voices.get(message.rank) == peer or self._failures.first_s is not None:

@@ -1,7 +1,8 @@
 """The scheduler: decides once, for all ranks, what the next step computes.
 
-Holds the queues. Must not know torch, processes, text or clocks: the same calls give the same plans.
-Read next: `longspan.policy.choose`, which picks strategies; `longspan.engine.engine`, which drives this.
+Holds the queues, and who takes part in a plan. Must not know torch, processes, text or clocks: the same calls give the
+same plans.
+Read next: `longspan.scheduler.writing`, which writes the plan; `longspan.engine.engine`, which drives this.
 
 Note: lanes
     A plan names its ranks, and plans on disjoint ranks run at the same time. `schedule` therefore returns plans until
@@ -40,28 +41,17 @@ from typing import NamedTuple
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError
 from longspan.kvcache.prefix import extend_hashes
-from longspan.plan.read_runs import read_runs
 from longspan.plan.types import (
-    GroupStep,
-    Literals,
-    PageCopy,
     Plan,
     PlanResult,
-    QueryRun,
-    SampledBy,
-    SampleRow,
-    ScoreRun,
-    TableDelta,
 )
-from longspan.policy.choose import BLOCK_LEN, plan_group
 from longspan.policy.cost import StepTime
-from longspan.policy.explain import Choices
-from longspan.policy.rates import costs_by_bytes
 from longspan.scheduler.chunks import Chunks
 from longspan.scheduler.memory import DECODE_COST, KVMemory
 from longspan.scheduler.request import Constraint, Request
-from longspan.scheduler.sampling import can_sample_ahead, sample_row
-from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams, Strategy
+from longspan.scheduler.sampling import can_sample_ahead
+from longspan.scheduler.writing import PlanWriter
+from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 PATIENCE = 2
 """Plans per rank and running request that a prompt waits for its next chunk before it goes first."""
@@ -99,10 +89,7 @@ class Scheduler:
         self.model, self.config = model, config
         self.memory = KVMemory(model, config, num_pages)
         self.step_time = StepTime(model, config.num_threads)
-        self.costs = costs_by_bytes(config.known_nodes or (0,) * config.context_parallel_size)
-        """What the ranks and links can do. Whoever has measured them sets it before the first request."""
-        self.choices = Choices()
-        """Which strategies were chosen so far, and why."""
+        self.writer = PlanWriter(model, config, self.memory)
         self._chunks = Chunks(config, self.memory, self.step_time)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -116,8 +103,6 @@ class Scheduler:
         self._last_prefill = [-1] * config.context_parallel_size  # per rank, plan id of the last prefill
         self._next_plan_id = 0
         self._next_request_id = 0
-        last_layer = model.num_layers - 1
-        (self._last_group_idx,) = [i for i, group in enumerate(model.kv_groups) if last_layer in group.layers]
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -265,7 +250,7 @@ class Scheduler:
         """
         assert not other.running, "restart comes first"
         self.waiting, self._by_id = other.waiting, other._by_id
-        self.num_preemptions, self.choices = other.num_preemptions, other.choices
+        self.num_preemptions, self.writer.choices = other.num_preemptions, other.writer.choices
         self._next_plan_id, self._next_request_id = other._next_plan_id, other._next_request_id
         self.memory.num_queried_tokens = other.memory.num_queried_tokens
         self.memory.num_hit_tokens = other.memory.num_hit_tokens
@@ -464,109 +449,17 @@ class Scheduler:
             flops: of the rank with most.
             behind: the plan that samples the tokens; None if they are known.
         """
-        plan_id = self._next_plan_id
-        self._next_plan_id += 1
-        phase = Phase.PREFILL if any(request.phase is Phase.PREFILL for request, _ in chosen) else Phase.DECODE
-        if phase is Phase.PREFILL:
-            for rank in ranks:
-                self._last_prefill[rank] = plan_id
-        sampled = None if behind is None else SampledBy(behind.plan_id)
-        query_runs: list[QueryRun] = []
-        copies: list[PageCopy] = []
-        deltas: list[TableDelta] = []
-        samples: list[SampleRow] = []
-        scores: list[ScoreRun] = []
-        for request, end in chosen:
-            start = request.num_planned
-            copies += request.copies
-            deltas += self._deltas(request, end, ranks)
-            for rank, first, last in request.tables[0].owners(start, end):
-                for position in range(first, last, BLOCK_LEN):  # no run is longer than a block of queries
-                    stop = min(last, position + BLOCK_LEN)
-                    tokens = sampled or Literals(tuple(request.token_ids[position:stop]))
-                    query_runs.append(QueryRun(request.request_id, position, stop - position, rank, tokens))
-            samples += self._samples(request, end)
-            scores += self._scores(request, start, end)
-            request.num_planned, request.last_plan_id = end, plan_id
-        forced = self.config.forced_decode_strategy if movers is Phase.DECODE else self.config.forced_strategy
-        groups: list[GroupStep] = []
-        for i, group in enumerate(self.model.kv_groups):
-            tables = {r.request_id: r.tables[i] for r, _ in chosen}
-            step = plan_group(query_runs, tables, group, self.costs, forced=forced)
-            self.choices.note(movers or phase, i, step, tables, group, self.costs, is_forced=forced is not None)
-            groups.append(step)
-        moves_queries = any(step.strategy in (Strategy.PASS_Q, Strategy.TREE) for step in groups)
-        for request, _ in chosen:
-            request.moves_queries = moves_queries and len(request.page_ranks) > 1
-        last_layer: GroupStep | None = None
-        read = read_runs(query_runs, samples, scores) if phase is Phase.PREFILL else query_runs  # all rows of a decode
-        if read is not query_runs and _num_tokens(read) < _num_tokens(query_runs):
-            i = self._last_group_idx
-            tables = {r.request_id: r.tables[i] for r, _ in chosen}
-            last_layer = plan_group(read, tables, self.model.kv_groups[i], self.costs, forced=forced)
         released: set[int] = set()
         for rank in ranks:
             released |= self._unreported[rank]
             self._unreported[rank].clear()
-        plan = Plan(
-            plan_id=plan_id,
-            phase=phase,
-            ranks=tuple(sorted(ranks)),
-            query_runs=tuple(query_runs),
-            table_deltas=tuple(deltas),
-            groups=tuple(groups),
-            samples=tuple(samples),
-            scores=tuple(scores),
-            page_copies=tuple(copies),
-            released=tuple(sorted(released)),
-            last_layer=last_layer,
-        )
+        plan = self.writer.write(self._next_plan_id, ranks, chosen, movers, released, behind)
+        self._next_plan_id += 1
+        for rank in ranks if plan.phase is Phase.PREFILL else ():
+            self._last_prefill[rank] = plan.plan_id
         self._busy |= ranks
-        self._in_flight[plan_id] = (plan, [request for request, _ in chosen], flops)
+        self._in_flight[plan.plan_id] = (plan, [request for request, _ in chosen], flops)
         return plan
-
-    def _deltas(self, request: Request, end: int, ranks: set[int]) -> list[TableDelta]:
-        """Allocate what a step needs, and say what the ranks must learn of the page tables."""
-        size = self.config.page_size
-        replace = not ranks <= request.informed_ranks
-        if not replace:
-            for table in request.tables:
-                if table.num_pages * size < end:
-                    break
-            else:
-                return []
-        added = self.memory.grow(request, end)
-        if replace:
-            request.informed_ranks |= ranks
-            request.involved_ranks |= ranks
-            added = [list(table.runs) for table in request.tables]
-        deltas: list[TableDelta] = []
-        for group_idx, (table, runs) in enumerate(zip(request.tables, added, strict=True)):
-            if runs or replace:
-                freed_before = table.runs[0].page_idx if table.runs else table.num_pages
-                deltas.append(TableDelta(request.request_id, group_idx, replace, tuple(runs), freed_before))
-                request.informed_ranks &= ranks  # the others miss this one
-        assert all(table.num_pages * size >= end for table in request.tables)
-        return deltas
-
-    def _samples(self, request: Request, end: int) -> list[SampleRow]:
-        """The row to sample from, if this step computes the request's last token."""
-        if end < len(request.token_ids):
-            return []
-        return [sample_row(request, end - 1)]
-
-    def _scores(self, request: Request, start: int, end: int) -> list[ScoreRun]:
-        """Prompt rows whose next token is a prompt token, if prompt_logprobs were asked for and are not known yet."""
-        num_logprobs = request.params.prompt_logprobs
-        if num_logprobs is None:
-            return []
-        start, end = max(start, len(request.prompt_logprobs)), min(end, request.prompt_len - 1)
-        if start >= end:
-            return []
-        return [
-            ScoreRun(request.request_id, first, tuple(request.token_ids[first + 1 : last + 1]), num_logprobs)
-            for _, first, last in request.tables[0].owners(start, end)
-        ]
 
     # -- results -----------------------------------------------------------------------------------------------------
 
@@ -616,7 +509,3 @@ class Scheduler:
             else:
                 self.memory.slide(request)
             yield request
-
-
-def _num_tokens(runs: Iterable[QueryRun]) -> int:
-    return sum(run.num_tokens for run in runs)
