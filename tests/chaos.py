@@ -32,6 +32,7 @@ import string
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,10 +142,10 @@ async def successors(server: Command, victims: list[int]) -> list[int]:
     return found
 
 
-async def killing(server: Command, kinds: list[str], streams: int, seed: int) -> tuple[Seen, list[float]]:
-    """Returns what was seen, and the seconds of every recovery."""
+async def killing(server: Command, kinds: list[str], streams: int, seed: int, seen: Seen) -> list[float]:
+    """Returns the seconds of every recovery. Args: `seen` is added to."""
     rng = random.Random(seed)
-    seen, recoveries = Seen(), []
+    recoveries: list[float] = []
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
         right = [(body, "".join(await stream(client, body, Seen()))) for body in bodies(rng)]
@@ -163,7 +164,7 @@ async def killing(server: Command, kinds: list[str], streams: int, seed: int) ->
             seen.token_times.clear()
         stop.set()
         await asyncio.gather(*asking)
-    return seen, recoveries
+    return recoveries
 
 
 def shared_memory() -> set[str]:
@@ -176,27 +177,41 @@ def metric(url: str, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
+@contextlib.contextmanager
+def leaks(server: Command, before: set[str]) -> Iterator[dict[str, float]]:
+    """What a server holds at the end beyond what it held at the start. Args: `before` it came, `shared_memory`.
+
+    Yields:
+        Counts that are above 0, filled in at the end.
+    """
+    pid = server.process.pid
+    files, processes, shared = open_files(pid), len(children(pid)), len(shared_memory() - before)
+    found: dict[str, float] = {}
+    yield found
+    deadline = time.monotonic() + 30
+    while (held(server.url) or open_files(pid) > files + 2) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    counts = {
+        "requests and pages": held(server.url),
+        "files": open_files(pid) - files - 2,  # the question of this very moment
+        "processes": len(children(pid)) - processes,
+        "shared memory": len(shared_memory() - before) - shared,
+    }
+    found.update({what: count for what, count in counts.items() if count > 0})
+
+
 def run(kills: int, streams: int, ranks: int, seed: int) -> dict[str, object]:
     """Returns the counts; `problems` is empty if all is well."""
     before = shared_memory()
     kinds = random.Random(seed).choices(list(KINDS), KINDS.values(), k=kills)
     options = ("--context-parallel-size", str(ranks), "--threads-per-rank", "1", "--max-restarts", str(4 * kills + 4))
     with command(*options, "--check-invariants", "20", "--exchange-timeout-s", "3") as server:
-        asyncio.run(killing(server, ["kill"], streams, seed - 1))  # whatever is made once and kept
-        pid = server.process.pid
-        files, processes, shared = open_files(pid), len(children(pid)), len(shared_memory() - before)
-        grown_mb = -resident_mb(pid)
-        seen, recoveries = asyncio.run(killing(server, kinds, streams, seed))
-        deadline = time.monotonic() + 30
-        while (held(server.url) or open_files(pid) > files + 2) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        leaks = {
-            "requests and pages": held(server.url),
-            "files": max(0, open_files(pid) - files - 2),  # the question of this very moment
-            "processes": len(children(pid)) - processes,
-            "shared memory": len(shared_memory() - before) - shared,
-        }
-        grown_mb += resident_mb(pid)
+        seen = Seen()
+        asyncio.run(killing(server, ["kill"], streams, seed - 1, seen))  # whatever is made once and kept
+        grown_mb = -resident_mb(server.process.pid)
+        with leaks(server, before) as left:
+            recoveries = asyncio.run(killing(server, kinds, streams, seed, seen))
+        grown_mb += resident_mb(server.process.pid)
         restarts = metric(server.url, "longspan:restarts_total")
         start_s = metric(server.url, "longspan:recovery_seconds_total") / max(1.0, restarts)
         status = server.end()
@@ -211,7 +226,7 @@ def run(kills: int, streams: int, ranks: int, seed: int) -> dict[str, object]:
         "median_recovery_s": round(statistics.median(recoveries), 2),
         "per_kind": {kind: round(statistics.median(times), 2) for kind, times in found.items() if times},
         "of_which_start_s": round(start_s, 2),
-        "leaks": {what: count for what, count in leaks.items() if count},
+        "leaks": left,
         "grown_mb": grown_mb,
         "problems": (seen.lost + seen.duplicated + seen.wrong)[:5] + ([f"exit status {status}"] if status else []),
     }

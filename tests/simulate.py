@@ -136,7 +136,7 @@ class World:
             async_scheduling=rng.random() < 0.5,
             kv_cache_memory=rng.choice((60, 100, 200)) * sum(group.token_bytes for group in model.kv_groups),
             max_restarts=rng.choice((1000, 1000, 1000, 3)),
-            min_ranks=rng.choice((1, num_ranks)),
+            min_ranks=rng.choice((None, num_ranks)),
             measure="never",
             check_invariants=rng.choice((1, 1, 5)),
         )

@@ -3,16 +3,16 @@
     python tests/soak.py [--minutes 60] [--ranks 2] [--seed 0]
 
 Clients ask `longspan serve recall` for answers that are known from before: short ones, long ones, and some that they do
-not wait for. Now and then a rank is killed. Ends with one line of JSON:
+not wait for. In the first half a rank is killed now and then; in the second the ranks grow old. Ends with one line
+of JSON:
 
     streams, cancelled, losses   what happened
     lost, duplicated, wrong      as in `chaos.py`
     memory_mb                    of the server's process, of the one that forks ranks, and of the largest rank: median
-                                 of the second tenth of the time, and of the last
+                                 of the first tenth of the second half, and of its last
     left                         afterwards: requests and pages held, files, processes and shared memory left
 
-Exit status 0 if no answer is lost, duplicated or wrong, nothing is left, and the server's memory has not grown by more
-than a tenth.
+Exit status 0 if no answer is lost, duplicated or wrong, nothing is left, and no memory has grown by more than a tenth.
 """
 
 import argparse
@@ -27,9 +27,9 @@ import time
 
 import httpx
 
-from chaos import Seen, ask, bodies, lose_ranks, shared_memory, stream
-from hostile import held, open_files, resident_mb
-from process_tree import children, parents_of_ranks
+from chaos import Seen, ask, bodies, leaks, lose_ranks, shared_memory, stream
+from hostile import resident_mb
+from process_tree import parents_of_ranks
 from test_server_processes import FACT, QUESTION, Command, command
 
 SAMPLE_S = 2.0
@@ -58,22 +58,22 @@ async def go_away(
     return count
 
 
-async def lose_some(server: Command, rng: random.Random, stop: asyncio.Event) -> int:
-    """Returns how often ranks were lost."""
+async def lose_some(server: Command, rng: random.Random, half: asyncio.Event) -> int:
+    """Loses ranks until half the time is over. Returns how often."""
     count = 0
     while True:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(stop.wait(), rng.uniform(10.0, 40.0))
-        if stop.is_set():
+            await asyncio.wait_for(half.wait(), rng.uniform(10.0, 40.0))
+        if half.is_set():
             return count
         count += 1
         await lose_ranks(server, "kill", rng)
 
 
 async def traffic(server: Command, minutes: float, seed: int) -> tuple[Seen, dict[str, int], list[tuple[int, ...]]]:
-    """Returns what was seen, counts, and samples of memory: server, forking process, largest rank."""
+    """Returns what was seen, counts, and samples of memory in the second half: server, forking process, one rank."""
     rng = random.Random(seed)
-    seen, samples, stop = Seen(), [], asyncio.Event()
+    seen, samples, half, stop = Seen(), [], asyncio.Event(), asyncio.Event()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
         short, long = bodies(rng), long_bodies(rng)
@@ -85,17 +85,19 @@ async def traffic(server: Command, minutes: float, seed: int) -> tuple[Seen, dic
         leaving = [
             asyncio.create_task(go_away(client, random.Random(seed - i), short + long, stop)) for i in range(1, 5)
         ]
-        losing = asyncio.create_task(lose_some(server, rng, stop))
+        losing = asyncio.create_task(lose_some(server, rng, half))
         end = time.monotonic() + 60 * minutes
-        while time.monotonic() < end:
+        while (left_s := end - time.monotonic()) > 0:
             if server.process.poll() is not None:
                 raise RuntimeError(f"the server ended: {server.said()[-2000:]}")
             await asyncio.sleep(SAMPLE_S)
             seen.token_times.clear()
-            with contextlib.suppress(OSError, ValueError):  # one of them is being replaced
-                parent = parents_of_ranks(server.process.pid)[0]
+            if left_s < 30 * minutes and half.is_set() and losing.done():
+                (parent,) = parents_of_ranks(server.process.pid)
                 largest = max(map(resident_mb, server.workers()))
                 samples.append((resident_mb(server.process.pid), resident_mb(parent), largest))
+            elif left_s < 30 * minutes:
+                half.set()
         stop.set()
         await asyncio.gather(*tasks)
         counts = {"cancelled": sum(await asyncio.gather(*leaving)), "losses": await losing}
@@ -107,27 +109,17 @@ def run(minutes: float, ranks: int, seed: int) -> dict[str, object]:
     before = shared_memory()
     options = ("--context-parallel-size", str(ranks), "--threads-per-rank", "1", "--max-restarts", "1000")
     with command(*options, "--check-invariants", "100") as server:
-        pid = server.process.pid
-        files, processes, shared = open_files(pid), len(children(pid)), len(shared_memory() - before)
-        seen, counts, samples = asyncio.run(traffic(server, minutes, seed))
-        deadline = time.monotonic() + 30
-        while (held(server.url) or open_files(pid) > files + 2) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        left = {
-            "requests and pages": held(server.url),
-            "files": max(0, open_files(pid) - files - 2),  # the question of this very moment
-            "processes": len(children(pid)) - processes,
-            "shared memory": len(shared_memory() - before) - shared,
-        }
+        with leaks(server, before) as left:
+            seen, counts, samples = asyncio.run(traffic(server, minutes, seed))
         status = server.end()
     tenth = max(1, len(samples) // 10)
     start, end = (
         [statistics.median(column) for column in zip(*part, strict=True)]
-        for part in (samples[tenth : 2 * tenth] or samples, samples[-tenth:])
+        for part in (samples[:tenth], samples[-tenth:])
     )
+    memory_mb = dict(zip(("server", "forks ranks", "largest rank"), zip(start, end, strict=True), strict=True))
     problems = (seen.lost + seen.duplicated + seen.wrong)[:5] + ([f"exit status {status}"] if status else [])
-    if end[0] > GROWTH * start[0]:
-        problems.append(f"the server's memory has grown from {start[0]} to {end[0]} MB")
+    problems += [f"{name}: {a} to {b} MB" for name, (a, b) in memory_mb.items() if b > GROWTH * a]
     return {
         "minutes": minutes,
         "streams": seen.streams,
@@ -135,8 +127,8 @@ def run(minutes: float, ranks: int, seed: int) -> dict[str, object]:
         "lost": len(seen.lost),
         "duplicated": len(seen.duplicated),
         "wrong": len(seen.wrong),
-        "memory_mb": {name: [start[i], end[i]] for i, name in enumerate(("server", "forks ranks", "largest rank"))},
-        "left": {what: count for what, count in left.items() if count},
+        "memory_mb": memory_mb,
+        "left": left,
         "problems": problems,
     }
 

@@ -1,9 +1,12 @@
 """Strangers at the driver's socket, and messages that nobody should send: the ranks go on, with the right tokens."""
 
+import contextlib
 import os
 import random
+import signal
 import socket
 import threading
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -22,6 +25,8 @@ from test_server_processes import FACT, FILLER, QUESTION
 pytestmark = pytest.mark.processes
 
 RANKS = {"context_parallel_size": 2, "placement": "striped", "page_size": 16, "stripe_size": 64, "threads_per_rank": 1}
+PROMPT = FILLER[:1500] + FACT + FILLER[1500:3000] + QUESTION
+PARAMS = SamplingParams(max_tokens=60, temperature=1.0, seed=5)
 ANSWER = Answer(RankResult(0, 0, (), (), 1, 1, step_s=0.0))
 
 
@@ -61,19 +66,22 @@ def frames(rng, pid):
     return [bytes(data)]
 
 
-def attack(address, seed, stop, sent):
-    """Messages over sockets of their own, until it is told to stop."""
+def attack(directory, seed, stop, sent):
+    """Messages to whatever generation of ranks there is, over sockets of their own, until it is told to stop."""
     rng = random.Random(seed)
     context = zmq.Context()
-    path = address.removeprefix("ipc://")
     while not stop.is_set():
+        found = sorted(directory.glob("*/driver"), key=lambda path: int(path.parent.name))
+        if not found:
+            continue
+        path = str(found[-1])
         if rng.random() < 0.1:  # no ZeroMQ at all
-            with socket.socket(socket.AF_UNIX) as raw:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as raw:  # it may be going
                 raw.connect(path)
                 raw.sendall(rng.randbytes(rng.choice((1, 64, 5000))))
         with context.socket(zmq.DEALER) as stranger:
             stranger.linger = 0
-            stranger.connect(address)
+            stranger.connect(f"ipc://{path}")
             for _ in range(rng.choice((1, 10))):
                 stranger.send_multipart(frames(rng, os.getpid()))
                 sent.append(seed)
@@ -81,28 +89,44 @@ def attack(address, seed, stop, sent):
     context.term()
 
 
-def test_strangers_at_the_socket_of_ranks_that_run_change_nothing(cache_home):
-    """Only this user can reach it: what is sent there is a mistake, or comes from ranks that are not wanted."""
-    prompt = FILLER[:1500] + FACT + FILLER[1500:3000] + QUESTION
-    params = SamplingParams(max_tokens=60, temperature=1.0, seed=5)
-    with LLM("recall", **RANKS) as llm:
-        (wanted,) = llm.generate(prompt, params)
-        before, stop, sent = ranks(os.getpid()), threading.Event(), []
-        address = llm._engine._executor._link.address
-        attacking = [threading.Thread(target=attack, args=(address, seed, stop, sent)) for seed in range(3)]
+@pytest.fixture
+def attacked(cache_home):
+    """Two ranks whose driver hears strangers, and the number of their messages."""
+    with LLM("recall", **RANKS, max_restarts=3) as llm:
+        (wanted,) = llm.generate(PROMPT, PARAMS)
+        stop, sent = threading.Event(), []
+        directory = Path(llm._engine._executor._link.address.removeprefix("ipc://")).parent.parent
+        attacking = [threading.Thread(target=attack, args=(directory, seed, stop, sent)) for seed in range(3)]
         for thread in attacking:
             thread.start()
         try:
-            for _ in range(6):
-                (output,) = llm.generate(prompt, params)
-                assert output.outputs[0].token_ids == wanted.outputs[0].token_ids
+            yield llm, wanted.outputs[0].token_ids
         finally:
             stop.set()
             for thread in attacking:
                 thread.join()
         assert len(sent) > 100
-        assert ranks(os.getpid()) == before
-        assert llm._engine.failure is None
+
+
+def test_strangers_at_the_socket_of_ranks_that_run_change_nothing(attacked):
+    """Only this user can reach it: what is sent there is a mistake, or comes from ranks that are not wanted."""
+    llm, wanted = attacked
+    before = ranks(os.getpid())
+    for _ in range(6):
+        (output,) = llm.generate(PROMPT, PARAMS)
+        assert output.outputs[0].token_ids == wanted
+    assert ranks(os.getpid()) == before
+    assert llm._engine.failure is None
+    assert not llm._engine.restarts.num_done
+
+
+def test_strangers_do_not_keep_lost_ranks_from_being_replaced(attacked):
+    llm, wanted = attacked
+    for done in range(2):
+        os.kill(ranks(os.getpid())[1], signal.SIGKILL)
+        (output,) = llm.generate(PROMPT, PARAMS)
+        assert output.outputs[0].token_ids == wanted
+        assert llm._engine.restarts.num_done == done + 1
 
 
 def test_bytes_without_the_secret_are_no_messages():
@@ -136,7 +160,7 @@ def test_who_is_not_in_the_group_is_told_so(cache_home):
             stranger.linger = 0
             stranger.connect(llm._engine._executor._link.address)
             for message, reason in (
-                (encode(ANSWER), "message: got Answer of a worker that is not in this group"),
+                (encode(ANSWER), "Answer came from a worker that is not in this group"),
                 (encode(Hello(1, 2, "here", 7, own_versions())), "legal is one process per rank"),
                 (b"\xc1", "message: got one of another version of longspan"),
             ):

@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import wait
 
 import httpx
 import pytest
@@ -13,9 +14,10 @@ import torch
 
 from fake_ranks import FakeRanks, assert_all_free, make_config, make_model, make_scheduler
 from longspan import LLM, SamplingParams
-from longspan.engine import workers
-from longspan.engine.recovery import POISON_CRASHES, Restarts, fail_poison
-from longspan.errors import CapacityError, ConfigError, WorkerError
+from longspan.config import EngineConfig
+from longspan.engine import engine, processes, workers
+from longspan.engine.recovery import POISON_CRASHES, Restarts, fail_poison, fewer_ranks
+from longspan.errors import CapacityError, ConfigError, LongspanError, WorkerError
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config
 from longspan.types import FinishReason
@@ -78,6 +80,59 @@ def test_a_budget_of_restarts_ends():
 def test_what_a_restart_does_not_help_is_raised(most, cause):
     with pytest.raises(type(cause), match=str(cause)):
         Restarts(most).take(cause)
+
+
+def test_nodes_are_counted_without_gaps_again():
+    config = EngineConfig(model="recall", context_parallel_size=4, nodes=(0, 2, 2, 1), max_restarts=1, min_ranks=2)
+    fewer = fewer_ranks(config)
+    assert (fewer.context_parallel_size, fewer.nodes) == (3, (0, 1, 1))
+    fewest = fewer_ranks(fewer)
+    assert (fewest.context_parallel_size, fewest.nodes) == (2, (0, 1))
+    assert fewer_ranks(fewest) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_ranks": 3, "max_restarts": 1},
+        {"min_ranks": 0, "max_restarts": 1},
+        {"min_ranks": 1},
+        {"min_ranks": 1, "max_restarts": 1, "executor": "external", "listen": "127.0.0.1:7071"},
+        {"min_ranks": 1, "max_restarts": 1, "topology": "file.yaml"},
+    ],
+)
+def test_rejects_a_fewest_number_of_ranks_that_could_not_be(options):
+    with pytest.raises(ConfigError, match="min_ranks: got"):
+        EngineConfig(model="recall", context_parallel_size=2, **options)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "x", True])
+def test_rejects_counts_of_plans_between_checks(value):
+    with pytest.raises(ConfigError, match="check_invariants: got"):
+        EngineConfig(model="recall", check_invariants=value)
+
+
+def test_a_broken_book_ends_the_engine(cache_home, monkeypatch):
+    def broken(scheduler):
+        raise AssertionError("owners and references differ")
+
+    with LLM("recall", executor="threads", check_invariants=1) as llm:
+        assert llm.generate("ab", SamplingParams(max_tokens=2))
+        monkeypatch.setattr(engine, "check_books", broken)
+        for _ in range(2):  # it stays so
+            with pytest.raises(AssertionError, match="owners and references differ"):
+                llm.generate("ab", SamplingParams(max_tokens=2))
+
+
+def test_a_machine_that_is_short_of_something_is_no_bug(cache_home, tmp_path, monkeypatch):
+    def popen(*arguments, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(processes.subprocess, "Popen", popen)
+    with pytest.raises(WorkerError, match="Cannot allocate memory"):
+        LLM("recall")
+    assert list(tmp_path.glob("longspan-*")) == []
 
 
 @pytest.mark.parametrize("text", ["rank=1", "rank=x,plan=1,kind=die", "rank=1,plan=1,kind=explode", "a=1", "rank"])
@@ -229,6 +284,44 @@ def test_fewer_ranks_go_on_where_one_cannot_be_started_any_more(wanted, monkeypa
         assert tokens_of(llm) == wanted
         with pytest.raises(CapacityError, match="1 rank x"):
             llm.generate(FILLER[:6000])
+
+
+@pytest.mark.processes
+def test_who_gives_up_does_not_wait_for_new_ranks(cache_home, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=stall,since=1")
+    with LLM("recall", **RANKS, max_restarts=3) as llm:
+        os.kill(ranks(os.getpid())[0], signal.SIGKILL)
+        threading.Timer(1.0, llm._engine.give_up).start()
+        started = time.monotonic()
+        with pytest.raises(LongspanError, match="the engine is closed"):
+            tokens_of(llm)
+        assert time.monotonic() - started < 10
+    assert not ranks(os.getpid())
+
+
+@pytest.mark.processes
+def test_text_ends_at_a_stop_string_whatever_was_done_before_a_loss(cache_home, monkeypatch):
+    """Two plans may be done when the ranks are lost, one behind the other: the second one's token is behind the end."""
+    stop = SamplingParams(max_tokens=40, stop=("4711",))
+    with LLM("recall", **RANKS, max_restarts=1) as llm:
+        running, submit_plans = llm._engine, llm._engine.submit_plans
+
+        def submit_and_lose():
+            submit_plans()
+            generated = [request.num_generated for request in running.scheduler.running]
+            if generated == [3] and len(running._futures) == 2 and not running.restarts.num_done:
+                wait(running._futures, timeout=20)
+                os.kill(ranks(os.getpid())[0], signal.SIGKILL)
+                while running.failure is None:
+                    time.sleep(0.01)
+
+        monkeypatch.setattr(running, "submit_plans", submit_and_lose)
+        (output,) = llm.generate(PROMPTS[:1], stop)
+        assert output.outputs[0].text == ""
+        assert len(output.outputs[0].token_ids) == 4
+        assert running.failure is not None, "which the next call mends"
+        assert llm.generate(PROMPTS[:1], stop)[0].outputs[0].token_ids == output.outputs[0].token_ids
+        assert running.restarts.num_done == 1
 
 
 @pytest.mark.processes

@@ -156,8 +156,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Most times within 10 minutes that ranks which were lost are replaced, and all that ran is computed again; one
     more fails every request. 0 replaces none. With `external`, whoever starts the workers has to start all of them
     again: the driver waits for them as it did at first."""
-    min_ranks: int = 1
-    """Fewest ranks to go on with, if ranks that were lost cannot all be started again."""
+    min_ranks: int | None = None
+    """Fewest ranks to go on with, if ranks that were lost cannot all be started again; None is one. Not with
+    `external`, a topology file or simulated links, which say how many there are."""
     check_messages: bool = False
     """Send a checksum with every message between ranks; one that was damaged counts as a loss of the ranks."""
     check_invariants: int = 0
@@ -198,6 +199,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value not in get_args(legal) and not (name == "decode_strategy" and value is None):
                 raise ConfigError(f"{name}: got {value!r}, legal is one of {', '.join(get_args(legal))}")
+        if self.topology is not None and self.measure == "again":
+            raise ConfigError("measure: got 'again' with a topology file, whose numbers hold, legal is auto or never")
         self._check_nodes()
         if self.stripe_size % self.page_size:
             raise ConfigError(
@@ -266,7 +269,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def _check_restarts(self) -> None:
         most = self.max_restarts
-        self._check_count("min_ranks", self.min_ranks, self.context_parallel_size)
+        if self.min_ranks is not None:
+            self._check_count("min_ranks", self.min_ranks, self.context_parallel_size)
+            if not self.may_lose_ranks:
+                raise ConfigError(
+                    f"min_ranks: got {self.min_ranks}, legal is none without max_restarts, and with executor external, "
+                    "a topology file or simulated links: all ranks are started again there, or none"
+                )
         if type(most) is int and most == 0:
             return
         self._check_count("max_restarts", most)
@@ -275,6 +284,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def _check_count(name: str, value: object, most: int = MAX_COUNT) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise ConfigError(f"{name}: got {value!r}, legal is a whole number from 1 to {most}")
+
+    @property
+    def may_lose_ranks(self) -> bool:
+        """Whether fewer ranks go on where not all can be started again."""
+        is_fixed = self.executor == "external" or self.topology is not None or self.simulated_links is not None
+        return self.max_restarts != 0 and not is_fixed
 
     @property
     def known_nodes(self) -> tuple[int, ...] | None:

@@ -89,9 +89,7 @@ def _engine_options(stripe_size: int, max_restarts: int | None) -> tuple[Callabl
         click.option(
             "--min-ranks",
             type=int,
-            default=1,
-            show_default=True,
-            help="Fewest ranks to go on with, if not all can be replaced.",
+            help="Fewest ranks to go on with, if not all can be replaced; default: 1.",
         ),
         click.option("--check-messages", is_flag=True, help="A checksum with every message between ranks."),
         click.option(

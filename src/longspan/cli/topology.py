@@ -35,7 +35,8 @@ def topology(model: str, save: str | None, as_json: bool, **options: Any) -> Non
         raise ConfigError("executor: got 'threads', legal is processes, external or ray: threads never measure")
     if config.measure == "never":
         raise ConfigError("measure: got 'never', legal is auto or again")
-    config = msgspec.structs.replace(config, measure="again")
+    if config.topology is None:
+        config = msgspec.structs.replace(config, measure="again")
 
     from longspan.engine.processes import early_ranks
 

@@ -207,7 +207,9 @@ class AsyncEngine:
         )
 
     def close(self) -> None:
-        """End all requests and the ranks. Blocks until they are gone. May be called twice."""
+        """End all requests and the ranks, new ones that start included. Blocks until they are gone. May be called
+        twice."""
+        self.engine.give_up()
         self._events.put(None)
         self._thread.join()
         self.engine.close()

@@ -5,6 +5,7 @@ Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`
 """
 
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -82,6 +83,7 @@ class Engine:
         costs = file_costs(config, self.spec)
         self._model, self._start = model, Start(config, self.spec, num_pages, None)
         self._launcher: Launcher | None = None  # of ranks that were lost, until an executor starts new ones with it
+        self._given_up = threading.Event()
         self._hidden_size: int = model_config.get_text_config().hidden_size
         self._executor: Executor
         self.costs: Costs | None
@@ -94,7 +96,8 @@ class Engine:
         """How often ranks that were lost have been replaced."""
         self._lost: BaseException | None = None  # why a plan failed; the ranks are to be replaced
         self._failure: BaseException | None = None  # the end: they are not replaced any more
-        self._is_closed = False
+        self._recovery_began_s: float | None = None
+        self._recovered: list[Request] = []  # what `recover` has to tell, once it is done
         self._num_unchecked = 0  # plans since the books were checked
         self._last_results: dict[int, RankResult] = {}  # per rank; its totals count from the start of these ranks
         self._earlier: dict[int, RankResult] = {}  # the same, of ranks that were lost
@@ -106,7 +109,7 @@ class Engine:
             launcher: of ranks that start already; None starts them here.
             costs: if they are known; None measures them.
         """
-        executor = start_executor(self._start, self._model, launcher)
+        executor = start_executor(self._start, self._model, launcher, self._given_up)
         try:
             if costs is None:
                 costs = find_costs(self.config, self.spec, executor, executor.hosts)
@@ -152,17 +155,18 @@ class Engine:
     def step(self) -> list[Request]:
         """Submit what can run, wait for the first plan to end, take in its result, and no other.
 
-        If the ranks are lost, replace them, and no more.
+        If the ranks are lost, replace them, once all that was done before is taken in, and no more.
 
         Returns:
             The requests that advanced, by one token at most: who reads text can end one before its next token counts.
-            After a loss also those that ended because they seem to be its reason.
+            After a loss those that ended, as `recover` returns them.
 
         Raises:
             WorkerError: a worker died or failed, too often; the engine is of no more use.
         """
         if self.failure is not None:
-            return self.recover()
+            done = [future for future in self._futures if future.done() and future.exception() is None]
+            return self.take_in(done[:1]) if done else self.recover()
         with deferred_interrupt():
             self.submit_plans()
         assert self._futures, "requests wait, but no plan runs"
@@ -171,8 +175,7 @@ class Engine:
         # itself may return the one without the other, as it asks them one after another in any order.
         oldest = [future for future in reversed(self._futures) if future.done()][-1]
         with deferred_interrupt():
-            advanced = self.take_in([oldest])
-        return advanced if self.failure is None else advanced + self.recover()
+            return self.take_in([oldest])
 
     def submit_plans(self) -> list[Future[PlanResult]]:
         """Submit all plans that can start now; returns their futures. Raises: what made the ranks fail for good."""
@@ -215,42 +218,46 @@ class Engine:
         self._num_unchecked += num_plans
         if self._num_unchecked >= self.config.check_invariants or not self.has_requests:
             self._num_unchecked = 0
-            check_books(self.scheduler)
+            try:
+                check_books(self.scheduler)
+            except AssertionError as broken:
+                self._failure = broken  # no token of theirs can be trusted
+                raise
 
     def recover(self) -> list[Request]:
         """Replace ranks that were lost: end what is left of them, start new ones, and compute again what ran.
 
-        Blocks until the new ranks are ready. If it is interrupted, it may be called again.
+        Blocks until the new ranks are ready, or `give_up` is called. If it is interrupted, it may be called again.
 
         Returns:
-            The requests that advanced by plans that were done before the loss, and those that have ended because they
-            seem to be its reason: those have a `finish_reason`.
+            The requests that advanced by plans that were done before the loss, and, with a `finish_reason`, those that
+            seem to be its reason, or that fewer ranks cannot hold.
 
         Raises:
             BaseException: what made the ranks fail, if they are not replaced; the engine is of no more use.
         """
-        began = time.monotonic()
         cause = self.failure
         assert cause is not None, "no rank is lost"
-        if self._failure is not None or self._is_closed:
+        if self._failure is not None or self._given_up.is_set():
             raise cause
-        self._take_restart(cause)
+        if self._recovery_began_s is None:
+            self._take_restart(cause)
+            self._recovery_began_s = time.monotonic()
         with deferred_interrupt():
             self._launcher = self._executor.replace() or self._launcher
-            advanced = self.take_in([f for f in self._futures if f.done() and f.exception() is None])
+            self._recovered += self.take_in([f for f in self._futures if f.done() and f.exception() is None])
             self._futures.clear()
             self.scheduler.restart()
-            advanced += fail_poison(self.scheduler, cause)
+            self._recovered += fail_poison(self.scheduler, cause)
             self._earlier, self._last_results = add_totals(self._earlier, self._last_results.values()), {}
-        advanced += self._start_again()
-        self._lost = None
-        waiting = len(self.scheduler.waiting)
-        self.restarts.note_ready(time.monotonic() - began, waiting)
-        return list(dict.fromkeys(advanced))
+        self._start_again()
+        self.restarts.note_ready(time.monotonic() - self._recovery_began_s, len(self.scheduler.waiting))
+        recovered, self._recovered = list(dict.fromkeys(self._recovered)), []
+        self._lost = self._recovery_began_s = None
+        return recovered
 
-    def _start_again(self) -> list[Request]:
-        """Start new ranks, or fewer. Returns the requests that have ended because fewer ranks cannot hold them."""
-        unfit: list[Request] = []
+    def _start_again(self) -> None:
+        """Start new ranks, or fewer."""
         num_failed = 0
         while True:
             self._start = structs.replace(self._start, generation=self._start.generation + 1)
@@ -258,17 +265,20 @@ class Engine:
             try:
                 self._executor, self.costs = self._start_ranks(launcher, self.costs)
             except LongspanError as error:
+                if self._given_up.is_set():
+                    self._failure = error
+                    raise
                 self._take_restart(error)
                 num_failed += 1
             else:
-                return unfit
+                return
             if num_failed % STARTS == 0 and (config := fewer_ranks(self.config)) is not None:
                 with deferred_interrupt():
                     before, self.config, self.costs = self.scheduler, config, None
                     self._start = structs.replace(self._start, config=config)
                     self.scheduler = Scheduler(self.spec, config, self._start.num_pages)
                     self.scheduler.take_over(before)
-                    unfit += fail_unfit(self.scheduler)
+                    self._recovered += fail_unfit(self.scheduler)
 
     def _take_restart(self, cause: BaseException) -> None:
         try:
@@ -310,9 +320,13 @@ class Engine:
         """Per rank, what it did until now. May be called from any thread."""
         return add_totals(self._earlier, list(self._last_results.values()))
 
+    def give_up(self) -> None:
+        """Do not wait for new ranks any more: `recover` raises. Any thread may call it."""
+        self._given_up.set()
+
     def close(self) -> None:
         """End the ranks. May be called twice."""
-        self._is_closed = True
+        self.give_up()
         self._executor.close()
         if self._launcher is not None:
             self._launcher.release(0.0)

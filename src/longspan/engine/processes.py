@@ -22,7 +22,7 @@ from longspan.comm.secret import VARIABLE as SECRET_VARIABLE
 from longspan.comm.secret import Secret
 from longspan.config import EngineConfig
 from longspan.engine.failures import describe_end
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, WorkerError
 from longspan.worker.messages import ForkRanks, KillRanks, Order, RankProcess
 
 MAX_DIRECTORY_BYTES = 90
@@ -42,6 +42,7 @@ class LocalLauncher:
 
         Raises:
             ConfigError: the directory for temporary files has too long a name for sockets.
+            WorkerError: the machine is short of something.
         """
         self._directory = _socket_directory()
         self._generation = 0
@@ -50,19 +51,23 @@ class LocalLauncher:
         self._num_ranks = 0  # that the parent was asked for
         self._unread = b""
         self._all_gone = False
-        with _interrupt_blocked():
-            self._parent = subprocess.Popen(
-                [sys.executable, "-m", "longspan.worker.preload", str(self._directory)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                env=_environment(config.num_threads),
-            )
+        try:
+            self._meet()
+            with _interrupt_blocked():
+                self._parent = subprocess.Popen(
+                    [sys.executable, "-m", "longspan.worker.preload", str(self._directory)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    bufsize=0,
+                    env=_environment(config.num_threads),
+                )
+        except OSError as error:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise WorkerError(f"the process that starts the ranks could not be started: {error}") from error
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
         self._orders, self._reports = self._parent.stdin, self._parent.stdout
         os.set_blocking(self._reports.fileno(), False)
-        self._meet()
 
     def _meet(self) -> None:
         """A directory of their own for the ranks that are started next: nothing of lost ones is in it."""
@@ -97,7 +102,10 @@ class LocalLauncher:
             return False
         shutil.rmtree(self._directory / str(self._generation), ignore_errors=True)
         self._generation += 1
-        self._meet()
+        try:
+            self._meet()
+        except OSError:  # a full disk; whoever starts the next ranks says so
+            return False
         return True
 
     def release(self, patience_s: float) -> None:
@@ -165,8 +173,12 @@ def _socket_directory() -> Path:
 
     Raises:
         ConfigError: the directory for temporary files has too long a name for sockets.
+        WorkerError: it cannot be made.
     """
-    directory = Path(tempfile.mkdtemp(prefix="longspan-"))
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="longspan-"))
+    except OSError as error:
+        raise WorkerError(f"no directory for sockets could be made: {error}") from error
     if len(os.fsencode(directory)) > MAX_DIRECTORY_BYTES:
         directory.rmdir()
         raise ConfigError(

@@ -170,7 +170,8 @@ class RayLauncher:
 
     def kill(self) -> None:
         for actor in self._actors:
-            ray.kill(actor)
+            with contextlib.suppress(RayError, ConnectionError):  # the cluster may be gone, and they with it
+                ray.kill(actor)
 
     def renew(self) -> bool:
         return False

@@ -98,14 +98,13 @@ def fail_poison(scheduler: Scheduler, cause: BaseException) -> list[Request]:
 def fewer_ranks(config: EngineConfig) -> EngineConfig | None:
     """The same with one rank less; None if that would be too few, or nobody can tell what is known of the others."""
     size = config.context_parallel_size - 1
-    if size < config.min_ranks or config.topology is not None or config.simulated_links is not None:
-        return None
-    if config.executor == "external":  # whose workers are told by somebody else how many they are
+    if not config.may_lose_ranks or size < (config.min_ranks or 1):
         return None
     log.warning("longspan: the ranks cannot be started again; the next try is with %d of %d", size, size + 1)
-    nodes = config.nodes and config.nodes[:size]
-    if nodes and set(nodes) != set(range(len(set(nodes)))):
-        nodes = None  # the rank that is left out was alone on a node between others
+    nodes = config.nodes
+    if nodes is not None:
+        names = sorted(set(nodes[:size]))
+        nodes = tuple(names.index(node) for node in nodes[:size])
     return structs.replace(config, context_parallel_size=size, nodes=nodes)
 
 

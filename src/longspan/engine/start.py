@@ -4,6 +4,7 @@ Holds the choice. Must not know how any of them works.
 Read next: `longspan.engine.threads`, `longspan.engine.workers`.
 """
 
+import threading
 from importlib.util import find_spec
 
 import torch
@@ -19,21 +20,25 @@ from longspan.errors import ConfigError
 from longspan.worker.messages import Start
 
 
-def start_executor(start: Start, model: torch.nn.Module | None, launcher: Launcher | None) -> Executor:
+def start_executor(
+    start: Start, model: torch.nn.Module | None, launcher: Launcher | None, given_up: threading.Event
+) -> Executor:
     """All ranks, ready for plans.
 
     Args:
         start: what every rank is told.
         model: a loaded module, for ranks that are threads; else None.
         launcher: of ranks that start already; None makes one.
+        given_up: set when nobody waits for the ranks any more.
 
     Raises:
         ConfigError: something that the user asked for cannot be done.
         WorkerError: a worker could not start.
+        LongspanError: the start was given up.
     """
     if start.config.executor == "threads":
         return ThreadExecutor(start, model)
-    return WorkerExecutor(start, launcher or _launcher(start.config))
+    return WorkerExecutor(start, launcher or _launcher(start.config), given_up)
 
 
 def _launcher(config: EngineConfig) -> Launcher:

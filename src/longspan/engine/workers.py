@@ -59,14 +59,21 @@ GRACE_S = 0.5
 class WorkerExecutor:
     """One worker process per rank."""
 
-    def __init__(self, start: Start, launcher: Launcher) -> None:
+    def __init__(self, start: Start, launcher: Launcher, given_up: threading.Event) -> None:
         """Start all ranks and wait until they are ready.
+
+        Args:
+            start: what every rank is told.
+            launcher: starts them; released when this executor closes.
+            given_up: set when nobody waits for them any more.
 
         Raises:
             WorkerError: a worker died, failed while starting, or never came.
             ConfigError: a worker refused what the user asked for, or does not fit to the others.
+            LongspanError: the start was given up.
         """
-        self._launcher = launcher
+        self._launcher, self._given_up = launcher, given_up
+        self._is_first = start.generation == 0
         self._start = encode(msgspec.structs.replace(start, directory=launcher.directory))
         self._size = start.config.context_parallel_size
         self._connect_timeout_s = start.config.connect_timeout_s
@@ -106,26 +113,25 @@ class WorkerExecutor:
         except Exception as broken:
             error = broken
         if error is not None:
-            self._wait_for_latecomers(link, error)
-            self._tell_all(link, Refused(" ".join(str(error).split())))
-            self._launcher.kill()
-            self._pending.fail(error)
-            self._measurements.fail(error)
-            if not self._ready.done():
-                self._ready.set_exception(error)
+            try:
+                self._wait_for_latecomers(link, error)
+                self._tell_all(link, Refused(" ".join(str(error).split())))
+                self._launcher.kill()
+            finally:  # whatever happens to the ranks, nobody waits for them any more
+                self._pending.fail(error)
+                self._measurements.fail(error)
+                if not self._ready.done():
+                    self._ready.set_exception(error)
 
     def _listen(self, link: DriverLink) -> Exception | None:
         """Returns why the group failed, or None when the executor closes."""
         began = now = time.monotonic()
         pulsed = began - PULSE_EVERY_S
         while not self._is_closed:
-            for peer, frame in link.receive(POLL_MS):
-                try:
-                    self._take_in(link, peer, frame)
-                except ConfigError as error:
-                    link.send(peer, encode(Refused(str(error))))
-                    if not self._ready.done():  # else a stray worker must not end those that run
-                        return error
+            if (refused := self._take_in_all(link, POLL_MS)) is not None:
+                return refused
+            if self._given_up.is_set() and not self._ready.done():
+                return LongspanError("the engine is closed")
             if self._failures.first_s is None and time.monotonic() - now < POLL_MS / 1e3:
                 continue
             # Capped: after the driver itself was stopped, or the machine slept, nobody has been silent for long.
@@ -141,9 +147,22 @@ class WorkerExecutor:
                 self._check_progress(rank, rank in owing, step_s, now)
             first_s = self._failures.first_s
             if first_s is not None and (now - first_s > GRACE_S or self._failures.is_complete(self._size)):
+                self._take_in_all(link, 0)  # last words that came behind a rank's end
                 return self._failures.cause()
             if self._roster.missing and now - began > self._connect_timeout_s:
                 return self._missing(link)
+        return None
+
+    def _take_in_all(self, link: DriverLink, timeout_ms: int) -> ConfigError | None:
+        """What has come, or comes in time. Returns why the group cannot be started, if somebody shows that."""
+        for peer, frame in link.receive(timeout_ms):
+            try:
+                self._take_in(link, peer, frame)
+            except ConfigError as error:
+                link.send(peer, encode(Refused(str(error))))
+                # A stray worker must end neither ranks that run, nor those that replace lost ones.
+                if self._is_first and not self._ready.done():
+                    return error
         return None
 
     def _take_in(self, link: DriverLink, peer: bytes, frame: bytes) -> None:
@@ -153,8 +172,9 @@ class WorkerExecutor:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"message: got one of another version of longspan from a worker: {error}") from error
         if isinstance(message, Hello):
-            if self._voices.get(message.rank) == peer or self._failures.first_s is not None:
-                return  # said twice over a connection that was made twice; or early, for the ranks that come next
+            is_early = self._failures.first_s is not None and self._ready.done()  # for the group that comes next
+            if is_early or self._voices.get(message.rank) == peer:  # or said twice, over a connection made twice
+                return
             self._roster.admit(message)
             self._voices[message.rank] = peer
             self._silence_s[message.rank] = 0.0
@@ -167,7 +187,7 @@ class WorkerExecutor:
                 if self._progress[rank] != message.progress:
                     self._progress[rank], self._stuck_s[rank] = message.progress, 0.0
         elif self._voices.get(_rank_of(message)) != peer:
-            raise ConfigError(f"message: got {type(message).__name__} of a worker that is not in this group")
+            link.send(peer, encode(Refused(f"{type(message).__name__} came from a worker that is not in this group")))
         elif isinstance(message, Answer):
             rank = message.result.rank
             self._silence_s[rank] = self._stuck_s[rank] = 0.0
