@@ -261,6 +261,19 @@ def test_a_start_that_fails_once_is_tried_again(wanted, monkeypatch):
 
 
 @pytest.mark.processes
+def test_a_first_start_that_fails_is_tried_again_with_as_many_ranks(wanted, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=die,generation=0")
+    with pytest.raises(WorkerError, match=r"rank 1 .* was killed by SIGKILL$"):
+        LLM("recall", **RANKS)
+    with LLM("recall", **RANKS, max_restarts=1) as llm:
+        assert tokens_of(llm) == wanted
+    monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=raise")
+    with pytest.raises(WorkerError, match=r"rank 1: .*injected.*; the ranks were started again 3 times"):
+        LLM("recall", **RANKS, max_restarts=3)
+    assert not ranks(os.getpid())
+
+
+@pytest.mark.processes
 def test_fewer_ranks_go_on_where_one_cannot_be_started_any_more(wanted, monkeypatch):
     """With the requests that they can hold; the others are told."""
     monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=raise,since=1")

@@ -82,13 +82,12 @@ class Engine:
         self.scheduler = Scheduler(self.spec, config, num_pages)
         costs = file_costs(config, self.spec)
         self._model, self._start = model, Start(config, self.spec, num_pages, None)
-        self._launcher: Launcher | None = None  # of ranks that were lost, until an executor starts new ones with it
+        self._launcher = launcher  # of ranks that are lost, or start: until an executor starts them with it
         self._given_up = threading.Event()
         self._hidden_size: int = model_config.get_text_config().hidden_size
         self._executor: Executor
-        self.costs: Costs | None
+        self.costs = costs
         """What ranks and links can do; None where nobody knows."""
-        self._executor, self.costs = self._start_ranks(launcher, costs)
         self._futures: dict[Future[PlanResult], None] = {}  # in the order submitted
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""
@@ -101,6 +100,7 @@ class Engine:
         self._num_unchecked = 0  # plans since the books were checked
         self._last_results: dict[int, RankResult] = {}  # per rank; its totals count from the start of these ranks
         self._earlier: dict[int, RankResult] = {}  # the same, of ranks that were lost
+        self._start_until_ready(may_lose_ranks=False)
 
     def _start_ranks(self, launcher: Launcher | None, costs: Costs | None) -> tuple[Executor, Costs | None]:
         """Ranks that are ready, and what they can do.
@@ -250,17 +250,20 @@ class Engine:
             self.scheduler.restart()
             self._recovered += fail_poison(self.scheduler, cause)
             self._earlier, self._last_results = add_totals(self._earlier, self._last_results.values()), {}
-        self._start_again()
+        self._next_generation()
+        self._start_until_ready(may_lose_ranks=True)
         self.restarts.note_ready(time.monotonic() - self._recovery_began_s, len(self.scheduler.waiting))
         recovered, self._recovered = list(dict.fromkeys(self._recovered)), []
         self._lost = self._recovery_began_s = None
         return recovered
 
-    def _start_again(self) -> None:
-        """Start new ranks, or fewer."""
+    def _next_generation(self) -> None:
+        self._start = structs.replace(self._start, generation=self._start.generation + 1)
+
+    def _start_until_ready(self, *, may_lose_ranks: bool) -> None:
+        """Start ranks, and again if they fail to. Args: whether fewer will do if that happens often."""
         num_failed = 0
         while True:
-            self._start = structs.replace(self._start, generation=self._start.generation + 1)
             launcher, self._launcher = self._launcher, None
             try:
                 self._executor, self.costs = self._start_ranks(launcher, self.costs)
@@ -269,10 +272,12 @@ class Engine:
                     self._failure = error
                     raise
                 self._take_restart(error)
+                self._next_generation()
                 num_failed += 1
             else:
                 return
-            if num_failed % STARTS == 0 and (config := fewer_ranks(self.config)) is not None:
+            is_enough = may_lose_ranks and num_failed % STARTS == 0
+            if is_enough and (config := fewer_ranks(self.config)) is not None:
                 with deferred_interrupt():
                     before, self.config, self.costs = self.scheduler, config, None
                     self._start = structs.replace(self._start, config=config)

@@ -7,7 +7,7 @@ Note [What may be lost]
     KV is a cache of what the driver knows: token ids, seeds, grammar states. So when a rank dies, all ranks end, new
     ones start, and every request that ran is computed again from its prompt and the tokens that it has. Tokens are not
     drawn again, and the next one depends on seed and position alone. What the user asked for and cannot be done
-    (`ConfigError`) is no reason to try again, and neither is a first start that fails.
+    (`ConfigError`) is no reason to try again.
 """
 
 import logging
