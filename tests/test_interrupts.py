@@ -1,6 +1,9 @@
 """Proves that Ctrl-C at any moment of a step leaves an LLM that goes on."""
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -64,3 +67,22 @@ def test_an_interrupted_generate_leaves_an_llm_that_goes_on(cache_home, monkeypa
         (output,) = llm.generate(prompt, params)
         assert output.outputs[0].text == "4711"
         assert not llm._engine.scheduler.running
+
+
+def test_ctrl_c_in_an_import_that_swallows_exceptions_ends_the_command(tmp_path):
+    """As torch does where it tries to import numpy."""
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(5)\n"
+        "except BaseException:\n"
+        "    pass\n"
+    )
+    script = (
+        "import signal; from longspan.cli import main;"
+        "signal.signal(signal.SIGINT, main._raise_signalled); import swallows; print('went on')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "longspan: interrupted\n")

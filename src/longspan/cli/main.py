@@ -48,11 +48,22 @@ class _Signalled(BaseException):
         self.number = number
 
 
-def _raise_signalled(number: int, _frame: FrameType | None) -> NoReturn:
+def _raise_signalled(number: int, frame: FrameType | None) -> NoReturn:
     # The ranks end in much less than two seconds: a second Ctrl-C in that time must not leave half of it undone.
     for deaf_to in (signal.SIGINT, signal.SIGTERM):
         signal.signal(deaf_to, signal.SIG_IGN)
+    if _is_importing(frame):  # torch, which tries to import numpy, would swallow what is raised there
+        _end_signalled(number)  # the ranks notice within half a second
     raise _Signalled(number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether an import is under way."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _end(code: int) -> NoReturn:
