@@ -108,6 +108,8 @@ def run(minutes: float, ranks: int, seed: int) -> dict[str, object]:
     """Returns the counts; `problems` and `left` are empty if all is well."""
     before = shared_memory()
     options = ("--context-parallel-size", str(ranks), "--threads-per-rank", "1", "--max-restarts", "1000")
+    # So little that all of it has been touched, and pages are evicted, long before the second half.
+    options += ("--kv-cache-memory", "128Mi")
     with command(*options, "--check-invariants", "100") as server:
         with leaks(server, before) as left:
             seen, counts, samples = asyncio.run(traffic(server, minutes, seed))
