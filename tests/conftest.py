@@ -14,6 +14,7 @@ from longspan.cli.main import run_command
 from longspan.engine.costs import MEASURE
 
 os.environ[MEASURE] = "never"  # also in processes that tests start: choices must not depend on the machine
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported; in processes that tests start, too
 
 
 @dataclass

@@ -6,7 +6,7 @@ Read next: `longspan.attention.reference` for the meaning, `longspan.attention.c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,15 @@ class RowSegment:
             raise ValueError(f"key_position: None; {self.visibility} needs the position of the first key")
         if min(self.query_row, self.num_queries, self.key_row, self.num_keys) < 0:
             raise ValueError(f"a row or a count is negative: {self}")
+
+
+class RowSegments(list[RowSegment]):
+    """Segments that come again in every layer of a step: a backend derives what it needs from them once."""
+
+    def __init__(self, segments: Iterable[RowSegment] = ()) -> None:
+        super().__init__(segments)
+        self.derived: dict[Hashable, object] = {}
+        """A backend's own, by whatever else it depends on. The list must not change any more."""
 
 
 class AttentionBackend(Protocol):

@@ -1,0 +1,141 @@
+"""Attention on a GPU by our own Triton kernels.
+
+Holds `TritonBackend`: tables to the device, how many splits, and the launches. Must not know pages, ranks or models.
+Read next: `longspan.attention.tiles`; `longspan.triton_kernels.attention`, the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan.attention.base import RowSegment, RowSegments, check_arguments, empty_like_queries
+from longspan.attention.partial import PartialAttention
+from longspan.attention.tiles import Table, TileTables, tile_tables
+from longspan.triton_kernels.attention import KEY_TILE, attention, queries_per_tile
+from longspan.triton_kernels.launch import can_run
+from longspan.triton_kernels.merge import merge
+from longspan.types import AttentionParams
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_WIDTH, MAX_WIDTH = 16, 256
+"""Head sizes that the kernel takes; others than powers of two waste lanes."""
+MIN_SPLIT_TILES = 4
+"""Key tiles of a split, at least: a shorter one takes longer to merge than it saves."""
+MAX_SPLITS = 64
+WAVES = 2
+"""Programs per processor of the GPU that splits aim at."""
+
+
+class _Work(NamedTuple):
+    """Tables on the device."""
+
+    query_tiles: Tensor
+    key_tiles: Tensor
+    queries_per_tile: int
+    num_splits: int
+
+
+class TritonBackend:
+    """Our own kernels; bfloat16, float16 and float32."""
+
+    name = "triton"
+
+    def partial_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
+    ) -> PartialAttention:
+        """See `AttentionBackend.partial_attention`.
+
+        Raises:
+            ValueError: also for a dtype that is not in `KERNEL_DTYPES`, or a head size that the kernel does not take.
+        """
+        check_arguments(q, k, v, segments, params)
+        if q.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"dtype: {q.dtype}; the triton backend takes {', '.join(map(str, KERNEL_DTYPES))}")
+        for width in (k.shape[2], v.shape[2]):
+            if not MIN_WIDTH <= width <= MAX_WIDTH:
+                raise ValueError(f"head size: {width}; the triton backend takes {MIN_WIDTH} to {MAX_WIDTH}")
+        if (k.stride(2) != 1 and k.shape[2] > 1) or (v.stride(2) != 1 and v.shape[2] > 1):
+            raise ValueError("k and v must be contiguous in the last dimension")
+        if not can_run(q.device):
+            raise ValueError(f"device: {q.device}; the triton backend runs on cuda")
+        num_rows, num_heads, width = q.shape
+        if num_rows == 0 or num_heads == 0 or not segments:
+            return empty_like_queries(q, v)
+        if q.stride(2) != 1:
+            q = q.contiguous()
+        work = _work(segments, num_rows, num_heads // k.shape[0], k.shape[0], width, params.window, q.device)
+        outs = q.new_empty(work.num_splits, num_rows, num_heads, v.shape[2], dtype=torch.float32)
+        lses = q.new_empty(work.num_splits, num_rows, num_heads, dtype=torch.float32)
+        attention(
+            q,
+            k,
+            v,
+            work.query_tiles,
+            work.key_tiles,
+            outs,
+            lses,
+            rows_per_tile=work.queries_per_tile,
+            scale=params.scale,
+            softcap=params.softcap,
+            window=params.window,
+        )
+        if work.num_splits == 1:
+            return PartialAttention(outs[0], lses[0])
+        out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+        merge(outs, lses, out, lse)
+        return PartialAttention(out, lse)
+
+
+def _work(
+    segments: Sequence[RowSegment],
+    num_rows: int,
+    group_size: int,
+    num_kv_heads: int,
+    width: int,
+    window: int | None,
+    device: torch.device,
+) -> _Work:
+    """Tables of some segments; made once where the same segments come again, as in every layer of a step."""
+    key = (num_rows, group_size, num_kv_heads, width, window, device)
+    derived = segments.derived if isinstance(segments, RowSegments) else {}
+    if key not in derived:
+        tables = tile_tables(
+            segments,
+            num_rows,
+            queries_per_tile=queries_per_tile(group_size, max(s.num_queries for s in segments), width),
+            keys_per_tile=KEY_TILE,
+            window=window,
+        )
+        splits = num_splits(tables, num_kv_heads, num_processors(device))
+        derived[key] = _Work(
+            to_device(tables.query_tiles, device), to_device(tables.key_tiles, device), tables.queries_per_tile, splits
+        )
+    found = derived[key]
+    assert isinstance(found, _Work)
+    return found
+
+
+def num_splits(tables: TileTables, num_kv_heads: int, processors: int) -> int:
+    """Into how many splits keys are cut so that the whole GPU works."""
+    programs = len(tables.query_tiles) * num_kv_heads
+    if programs == 0:
+        return 1
+    wanted = WAVES * processors // programs
+    return max(1, min(wanted, tables.most_key_tiles // MIN_SPLIT_TILES, MAX_SPLITS))
+
+
+def num_processors(device: torch.device) -> int:
+    """Of a GPU; in the interpreter, few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def to_device(table: Table, device: torch.device) -> Tensor:
+    """A copy that nobody waits for."""
+    tensor = torch.from_numpy(table)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,329 @@
+"""Attention of packed queries over keys in a page pool, in one launch, for decode and prefill.
+
+Holds the kernel and its launch. Must not know segments, pages, ranks or who made the tables.
+Read next: `longspan.attention.tiles`, which makes the tables; `longspan.triton_kernels.merge`, which merges splits.
+
+Note [Tables]
+    Queries are rows of `q` [T, H, D]. A query tile is a run of them that sees the same keys, up to the mask; all of its
+    heads that share a KV head are computed together. Keys are cut into key tiles of at most BLOCK_N consecutive rows of
+    the pool. Two int32 tables say what meets what, by global position, so that stripes, holes and pages in any order
+    are all the same to the kernel:
+
+        key_tiles    [n, 4]  first row, rows, position of the first key, visibility (0 all, 1 causal, 2 band)
+        query_tiles  [m, 7]  first row, rows, position of the first query, a, b, c, d: key tiles [a, d) are looked at;
+                             those of [b, c) are whole and seen by every query of the tile, so need no mask
+
+    A split is an equal share of the key tiles of every query tile, found in the kernel: neither grid nor arguments
+    depend on how many keys there are, as CUDA graphs want it. Every split writes a partial of its own.
+    Source: split-KV decoding, and the online softmax of 2307.08691, in base 2; `lse` leaves in base e.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longspan.triton_kernels.launch import INTERPRETED, on_device
+
+KEY_TILE = 64
+"""Rows of a key tile. Pages of a multiple of it make no shorter ones."""
+
+QUERY_TILE_FIELDS, KEY_TILE_FIELDS = 7, 4
+
+ALL, CAUSAL, BAND = 0, 1, 2
+"""Visibility of a key tile."""
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+@triton.jit
+def _over_key_tiles(  # type: ignore[no-untyped-def]
+    acc,
+    total,
+    top,
+    q,
+    k_ptr,
+    v_ptr,
+    key_tiles,
+    k_row_stride,
+    v_row_stride,
+    positions,
+    first_tile,
+    num_tiles,
+    scale_log2,
+    softcap,
+    window,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Add some key tiles to a running softmax. `top` is in base 2, and -inf as long as no key was seen."""
+    columns = tl.arange(0, BLOCK_N)
+    k_lanes = tl.arange(0, K_BLOCK)
+    v_lanes = tl.arange(0, V_BLOCK)
+    for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
+        tile = key_tiles + (first_tile + i) * 4
+        rows = tl.load(tile).to(tl.int64) + columns
+        k_offsets = k_ptr + rows[:, None] * k_row_stride + k_lanes[None, :]
+        v_offsets = v_ptr + rows[:, None] * v_row_stride + v_lanes[None, :]
+        count = BLOCK_N
+        if MASKED:
+            count = tl.load(tile + 1)
+        # What is behind a tile's last row may be another request's, or hold NaN: it must not be read.
+        if MASKED:
+            k = tl.load(k_offsets, mask=(columns < count)[:, None] & (k_lanes < K_WIDTH)[None, :], other=0.0)
+        elif K_WIDTH == K_BLOCK:
+            k = tl.load(k_offsets)
+        else:
+            k = tl.load(k_offsets, mask=(k_lanes < K_WIDTH)[None, :], other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] float32
+        if HAS_SOFTCAP:
+            # tanh(x) = 1 - 2 / (1 + exp(2 x)); exact at both ends, where exp is 0 or infinite
+            capped = 2.0 / (1.0 + tl.exp2(scores * (scale_log2 * 2.0 / softcap)))
+            scores = (softcap * 1.4426950408889634) * (1.0 - capped)
+        else:
+            scores = scores * scale_log2
+        if MASKED:
+            seen = tl.load(tile + 3)
+            distances = positions[:, None] - (tl.load(tile + 2) + columns)[None, :]
+            visible = (distances >= 0) | (seen == 0)
+            visible = visible & ((distances < window) | (seen != 2))
+            visible = visible & (columns < count)[None, :]
+            scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        if MASKED:  # a row may have seen nothing yet: -inf - -inf is NaN
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        else:
+            base = new_top
+        weights = tl.exp2(scores - base[:, None])
+        keep = tl.exp2(top - base)
+        total = total * keep + tl.sum(weights, 1)
+        if MASKED:
+            v = tl.load(v_offsets, mask=(columns < count)[:, None] & (v_lanes < V_WIDTH)[None, :], other=0.0)
+        elif V_WIDTH == V_BLOCK:
+            v = tl.load(v_offsets)
+        else:
+            v = tl.load(v_offsets, mask=(v_lanes < V_WIDTH)[None, :], other=0.0)
+        if UPCAST:
+            v = v.to(tl.float32)
+        acc = tl.dot(weights.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def attention_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    lse_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    query_tiles,
+    key_tiles,
+    scale_log2,
+    softcap,
+    window,
+    q_row_stride,
+    q_head_stride,
+    k_head_stride,
+    k_row_stride,
+    v_head_stride,
+    v_row_stride,
+    out_split_stride,
+    out_row_stride,
+    out_head_stride,
+    lse_split_stride,
+    lse_row_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """One query tile, KV head and split. See Note [Tables]."""
+    program = tl.program_id(0)
+    split = program % NUM_SPLITS
+    kv_head = (program // NUM_SPLITS) % NUM_KV_HEADS
+    tile = query_tiles + (program // (NUM_SPLITS * NUM_KV_HEADS)) * 7
+    first_row = tl.load(tile).to(tl.int64)
+    num_rows = tl.load(tile + 1)
+    position = tl.load(tile + 2)
+    a = tl.load(tile + 3)
+    b = tl.load(tile + 4)
+    c = tl.load(tile + 5)
+    d = tl.load(tile + 6)
+
+    lanes_m = tl.arange(0, BLOCK_M)
+    queries = lanes_m // GROUP_SIZE  # the heads of a query are neighbours
+    heads = kv_head * GROUP_SIZE + lanes_m % GROUP_SIZE
+    is_row = queries < num_rows
+    rows = first_row + queries
+    k_lanes = tl.arange(0, K_BLOCK)
+    q = tl.load(
+        q_ptr + rows[:, None] * q_row_stride + heads[:, None] * q_head_stride + k_lanes[None, :],
+        mask=is_row[:, None] & (k_lanes < K_WIDTH)[None, :],
+        other=0.0,
+    )
+    if UPCAST:
+        q = q.to(tl.float32)
+    k_ptr += kv_head.to(tl.int64) * k_head_stride
+    v_ptr += kv_head.to(tl.int64) * v_head_stride
+    positions = position + queries
+
+    acc = tl.zeros([BLOCK_M, V_BLOCK], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+
+    # This split's share of [a, d), in 64 bits: tiles times splits may pass 2 ** 31.
+    share = (d - a).to(tl.int64)
+    begin = a + (share * split // NUM_SPLITS).to(tl.int32)
+    end = a + (share * (split + 1) // NUM_SPLITS).to(tl.int32)
+    acc, total, top = _over_key_tiles(
+        acc, total, top, q, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
+        tl.maximum(begin, b), tl.minimum(end, c) - tl.maximum(begin, b), scale_log2, softcap, window,
+        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, False, UPCAST, PRECISION, NUM_STAGES,
+    )  # fmt: skip
+    acc, total, top = _over_key_tiles(
+        acc, total, top, q, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
+        begin, tl.minimum(end, b) - begin, scale_log2, softcap, window,
+        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, True, UPCAST, PRECISION, 1,
+    )  # fmt: skip
+    acc, total, top = _over_key_tiles(
+        acc, total, top, q, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
+        tl.maximum(begin, c), end - tl.maximum(begin, c), scale_log2, softcap, window,
+        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, True, UPCAST, PRECISION, 1,
+    )  # fmt: skip
+
+    is_empty = total == 0.0
+    acc = acc / tl.where(is_empty, 1.0, total)[:, None]
+    lse = tl.where(is_empty, float("-inf"), top + tl.log2(tl.where(is_empty, 1.0, total))) * 0.6931471805599453
+    v_lanes = tl.arange(0, V_BLOCK)
+    tl.store(
+        out_ptr
+        + split.to(tl.int64) * out_split_stride
+        + rows[:, None] * out_row_stride
+        + heads[:, None] * out_head_stride
+        + v_lanes[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=is_row[:, None] & (v_lanes < V_WIDTH)[None, :],
+    )
+    tl.store(lse_ptr + split.to(tl.int64) * lse_split_stride + rows * lse_row_stride + heads, lse, mask=is_row)
+
+
+def queries_per_tile(group_size: int, num_queries: int, width: int) -> int:
+    """How many queries a tile may have: times the heads of a group they are rows of one matrix.
+
+    Args:
+        group_size: query heads per KV head.
+        num_queries: of the longest run of queries.
+        width: head size; wide heads leave fewer registers.
+    """
+    most = 64 if width > 128 else 128
+    rows = max(group_size, min(most, triton.next_power_of_2(group_size * num_queries)))
+    return max(1, rows // group_size)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    rows_per_tile: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> None:
+    """Attention of all query tiles, every split of the keys apart.
+
+    Args:
+        q: [T, H, D] bfloat16, float16 or float32; contiguous in the last dimension.
+        k: [Hkv, rows, D], dtype of `q`; contiguous in the last dimension.
+        v: [Hkv, rows, Dv], likewise.
+        query_tiles: [m, 7] int32, see Note [Tables]; of at most `rows_per_tile` queries each.
+        key_tiles: [n, 4] int32.
+        out: [splits, T, H, Dv] float32, written in the rows of query tiles: 0 where a split saw no key.
+        lse: [splits, T, H] float32, natural log, written likewise: -inf where a split saw no key.
+        rows_per_tile: times H / Hkv it fits into 16 rows, or a larger power of two.
+        scale: of the scores.
+        softcap: or None.
+        window: tokens of a band, for key tiles of BAND.
+    """
+    num_splits, _, num_heads, v_width = out.shape
+    num_kv_heads, _, k_width = k.shape
+    group_size = num_heads // num_kv_heads
+    assert q.stride(2) == k.stride(2) == v.stride(2) == out.stride(3) == lse.stride(2) == 1
+    assert query_tiles.dtype == key_tiles.dtype == torch.int32
+    rows = max(16, triton.next_power_of_2(rows_per_tile * group_size))
+    if query_tiles.shape[0] == 0:
+        return
+    k_block, v_block = triton.next_power_of_2(k_width), triton.next_power_of_2(v_width)
+    with on_device(q):
+        attention_kernel[(query_tiles.shape[0] * num_kv_heads * num_splits,)](
+            out,
+            lse,
+            q,
+            k,
+            v,
+            query_tiles,
+            key_tiles,
+            scale * LOG2_E,
+            1.0 if softcap is None else softcap,
+            0 if window is None else window,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            out.stride(0),
+            out.stride(1),
+            out.stride(2),
+            lse.stride(0),
+            lse.stride(1),
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP_SIZE=group_size,
+            NUM_SPLITS=num_splits,
+            K_WIDTH=k_width,
+            V_WIDTH=v_width,
+            K_BLOCK=k_block,
+            V_BLOCK=v_block,
+            HAS_SOFTCAP=softcap is not None,
+            UPCAST=INTERPRETED and q.dtype is not torch.float32,
+            **tuning(rows, k_block, q.dtype),
+        )
+
+
+def tuning(rows: int, k_block: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time choices for query tiles of `rows` rows; see docs/decisions/0021-triton-kernels.md."""
+    is_wide = k_block > 128 or dtype is torch.float32
+    return {
+        "BLOCK_M": rows,
+        "BLOCK_N": KEY_TILE,
+        "PRECISION": "ieee" if dtype is torch.float32 else "tf32",  # says nothing for 16 bits
+        "NUM_STAGES": 2 if is_wide else 3,
+        "num_warps": 8 if rows >= 128 else 4,
+    }

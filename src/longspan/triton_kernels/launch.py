@@ -1,0 +1,38 @@
+"""How kernels are launched: on a GPU, or, for tests, in Triton's interpreter on a CPU.
+
+Holds the difference between the two. Must not know what the kernels compute.
+Read next: `longspan.triton_kernels.attention`.
+
+Note [Interpreter]
+    With TRITON_INTERPRET=1 in the environment when these modules are imported, kernels run in NumPy on CPU tensors. It
+    patches Triton's language while a kernel runs, so ranks that are threads take turns. Its `tl.dot` of bfloat16 is
+    silently wrong (seen in Triton 3.6 and 3.7), so kernels convert to float32 there first: `UPCAST`.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import triton
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether kernels run in the interpreter; fixed when this module is imported."""
+
+_TURN = threading.Lock()
+
+
+@contextmanager
+def on_device(tensor: torch.Tensor) -> Iterator[None]:
+    """Around every launch: makes the tensor's GPU the current one, which is where Triton launches."""
+    if INTERPRETED:
+        with _TURN:
+            yield
+        return
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        yield
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of a device."""
+    return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
