@@ -172,13 +172,25 @@ def _query_tiles(
     keys_per_tile: int,
     window: int | None,
 ) -> Table:
-    """[m, 7] the tiles of one run of queries. Args: `bounds`: its key tiles as in Note [Order of key tiles]."""
+    """[m, 7] the tiles of one run of queries.
+
+    Args:
+        queries: the run.
+        key_tiles: of all runs; those of this one are put in order.
+        bounds: this run's key tiles as in Note [Order of key tiles]: first, first whole FULL one, first other, end.
+        queries_per_tile: most queries of a tile.
+        keys_per_tile: most keys of a tile.
+        window: of the layers.
+    """
     start, whole, others, end = bounds
     offsets = np.arange(0, queries.num_queries, queries_per_tile)
     counts = np.minimum(queries.num_queries - offsets, queries_per_tile)
     first = queries.position + offsets  # positions of the first and the last query of every tile
     last = first + counts - 1
     placed = key_tiles[others:end].astype(np.int64)
+    if (np.diff(placed[:, 2]) < 0).any():  # runs at the same positions
+        placed = placed[np.argsort(placed[:, 2], kind="stable")]
+        key_tiles[others:end] = placed
     begins = placed[:, 2]
     stops = np.maximum.accumulate(begins + placed[:, 1])  # no key up to this tile is at this position, or newer
     d = others + np.searchsorted(begins, last, side="right")  # tiles behind it are newer than every query
