@@ -150,8 +150,8 @@ def test_tables_are_made_once_for_all_layers(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v: (q.double(), k.double(), v.double()), "dtype: torch.float64"),
-        (lambda q, k, v: (q[..., :8], k[..., :8], v), "head size: 8"),
+        (lambda q, k, v: (q.double(), k.double(), v.double()), "dtype: got float64"),
+        (lambda q, k, v: (q[..., :8], k[..., :8], v), "head size: got 8"),
         (lambda q, k, v: (q, k[..., ::2], v), "do not fit|contiguous"),
     ],
 )

@@ -24,7 +24,7 @@ ExecutorName = Literal["processes", "threads", "external", "ray"]
 REMOTE_EXECUTORS = ("external", "ray")
 """Their workers reach the driver over the network."""
 RayPlacementName = Literal["pack", "spread"]
-AttentionName = Literal["auto", "cpu", "reference"]
+AttentionName = Literal["auto", "cpu", "reference", "triton", "flashinfer", "torch"]
 MeasureName = Literal["auto", "again", "never"]
 
 MAX_RANKS = 128

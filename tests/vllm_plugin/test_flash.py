@@ -14,15 +14,15 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from longspan.attention.base import RowSegment
+from longspan.attention.check import check_against_reference
+from longspan.attention.dense import DenseBackend
 from longspan.attention.reference import ReferenceBackend
 from longspan.comm.threads import thread_group
 from longspan.errors import LongspanError, UnsupportedModelError
 from longspan.integrations.vllm.backend import StepAttentionImpl, install_backend
 from longspan.integrations.vllm.flash import (
-    FlashBackend,
     FlashStepBackend,
-    calls_of,
-    check_against_reference,
+    VLLMFlash,
     make_flash_backend,
 )
 from longspan.integrations.vllm.memory import local_kv_bytes
@@ -80,6 +80,10 @@ def flash_attn_varlen_func(
     return out, lse.masked_fill(lse.isneginf(), torch.inf)  # an empty row has +inf
 
 
+def flash_backend(function):
+    return DenseBackend(VLLMFlash(function, 2), None)
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(
     "segments",
@@ -103,15 +107,18 @@ def test_calls_add_up_to_the_reference(segments, softcap):
     k, v = (torch.randn(2, 20, 16, generator=g) for _ in range(2))  # a pool's rows
     rows = [RowSegment(*numbers, Visibility(visibility)) for *numbers, visibility in segments]
     params = AttentionParams(0.25, softcap)
-    found = FlashBackend(flash_attn_varlen_func, 2).partial_attention(q, k, v, rows, params)
+    found = flash_backend(flash_attn_varlen_func).partial_attention(q, k, v, rows, params)
     expected = ReferenceBackend().partial_attention(q, k, v, rows, params)
     torch.testing.assert_close(found.out, expected.out)
     torch.testing.assert_close(found.lse, expected.lse)
 
 
 def test_rejects_windows():
-    with pytest.raises(LongspanError, match="band"):
-        list(calls_of(RowSegment(0, 4, 8, 0, 4, 8, Visibility.BAND)))
+    q, k = torch.randn(4, 2, 16), torch.randn(1, 4, 16)
+    with pytest.raises(ValueError, match="window: got 3"):
+        flash_backend(flash_attn_varlen_func).partial_attention(
+            q, k, k, [RowSegment(0, 4, 8, 0, 4, 8, Visibility.BAND)], AttentionParams(1.0, window=3)
+        )
 
 
 def test_vllms_function_has_the_parameters_that_we_name():
@@ -160,9 +167,9 @@ def backwards(*, k, **arguments):
 @pytest.mark.parametrize("kernel", [base_2, backwards])
 def test_a_kernel_that_does_otherwise_is_refused_at_start(kernel):
     group, params = KVGroup((0,), KVSpec(2, 16, 16, "bfloat16"), 4), AttentionParams(0.25)
-    check_against_reference(FlashBackend(flash_attn_varlen_func, 2), group, params, "cpu")
-    with pytest.raises(LongspanError, match="FlashAttention on cpu"):
-        check_against_reference(FlashBackend(kernel, 2), group, params, "cpu")
+    check_against_reference(flash_backend(flash_attn_varlen_func), group, params, "cpu")
+    with pytest.raises(LongspanError, match="vllm_flash_attention backend on cpu"):
+        check_against_reference(flash_backend(kernel), group, params, "cpu")
 
 
 def test_vllms_models_ask_for_our_backend(monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longspan.attention.partial import PartialAttention, accumulation_dtype
 from longspan.sharding.visibility import Visibility
-from longspan.types import AttentionParams
+from longspan.types import AttentionParams, KVSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,10 @@ class AttentionBackend(Protocol):
     @property
     def name(self) -> str:
         """The name under which `longspan.attention.select` knows the backend."""
+        ...
+
+    def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
+        """Why layers of a model cannot be computed, as `field: got value, the backend takes ...`; None if they can."""
         ...
 
     def partial_attention(

@@ -48,7 +48,7 @@ from longspan.attention.base import RowSegment, check_arguments, empty_like_quer
 from longspan.attention.partial import PartialAttention, accumulation_dtype, merge_views_
 from longspan.native import kernels
 from longspan.sharding.visibility import Visibility
-from longspan.types import AttentionParams
+from longspan.types import AttentionParams, KVSpec
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 """What the backend accepts, and its tests cover."""
@@ -87,6 +87,11 @@ class CPUBackend:
     """The fast kernel for CPUs; float32, bfloat16 and float64."""
 
     name = "cpu"
+
+    def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
+        """See `AttentionBackend.unsupported`."""
+        names = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
+        return None if spec.dtype in names else f"dtype: got {spec.dtype}, the cpu backend takes {', '.join(names)}"
 
     def partial_attention(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams

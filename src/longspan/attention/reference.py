@@ -14,13 +14,16 @@ from torch import Tensor
 from longspan.attention.base import RowSegment, check_arguments, empty_like_queries
 from longspan.attention.partial import PartialAttention, accumulation_dtype
 from longspan.sharding.visibility import Visibility
-from longspan.types import AttentionParams
+from longspan.types import AttentionParams, KVSpec
 
 
 class ReferenceBackend:
     """Dense attention in the accumulation dtype: float64 for float64 queries, else float32."""
 
     name = "reference"
+
+    def unsupported(self, spec: KVSpec, params: AttentionParams) -> None:
+        """Takes everything."""
 
     def partial_attention(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams

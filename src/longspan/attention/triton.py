@@ -15,10 +15,10 @@ from torch import Tensor
 from longspan.attention.base import RowSegment, RowSegments, check_arguments, empty_like_queries
 from longspan.attention.partial import PartialAttention
 from longspan.attention.tiles import Table, TileTables, tile_tables
-from longspan.triton_kernels.attention import KEY_TILE, attention, queries_per_tile
+from longspan.triton_kernels.attention import Tiling, attention, queries_per_tile, tiling
 from longspan.triton_kernels.launch import can_run
 from longspan.triton_kernels.merge import merge
-from longspan.types import AttentionParams
+from longspan.types import AttentionParams, KVSpec
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_WIDTH, MAX_WIDTH = 16, 256
@@ -44,20 +44,28 @@ class TritonBackend:
 
     name = "triton"
 
+    def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
+        """See `AttentionBackend.unsupported`."""
+        names = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
+        if spec.dtype not in names:
+            return f"dtype: got {spec.dtype}, the triton backend takes {', '.join(names)}"
+        for width in (spec.k_width, spec.v_width):
+            if not MIN_WIDTH <= width <= MAX_WIDTH:
+                return f"head size: got {width}, the triton backend takes {MIN_WIDTH} to {MAX_WIDTH}"
+        return None
+
     def partial_attention(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
     ) -> PartialAttention:
         """See `AttentionBackend.partial_attention`.
 
         Raises:
-            ValueError: also for a dtype that is not in `KERNEL_DTYPES`, or a head size that the kernel does not take.
+            ValueError: also for what `unsupported` names.
         """
         check_arguments(q, k, v, segments, params)
-        if q.dtype not in KERNEL_DTYPES:
-            raise ValueError(f"dtype: {q.dtype}; the triton backend takes {', '.join(map(str, KERNEL_DTYPES))}")
-        for width in (k.shape[2], v.shape[2]):
-            if not MIN_WIDTH <= width <= MAX_WIDTH:
-                raise ValueError(f"head size: {width}; the triton backend takes {MIN_WIDTH} to {MAX_WIDTH}")
+        spec = KVSpec(k.shape[0], k.shape[2], v.shape[2], str(q.dtype).removeprefix("torch."), params.window)
+        if (reason := self.unsupported(spec, params)) is not None:
+            raise ValueError(reason)
         if (k.stride(2) != 1 and k.shape[2] > 1) or (v.stride(2) != 1 and v.shape[2] > 1):
             raise ValueError("k and v must be contiguous in the last dimension")
         if not can_run(q.device):
@@ -67,7 +75,8 @@ class TritonBackend:
             return empty_like_queries(q, v)
         if q.stride(2) != 1:
             q = q.contiguous()
-        work = _work(segments, num_rows, num_heads // k.shape[0], k.shape[0], width, params.window, q.device)
+        sizes = tiling(max(width, v.shape[2]), q.dtype)
+        work = _work(segments, num_rows, num_heads // k.shape[0], k.shape[0], sizes, params.window, q.device)
         outs = q.new_empty(work.num_splits, num_rows, num_heads, v.shape[2], dtype=torch.float32)
         lses = q.new_empty(work.num_splits, num_rows, num_heads, dtype=torch.float32)
         attention(
@@ -95,19 +104,19 @@ def _work(
     num_rows: int,
     group_size: int,
     num_kv_heads: int,
-    width: int,
+    sizes: Tiling,
     window: int | None,
     device: torch.device,
 ) -> _Work:
     """Tables of some segments; made once where the same segments come again, as in every layer of a step."""
-    key = (num_rows, group_size, num_kv_heads, width, window, device)
+    key = (num_rows, group_size, num_kv_heads, sizes, window, device)
     derived = segments.derived if isinstance(segments, RowSegments) else {}
     if key not in derived:
         tables = tile_tables(
             segments,
             num_rows,
-            queries_per_tile=queries_per_tile(group_size, max(s.num_queries for s in segments), width),
-            keys_per_tile=KEY_TILE,
+            queries_per_tile=queries_per_tile(group_size, max(s.num_queries for s in segments), sizes.most_rows),
+            keys_per_tile=sizes.keys,
             window=window,
         )
         splits = num_splits(tables, num_kv_heads, num_processors(device))

@@ -6,13 +6,13 @@ Read next: `longspan.cp.local`, `longspan.cp.gather_kv`, `longspan.cp.pass_kv`, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from longspan.attention.base import AttentionBackend, RowSegment
+from longspan.attention.base import AttentionBackend, RowSegment, RowSegments
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout
@@ -73,34 +73,22 @@ class MovementStrategy(Protocol):
         """
 
 
-def accumulate_(
-    acc: PartialAttention,
-    backend: AttentionBackend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Sequence[RowSegment],
-    params: AttentionParams,
-) -> None:
-    """Merge the attention of some segments into `acc` [T, H, Dv], touching only the rows they cover."""
-    if not segments:
-        return
-    first = min(s.query_row for s in segments)
-    last = max(s.query_row + s.num_queries for s in segments)
-    if first:
-        segments = [
-            RowSegment(
-                s.query_row - first,
-                s.num_queries,
-                s.query_position,
-                s.key_row,
-                s.num_keys,
-                s.key_position,
-                s.visibility,
-            )
-            for s in segments
-        ]
-    merge_rows_(acc, first, backend.partial_attention(q[first:last], k, v, segments, params))
+class KeyShare:
+    """Some of the keys that this rank's queries see, which all lie in one tensor."""
+
+    def __init__(self, segments: Sequence[RowSegment]) -> None:
+        """Args: `segments`: query rows are this rank's packed rows."""
+        self._first = min((s.query_row for s in segments), default=0)
+        self._last = max((s.query_row + s.num_queries for s in segments), default=0)
+        self._segments = RowSegments(replace(s, query_row=s.query_row - self._first) for s in segments)
+
+    def accumulate_(
+        self, acc: PartialAttention, backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams
+    ) -> None:
+        """Merge the attention over these keys into `acc` [T, H, Dv], touching only the rows that see them."""
+        if self._segments:
+            part = backend.partial_attention(q[self._first : self._last], k, v, self._segments, params)
+            merge_rows_(acc, self._first, part)
 
 
 class KVBlock:

@@ -14,7 +14,7 @@ Read next: `longspan.cp.pass_kv`, the same with bounded memory.
 from torch import Tensor
 
 from longspan.attention.partial import PartialAttention
-from longspan.cp.base import KVBlock, RankStep, accumulate_
+from longspan.cp.base import KeyShare, KVBlock, RankStep
 from longspan.cp.local import Local
 from longspan.cp.resolve import BufferLayout, PoolLayout, message_runs, resolve
 from longspan.plan.segments import moved_keys
@@ -42,7 +42,8 @@ class GatherKV:
                 layout = BufferLayout(message_runs(PoolLayout(step.tables, peer), moved_keys(segments, peer, rank)))
                 assert layout.num_rows == exchange.num_rows[i][me], "plan and page tables disagree"
                 seen = [s for s in segments if s.query_rank == rank and s.key_rank == peer]
-                self._recvs[peer] = (layout.num_rows, resolve(seen, query_rows, layout, step.group.spec.window))
+                share = KeyShare(resolve(seen, query_rows, layout, step.group.spec.window))
+                self._recvs[peer] = (layout.num_rows, share)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         step = self._step
@@ -56,6 +57,6 @@ class GatherKV:
         acc = self._local.attend(q, k, v, params)
         pending.wait()
         for peer, block in blocks.items():
-            rows, segments = self._recvs[peer]
-            accumulate_(acc, step.backend, q, *block.views(rows), segments, params)
+            rows, share = self._recvs[peer]
+            share.accumulate_(acc, step.backend, q, *block.views(rows), params)
         return acc

@@ -25,9 +25,8 @@ Note: traffic of one layer
 
 from torch import Tensor
 
-from longspan.attention.base import RowSegment
 from longspan.attention.partial import PartialAttention
-from longspan.cp.base import KVBlock, RankStep, accumulate_
+from longspan.cp.base import KeyShare, KVBlock, RankStep
 from longspan.cp.local import Local
 from longspan.cp.resolve import BufferLayout, PoolLayout, cut_blocks, message_runs, resolve
 from longspan.plan.segments import moved_keys
@@ -49,7 +48,7 @@ class PassKV:
         self._me = ring.participants.index(rank)
         self._num_rounds = -(-max(ring.num_rows) // ring.block_len)
         self._blocks = cut_blocks(message_runs(step.pool_layout, moved_keys(segments, rank)), ring.block_len)
-        self._seen: dict[tuple[int, int], list[RowSegment]] = {}  # (origin, round): what of the block I compute
+        self._seen: dict[tuple[int, int], KeyShare] = {}  # (origin, round): what of the block I compute
         for origin, peer in enumerate(ring.participants):
             if peer == rank:
                 continue
@@ -58,7 +57,7 @@ class PassKV:
             mine = [s for s in segments if s.query_rank == rank and s.key_rank == peer]
             for index, block in enumerate(cut_blocks(runs, ring.block_len)):
                 layout = BufferLayout(block)
-                self._seen[origin, index] = resolve(mine, query_rows, layout, step.group.spec.window)
+                self._seen[origin, index] = KeyShare(resolve(mine, query_rows, layout, step.group.spec.window))
 
     def _block_rows(self, origin: int, index: int) -> int:
         """Rows of a participant's block of one round."""
@@ -80,7 +79,8 @@ class PassKV:
         def compute(block: KVBlock, origin: int, index: int) -> None:
             assert acc is not None
             views = block.views(self._block_rows(origin, index))
-            accumulate_(acc, step.backend, q, *views, self._seen.get((origin, index), []), params)
+            if (origin, index) in self._seen:
+                self._seen[origin, index].accumulate_(acc, step.backend, q, *views, params)
 
         for index in range(self._num_rounds):
             for hop in range(1, num_ranks):

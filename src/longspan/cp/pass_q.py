@@ -36,7 +36,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from longspan.attention.base import RowSegment
+from longspan.attention.base import RowSegments
 from longspan.attention.partial import PartialAttention
 from longspan.comm.base import Pending
 from longspan.cp.base import RankStep
@@ -57,7 +57,7 @@ class _Arrival:
 
     peer: int
     num_rows: int
-    segments: list[RowSegment]
+    segments: RowSegments
     """What this rank computes for them."""
 
 

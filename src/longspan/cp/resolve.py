@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from longspan.attention.base import RowSegment
+from longspan.attention.base import RowSegment, RowSegments
 from longspan.plan.types import Range, Segment
 from longspan.sharding.pages import KeyRun, PageTable
 from longspan.sharding.visibility import Visibility, visibility
@@ -93,7 +93,7 @@ def cut_blocks(runs: Sequence[tuple[int, KeyRun]], block_len: int) -> list[list[
 
 def resolve(
     segments: Iterable[Segment], query_rows: Mapping[Range, int], keys: KeyLayout, window: int | None
-) -> list[RowSegment]:
+) -> RowSegments:
     """Rows for the kernels.
 
     Full segments merge wherever rows follow each other, whatever the positions: all stripes that a query run sees
@@ -122,7 +122,7 @@ def resolve(
     return _merged(resolved)
 
 
-def _merged(resolved: Iterable[RowSegment]) -> list[RowSegment]:
+def _merged(resolved: Iterable[RowSegment]) -> RowSegments:
     """Neighbours that continue each other as one."""
     merged: list[RowSegment] = []
     for s in resolved:
@@ -143,4 +143,4 @@ def _merged(resolved: Iterable[RowSegment]) -> list[RowSegment]:
             merged[-1] = replace(last, num_keys=last.num_keys + s.num_keys)
         else:
             merged.append(s)
-    return merged
+    return RowSegments(merged)

@@ -18,7 +18,7 @@ Note [Tables]
     Source: split-KV decoding, and the online softmax of 2307.08691, in base 2; `lse` leaves in base e.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,16 +27,7 @@ from torch import Tensor
 
 from longspan.triton_kernels.launch import INTERPRETED, on_device
 
-KEY_TILE = 64
-"""Rows of a key tile. Pages of a multiple of it make no shorter ones."""
-
-QUERY_TILE_FIELDS, KEY_TILE_FIELDS = 7, 4
-
-ALL, CAUSAL, BAND = 0, 1, 2
-"""Visibility of a key tile."""
-
 LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 
 
 @triton.jit
@@ -230,16 +221,33 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     tl.store(lse_ptr + split.to(tl.int64) * lse_split_stride + rows * lse_row_stride + heads, lse, mask=is_row)
 
 
-def queries_per_tile(group_size: int, num_queries: int, width: int) -> int:
+class Tiling(NamedTuple):
+    """Sizes that fit into registers and shared memory; see docs/decisions/0021-triton-kernels.md."""
+
+    most_rows: int
+    """Of a query tile: its queries, times the heads that share a KV head."""
+    keys: int
+    """Of a key tile. Pages of a multiple of it make no shorter ones."""
+    num_stages: int
+    """Key tiles that are loaded ahead, and one."""
+
+
+def tiling(width: int, dtype: torch.dtype) -> Tiling:
+    """Sizes for a head size, of keys or values whichever is wider, and the dtype of queries, keys and values."""
+    if dtype is torch.float32:
+        return Tiling(64, 32, 2) if width <= 64 else Tiling(16, 32 if width <= 128 else 16, 1)
+    return Tiling(128, 64, 3) if width <= 128 else Tiling(64, 64, 2)
+
+
+def queries_per_tile(group_size: int, num_queries: int, most_rows: int) -> int:
     """How many queries a tile may have: times the heads of a group they are rows of one matrix.
 
     Args:
         group_size: query heads per KV head.
         num_queries: of the longest run of queries.
-        width: head size; wide heads leave fewer registers.
+        most_rows: as `tiling` says.
     """
-    most = 64 if width > 128 else 128
-    rows = max(group_size, min(most, triton.next_power_of_2(group_size * num_queries)))
+    rows: int = min(most_rows, triton.next_power_of_2(group_size * num_queries))
     return max(1, rows // group_size)
 
 
@@ -264,7 +272,7 @@ def attention(
         k: [Hkv, rows, D], dtype of `q`; contiguous in the last dimension.
         v: [Hkv, rows, Dv], likewise.
         query_tiles: [m, 7] int32, see Note [Tables]; of at most `rows_per_tile` queries each.
-        key_tiles: [n, 4] int32.
+        key_tiles: [n, 4] int32; of at most as many keys as `tiling` says.
         out: [splits, T, H, Dv] float32, written in the rows of query tiles: 0 where a split saw no key.
         lse: [splits, T, H] float32, natural log, written likewise: -inf where a split saw no key.
         rows_per_tile: times H / Hkv it fits into 16 rows, or a larger power of two.
@@ -277,7 +285,6 @@ def attention(
     group_size = num_heads // num_kv_heads
     assert q.stride(2) == k.stride(2) == v.stride(2) == out.stride(3) == lse.stride(2) == 1
     assert query_tiles.dtype == key_tiles.dtype == torch.int32
-    rows = max(16, triton.next_power_of_2(rows_per_tile * group_size))
     if query_tiles.shape[0] == 0:
         return
     k_block, v_block = triton.next_power_of_2(k_width), triton.next_power_of_2(v_width)
@@ -313,17 +320,18 @@ def attention(
             V_BLOCK=v_block,
             HAS_SOFTCAP=softcap is not None,
             UPCAST=INTERPRETED and q.dtype is not torch.float32,
-            **tuning(rows, k_block, q.dtype),
+            **compile_options(rows_per_tile, group_size, max(k_width, v_width), q.dtype),
         )
 
 
-def tuning(rows: int, k_block: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time choices for query tiles of `rows` rows; see docs/decisions/0021-triton-kernels.md."""
-    is_wide = k_block > 128 or dtype is torch.float32
+def compile_options(rows_per_tile: int, group_size: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time choices of a launch. Args: as `attention` and `tiling` take them."""
+    sizes = tiling(width, dtype)
+    rows = max(16, triton.next_power_of_2(rows_per_tile * group_size))
     return {
         "BLOCK_M": rows,
-        "BLOCK_N": KEY_TILE,
-        "PRECISION": "ieee" if dtype is torch.float32 else "tf32",  # says nothing for 16 bits
-        "NUM_STAGES": 2 if is_wide else 3,
-        "num_warps": 8 if rows >= 128 else 4,
+        "BLOCK_N": sizes.keys,
+        "PRECISION": "tf32x3" if dtype is torch.float32 else "tf32",  # says nothing for 16 bits
+        "NUM_STAGES": sizes.num_stages,
+        "num_warps": 8 if rows >= 128 or width * dtype.itemsize * rows >= 2**14 else 4,
     }

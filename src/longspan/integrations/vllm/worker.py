@@ -34,6 +34,7 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from longspan.attention.base import AttentionBackend
+from longspan.attention.check import check_against_reference
 from longspan.attention.select import make_backend
 from longspan.comm.base import Communicator
 from longspan.comm.recording import RecordingCommunicator
@@ -191,7 +192,7 @@ class Worker(WorkerBase):
     def _make_attention(self) -> AttentionBackend:
         if self.device.type == "cpu":
             return make_backend("auto", self.device)
-        from longspan.integrations.vllm.flash import check_against_reference, make_flash_backend
+        from longspan.integrations.vllm.flash import make_flash_backend
 
         with set_current_vllm_config(self.vllm_config):
             backend = make_flash_backend(self._group.spec, any(params.softcap for params in self._params))

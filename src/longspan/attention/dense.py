@@ -1,0 +1,240 @@
+"""Attention by a library's kernel for dense rectangles and bottom-right causal squares.
+
+Holds the way from segments to such calls. Must not know any library.
+Read next: `longspan.attention.torch_flash` and `longspan.attention.flashinfer`, two such kernels.
+
+Note [Dense calls]
+    The keys that a run of queries sees are gathered once per layer (0.25 ms for 128k keys of 8 heads of 128 where the
+    attention of 8k queries takes 29 ms, both by arithmetic); pages are of no concern to the kernel then. Key runs that
+    follow each other in position become one. Queries 4..7 and keys 2..5, CAUSAL, are two calls, since a kernel's causal
+    mask ends where queries and keys end together:
+
+        key  2 3 4 5
+        q4   x x x .      queries 4..5 x keys 2..5: causal, ends at 5 on both sides
+        q5   x x x x
+        q6   x x x x      queries 6..7 x keys 2..5: full
+        q7   x x x x
+
+    FULL keys go into the same call as those of a causal square that has all queries of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from longspan.attention.base import AttentionBackend, RowSegment, RowSegments, check_arguments, empty_like_queries
+from longspan.attention.partial import PartialAttention, merge_rows_
+from longspan.sharding.visibility import Visibility
+from longspan.types import AttentionParams, KVSpec
+
+MIN_QUERIES = 128
+"""Shorter runs of queries are left to the other backend, if there is one."""
+
+Rows = tuple[int, int]
+"""First row and number of rows of keys."""
+
+
+class DenseKernel(Protocol):
+    """One library's kernel."""
+
+    @property
+    def name(self) -> str:
+        """As users write it."""
+        ...
+
+    def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
+        """As `AttentionBackend.unsupported`."""
+        ...
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of all queries over all keys, or over those up to the diagonal.
+
+        Args:
+            q: [T, H, D], T > 0.
+            k: [Hkv, S, D], S > 0; if causal, S >= T.
+            v: [Hkv, S, D].
+            is_causal: query i sees keys up to i + S - T.
+            scale: of the scores.
+            softcap: or None.
+
+        Returns:
+            [T, H, D] in any dtype, and [T, H] float32 in natural log.
+        """
+        ...
+
+
+class _Call(NamedTuple):
+    """One call of the kernel."""
+
+    row: int
+    num_queries: int
+    keys: Tensor | Rows
+    """[S] int64 rows to gather, or rows that follow each other."""
+    is_causal: bool
+
+
+class _Work(NamedTuple):
+    """What some segments come to."""
+
+    calls: list[_Call]
+    rest: RowSegments
+    """For the other backend."""
+
+
+class DenseBackend:
+    """A library's kernel for long runs of queries, and another backend for everything else."""
+
+    def __init__(self, kernel: DenseKernel, others: AttentionBackend | None) -> None:
+        """Wrap a kernel.
+
+        Args:
+            kernel: the library's.
+            others: for bands and short runs of queries; None gives the kernel every run, and takes no bands.
+        """
+        self._kernel, self._others = kernel, others
+        self.name = kernel.name
+
+    def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
+        """See `AttentionBackend.unsupported`."""
+        if self._others is None:
+            if params.window is not None:
+                return f"window: got {params.window}, the {self.name} backend takes none"
+            return self._kernel.unsupported(spec, params)
+        return self._kernel.unsupported(spec, params) or self._others.unsupported(spec, params)
+
+    def partial_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
+    ) -> PartialAttention:
+        """See `AttentionBackend.partial_attention`.
+
+        Raises:
+            ValueError: also for what `unsupported` names.
+        """
+        check_arguments(q, k, v, segments, params)
+        spec = KVSpec(k.shape[0], k.shape[2], v.shape[2], str(q.dtype).removeprefix("torch."), params.window)
+        if (reason := self.unsupported(spec, params)) is not None:
+            raise ValueError(reason)
+        derived = segments.derived if isinstance(segments, RowSegments) else {}
+        key = (self.name, k.device)
+        if key not in derived:
+            derived[key] = _split(segments, k.device, 1 if self._others is None else MIN_QUERIES)
+        work = derived[key]
+        assert isinstance(work, _Work)
+        rest = work.rest
+        touched = bytearray(q.shape[0])
+        if rest:
+            assert self._others is not None, "bands are refused above"
+            acc = self._others.partial_attention(q, k, v, rest, params)
+            for s in rest:
+                touched[s.query_row : s.query_row + s.num_queries] = b"\x01" * s.num_queries
+        else:
+            acc = empty_like_queries(q, v)
+        for call in work.calls:
+            end = call.row + call.num_queries
+            out, lse = self._kernel.attend(
+                q[call.row : end],
+                _gathered(k, call.keys),
+                _gathered(v, call.keys),
+                is_causal=call.is_causal,
+                scale=params.scale,
+                softcap=params.softcap,
+            )
+            if touched.find(1, call.row, end) < 0:
+                acc.out[call.row : end] = out
+                acc.lse[call.row : end] = lse
+            else:
+                merge_rows_(acc, call.row, PartialAttention(out, lse))
+            touched[call.row : end] = b"\x01" * call.num_queries
+        return acc
+
+
+def _gathered(tensor: Tensor, rows: Tensor | Rows) -> Tensor:
+    """[Hkv, S, D] some rows of [Hkv, rows, D]; a view where they follow each other."""
+    if isinstance(rows, Tensor):
+        return tensor.index_select(1, rows)
+    return tensor[:, rows[0] : rows[0] + rows[1]]
+
+
+def _split(segments: Sequence[RowSegment], device: torch.device, min_queries: int) -> _Work:
+    """Args: `min_queries`: runs of fewer are left to the other backend."""
+    runs: dict[Rows, list[RowSegment]] = {}
+    rest = RowSegments()
+    for s in segments:
+        if s.num_queries and s.num_keys and s.visibility is not Visibility.NONE:
+            if s.visibility is Visibility.BAND or s.num_queries < min_queries:
+                rest.append(s)
+            else:
+                runs.setdefault((s.query_row, s.num_queries), []).append(s)
+    return _Work([call for found in runs.values() for call in _calls(found, device)], rest)
+
+
+def _calls(segments: Sequence[RowSegment], device: torch.device) -> Iterator[_Call]:
+    """Calls for one run of queries. See Note [Dense calls]."""
+    row, num_queries, position = segments[0].query_row, segments[0].num_queries, segments[0].query_position
+    full = [(s.key_row, s.num_keys) for s in segments if s.visibility is Visibility.FULL]
+    for first_position, keys in _joined([s for s in segments if s.visibility is Visibility.CAUSAL]):
+        num_unseeing = max(0, first_position - position)  # queries before the first key
+        lead = position + num_unseeing - first_position
+        num_left = num_queries - num_unseeing
+        if num_left <= 0:
+            continue
+        keys = _first(keys, lead + num_left)  # the others are newer than every query
+        num_keys = sum(count for _, count in keys)
+        num_diagonal = max(0, min(num_left, num_keys - lead))  # queries up to the last key
+        if num_diagonal == num_queries:
+            yield _Call(row, num_queries, _rows(full + keys, device), True)
+            full = []
+            continue
+        if num_diagonal:
+            yield _Call(row + num_unseeing, num_diagonal, _rows(keys, device), True)
+        if num_diagonal < num_left:
+            yield _Call(row + num_unseeing + num_diagonal, num_left - num_diagonal, _rows(keys, device), False)
+    if full:
+        yield _Call(row, num_queries, _rows(full, device), False)
+
+
+def _joined(segments: Sequence[RowSegment]) -> Iterator[tuple[int, list[Rows]]]:
+    """(position, rows) of runs of keys whose positions follow each other."""
+    placed = sorted((s.key_position, s.key_row, s.num_keys) for s in segments if s.key_position is not None)
+    first, end = 0, None
+    rows: list[Rows] = []
+    for position, row, count in placed:
+        if position != end:
+            if rows:
+                yield first, rows
+            first, rows = position, []
+        rows.append((row, count))
+        end = position + count
+    if rows:
+        yield first, rows
+
+
+def _first(rows: Sequence[Rows], most: int) -> list[Rows]:
+    """The first `most` of some rows."""
+    kept: list[Rows] = []
+    for row, count in rows:
+        taken = min(count, most)
+        if taken > 0:
+            kept.append((row, taken))
+        most -= taken
+    return kept
+
+
+def _rows(runs: Sequence[Rows], device: torch.device) -> Tensor | Rows:
+    """Rows of several runs, in their order."""
+    joined: list[Rows] = []
+    for row, count in runs:
+        if joined and sum(joined[-1]) == row:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
+        else:
+            joined.append((row, count))
+    if len(joined) == 1:
+        return joined[0]
+    indices = torch.cat([torch.arange(row, row + count) for row, count in joined])
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices

@@ -1,0 +1,56 @@
+"""FlashAttention as PyTorch brings it: what runs where there is no Triton, and a second opinion where there is.
+
+Holds the kernel's edges. Must not know segments.
+Read next: `longspan.attention.dense`, which calls it.
+
+Note [Edges of PyTorch's flash kernel]
+    `torch.ops.aten._flash_attention_forward` on [1, T, H, D] returns `lse` [1, H, T], natural log. Its causal mask is
+    aligned bottom right. It takes bfloat16 and float16, one width of keys and values up to 256, fewer KV heads than
+    query heads, no softcap; rows without a key come back with `lse` +inf, and no call here has one.
+"""
+
+import torch
+from torch import Tensor
+
+from longspan.types import AttentionParams, KVSpec
+
+MAX_WIDTH = 256
+
+_flash = torch.ops.aten._flash_attention_forward
+
+
+class TorchFlash:
+    """See Note [Edges of PyTorch's flash kernel]."""
+
+    name = "torch"
+
+    def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
+        if spec.dtype not in ("bfloat16", "float16"):
+            return f"dtype: got {spec.dtype}, the torch backend takes bfloat16 and float16"
+        if spec.k_width != spec.v_width or spec.k_width > MAX_WIDTH or spec.k_width % 8:
+            return (
+                f"head size: got {spec.k_width} of keys and {spec.v_width} of values, the torch backend takes one "
+                f"size for both, a multiple of 8 up to {MAX_WIDTH}"
+            )
+        if params.softcap is not None:
+            return f"softcap: got {params.softcap}, the torch backend takes none"
+        return None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        assert softcap is None
+        out, lse, *_ = _flash(
+            q[None],
+            k.transpose(0, 1)[None],  # [1, S, Hkv, D]
+            v.transpose(0, 1)[None],
+            None,
+            None,
+            q.shape[0],
+            k.shape[1],
+            0.0,
+            is_causal,
+            False,
+            scale=scale,
+        )
+        return out[0], lse[0].transpose(0, 1)  # [T, H, D], [H, T] -> [T, H]
