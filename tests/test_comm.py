@@ -21,6 +21,7 @@ from longspan.comm import connect, distributed
 from longspan.comm.base import Communicator
 from longspan.comm.connect import Meeting, local_meeting
 from longspan.comm.distributed import DistributedCommunicator
+from longspan.comm.nccl import NCCLCommunicator
 from longspan.comm.recording import RecordingCommunicator
 from longspan.comm.sockets import SocketCommunicator
 from longspan.comm.threads import thread_group
@@ -203,6 +204,9 @@ def join(kind: str, rank: int, size: int, directory: str, timeout_s: float) -> C
         pretend_host(f"host-{rank // 2}")
         meeting = Meeting(f"file://{directory}/meet", None, "127.0.0.1", KEY)
         return SocketCommunicator(rank, size, meeting, timeout_s=timeout_s)
+    if kind == "batches":  # as over NCCL, which needs GPUs
+        cpu = torch.device("cpu")
+        return NCCLCommunicator(rank, size, f"file://{directory}/meet", cpu, timeout_s=timeout_s, backend="gloo")
     return DistributedCommunicator(rank, size, f"file://{directory}/meet", timeout_s=timeout_s)
 
 
@@ -267,7 +271,7 @@ KINDS = pytest.mark.parametrize("kind", ["distributed", "sockets", "hosts"])
 
 
 @pytest.mark.processes
-@KINDS
+@pytest.mark.parametrize("kind", ["distributed", "sockets", "hosts", "batches"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_keep_the_contract(size, kind, tmp_path):
     assert_all_succeed(start_ranks(kind, "contract", size, tmp_path, 60.0))

@@ -16,7 +16,8 @@ from longspan.errors import ConfigError
 from longspan.simulation import SimulatedLinks, parse_simulated_links
 from longspan.types import Placement, Strategy
 
-DTypeName = Literal["auto", "float32", "bfloat16"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
 PlacementName = Literal["auto", "packed", "striped", "spill"]
 StrategyName = Literal["auto", "local", "gather_kv", "pass_kv", "pass_q", "tree"]
 PartialDTypeName = Literal["auto", "float32"]
@@ -96,8 +97,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that share a sequence."""
     threads_per_rank: int | None = None
     """Compute threads of one rank; None is cores / ranks."""
+    device: DeviceName = "auto"
+    """What ranks compute on, each of them on a GPU of its own; auto is the GPUs of this machine if it has any, and the
+    CPU with the executors `external` and `ray`."""
     dtype: DTypeName = "auto"
-    """Weights, activations and KV; auto is float32 on a CPU."""
+    """Weights, activations and KV; auto is float32 on a CPU and bfloat16 on a GPU; float16 needs a GPU."""
     placement: PlacementName = "auto"
     strategy: StrategyName = "auto"
     """Forces the strategy of both phases."""
@@ -115,7 +119,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Shorter prompts stay on one rank where placement is auto; None is what is predicted to be best for a lone
     request, or, where nothing was measured, two stripes per rank."""
     kv_cache_memory: int | None = None
-    """Bytes per rank; None takes 4 GiB, or what half of the free memory admits."""
+    """Bytes per rank; None takes 4 GiB, or what half of the free memory admits, and on a GPU most of what is free
+    beside the weights."""
     max_num_batched_tokens: int = 2048
     """Most tokens that one rank computes in one step."""
     max_step_ms: int | None = None
@@ -186,6 +191,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             self._check_count("kv_cache_memory", self.kv_cache_memory, 2**63 - 1)
         self._check_count("context_parallel_size", self.context_parallel_size, MAX_RANKS)
         for name, legal in (
+            ("device", DeviceName),
             ("dtype", DTypeName),
             ("placement", PlacementName),
             ("strategy", StrategyName),
@@ -199,6 +205,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value not in get_args(legal) and not (name == "decode_strategy" and value is None):
                 raise ConfigError(f"{name}: got {value!r}, legal is one of {', '.join(get_args(legal))}")
+        self._check_device()
         if self.topology is not None and self.measure == "again":
             raise ConfigError("measure: got 'again' with a topology file, whose numbers hold, legal is auto or never")
         self._check_nodes()
@@ -227,6 +234,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                         f"{name}: got 'local' with placement {self.placement!r} on {self.context_parallel_size} ranks, "
                         "which must exchange; legal is auto, gather_kv, pass_kv, pass_q or tree, or placement packed"
                     )
+
+    def _check_device(self) -> None:
+        if self.device == "cpu" and self.dtype == "float16":
+            raise ConfigError("dtype: got 'float16' with device 'cpu', legal there is auto, float32 or bfloat16")
+        if self.device != "cuda":
+            return
+        if self.measure == "again":
+            raise ConfigError("measure: got 'again' with device 'cuda', legal there is auto or never")
+        if self.check_messages:
+            raise ConfigError("check_messages: got true with device 'cuda', legal there is false")
+        if self.simulated_links is not None:
+            raise ConfigError("simulated_links: got some with device 'cuda', legal there is none")
 
     def _check_nodes(self) -> None:
         if isinstance(self.nodes, list):

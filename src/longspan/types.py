@@ -147,6 +147,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     """Per layer."""
     num_parameters: int = 0
     """Weights that every token meets, embeddings not counted."""
+    weight_bytes: int = 0
+    """Of all weights, embeddings too."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ import click
 
 from longspan.config import (
     AttentionName,
+    DeviceName,
     DTypeName,
     EngineConfig,
     ExecutorName,
@@ -35,6 +36,9 @@ def _engine_options(stripe_size: int, max_restarts: int | None) -> tuple[Callabl
     return (
         click.option("--context-parallel-size", type=int, default=1, show_default=True, help="Ranks per sequence."),
         click.option("--threads-per-rank", type=int, help="Default: cores / ranks."),
+        click.option(
+            "--device", type=choice(DeviceName), default="auto", show_default=True, help="auto: GPUs, if any."
+        ),
         click.option("--dtype", type=choice(DTypeName), default="auto", show_default=True),
         click.option("--placement", type=choice(PlacementName), default="auto", show_default=True),
         click.option(

@@ -1,4 +1,4 @@
-"""Ranks as processes, over `torch.distributed` (gloo).
+"""Ranks as processes, over `torch.distributed` (gloo; `longspan.comm.nccl` for GPUs).
 
 Holds the wrapper of point-to-point sends and receives. Must not know attention, pages or plans.
 Read next: `longspan.comm.recording`.
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
@@ -57,7 +58,16 @@ class GroupCommunicator:
 class DistributedCommunicator(GroupCommunicator):
     """One rank of the default process group, which it makes and ends."""
 
-    def __init__(self, rank: int, size: int, init_method: str, *, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        init_method: str,
+        *,
+        timeout_s: float = 300.0,
+        backend: str = "gloo",
+        device: torch.device | None = None,
+    ) -> None:
         """Join the group.
 
         Args:
@@ -65,6 +75,8 @@ class DistributedCommunicator(GroupCommunicator):
             size: ranks in the group.
             init_method: where the ranks meet, as torch.distributed takes it (`file:///...`, `tcp://host:port`, `env://`).
             timeout_s: longest wait for a peer in every exchange; joining may take `JOIN_TIMEOUT_S` at least.
+            backend: of torch.distributed.
+            device: the GPU that a backend for GPUs connects at once, or None.
 
         Raises:
             CommunicationError: not all ranks came.
@@ -75,7 +87,11 @@ class DistributedCommunicator(GroupCommunicator):
         try:
             store, _, _ = next(rendezvous(init_method, rank, size, timeout=join_timeout))
             store.set_timeout(join_timeout)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=join_timeout)
+            timeout = join_timeout if device is None else timedelta(seconds=timeout_s)
+            at_once = device if device is not None and device.type == "cuda" else None
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=at_once
+            )
         except (RuntimeError, dist.DistError) as error:
             raise CommunicationError(f"rank {rank}: could not join the group of {size}: {error}") from error
         world = dist.group.WORLD

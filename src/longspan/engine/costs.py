@@ -103,8 +103,8 @@ def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts
         hosts: name of every rank's host.
 
     Returns:
-        None where nothing is measured: one rank (unless asked to measure again), ranks that are threads, or as the
-        user wants it.
+        None where nothing is measured: one rank (unless asked to measure again), ranks that are threads or on GPUs, or
+        as the user wants it.
 
     Raises:
         LongspanError: as `Executor.measure`.
@@ -114,7 +114,7 @@ def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts
     if asked == "auto" and os.environ.get(MEASURE) == "never":
         asked = "never"
     is_alone = config.context_parallel_size == 1 and asked != "again"  # and has nothing to choose
-    if is_alone or config.executor == "threads" or asked == "never":
+    if is_alone or config.executor == "threads" or config.device == "cuda" or asked == "never":
         return None
     measured_on = _measured_on(config, model, hosts, nodes)
     cached = _load(measured_on) if asked == "auto" else None

@@ -16,12 +16,13 @@ import msgspec
 import torch
 from msgspec import structs
 
-from longspan.config import EngineConfig
+from longspan.config import REMOTE_EXECUTORS, EngineConfig
 from longspan.engine.costs import file_costs, find_costs, use_costs
 from longspan.engine.executor import Executor
+from longspan.engine.gpus import find_gpus, resolve_device
 from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.launcher import Launcher
-from longspan.engine.memory import kv_cache_memory
+from longspan.engine.memory import gpu_cache_memory, kv_cache_memory
 from longspan.engine.recovery import STARTS, Restarts, add_totals, fail_poison, fail_unfit, fewer_ranks
 from longspan.engine.start import start_executor
 from longspan.errors import ConfigError, LongspanError
@@ -34,7 +35,6 @@ from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
 from longspan.types import FinishReason, ModelSpec, SamplingParams
-from longspan.worker.build import DEVICE
 from longspan.worker.messages import Start
 
 
@@ -72,11 +72,13 @@ class Engine:
             raise ConfigError(f"platform: got {sys.platform!r}, legal is 'linux'")
         if model is not None and config.executor != "threads":
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
+        config = structs.replace(config, device=resolve_device(config))
         model_config, generation_config = load_config(config.model)
-        spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, DEVICE))
+        spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, torch.device(config.device)))
         groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
         self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups))
-        memory = kv_cache_memory(config.kv_cache_memory, config.context_parallel_size)
+        self._hidden_size: int = model_config.get_text_config().hidden_size
+        memory = self._kv_cache_memory(config)
         self.config = config = structs.replace(config, kv_cache_memory=memory)
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
@@ -84,7 +86,6 @@ class Engine:
         self._model, self._start = model, Start(config, self.spec, num_pages, None)
         self._launcher = launcher  # of ranks that are lost, or start: until an executor starts them with it
         self._given_up = threading.Event()
-        self._hidden_size: int = model_config.get_text_config().hidden_size
         self._executor: Executor
         self.costs = costs
         """What ranks and links can do; None where nobody knows."""
@@ -101,6 +102,23 @@ class Engine:
         self._last_results: dict[int, RankResult] = {}  # per rank; its totals count from the start of these ranks
         self._earlier: dict[int, RankResult] = {}  # the same, of ranks that were lost
         self._start_until_ready(may_lose_ranks=False)
+
+    def _kv_cache_memory(self, config: EngineConfig) -> int:
+        """Bytes per rank."""
+        size = config.context_parallel_size
+        if config.device == "cpu":
+            return kv_cache_memory(config.kv_cache_memory, size)
+        if config.executor in REMOTE_EXECUTORS:
+            if config.kv_cache_memory is None:
+                raise ConfigError(
+                    f"kv_cache_memory: got none with executor {config.executor!r} and device 'cuda', legal is a size: "
+                    "the GPUs are elsewhere"
+                )
+            return config.kv_cache_memory
+        num_gpus = 1 if config.executor == "threads" else size  # threads share the first
+        tokens = config.max_num_batched_tokens
+        memory = gpu_cache_memory(config.kv_cache_memory, find_gpus(), num_gpus, self.spec, self._hidden_size, tokens)
+        return memory // (size // num_gpus) if config.kv_cache_memory is None else memory
 
     def _start_ranks(self, launcher: Launcher | None, costs: Costs | None) -> tuple[Executor, Costs | None]:
         """Ranks that are ready, and what they can do.

@@ -1,13 +1,16 @@
 """How much memory ranks on this machine may take for KV.
 
-Holds the look at the machine. Must not know models or pages.
+Holds the look at the machine. Must not know pages.
 Read next: `longspan.sharding.capacity`, which cuts the memory into pages.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from longspan.engine.gpus import GPU
 from longspan.errors import ConfigError
+from longspan.types import ModelSpec
 
 DEFAULT_KV_CACHE_MEMORY = 4 * 2**30
 
@@ -27,6 +30,54 @@ def kv_cache_memory(asked: int | None, num_ranks: int) -> int:
             f"rank{'s' * (num_ranks > 1)} share this machine's {total} bytes"
         )
     return asked
+
+
+GPU_SHARE = 0.9
+"""Of a GPU's free memory that weights, pools and a step's tensors may take: allocators leave gaps."""
+CONTEXT_BYTES = 2**30
+"""Of a rank's CUDA context, libraries, and their workspaces."""
+STEP_WIDTHS = 16
+"""A step holds about so many tensors of the model's width for every token at its peak: an MLP's inner values are four
+or so, attention in float32 and its queries as many, and what is exchanged the rest."""
+
+
+def gpu_cache_memory(
+    asked: int | None,
+    gpus: Sequence[GPU],
+    num_ranks: int,
+    spec: ModelSpec,
+    hidden_size: int,
+    max_num_batched_tokens: int,
+) -> int:
+    """Bytes of one rank's KV on a GPU of its own.
+
+    Args:
+        asked: by the user; None takes what is left of the GPU with the least free memory.
+        gpus: of this machine, a rank on each in their order.
+        num_ranks: how many.
+        spec: the model's facts.
+        hidden_size: of the model.
+        max_num_batched_tokens: most tokens of a step.
+
+    Raises:
+        ConfigError: there are fewer GPUs than ranks, or no room beside the weights.
+    """
+    if len(gpus) < num_ranks:
+        raise ConfigError(
+            f"context_parallel_size: got {num_ranks} with {len(gpus)} GPU{'s' * (len(gpus) != 1)}, legal is one rank "
+            "for each at most"
+        )
+    least = min(gpus[:num_ranks], key=lambda gpu: gpu.free_bytes)
+    itemsize = spec.kv_groups[0].spec.itemsize_bytes
+    step_bytes = STEP_WIDTHS * hidden_size * itemsize * max_num_batched_tokens
+    left = int(GPU_SHARE * least.free_bytes) - spec.weight_bytes - CONTEXT_BYTES - step_bytes
+    if (asked or 1) > left:
+        raise ConfigError(
+            f"kv_cache_memory: got {asked or 'none'}, legal is at most {max(0, left)} bytes per rank: {least.name} has "
+            f"{least.free_bytes} bytes free, and besides weights of {spec.weight_bytes} bytes a step needs about "
+            f"{CONTEXT_BYTES + step_bytes}"
+        )
+    return left if asked is None else asked
 
 
 def _memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:

@@ -131,14 +131,16 @@ class RayLauncher:
         assert size == self._size, "known before, as the cluster may be made for it"
         assert self.secret is not None
         config, threads = self._config, self._config.num_threads
-        group = self._group = placement_group([{"CPU": threads}] * self._size, strategy=config.ray_placement.upper())
+        gpus = int(config.device == "cuda")
+        needs = {"CPU": threads, **({"GPU": 1} if gpus else {})}
+        group = self._group = placement_group([needs] * self._size, strategy=config.ray_placement.upper())
         if not group.wait(config.connect_timeout_s):
             raise WorkerError(
-                f"the Ray cluster has no room for {self._size} ranks of {threads} CPUs within "
+                f"the Ray cluster has no room for {self._size} ranks of {threads} CPUs{' and a GPU' * gpus} within "
                 f"{config.connect_timeout_s:g} s (connect_timeout_s); it has {ray.cluster_resources().get('CPU', 0):g} "
                 f"CPUs on {sum(bool(node['Alive']) for node in ray.nodes())} nodes"
             )
-        actor = ray.remote(num_cpus=threads, max_restarts=0)(_RankActor)
+        actor = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0)(_RankActor)
         for rank in range(self._size):
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             self._actors.append(actor.options(scheduling_strategy=where).remote(rank))

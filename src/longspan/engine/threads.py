@@ -17,7 +17,7 @@ from longspan.engine.executor import PendingPlans
 from longspan.errors import LongspanError, WorkerError
 from longspan.plan.types import Plan, PlanResult
 from longspan.policy.measured import RankMeasurement
-from longspan.worker.build import build_runner, load_weights, with_options
+from longspan.worker.build import build_runner, load_weights, open_rank, with_options
 from longspan.worker.measure import measure
 from longspan.worker.messages import Measure, Start
 from longspan.worker.runner import ModelRunner
@@ -32,14 +32,15 @@ class ThreadExecutor:
     def __init__(self, start: Start, model: torch.nn.Module | None = None) -> None:
         """Load the model (or take one that is loaded) and start the ranks."""
         torch.set_num_threads(start.config.num_threads)
-        model = load_weights(start, show_progress=False) if model is None else model
+        tools = open_rank(start, 0)
+        model = load_weights(start, tools.device, show_progress=False) if model is None else model.to(tools.device)
         self._pending = PendingPlans()
         self._inboxes: list[queue.SimpleQueue[Plan | None]] = []
         self._threads: list[threading.Thread] = []
         size = start.config.context_parallel_size
         comms = thread_group(size, timeout_s=start.config.exchange_timeout_s)
         comms = [with_options(comm, start) for comm in comms]
-        self.runners = [build_runner(start, model, comm) for comm in comms]
+        self.runners = [build_runner(start, model, comm, tools.backend) for comm in comms]
         for runner in self.runners:
             inbox: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
             thread = threading.Thread(

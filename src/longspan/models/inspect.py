@@ -199,6 +199,7 @@ def trace_model(
         kv_groups=tuple(KVGroup(tuple(layers), spec, heads) for (spec, heads), layers in groups.items()),
         layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
         num_parameters=_count_parameters(model),
+        weight_bytes=sum(weight.nbytes for weight in model.parameters()),
     )
     return facts, model
 

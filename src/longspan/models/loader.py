@@ -29,6 +29,8 @@ from longspan.models.last_layer import skip_unread_rows_
 from longspan.models.linear import speed_up_few_rows_
 from longspan.models.recall import recall_path
 
+CPU = torch.device("cpu")
+
 RECALL = "recall"
 """Name of the bundled model, everywhere a model is named."""
 
@@ -143,13 +145,14 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return resolved
 
 
-def load_model(model: str, dtype: torch.dtype, *, show_progress: bool) -> nn.Module:
+def load_model(model: str, dtype: torch.dtype, *, show_progress: bool, device: torch.device = CPU) -> nn.Module:
     """Load weights from safetensors, memory-mapped where file and model agree on the dtype.
 
     Args:
         model: as the user named it.
         dtype: of weights and activations.
         show_progress: whether to draw a bar on standard error.
+        device: where they go.
 
     Raises:
         ConfigError: the weights are missing or broken; pickled weights are never loaded.
@@ -181,8 +184,9 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool) -> nn.Mod
             f"model: got {model!r}, whose weights lack {len(missing)} tensors, have {len(mismatched)} of a wrong shape "
             f"and {len(unexpected)} that the config has no place for, such as {[*missing, *mismatched, *unexpected][0]}"
         )
-    module: nn.Module = loaded.eval().requires_grad_(False)
+    module: nn.Module = loaded.eval().requires_grad_(False).to(device)
     speed_up_few_rows_(module)
     skip_unread_rows_(module)
-    fuse_layers_(module)
+    if device.type == "cpu":
+        fuse_layers_(module)
     return module

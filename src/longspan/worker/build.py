@@ -4,26 +4,52 @@ Holds the order of construction. Must not know whether the rank is a process or 
 Read next: `longspan.worker.runner`.
 """
 
+import os
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from longspan.attention.select import make_backend
+from longspan.attention.base import AttentionBackend
 from longspan.comm.base import Communicator
 from longspan.comm.checking import CheckingCommunicator
 from longspan.comm.delaying import DelayingCommunicator
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.plan.types import Plan
+from longspan.worker.device import check_memory, rank_backend, rank_device
 from longspan.worker.messages import Start
 from longspan.worker.runner import ModelRunner
 
-DEVICE = torch.device("cpu")
+
+class RankTools(NamedTuple):
+    """What a rank computes on and with."""
+
+    device: torch.device
+    backend: AttentionBackend
 
 
-def load_weights(start: Start, *, show_progress: bool) -> torch.nn.Module:
+def open_rank(start: Start, rank: int) -> RankTools:
+    """This rank's device and attention kernels, checked. Rank 0 says which, if it is a GPU.
+
+    Raises:
+        ConfigError: they are not there, or do not take the model, or memory is too small.
+        LongspanError: the kernels are wrong on this GPU.
+    """
+    config = start.config
+    device = rank_device(config, rank, os.environ)
+    check_memory(start.spec, start.num_pages, config.page_size, device)
+    backend = rank_backend(config, start.spec, device)
+    if device.type == "cuda" and rank == 0:
+        name = torch.cuda.get_device_name(device)
+        print(f"longspan: attention backend {backend.name} on {name}", file=sys.stderr, flush=True)
+    return RankTools(device, backend)
+
+
+def load_weights(start: Start, device: torch.device, *, show_progress: bool) -> torch.nn.Module:
     """The model, with weights."""
-    return load_model(start.config.model, resolve_dtype(start.config.dtype, DEVICE), show_progress=show_progress)
+    dtype = resolve_dtype(start.config.dtype, device)
+    return load_model(start.config.model, dtype, show_progress=show_progress, device=device)
 
 
 def with_options(comm: Communicator, start: Start) -> Communicator:
@@ -47,6 +73,7 @@ def build_runner(
     start: Start,
     model: torch.nn.Module,
     comm: Communicator,
+    backend: AttentionBackend,
     dense_threads: Callable[[Plan, int], int] | None = None,
 ) -> ModelRunner:
     """A rank that is ready for plans. Args: `dense_threads` as `ModelRunner` takes it."""
@@ -56,6 +83,6 @@ def build_runner(
         num_pages=start.num_pages,
         page_size=start.config.page_size,
         comm=comm,
-        backend=make_backend(start.config.attention_backend, DEVICE),
+        backend=backend,
         dense_threads=dense_threads,
     )

@@ -12,6 +12,7 @@ import torch
 from longspan.comm.base import Communicator
 from longspan.comm.checking import DamagingCommunicator
 from longspan.comm.connect import Meeting
+from longspan.comm.nccl import NCCLCommunicator
 from longspan.comm.sockets import LOOK_S, SocketCommunicator
 from longspan.comm.threads import thread_group
 from longspan.config import num_cores
@@ -20,7 +21,7 @@ from longspan.models.fingerprint import fingerprint, hub_directory, local_direct
 from longspan.models.loader import quiet_transformers
 from longspan.native.heap import keep_freed_memory
 from longspan.worker.borrow import borrowed_threads, lends
-from longspan.worker.build import build_runner, load_weights, with_options
+from longspan.worker.build import build_runner, load_weights, open_rank, with_options
 from longspan.worker.fault import Injector, read_fault
 from longspan.worker.link import WorkerLink
 from longspan.worker.measure import measure
@@ -41,18 +42,20 @@ def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threa
     """
     quiet_transformers()
     torch.set_num_threads(num_threads)
+    tools = open_rank(start, rank)  # before anything that takes minutes
     if (directory := local_directory(start.config.model)) is not None:  # before weights are read: that may take minutes
         link.send(Files(rank, fingerprint(directory)))
-    model = load_weights(start, show_progress=rank == 0 and sys.stderr.isatty())
+    model = load_weights(start, tools.device, show_progress=rank == 0 and sys.stderr.isatty())
     if directory is None and (directory := hub_directory(start.config.model)) is not None:
         link.send(Files(rank, fingerprint(directory)))
     # Other executors may have ranks on other machines, which cannot lend their threads.
-    is_lent = start.config.executor == "processes" and lends(num_threads, model, start.spec)
+    is_local = start.config.executor == "processes" and tools.device.type == "cpu"
+    is_lent = is_local and lends(num_threads, model, start.spec)
     fault = read_fault(os.environ, rank, start.generation)
-    comm = _join_group(rank, start, meeting, look_s=0.0 if is_lent else LOOK_S)
+    comm = _join_group(rank, start, meeting, tools.device, look_s=0.0 if is_lent else LOOK_S)
     damaging = DamagingCommunicator(comm) if fault is not None and fault.kind == "corrupt" else None
     comm = with_options(damaging or comm, start)
-    runner = build_runner(start, model, comm, borrowed_threads if is_lent else None)
+    runner = build_runner(start, model, comm, tools.backend, borrowed_threads if is_lent else None)
     runner.progress = progress
     runner.faults = Injector(fault, damaging)
     keep_freed_memory()  # behind weights and pools: what loading frees goes back
@@ -71,11 +74,13 @@ def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threa
         raise ConfigError(message.reason)
 
 
-def _join_group(rank: int, start: Start, meeting: Meeting, *, look_s: float) -> Communicator:
+def _join_group(rank: int, start: Start, meeting: Meeting, device: torch.device, *, look_s: float) -> Communicator:
     """Args: `look_s` for ranks that have a core of their own."""
     config = start.config
     size, timeout_s = config.context_parallel_size, config.exchange_timeout_s
     if size == 1:
         return thread_group(1, timeout_s=timeout_s)[0]
+    if device.type == "cuda":
+        return NCCLCommunicator(rank, size, meeting.init_method, device, timeout_s=timeout_s)
     has_core = config.executor == "processes" and size * config.num_threads <= num_cores()
     return SocketCommunicator(rank, size, meeting, timeout_s=timeout_s, look_s=look_s if has_core else 0.0)

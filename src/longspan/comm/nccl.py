@@ -1,0 +1,87 @@
+"""Ranks on GPUs of their own, over NCCL.
+
+Holds what is NCCL's own: messages that start together, waits that hold a stream up and not the process, and who ends a
+rank that hangs. Must not know attention, pages or plans. No GPU has run it yet; its messages are tested over gloo.
+Read next: `longspan.comm.distributed`, the group that it is.
+
+Note [Waiting on a GPU]
+    `wait` makes the current stream wait for what has arrived, and returns at once; kernels of other streams, and what
+    was launched before, run meanwhile. So a local partial that is launched between `exchange` and `wait` overlaps with
+    the exchange, whose kernels are on NCCL's own stream, and exchanges may be part of a CUDA graph.
+
+    No Python code can be waiting for a message then, so none can raise when it does not come: PyTorch's watchdog looks
+    at every exchange, and ends the process when one has taken `timeout_s`; the driver sees a lost rank.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.comm.base import Pending
+from longspan.comm.distributed import DistributedCommunicator
+from longspan.errors import CommunicationError
+
+
+class NCCLCommunicator(DistributedCommunicator):
+    """One rank of the default process group, which it makes and ends. See Note [Waiting on a GPU]."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        init_method: str,
+        device: torch.device,
+        *,
+        timeout_s: float = 300.0,
+        backend: str = "nccl",
+    ) -> None:
+        """Join the group.
+
+        Args:
+            rank: this process's position.
+            size: ranks in the group.
+            init_method: where the ranks meet, as torch.distributed takes it (`file:///...`, `tcp://host:port`, `env://`).
+            device: this rank's GPU, no other's.
+            timeout_s: longest time of an exchange.
+            backend: of torch.distributed; another one is for tests.
+
+        Raises:
+            CommunicationError: not all ranks came.
+
+        Collective: all `size` ranks must join; NCCL connects them here.
+        """
+        super().__init__(rank, size, init_method, timeout_s=timeout_s, backend=backend, device=device)
+
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
+        ops = [
+            dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer)
+            for peer, tensor in recvs
+            if tensor.numel()
+        ]
+        ops += [
+            dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer)
+            for peer, tensor in sends
+            if tensor.numel()
+        ]
+        if not ops:
+            return _PendingBatch(self.rank, [], self._timeout_s)
+        try:
+            works = dist.batch_isend_irecv(ops)  # together: one after another, two ranks could wait for each other
+        except RuntimeError as error:
+            raise CommunicationError(f"rank {self.rank}: {len(ops)} messages could not be started: {error}") from error
+        return _PendingBatch(self.rank, works, self._timeout_s)
+
+
+class _PendingBatch:
+    def __init__(self, rank: int, works: Sequence[dist.Work], timeout_s: float) -> None:
+        self._rank, self._works, self._timeout = rank, works, timedelta(seconds=timeout_s)
+
+    def wait(self) -> None:
+        for work in self._works:
+            try:
+                work.wait(self._timeout)
+            except RuntimeError as error:
+                raise CommunicationError(f"rank {self._rank}: an exchange failed: {error}") from error

@@ -1,0 +1,87 @@
+"""The device that a rank computes on, and what must hold before it loads gigabytes.
+
+Holds the checks. Must not know plans, schedulers or how ranks start.
+Read next: `longspan.worker.build`, which calls them; `longspan.engine.gpus`, what the driver looks at.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from longspan.attention.base import AttentionBackend
+from longspan.attention.check import check_against_reference
+from longspan.attention.select import MIN_CAPABILITY, make_backend
+from longspan.config import EngineConfig
+from longspan.errors import ConfigError
+from longspan.types import ModelSpec
+
+
+def rank_device(config: EngineConfig, rank: int, environment: Mapping[str, str]) -> torch.device:
+    """This rank's device; its GPU becomes the process's current one.
+
+    Ranks of one machine take its GPUs in their order, those that torchrun starts the one of their LOCAL_RANK, and those
+    that see one GPU alone, as Ray's actors do, that one. Ranks that are threads share the first.
+
+    Raises:
+        ConfigError: there is no such GPU, or it is too old.
+    """
+    if config.device == "cpu":
+        return torch.device("cpu")
+    assert config.device == "cuda", "the driver has chosen"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise ConfigError("device: got 'cuda' where PyTorch sees no GPU, legal is cpu")
+    index = 0
+    if config.executor == "processes":
+        index = rank
+    elif config.executor == "external":
+        index = int(environment.get("LOCAL_RANK", "0"))
+    if index >= count:
+        raise ConfigError(
+            f"context_parallel_size: got {config.context_parallel_size} with {count} GPU{'s' * (count > 1)} in sight "
+            f"of rank {rank}, legal is a GPU for every rank"
+        )
+    device = torch.device("cuda", index)
+    check_capability(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_capability(name: str, capability: tuple[int, int]) -> None:
+    """Raises: ConfigError, if a GPU is too old."""
+    if capability < MIN_CAPABILITY:
+        needed = ".".join(map(str, MIN_CAPABILITY))
+        raise ConfigError(
+            f"device: got {name} of compute capability {capability[0]}.{capability[1]}, legal is {needed} or later"
+        )
+
+
+def rank_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> AttentionBackend:
+    """This rank's attention kernels, which take the model, and on a GPU have just shown that they are right.
+
+    Raises:
+        ConfigError: they do not take the model's dtype, head size or kind of attention.
+        LongspanError: they are wrong on this GPU.
+    """
+    backend = make_backend(config.attention_backend, device)
+    kinds = {(group, spec.layer_params[layer]) for group in spec.kv_groups for layer in group.layers}
+    for group, params in kinds:
+        if (reason := backend.unsupported(group.spec, params)) is not None:
+            raise ConfigError(f"attention_backend: got {config.attention_backend!r} with a model of another {reason}")
+    if device.type == "cuda":
+        for group, params in kinds:
+            check_against_reference(backend, group, params, device)
+    return backend
+
+
+def check_memory(spec: ModelSpec, num_pages: tuple[int, ...], page_size: int, device: torch.device) -> None:
+    """Raises: ConfigError, if weights and pools have no room on a GPU."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    pools = sum(pages * page_size * group.token_bytes for group, pages in zip(spec.kv_groups, num_pages, strict=True))
+    if spec.weight_bytes + pools > free:
+        raise ConfigError(
+            f"kv_cache_memory: got pools of {pools} bytes beside weights of {spec.weight_bytes} bytes, legal is what "
+            f"fits into the {free} bytes that are free on {torch.cuda.get_device_name(device)} (of {total})"
+        )
