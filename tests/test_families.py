@@ -120,16 +120,17 @@ def test_every_head_ratio_occurs():
 
 
 @pytest.mark.cover
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize(
     ("family", "strategy"), [("llama", "pass_q"), ("gemma2", "pass_kv"), ("smollm3-window", "gather_kv")]
 )
-def test_the_reference_backend_gives_the_same_tokens(family, strategy):
+def test_other_backends_give_the_same_tokens(family, strategy, backend):
     model = tiny_model(family)
     references = model.references[:3]
     requests = run_requests(
         model,
         [(reference.prompt, greedy(12)) for reference in references],
-        attention_backend="reference",
+        attention_backend=backend,
         context_parallel_size=3,
         placement="striped",
         page_size=4,

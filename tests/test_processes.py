@@ -17,7 +17,7 @@ import pytest
 from longspan import LLM, ConfigError, LongspanError, SamplingParams, WorkerError
 from longspan.engine.failures import Failures, describe_end
 from longspan.engine.processes import _environment
-from longspan.plan.types import DirectExchange, GroupStep, Plan
+from longspan.plan.types import GroupStep, Plan, QueryRun, SampledBy
 from longspan.types import Phase, Strategy
 from longspan.worker import pulse
 from longspan.worker.messages import Failed
@@ -317,12 +317,12 @@ def test_a_worker_killed_while_idle_or_in_decode_fails_what_runs_and_all_that_fo
 @needs_processes
 def test_a_worker_that_raises_ends_the_run_with_its_rank_and_reason(own_tmp):
     with LLM("recall", **TWO_RANKS) as llm:
-        padded = DirectExchange("kv", (0, 1), ((0, 0), (0, 0)), padded_rows=1)
-        groups = tuple(GroupStep(Strategy.GATHER_KV, (), (padded,)) for _ in llm._engine.spec.kv_groups)
-        plan = Plan(7, Phase.PREFILL, (1,), (), (), groups, ())
+        groups = tuple(GroupStep(Strategy.LOCAL, ()) for _ in llm._engine.spec.kv_groups)
+        plan = Plan(7, Phase.DECODE, (1,), (QueryRun(0, 5, 1, 1, SampledBy(3)),), (), groups, ())
         with pytest.raises(WorkerError) as caught:
             llm._engine._executor.submit(plan).result(timeout=60)
-        assert str(caught.value) == "rank 1: plan 7: padded exchanges are not supported yet in plan 7 (prefill)"
+        said = "plan 7: needs 1 tokens of plan 3, rank 1 has sampled for plan -1 last"
+        assert str(caught.value) == f"rank 1: {said} in plan 7 (decode)"
         assert "Traceback" in caught.value.__notes__[0]
 
 

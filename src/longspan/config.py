@@ -26,6 +26,7 @@ REMOTE_EXECUTORS = ("external", "ray")
 """Their workers reach the driver over the network."""
 RayPlacementName = Literal["pack", "spread"]
 AttentionName = Literal["auto", "cpu", "reference", "triton", "flashinfer", "torch"]
+GraphsName = Literal["auto", "never"]
 MeasureName = Literal["auto", "again", "never"]
 
 MAX_RANKS = 128
@@ -132,6 +133,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 64
     """Most requests that run at once."""
     attention_backend: AttentionName = "auto"
+    """Attention kernels; auto is cpu on a CPU, and on a GPU triton, or torch where Triton is not installed."""
+    cuda_graphs: GraphsName = "auto"
+    """Decode steps have fixed shapes with the backends triton and flashinfer, and on a GPU each shape becomes a CUDA
+    graph; `never` launches every kernel by itself."""
     executor: ExecutorName = "processes"
     """One worker process per rank on this machine; one thread of this process per rank (for tests and debugging);
     workers on any hosts, which somebody else starts (`external`); or one actor of a Ray cluster per rank (`ray`)."""
@@ -198,6 +203,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("decode_strategy", StrategyName),
             ("executor", ExecutorName),
             ("attention_backend", AttentionName),
+            ("cuda_graphs", GraphsName),
             ("partial_dtype", PartialDTypeName),
             ("ray_placement", RayPlacementName),
             ("measure", MeasureName),

@@ -15,6 +15,7 @@ from longspan.config import (
     DTypeName,
     EngineConfig,
     ExecutorName,
+    GraphsName,
     MeasureName,
     PartialDTypeName,
     PlacementName,
@@ -63,6 +64,9 @@ def _engine_options(stripe_size: int, max_restarts: int | None) -> tuple[Callabl
         click.option("--kv-cache-memory", metavar="SIZE", help="Per rank; bytes or with K, M, G, Ki, Mi, Gi."),
         click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step."),
         click.option("--attention-backend", type=choice(AttentionName), default="auto", show_default=True),
+        click.option(
+            "--cuda-graphs", type=choice(GraphsName), default="auto", show_default=True, help="For decode, on GPUs."
+        ),
         click.option("--executor", type=choice(ExecutorName), default="processes", show_default=True),
         click.option("--listen", metavar="HOST:PORT", help="Where workers on other hosts find the driver."),
         click.option("--secret-file", metavar="FILE", help="Shared with them; default: the variable LONGSPAN_SECRET."),

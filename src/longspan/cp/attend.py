@@ -21,10 +21,9 @@ from longspan.cp.gather_kv import GatherKV
 from longspan.cp.local import Local
 from longspan.cp.pass_kv import PassKV
 from longspan.cp.pass_q import PassQ
-from longspan.errors import LongspanError
 from longspan.kvcache.pool import PagePool
 from longspan.plan.read_runs import read_runs
-from longspan.plan.types import DirectExchange, Plan
+from longspan.plan.types import Plan
 from longspan.sharding.pages import PageTable
 from longspan.types import AttentionParams, KVGroup, Strategy
 
@@ -61,9 +60,6 @@ class StepAttention:
             comm: this rank's communicator.
             backend: this rank's kernels.
             layer_params: per layer of the model; every rank needs them, also one that computes only for others.
-
-        Raises:
-            LongspanError: the plan asks for something that is not supported.
         """
         self.rank = comm.rank
         self._pools, self._layer_params = pools, layer_params
@@ -78,9 +74,6 @@ class StepAttention:
         self._stores: list[list[tuple[int, int, int]]] = []
         self._scattered: list[Tensor | None] = []  # pool row of every token, where stores are many and short
         for group_step, group_tables, pool in zip(plan.groups, tables, pools, strict=True):
-            for exchange in group_step.exchanges:
-                if isinstance(exchange, DirectExchange) and exchange.padded_rows is not None:
-                    raise LongspanError(f"plan {plan.plan_id}: padded exchanges are not supported yet")
             step = RankStep(comm, backend, pool.group, group_step, plan.query_runs, group_tables)
             self._strategies.append(_STRATEGIES[group_step.strategy](step))
             self._names.append(group_step.strategy.value)

@@ -96,8 +96,6 @@ class DirectExchange(msgspec.Struct, frozen=True, gc=False, array_like=True, tag
     participants: tuple[int, ...]
     num_rows: tuple[tuple[int, ...], ...]
     """`num_rows[i][j]`: rows from participant i to participant j, in all; no message is sent for 0."""
-    padded_rows: int | None = None
-    """Rows that every message is padded to (fixed-shape steps), or None for exact sizes."""
 
 
 class RingExchange(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="ring"):

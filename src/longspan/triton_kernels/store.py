@@ -34,7 +34,7 @@ def store_kernel(  # type: ignore[no-untyped-def]
     """One token and KV head."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
-    row = tl.load(rows_ptr + token)
+    row = tl.load(rows_ptr + token).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     is_k = lanes < tl.where(row >= 0, K_WIDTH, 0)  # tokens that only fill up a fixed shape go nowhere
     is_v = lanes < tl.where(row >= 0, V_WIDTH, 0)
@@ -52,10 +52,10 @@ def store(pool_k: Tensor, pool_v: Tensor, k: Tensor, v: Tensor, rows: Tensor) ->
         pool_v: [Hkv, pool rows, Dv], written.
         k: [Hkv, T, D], dtype of `pool_k`; contiguous in the last dimension, as all four are.
         v: [Hkv, T, Dv].
-        rows: [T] int64, the pool row of every token; a token of a negative one is not written.
+        rows: [T] int32 or int64, the pool row of every token; a token of a negative one is not written.
     """
     num_heads, num_tokens, k_width = k.shape
-    assert rows.dtype is torch.int64
+    assert rows.dtype in (torch.int32, torch.int64)
     assert rows.shape == (num_tokens,)
     assert k.stride(2) == v.stride(2) == pool_k.stride(2) == pool_v.stride(2) == 1
     if num_tokens == 0:

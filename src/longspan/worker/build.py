@@ -19,7 +19,7 @@ from longspan.models.loader import load_model, resolve_dtype
 from longspan.plan.types import Plan
 from longspan.worker.device import check_memory, rank_backend, rank_device
 from longspan.worker.messages import Start
-from longspan.worker.runner import ModelRunner
+from longspan.worker.runner import GraphMode, ModelRunner
 
 
 class RankTools(NamedTuple):
@@ -85,4 +85,14 @@ def build_runner(
         comm=comm,
         backend=backend,
         dense_threads=dense_threads,
+        graphs=_graph_mode(start, backend),
     )
+
+
+def _graph_mode(start: Start, backend: AttentionBackend) -> GraphMode:
+    """Fixed shapes need our kernels, and a capture ranks that do not wait for each other in Python."""
+    config = start.config
+    if config.cuda_graphs == "never" or backend.name not in ("triton", "flashinfer"):
+        return "never"
+    are_threads = config.executor == "threads" and config.context_parallel_size > 1
+    return "captured" if config.device == "cuda" and not are_threads else "launched"

@@ -5,10 +5,12 @@ text is.
 Read next: `longspan.cp.attend`; `longspan.worker.process`, the process around it.
 """
 
+from __future__ import annotations
+
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +30,9 @@ from longspan.plan.types import (
     QueryRun,
     RankResult,
     SampledToken,
+    SampleRow,
     ScoredRun,
+    ScoreRun,
     TableDelta,
 )
 from longspan.sharding.pages import PageTable
@@ -37,6 +41,12 @@ from longspan.worker.fault import Injector
 from longspan.worker.pulse import Progress
 from longspan.worker.sampler import sample_all, token_logprobs
 
+if TYPE_CHECKING:
+    from longspan.worker.graphs import FixedSteps
+
+GraphMode = Literal["never", "launched", "captured"]
+"""Decode steps of any shape; of fixed shapes, launched kernel by kernel; or of fixed shapes, as CUDA graphs."""
+
 
 class _Answer(NamedTuple):
     """What came of a rank's rows that need logits."""
@@ -44,6 +54,17 @@ class _Answer(NamedTuple):
     sampled: tuple[SampledToken, ...] = ()
     scored: tuple[ScoredRun, ...] = ()
     failed: tuple[FailedRow, ...] = ()
+
+
+class _Rows(NamedTuple):
+    """A rank's packed rows, and which of them need logits."""
+
+    token_ids: list[int]
+    positions: list[int]
+    samples: list[SampleRow]
+    scores: list[ScoreRun]
+    read: list[int]
+    """The rows of `samples`, then those of `scores`."""
 
 
 class ModelRunner:
@@ -59,6 +80,7 @@ class ModelRunner:
         comm: Communicator,
         backend: AttentionBackend,
         dense_threads: Callable[[Plan, int], int] | None = None,
+        graphs: GraphMode = "never",
     ) -> None:
         """Allocate the pools.
 
@@ -70,6 +92,7 @@ class ModelRunner:
             comm: this rank's communicator.
             backend: this rank's attention kernels.
             dense_threads: (plan, rank) to threads for all but attention and exchanges; None: as everywhere.
+            graphs: whether decode steps have fixed shapes, and are captured as CUDA graphs.
         """
         self.model: Any = model
         self._dense_threads = dense_threads
@@ -83,6 +106,7 @@ class ModelRunner:
             for group, pages in zip(spec.kv_groups, num_pages, strict=True)
         ]
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
+        self._fixed = None if graphs == "never" else self._fixed_steps(graphs)
         # A mask with four dimensions is taken as it is; without one, Transformers looks for packed rows in every step.
         self._no_mask = torch.empty(1, 1, 0, 0, device=self.device)
         self._sampled_by = -1  # the last plan that sampled here
@@ -95,6 +119,12 @@ class ModelRunner:
         self._tokens_computed = 0
         self._busy_s = 0.0
         self._strategy_bytes: Counter[str] = Counter()
+
+    def _fixed_steps(self, graphs: GraphMode) -> FixedSteps:
+        from longspan.worker.graphs import FixedSteps  # imports Triton
+
+        can_capture = graphs == "captured"
+        return FixedSteps(self.model, self.spec, self._pools, self.comm, begin=self._begin, can_capture=can_capture)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> RankResult:
@@ -110,6 +140,8 @@ class ModelRunner:
         self.progress.count += 1
         try:
             answer = self._run(plan)
+            if self.device.type == "cuda":  # what a plan wrote is there when its answer says so, on every rank
+                torch.cuda.current_stream(self.device).synchronize()
         finally:
             step_s = time.perf_counter() - started
             self._busy_s += step_s
@@ -135,15 +167,19 @@ class ModelRunner:
         self._copy_pages(plan)
         for delta in plan.table_deltas:
             self._apply(delta)
+        rows = self._rows(plan)
+        if self._fixed is not None and (shape := self._fixed.shape_of(plan)) is not None:
+            fixed = self._fixed.run(shape, plan, self._tables, rows.token_ids)
+            self._strategy_bytes.update(self._fixed.strategy_bytes(shape, plan))
+            return _Answer() if fixed is None else self._read(plan, rows, _some(fixed, rows.read))
         attention = StepAttention(plan, self._tables, self._pools, self.comm, self.backend, self.spec.layer_params)
-        runs = [run for run in plan.query_runs if run.compute_rank == self.rank]
-        if not runs:
+        if rows.token_ids:
+            answer = self._read(plan, rows, self._compute(plan, rows, attention))
+        else:
             for layer in range(self.spec.num_layers):
                 self._begin(layer)
                 attention.join(layer)
             answer = _Answer()
-        else:
-            answer = self._compute(plan, runs, attention)
         self._strategy_bytes.update(attention.bytes_sent)
         return answer
 
@@ -180,8 +216,9 @@ class ModelRunner:
         table.free_before(delta.freed_before)
         table.apply(list(delta.added))
 
-    def _compute(self, plan: Plan, runs: Sequence[QueryRun], attention: StepAttention) -> _Answer:
-        """Forward pass over this rank's tokens, then sampling and scoring."""
+    def _rows(self, plan: Plan) -> _Rows:
+        """This rank's share of a plan."""
+        runs = [run for run in plan.query_runs if run.compute_rank == self.rank]
         token_ids: list[int] = []
         positions: list[int] = []
         row_of: dict[tuple[int, int], int] = {}  # (request, position) to packed row
@@ -195,16 +232,22 @@ class ModelRunner:
         rows = [row_of[row.request_id, row.position] for row in samples]
         for score in scores:
             rows += [row_of[score.request_id, score.position + i] for i in range(len(score.targets))]
+        return _Rows(token_ids, positions, samples, scores, rows)
 
+    def _compute(self, plan: Plan, rows: _Rows, attention: StepAttention) -> Tensor:
+        """[len(rows.read), vocab] logits, by a forward pass over this rank's tokens."""
         own = torch.get_num_threads()
         dense = own if self._dense_threads is None else self._dense_threads(plan, self.rank)
         torch.set_num_threads(dense)
         try:
-            logits = self._forward(token_ids, positions, rows, attention, own)  # [len(rows), vocab]
+            return self._forward(rows.token_ids, rows.positions, rows.read, attention, own)
         finally:
             torch.set_num_threads(own)
-        self._tokens_computed += len(token_ids)
 
+    def _read(self, plan: Plan, rows: _Rows, logits: Tensor) -> _Answer:
+        """Sampling and scoring. Args: `logits`: [len(rows.read), vocab]."""
+        samples, scores = rows.samples, rows.scores
+        self._tokens_computed += len(rows.token_ids)
         sampled: list[SampledToken] = []
         failed: list[FailedRow] = []
         token_of = sample_all(logits[: len(samples)], samples)
@@ -273,3 +316,10 @@ class ModelRunner:
         logits: Tensor = output.logits[0]
         assert logits.shape[0] == len(rows)
         return logits
+
+
+def _some(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of logits; a view where they are the first ones."""
+    if list(rows) == list(range(len(rows))):
+        return logits[: len(rows)]
+    return logits[torch.tensor(rows, dtype=torch.long, device=logits.device)]

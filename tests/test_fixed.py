@@ -1,0 +1,206 @@
+"""Decode steps in fixed shapes, in Triton's interpreter: the tokens are Transformers', captured or not.
+
+A CUDA graph needs a GPU. What stands in for one here runs the same launches again when it is replayed, over whatever
+the buffers hold then, which is all that a graph may read.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+from longspan.cp import fixed
+from longspan.cp.fixed import FixedShape, fixed_shape
+from longspan.plan.types import GroupStep, Literals, Plan, QueryRun, ScoreRun
+from longspan.types import Phase, Strategy
+from longspan.worker.graphs import FixedSteps
+from tiny_models import all_pairs, greedy, memory_for, random_prompt, run_all, tiny_engine, tiny_model
+
+OPTIONS = {"attention_backend": "triton", "page_size": 16, "stripe_size": 16, "max_num_batched_tokens": 64}
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """(rank, shape, plan) of all fixed steps."""
+    seen = []
+    run = FixedSteps.run
+
+    def note(self, shape, plan, tables, token_ids):
+        seen.append((self._comm.rank, shape, plan))
+        return run(self, shape, plan, tables, token_ids)
+
+    monkeypatch.setattr(FixedSteps, "run", note)
+    return seen
+
+
+class StandIn:
+    """For a CUDA graph."""
+
+    def __init__(self):
+        self.launch = None
+
+    def replay(self):
+        self.launch()
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Every rank captures; returns how many steps were replayed."""
+    replayed = []
+    init, launch = FixedSteps.__init__, FixedSteps._launch
+
+    def capturing(self, *args, **kwargs):
+        init(self, *args, **{**kwargs, "can_capture": False})
+        self._can_capture = True
+
+    @contextlib.contextmanager
+    def capture(graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local", "NCCL's watchdog asks for events meanwhile"
+        yield
+
+    def launched(self, step):
+        if step.graph is None or step.graph.launch is not None:
+            return launch(self, step)
+        counters = self._counters()  # a capture sends nothing, and changes no page
+        rows = None if not step.attention.has_rows else torch.zeros(step.attention.shape.num_rows, 300)
+
+        def again():
+            replayed.append(self._comm.rank)
+            before, count = self._counters(), self._begin
+            self._begin = lambda layer: None
+            found = launch(self, step)
+            self._begin = count
+            assert tuple(b - a for a, b in zip(before, self._counters(), strict=True)) == step.sent
+            self._comm.num_exchanges, self._comm.messages_sent, self._comm.bytes_sent = before
+            if rows is not None:
+                rows.copy_(found)
+
+        step.graph.launch = again
+        assert self._counters() == counters
+        return rows
+
+    monkeypatch.setattr(FixedSteps, "__init__", capturing)
+    monkeypatch.setattr(FixedSteps, "_launch", launched)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return replayed
+
+
+def generate(engine, model, num_tokens=6):
+    running = [engine.add_request(reference.prompt, greedy(num_tokens)) for reference in model.references[:3]]
+    run_all(engine)
+    assert [request.output_token_ids for request in running] == [r.token_ids[:num_tokens] for r in model.references[:3]]
+
+
+CASES = all_pairs(
+    {
+        "family": ("llama", "qwen2", "gemma2", "smollm3-window", "llama-one-kv-head"),
+        "context_parallel_size": (1, 2, 3),
+        "placement": ("striped", "packed", "spill"),
+        "strategy": ("pass_q", "tree", "auto"),
+    }
+)
+
+
+def check(case, num_tokens=6):
+    options = {**OPTIONS, **case}
+    model = tiny_model(options.pop("family"))
+    if options["placement"] == "spill":
+        options["kv_cache_memory"] = memory_for(model, 400 // options["context_parallel_size"])
+    with tiny_engine(model, **options) as engine:
+        generate(engine, model, num_tokens)
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize("case", CASES[:6], ids=lambda case: "-".join(map(str, case.values())))
+def test_fixed_steps_give_the_tokens_of_transformers(case, steps):
+    check(case)
+    assert steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES[6:], ids=lambda case: "-".join(map(str, case.values())))
+def test_fixed_steps_give_the_tokens_of_transformers_all_pairs(case, steps):
+    check(case, 24)
+    assert steps
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize(
+    ("family", "size", "placement"), [("llama", 3, "striped"), ("gemma2", 2, "striped"), ("qwen2", 1, "packed")]
+)
+def test_replayed_steps_give_them_too_and_count_what_they_send(family, size, placement, captured):
+    model = tiny_model(family)
+    with tiny_engine(model, **OPTIONS, context_parallel_size=size, placement=placement, strategy="pass_q") as engine:
+        generate(engine, model)
+        sent = [stats.bytes_sent for stats in engine.rank_stats()]
+    assert set(captured) == set(range(size))
+    with tiny_engine(
+        model, **OPTIONS, context_parallel_size=size, placement=placement, strategy="pass_q", cuda_graphs="never"
+    ) as engine:
+        generate(engine, model)
+        exact = [stats.bytes_sent for stats in engine.rank_stats()]
+    for padded_bytes, exact_bytes in zip(sent, exact, strict=True):
+        assert exact_bytes <= padded_bytes <= 2 * exact_bytes  # rows are padded to powers of two
+
+
+@pytest.mark.cover
+def test_steps_without_room_for_their_tiles_are_launched_and_right(captured, monkeypatch):
+    monkeypatch.setattr(fixed, "_most_key_tiles", lambda pool: 0)
+    model = tiny_model("llama")
+    with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
+        generate(engine, model, 6)
+    assert not captured
+
+
+@pytest.mark.cover
+def test_requests_that_share_pages_and_come_and_go_change_shapes(steps):
+    model = tiny_model("llama")
+    with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
+        prompt = random_prompt(70, 1)
+        counts = (5, 2, 4, 6, 3)
+        alone = engine.add_request(prompt, greedy(6))
+        run_all(engine)
+        running = [engine.add_request(prompt, greedy(count)) for count in counts]
+        run_all(engine)
+        assert [r.output_token_ids for r in running] == [alone.output_token_ids[:count] for count in counts]
+        assert running[0].num_cached > 0
+    assert len({shape for _, shape, _ in steps}) >= 3
+
+
+def plan_of(runs, strategies=(Strategy.LOCAL,), phase=Phase.DECODE, **options):
+    groups = tuple(GroupStep(strategy, (), nodes=((0,), (1,), (2,))) for strategy in strategies)
+    return Plan(1, phase, (0, 1, 2), tuple(runs), (), groups, (), **options)
+
+
+def run_of(request_id, rank, num_tokens=1):
+    return QueryRun(request_id, 5, num_tokens, rank, Literals((1,) * num_tokens))
+
+
+def test_a_shape_depends_on_the_plan_alone():
+    runs = [run_of(0, 1), run_of(1, 1), run_of(2, 1), run_of(3, 2)]
+    assert fixed_shape(plan_of(runs)) == FixedShape(4, (1, 2), ((),))
+    assert fixed_shape(plan_of(runs, (Strategy.LOCAL, Strategy.PASS_Q))) == FixedShape(4, (1, 2), ((), (0, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan_of([run_of(0, 1, 2)]),
+        plan_of([run_of(0, 1)], phase=Phase.PREFILL),
+        plan_of([run_of(0, 1)], (Strategy.PASS_KV,)),
+        plan_of([run_of(0, 1)], (Strategy.PASS_Q, Strategy.GATHER_KV)),
+        plan_of([run_of(0, 1)], (Strategy.TREE,)),  # over several nodes
+        plan_of([run_of(i, 1) for i in range(fixed.BUCKETS[-1] + 1)]),
+        plan_of([run_of(0, 1)], scores=(ScoreRun(0, 5, (1,), 1),)),
+        plan_of([]),
+    ],
+)
+def test_other_steps_are_not_fixed(plan):
+    assert fixed_shape(plan) is None
+
+
+def test_splits_fill_the_processors_whatever_the_rows():
+    assert fixed.fixed_splits(8, 132) == 33
+    assert fixed.fixed_splits(1, 132) == fixed.MAX_SPLITS
+    assert fixed.fixed_splits(256 * 8, 132) == 1
