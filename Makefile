@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Parallel test processes share the cores: one compute thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: install demo test test-all test-vllm check chaos hostile simulate soak bench clean
+.PHONY: install demo test test-all test-gpu test-vllm check chaos hostile simulate soak bench clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -29,6 +29,11 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(PYTEST) -n auto -m "not processes"
 	$(PYTEST) -m processes
+
+# The GPU's own tests: kernels and engine on one GPU, against the same references; needs one, and a CUDA build of torch.
+test-gpu: $(STAMP)
+	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/test_triton.py tests/test_fixed.py
+	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/test_families.py -k "other_backends"
 
 # Format, lint, types, layers, fast tests; under two minutes.
 check: $(STAMP)

@@ -1,5 +1,7 @@
 """Cases for attention backends: any segments, and what they mean, row by row in float64."""
 
+import os
+
 import torch
 from hypothesis import strategies as st
 
@@ -8,23 +10,28 @@ from longspan.attention.partial import PartialAttention
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
+DEVICE = os.environ.get("LONGSPAN_TEST_DEVICE", "cpu")
+"""Where Triton's kernels are tested: in its interpreter on a CPU, or on a GPU."""
 NAN = float("nan")
 NONE, FULL, CAUSAL, BAND = Visibility.NONE, Visibility.FULL, Visibility.CAUSAL, Visibility.BAND
 
 
-def tensors(num_rows, num_keys, heads=(4, 2), width=8, v_width=None, dtype=torch.float64, seed=0):
+def tensors(num_rows, num_keys, heads=(4, 2), width=8, v_width=None, dtype=torch.float64, seed=0, device="cpu"):
     """q [T, H, D], k [Hkv, S, D], v [Hkv, S, Dv]; k and v are views into a wider pool."""
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
-    q = torch.randn(num_rows, num_heads, width, generator=generator, dtype=torch.float64)
-    k = torch.randn(num_kv_heads, num_keys + 9, width, generator=generator, dtype=torch.float64)
-    v = torch.randn(num_kv_heads, num_keys + 9, v_width or width, generator=generator, dtype=torch.float64)
-    k, v = k.to(dtype), v.to(dtype)
-    return (2 * q).to(dtype), k[:, 4 : 4 + num_keys], v[:, 4 : 4 + num_keys]
+    q = torch.randn(num_rows, num_heads, width, generator=generator, dtype=torch.float64, device="cpu")
+    k = torch.randn(num_kv_heads, num_keys + 9, width, generator=generator, dtype=torch.float64, device="cpu")
+    v = torch.randn(
+        num_kv_heads, num_keys + 9, v_width or width, generator=generator, dtype=torch.float64, device="cpu"
+    )
+    q, k, v = (2 * q).to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+    return q, k[:, 4 : 4 + num_keys], v[:, 4 : 4 + num_keys]
 
 
 def oracle(q, k, v, segments, params) -> PartialAttention:
     """Attention row by row and head by head, in float64, from the definition of the segments alone."""
+    q, k, v = q.cpu(), k.cpu(), v.cpu()
     num_rows, num_heads, _ = q.shape
     group_size = num_heads // k.shape[0]
     want = PartialAttention.empty(num_rows, num_heads, v.shape[2], torch.float64, "cpu")
@@ -52,8 +59,8 @@ def oracle(q, k, v, segments, params) -> PartialAttention:
 
 
 def assert_close(got: PartialAttention, want: PartialAttention, atol: float) -> None:
-    torch.testing.assert_close(got.lse.double(), want.lse.double(), atol=atol, rtol=0)
-    torch.testing.assert_close(got.out.double(), want.out.double(), atol=atol, rtol=0)
+    torch.testing.assert_close(got.lse.double().cpu(), want.lse.double(), atol=atol, rtol=0)
+    torch.testing.assert_close(got.out.double().cpu(), want.out.double(), atol=atol, rtol=0)
 
 
 @st.composite
@@ -95,7 +102,7 @@ def hide_unread(q, k, v, segments) -> None:
         (k, 1, [(s.key_row, s.num_keys) for s in live]),
         (v, 1, [(s.key_row, s.num_keys) for s in live]),
     ):
-        unused = torch.ones(tensor.shape[axis], dtype=torch.bool)
+        unused = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
         for start, length in runs:
             unused[start : start + length] = False
         tensor.index_fill_(axis, unused.nonzero().flatten(), NAN)

@@ -14,7 +14,9 @@ from longspan.cli.main import run_command
 from longspan.engine.costs import MEASURE
 
 os.environ[MEASURE] = "never"  # also in processes that tests start: choices must not depend on the machine
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported; in processes that tests start, too
+if os.environ.get("LONGSPAN_TEST_DEVICE", "cpu") == "cpu":  # `make test-gpu` says cuda
+    # Before Triton is imported, and CUDA looked at; in processes that tests start, too.
+    os.environ["TRITON_INTERPRET"], os.environ["CUDA_VISIBLE_DEVICES"] = "1", ""
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The Triton kernels, in Triton's interpreter, against a dense float64 softmax at true positions."""
 
+import functools
 import math
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_cases import BAND, CAUSAL, FULL, NAN, assert_close, cases, hide_unread, oracle, tensors
+import attention_cases
+from attention_cases import BAND, CAUSAL, DEVICE, FULL, NAN, assert_close, cases, hide_unread, oracle
 from longspan.attention.base import RowSegment
 from longspan.attention.partial import PartialAttention, merge_partials, merge_sinks_
 from longspan.attention.tiles import tile_tables
@@ -17,6 +19,18 @@ from longspan.triton_kernels.store import store
 from longspan.types import AttentionParams
 
 PARAMS = AttentionParams(scale=0.3)
+
+tensors = functools.partial(attention_cases.tensors, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with torch.device(DEVICE):
+        yield
+
+
+def moved(part):
+    return PartialAttention(part.out.cpu(), part.lse.cpu())
 
 
 def check(q, k, v, segments, params, atol=4e-6):
@@ -59,8 +73,8 @@ def test_errors_are_at_most_twice_those_of_eager_attention_in_the_same_dtype(wid
     scores = torch.einsum("thd,hsd->hts", q, keys) * params.scale
     weights = torch.softmax(scores.float().masked_fill(~visible, -torch.inf), dim=-1).to(dtype)
     eager = torch.einsum("hts,hsd->thd", weights, values)
-    assert (got.out - want.out).norm() <= 2 * (eager.double() - want.out).norm() + 1e-6
-    torch.testing.assert_close(got.lse.double(), want.lse, atol=1e-5, rtol=0)  # products of 16 bits are exact
+    assert (got.out.cpu() - want.out).norm() <= 2 * (eager.double().cpu() - want.out).norm() + 1e-6
+    torch.testing.assert_close(got.lse.double().cpu(), want.lse, atol=1e-5, rtol=0)  # products of 16 bits are exact
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -93,7 +107,7 @@ def test_three_ranks_partials_and_sinks_merge_to_the_whole():
     out, lse = torch.empty(5, 4, 16), torch.empty(5, 4)
     merge(torch.stack([p.out for p in parts]), torch.stack([p.lse for p in parts]), out, lse, sinks)
     want = oracle(q, k, v, [RowSegment(0, 5, 85, 0, 90, 0, CAUSAL)], PARAMS)
-    merge_sinks_(want, sinks)
+    merge_sinks_(want, sinks.cpu())
     assert_close(PartialAttention(out, lse), want, 4e-6)
 
 
@@ -101,14 +115,14 @@ def test_three_ranks_partials_and_sinks_merge_to_the_whole():
 @pytest.mark.parametrize(("num_parts", "heads", "width"), [(1, 1, 16), (2, 3, 96), (8, 4, 128)])
 def test_merge_agrees_with_the_core_and_drops_empty_rows_whatever_they_hold(dtype, num_parts, heads, width):
     generator = torch.Generator().manual_seed(1)
-    outs = torch.randn(num_parts, 11, heads, width, generator=generator).to(dtype)
-    lses = 30 * torch.randn(num_parts, 11, heads, generator=generator)
+    outs = torch.randn(num_parts, 11, heads, width, generator=generator, device="cpu").to(DEVICE, dtype)
+    lses = 30 * torch.randn(num_parts, 11, heads, generator=generator, device="cpu").to(DEVICE)
     lses[0, 3], lses[:, 7] = -math.inf, -math.inf
     outs[0, 3], outs[:, 7] = NAN, NAN
     out, lse = torch.empty(11, heads, width), torch.empty(11, heads)
     merge(outs, lses, out, lse)
     want = merge_partials(*(PartialAttention(o, x) for o, x in zip(outs, lses, strict=True)))
-    assert_close(PartialAttention(out, lse), want, 2e-6)
+    assert_close(PartialAttention(out, lse), moved(want), 2e-6)
     assert (out[7] == 0).all()
     assert (lse[7] == -math.inf).all()
 
@@ -119,7 +133,7 @@ def test_merge_writes_groups_of_rows_that_lie_apart():
     lse, out = messages[:, :6].view(2, 3, 2), messages[:, 6 : 6 + 96].view(2, 3, 2, 16)
     merge(outs, lses, out, lse)
     want = merge_partials(*(PartialAttention(o, x) for o, x in zip(outs, lses, strict=True)))
-    assert_close(PartialAttention(out.reshape(6, 2, 16), lse.reshape(6, 2)), want, 2e-6)
+    assert_close(PartialAttention(out.reshape(6, 2, 16), lse.reshape(6, 2)), moved(want), 2e-6)
     assert messages[:, 102:].isnan().all()
 
 

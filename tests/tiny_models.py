@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from attention_cases import DEVICE
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.models.inspect import inspect_model
@@ -134,7 +135,7 @@ class TinyModel:
     @functools.cached_property
     def module(self) -> nn.Module:
         """Loaded as a rank loads it; shared by all engines of this process."""
-        return load_model(self.path, torch.float32, show_progress=False)
+        return load_model(self.path, torch.float32, show_progress=False, device=torch.device(DEVICE))
 
 
 @functools.cache
@@ -231,7 +232,8 @@ def tiny_engine(model: TinyModel, **options: object) -> Iterator[Engine]:
         executor="threads",
         threads_per_rank=1,
         exchange_timeout_s=60.0,
-        **{"kv_cache_memory": 2**25, **options},
+        device=DEVICE,
+        **{"dtype": "float32", "kv_cache_memory": 2**25, **options},
     )
     with Engine(config, model.module) as engine:
         yield engine

@@ -67,7 +67,9 @@ def rank_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) ->
     kinds = {(group, spec.layer_params[layer]) for group in spec.kv_groups for layer in group.layers}
     for group, params in kinds:
         if (reason := backend.unsupported(group.spec, params)) is not None:
-            raise ConfigError(f"attention_backend: got {config.attention_backend!r} with a model of another {reason}")
+            raise ConfigError(
+                f"attention_backend: got {config.attention_backend!r}, legal is one that takes the model ({reason})"
+            )
     if device.type == "cuda":
         for group, params in kinds:
             check_against_reference(backend, group, params, device)
