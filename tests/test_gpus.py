@@ -1,5 +1,7 @@
 """Ranks on GPUs, as far as a CPU can tell: what is chosen, what is refused, and with which numbers."""
 
+import copy
+
 import pytest
 import torch
 
@@ -10,11 +12,12 @@ from longspan.engine import gpus
 from longspan.engine.gpus import GPU, find_gpus, resolve_device
 from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
 from longspan.errors import ConfigError
+from longspan.models.compiled import compile_dense_
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config
 from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
 from longspan.worker.device import check_capability, check_memory, rank_backend, rank_device
-from tiny_models import tiny_model
+from tiny_models import load_reference, tiny_model
 
 GIB = 2**30
 H200 = GPU("NVIDIA H200", 140 * GIB, 141 * GIB)
@@ -86,6 +89,7 @@ def test_the_command_says_so(longspan):
             {"device": "cuda", "context_parallel_size": 2, "simulated_links": "nodes=0,1 latency_us=5 mbit_per_s=10"},
             "simulated_links: got some",
         ),
+        ({"device": "cpu", "compile_dense": True}, "compile_dense: got true"),
         ({"cuda_graphs": "always"}, "cuda_graphs: got 'always'"),
     ],
 )
@@ -173,9 +177,7 @@ def test_a_rank_checks_its_own_gpus_memory_before_it_loads(monkeypatch):
 
 def test_rejects_a_model_that_the_kernels_do_not_take():
     cpu = torch.device("cpu")
-    with pytest.raises(
-        ConfigError, match="attention_backend: got 'triton', legal is one that takes the model .head size: got 8"
-    ):
+    with pytest.raises(ConfigError, match=r"legal is one that takes the model \(head size: got 8"):
         rank_backend(config(attention_backend="triton"), spec_of(width=8), cpu)
     assert rank_backend(config(attention_backend="triton"), spec_of(width=96), cpu).name == "triton"
     with pytest.raises(ConfigError, match="dtype: got float16, the cpu backend takes"):
@@ -208,3 +210,15 @@ def test_weight_bytes_count_every_weight_once():
     model = tiny_model("llama-one-kv-head")  # with tied embeddings
     spec = inspect_model(load_config(model.path)[0], None, torch.float32)
     assert spec.weight_bytes == sum(weight.nbytes for weight in model.module.parameters())
+
+
+@pytest.mark.cover
+def test_compiled_modules_compute_the_same_for_any_number_of_rows():
+    model = copy.deepcopy(load_reference(tiny_model("llama").path))
+    inputs = [torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (5, 3, 64)]
+    layer = model.model.layers[1]
+    want = [layer.mlp(layer.input_layernorm(x)) for x in inputs]
+    model.model.layers[2].mlp.forward = model.model.layers[2].mlp.forward  # as `skip_unread_rows_` leaves it
+    assert compile_dense_(model) == 3 * 2 + 1 + 2  # two norms a layer, the last one, and an MLP a layer but one
+    for x, expected in zip(inputs, want, strict=True):
+        torch.testing.assert_close(layer.mlp(layer.input_layernorm(x)), expected)

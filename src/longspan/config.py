@@ -137,6 +137,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: GraphsName = "auto"
     """Decode steps have fixed shapes with the backends triton and flashinfer, and on a GPU each shape becomes a CUDA
     graph; `never` launches every kernel by itself."""
+    compile_dense: bool = False
+    """On a GPU, let `torch.compile` fuse norms and MLPs; the first steps take seconds longer."""
     executor: ExecutorName = "processes"
     """One worker process per rank on this machine; one thread of this process per rank (for tests and debugging);
     workers on any hosts, which somebody else starts (`external`); or one actor of a Ray cluster per rank (`ray`)."""
@@ -189,7 +191,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             self._check_count("min_striped_len", self.min_striped_len)
         if self.max_step_ms is not None:
             self._check_count("max_step_ms", self.max_step_ms)
-        for name in ("enable_prefix_caching", "async_scheduling", "check_messages"):
+        for name in ("enable_prefix_caching", "async_scheduling", "check_messages", "compile_dense"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is true or false")
         if self.kv_cache_memory is not None:
@@ -244,6 +246,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def _check_device(self) -> None:
         if self.device == "cpu" and self.dtype == "float16":
             raise ConfigError("dtype: got 'float16' with device 'cpu', legal there is auto, float32 or bfloat16")
+        if self.device == "cpu" and self.compile_dense:
+            raise ConfigError("compile_dense: got true with device 'cpu', legal there is false")
         if self.device != "cuda":
             return
         if self.measure == "again":

@@ -67,6 +67,7 @@ def _engine_options(stripe_size: int, max_restarts: int | None) -> tuple[Callabl
         click.option(
             "--cuda-graphs", type=choice(GraphsName), default="auto", show_default=True, help="For decode, on GPUs."
         ),
+        click.option("--compile-dense", is_flag=True, help="torch.compile for norms and MLPs, on GPUs."),
         click.option("--executor", type=choice(ExecutorName), default="processes", show_default=True),
         click.option("--listen", metavar="HOST:PORT", help="Where workers on other hosts find the driver."),
         click.option("--secret-file", metavar="FILE", help="Shared with them; default: the variable LONGSPAN_SECRET."),

@@ -15,6 +15,7 @@ from longspan.attention.base import AttentionBackend
 from longspan.comm.base import Communicator
 from longspan.comm.checking import CheckingCommunicator
 from longspan.comm.delaying import DelayingCommunicator
+from longspan.models.compiled import compile_dense_
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.plan.types import Plan
 from longspan.worker.device import check_memory, rank_backend, rank_device
@@ -77,6 +78,8 @@ def build_runner(
     dense_threads: Callable[[Plan, int], int] | None = None,
 ) -> ModelRunner:
     """A rank that is ready for plans. Args: `dense_threads` as `ModelRunner` takes it."""
+    if start.config.compile_dense:
+        compile_dense_(model)
     return ModelRunner(
         model,
         start.spec,
