@@ -369,7 +369,7 @@ REFUSED = [
     (["--seed", str(2**63)], ["seed", str(2**63), "2**63 - 1"]),
     (["--stop", ""], ["stop", "''", "not empty"]),
     (["--min-tokens", "5", "--max-tokens", "4"], ["min_tokens", "5", "max_tokens (4)"]),
-    (["--dtype", "float16"], ["--dtype", "float16", "bfloat16"]),
+    (["--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
     (["--placement", "tree"], ["--placement", "tree", "'auto', 'packed', 'striped', 'spill'"]),
     (["--strategy", "ring"], ["--strategy", "ring", "'pass_kv'"]),
     (["--decode-strategy", "ring"], ["--decode-strategy", "ring", "'pass_q'"]),

@@ -1,6 +1,10 @@
 """Ranks on GPUs, as far as a CPU can tell: what is chosen, what is refused, and with which numbers."""
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,3 +226,23 @@ def test_compiled_modules_compute_the_same_for_any_number_of_rows():
     assert compile_dense_(model) == 3 * 2 + 1 + 2  # two norms a layer, the last one, and an MLP a layer but one
     for x, expected in zip(inputs, want, strict=True):
         torch.testing.assert_close(layer.mlp(layer.input_layernorm(x)), expected)
+
+
+@pytest.mark.cover
+def test_the_benchmark_runs():
+    """At tiny sizes, on a CPU: on the day there is a GPU, it has to work at once."""
+    program = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    run = subprocess.run(
+        [sys.executable, program, "--smoke", "--json", "--parts", "checks,kernels,engine,share,scaling"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout[run.stdout.index("\n{") :])
+    assert {row["result"] for row in result["checks"]} == {"right"}
+    assert {row["kernel"] for row in result["kernels"]} == {"prefill", "decode", "merge"}
+    assert {row["variant"] for row in result["engine"]} == {"graphs", "launched"}
+    assert set(result["missing"]) == {"flashinfer", "torch"}, "each with its reason"
+    assert [row["ranks"] for row in result["scaling"]] == [1]
+    assert all(row["tokens as one rank"] for row in result["scaling"])

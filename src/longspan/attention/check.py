@@ -32,14 +32,18 @@ def check_against_reference(
     """
     spec, generator = group.spec, torch.Generator().manual_seed(1)
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    q = torch.randn(8, group.num_query_heads, spec.k_width, generator=generator).to(device, dtype)
+    q = torch.randn(9, group.num_query_heads, spec.k_width, generator=generator).to(device, dtype)
     k = torch.randn(spec.num_kv_heads, 150, spec.k_width, generator=generator).to(device, dtype)
     v = torch.randn(spec.num_kv_heads, 150, spec.v_width, generator=generator).to(device, dtype)
     segments = [
         RowSegment(0, 6, 100, 0, 100, None, Visibility.FULL),
         RowSegment(0, 6, 100, 100, 6, 100, Visibility.CAUSAL),
         RowSegment(6, 1, 50, 110, 40, None, Visibility.FULL),
-    ]  # and nothing for the last row
+    ]  # and nothing for row 7
+    if params.window is None:
+        segments.append(RowSegment(8, 1, 120, 0, 40, 100, Visibility.CAUSAL))
+    else:
+        segments.append(RowSegment(8, 1, 120, 0, 40, 100, Visibility.BAND))
     found = backend.partial_attention(q, k, v, segments, params)
     expected = ReferenceBackend().partial_attention(q.float(), k.float(), v.float(), segments, params)
     for what, ours, right in (("outputs", found.out, expected.out), ("log-sum-exps", found.lse, expected.lse)):

@@ -1,0 +1,352 @@
+"""What longspan does on this machine's GPU, beside what the GPU can do. One command, nothing to download.
+
+    python benchmarks/gpu.py [--parts checks,kernels,engine,share,scaling] [--lengths 8k,64k,128k,longest] [--save]
+
+    checks    every backend that is installed, beside the reference: head sizes, dtypes, softcaps, windows
+    kernels   prefill, decode and merge, in per cent of a matrix product's flops or a copy's bytes, measured here
+    engine    a Llama of 8 billion random weights: time to the first token, time per token with CUDA graphs, without,
+              and with compiled norms and MLPs; beside the floor of bytes and flops
+    share     attention of one rank's share of a prompt of a million tokens on 2, 4 and 8 ranks, one layer
+    scaling   the same Llama on 1, 2, 4, 8 GPUs, as many as there are (left out unless named: it writes 16 GB)
+
+`longest` is the longest prompt that the memory left for KV holds, or that is computed in --most-s. `--smoke` runs
+everything at tiny sizes, in Triton's interpreter on a CPU, to show that the program works: its times mean nothing, and
+cannot be saved.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if "--smoke" in os.sys.argv:  # before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import transformers
+import triton
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import gpu_kernels
+from common import RESULTS, Timing, print_table, random_prompt
+from gpu_kernels import SMOKE, Ceilings, Sizes
+from longspan.config import EngineConfig, parse_tokens
+from longspan.engine.engine import Engine
+from longspan.models.hook import ATTENTION_NAME
+from longspan.models.last_layer import skip_unread_rows_
+from longspan.types import SamplingParams
+
+PARTS = ("checks", "kernels", "engine", "share", "scaling")
+BACKENDS = ("triton", "flashinfer", "torch")
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 1 << 21,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA_SMOKE = {
+    **LLAMA_8B,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+}
+NUM_TOKENS = 65
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS[:-1]), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--lengths", default="8k,64k,128k,longest", help="of prompts, with k and M")
+    parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--repeats", type=int, default=3, help="medians of so many requests")
+    parser.add_argument("--most-s", type=float, default=120.0, help="of prefill of the longest prompt")
+    parser.add_argument("--chunk", type=int, default=8192, help="most tokens of a step")
+    parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/")
+    chosen = parser.parse_args()
+    unknown = [part for part in chosen.parts.split(",") if part not in PARTS]
+    if unknown:
+        parser.error(f"--parts: got {', '.join(unknown)}, legal is {', '.join(PARTS)}")
+    if chosen.smoke and chosen.save:
+        parser.error("--save: got it with --smoke, whose times mean nothing")
+    if not chosen.smoke and not torch.cuda.is_available():
+        parser.error("this machine has no GPU that PyTorch can use; --smoke shows that the program runs")
+    return chosen
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "gpus": torch.cuda.device_count(),
+            "memory_bytes": properties.total_memory,
+            "processors": properties.multi_processor_count,
+        }
+    return found
+
+
+class Llama:
+    """The random model, and what one request of it needs of the hardware at least."""
+
+    def __init__(self, fields: dict[str, Any], directory: Path, device: torch.device) -> None:
+        self.config = LlamaConfig(**fields)
+        self.config.architectures = ["LlamaForCausalLM"]
+        self.config.save_pretrained(directory)
+        self.path = str(directory)
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME
+            )
+        self.module = model.eval().requires_grad_(False)
+        skip_unread_rows_(self.module)
+        layers = self.config.num_hidden_layers
+        self.layer_weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+        self.read_bytes = 2.0 * (self.layer_weights + model.lm_head.weight.numel())
+        c = self.config
+        self.kv_bytes_per_token = 2.0 * 2 * layers * c.num_key_value_heads * c.head_dim
+
+    def prefill_flops(self, num_tokens: int) -> float:
+        """Matrix products of all layers, and attention's two."""
+        c = self.config
+        pairs = num_tokens * (num_tokens + 1) / 2
+        return (
+            2.0 * self.layer_weights * num_tokens
+            + 4.0 * pairs * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+        )
+
+    def decode_bytes(self, num_tokens: int) -> float:
+        """All weights once, and all of the KV."""
+        return self.read_bytes + self.kv_bytes_per_token * num_tokens
+
+
+def run_request(engine: Engine, prompt: list[int], num_tokens: int) -> Timing:
+    import time
+
+    started = first = time.perf_counter()
+    request = engine.add_request(prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
+    while engine.has_requests:
+        engine.step()
+        if request.num_generated == 1:
+            first = time.perf_counter()
+    ended = time.perf_counter()
+    return Timing(first - started, (ended - first) / (num_tokens - 1), request.output_token_ids)
+
+
+def median_timing(engine: Engine, length: int, vocab_size: int, repeats: int, num_tokens: int) -> Timing:
+    """Of requests with prompts that no cache knows; the first one, which compiles, does not count."""
+    run_request(engine, random_prompt(min(length, 600), 99, vocab_size), 8)
+    timings = [run_request(engine, random_prompt(length, seed, vocab_size), num_tokens) for seed in range(repeats)]
+    timings.sort(key=lambda timing: timing.tpot_s)
+    tpot_s = timings[len(timings) // 2].tpot_s
+    timings.sort(key=lambda timing: timing.ttft_s)
+    return Timing(timings[len(timings) // 2].ttft_s, tpot_s, timings[0].token_ids)
+
+
+def measure_engine(chosen: argparse.Namespace, ceilings: Ceilings, device: torch.device) -> list[dict[str, Any]]:
+    """End to end, on one rank in this process."""
+    rows: list[dict[str, Any]] = []
+    num_tokens = 5 if chosen.smoke else NUM_TOKENS
+    with tempfile.TemporaryDirectory() as directory:
+        llama = Llama(LLAMA_SMOKE if chosen.smoke else LLAMA_8B, Path(directory), device)
+        variants: dict[str, dict[str, Any]] = {
+            "graphs": {},
+            "launched": {"cuda_graphs": "never"},
+            "graphs, compiled": {"compile_dense": True},
+        }
+        if chosen.smoke:
+            del variants["graphs, compiled"]  # it is for GPUs
+        rate = 0.0  # flops per second of the longest prefill so far
+        for name in chosen.lengths.split(","):
+            for variant, extra in variants.items():
+                if variant != "graphs" and name == "longest":
+                    continue
+                config = EngineConfig(
+                    model=llama.path,
+                    executor="threads",
+                    device=device.type,
+                    dtype="bfloat16",
+                    attention_backend="triton",
+                    max_num_batched_tokens=chosen.chunk,
+                    enable_prefix_caching=False,
+                    page_size=64,
+                    kv_cache_memory=kv_memory(llama, device),
+                    **extra,
+                )
+                with Engine(config, llama.module) as engine:
+                    length = longest(engine, llama, rate, chosen) if name == "longest" else parse_tokens(name)
+                    if length + num_tokens > tokens_that_fit(engine):
+                        rows.append({"variant": variant, "prompt": length, "note": "does not fit"})
+                        continue
+                    repeats = 1 if name == "longest" else chosen.repeats
+                    timing = median_timing(engine, length, llama.config.vocab_size, repeats, num_tokens)
+                flops, num_bytes = llama.prefill_flops(length), llama.decode_bytes(length)
+                if variant == "graphs":
+                    rate = flops / timing.ttft_s
+                rows.append(
+                    {
+                        "variant": variant,
+                        "prompt": length,
+                        "first token s": timing.ttft_s,
+                        "x floor of flops": timing.ttft_s * ceilings.flops_per_s / flops,
+                        "ms per token": timing.tpot_s * 1e3,
+                        "x floor of bytes": timing.tpot_s * ceilings.copy_bytes_per_s / num_bytes,
+                    }
+                )
+                print_rows(rows[-1:])
+    return rows
+
+
+def kv_memory(llama: Llama, device: torch.device) -> int:
+    """What is left of the GPU, less what a step takes."""
+    if device.type == "cpu":
+        return 1 << 22
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(0.85 * free)
+
+
+def tokens_that_fit(engine: Engine) -> int:
+    return min(stats.kv_pages_total for stats in engine.rank_stats()) * engine.config.page_size
+
+
+def longest(engine: Engine, llama: Llama, rate: float, chosen: argparse.Namespace) -> int:
+    """Tokens that memory holds and that the rate seen so far computes in time."""
+    length = tokens_that_fit(engine) - 2 * NUM_TOKENS
+    if chosen.smoke:
+        return min(length, 300)
+    while rate and llama.prefill_flops(length) / rate > chosen.most_s:
+        length -= 1024
+    return length
+
+
+def measure_scaling(chosen: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Ranks as processes, one on every GPU."""
+    rows: list[dict[str, Any]] = []
+    counts = [1] if device.type == "cpu" else [n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()]
+    num_tokens = 5 if chosen.smoke else NUM_TOKENS
+    with tempfile.TemporaryDirectory() as directory:
+        llama = Llama(LLAMA_SMOKE if chosen.smoke else LLAMA_8B, Path(directory), device)
+        llama.module.save_pretrained(directory)
+        vocab_size = llama.config.vocab_size
+        del llama
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        alone: Timing | None = None
+        for count in counts:
+            config = EngineConfig(
+                model=directory,
+                context_parallel_size=count,
+                device=device.type,
+                dtype="bfloat16",
+                attention_backend="triton",
+                max_num_batched_tokens=chosen.chunk,
+                enable_prefix_caching=False,
+                page_size=64,
+                placement="striped",
+            )
+            for name in chosen.lengths.split(","):
+                if name == "longest":
+                    continue
+                with Engine(config) as engine:
+                    length = parse_tokens(name)
+                    timing = median_timing(engine, length, vocab_size, chosen.repeats, num_tokens)
+                if count == 1:
+                    alone = timing
+                rows.append(
+                    {
+                        "ranks": count,
+                        "prompt": length,
+                        "first token s": timing.ttft_s,
+                        "ms per token": timing.tpot_s * 1e3,
+                        "tokens as one rank": alone is not None and timing.token_ids == alone.token_ids,
+                    }
+                )
+                print_rows(rows[-1:])
+    return rows
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    print_table(rows)
+
+
+def main() -> None:
+    chosen = options()
+    device = torch.device("cpu" if chosen.smoke else "cuda")
+    sizes = SMOKE if chosen.smoke else Sizes()
+    if chosen.smoke:
+        chosen.lengths, chosen.chunk, chosen.repeats = "40,longest", 64, 1
+    parts = chosen.parts.split(",")
+    result: dict[str, Any] = {
+        "theme": "gpu",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "hardware": hardware(device),
+    }
+    found, missing = gpu_kernels.backends(device, tuple(chosen.backends.split(",")))
+    result["missing"] = missing
+    ceilings = gpu_kernels.measure_ceilings(sizes, device)
+    result["ceilings"] = {
+        "bfloat16 matmul TFLOP/s": ceilings.flops_per_s / 1e12,
+        "copy GB/s, read and written": ceilings.copy_bytes_per_s / 1e9,
+    }
+    for name, reason in missing.items():
+        print(f"{name}: {reason}")
+    for name, value in result["ceilings"].items():
+        print(f"{name:<40} {value:.4g}")
+    if "checks" in parts:
+        result["checks"] = [row for backend in found.values() for row in gpu_kernels.check(backend, sizes, device)]
+        print_rows(result["checks"])
+    if "kernels" in parts:
+        rows: list[dict[str, Any]] = []
+        for name, backend in found.items():
+            for row in gpu_kernels.measure_prefill(backend, sizes, ceilings, device):
+                rows.append(row)
+            if name != "flashinfer":  # which leaves decode to triton
+                rows += gpu_kernels.measure_decode(backend, sizes, ceilings, device)
+        rows += gpu_kernels.measure_merge(sizes, ceilings, device)
+        result["kernels"] = rows
+        print_rows(rows)
+    if "engine" in parts:
+        result["engine"] = measure_engine(chosen, ceilings, device)
+    if "share" in parts:
+        result["share"] = [
+            row
+            for name, backend in found.items()
+            for row in gpu_kernels.measure_share(backend, sizes, ceilings, device)
+        ]
+        print_rows(result["share"])
+    if "scaling" in parts:
+        result["scaling"] = measure_scaling(chosen, device)
+    text = json.dumps(result, indent=1)
+    if chosen.json:
+        print(text)
+    if chosen.save:
+        gpu = result["hardware"]["gpu"].lower().replace(" ", "-")
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"gpu-{datetime.now(UTC).strftime('%Y-%m-%d')}-{gpu}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
