@@ -204,3 +204,56 @@ def test_splits_fill_the_processors_whatever_the_rows():
     assert fixed.fixed_splits(8, 132) == 33
     assert fixed.fixed_splits(1, 132) == fixed.MAX_SPLITS
     assert fixed.fixed_splits(256 * 8, 132) == 1
+
+
+def _drop_a_tile(monkeypatch):
+    make = fixed.tile_tables
+
+    def tables(*args, **kwargs):
+        found = make(*args, **kwargs)
+        found.query_tiles[:, 6] -= found.query_tiles[:, 6] > found.query_tiles[:, 3]
+        return found
+
+    monkeypatch.setattr(fixed, "tile_tables", tables)
+
+
+def _store_in_the_next_row(monkeypatch):
+    store = fixed.store
+    monkeypatch.setattr(fixed, "store", lambda pool_k, pool_v, k, v, rows: store(pool_k, pool_v, k, v, rows + 1))
+
+
+def _ignore_lse(monkeypatch):
+    merge = fixed.merge
+    monkeypatch.setattr(
+        fixed, "merge", lambda parts, lses, *rest: merge(parts, torch.where(lses.isneginf(), lses, 0.0), *rest)
+    )
+
+
+def _keep_old_positions(monkeypatch):
+    fill = fixed.FixedAttention.fill
+
+    def stale(self, *args):
+        before = self._inputs.positions.clone()
+        found = fill(self, *args)
+        self._inputs.positions.copy_(before)
+        return found
+
+    monkeypatch.setattr(fixed.FixedAttention, "fill", stale)
+
+
+def _swap_homes(monkeypatch):
+    put = fixed.FixedAttention._put_tables
+    monkeypatch.setattr(fixed.FixedAttention, "_put_tables", lambda self, i, tables: put(self, i, tables[::-1]))
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize(
+    "mutate", [_drop_a_tile, _store_in_the_next_row, _ignore_lse, _keep_old_positions, _swap_homes]
+)
+def test_a_broken_fixed_step_changes_tokens(mutate, monkeypatch):
+    mutate(monkeypatch)
+    model = tiny_model("llama")
+    with tiny_engine(model, **OPTIONS, context_parallel_size=3, placement="striped", strategy="pass_q") as engine:
+        running = [engine.add_request(reference.prompt, greedy(8)) for reference in model.references[:3]]
+        run_all(engine)
+    assert [r.output_token_ids for r in running] != [reference.token_ids[:8] for reference in model.references[:3]]
