@@ -60,7 +60,7 @@ def main() -> int:
     quiet_transformers()
     progress = ProgressPrinter(len(answer))
     started = time.perf_counter()
-    with LLM("recall", context_parallel_size=options.context_parallel_size) as llm, progress:
+    with LLM("recall", dtype="float32", context_parallel_size=options.context_parallel_size) as llm, progress:
         params = SamplingParams(max_tokens=len(answer) + 1, stop=(".",))
         (output,) = llm.generate(prompt, params, on_progress=progress.update)
         progress.close()

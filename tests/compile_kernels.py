@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longspan.triton_kernels.attention import attention_kernel, compile_options, queries_per_tile, tiling
+from longspan.triton_kernels.attention import attention_kernel, compile_options, most_queries, tiling
 from longspan.triton_kernels.merge import merge_kernel
 from longspan.triton_kernels.store import store_kernel
 
@@ -43,7 +43,7 @@ POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp3
 
 
 def attention_case(width: int, dtype: torch.dtype, num_queries: int, group_size: int, softcap: bool = False) -> Kernel:
-    per_tile = queries_per_tile(group_size, num_queries, tiling(width, dtype).most_rows)
+    per_tile = most_queries(group_size, num_queries, tiling(width, dtype).most_rows)
     k_block = triton.next_power_of_2(width)
     choices = compile_options(per_tile, group_size, width, dtype)
     num_warps = choices.pop("num_warps")

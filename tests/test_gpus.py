@@ -13,7 +13,8 @@ from longspan.attention import select
 from longspan.attention.select import make_backend
 from longspan.config import EngineConfig
 from longspan.engine import gpus
-from longspan.engine.gpus import GPU, find_gpus, resolve_device
+from longspan.engine.engine import Engine
+from longspan.engine.gpus import GPU, choose_device, find_gpus
 from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
 from longspan.errors import ConfigError
 from longspan.models.compiled import compile_dense_
@@ -24,7 +25,7 @@ from longspan.worker.device import check_capability, check_memory, rank_backend,
 from tiny_models import load_reference, tiny_model
 
 GIB = 2**30
-H200 = GPU("NVIDIA H200", 140 * GIB, 141 * GIB)
+H200 = GPU("NVIDIA H200", (9, 0), 140 * GIB, 141 * GIB)
 
 
 def config(**options):
@@ -49,31 +50,65 @@ def visible(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        found = [GPU("NVIDIA H200", capability, 140 * GIB, 141 * GIB)] * count
+        monkeypatch.setattr(gpus, "find_gpus", lambda: list(found))
         return current
 
     return see
 
 
+def device_of(**options):
+    return choose_device(config(**options))[0]
+
+
 def test_auto_is_the_machines_gpus_and_else_the_cpu(visible):
-    assert resolve_device(config()) == "cpu"
+    assert device_of() == "cpu"
     visible(2)
-    assert resolve_device(config()) == "cuda"
-    assert resolve_device(config(device="cpu")) == "cpu"
-    assert resolve_device(config(attention_backend="cpu")) == "cpu"
-    assert resolve_device(config(executor="ray")) == "cpu", "where its workers are is not known here"
-    assert resolve_device(config(executor="ray", device="cuda")) == "cuda"
+    assert choose_device(config(context_parallel_size=2)) == ("cuda", [H200, H200])
+    assert choose_device(config(executor="threads", context_parallel_size=8)) == ("cuda", [H200])
+    assert device_of(device="cpu") == "cpu"
+    assert device_of(executor="ray") == "cpu", "where its workers are is not known here"
+    assert device_of(executor="ray", device="cuda") == "cuda"
     visible(0)
-    assert resolve_device(config()) == "cpu"
+    assert device_of() == "cpu"
+
+
+def test_auto_takes_the_cpu_where_gpus_are_too_few_or_too_old_or_the_config_needs_it(visible):
+    visible(1)
+    assert device_of(context_parallel_size=2) == "cpu"
+    for needs_it in (
+        {"attention_backend": "cpu"},
+        {"check_messages": True},
+        {"measure": "again"},
+        {"simulated_links": "nodes=0 latency_us=5 mbit_per_s=10"},
+    ):
+        assert device_of(**needs_it) == "cpu", needs_it
+    visible(1, capability=(7, 5))
+    assert device_of() == "cpu"
+
+
+def test_a_loaded_model_says_where_ranks_compute(visible):
+    visible(1)
+    model = torch.nn.Linear(2, 2)
+    assert choose_device(config(executor="threads"), model) == ("cpu", [])
+    with pytest.raises(ConfigError, match="device: got 'cuda' with a model on 'cpu', legal is the model's"):
+        choose_device(config(executor="threads", device="cuda"), model)
 
 
 def test_rejects_cuda_without_a_gpu_or_a_build_for_it(visible):
     with pytest.raises(ConfigError, match=r"device: got 'cuda' with PyTorch .*, a build for CPUs, legal is cpu"):
-        resolve_device(config(device="cuda"))
+        device_of(device="cuda")
     visible(0)
-    with pytest.raises(ConfigError, match="device: got 'cuda' on a machine where PyTorch sees no GPU, legal is cpu"):
-        resolve_device(config(device="cuda"))
+    with pytest.raises(ConfigError, match="device: got 'cuda' on a machine where PyTorch sees no usable GPU"):
+        device_of(device="cuda")
     with pytest.raises(ConfigError, match="PyTorch sees no GPU"):
         rank_device(config(device="cuda"), 0, {})
+
+
+def test_measuring_is_for_cpus(longspan):
+    outcome = longspan("topology", "recall", "--context-parallel-size", "2", "--device", "cuda")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "device: got 'cuda', legal is auto or cpu" in outcome.err
 
 
 def test_the_command_says_so(longspan):
@@ -116,9 +151,18 @@ def test_ranks_of_a_machine_take_its_gpus_in_order(visible):
 
 def test_rejects_more_ranks_than_gpus_and_old_gpus(visible):
     visible(2)
+    with pytest.raises(
+        ConfigError, match="context_parallel_size: got 3 with 2 GPUs, legal is one rank for each at most"
+    ):
+        device_of(device="cuda", context_parallel_size=3)
+    external = config(device="cuda", context_parallel_size=3, executor="external", listen="127.0.0.1:5000")
+    with pytest.raises(ConfigError, match="LOCAL_RANK: got 2 with 2 GPUs in sight of rank 2, legal is less"):
+        rank_device(external, 2, {"LOCAL_RANK": "2"})
     with pytest.raises(ConfigError, match="context_parallel_size: got 3 with 2 GPUs in sight of rank 2"):
         rank_device(config(device="cuda", context_parallel_size=3), 2, {})
     visible(1, capability=(7, 5))
+    with pytest.raises(ConfigError, match=r"device: got NVIDIA H200 of compute capability 7\.5"):
+        device_of(device="cuda")
     with pytest.raises(ConfigError, match=r"device: got NVIDIA H200 of compute capability 7\.5, legal is 8\.0 or"):
         rank_device(config(device="cuda"), 0, {})
     check_capability("A100", (8, 0))
@@ -126,7 +170,7 @@ def test_rejects_more_ranks_than_gpus_and_old_gpus(visible):
 
 def test_looks_at_gpus_in_a_process_of_its_own():
     assert find_gpus() == []  # what the real script says here
-    assert find_gpus("print('a warning'); print('[[\"H\", 5, 7]]')") == [GPU("H", 5, 7)]
+    assert find_gpus("print('a warning'); print('[[\"H\", [9, 0], 5, 7]]')") == [GPU("H", (9, 0), 5, 7)]
     with pytest.raises(ConfigError, match=r"device: got 'cuda', whose GPUs cannot be used \(RuntimeError: no driver\)"):
         find_gpus("raise RuntimeError('no driver')")
 
@@ -138,19 +182,16 @@ def test_gpus_that_do_not_answer_are_refused(monkeypatch):
 
 
 def test_kv_takes_what_a_gpu_has_left_beside_weights_and_a_step():
-    memory = gpu_cache_memory(None, [H200, GPU("H", 100 * GIB, 141 * GIB)], 2, spec_of(), 4096, 8192)
+    both = [H200, GPU("H", (9, 0), 100 * GIB, 141 * GIB)]
+    memory = gpu_cache_memory(None, both, spec_of(), 16 * GIB, 4096, 8192)
     assert 0.9 * 100 * GIB - 16 * GIB - CONTEXT_BYTES - 2 * GIB < memory < 0.9 * 100 * GIB - 16 * GIB - CONTEXT_BYTES
-    assert gpu_cache_memory(5 * GIB, [H200], 1, spec_of(), 4096, 8192) == 5 * GIB
+    assert gpu_cache_memory(5 * GIB, [H200], spec_of(), 16 * GIB, 4096, 8192) == 5 * GIB
 
 
 @pytest.mark.parametrize(
     ("asked", "weight_bytes", "message"),
     [
-        (
-            None,
-            140 * GIB,
-            rf"kv_cache_memory: got none, legal is at most 0 bytes per rank: NVIDIA H200 has {140 * GIB}",
-        ),
+        (None, 140 * GIB, rf"kv_cache_memory: got none, legal is at most 0 bytes .* NVIDIA H200 has {140 * GIB} bytes"),
         (
             120 * GIB,
             16 * GIB,
@@ -160,23 +201,40 @@ def test_kv_takes_what_a_gpu_has_left_beside_weights_and_a_step():
 )
 def test_rejects_memory_that_is_not_there_with_numbers(asked, weight_bytes, message):
     with pytest.raises(ConfigError, match=message):
-        gpu_cache_memory(asked, [H200], 1, spec_of(weight_bytes=weight_bytes), 4096, 8192)
-    with pytest.raises(
-        ConfigError, match="context_parallel_size: got 2 with 1 GPU, legal is one rank for each at most"
-    ):
-        gpu_cache_memory(None, [H200], 2, spec_of(), 4096, 8192)
+        gpu_cache_memory(asked, [H200], spec_of(), weight_bytes, 4096, 8192)
+
+
+def test_an_engine_cuts_a_gpus_memory_into_ranks_and_pages(visible, monkeypatch):
+    visible(2)
+    seen = []
+
+    def start(self, **_):
+        seen.append((self.config.device, self.config.kv_cache_memory, self.spec.kv_groups[0].spec.dtype))
+
+    monkeypatch.setattr(Engine, "_start_until_ready", start)
+    model = tiny_model("llama").path
+    Engine(EngineConfig(model=model, context_parallel_size=2))
+    Engine(EngineConfig(model=model, context_parallel_size=4, executor="threads", device="cuda", dtype="float32"))
+    (device, whole, dtype), (_, quarter, _) = seen
+    assert (device, dtype) == ("cuda", "bfloat16")
+    assert 0.9 * 140 * GIB - 2 * CONTEXT_BYTES < whole < 0.9 * 140 * GIB - CONTEXT_BYTES
+    assert whole // 5 < quarter < whole // 4
+    remote = {"executor": "external", "listen": "127.0.0.1:5000", "device": "cuda", "context_parallel_size": 2}
+    with pytest.raises(ConfigError, match="kv_cache_memory: got none with executor 'external' and device 'cuda'"):
+        Engine(EngineConfig(model=model, **remote))
 
 
 def test_a_rank_checks_its_own_gpus_memory_before_it_loads(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (17 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     device = torch.device("cuda", 0)
-    check_memory(spec_of(), (100,), 64, device)
+    check_memory(spec_of(), 16 * GIB, (100,), 64, device)
     with pytest.raises(
         ConfigError, match=rf"weights of {16 * GIB} bytes, legal is what fits into the {17 * GIB} bytes"
     ):
-        check_memory(spec_of(), (10**6,), 64, device)
-    check_memory(spec_of(), (10**6,), 64, torch.device("cpu"))
+        check_memory(spec_of(), 16 * GIB, (10**6,), 64, device)
+    check_memory(spec_of(), 16 * GIB, (10**6,), 64, torch.device("cpu"))
+    check_memory(spec_of(), 0, (4000,), 64, device)  # with weights that are there already
 
 
 def test_rejects_a_model_that_the_kernels_do_not_take():

@@ -15,6 +15,8 @@ from longspan.types import AttentionParams, KVGroup
 TOLERANCE = {"bfloat16": 0.05, "float16": 0.02, "float32": 0.001}
 """Of outputs and log-sum-exps of standard normal numbers, several times what the dtype rounds."""
 
+NUM_KEYS = 1100
+
 
 def check_against_reference(
     backend: AttentionBackend, group: KVGroup, params: AttentionParams, device: torch.device | str
@@ -32,18 +34,20 @@ def check_against_reference(
     """
     spec, generator = group.spec, torch.Generator().manual_seed(1)
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    q = torch.randn(9, group.num_query_heads, spec.k_width, generator=generator).to(device, dtype)
-    k = torch.randn(spec.num_kv_heads, 150, spec.k_width, generator=generator).to(device, dtype)
-    v = torch.randn(spec.num_kv_heads, 150, spec.v_width, generator=generator).to(device, dtype)
+    q = torch.randn(150, group.num_query_heads, spec.k_width, generator=generator).to(device, dtype)
+    k = torch.randn(spec.num_kv_heads, NUM_KEYS, spec.k_width, generator=generator).to(device, dtype)
+    v = torch.randn(spec.num_kv_heads, NUM_KEYS, spec.v_width, generator=generator).to(device, dtype)
+    edge = Visibility.CAUSAL if params.window is None else Visibility.BAND
     segments = [
         RowSegment(0, 6, 100, 0, 100, None, Visibility.FULL),
         RowSegment(0, 6, 100, 100, 6, 100, Visibility.CAUSAL),
         RowSegment(6, 1, 50, 110, 40, None, Visibility.FULL),
-    ]  # and nothing for row 7
-    if params.window is None:
-        segments.append(RowSegment(8, 1, 120, 0, 40, 100, Visibility.CAUSAL))
-    else:
-        segments.append(RowSegment(8, 1, 120, 0, 40, 100, Visibility.BAND))
+        RowSegment(7, 1, 120, 0, 40, 100, edge),
+        # nothing for row 8; a chunk that is long enough for every kernel of prefill, and a decode for several splits
+        RowSegment(9, 140, 800, 0, 170, None, Visibility.FULL),
+        RowSegment(9, 140, 800, 300, 140, 800, Visibility.CAUSAL),
+        RowSegment(149, 1, NUM_KEYS, 0, NUM_KEYS, None, Visibility.FULL),
+    ]
     found = backend.partial_attention(q, k, v, segments, params)
     expected = ReferenceBackend().partial_attention(q.float(), k.float(), v.float(), segments, params)
     for what, ours, right in (("outputs", found.out, expected.out), ("log-sum-exps", found.lse, expected.lse)):

@@ -1,4 +1,4 @@
-"""FlashInfer's prefill kernels: on Hopper its template of FlashAttention-3, the fastest known there.
+"""FlashInfer's prefill kernels: on Hopper its template of FlashAttention-3.
 
 Holds the library's edges; the only file that imports it. Must not know segments.
 Read next: `longspan.attention.dense`, which calls it.

@@ -15,7 +15,7 @@ from torch import Tensor
 from longspan.attention.base import RowSegment, RowSegments, check_arguments, empty_like_queries
 from longspan.attention.partial import PartialAttention
 from longspan.attention.tiles import Table, TileTables, tile_tables
-from longspan.triton_kernels.attention import Tiling, attention, queries_per_tile, tiling
+from longspan.triton_kernels.attention import Tiling, attention, most_queries, tiling
 from longspan.triton_kernels.launch import can_run
 from longspan.triton_kernels.merge import merge
 from longspan.types import AttentionParams, KVSpec
@@ -87,7 +87,7 @@ class TritonBackend:
             work.key_tiles,
             outs,
             lses,
-            rows_per_tile=work.queries_per_tile,
+            queries_per_tile=work.queries_per_tile,
             scale=params.scale,
             softcap=params.softcap,
             window=params.window,
@@ -115,7 +115,7 @@ def _work(
         tables = tile_tables(
             segments,
             num_rows,
-            queries_per_tile=queries_per_tile(group_size, max(s.num_queries for s in segments), sizes.most_rows),
+            queries_per_tile=most_queries(group_size, max(s.num_queries for s in segments), sizes.most_rows),
             keys_per_tile=sizes.keys,
             window=window,
         )

@@ -35,6 +35,8 @@ def topology(model: str, save: str | None, as_json: bool, **options: Any) -> Non
         raise ConfigError("executor: got 'threads', legal is processes, external or ray: threads never measure")
     if config.measure == "never":
         raise ConfigError("measure: got 'never', legal is auto or again")
+    if config.device == "cuda":
+        raise ConfigError("device: got 'cuda', legal is auto or cpu: ranks on GPUs do not measure themselves")
     if config.topology is None:
         config = msgspec.structs.replace(config, measure="again")
 

@@ -76,7 +76,8 @@ class DistributedCommunicator(GroupCommunicator):
             init_method: where the ranks meet, as torch.distributed takes it (`file:///...`, `tcp://host:port`, `env://`).
             timeout_s: longest wait for a peer in every exchange; joining may take `JOIN_TIMEOUT_S` at least.
             backend: of torch.distributed.
-            device: the GPU that a backend for GPUs connects at once, or None.
+            device: this rank's, of a backend whose exchanges have no other deadline: a GPU is connected at once, and
+                `timeout_s` holds for the whole group. None for a backend that waits with a deadline each time.
 
         Raises:
             CommunicationError: not all ranks came.

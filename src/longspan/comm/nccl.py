@@ -9,12 +9,15 @@ Note [Waiting on a GPU]
     was launched before, run meanwhile. So a local partial that is launched between `exchange` and `wait` overlaps with
     the exchange, whose kernels are on NCCL's own stream, and exchanges may be part of a CUDA graph.
 
-    No Python code can be waiting for a message then, so none can raise when it does not come: PyTorch's watchdog looks
-    at every exchange, and ends the process when one has taken `timeout_s`; the driver sees a lost rank.
+    `wait` gives no deadline to PyTorch: with one it would poll in this thread until all has arrived, which takes a
+    millisecond at least and may not happen in a capture. So no Python code raises when a message does not come.
+    PyTorch's watchdog ends the process when an exchange has taken `timeout_s` since it was launched, so that a step's
+    exchanges have that long together. It does not see those that a graph repeats: there the driver ends ranks that owe
+    an answer and get no further (`longspan.engine.failures`).
+    Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp, `WorkNCCL::wait` and `workEnqueue`.
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -45,7 +48,7 @@ class NCCLCommunicator(DistributedCommunicator):
             size: ranks in the group.
             init_method: where the ranks meet, as torch.distributed takes it (`file:///...`, `tcp://host:port`, `env://`).
             device: this rank's GPU, no other's.
-            timeout_s: longest time of an exchange.
+            timeout_s: longest time of an exchange, from its launch.
             backend: of torch.distributed; another one is for tests.
 
         Raises:
@@ -67,21 +70,21 @@ class NCCLCommunicator(DistributedCommunicator):
             if tensor.numel()
         ]
         if not ops:
-            return _PendingBatch(self.rank, [], self._timeout_s)
+            return _PendingBatch(self.rank, [])
         try:
             works = dist.batch_isend_irecv(ops)  # together: one after another, two ranks could wait for each other
         except RuntimeError as error:
             raise CommunicationError(f"rank {self.rank}: {len(ops)} messages could not be started: {error}") from error
-        return _PendingBatch(self.rank, works, self._timeout_s)
+        return _PendingBatch(self.rank, works)
 
 
 class _PendingBatch:
-    def __init__(self, rank: int, works: Sequence[dist.Work], timeout_s: float) -> None:
-        self._rank, self._works, self._timeout = rank, works, timedelta(seconds=timeout_s)
+    def __init__(self, rank: int, works: Sequence[dist.Work]) -> None:
+        self._rank, self._works = rank, works
 
     def wait(self) -> None:
         for work in self._works:
             try:
-                work.wait(self._timeout)
+                work.wait()
             except RuntimeError as error:
                 raise CommunicationError(f"rank {self._rank}: an exchange failed: {error}") from error

@@ -268,7 +268,7 @@ class FixedAttention:
             part.key_tiles,
             outs,
             lses,
-            rows_per_tile=1,
+            queries_per_tile=1,
             scale=params.scale,
             softcap=params.softcap,
             window=params.window,

@@ -19,7 +19,7 @@ from msgspec import structs
 from longspan.config import REMOTE_EXECUTORS, EngineConfig
 from longspan.engine.costs import file_costs, find_costs, use_costs
 from longspan.engine.executor import Executor
-from longspan.engine.gpus import find_gpus, resolve_device
+from longspan.engine.gpus import GPU, choose_device
 from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.launcher import Launcher
 from longspan.engine.memory import gpu_cache_memory, kv_cache_memory
@@ -72,13 +72,14 @@ class Engine:
             raise ConfigError(f"platform: got {sys.platform!r}, legal is 'linux'")
         if model is not None and config.executor != "threads":
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
-        config = structs.replace(config, device=resolve_device(config))
+        device, gpus = choose_device(config, model)
+        config = structs.replace(config, device=device)
         model_config, generation_config = load_config(config.model)
-        spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, torch.device(config.device)))
+        spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, torch.device(device)))
         groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
         self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups))
         self._hidden_size: int = model_config.get_text_config().hidden_size
-        memory = self._kv_cache_memory(config)
+        memory = self._kv_cache_memory(config, gpus, is_loaded=model is not None)
         self.config = config = structs.replace(config, kv_cache_memory=memory)
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
@@ -103,22 +104,23 @@ class Engine:
         self._earlier: dict[int, RankResult] = {}  # the same, of ranks that were lost
         self._start_until_ready(may_lose_ranks=False)
 
-    def _kv_cache_memory(self, config: EngineConfig) -> int:
+    def _kv_cache_memory(self, config: EngineConfig, gpus: Sequence[GPU], *, is_loaded: bool) -> int:
         """Bytes per rank."""
-        size = config.context_parallel_size
+        asked, size = config.kv_cache_memory, config.context_parallel_size
         if config.device == "cpu":
-            return kv_cache_memory(config.kv_cache_memory, size)
+            return kv_cache_memory(asked, size)
         if config.executor in REMOTE_EXECUTORS:
-            if config.kv_cache_memory is None:
+            if asked is None:
                 raise ConfigError(
                     f"kv_cache_memory: got none with executor {config.executor!r} and device 'cuda', legal is a size: "
                     "the GPUs are elsewhere"
                 )
-            return config.kv_cache_memory
-        num_gpus = 1 if config.executor == "threads" else size  # threads share the first
-        tokens = config.max_num_batched_tokens
-        memory = gpu_cache_memory(config.kv_cache_memory, find_gpus(), num_gpus, self.spec, self._hidden_size, tokens)
-        return memory // (size // num_gpus) if config.kv_cache_memory is None else memory
+            return asked
+        sharing = size // len(gpus)  # threads share one
+        weight_bytes = 0 if is_loaded else self.spec.weight_bytes
+        together = None if asked is None else asked * sharing
+        tokens = config.max_num_batched_tokens * sharing
+        return gpu_cache_memory(together, gpus, self.spec, weight_bytes, self._hidden_size, tokens) // sharing
 
     def _start_ranks(self, launcher: Launcher | None, costs: Costs | None) -> tuple[Executor, Costs | None]:
         """Ranks that are ready, and what they can do.

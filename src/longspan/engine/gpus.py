@@ -10,9 +10,12 @@ import sys
 
 import msgspec
 import torch
+from msgspec import structs
 
+from longspan.attention.select import MIN_CAPABILITY
 from longspan.config import REMOTE_EXECUTORS, EngineConfig
 from longspan.errors import ConfigError
+from longspan.worker.device import check_capability
 
 LOOK_S = 120.0
 """Longest look. A driver that is loaded for the first time takes seconds, torch's libraries from a cold disk more."""
@@ -20,7 +23,9 @@ LOOK_S = 120.0
 _SCRIPT = """
 import json, torch
 gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-print(json.dumps([(torch.cuda.get_device_name(gpu), *torch.cuda.mem_get_info(gpu)) for gpu in gpus]))
+facts = [(torch.cuda.get_device_name(gpu), torch.cuda.get_device_capability(gpu), *torch.cuda.mem_get_info(gpu))
+         for gpu in gpus]
+print(json.dumps(facts))
 """
 
 
@@ -28,28 +33,61 @@ class GPU(msgspec.Struct, frozen=True, array_like=True):
     """One of them."""
 
     name: str
+    capability: tuple[int, int]
+    """Compute capability, major and minor."""
     free_bytes: int
     total_bytes: int
 
 
-def resolve_device(config: EngineConfig) -> str:
-    """`cpu` or `cuda`: what was asked for, or what this machine has.
+def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) -> tuple[str, list[GPU]]:
+    """What ranks compute on.
+
+    Args:
+        config: with `auto`, ranks go where a loaded model is, or else on this machine's GPUs, if there is one for each,
+            none is too old, and the config asks for nothing that only a CPU does.
+        model: that is loaded already, or None.
+
+    Returns:
+        `cpu` or `cuda`, and the GPUs that ranks of this machine take, in their order.
 
     Raises:
-        ConfigError: this machine has no GPU that PyTorch can use, and ranks would run here.
+        ConfigError: GPUs were asked for, and are not there, or the model is elsewhere.
     """
-    if config.executor in REMOTE_EXECUTORS:
-        return "cpu" if config.device == "auto" else config.device
-    if config.device == "cpu" or torch.version.cuda is None:
-        if config.device == "cuda":
-            raise ConfigError(f"device: got 'cuda' with PyTorch {torch.__version__}, a build for CPUs, legal is cpu")
-        return "cpu"
-    count = torch.cuda.device_count()  # through NVML, without a context
+    if model is not None:
+        holds = next(model.parameters()).device.type
+        if config.device not in ("auto", holds):
+            raise ConfigError(f"device: got {config.device!r} with a model on {holds!r}, legal is the model's")
+        config = structs.replace(config, device=holds)
+    is_remote = config.executor in REMOTE_EXECUTORS
+    if is_remote or config.device == "cpu":
+        return ("cuda" if config.device == "cuda" else "cpu"), []
+    needed = 1 if config.executor == "threads" else config.context_parallel_size  # threads share the first
     if config.device == "auto":
-        return "cuda" if count and config.attention_backend != "cpu" else "cpu"
-    if count == 0:
-        raise ConfigError("device: got 'cuda' on a machine where PyTorch sees no GPU, legal is cpu")
-    return "cuda"
+        only_on_a_cpu = (
+            config.attention_backend == "cpu"
+            or config.check_messages
+            or config.simulated_links is not None
+            or config.measure == "again"
+        )
+        # NVML counts without a context; a build for CPUs has none to count.
+        if only_on_a_cpu or torch.version.cuda is None or torch.cuda.device_count() < needed:
+            return "cpu", []
+        gpus = find_gpus()[:needed]
+        are_fit = len(gpus) == needed and all(gpu.capability >= MIN_CAPABILITY for gpu in gpus)
+        return ("cuda", gpus) if are_fit else ("cpu", [])
+    if torch.version.cuda is None:
+        raise ConfigError(f"device: got 'cuda' with PyTorch {torch.__version__}, a build for CPUs, legal is cpu")
+    gpus = find_gpus()
+    if not gpus:
+        raise ConfigError("device: got 'cuda' on a machine where PyTorch sees no usable GPU, legal is cpu")
+    if len(gpus) < needed:
+        raise ConfigError(
+            f"context_parallel_size: got {needed} with {len(gpus)} GPU{'s' * (len(gpus) != 1)}, legal is one rank for "
+            "each at most, or device cpu"
+        )
+    for gpu in gpus[:needed]:
+        check_capability(gpu.name, gpu.capability)
+    return "cuda", gpus[:needed]
 
 
 def find_gpus(script: str = _SCRIPT) -> list[GPU]:

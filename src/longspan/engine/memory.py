@@ -42,40 +42,30 @@ or so, attention in float32 and its queries as many, and what is exchanged the r
 
 
 def gpu_cache_memory(
-    asked: int | None,
-    gpus: Sequence[GPU],
-    num_ranks: int,
-    spec: ModelSpec,
-    hidden_size: int,
-    max_num_batched_tokens: int,
+    asked: int | None, gpus: Sequence[GPU], spec: ModelSpec, weight_bytes: int, hidden_size: int, num_tokens: int
 ) -> int:
-    """Bytes of one rank's KV on a GPU of its own.
+    """Bytes of KV on a GPU, for all ranks that share it.
 
     Args:
         asked: by the user; None takes what is left of the GPU with the least free memory.
-        gpus: of this machine, a rank on each in their order.
-        num_ranks: how many.
+        gpus: those that ranks take.
         spec: the model's facts.
+        weight_bytes: that are to be loaded.
         hidden_size: of the model.
-        max_num_batched_tokens: most tokens of a step.
+        num_tokens: most tokens of a step.
 
     Raises:
-        ConfigError: there are fewer GPUs than ranks, or no room beside the weights.
+        ConfigError: there is no room beside the weights.
     """
-    if len(gpus) < num_ranks:
+    least = min(gpus, key=lambda gpu: gpu.free_bytes)
+    step_bytes = STEP_WIDTHS * hidden_size * spec.kv_groups[0].spec.itemsize_bytes * num_tokens
+    left = int(GPU_SHARE * least.free_bytes) - weight_bytes - CONTEXT_BYTES - step_bytes
+    one_page = min(group.token_bytes for group in spec.kv_groups)  # more, but `pool_pages` knows how much
+    if (one_page if asked is None else asked) > left:
         raise ConfigError(
-            f"context_parallel_size: got {num_ranks} with {len(gpus)} GPU{'s' * (len(gpus) != 1)}, legal is one rank "
-            "for each at most"
-        )
-    least = min(gpus[:num_ranks], key=lambda gpu: gpu.free_bytes)
-    itemsize = spec.kv_groups[0].spec.itemsize_bytes
-    step_bytes = STEP_WIDTHS * hidden_size * itemsize * max_num_batched_tokens
-    left = int(GPU_SHARE * least.free_bytes) - spec.weight_bytes - CONTEXT_BYTES - step_bytes
-    if (asked or 1) > left:
-        raise ConfigError(
-            f"kv_cache_memory: got {asked or 'none'}, legal is at most {max(0, left)} bytes per rank: {least.name} has "
-            f"{least.free_bytes} bytes free, and besides weights of {spec.weight_bytes} bytes a step needs about "
-            f"{CONTEXT_BYTES + step_bytes}"
+            f"kv_cache_memory: got {asked or 'none'}, legal is at most {max(0, left)} bytes for a GPU: {least.name} "
+            f"has {least.free_bytes} bytes free, and besides weights of {weight_bytes} bytes a step needs about "
+            f"{CONTEXT_BYTES + step_bytes}; or device cpu"
         )
     return left if asked is None else asked
 

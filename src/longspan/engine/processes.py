@@ -199,9 +199,9 @@ def _interrupt_blocked() -> Iterator[None]:
 
 
 def _environment(num_threads: int) -> dict[str, str]:
-    """Environment of workers: their compute threads, gloo on the loopback interface, and nothing said but errors."""
+    """Environment of workers: compute threads, gloo and NCCL on the loopback interface, nothing said but errors."""
     threads = str(num_threads)
-    defaults = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    defaults = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if not os.environ.get("LONGSPAN_DEBUG"):
         defaults["PYTHONWARNINGS"] = "ignore"
     forced = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}

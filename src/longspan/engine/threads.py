@@ -32,12 +32,12 @@ class ThreadExecutor:
     def __init__(self, start: Start, model: torch.nn.Module | None = None) -> None:
         """Load the model (or take one that is loaded) and start the ranks."""
         torch.set_num_threads(start.config.num_threads)
-        tools = open_rank(start, 0)
-        model = load_weights(start, tools.device, show_progress=False) if model is None else model.to(tools.device)
+        size = start.config.context_parallel_size
+        tools = open_rank(start, 0, ranks_on_device=size, is_loaded=model is not None)
+        model = load_weights(start, tools.device, show_progress=False) if model is None else model
         self._pending = PendingPlans()
         self._inboxes: list[queue.SimpleQueue[Plan | None]] = []
         self._threads: list[threading.Thread] = []
-        size = start.config.context_parallel_size
         comms = thread_group(size, timeout_s=start.config.exchange_timeout_s)
         comms = [with_options(comm, start) for comm in comms]
         self.runners = [build_runner(start, model, comm, tools.backend) for comm in comms]

@@ -239,7 +239,7 @@ def tiling(width: int, dtype: torch.dtype) -> Tiling:
     return Tiling(128, 64, 3) if width <= 128 else Tiling(64, 64, 2)
 
 
-def queries_per_tile(group_size: int, num_queries: int, most_rows: int) -> int:
+def most_queries(group_size: int, num_queries: int, most_rows: int) -> int:
     """How many queries a tile may have: times the heads of a group they are rows of one matrix.
 
     Args:
@@ -260,7 +260,7 @@ def attention(
     out: Tensor,
     lse: Tensor,
     *,
-    rows_per_tile: int,
+    queries_per_tile: int,
     scale: float,
     softcap: float | None,
     window: int | None,
@@ -271,11 +271,11 @@ def attention(
         q: [T, H, D] bfloat16, float16 or float32; contiguous in the last dimension.
         k: [Hkv, rows, D], dtype of `q`; contiguous in the last dimension.
         v: [Hkv, rows, Dv], likewise.
-        query_tiles: [m, 7] int32, see Note [Tables]; of at most `rows_per_tile` queries each.
+        query_tiles: [m, 7] int32, see Note [Tables]; of at most `queries_per_tile` queries each.
         key_tiles: [n, 4] int32; of at most as many keys as `tiling` says.
         out: [splits, T, H, Dv] float32, written in the rows of query tiles: 0 where a split saw no key.
         lse: [splits, T, H] float32, natural log, written likewise: -inf where a split saw no key.
-        rows_per_tile: times H / Hkv it fits into 16 rows, or a larger power of two.
+        queries_per_tile: times H / Hkv it fits into 16 rows, or a larger power of two.
         scale: of the scores.
         softcap: or None.
         window: tokens of a band, for key tiles of BAND.
@@ -320,14 +320,14 @@ def attention(
             V_BLOCK=v_block,
             HAS_SOFTCAP=softcap is not None,
             UPCAST=INTERPRETED and q.dtype is not torch.float32,
-            **compile_options(rows_per_tile, group_size, max(k_width, v_width), q.dtype),
+            **compile_options(queries_per_tile, group_size, max(k_width, v_width), q.dtype),
         )
 
 
-def compile_options(rows_per_tile: int, group_size: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+def compile_options(queries_per_tile: int, group_size: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time choices of a launch. Args: as `attention` and `tiling` take them."""
     sizes = tiling(width, dtype)
-    rows = max(16, triton.next_power_of_2(rows_per_tile * group_size))
+    rows = max(16, triton.next_power_of_2(queries_per_tile * group_size))
     return {
         "BLOCK_M": rows,
         "BLOCK_N": sizes.keys,

@@ -30,8 +30,14 @@ class RankTools(NamedTuple):
     backend: AttentionBackend
 
 
-def open_rank(start: Start, rank: int) -> RankTools:
+def open_rank(start: Start, rank: int, *, ranks_on_device: int = 1, is_loaded: bool = False) -> RankTools:
     """This rank's device and attention kernels, checked. Rank 0 says which, if it is a GPU.
+
+    Args:
+        start: what the driver said.
+        rank: this one.
+        ranks_on_device: how many ranks share it, and one set of weights.
+        is_loaded: whether the weights are there.
 
     Raises:
         ConfigError: they are not there, or do not take the model, or memory is too small.
@@ -39,7 +45,8 @@ def open_rank(start: Start, rank: int) -> RankTools:
     """
     config = start.config
     device = rank_device(config, rank, os.environ)
-    check_memory(start.spec, start.num_pages, config.page_size, device)
+    num_pages = [pages * ranks_on_device for pages in start.num_pages]
+    check_memory(start.spec, 0 if is_loaded else start.spec.weight_bytes, num_pages, config.page_size, device)
     backend = rank_backend(config, start.spec, device)
     if device.type == "cuda" and rank == 0:
         name = torch.cuda.get_device_name(device)
@@ -50,7 +57,10 @@ def open_rank(start: Start, rank: int) -> RankTools:
 def load_weights(start: Start, device: torch.device, *, show_progress: bool) -> torch.nn.Module:
     """The model, with weights."""
     dtype = resolve_dtype(start.config.dtype, device)
-    return load_model(start.config.model, dtype, show_progress=show_progress, device=device)
+    model = load_model(start.config.model, dtype, show_progress=show_progress, device=device)
+    if start.config.compile_dense:
+        compile_dense_(model)
+    return model
 
 
 def with_options(comm: Communicator, start: Start) -> Communicator:
@@ -78,8 +88,6 @@ def build_runner(
     dense_threads: Callable[[Plan, int], int] | None = None,
 ) -> ModelRunner:
     """A rank that is ready for plans. Args: `dense_threads` as `ModelRunner` takes it."""
-    if start.config.compile_dense:
-        compile_dense_(model)
     return ModelRunner(
         model,
         start.spec,

@@ -4,7 +4,7 @@ Holds the checks. Must not know plans, schedulers or how ranks start.
 Read next: `longspan.worker.build`, which calls them; `longspan.engine.gpus`, what the driver looks at.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -36,10 +36,12 @@ def rank_device(config: EngineConfig, rank: int, environment: Mapping[str, str])
         index = rank
     elif config.executor == "external":
         index = int(environment.get("LOCAL_RANK", "0"))
+    if index >= count and config.executor == "external":
+        raise ConfigError(f"LOCAL_RANK: got {index} with {count} GPUs in sight of rank {rank}, legal is less")
     if index >= count:
         raise ConfigError(
             f"context_parallel_size: got {config.context_parallel_size} with {count} GPU{'s' * (count > 1)} in sight "
-            f"of rank {rank}, legal is a GPU for every rank"
+            f"of rank {rank}, legal is a GPU for every rank, or device cpu"
         )
     device = torch.device("cuda", index)
     check_capability(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
@@ -52,7 +54,8 @@ def check_capability(name: str, capability: tuple[int, int]) -> None:
     if capability < MIN_CAPABILITY:
         needed = ".".join(map(str, MIN_CAPABILITY))
         raise ConfigError(
-            f"device: got {name} of compute capability {capability[0]}.{capability[1]}, legal is {needed} or later"
+            f"device: got {name} of compute capability {capability[0]}.{capability[1]}, legal is {needed} or later, "
+            "or device cpu"
         )
 
 
@@ -76,14 +79,27 @@ def rank_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) ->
     return backend
 
 
-def check_memory(spec: ModelSpec, num_pages: tuple[int, ...], page_size: int, device: torch.device) -> None:
-    """Raises: ConfigError, if weights and pools have no room on a GPU."""
+def check_memory(
+    spec: ModelSpec, weight_bytes: int, num_pages: Sequence[int], page_size: int, device: torch.device
+) -> None:
+    """Whether weights and pools have room on a GPU.
+
+    Args:
+        spec: the model's facts.
+        weight_bytes: that are to be loaded.
+        num_pages: per KV group, of all ranks that share the device.
+        page_size: tokens per page.
+        device: this rank's.
+
+    Raises:
+        ConfigError: they have not.
+    """
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
     pools = sum(pages * page_size * group.token_bytes for group, pages in zip(spec.kv_groups, num_pages, strict=True))
-    if spec.weight_bytes + pools > free:
+    if weight_bytes + pools > free:
         raise ConfigError(
-            f"kv_cache_memory: got pools of {pools} bytes beside weights of {spec.weight_bytes} bytes, legal is what "
+            f"kv_cache_memory: got pools of {pools} bytes beside weights of {weight_bytes} bytes, legal is what "
             f"fits into the {free} bytes that are free on {torch.cuda.get_device_name(device)} (of {total})"
         )

@@ -5,10 +5,9 @@ are sampled with. No GPU has captured one yet; what they repeat is tested withou
 Read next: `longspan.cp.fixed`, the buffers and attention.
 
 Note [Capture]
-    A decode step of an 8 B model is some 500 launches of a few microseconds each; launched one by one they take longer
-    than the GPU needs for them. A graph repeats them with one launch. The first step of a shape runs as it is: kernels
-    are compiled then, and NCCL sets up its channels, neither of which may happen in a capture. Ranks of one plan may
-    disagree on whether they replay, launch or capture: the messages are the same.
+    A decode step of a model of 32 layers is several hundred launches. A graph repeats them with one. The first of a
+    shape runs as it is: kernels are compiled then, and NCCL sets up its channels, neither of which may happen in a
+    capture. Ranks of one plan may disagree on whether they replay, launch or capture: the messages are the same.
 """
 
 from collections import Counter, OrderedDict

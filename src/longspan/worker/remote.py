@@ -78,7 +78,7 @@ def run_remote(place: Place, driver: str, secret: Secret, interface: str | None,
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.simplefilter("ignore")
     if interface is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
     link, me, progress = WorkerLink(driver, secret), hello(place.rank, place.world_size), Progress()
     try:
         address = interface_address(interface) if interface else address_towards(place.master_address)
