@@ -15,14 +15,17 @@ cannot be saved.
 """
 
 import argparse
+import gc
 import json
 import os
+import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-if "--smoke" in os.sys.argv:  # before Triton is imported
+if "--smoke" in sys.argv:  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
@@ -78,7 +81,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=8192, help="most tokens of a step")
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/")
+    parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/, after every part")
+    parser.add_argument("--out", type=Path, help="with --save: write it to this file")
     chosen = parser.parse_args()
     unknown = [part for part in chosen.parts.split(",") if part not in PARTS]
     if unknown:
@@ -144,8 +148,6 @@ class Llama:
 
 
 def run_request(engine: Engine, prompt: list[int], num_tokens: int) -> Timing:
-    import time
-
     started = first = time.perf_counter()
     request = engine.add_request(prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
     while engine.has_requests:
@@ -180,8 +182,8 @@ def measure_engine(chosen: argparse.Namespace, ceilings: Ceilings, device: torch
         if chosen.smoke:
             del variants["graphs, compiled"]  # it is for GPUs
         rate = 0.0  # flops per second of the longest prefill so far
-        for name in chosen.lengths.split(","):
-            for variant, extra in variants.items():
+        for variant, extra in variants.items():  # compiled last: the model stays compiled
+            for name in chosen.lengths.split(","):
                 if variant != "graphs" and name == "longest":
                     continue
                 config = EngineConfig(
@@ -193,9 +195,10 @@ def measure_engine(chosen: argparse.Namespace, ceilings: Ceilings, device: torch
                     max_num_batched_tokens=chosen.chunk,
                     enable_prefix_caching=False,
                     page_size=64,
-                    kv_cache_memory=kv_memory(llama, device),
+                    kv_cache_memory=1 << 22 if chosen.smoke else None,
                     **extra,
                 )
+                free_caches(device)
                 with Engine(config, llama.module) as engine:
                     length = longest(engine, llama, rate, chosen) if name == "longest" else parse_tokens(name)
                     if length + num_tokens > tokens_that_fit(engine):
@@ -216,16 +219,15 @@ def measure_engine(chosen: argparse.Namespace, ceilings: Ceilings, device: torch
                         "x floor of bytes": timing.tpot_s * ceilings.copy_bytes_per_s / num_bytes,
                     }
                 )
-                print_rows(rows[-1:])
+                print_table(rows[-1:])
     return rows
 
 
-def kv_memory(llama: Llama, device: torch.device) -> int:
-    """What is left of the GPU, less what a step takes."""
-    if device.type == "cpu":
-        return 1 << 22
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(0.85 * free)
+def free_caches(device: torch.device) -> None:
+    """Give what earlier engines had back to the GPU: an engine looks at what is free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def tokens_that_fit(engine: Engine) -> int:
@@ -252,8 +254,7 @@ def measure_scaling(chosen: argparse.Namespace, device: torch.device) -> list[di
         llama.module.save_pretrained(directory)
         vocab_size = llama.config.vocab_size
         del llama
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_caches(device)
         alone: Timing | None = None
         for count in counts:
             config = EngineConfig(
@@ -284,12 +285,17 @@ def measure_scaling(chosen: argparse.Namespace, device: torch.device) -> list[di
                         "tokens as one rank": alone is not None and timing.token_ids == alone.token_ids,
                     }
                 )
-                print_rows(rows[-1:])
+                print_table(rows[-1:])
     return rows
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    print_table(rows)
+def save(result: dict[str, Any], chosen: argparse.Namespace) -> None:
+    """If asked to; after every part, so that nothing is lost with a later one."""
+    if chosen.save:
+        gpu = result["hardware"]["gpu"].lower().replace(" ", "-")
+        path = chosen.out or RESULTS / f"gpu-{datetime.now(UTC).strftime('%Y-%m-%d')}-{gpu}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -317,7 +323,8 @@ def main() -> None:
         print(f"{name:<40} {value:.4g}")
     if "checks" in parts:
         result["checks"] = [row for backend in found.values() for row in gpu_kernels.check(backend, sizes, device)]
-        print_rows(result["checks"])
+        print_table(result["checks"])
+        save(result, chosen)
     if "kernels" in parts:
         rows: list[dict[str, Any]] = []
         for name, backend in found.items():
@@ -327,25 +334,24 @@ def main() -> None:
                 rows += gpu_kernels.measure_decode(backend, sizes, ceilings, device)
         rows += gpu_kernels.measure_merge(sizes, ceilings, device)
         result["kernels"] = rows
-        print_rows(rows)
+        print_table(rows)
+        save(result, chosen)
     if "engine" in parts:
         result["engine"] = measure_engine(chosen, ceilings, device)
+        save(result, chosen)
     if "share" in parts:
         result["share"] = [
             row
             for name, backend in found.items()
             for row in gpu_kernels.measure_share(backend, sizes, ceilings, device)
         ]
-        print_rows(result["share"])
+        print_table(result["share"])
+        save(result, chosen)
     if "scaling" in parts:
         result["scaling"] = measure_scaling(chosen, device)
-    text = json.dumps(result, indent=1)
+    save(result, chosen)
     if chosen.json:
-        print(text)
-    if chosen.save:
-        gpu = result["hardware"]["gpu"].lower().replace(" ", "-")
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"gpu-{datetime.now(UTC).strftime('%Y-%m-%d')}-{gpu}.json").write_text(text + "\n")
+        print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What `gpu.py` measures of kernels alone: ceilings, and attention and merge beside them.
 
-Times are medians of CUDA events around single launches, after launches that do not count; keys come from sets that
-together are larger than the L2 cache. Percentages are of ceilings measured in the same run: flops of the fastest of
-some matrix products, bytes of a device copy (read and written).
+Times are medians of CUDA events around all launches of one call, queued behind a sleeping kernel, after calls that do
+not count; keys come from sets that together are larger than the L2 cache. Percentages are of ceilings measured in the
+same run: flops of the fastest of some matrix products, bytes of a device copy (read and written).
 """
 
 import statistics
@@ -25,6 +25,10 @@ from longspan.types import AttentionParams, KVGroup, KVSpec
 FULL, CAUSAL = Visibility.FULL, Visibility.CAUSAL
 L2_BYTES = 128 << 20
 """More than an H200's L2 cache holds: 50 MB, and what else may be in front of memory."""
+
+
+SLEEP_CYCLES = 4_000_000
+"""About 2 ms of an H200."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> f
     times: list[float] = []
     for _ in range(repeats):
         if device.type == "cuda":
+            torch.cuda._sleep(SLEEP_CYCLES)  # while it sleeps, Python launches: its time is not the kernels'
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             call()
@@ -197,6 +202,8 @@ def measure_decode(
     """One query per request; only bytes of K and V count."""
     params = AttentionParams(sizes.width**-0.5)
     for batch, num_keys in sizes.decode_batches:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         q = torch.randn(batch, sizes.heads, sizes.width, device=device).to(torch.bfloat16)
         segments = RowSegments(RowSegment(i, 1, num_keys - 1, i * num_keys, num_keys, None, FULL) for i in range(batch))
         sets = _kv(sizes, batch * num_keys, device)

@@ -21,7 +21,7 @@ from longspan.comm import connect, distributed
 from longspan.comm.base import Communicator
 from longspan.comm.connect import Meeting, local_meeting
 from longspan.comm.distributed import DistributedCommunicator
-from longspan.comm.nccl import NCCLCommunicator
+from longspan.comm.nccl import NCCLCommunicator, _PendingBatch
 from longspan.comm.recording import RecordingCommunicator
 from longspan.comm.sockets import SocketCommunicator
 from longspan.comm.threads import thread_group
@@ -275,6 +275,18 @@ KINDS = pytest.mark.parametrize("kind", ["distributed", "sockets", "hosts"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_keep_the_contract(size, kind, tmp_path):
     assert_all_succeed(start_ranks(kind, "contract", size, tmp_path, 60.0))
+
+
+def test_a_wait_on_a_gpu_gives_no_deadline():
+    """With one, PyTorch would poll until all has arrived: an exchange could be in no CUDA graph."""
+    asked = []
+
+    class Work:
+        def wait(self, *args, **kwargs):
+            asked.append((args, kwargs))
+
+    _PendingBatch(0, [Work(), Work()]).wait()
+    assert asked == [((), {})] * 2
 
 
 @pytest.mark.processes

@@ -162,6 +162,18 @@ def test_an_edge_that_is_not_corrected_is_found_when_a_rank_starts(torch_kernel,
         check_against_reference(DenseBackend(torch_kernel, None), group, AttentionParams(0.125), "cpu")
 
 
+def test_the_check_at_start_reaches_a_kernel_for_long_runs_only():
+    class Wrong(Kernel):
+        def attend(self, *args, **kwargs):
+            out, lse = super().attend(*args, **kwargs)
+            return out + 1, lse
+
+    group, params = KVGroup((0,), KVSpec(2, 64, 64, "bfloat16"), 4), AttentionParams(0.125)
+    check_against_reference(DenseBackend(Kernel(), ReferenceBackend()), group, params, "cpu")
+    with pytest.raises(LongspanError, match="outputs of the kernel backend on cpu"):
+        check_against_reference(DenseBackend(Wrong(), ReferenceBackend()), group, params, "cpu")
+
+
 @pytest.mark.parametrize("library", ["torch_kernel", "flashinfer"])
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -10,13 +10,17 @@ from hypothesis import strategies as st
 
 import attention_cases
 from attention_cases import BAND, CAUSAL, DEVICE, FULL, NAN, assert_close, cases, hide_unread, oracle
-from longspan.attention.base import RowSegment
+from longspan.attention import triton
+from longspan.attention.base import RowSegment, RowSegments
+from longspan.attention.check import check_against_reference
 from longspan.attention.partial import PartialAttention, merge_partials, merge_sinks_
+from longspan.attention.select import make_backend
 from longspan.attention.tiles import tile_tables
 from longspan.attention.triton import TritonBackend
+from longspan.triton_kernels.attention import attention
 from longspan.triton_kernels.merge import merge
 from longspan.triton_kernels.store import store
-from longspan.types import AttentionParams
+from longspan.types import AttentionParams, KVGroup, KVSpec
 
 PARAMS = AttentionParams(scale=0.3)
 
@@ -149,9 +153,6 @@ def test_store_writes_every_token_into_its_row_and_tokens_without_one_nowhere(k_
 
 
 def test_tables_are_made_once_for_all_layers(monkeypatch):
-    from longspan.attention import triton
-    from longspan.attention.base import RowSegments
-
     calls = []
     monkeypatch.setattr(triton, "tile_tables", lambda *a, **k: (calls.append(1), tile_tables(*a, **k))[1])
     q, k, v = tensors(2, 9, (2, 1), width=16, dtype=torch.float32)
@@ -176,3 +177,25 @@ def test_rejects_what_the_kernel_does_not_take(change, message):
             [RowSegment(0, 2, 8, 0, 9, None, FULL)],
             PARAMS,
         )
+
+
+@pytest.mark.parametrize("params", [AttentionParams(0.125), AttentionParams(0.125, softcap=5.0, window=30)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_check_at_start_passes_and_covers_tiles_splits_and_the_merge(params, dtype, monkeypatch):
+    launches = []
+    monkeypatch.setattr(triton, "attention", lambda *a, **k: (launches.append((a, k)), attention(*a, **k)))
+    monkeypatch.setattr(triton, "num_processors", lambda device: 132)
+    group = KVGroup((0,), KVSpec(2, 64, 64, dtype, params.window), 4)
+    check_against_reference(TritonBackend(), group, params, DEVICE)
+    ((args, options),) = launches
+    assert args[5].shape[0] > 1, "splits"
+    assert options["queries_per_tile"] * 2 >= 64, "tiles of prefill"
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="libraries' kernels need a GPU")
+@pytest.mark.parametrize("name", ["torch", "flashinfer"])
+def test_libraries_kernels_are_right_on_this_gpu(name):
+    if name == "flashinfer":
+        pytest.importorskip("flashinfer")
+    group = KVGroup((0,), KVSpec(8, 128, 128, "bfloat16"), 32)
+    check_against_reference(make_backend(name, DEVICE), group, AttentionParams(128**-0.5), DEVICE)
