@@ -1,18 +1,24 @@
 """Decode steps in fixed shapes, in Triton's interpreter: the tokens are Transformers', captured or not.
 
-A CUDA graph needs a GPU. What stands in for one here runs the same launches again when it is replayed, over whatever
-the buffers hold then, which is all that a graph may read.
+A CUDA graph needs a GPU. What stands in for one here launches again when it is replayed, and asserts that every launch
+has the arguments of the first replay: shapes, numbers, and the addresses of what outlives a step.
 """
 
 import contextlib
+import itertools
+import threading
 
 import pytest
 import torch
 
+from attention_cases import DEVICE
+from longspan.comm.recording import RecordingCommunicator
 from longspan.cp import fixed
 from longspan.cp.fixed import FixedShape, fixed_shape
+from longspan.errors import LongspanError
 from longspan.plan.types import GroupStep, Literals, Plan, QueryRun, ScoreRun
 from longspan.types import Phase, Strategy
+from longspan.worker import graphs
 from longspan.worker.graphs import FixedSteps
 from tiny_models import all_pairs, greedy, memory_for, random_prompt, run_all, tiny_engine, tiny_model
 
@@ -38,9 +44,39 @@ class StandIn:
 
     def __init__(self):
         self.launch = None
+        self.launches = None
 
     def replay(self):
+        LOG.launches = []
         self.launch()
+        if self.launches is None:
+            self.launches = LOG.launches
+        assert self.launches == LOG.launches, "a graph would have repeated the first ones"
+
+
+LOG = threading.local()
+"""Launches of a thread since its last replay began."""
+
+
+def shown(argument, outlives):
+    """What a graph freezes of an argument."""
+    if isinstance(argument, torch.Tensor):
+        return (tuple(argument.shape), argument.dtype, argument.stride(), argument.data_ptr() if outlives else None)
+    if isinstance(argument, (list, tuple)):
+        return tuple(shown(one, outlives) for one in argument)
+    return argument
+
+
+def logged(function, lasting=()):
+    """`function`, noted with its arguments; those at places `lasting` are buffers."""
+
+    def call(*args, **kwargs):
+        if getattr(LOG, "launches", None) is not None:
+            found = tuple(shown(argument, i in lasting) for i, argument in enumerate(args))
+            LOG.launches.append((function.__name__, found, tuple(kwargs.items())))
+        return function(*args, **kwargs)
+
+    return call
 
 
 @pytest.fixture
@@ -79,6 +115,10 @@ def captured(monkeypatch):
         assert self._counters() == counters
         return rows
 
+    monkeypatch.setattr(fixed, "attention", logged(fixed.attention, lasting=(1, 2, 3, 4)))  # pools and tables
+    monkeypatch.setattr(fixed, "store", logged(fixed.store, lasting=(0, 1, 4)))
+    monkeypatch.setattr(fixed, "merge", logged(fixed.merge))
+    monkeypatch.setattr(RecordingCommunicator, "exchange", logged(RecordingCommunicator.exchange))
     monkeypatch.setattr(FixedSteps, "__init__", capturing)
     monkeypatch.setattr(FixedSteps, "_launch", launched)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
@@ -109,6 +149,8 @@ def check(case, num_tokens=6):
         options["kv_cache_memory"] = memory_for(model, 400 // options["context_parallel_size"])
     with tiny_engine(model, **options) as engine:
         generate(engine, model, num_tokens)
+        replays = [runner._fixed.num_replays for runner in engine._executor.runners]
+    assert any(replays) == (DEVICE == "cuda" and options["context_parallel_size"] == 1), "real graphs on real GPUs"
 
 
 @pytest.mark.cover
@@ -151,6 +193,33 @@ def test_steps_without_room_for_their_tiles_are_launched_and_right(captured, mon
     with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
         generate(engine, model, 6)
     assert not captured
+
+
+@pytest.mark.cover
+def test_an_argument_that_changes_between_replays_is_noticed(captured, monkeypatch):
+    turns = itertools.count()
+    monkeypatch.setattr(fixed, "fixed_splits", lambda *_: 1 + next(turns) // 7 % 2)
+    model = tiny_model("llama")
+    with (
+        pytest.raises(LongspanError, match="a graph would have repeated the first ones"),
+        tiny_engine(model, **OPTIONS) as engine,
+    ):
+        generate(engine, model)
+
+
+@pytest.mark.cover
+def test_the_shape_that_was_not_used_for_longest_makes_room(steps, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_SHAPES", 2)
+    model = tiny_model("llama")
+    with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
+        running = [engine.add_request(r.prompt, greedy(n)) for r, n in zip(model.references, (8, 5, 2), strict=False)]
+        run_all(engine)
+        kept = [len(runner._fixed._steps) for runner in engine._executor.runners]
+    assert [r.output_token_ids for r in running] == [
+        reference.token_ids[:n] for reference, n in zip(model.references, (8, 5, 2), strict=False)
+    ]
+    assert len({shape for _, shape, _ in steps}) > 2
+    assert kept == [2, 2]
 
 
 @pytest.mark.cover

@@ -99,8 +99,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads_per_rank: int | None = None
     """Compute threads of one rank; None is cores / ranks."""
     device: DeviceName = "auto"
-    """What ranks compute on, each of them on a GPU of its own; auto is the GPUs of this machine if it has any, and the
-    CPU with the executors `external` and `ray`."""
+    """What ranks compute on, each on a GPU of its own; auto is the GPUs of this machine if there is one for each rank,
+    and the CPU with the executors `external` and `ray`, or where another option needs it."""
     dtype: DTypeName = "auto"
     """Weights, activations and KV; auto is float32 on a CPU and bfloat16 on a GPU; float16 needs a GPU."""
     placement: PlacementName = "auto"

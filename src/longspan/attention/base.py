@@ -108,6 +108,13 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegme
             raise ValueError("window: None; a BAND segment needs the width of the band in tokens")
 
 
+def check_supported(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> None:
+    """Raises ValueError if a backend does not take what it is called with. Arguments as of `partial_attention`."""
+    spec = KVSpec(k.shape[0], k.shape[2], v.shape[2], str(q.dtype).removeprefix("torch."), params.window)
+    if (reason := backend.unsupported(spec, params)) is not None:
+        raise ValueError(reason)
+
+
 def empty_like_queries(q: Tensor, v: Tensor) -> PartialAttention:
     """The empty partial for queries `q` [T, H, D] and values `v` [Hkv, S, Dv]."""
     return PartialAttention.empty(q.shape[0], q.shape[1], v.shape[2], accumulation_dtype(q.dtype), q.device)

@@ -23,11 +23,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.attention.base import AttentionBackend, RowSegment, RowSegments, check_arguments, empty_like_queries
+from longspan.attention.base import (
+    AttentionBackend,
+    RowSegment,
+    RowSegments,
+    check_arguments,
+    check_supported,
+    empty_like_queries,
+)
 from longspan.attention.partial import PartialAttention, merge_rows_
+from longspan.attention.staging import to_device
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams, KVSpec
 
@@ -117,9 +126,7 @@ class DenseBackend:
             ValueError: also for what `unsupported` names.
         """
         check_arguments(q, k, v, segments, params)
-        spec = KVSpec(k.shape[0], k.shape[2], v.shape[2], str(q.dtype).removeprefix("torch."), params.window)
-        if (reason := self.unsupported(spec, params)) is not None:
-            raise ValueError(reason)
+        check_supported(self, q, k, v, params)
         derived = segments.derived if isinstance(segments, RowSegments) else {}
         key = (self.name, k.device)
         if key not in derived:
@@ -236,5 +243,4 @@ def _rows(runs: Sequence[Rows], device: torch.device) -> Tensor | Rows:
             joined.append((row, count))
     if len(joined) == 1:
         return joined[0]
-    indices = torch.cat([torch.arange(row, row + count) for row, count in joined])
-    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices
+    return to_device(np.concatenate([np.arange(row, row + count) for row, count in joined]), device)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.attention.base import RowSegment, RowSegments, check_arguments, empty_like_queries
+from longspan.attention.base import RowSegment, RowSegments, check_arguments, check_supported, empty_like_queries
 from longspan.attention.partial import PartialAttention
-from longspan.attention.tiles import Table, TileTables, tile_tables
+from longspan.attention.staging import to_device
+from longspan.attention.tiles import TileTables, tile_tables
 from longspan.triton_kernels.attention import Tiling, attention, most_queries, tiling
 from longspan.triton_kernels.launch import can_run
 from longspan.triton_kernels.merge import merge
@@ -63,9 +64,7 @@ class TritonBackend:
             ValueError: also for what `unsupported` names.
         """
         check_arguments(q, k, v, segments, params)
-        spec = KVSpec(k.shape[0], k.shape[2], v.shape[2], str(q.dtype).removeprefix("torch."), params.window)
-        if (reason := self.unsupported(spec, params)) is not None:
-            raise ValueError(reason)
+        check_supported(self, q, k, v, params)
         if (k.stride(2) != 1 and k.shape[2] > 1) or (v.stride(2) != 1 and v.shape[2] > 1):
             raise ValueError("k and v must be contiguous in the last dimension")
         if not can_run(q.device):
@@ -140,11 +139,3 @@ def num_splits(tables: TileTables, num_kv_heads: int, processors: int) -> int:
 def num_processors(device: torch.device) -> int:
     """Of a GPU; in the interpreter, few."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def to_device(table: Table, device: torch.device) -> Tensor:
-    """A copy that nobody waits for."""
-    tensor = torch.from_numpy(table)
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.base import RowSegment
+from longspan.attention.staging import staged, to_device
 from longspan.attention.tiles import TileTables, tile_tables
 from longspan.attention.triton import MAX_SPLITS, WAVES, num_processors
 from longspan.comm.base import Communicator
@@ -88,12 +89,15 @@ class FixedInputs:
         """
         device, rows = pools[0].device, BUCKETS[-1]
         self.token_ids = torch.zeros(rows, dtype=torch.int32, device=device)
+        """[rows]"""
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
+        """[rows], global."""
         self.stores = [torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in pools]
         """Per KV group: [rows] pool row of every token, or -1."""
         self.query_tiles = [torch.zeros(num_ranks * rows, 7, dtype=torch.int32, device=device) for _ in pools]
-        """Per KV group: this rank's rows, then those of other homes in the order of their ranks."""
+        """Per KV group: [num_ranks * rows, 7] this rank's rows, then those of other homes in rank order."""
         self.key_tiles = [torch.zeros(_most_key_tiles(pool), 4, dtype=torch.int32, device=device) for pool in pools]
+        """Per KV group: [tiles, 4] of all these rows, in their order."""
 
 
 def _most_key_tiles(pool: PagePool) -> int:
@@ -198,13 +202,27 @@ class FixedAttention:
         _put(inputs.query_tiles[group_idx], np.concatenate(queries))
         part.key_tiles = inputs.key_tiles[group_idx]
         if num_keys > len(part.key_tiles):
-            part.key_tiles = torch.from_numpy(keys).to(part.key_tiles.device)
+            part.key_tiles = to_device(keys, part.key_tiles.device)
             return False
         _put(part.key_tiles, keys)
         return True
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
-        """As `StepAttention.attend`, for `num_rows` rows."""
+        """Attention of this rank's rows in one layer.
+
+        Args:
+            layer: layer of the model.
+            q: [num_rows, H, D] after RoPE.
+            k: [Hkv, num_rows, D] after RoPE.
+            v: [Hkv, num_rows, Dv].
+            sinks: [H] natural-log logits, or None.
+
+        Returns:
+            [num_rows, H, Dv] in q's dtype.
+
+        Collective: the layer's participants, as `shape` names them, all call this or `join`, in ascending order of
+        layers. Two exchanges; `layer_bytes` sent by this rank.
+        """
         group_idx = self._group_of_layer[layer]
         pool, part = self._pools[group_idx], self._parts[group_idx]
         store(pool.k[layer], pool.v[layer], k, v, self._inputs.stores[group_idx][: self.shape.num_rows])
@@ -232,7 +250,7 @@ class FixedAttention:
         return len(part.owners) * query_bytes + part.sent.numel()
 
     def join(self, layer: int) -> None:
-        """As `StepAttention.join`, for a rank without rows."""
+        """Answer other ranks' queries in one layer, on a rank without rows. Collective: as `attend`."""
         group_idx = self._group_of_layer[layer]
         part = self._parts[group_idx]
         if not part.peers_homes:
@@ -289,7 +307,7 @@ class _GroupBuffers:
         participants = shape.participants[group_idx]
         others = [peer for peer in participants if peer != rank] if rank in participants else []
         self.owners = others if has_rows else []
-        """Ranks that compute partials of this rank's queries."""
+        """All other participants: they get this rank's queries, and answer for the keys that they have, or for none."""
         self.peers_homes = [peer for peer in others if peer in shape.homes]
         """Ranks of whose queries this one computes partials."""
         dtype: torch.dtype = getattr(torch, spec.dtype)
@@ -298,6 +316,7 @@ class _GroupBuffers:
         self.queries = torch.zeros(
             len(self.peers_homes), num_rows, num_heads, spec.k_width, dtype=dtype, device=pool.device
         )
+        """[other homes, rows, H, D] received."""
 
         def messages(count: int) -> tuple[Tensor, Tensor, Tensor]:
             """[count, bytes] messages, and what is in them: lse [count, rows, H] and out [count, rows, H, Dv]."""
@@ -309,14 +328,12 @@ class _GroupBuffers:
             return data, lse, out
 
         self.sent, self.sent_lse, self.sent_out = messages(len(self.peers_homes))
-        """To other homes."""
+        """To other homes: [other homes, bytes]."""
         self.home, self.home_lse, self.home_out = messages(1 + len(self.owners))
-        """This rank's own partial, then those of owners."""
+        """This rank's own partial, then those of owners: [1 + owners, bytes]."""
 
 
 def _put(buffer: Tensor, values: Sequence[int] | np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> None:
     """Copy into the first rows of a buffer; nobody waits for it."""
-    tensor = torch.from_numpy(np.asarray(values, dtype=np.int32))
-    if buffer.is_cuda:
-        tensor = tensor.pin_memory()
+    tensor = staged(np.asarray(values, dtype=np.int32), buffer.device)
     buffer[: len(tensor)].copy_(tensor, non_blocking=True)

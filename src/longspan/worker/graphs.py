@@ -76,7 +76,7 @@ class FixedSteps:
         self._steps: OrderedDict[FixedShape, _Step] = OrderedDict()
         self._memory = torch.cuda.graph_pool_handle() if can_capture else None
         self.num_replays = 0
-        """Steps that were one launch."""
+        """Steps that were one launch, for whoever wants to know whether graphs are in use."""
 
     @staticmethod
     def shape_of(plan: Plan) -> FixedShape | None:
@@ -96,6 +96,8 @@ class FixedSteps:
 
         Returns:
             [num_rows, vocab] logits, of this rank's rows first, until the next call; None on a rank without rows.
+
+        Collective: all ranks of the plan, with the same plan.
         """
         step = self._step(shape)
         is_capturable = step.attention.fill(plan, tables, token_ids) and self._can_capture
