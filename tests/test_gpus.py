@@ -16,6 +16,7 @@ from longspan.engine import gpus
 from longspan.engine.engine import Engine
 from longspan.engine.gpus import GPU, choose_device, find_gpus
 from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
+from longspan.engine.processes import _environment
 from longspan.errors import ConfigError
 from longspan.models.compiled import compile_dense_
 from longspan.models.inspect import inspect_model
@@ -304,3 +305,7 @@ def test_the_benchmark_runs():
     assert set(result["missing"]) == {"flashinfer", "torch"}, "each with its reason"
     assert [row["ranks"] for row in result["scaling"]] == [1]
     assert all(row["tokens as one rank"] for row in result["scaling"])
+
+
+def test_ranks_of_one_machine_talk_over_the_loopback_interface():
+    assert {_environment(1)[f"{library}_SOCKET_IFNAME"] for library in ("GLOO", "NCCL")} == {"lo"}
