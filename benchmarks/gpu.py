@@ -333,6 +333,7 @@ def main() -> None:
             if name != "flashinfer":  # which leaves decode to triton
                 rows += gpu_kernels.measure_decode(backend, sizes, ceilings, device)
         rows += gpu_kernels.measure_merge(sizes, ceilings, device)
+        rows += gpu_kernels.measure_accumulate(sizes, ceilings, device)
         result["kernels"] = rows
         print_table(rows)
         save(result, chosen)

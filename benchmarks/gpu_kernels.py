@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longspan.attention.base import AttentionBackend, RowSegment, RowSegments
 from longspan.attention.check import check_against_reference
+from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.attention.select import make_backend
 from longspan.errors import ConfigError, LongspanError
 from longspan.sharding.visibility import Visibility
@@ -240,6 +241,23 @@ def measure_merge(sizes: Sizes, ceilings: Ceilings, device: torch.device) -> Ite
             "GB/s": num_bytes / time_s / 1e9,
             "% of ceiling": 100 * num_bytes / time_s / ceilings.copy_bytes_per_s,
         }
+
+
+def measure_accumulate(sizes: Sizes, ceilings: Ceilings, device: torch.device) -> Iterator[dict[str, Any]]:
+    """A block's partial into what was computed before, as rings do after every block."""
+    rows, heads, width = sizes.merge_rows, sizes.heads, sizes.width
+    acc, lse = torch.zeros(rows, heads, width, device=device), torch.zeros(rows, heads, device=device)
+    part = PartialAttention(torch.randn_like(acc), torch.randn_like(lse))
+    num_bytes = 3.0 * acc.nbytes + 3.0 * lse.nbytes
+    time_s = seconds(lambda: merge_rows_(PartialAttention(acc, lse), 0, part), device, sizes.repeats)
+    yield {
+        "kernel": "accumulate",
+        "backend": "triton",
+        "shape": f"float32, {num_bytes / 1e6:.0f} MB",
+        "ms": time_s * 1e3,
+        "GB/s": num_bytes / time_s / 1e9,
+        "% of ceiling": 100 * num_bytes / time_s / ceilings.copy_bytes_per_s,
+    }
 
 
 def measure_share(

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longspan.triton_kernels.attention import attention_kernel, compile_options, most_queries, tiling
-from longspan.triton_kernels.merge import merge_kernel
+from longspan.triton_kernels.merge import accumulate_kernel, merge_kernel
 from longspan.triton_kernels.store import store_kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -82,6 +82,9 @@ def kernels() -> Iterator[Kernel]:
         yield Kernel(
             f"merge {part}", merge_kernel, pointers | {"sinks_ptr": "*fp32"}, constants | {"HAS_SINKS": True}, 4
         )
+    pointers = {"acc_ptr": "*fp32", "acc_lse_ptr": "*fp32", "part_ptr": "*bf16", "part_lse_ptr": "*fp32"}
+    constants = {"WIDTH": 128, "WIDTH_BLOCK": 128, "BLOCK_ROWS": 16}
+    yield Kernel("accumulate", accumulate_kernel, pointers, constants, 4)
     pointers = dict.fromkeys(("pool_k_ptr", "pool_v_ptr", "k_ptr", "v_ptr"), "*bf16") | {"rows_ptr": "*i64"}
     yield Kernel("store", store_kernel, pointers, {"K_WIDTH": 128, "V_WIDTH": 128, "BLOCK": 128}, 1)
 

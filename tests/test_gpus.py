@@ -300,7 +300,7 @@ def test_the_benchmark_runs():
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout[run.stdout.index("\n{") :])
     assert {row["result"] for row in result["checks"]} == {"right"}
-    assert {row["kernel"] for row in result["kernels"]} == {"prefill", "decode", "merge"}
+    assert {row["kernel"] for row in result["kernels"]} == {"prefill", "decode", "merge", "accumulate"}
     assert {row["variant"] for row in result["engine"]} == {"graphs", "launched"}
     assert set(result["missing"]) == {"flashinfer", "torch"}, "each with its reason"
     assert [row["ranks"] for row in result["scaling"]] == [1]

@@ -18,7 +18,7 @@ from longspan.attention.select import make_backend
 from longspan.attention.tiles import tile_tables
 from longspan.attention.triton import TritonBackend
 from longspan.triton_kernels.attention import attention
-from longspan.triton_kernels.merge import merge
+from longspan.triton_kernels.merge import accumulate_, merge
 from longspan.triton_kernels.store import store
 from longspan.types import AttentionParams, KVGroup, KVSpec
 
@@ -129,6 +129,18 @@ def test_merge_agrees_with_the_core_and_drops_empty_rows_whatever_they_hold(dtyp
     assert_close(PartialAttention(out, lse), moved(want), 2e-6)
     assert (out[7] == 0).all()
     assert (lse[7] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (3, 96), (4, 128)])
+def test_a_partial_merges_into_another_in_place(dtype, heads, width):
+    outs, lses = torch.randn(2, 11, heads, width), 30 * torch.randn(2, 11, heads)
+    lses[0, 3], lses[1, 5], lses[:, 7] = -math.inf, -math.inf, -math.inf
+    outs[0, 3], outs[1, 5], outs[:, 7] = NAN, NAN, NAN
+    part = outs[1].to(dtype)
+    want = merge_partials(PartialAttention(outs[0].clone(), lses[0].clone()), PartialAttention(part, lses[1]))
+    accumulate_(outs[0], lses[0], part, lses[1])
+    assert_close(PartialAttention(outs[0], lses[0]), moved(want), 2e-6)
 
 
 def test_merge_writes_groups_of_rows_that_lie_apart():

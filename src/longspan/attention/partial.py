@@ -20,6 +20,8 @@ Note [The merge law]
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -104,7 +106,17 @@ def merge_rows_(acc: PartialAttention, row: int, part: PartialAttention) -> None
     if kernels.can_merge(acc_out, acc_lse, part.out, part.lse):
         kernels.merge_rows(acc_out, acc_lse, part.out, part.lse)
         return
+    if acc_out.is_cuda and acc_out.dtype is torch.float32 and _has_triton():
+        from longspan.triton_kernels.merge import accumulate_
+
+        accumulate_(acc_out, acc_lse, part.out.contiguous(), part.lse.float().contiguous())
+        return
     merge_views_(acc_out, acc_lse, _clean(part.out.to(acc_out.dtype), part.lse), part.lse.to(acc_lse.dtype))
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def merge_views_(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> None:

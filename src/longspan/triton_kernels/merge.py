@@ -1,6 +1,6 @@
-"""Merge of several partials into one, with sinks, in one launch.
+"""Merge of several partials into one, with sinks, or of one into another, in one launch.
 
-Holds the kernel and its launch. Must not know where partials come from.
+Holds the kernels and their launches. Must not know where partials come from.
 Read next: `longspan.attention.partial`, Note [The merge law], which this computes.
 """
 
@@ -110,5 +110,69 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor, sinks: Ten
             WIDTH_BLOCK=width_block,
             BLOCK_ROWS=block_rows,
             HAS_SINKS=sinks is not None,
+            num_warps=4,
+        )
+
+
+@triton.jit
+def accumulate_kernel(  # type: ignore[no-untyped-def]
+    acc_ptr,
+    acc_lse_ptr,
+    part_ptr,
+    part_lse_ptr,
+    num_rows,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Some rows; a row is a query and a head."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row = rows < num_rows
+    lanes = tl.arange(0, WIDTH_BLOCK)
+    mask = is_row[:, None] & (lanes < WIDTH)[None, :]
+    places = rows[:, None] * WIDTH + lanes[None, :]
+    acc_lse = tl.load(acc_lse_ptr + rows, mask=is_row, other=float("-inf"))
+    part_lse = tl.load(part_lse_ptr + rows, mask=is_row, other=float("-inf"))
+    top = tl.maximum(acc_lse, part_lse)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    acc_weight, part_weight = tl.exp(acc_lse - base), tl.exp(part_lse - base)
+    total = acc_weight + part_weight
+    divisor = tl.where(total == 0.0, 1.0, total)
+    acc = tl.load(acc_ptr + places, mask=mask, other=0.0)
+    part = tl.load(part_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    merged = tl.where((acc_weight > 0.0)[:, None], acc * acc_weight[:, None], 0.0)
+    merged += tl.where((part_weight > 0.0)[:, None], part * part_weight[:, None], 0.0)
+    tl.store(acc_ptr + places, merged / divisor[:, None], mask=mask)
+    lse = tl.where(total == 0.0, float("-inf"), base + tl.log(divisor))
+    tl.store(acc_lse_ptr + rows, lse, mask=is_row)
+
+
+def accumulate_(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge a partial into another one, in place, in one pass.
+
+    Args:
+        acc_out: [T, H, Dv] float32, contiguous. NaN in empty rows is harmless, here and in `out`.
+        acc_lse: [T, H] float32, contiguous.
+        out: [T, H, Dv] of any floating dtype, contiguous.
+        lse: [T, H] float32, contiguous.
+    """
+    num_rows, width = acc_lse.numel(), acc_out.shape[2]
+    assert all(tensor.is_contiguous() for tensor in (acc_out, acc_lse, out, lse))
+    assert acc_out.dtype == acc_lse.dtype == lse.dtype == torch.float32
+    assert out.shape == acc_out.shape
+    if num_rows == 0:
+        return
+    width_block = triton.next_power_of_2(width)
+    block_rows = max(1, 2048 // width_block)
+    with on_device(acc_out):
+        accumulate_kernel[(triton.cdiv(num_rows, block_rows),)](
+            acc_out,
+            acc_lse,
+            out,
+            lse,
+            num_rows,
+            WIDTH=width,
+            WIDTH_BLOCK=width_block,
+            BLOCK_ROWS=block_rows,
             num_warps=4,
         )
