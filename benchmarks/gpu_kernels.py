@@ -78,10 +78,10 @@ class Ceilings:
     copy_bytes_per_s: float
 
 
-def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median of single calls, by CUDA events."""
-    call()
-    call()
+def seconds(call: Callable[[], object], device: torch.device, repeats: int, *, warm_up: int = 2) -> float:
+    """Median of single calls, by CUDA events, after some that do not count."""
+    for _ in range(warm_up):
+        call()
     times: list[float] = []
     for _ in range(repeats):
         if device.type == "cuda":
@@ -287,7 +287,8 @@ def measure_share(
                 backend.partial_attention(q[:n], k, v, segments, params)
 
         flops = 4.0 * sizes.heads * sizes.width * pairs
-        time_s = seconds(share, device, min(3, sizes.repeats))
+        share(steps[:1])  # compiles
+        time_s = seconds(share, device, 1, warm_up=0)  # it takes many seconds, of launches of many milliseconds
         yield {
             "kernel": "prefill share",
             "backend": backend.name,

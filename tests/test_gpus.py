@@ -309,3 +309,17 @@ def test_the_benchmark_runs():
 
 def test_ranks_of_one_machine_talk_over_the_loopback_interface():
     assert {_environment(1)[f"{library}_SOCKET_IFNAME"] for library in ("GLOO", "NCCL")} == {"lo"}
+
+
+def test_the_parent_of_ranks_does_not_look_at_gpus():
+    """CUDA does not survive a fork, so nothing that the parent imports may start it."""
+    program = """
+import torch
+def refuse(*args, **kwargs):
+    raise AssertionError("looked at a GPU")
+for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_properties"):
+    setattr(torch.cuda, name, refuse)
+import longspan.worker.serve
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    assert _environment(1)["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"

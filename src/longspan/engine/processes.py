@@ -202,6 +202,7 @@ def _environment(num_threads: int) -> dict[str, str]:
     """Environment of workers: compute threads, gloo and NCCL on the loopback interface, nothing said but errors."""
     threads = str(num_threads)
     defaults = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    defaults["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks for GPUs before the fork must not start CUDA
     if not os.environ.get("LONGSPAN_DEBUG"):
         defaults["PYTHONWARNINGS"] = "ignore"
     forced = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
