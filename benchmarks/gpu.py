@@ -9,6 +9,11 @@
     share     attention of one rank's share of a prompt of a million tokens on 2, 4 and 8 ranks, one layer
     scaling   the same Llama on 1, 2, 4, 8 GPUs, as many as there are (left out unless named: it writes 16 GB)
 
+FlashInfer is measured where it is installed. On a machine without a network that takes its wheel and that of
+apache-tvm-ffi (pip install --no-deps), and modules that were built before for the same GPU, in
+flashinfer/data/aot/NAME/NAME.so, with FLASHINFER_DISABLE_JIT=1; else it compiles for minutes. Our own kernels compile in
+seconds, on first use.
+
 `longest` is the longest prompt that the memory left for KV holds, or that is computed in --most-s. `--smoke` runs
 everything at tiny sizes, in Triton's interpreter on a CPU, to show that the program works: its times mean nothing, and
 cannot be saved.
