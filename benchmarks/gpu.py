@@ -11,8 +11,8 @@
 
 FlashInfer is measured where it is installed. On a machine without a network that takes its wheel and that of
 apache-tvm-ffi (pip install --no-deps), and modules that were built before for the same GPU, in
-flashinfer/data/aot/NAME/NAME.so, with FLASHINFER_DISABLE_JIT=1; else it compiles for minutes. Our own kernels compile in
-seconds, on first use.
+flashinfer/data/aot/NAME/NAME.so, with FLASHINFER_DISABLE_JIT=1; else it compiles for minutes. Our own kernels compile
+in seconds, on first use.
 
 `longest` is the longest prompt that the memory left for KV holds, or that is computed in --most-s. `--smoke` runs
 everything at tiny sizes, in Triton's interpreter on a CPU, to show that the program works: its times mean nothing, and
