@@ -73,7 +73,7 @@ class RequestMetrics:
         self._last_token_s: dict[int, float] = {}
 
     def advanced(self, choice_idx: int, prompt_len: int, num_tokens: int) -> None:
-        """A choice has `num_tokens` new tokens."""
+        """A choice has `num_tokens` new tokens; several have come together, in equal times."""
         if not num_tokens:
             return
         now, metrics = time.perf_counter(), self._metrics
@@ -81,8 +81,9 @@ class RequestMetrics:
         if before is None:
             metrics.first_token_s.observe(now - self._started_s)
             metrics.prompt_tokens.inc(prompt_len)
-        else:
-            metrics.token_s.observe(now - before)
+        num_intervals = num_tokens - (before is None)
+        for _ in range(num_intervals):
+            metrics.token_s.observe(0.0 if before is None else (now - before) / num_intervals)
         self._last_token_s[choice_idx] = now
         metrics.generation_tokens.inc(num_tokens)
 
