@@ -14,6 +14,8 @@ apache-tvm-ffi (pip install --no-deps), and modules that were built before for t
 flashinfer/data/aot/NAME/NAME.so, with FLASHINFER_DISABLE_JIT=1; else it compiles for minutes. Our own kernels compile
 in seconds, on first use.
 
+All parts together take about ten minutes of an H200; --parts runs some, --out gives each its file.
+
 `longest` is the longest prompt that the memory left for KV holds, or that is computed in --most-s. `--smoke` runs
 everything at tiny sizes, in Triton's interpreter on a CPU, to show that the program works: its times mean nothing, and
 cannot be saved.
@@ -26,6 +28,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -173,9 +176,8 @@ def median_timing(engine: Engine, length: int, vocab_size: int, repeats: int, nu
     return Timing(timings[len(timings) // 2].ttft_s, tpot_s, timings[0].token_ids)
 
 
-def measure_engine(chosen: argparse.Namespace, ceilings: Ceilings, device: torch.device) -> list[dict[str, Any]]:
+def measure_engine(chosen: argparse.Namespace, ceilings: Ceilings, device: torch.device) -> Iterator[dict[str, Any]]:
     """End to end, on one rank in this process."""
-    rows: list[dict[str, Any]] = []
     num_tokens = 5 if chosen.smoke else NUM_TOKENS
     with tempfile.TemporaryDirectory() as directory:
         llama = Llama(LLAMA_SMOKE if chosen.smoke else LLAMA_8B, Path(directory), device)
@@ -207,25 +209,23 @@ def measure_engine(chosen: argparse.Namespace, ceilings: Ceilings, device: torch
                 with Engine(config, llama.module) as engine:
                     length = longest(engine, llama, rate, chosen) if name == "longest" else parse_tokens(name)
                     if length + num_tokens > tokens_that_fit(engine):
-                        rows.append({"variant": variant, "prompt": length, "note": "does not fit"})
+                        yield {"variant": variant, "prompt": length, "note": "does not fit"}
                         continue
                     repeats = 1 if name == "longest" else chosen.repeats
                     timing = median_timing(engine, length, llama.config.vocab_size, repeats, num_tokens)
                 flops, num_bytes = llama.prefill_flops(length), llama.decode_bytes(length)
                 if variant == "graphs":
                     rate = flops / timing.ttft_s
-                rows.append(
-                    {
-                        "variant": variant,
-                        "prompt": length,
-                        "first token s": timing.ttft_s,
-                        "x floor of flops": timing.ttft_s * ceilings.flops_per_s / flops,
-                        "ms per token": timing.tpot_s * 1e3,
-                        "x floor of bytes": timing.tpot_s * ceilings.copy_bytes_per_s / num_bytes,
-                    }
-                )
-                print_table(rows[-1:])
-    return rows
+                row = {
+                    "variant": variant,
+                    "prompt": length,
+                    "first token s": timing.ttft_s,
+                    "x floor of flops": timing.ttft_s * ceilings.flops_per_s / flops,
+                    "ms per token": timing.tpot_s * 1e3,
+                    "x floor of bytes": timing.tpot_s * ceilings.copy_bytes_per_s / num_bytes,
+                }
+                print_table([row])
+                yield row
 
 
 def free_caches(device: torch.device) -> None:
@@ -294,6 +294,14 @@ def measure_scaling(chosen: argparse.Namespace, device: torch.device) -> list[di
     return rows
 
 
+def attempt(name: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of one measurement, or what went wrong: one kernel's failure must not lose the others' figures."""
+    try:
+        return list(measure())
+    except Exception as error:
+        return [{"kernel": name, "failed": f"{type(error).__name__}: {error}"[:300]}]
+
+
 def save(result: dict[str, Any], chosen: argparse.Namespace) -> None:
     """If asked to; after every part, so that nothing is lost with a later one."""
     if chosen.save:
@@ -333,23 +341,26 @@ def main() -> None:
     if "kernels" in parts:
         rows: list[dict[str, Any]] = []
         for name, backend in found.items():
-            for row in gpu_kernels.measure_prefill(backend, sizes, ceilings, device):
-                rows.append(row)
+            rows += attempt(name, lambda b=backend: gpu_kernels.measure_prefill(b, sizes, ceilings, device))
             if name != "flashinfer":  # which leaves decode to triton
-                rows += gpu_kernels.measure_decode(backend, sizes, ceilings, device)
-        rows += gpu_kernels.measure_merge(sizes, ceilings, device)
-        rows += gpu_kernels.measure_accumulate(sizes, ceilings, device)
+                rows += attempt(name, lambda b=backend: gpu_kernels.measure_decode(b, sizes, ceilings, device))
+        rows += attempt("merge", lambda: gpu_kernels.measure_merge(sizes, ceilings, device))
+        rows += attempt("accumulate", lambda: gpu_kernels.measure_accumulate(sizes, ceilings, device))
         result["kernels"] = rows
         print_table(rows)
         save(result, chosen)
+    free_caches(device)
     if "engine" in parts:
-        result["engine"] = measure_engine(chosen, ceilings, device)
-        save(result, chosen)
+        result["engine"] = []
+        for row in measure_engine(chosen, ceilings, device):
+            result["engine"].append(row)
+            save(result, chosen)
+    free_caches(device)
     if "share" in parts:
         result["share"] = [
             row
             for name, backend in found.items()
-            for row in gpu_kernels.measure_share(backend, sizes, ceilings, device)
+            for row in attempt(name, lambda b=backend: gpu_kernels.measure_share(b, sizes, ceilings, device))
         ]
         print_table(result["share"])
         save(result, chosen)

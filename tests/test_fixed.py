@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from attention_cases import DEVICE
+from longspan.attention.triton import power_of_two
 from longspan.comm.recording import RecordingCommunicator
 from longspan.cp import fixed
 from longspan.cp.fixed import FixedShape, fixed_shape
@@ -270,9 +271,10 @@ def test_other_steps_are_not_fixed(plan):
 
 
 def test_splits_fill_the_processors_whatever_the_rows():
-    assert fixed.fixed_splits(8, 132) == 33
+    assert fixed.fixed_splits(8, 132) == 32
     assert fixed.fixed_splits(1, 132) == fixed.MAX_SPLITS
-    assert fixed.fixed_splits(256 * 8, 132) == 1
+    assert fixed.fixed_splits(256 * 8, 132) == fixed.MIN_FIXED_SPLITS
+    assert {power_of_two(n) for n in range(65)} == {1, 2, 4, 8, 16, 32, 64}, "each is compiled once"
 
 
 def _drop_a_tile(monkeypatch):

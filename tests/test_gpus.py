@@ -96,6 +96,16 @@ def test_a_loaded_model_says_where_ranks_compute(visible):
         choose_device(config(executor="threads", device="cuda"), model)
 
 
+def test_auto_takes_the_cpu_where_gpus_cannot_be_looked_at(visible, monkeypatch):
+    visible(1)
+
+    def fail():
+        raise ConfigError("device: got 'cuda', whose GPUs cannot be used")
+
+    monkeypatch.setattr(gpus, "find_gpus", fail)
+    assert device_of() == "cpu"
+
+
 def test_rejects_cuda_without_a_gpu_or_a_build_for_it(visible):
     with pytest.raises(ConfigError, match=r"device: got 'cuda' with PyTorch .*, a build for CPUs, legal is cpu"):
         device_of(device="cuda")
@@ -283,6 +293,7 @@ def test_compiled_modules_compute_the_same_for_any_number_of_rows():
     want = [layer.mlp(layer.input_layernorm(x)) for x in inputs]
     model.model.layers[2].mlp.forward = model.model.layers[2].mlp.forward  # as `skip_unread_rows_` leaves it
     assert compile_dense_(model) == 3 * 2 + 1 + 2  # two norms a layer, the last one, and an MLP a layer but one
+    assert compile_dense_(model) == 0, "once"
     for x, expected in zip(inputs, want, strict=True):
         torch.testing.assert_close(layer.mlp(layer.input_layernorm(x)), expected)
 

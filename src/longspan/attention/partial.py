@@ -106,7 +106,8 @@ def merge_rows_(acc: PartialAttention, row: int, part: PartialAttention) -> None
     if kernels.can_merge(acc_out, acc_lse, part.out, part.lse):
         kernels.merge_rows(acc_out, acc_lse, part.out, part.lse)
         return
-    if acc_out.is_cuda and acc_out.dtype is torch.float32 and _has_triton():
+    is_plain = acc_out.is_contiguous() and acc_lse.is_contiguous() and acc_out.dtype is torch.float32
+    if acc_out.is_cuda and is_plain and _has_triton():
         from longspan.triton_kernels.merge import accumulate_
 
         accumulate_(acc_out, acc_lse, part.out.contiguous(), part.lse.float().contiguous())

@@ -133,7 +133,12 @@ def num_splits(tables: TileTables, num_kv_heads: int, processors: int) -> int:
     if programs == 0:
         return 1
     wanted = WAVES * processors // programs
-    return max(1, min(wanted, tables.most_key_tiles // MIN_SPLIT_TILES, MAX_SPLITS))
+    return power_of_two(min(wanted, tables.most_key_tiles // MIN_SPLIT_TILES, MAX_SPLITS))
+
+
+def power_of_two(most: int) -> int:
+    """The largest one up to `most`, at least 1: every number of splits is a kernel of its own, to be compiled."""
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def num_processors(device: torch.device) -> int:

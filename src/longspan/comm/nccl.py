@@ -17,6 +17,7 @@ Note [Waiting on a GPU]
     Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp, `WorkNCCL::wait` and `workEnqueue`.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -56,6 +57,9 @@ class NCCLCommunicator(DistributedCommunicator):
 
         Collective: all `size` ranks must join; NCCL connects them here.
         """
+        # A graph's buffers would be registered with the network, and a registered sender waits for a registered
+        # receiver: one rank may replay what another launches. Source: NVIDIA/nccl v2.28.9, src/device/prims_simple.h.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         super().__init__(rank, size, init_method, timeout_s=timeout_s, backend=backend, device=device)
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:

@@ -29,7 +29,7 @@ from torch import Tensor
 from longspan.attention.base import RowSegment
 from longspan.attention.staging import staged, to_device
 from longspan.attention.tiles import TileTables, tile_tables
-from longspan.attention.triton import MAX_SPLITS, WAVES, num_processors
+from longspan.attention.triton import MAX_SPLITS, WAVES, num_processors, power_of_two
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout, resolve
 from longspan.kvcache.pool import PagePool
@@ -42,6 +42,10 @@ from longspan.types import AttentionParams, Phase, Strategy
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Rows of one rank; a step with more is not fixed."""
+
+
+MIN_FIXED_SPLITS = 4
+"""Even where rows alone fill the GPU: one of them may be a long context beside short ones."""
 
 
 class FixedShape(NamedTuple):
@@ -296,7 +300,7 @@ class FixedAttention:
 
 def fixed_splits(programs: int, processors: int) -> int:
     """Splits of every row's keys, however many there are. Args: `programs` without splits."""
-    return max(1, min(MAX_SPLITS, WAVES * processors // programs))
+    return power_of_two(max(MIN_FIXED_SPLITS, min(MAX_SPLITS, WAVES * processors // programs)))
 
 
 class _GroupBuffers:

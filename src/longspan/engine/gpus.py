@@ -57,6 +57,8 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
         holds = next(model.parameters()).device.type
         if config.device not in ("auto", holds):
             raise ConfigError(f"device: got {config.device!r} with a model on {holds!r}, legal is the model's")
+        if (next(model.parameters()).device.index or 0) != 0:
+            raise ConfigError(f"model: got one on {next(model.parameters()).device}, legal is cpu or cuda:0")
         config = structs.replace(config, device=holds)
     is_remote = config.executor in REMOTE_EXECUTORS
     if is_remote or config.device == "cpu":
@@ -72,7 +74,10 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
         # NVML counts without a context; a build for CPUs has none to count.
         if only_on_a_cpu or torch.version.cuda is None or torch.cuda.device_count() < needed:
             return "cpu", []
-        gpus = find_gpus()[:needed]
+        try:
+            gpus = find_gpus()[:needed]
+        except ConfigError:  # they are counted, and cannot be used
+            return "cpu", []
         are_fit = len(gpus) == needed and all(gpu.capability >= MIN_CAPABILITY for gpu in gpus)
         return ("cuda", gpus) if are_fit else ("cpu", [])
     if torch.version.cuda is None:

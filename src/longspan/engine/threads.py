@@ -15,6 +15,7 @@ import torch
 from longspan.comm.threads import thread_group
 from longspan.engine.executor import PendingPlans
 from longspan.errors import LongspanError, WorkerError
+from longspan.models.compiled import compile_dense_
 from longspan.plan.types import Plan, PlanResult
 from longspan.policy.measured import RankMeasurement
 from longspan.worker.build import build_runner, load_weights, open_rank, with_options
@@ -34,7 +35,10 @@ class ThreadExecutor:
         torch.set_num_threads(start.config.num_threads)
         size = start.config.context_parallel_size
         tools = open_rank(start, 0, ranks_on_device=size, is_loaded=model is not None)
-        model = load_weights(start, tools.device, show_progress=False) if model is None else model
+        if model is None:
+            model = load_weights(start, tools.device, show_progress=False)
+        elif start.config.compile_dense:
+            compile_dense_(model)
         self._pending = PendingPlans()
         self._inboxes: list[queue.SimpleQueue[Plan | None]] = []
         self._threads: list[threading.Thread] = []
@@ -91,6 +95,7 @@ class ThreadExecutor:
         deadline = time.monotonic() + STOP_S
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        self.runners.clear()  # and with them the pools, which may be most of a GPU
 
     def replace(self) -> None:
         self.close()

@@ -44,8 +44,8 @@ def rank_device(config: EngineConfig, rank: int, environment: Mapping[str, str])
             f"of rank {rank}, legal is a GPU for every rank, or device cpu"
         )
     device = torch.device("cuda", index)
+    torch.cuda.set_device(device)  # before anything is asked, which would take memory of the first GPU
     check_capability(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-    torch.cuda.set_device(device)
     return device
 
 
