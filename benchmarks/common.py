@@ -113,6 +113,19 @@ class Timing:
     """Tokens of the prompt that a prefix cache had."""
 
 
+def run_request(engine: Engine, prompt: list[int], num_tokens: int) -> Timing:
+    """One request alone."""
+    started = time.perf_counter()
+    request = engine.add_request(prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
+    first = started
+    while engine.has_requests:
+        engine.step()
+        if request.num_generated == 1:
+            first = time.perf_counter()
+    tpot_s = (time.perf_counter() - first) / max(1, num_tokens - 1)
+    return Timing(first - started, tpot_s, request.output_token_ids, request.num_cached)
+
+
 class LongspanRunner:
     """longspan with real worker processes, started once."""
 
@@ -124,15 +137,7 @@ class LongspanRunner:
         self.run(random_prompt(256, 99), 2)
 
     def run(self, prompt: list[int], num_tokens: int) -> Timing:
-        started = time.perf_counter()
-        request = self.engine.add_request(prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
-        first = started
-        while self.engine.has_requests:
-            self.engine.step()
-            if request.num_generated == 1:
-                first = time.perf_counter()
-        tpot_s = (time.perf_counter() - first) / max(1, num_tokens - 1)
-        return Timing(first - started, tpot_s, request.output_token_ids, request.num_cached)
+        return run_request(self.engine, prompt, num_tokens)
 
     def close(self) -> None:
         self.engine.close()

@@ -27,7 +27,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,13 +41,12 @@ import triton
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gpu_kernels
-from common import RESULTS, Timing, print_table, random_prompt
+from common import RESULTS, Timing, median, print_table, random_prompt, run_request
 from gpu_kernels import SMOKE, Ceilings, Sizes
 from longspan.config import EngineConfig, parse_tokens
 from longspan.engine.engine import Engine
 from longspan.models.hook import ATTENTION_NAME
 from longspan.models.last_layer import skip_unread_rows_
-from longspan.types import SamplingParams
 
 PARTS = ("checks", "kernels", "engine", "share", "scaling")
 BACKENDS = ("triton", "flashinfer", "torch")
@@ -155,25 +153,25 @@ class Llama:
         return self.read_bytes + self.kv_bytes_per_token * num_tokens
 
 
-def run_request(engine: Engine, prompt: list[int], num_tokens: int) -> Timing:
-    started = first = time.perf_counter()
-    request = engine.add_request(prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
-    while engine.has_requests:
-        engine.step()
-        if request.num_generated == 1:
-            first = time.perf_counter()
-    ended = time.perf_counter()
-    return Timing(first - started, (ended - first) / (num_tokens - 1), request.output_token_ids)
-
-
 def median_timing(engine: Engine, length: int, vocab_size: int, repeats: int, num_tokens: int) -> Timing:
-    """Of requests with prompts that no cache knows; the first one, which compiles, does not count."""
+    """Of requests with prompts that no cache knows, after one that compiles; with the tokens of the first of them."""
     run_request(engine, random_prompt(min(length, 600), 99, vocab_size), 8)
     timings = [run_request(engine, random_prompt(length, seed, vocab_size), num_tokens) for seed in range(repeats)]
-    timings.sort(key=lambda timing: timing.tpot_s)
-    tpot_s = timings[len(timings) // 2].tpot_s
-    timings.sort(key=lambda timing: timing.ttft_s)
-    return Timing(timings[len(timings) // 2].ttft_s, tpot_s, timings[0].token_ids)
+    return Timing(
+        median(timing.ttft_s for timing in timings), median(timing.tpot_s for timing in timings), timings[0].token_ids
+    )
+
+
+def engine_options(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What all engines have in common."""
+    return {
+        "device": device.type,
+        "dtype": "bfloat16",
+        "attention_backend": "triton",
+        "max_num_batched_tokens": chosen.chunk,
+        "enable_prefix_caching": False,
+        "page_size": 64,
+    }
 
 
 def measure_engine(chosen: argparse.Namespace, ceilings: Ceilings, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -196,13 +194,8 @@ def measure_engine(chosen: argparse.Namespace, ceilings: Ceilings, device: torch
                 config = EngineConfig(
                     model=llama.path,
                     executor="threads",
-                    device=device.type,
-                    dtype="bfloat16",
-                    attention_backend="triton",
-                    max_num_batched_tokens=chosen.chunk,
-                    enable_prefix_caching=False,
-                    page_size=64,
                     kv_cache_memory=1 << 22 if chosen.smoke else None,
+                    **engine_options(chosen, device),
                     **extra,
                 )
                 free_caches(device)
@@ -260,18 +253,13 @@ def measure_scaling(chosen: argparse.Namespace, device: torch.device) -> list[di
         vocab_size = llama.config.vocab_size
         del llama
         free_caches(device)
-        alone: Timing | None = None
+        alone: dict[str, list[int]] = {}  # length to the tokens of one rank
         for count in counts:
             config = EngineConfig(
                 model=directory,
                 context_parallel_size=count,
-                device=device.type,
-                dtype="bfloat16",
-                attention_backend="triton",
-                max_num_batched_tokens=chosen.chunk,
-                enable_prefix_caching=False,
-                page_size=64,
                 placement="striped",
+                **engine_options(chosen, device),
             )
             for name in chosen.lengths.split(","):
                 if name == "longest":
@@ -279,15 +267,14 @@ def measure_scaling(chosen: argparse.Namespace, device: torch.device) -> list[di
                 with Engine(config) as engine:
                     length = parse_tokens(name)
                     timing = median_timing(engine, length, vocab_size, chosen.repeats, num_tokens)
-                if count == 1:
-                    alone = timing
+                alone.setdefault(name, timing.token_ids)
                 rows.append(
                     {
                         "ranks": count,
                         "prompt": length,
                         "first token s": timing.ttft_s,
                         "ms per token": timing.tpot_s * 1e3,
-                        "tokens as one rank": alone is not None and timing.token_ids == alone.token_ids,
+                        "tokens as one rank": timing.token_ids == alone[name],
                     }
                 )
                 print_table(rows[-1:])
@@ -295,7 +282,10 @@ def measure_scaling(chosen: argparse.Namespace, device: torch.device) -> list[di
 
 
 def attempt(name: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of one measurement, or what went wrong: one kernel's failure must not lose the others' figures."""
+    """Rows of one measurement, or what went wrong: one kernel's failure must not lose the others' figures.
+
+    It is in the table, and the program's exit code is 1.
+    """
     try:
         return list(measure())
     except Exception as error:
@@ -369,6 +359,9 @@ def main() -> None:
     save(result, chosen)
     if chosen.json:
         print(json.dumps(result, indent=1))
+    rows = [row for part in ("checks", "kernels", "share") for row in result.get(part, [])]
+    if any("failed" in row or row.get("result", "").startswith(("WRONG", "FAILED")) for row in rows):
+        sys.exit("some kernels are wrong, or failed: see the tables above")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,6 +100,22 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int, *, w
     return statistics.median(times)
 
 
+def _by_flops(flops: float, time_s: float, ceilings: Ceilings) -> dict[str, float]:
+    return {
+        "ms": time_s * 1e3,
+        "TFLOP/s": flops / time_s / 1e12,
+        "% of ceiling": 100 * flops / time_s / ceilings.flops_per_s,
+    }
+
+
+def _by_bytes(num_bytes: float, time_s: float, ceilings: Ceilings) -> dict[str, float]:
+    return {
+        "ms": time_s * 1e3,
+        "GB/s": num_bytes / time_s / 1e9,
+        "% of ceiling": 100 * num_bytes / time_s / ceilings.copy_bytes_per_s,
+    }
+
+
 def measure_ceilings(sizes: Sizes, device: torch.device) -> Ceilings:
     flops = 0.0
     for n in sizes.matmul:
@@ -171,6 +188,16 @@ def _rotating(sets: list[tuple[Tensor, Tensor]], call: Callable[[Tensor, Tensor]
     return run
 
 
+def _chunk(num_queries: int, first: int) -> RowSegments:
+    """Queries behind `first` keys, which lie in front of their own."""
+    return RowSegments(
+        [
+            RowSegment(0, num_queries, first, 0, first, None, FULL),
+            RowSegment(0, num_queries, first, first, num_queries, first, CAUSAL),
+        ]
+    )
+
+
 def measure_prefill(
     backend: AttentionBackend, sizes: Sizes, ceilings: Ceilings, device: torch.device
 ) -> Iterator[dict[str, Any]]:
@@ -179,12 +206,7 @@ def measure_prefill(
     for num_keys in sizes.prefill_keys:
         num_queries, first = sizes.prefill_queries, num_keys - sizes.prefill_queries
         q = torch.randn(num_queries, sizes.heads, sizes.width, device=device).to(torch.bfloat16)
-        segments = RowSegments(
-            [
-                RowSegment(0, num_queries, first, 0, first, None, FULL),
-                RowSegment(0, num_queries, first, first, num_queries, first, CAUSAL),
-            ]
-        )
+        segments = _chunk(num_queries, first)
         sets = _kv(sizes, num_keys, device)[:1]
         call = _rotating(sets, lambda k, v, q=q, s=segments: backend.partial_attention(q, k, v, s, params))
         pairs = num_queries * first + num_queries * (num_queries + 1) / 2
@@ -194,9 +216,7 @@ def measure_prefill(
             "kernel": "prefill",
             "backend": backend.name,
             "shape": f"{num_queries} queries x {num_keys} keys",
-            "ms": time_s * 1e3,
-            "TFLOP/s": flops / time_s / 1e12,
-            "% of ceiling": 100 * flops / time_s / ceilings.flops_per_s,
+            **_by_flops(flops, time_s, ceilings),
         }
 
 
@@ -218,9 +238,7 @@ def measure_decode(
             "kernel": "decode",
             "backend": backend.name,
             "shape": f"{batch} x {num_keys} keys",
-            "ms": time_s * 1e3,
-            "GB/s": num_bytes / time_s / 1e9,
-            "% of ceiling": 100 * num_bytes / time_s / ceilings.copy_bytes_per_s,
+            **_by_bytes(num_bytes, time_s, ceilings),
         }
         del sets, call
 
@@ -234,15 +252,12 @@ def measure_merge(sizes: Sizes, ceilings: Ceilings, device: torch.device) -> Ite
         out = torch.empty(rows, heads, width, device=device, dtype=torch.bfloat16)
         lse = torch.empty(rows, heads, device=device)
         num_bytes = float(parts.nbytes + lses.nbytes + out.nbytes + lse.nbytes)
-        call = lambda p=parts, x=lses, o=out, y=lse: merge(p, x, o, y)  # noqa: E731
-        time_s = seconds(call, device, sizes.repeats)
+        time_s = seconds(partial(merge, parts, lses, out, lse), device, sizes.repeats)
         yield {
             "kernel": "merge",
             "backend": "triton",
             "shape": f"{count} {str(dtype).removeprefix('torch.')} partials, {num_bytes / 1e6:.0f} MB",
-            "ms": time_s * 1e3,
-            "GB/s": num_bytes / time_s / 1e9,
-            "% of ceiling": 100 * num_bytes / time_s / ceilings.copy_bytes_per_s,
+            **_by_bytes(num_bytes, time_s, ceilings),
         }
 
 
@@ -257,9 +272,7 @@ def measure_accumulate(sizes: Sizes, ceilings: Ceilings, device: torch.device) -
         "kernel": "accumulate",
         "backend": "triton",
         "shape": f"float32, {num_bytes / 1e6:.0f} MB",
-        "ms": time_s * 1e3,
-        "GB/s": num_bytes / time_s / 1e9,
-        "% of ceiling": 100 * num_bytes / time_s / ceilings.copy_bytes_per_s,
+        **_by_bytes(num_bytes, time_s, ceilings),
     }
 
 
@@ -278,11 +291,7 @@ def measure_share(
         steps, pairs = [], 0.0
         for first in firsts:
             n = min(sizes.share_queries, sizes.share_context - first)
-            segments = [
-                RowSegment(0, n, first, 0, first, None, FULL),
-                RowSegment(0, n, first, first, n, first, CAUSAL),
-            ]
-            steps.append((n, RowSegments(segments)))
+            steps.append((n, _chunk(n, first)))
             pairs += n * first + n * (n + 1) / 2
 
         def share(steps: list[tuple[int, RowSegments]] = steps) -> None:
@@ -296,7 +305,5 @@ def measure_share(
             "kernel": "prefill share",
             "backend": backend.name,
             "shape": f"a layer of {sizes.share_context} tokens, 1 of {num_ranks} ranks",
-            "ms": time_s * 1e3,
-            "TFLOP/s": flops / time_s / 1e12,
-            "% of ceiling": 100 * flops / time_s / ceilings.flops_per_s,
+            **_by_flops(flops, time_s, ceilings),
         }

@@ -18,6 +18,8 @@ from longspan.attention.reference import ReferenceBackend
 from longspan.attention.torch_flash import TorchFlash
 from longspan.errors import LongspanError
 from longspan.types import AttentionParams, KVGroup, KVSpec
+from longspan.worker import device
+from tiny_models import greedy, run_requests, tiny_model
 
 PARAMS = AttentionParams(scale=0.3)
 
@@ -200,3 +202,34 @@ def test_the_torch_backend_rejects_softcaps_and_windows(torch_kernel):
 def test_flashinfer_leaves_windows_to_the_other_backend(flashinfer):
     backend, spec = DenseBackend(flashinfer, ReferenceBackend()), KVSpec(2, 64, 64, "bfloat16")
     assert backend.unsupported(spec, AttentionParams(1.0, softcap=5.0, window=8)) is None
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [
+        ("llama", "pass_kv"),
+        ("qwen2", "gather_kv"),
+        ("qwen3", "pass_q"),
+        ("gemma2", "pass_kv"),
+        ("mistral-window-24", "auto"),
+    ],
+)
+def test_dense_calls_give_the_tokens_of_transformers(family, strategy, monkeypatch):
+    kernel = Kernel()
+    monkeypatch.setattr(dense, "MIN_QUERIES", 8)
+    monkeypatch.setattr(device, "make_backend", lambda name, on: DenseBackend(kernel, ReferenceBackend()))
+    model = tiny_model(family)
+    references = model.references[:3]
+    requests = run_requests(
+        model,
+        [(reference.prompt, greedy(12)) for reference in references],
+        context_parallel_size=3,
+        placement="striped",
+        page_size=4,
+        stripe_size=16,
+        strategy=strategy,
+        max_num_batched_tokens=50,
+    )
+    assert [r.output_token_ids for r in requests] == [reference.token_ids[:12] for reference in references]
+    assert any(is_causal for _, _, is_causal in kernel.calls)

@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import time
-import types
 
 import httpx
 import pytest
@@ -15,7 +14,6 @@ from longspan.models.loader import load_tokenizer
 from longspan.server.config import ServerConfig
 from longspan.server.generation import _held_back
 from longspan.server.logprobs import prompt_offsets
-from longspan.server.metrics import RequestMetrics
 from longspan.server.protocol import nth_choice
 from longspan.server.sse import event
 from longspan.server.token_texts import TokenTexts
@@ -549,23 +547,6 @@ def test_a_model_is_called_what_the_server_calls_it(cache_home):
             error = served.refused(path, 404, model="gpt", **body)
             assert (error["code"], error["param"]) == ("model_not_found", "model")
             assert "'org/tiny'" in error["message"]
-
-
-@pytest.mark.parametrize(("steps", "intervals"), [((1, 1, 1), 2), ((1, 2), 2), ((2, 1, 0, 3), 5)])
-def test_tokens_that_come_together_are_several_intervals(steps, intervals):
-    """Two plans may end before the first is looked at."""
-    seen, firsts, counted = [], [], []
-    histogram = lambda into: types.SimpleNamespace(observe=into.append)  # noqa: E731
-    counter = types.SimpleNamespace(inc=counted.append)
-    request = RequestMetrics(
-        types.SimpleNamespace(
-            token_s=histogram(seen), first_token_s=histogram(firsts), prompt_tokens=counter, generation_tokens=counter
-        )
-    )
-    for num_tokens in steps:
-        request.advanced(0, 100, num_tokens)
-    assert (len(firsts), len(seen), sum(counted)) == (1, intervals, 100 + sum(steps))
-    assert all(time_s >= 0 for time_s in seen)
 
 
 def test_metrics_count_what_happened(cache_home):

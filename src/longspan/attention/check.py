@@ -16,6 +16,7 @@ TOLERANCE = {"bfloat16": 0.05, "float16": 0.02, "float32": 0.001}
 """Of outputs and log-sum-exps of standard normal numbers, several times what the dtype rounds."""
 
 NUM_KEYS = 1100
+"""Enough for a lone query to be split over them."""
 
 
 def check_against_reference(

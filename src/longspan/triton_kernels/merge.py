@@ -12,6 +12,12 @@ from torch import Tensor
 from longspan.triton_kernels.launch import on_device
 
 
+def _block(width: int) -> tuple[int, int]:
+    """Padded width, and rows of one program: 2,048 elements, if a row has no more."""
+    width_block = triton.next_power_of_2(width)
+    return width_block, max(1, 2048 // width_block)
+
+
 @triton.jit
 def merge_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
@@ -89,8 +95,7 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor, sinks: Ten
     assert lse.dtype == part_lses.dtype == torch.float32
     if num_rows == 0:
         return
-    width_block = triton.next_power_of_2(width)
-    block_rows = max(1, 2048 // width_block)
+    width_block, block_rows = _block(width)
     with on_device(parts):
         merge_kernel[(triton.cdiv(num_rows, block_rows),)](
             out,
@@ -162,8 +167,7 @@ def accumulate_(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> N
     assert out.shape == acc_out.shape
     if num_rows == 0:
         return
-    width_block = triton.next_power_of_2(width)
-    block_rows = max(1, 2048 // width_block)
+    width_block, block_rows = _block(width)
     with on_device(acc_out):
         accumulate_kernel[(triton.cdiv(num_rows, block_rows),)](
             acc_out,
