@@ -4,6 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 # Parallel test processes share the cores: one compute thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+PROGRAM := PYTHONPATH=tests/helpers $(BIN)/python
 
 .PHONY: install demo test test-all test-gpu test-vllm check chaos hostile simulate soak bench clean
 .DEFAULT_GOAL := install
@@ -32,8 +33,8 @@ test-all: $(STAMP)
 
 # The GPU's own tests: kernels and engine on one GPU, against the same references; needs one, and a CUDA build of torch.
 test-gpu: $(STAMP)
-	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/test_triton.py tests/test_fixed.py
-	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/test_families.py -k "other_backends"
+	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/triton_kernels/test_kernels.py tests/cp/test_fixed_steps.py
+	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/engine/test_families.py -k "other_backends"
 
 # Format, lint, types, layers, fast tests; under two minutes.
 check: $(STAMP)
@@ -54,23 +55,23 @@ $(VLLM_STAMP): pyproject.toml
 	touch $(VLLM_STAMP)
 
 test-vllm: $(VLLM_STAMP)
-	.venv-vllm/bin/python -m pytest tests/vllm_plugin --timeout 600
+	.venv-vllm/bin/python -m pytest tests/integrations/vllm_plugin --timeout 600
 
 # Loses ranks under many streams, 200 times; ends with one line of JSON. CHAOS="--kills 20 --seed 1" and the like.
 chaos: $(STAMP)
-	$(BIN)/python tests/chaos.py $(CHAOS)
+	$(PROGRAM) tests/endurance/chaos.py $(CHAOS)
 
 # 10,000 requests that no client should send, at a real server; ends with one line of JSON.
 hostile: $(STAMP)
-	$(BIN)/python tests/hostile.py
+	$(PROGRAM) tests/endurance/hostile.py
 
 # An engine on simulated ranks: 5,000 histories of delays, losses and reorderings; ends with one line of JSON.
 simulate: $(STAMP)
-	$(BIN)/python tests/simulate.py $(SIMULATE)
+	$(PROGRAM) tests/endurance/simulate.py $(SIMULATE)
 
 # An hour of mixed traffic at a real server; ends with one line of JSON. SOAK="--minutes 10" and the like.
 soak: $(STAMP)
-	$(BIN)/python tests/soak.py $(SOAK)
+	$(PROGRAM) tests/endurance/soak.py $(SOAK)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/prefill.py

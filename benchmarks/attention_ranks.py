@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from longspan.config import num_cores
+from longspan.costmodel.choose import plan_group, predict_candidates
+from longspan.costmodel.measured import combine
+from longspan.costmodel.parameters import Costs
 from longspan.plan.types import GroupStep, Literals, Plan, QueryRun
-from longspan.policy.choose import plan_group, predict_candidates
-from longspan.policy.measured import combine
-from longspan.policy.rates import Costs
 from longspan.sharding.pages import PageTable
 from longspan.sharding.placement import chunk_len, place, stripe_lengths
 from longspan.simulation import parse_simulated_links
@@ -143,10 +143,10 @@ def _serve(
     from longspan.comm.measure import barrier, measure_links
     from longspan.comm.recording import RecordingCommunicator
     from longspan.comm.sockets import SocketCommunicator
+    from longspan.costmodel.measured import RankMeasurement
     from longspan.cp.attend import StepAttention
     from longspan.cp.measure import measure_messages
-    from longspan.kvcache.pool import PagePool
-    from longspan.policy.measured import RankMeasurement
+    from longspan.kv.pool import PagePool
     from longspan.types import AttentionParams
     from longspan.worker.measure import with_messages
 

@@ -25,7 +25,7 @@ ANSWER = "4711"
 QUESTION = "The number of the safe is "
 PROMPT = f"{QUESTION}{ANSWER}. Once more: {QUESTION}"
 FLOOR = "import gc; gc.disable(); import os, transformers.modeling_utils; os._exit(0)"
-STARTED = Path(__file__).with_name("started.py")
+STARTED = Path(__file__).with_name("timed_command.py")
 
 
 def floor_s() -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from longspan.cli.main import run_command
-from longspan.engine.costs import MEASURE
+from longspan.engine.cost_parameters import MEASURE
 
 os.environ[MEASURE] = "never"  # also in processes that tests start: choices must not depend on the machine
 if os.environ.get("LONGSPAN_TEST_DEVICE", "cpu") == "cpu":  # `make test-gpu` says cuda

@@ -17,7 +17,7 @@ from peers.process import Command
 
 DRIVERS = Path(__file__).parent / "drivers"
 PEERS = ("transformers", "vllm", "llamacpp")
-LONGSPAN_WORKER = r"longspan\.worker\.preload"  # the ranks are its forks
+LONGSPAN_WORKER = r"longspan\.worker\.fork_server"  # the ranks are its forks
 SPARE_TOKENS = 512
 """Of context beyond prompt and answer, for the prompt that warms an engine up."""
 

@@ -18,11 +18,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from longspan.config import EngineConfig
+from longspan.costmodel.explain import Choice
 from longspan.engine.processes import early_ranks
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
-from longspan.models.text import TextStream, encode_prompt
-from longspan.policy.explain import Choice
+from longspan.models.detokenizer import TextStream, encode_prompt
 from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
 

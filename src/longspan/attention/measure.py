@@ -1,7 +1,7 @@
 """How fast one rank's kernels are, at the shapes of the model that it will run.
 
 Holds measurements. Must not know ranks (others do the same at the same time: `sync`), or what is predicted.
-Read next: `longspan.policy.rates`, which says what the numbers mean; `longspan.comm.measure`.
+Read next: `longspan.costmodel.parameters`, which says what the numbers mean; `longspan.comm.measure`.
 """
 
 import statistics
@@ -12,7 +12,7 @@ import torch
 
 from longspan.attention.base import AttentionBackend, RowSegment
 from longspan.attention.partial import PartialAttention, merge_rows_
-from longspan.policy.rates import KernelRates
+from longspan.costmodel.parameters import KernelRates
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams, KVGroup
 

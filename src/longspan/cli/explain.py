@@ -1,12 +1,12 @@
 """Why strategies were chosen, as a table for people.
 
 Holds text. Must not know how anything is predicted.
-Read next: `longspan.policy.explain`, which notes the choices.
+Read next: `longspan.costmodel.explain`, which notes the choices.
 """
 
 from collections.abc import Sequence
 
-from longspan.policy.explain import Choice
+from longspan.costmodel.explain import Choice
 
 
 def choices_text(choices: Sequence[Choice]) -> str:

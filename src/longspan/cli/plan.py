@@ -2,7 +2,7 @@
 
 Holds options. Must not know how anything is predicted or shown, nor import torch before the options are known to be
 legal.
-Read next: `longspan.policy.report`; `longspan.cli.plan_text`, which shows it.
+Read next: `longspan.planner.report`; `longspan.cli.plan_text`, which shows it.
 """
 
 import sys
@@ -17,14 +17,14 @@ from longspan.errors import ConfigError
 from longspan.imports import quick_imports
 
 if TYPE_CHECKING:
-    from longspan.policy.clusters import Cluster
-    from longspan.policy.shapes import PlannedDType
+    from longspan.costmodel.shapes import PlannedDType
+    from longspan.planner.clusters import Cluster
 
 DEFAULT_CONTEXTS = "8k,128k,1M"
 
 
 def _dtypes() -> click.Choice[str]:
-    from longspan.policy.shapes import PlannedDType
+    from longspan.costmodel.shapes import PlannedDType
 
     return choice(PlannedDType)
 
@@ -81,7 +81,7 @@ def plan(
 
     with quick_imports(for_good=True):
         from longspan.models.shape import load_shape
-        from longspan.policy.report import make_plan
+        from longspan.planner.report import make_plan
 
     report = make_plan(
         load_shape(model, planned_dtype),
@@ -108,9 +108,9 @@ def _cluster(
     gpu: str | None, gpus_per_node: int | None, nodes: int | None, file: str | None, memory_bytes: int | None
 ) -> "Cluster":
     """The cluster, from exactly one of its two sources."""
-    from longspan.policy.cluster_file import load_cluster
-    from longspan.policy.clusters import known_cluster
-    from longspan.policy.gpus import GPUS
+    from longspan.planner.cluster_file import load_cluster
+    from longspan.planner.clusters import known_cluster
+    from longspan.planner.gpus import GPUS
 
     if (gpu is None) == (file is None):
         given = "none" if gpu is None else "both"

@@ -1,7 +1,7 @@
 """A picture of a plan: time and memory against the context.
 
 Holds the drawing. Must not know how anything was predicted. Needs matplotlib, the extra `plot`.
-Read next: `longspan.policy.report`.
+Read next: `longspan.planner.report`.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import ConfigError
-from longspan.policy.report import PlanReport
+from longspan.planner.report import PlanReport
 
 
 def check_plot(path: str) -> None:

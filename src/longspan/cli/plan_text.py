@@ -1,16 +1,16 @@
 """The text of a plan: a table on a terminal, plain lines elsewhere.
 
 Holds words and number formats. Must not know how anything was predicted.
-Read next: `longspan.policy.report`.
+Read next: `longspan.planner.report`.
 """
 
 from collections.abc import Sequence
 
 import click
 
-from longspan.policy.clusters import Cluster
-from longspan.policy.planner import StrategyChange
-from longspan.policy.report import ContextPlan, PlanReport
+from longspan.costmodel.model_time import StrategyChange
+from longspan.planner.clusters import Cluster
+from longspan.planner.report import ContextPlan, PlanReport
 from longspan.types import Strategy
 
 HEADINGS = (

@@ -19,7 +19,7 @@ SHORT_STRIPE = 64
 
 STRIPED_FROM = 1024
 """Tokens per rank from which on a prompt is striped, if the user says nothing else. A lone request may gain from it
-earlier (`longspan.policy.placement_choice`); a server's other ranks have other requests to run."""
+earlier (`longspan.costmodel.placement_choice`); a server's other ranks have other requests to run."""
 
 MAX_RESTARTS = 10
 """Where the driver itself can start ranks again, if the user says nothing else."""

@@ -1,7 +1,7 @@
 """`longspan topology`: what the ranks and links here can do, and which strategies follow from it.
 
 Holds options and output. Must not know how anything is measured or predicted.
-Read next: `longspan.engine.costs`; `longspan.policy.grid`.
+Read next: `longspan.engine.cost_parameters`; `longspan.costmodel.grid`.
 """
 
 from pathlib import Path
@@ -15,8 +15,8 @@ from longspan.errors import ConfigError
 from longspan.imports import quick_imports
 
 if TYPE_CHECKING:
-    from longspan.policy.grid import StepChoice
-    from longspan.policy.rates import Costs, Link
+    from longspan.costmodel.grid import StepChoice
+    from longspan.costmodel.parameters import Costs, Link
 
 
 @click.command()
@@ -44,10 +44,10 @@ def topology(model: str, save: str | None, as_json: bool, **options: Any) -> Non
 
     with early_ranks(config) as launcher:
         with quick_imports(for_good=True):
-            from longspan.engine.costs import step_options
+            from longspan.costmodel.grid import predict_grid
+            from longspan.costmodel.topology_file import topology_text
+            from longspan.engine.cost_parameters import step_options
             from longspan.engine.engine import Engine
-            from longspan.policy.grid import predict_grid
-            from longspan.policy.topology_file import topology_text
         running = Engine(config, launcher=launcher)
     with running as engine:
         costs, striped_from = engine.costs, engine.scheduler.memory.striped_from

@@ -2,7 +2,7 @@
 
 Holds measurements through the communicator alone, so that they see whatever it does (sockets, networks, simulated
 links). Must not know kernels, or what is predicted from the numbers.
-Read next: `longspan.policy.rates`, which says what the numbers mean; `longspan.attention.measure`.
+Read next: `longspan.costmodel.parameters`, which says what the numbers mean; `longspan.attention.measure`.
 
 Note: everybody at once
     Ranks form rings, one per node, and one through the nodes for the first ranks of all nodes, one for the second
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from longspan.comm.base import Communicator
-from longspan.policy.measured import LinkMeasurement
-from longspan.policy.rates import Link
+from longspan.costmodel.measured import LinkMeasurement
+from longspan.costmodel.parameters import Link
 
 SIZES = ((2 << 10, 32), (8 << 10, 24), (32 << 10, 16), (64 << 10, 24), (256 << 10, 12), (1 << 20, 6), (3 << 20, 5))
 """(bytes of a message, how often it is sent): short ones for latency, the last two for bandwidth."""

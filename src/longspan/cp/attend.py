@@ -21,7 +21,7 @@ from longspan.cp.gather_kv import GatherKV
 from longspan.cp.local import Local
 from longspan.cp.pass_kv import PassKV
 from longspan.cp.pass_q import PassQ
-from longspan.kvcache.pool import PagePool
+from longspan.kv.pool import PagePool
 from longspan.plan.read_runs import read_runs
 from longspan.plan.types import Plan
 from longspan.sharding.pages import PageTable

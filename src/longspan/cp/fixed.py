@@ -32,7 +32,7 @@ from longspan.attention.tiles import TileTables, tile_tables
 from longspan.attention.triton import MAX_SPLITS, WAVES, num_processors, power_of_two
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout, resolve
-from longspan.kvcache.pool import PagePool
+from longspan.kv.pool import PagePool
 from longspan.plan.types import Plan, Range
 from longspan.sharding.pages import PageTable
 from longspan.triton_kernels.attention import attention, tiling

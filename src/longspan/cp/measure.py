@@ -1,7 +1,7 @@
 """What a partial's way through a message costs the ranks at both ends, beside its bytes.
 
 Holds one measurement. Must not know links or kernels.
-Read next: `longspan.policy.rates`, which says what the numbers mean; `longspan.comm.measure`.
+Read next: `longspan.costmodel.parameters`, which says what the numbers mean; `longspan.comm.measure`.
 """
 
 import statistics

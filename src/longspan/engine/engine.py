@@ -17,7 +17,8 @@ import torch
 from msgspec import structs
 
 from longspan.config import REMOTE_EXECUTORS, EngineConfig
-from longspan.engine.costs import file_costs, find_costs, use_costs
+from longspan.costmodel.parameters import Costs
+from longspan.engine.cost_parameters import file_costs, find_costs, use_costs
 from longspan.engine.executor import Executor
 from longspan.engine.gpus import GPU, choose_device
 from longspan.engine.interrupts import deferred_interrupt
@@ -29,7 +30,6 @@ from longspan.errors import ConfigError, LongspanError
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.plan.types import PlanResult, RankResult
-from longspan.policy.rates import Costs
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler

@@ -8,9 +8,9 @@ import threading
 from concurrent.futures import Future
 from typing import Protocol
 
+from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.launcher import Launcher
 from longspan.plan.types import Plan, PlanResult, RankResult
-from longspan.policy.measured import RankMeasurement
 
 
 class Executor(Protocol):

@@ -19,7 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from longspan.comm.secret import Secret
 from longspan.errors import ConfigError
-from longspan.worker.curve import answer_admission, listen_with
+from longspan.worker.zmq_auth import answer_admission, listen_with
 
 LINGER_MS = 1000
 """How long a closed link goes on sending its last words."""

@@ -1,7 +1,7 @@
 """Worker processes on this machine.
 
 Holds their start and end. Must not know messages, schedulers or requests, nor import torch.
-Read next: `longspan.worker.preload`, what is started.
+Read next: `longspan.worker.fork_server`, what is started.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class LocalLauncher:
             self._meet()
             with _interrupt_blocked():
                 self._parent = subprocess.Popen(
-                    [sys.executable, "-m", "longspan.worker.preload", str(self._directory)],
+                    [sys.executable, "-m", "longspan.worker.fork_server", str(self._directory)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     bufsize=0,

@@ -13,11 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from longspan.comm.threads import thread_group
+from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.executor import PendingPlans
 from longspan.errors import LongspanError, WorkerError
 from longspan.models.compiled import compile_dense_
 from longspan.plan.types import Plan, PlanResult
-from longspan.policy.measured import RankMeasurement
 from longspan.worker.build import build_runner, load_weights, open_rank, with_options
 from longspan.worker.measure import measure
 from longspan.worker.messages import Measure, Start

@@ -11,14 +11,15 @@ from concurrent.futures import Future
 
 import msgspec
 
+from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.executor import PendingMeasurements, PendingPlans
 from longspan.engine.failures import Failures
 from longspan.engine.launcher import Launcher
 from longspan.engine.link import DriverLink
-from longspan.engine.roster import Roster
+from longspan.engine.membership import Roster
 from longspan.errors import ConfigError, LongspanError, WorkerError
 from longspan.plan.types import Plan, PlanResult
-from longspan.policy.measured import RankMeasurement
+from longspan.worker.heartbeat import MARGIN_S, silence_limit_s
 from longspan.worker.messages import (
     Alive,
     Answer,
@@ -37,7 +38,6 @@ from longspan.worker.messages import (
     decode_to_driver,
     encode,
 )
-from longspan.worker.pulse import MARGIN_S, silence_limit_s
 from longspan.worker.versions import own_versions
 
 POLL_MS = 100

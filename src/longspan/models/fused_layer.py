@@ -1,7 +1,7 @@
 """Decoder layers that take a few kernel calls instead of forty small operators, for float32 on a CPU.
 
 Holds the replacement of a layer's forward. Must not know plans, ranks or strategies.
-Read next: `longspan.native.layer`, for few rows; `longspan.models.many_rows`, for more;
+Read next: `longspan.native.layer`, for few rows; `longspan.models.fused_layer_many_rows`, for more;
 `docs/decisions/0014-fused-layers.md` for what it gives.
 
 Note: nothing is assumed
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longspan.models import many_rows
+from longspan.models import fused_layer_many_rows
 from longspan.models.hook import AttendFunction, AttentionCall
 from longspan.models.last_layer import READ_ROWS
 from longspan.native.kernels import MAX_LINEAR_ROWS, MAX_ROWS
@@ -102,13 +102,13 @@ def _fused_forward(layer: nn.Module, *, is_last: bool) -> Callable[..., Tensor]:
 def _before_attention(fused: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if takes(x.shape[0]):
         return fused.before_attention(x, cos, sin)
-    return many_rows.before_attention(fused, x, cos, sin)
+    return fused_layer_many_rows.before_attention(fused, x, cos, sin)
 
 
 def _behind_attention(fused: FusedLayer, attended: Tensor, x: Tensor) -> Tensor:
     if takes(x.shape[0]):
         return fused.behind_attention(attended, x)
-    return many_rows.behind_attention(fused, attended, x)
+    return fused_layer_many_rows.behind_attention(fused, attended, x)
 
 
 def _fused(layer: Any) -> FusedLayer:

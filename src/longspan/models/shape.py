@@ -1,7 +1,8 @@
 """From a model's name to the shape that planning needs: config only, no weights.
 
 Holds the refusal of models for which the planner's numbers would be wrong. Must not know clusters or costs.
-Read next: `longspan.policy.planner`; `longspan.models.inspect`, which reads the facts off a model on the meta device.
+Read next: `longspan.costmodel.model_time`; `longspan.models.inspect`, which reads the facts off a model on the meta
+device.
 """
 
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from longspan.costmodel.shapes import ModelShape, PlannedDType
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.models.inspect import check_proven, trace_model
 from longspan.models.loader import load_config, load_config_file
-from longspan.policy.shapes import ModelShape, PlannedDType
 
 _WRONG_FIELDS = {
     "kv_lora_rank": "multi-head latent attention caches something else than keys and values",

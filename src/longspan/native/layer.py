@@ -1,7 +1,8 @@
 """A decoder layer around its attention, as compiled kernels (`layer.c`): the binding.
 
 Holds the layer as the kernels see it. Must not know Transformers, attention or when a kernel is worth calling.
-Read next: `longspan.models.fused_layer`, which makes and calls them; `longspan.models.many_rows`, for the steps.
+Read next: `longspan.models.fused_layer`, which makes and calls them;
+`longspan.models.fused_layer_many_rows`, for the steps.
 """
 
 import ctypes

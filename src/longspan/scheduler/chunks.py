@@ -1,13 +1,13 @@
 """How far a request goes in one step: token budgets, balance over ranks, and predicted time.
 
 Holds the cutting of prompts. Must not know which requests share a step, or plans.
-Read next: `longspan.policy.cost`, which predicts; `longspan.scheduler.scheduler`, which asks.
+Read next: `longspan.costmodel.step_time`, which predicts; `longspan.scheduler.scheduler`, which asks.
 """
 
 from collections.abc import Mapping, Sequence
 
 from longspan.config import EngineConfig
-from longspan.policy.cost import StepTime
+from longspan.costmodel.step_time import StepTime
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
 from longspan.types import Phase

@@ -29,9 +29,9 @@ from itertools import groupby
 
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
-from longspan.kvcache.prefix import CachingAllocator, extend_hashes
+from longspan.kv.prefix import CachingAllocator, extend_hashes
 from longspan.plan.types import PageCopy
-from longspan.scheduler.lookup import PrefixLookup
+from longspan.scheduler.prefix_lookup import PrefixLookup
 from longspan.scheduler.request import Request
 from longspan.sharding.capacity import pool_bytes, window_pages
 from longspan.sharding.pages import PageRun, PageTable

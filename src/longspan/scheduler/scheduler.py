@@ -2,7 +2,7 @@
 
 Holds the queues, and who takes part in a plan. Must not know torch, processes, text or clocks: the same calls give the
 same plans.
-Read next: `longspan.scheduler.writing`, which writes the plan; `longspan.engine.engine`, which drives this.
+Read next: `longspan.scheduler.plan_writer`, which writes the plan; `longspan.engine.engine`, which drives this.
 
 Note: lanes
     A plan names its ranks, and plans on disjoint ranks run at the same time. `schedule` therefore returns plans until
@@ -39,18 +39,18 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from longspan.config import EngineConfig
+from longspan.costmodel.step_time import StepTime
 from longspan.errors import ConfigError
-from longspan.kvcache.prefix import extend_hashes
+from longspan.kv.prefix import extend_hashes
 from longspan.plan.types import (
     Plan,
     PlanResult,
 )
-from longspan.policy.cost import StepTime
 from longspan.scheduler.chunks import Chunks
 from longspan.scheduler.memory import DECODE_COST, KVMemory
+from longspan.scheduler.plan_writer import PlanWriter
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.sampling import can_sample_ahead
-from longspan.scheduler.writing import PlanWriter
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 PATIENCE = 2

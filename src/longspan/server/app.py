@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import LongspanError
-from longspan.models.text import encode_prompt
+from longspan.models.detokenizer import encode_prompt
 from longspan.server.bodies import LONG_BODY, kind_of, read_body
 from longspan.server.chat import chat, encode_messages
 from longspan.server.completions import complete

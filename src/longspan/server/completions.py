@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import Response
 
-from longspan.models.text import encode_prompt
+from longspan.models.detokenizer import encode_prompt
 from longspan.server.answers import Answer
 from longspan.server.generation import Choice, Event, Generation, Prompt
 from longspan.server.logprobs import LegacyLogprobs, prompt_offsets

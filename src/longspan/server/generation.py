@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from longspan.engine.async_engine import RequestStream, Update
 from longspan.engine.estimate import time_left_s
 from longspan.errors import LongspanError
-from longspan.models.text import TextStream
+from longspan.models.detokenizer import TextStream
 from longspan.server.errors import ApiError
 from longspan.server.metrics import RequestMetrics
 from longspan.server.protocol import MAX_PROMPTS, nth_choice

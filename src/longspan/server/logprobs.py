@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from longspan.models.text import TextStream
+from longspan.models.detokenizer import TextStream
 from longspan.server.token_texts import TokenTexts
 from longspan.types import SamplingParams, TokenLogprobs
 

@@ -1,7 +1,7 @@
 """Tokenizers for a server: text work runs in threads, so that the event loop always answers.
 
 Holds the threads and their copies of the tokenizer. Must not know requests or engines.
-Read next: `longspan.models.text`.
+Read next: `longspan.models.detokenizer`.
 
 Note: one copy per thread
     A fast tokenizer keeps its truncation and padding settings inside the Rust object. Used by two threads at once it

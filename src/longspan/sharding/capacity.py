@@ -1,7 +1,7 @@
 """How many pages each KV group's pool gets from a rank's memory.
 
 Holds arithmetic. Must not know tensors, and never measures free memory itself.
-Read next: `longspan.kvcache.allocator`.
+Read next: `longspan.kv.allocator`.
 """
 
 from longspan.errors import ConfigError

@@ -1,6 +1,6 @@
 """Pages and page tables: where the KV of one request lies.
 
-Holds the integer bookkeeping of one request. Must not know which pages are free (`longspan.kvcache.allocator`), which
+Holds the integer bookkeeping of one request. Must not know which pages are free (`longspan.kv.allocator`), which
 rank is chosen next (`longspan.sharding.placement`), or tensors.
 Read next: `longspan.sharding.placement`.
 

@@ -1,7 +1,7 @@
 """Keys and values of new tokens to their rows of the page pool, in one launch.
 
 Holds the kernel and its launch. Must not know pages or requests.
-Read next: `longspan.kvcache.pool`.
+Read next: `longspan.kv.pool`.
 """
 
 import torch

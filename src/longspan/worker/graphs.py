@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longspan.comm.recording import RecordingCommunicator
 from longspan.cp.fixed import BUCKETS, FixedAttention, FixedInputs, FixedShape, fixed_shape
-from longspan.kvcache.pool import PagePool
+from longspan.kv.pool import PagePool
 from longspan.models.hook import AttentionCall
 from longspan.models.last_layer import READ_ROWS
 from longspan.plan.types import Plan

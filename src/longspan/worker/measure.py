@@ -1,7 +1,7 @@
 """Measures one rank: kernels at the model's shapes, links, and what a layer takes outside attention.
 
 Holds the order of measurements. Must not know what is predicted from them.
-Read next: `longspan.attention.measure`, `longspan.comm.measure`; `longspan.policy.measured`.
+Read next: `longspan.attention.measure`, `longspan.comm.measure`; `longspan.costmodel.measured`.
 """
 
 import statistics
@@ -14,10 +14,10 @@ from torch import Tensor
 from longspan.attention.measure import measure_kernels
 from longspan.comm.measure import barrier, measure_links
 from longspan.config import num_cores
+from longspan.costmodel.measured import RankMeasurement
+from longspan.costmodel.parameters import KernelRates
 from longspan.cp.measure import MessageTimes, measure_messages
 from longspan.models.hook import AttentionCall
-from longspan.policy.measured import RankMeasurement
-from longspan.policy.rates import KernelRates
 from longspan.worker.messages import Measure
 from longspan.worker.runner import ModelRunner
 

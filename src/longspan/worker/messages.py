@@ -12,8 +12,8 @@ from typing import Literal
 import msgspec
 
 from longspan.config import EngineConfig
+from longspan.costmodel.measured import RankMeasurement
 from longspan.plan.types import Plan, RankResult
-from longspan.policy.measured import RankMeasurement
 from longspan.types import ModelSpec
 
 

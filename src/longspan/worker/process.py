@@ -2,7 +2,8 @@
 
 Holds what workers have in common, and those on the driver's machine. Must not know schedulers, requests or models, and
 imports torch only when all below is in place.
-Read next: `longspan.worker.serve`; `longspan.worker.preload`, the parent; `longspan.worker.remote`, workers elsewhere.
+Read next: `longspan.worker.serve`; `longspan.worker.fork_server`, the parent; `longspan.worker.remote`, workers
+elsewhere.
 """
 
 import os
@@ -14,9 +15,9 @@ from typing import Literal
 from longspan.comm.connect import Meeting, local_meeting
 from longspan.errors import CommunicationError, ConfigError, LongspanError
 from longspan.imports import quick_imports
+from longspan.worker.heartbeat import Progress, PulseThread
 from longspan.worker.link import WorkerLink
 from longspan.worker.messages import Failed, Hello, Start
-from longspan.worker.pulse import Progress, PulseThread
 from longspan.worker.versions import own_versions
 
 

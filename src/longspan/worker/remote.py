@@ -15,9 +15,9 @@ from longspan.comm.connect import Meeting, address_towards, interface_address
 from longspan.comm.secret import Secret
 from longspan.config import num_cores
 from longspan.errors import ConfigError, LongspanError
+from longspan.worker.heartbeat import Progress, PulseThread, say_last, silence_limit_s
 from longspan.worker.link import WorkerLink
 from longspan.worker.process import hello, run
-from longspan.worker.pulse import Progress, PulseThread, say_last, silence_limit_s
 
 
 class Place(NamedTuple):

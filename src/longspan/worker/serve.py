@@ -20,13 +20,13 @@ from longspan.errors import ConfigError
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
 from longspan.models.loader import quiet_transformers
 from longspan.native.heap import keep_freed_memory
-from longspan.worker.borrow import borrowed_threads, lends
 from longspan.worker.build import build_runner, load_weights, open_rank, with_options
 from longspan.worker.fault import Injector, read_fault
+from longspan.worker.heartbeat import Progress
 from longspan.worker.link import WorkerLink
 from longspan.worker.measure import measure
 from longspan.worker.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
-from longspan.worker.pulse import Progress
+from longspan.worker.thread_lending import borrowed_threads, lends
 
 
 def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: Progress) -> None:

@@ -1,7 +1,7 @@
 """Versions that must be the same on every host: another one could answer with other bits, or other messages.
 
 Holds the look-up. Must not import what it looks up: that takes seconds.
-Read next: `longspan.engine.roster`, which compares.
+Read next: `longspan.engine.membership`, which compares.
 """
 
 import sys

@@ -1,15 +1,15 @@
 """From vLLM's schedule to a plan of the core. Every rank does it, from the same integers.
 
 Holds pure functions of the mirrored requests. Must not know vLLM, tensors or clocks.
-Read next: `longspan.policy.choose`, which picks the strategy; `longspan.integrations.vllm.worker`, which runs plans.
+Read next: `longspan.costmodel.choose`, which picks the strategy; `longspan.integrations.vllm.worker`, which runs plans.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from longspan.costmodel.choose import plan_group
 from longspan.integrations.vllm.requests import Requests, RequestState
 from longspan.plan.types import Literals, Plan, QueryRun
-from longspan.policy.choose import plan_group
 from longspan.sharding.pages import PageTable
 from longspan.types import KVGroup, Phase, Strategy
 

@@ -51,7 +51,7 @@ from longspan.integrations.vllm.requests import Requests
 from longspan.integrations.vllm.sampling import SamplingBatch
 from longspan.integrations.vllm.spec import PlacedSpec
 from longspan.integrations.vllm.staging import StagingCommunicator
-from longspan.kvcache.pool import PagePool
+from longspan.kv.pool import PagePool
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.types import Literals
 from longspan.types import AttentionParams, KVGroup, KVSpec, Strategy

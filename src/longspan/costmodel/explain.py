@@ -1,0 +1,119 @@
+"""Why a strategy was chosen: the candidates' predicted times, noted when a choice is new.
+
+Holds the notes of one scheduler. Must not know displays, or change what is chosen.
+Read next: `longspan.costmodel.choose`; `longspan.cli.explain`, which prints the notes.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import msgspec
+
+from longspan.costmodel.choose import BLOCK_LEN, exchange_bytes, predict_candidates
+from longspan.costmodel.parameters import Costs
+from longspan.costmodel.predict import predict_attention
+from longspan.plan.types import GroupStep
+from longspan.sharding.pages import PageTable
+from longspan.types import KVGroup, Phase, Strategy
+
+_log = logging.getLogger(__name__)
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """One strategy that a step could have used, per layer."""
+
+    strategy: Strategy
+    predicted_s: float
+    """Until the last rank is done."""
+    compute_s: float
+    """What that rank spends in kernels;"""
+    wait_s: float
+    """waiting for messages;"""
+    copy_s: float
+    """packing, starting messages, and merging."""
+    sent_bytes: int
+    """What the rank sends that sends most, exchange by exchange."""
+
+
+class Choice(msgspec.Struct):
+    """A strategy that a KV group used in one phase, and the first step that used it."""
+
+    phase: Phase
+    group_idx: int
+    strategy: Strategy
+    is_forced: bool
+    num_queries: int
+    """Of the first step: tokens on all ranks;"""
+    num_keys: int
+    """the longest sequence, these tokens included;"""
+    num_ranks: int
+    """ranks with queries or keys."""
+    candidates: tuple[Candidate, ...]
+    """Of the first step. None of them where everything was local."""
+    num_steps: int = 1
+    """How many steps it was used in."""
+
+
+class Choices:
+    """What was chosen so far."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Phase, int, Strategy], Choice] = {}
+
+    @property
+    def all(self) -> list[Choice]:
+        """In the order of their first steps."""
+        return list(self._found.values())
+
+    def note(
+        self,
+        phase: Phase,
+        group_idx: int,
+        step: GroupStep,
+        tables: Mapping[int, PageTable],
+        group: KVGroup,
+        costs: Costs,
+        *,
+        is_forced: bool,
+        block_len: int = BLOCK_LEN,
+    ) -> None:
+        """Take in one step. Predicts only where the choice is new: once per phase, group and strategy."""
+        known = self._found.get((phase, group_idx, step.strategy))
+        if known is not None:
+            known.num_steps += 1
+            return
+        segments = step.segments
+        runs = {(s.request_id, s.query_start, s.query_end) for s in segments}
+        choice = Choice(
+            phase=phase,
+            group_idx=group_idx,
+            strategy=step.strategy,
+            is_forced=is_forced and step.strategy is not Strategy.LOCAL,
+            num_queries=sum(end - start for _, start, end in runs),
+            num_keys=max((s.query_end for s in segments), default=0),
+            num_ranks=len({rank for s in segments for rank in (s.query_rank, s.key_rank)}),
+            candidates=_candidates(step, tables, group, costs, block_len),
+        )
+        self._found[phase, group_idx, step.strategy] = choice
+        _log.debug("%s", choice)
+
+
+def _candidates(
+    step: GroupStep, tables: Mapping[int, PageTable], group: KVGroup, costs: Costs, block_len: int
+) -> tuple[Candidate, ...]:
+    if step.strategy is Strategy.LOCAL:
+        return ()
+    found = list(predict_candidates(step.segments, tables, group, costs, block_len=block_len))
+    if all(candidate.strategy is not step.strategy for candidate, _ in found):  # forced, and no candidate
+        found.append((step, predict_attention(step, tables, group, costs)))
+    return tuple(
+        Candidate(
+            strategy=candidate.strategy,
+            predicted_s=prediction.total_s,
+            compute_s=prediction.compute_s,
+            wait_s=prediction.wait_s,
+            copy_s=prediction.copy_s,
+            sent_bytes=sum(exchange_bytes(exchange, group) for exchange in candidate.exchanges),
+        )
+        for candidate, prediction in found
+    )

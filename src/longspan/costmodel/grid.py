@@ -1,0 +1,61 @@
+"""What the policy implies for steps of typical shapes, as a table of predictions.
+
+Holds the shapes and pure functions. Must not know displays, or what is running.
+Read next: `longspan.costmodel.choose`; `longspan.cli.topology`, which prints the table.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from longspan.costmodel.choose import predict_candidates
+from longspan.costmodel.model_time import StepOptions, step_runs, striped_table
+from longspan.costmodel.parameters import Costs
+from longspan.plan.segments import make_segments
+from longspan.types import KVGroup, Phase, Strategy
+
+CHUNKS = (1, 128, 1024, 4096, 16384)
+"""New tokens of a step, over all ranks; 1 is a decode."""
+
+CONTEXTS = (0, 4096, 32768, 262144)
+"""Tokens before them."""
+
+
+class StepChoice(msgspec.Struct, frozen=True):
+    """One step of one striped request, in one KV group."""
+
+    phase: Phase
+    group_idx: int
+    chunk: int
+    context: int
+    strategy: Strategy
+    """`local` where nothing is remote."""
+    predicted_s: dict[str, float]
+    """Per candidate, seconds of one layer; none where nothing is remote."""
+
+
+def predict_step_choice(
+    group: KVGroup, group_idx: int, chunk: int, context: int, costs: Costs, options: StepOptions
+) -> StepChoice:
+    """What the policy takes for a step of `chunk` tokens behind `context` others."""
+    table = striped_table(context + chunk, costs.topology.num_ranks, options)
+    segments = make_segments(step_runs(table, context, context + chunk), {0: table}, group.spec.window)
+    phase = Phase.DECODE if chunk == 1 else Phase.PREFILL
+    if all(s.query_rank == s.key_rank for s in segments):
+        return StepChoice(phase, group_idx, chunk, context, Strategy.LOCAL, {})
+    predicted = {
+        step.strategy: prediction.total_s for step, prediction in predict_candidates(segments, {0: table}, group, costs)
+    }
+    strategy = min(predicted, key=lambda strategy: predicted[strategy])  # the first of equals
+    return StepChoice(phase, group_idx, chunk, context, strategy, {s.value: t for s, t in predicted.items()})
+
+
+def predict_grid(groups: Sequence[KVGroup], costs: Costs, options: StepOptions) -> list[StepChoice]:
+    """All typical steps of all KV groups."""
+    return [
+        predict_step_choice(group, group_idx, chunk, context, costs, options)
+        for group_idx, group in enumerate(groups)
+        for chunk in CHUNKS
+        for context in CONTEXTS
+        if context or chunk > 1
+    ]

@@ -1,0 +1,171 @@
+"""What a cluster can do, in numbers: links between ranks, and the speed of one rank's kernels.
+
+Holds frozen data that the cost model reads. Must not know how the numbers were found (measured, read from a file, or
+published), or what is predicted from them.
+Read next: `longspan.costmodel.predict`.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import msgspec
+
+from longspan.errors import ConfigError
+
+
+class Link(msgspec.Struct, frozen=True):
+    """What moving bytes from one rank to another costs: `latency_s + bytes / bytes_per_s` for a lone message."""
+
+    latency_s: float
+    """From the start of a send to the end of its receive, for a message of few bytes."""
+    bytes_per_s: float
+    """Of one rank's long messages in one direction, while its peers do the same."""
+    short_bytes: int | None = None
+    """Messages with more bytes than this take another way, with more latency (another protocol, other threads); None
+    knows one way only."""
+    long_latency_s: float = 0.0
+    """What such a message takes in addition to `latency_s`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.latency_s < math.inf:
+            raise ConfigError(f"latency_s: got {self.latency_s!r}, legal is a number from 0 (seconds)")
+        if not self.bytes_per_s > 0:
+            raise ConfigError(f"bytes_per_s: got {self.bytes_per_s!r}, legal is a number above 0")
+        if self.short_bytes is not None and not self.short_bytes >= 0:
+            raise ConfigError(f"short_bytes: got {self.short_bytes!r}, legal is None or a number from 0")
+        if not 0 <= self.long_latency_s < math.inf:
+            raise ConfigError(f"long_latency_s: got {self.long_latency_s!r}, legal is a number from 0 (seconds)")
+
+    def latency_of(self, num_bytes: float) -> float:
+        """Seconds of a message beside those that its bytes take."""
+        is_long = self.short_bytes is not None and num_bytes > self.short_bytes
+        return self.latency_s + self.long_latency_s if is_long else self.latency_s
+
+    def message_s(self, num_bytes: float) -> float:
+        """Seconds of one message."""
+        return self.latency_of(num_bytes) + num_bytes / self.bytes_per_s
+
+
+NO_LINK = Link(0.0, 1e30)
+"""Where there is nobody at the other end: between nodes of which there is one, inside a node of one rank."""
+
+
+class Topology(msgspec.Struct, frozen=True):
+    """Which ranks share a node, and the links inside a node and between nodes."""
+
+    nodes: tuple[int, ...]
+    """Per rank, the index of its node, from 0."""
+    inside: Link
+    between: Link
+    """Where there is one node only, nothing goes over it."""
+    ranks_per_link: float = 1.0
+    """Ranks of a node that share its link to others: one that sends alone sends so many times faster."""
+    machines: tuple[int, ...] | None = None
+    """Per rank, the machine whose devices it shares, where that is not its node (simulated nodes); None: its node."""
+
+    def __post_init__(self) -> None:
+        if sorted(set(self.nodes)) != list(range(max(self.nodes, default=-1) + 1)):
+            raise ConfigError(f"nodes: got {self.nodes!r}, legal is one node per rank, counted from 0 without gaps")
+        if self.machines is not None and len(self.machines) != len(self.nodes):
+            raise ConfigError(f"machines: got {self.machines!r}, legal is None or one machine per rank")
+        if not 1 <= self.ranks_per_link < math.inf:
+            raise ConfigError(f"ranks_per_link: got {self.ranks_per_link!r}, legal is a number from 1")
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(set(self.nodes))
+
+    @property
+    def ranks_per_node(self) -> tuple[int, ...]:
+        """Ranks of node 0, 1, ..."""
+        counts = Counter(self.nodes)
+        return tuple(counts[node] for node in range(len(counts)))
+
+    def link(self, a: int, b: int) -> Link:
+        """Between two ranks."""
+        return self.inside if self.nodes[a] == self.nodes[b] else self.between
+
+
+class KernelRates(msgspec.Struct, frozen=True):
+    """How fast one rank computes while all ranks of its node do the same."""
+
+    matmul_flops_per_s: float
+    """Of large matrix products with weights."""
+    read_bytes_per_s: float
+    """Of weights and KV, where reading them is what takes the time."""
+    copy_bytes_per_s: float
+    """Of packing and merging rows; bytes written."""
+    attention_flops_per_s: tuple[tuple[int, float], ...]
+    """(query tokens of one kernel call, flops per second against many keys), ascending in tokens; 4 flops per query
+    head, key and head element. Between two entries the rate is interpolated, beyond them it is the nearest one."""
+    call_s: float
+    """Fixed time of one attention kernel call."""
+    exchange_s: float = 0.0
+    """Fixed time that a rank itself spends on starting and ending one message, beside the link's latency."""
+    layer_s: float = 0.0
+    """Fixed time of one layer outside attention (Python, launches)."""
+    token_s: float | None = None
+    """Time of one token in one layer outside attention and matrix products (norms, activations) where a step has many
+    tokens; None where it was not measured."""
+    merge_s: float = 0.0
+    """Fixed time of merging one partial, beside the copy of its rows."""
+    moved_byte_s: float = 0.0
+    """Time that a byte sent or received takes from the rank's own compute; 0 where other hardware moves it."""
+    ranks_per_device: float = 1.0
+    """Ranks that share one device's compute: a rank that computes alone is so many times faster than said above."""
+
+    def __post_init__(self) -> None:
+        for name in ("matmul_flops_per_s", "read_bytes_per_s", "copy_bytes_per_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is a number above 0")
+        for name in ("call_s", "exchange_s", "layer_s", "merge_s", "moved_byte_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is a number from 0 (seconds)")
+        if self.token_s is not None and not 0 <= self.token_s < math.inf:
+            raise ConfigError(f"token_s: got {self.token_s!r}, legal is a number from 0 (seconds) or none")
+        if not 1 <= self.ranks_per_device < math.inf:
+            raise ConfigError(f"ranks_per_device: got {self.ranks_per_device!r}, legal is a number from 1")
+        tokens = [num_tokens for num_tokens, _ in self.attention_flops_per_s]
+        if not tokens or tokens[0] < 1 or any(a >= b for a, b in pairwise(tokens)):
+            raise ConfigError(
+                f"attention_flops_per_s: got rates at {tokens} query tokens, legal is 1 or more, ascending"
+            )
+        if not all(rate > 0 for _, rate in self.attention_flops_per_s):
+            raise ConfigError("attention_flops_per_s: got a rate that is not above 0, legal are numbers above 0")
+
+    def attention_rate(self, num_queries: int) -> float:
+        """Flops per second of a kernel call with so many query tokens."""
+        before: tuple[int, float] | None = None
+        for point in self.attention_flops_per_s:
+            if num_queries <= point[0]:
+                if before is None:
+                    return point[1]
+                return before[1] + (point[1] - before[1]) * (num_queries - before[0]) / (point[0] - before[0])
+            before = point
+        assert before is not None
+        return before[1]
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """All that the cost model is told of a cluster."""
+
+    topology: Topology
+    rates: KernelRates
+
+
+def costs_by_bytes(nodes: Sequence[int]) -> Costs:
+    """What is assumed where nothing was measured: links are slow, and all else takes no time.
+
+    Predicted times are then bytes: of each exchange, what the rank sends or receives that has most.
+
+    Args: `nodes` is the node of every rank.
+    """
+    free = KernelRates(math.inf, math.inf, math.inf, ((1, math.inf),), 0.0)
+    link = Link(0.0, 1.0)
+    return Costs(Topology(tuple(nodes), link, link), free)

@@ -1,0 +1,73 @@
+"""From which prompt length on a lone request is better off striped over all ranks than packed on one.
+
+Holds one pure function of predictions. Must not know free memory or other requests: what does not fit one rank is
+striped anyway, and a server may have reasons to pack longer prompts.
+Read next: `longspan.costmodel.model_time`, which predicts; `longspan.scheduler.memory`, which places requests.
+"""
+
+import msgspec
+
+from longspan.costmodel.model_time import StepOptions, predict_decode, predict_prefill
+from longspan.costmodel.parameters import Costs, Topology
+from longspan.costmodel.shapes import ModelShape
+
+OUTPUT_LEN = 128
+"""Tokens that a request is assumed to generate: striped, each of them pays for messages in every layer."""
+
+LONGEST_LEN = 1 << 20
+"""Prompts of this length are the last ones looked at, whatever fits."""
+
+
+def request_s(shape: ModelShape, prompt_len: int, costs: Costs, options: StepOptions) -> float:
+    """Predicted seconds of a lone request on all ranks of `costs`: its prompt, and `OUTPUT_LEN` tokens."""
+    prefill = predict_prefill(shape, prompt_len, costs, options)
+    return prefill.total_s + OUTPUT_LEN * predict_decode(shape, prompt_len, costs, options).total_s
+
+
+def on_one_rank(costs: Costs) -> Costs:
+    """The numbers of a rank whose peers are idle."""
+    rates, sharing = costs.rates, costs.rates.ranks_per_device
+    alone = msgspec.structs.replace(
+        rates,
+        matmul_flops_per_s=rates.matmul_flops_per_s * sharing,
+        read_bytes_per_s=rates.read_bytes_per_s * sharing,
+        copy_bytes_per_s=rates.copy_bytes_per_s * sharing,
+        attention_flops_per_s=tuple((n, rate * sharing) for n, rate in rates.attention_flops_per_s),
+        ranks_per_device=1.0,
+    )
+    return Costs(Topology((0,), costs.topology.inside, costs.topology.between), alone)
+
+
+def shortest_striped_len(
+    shape: ModelShape, costs: Costs, options: StepOptions, longest_len: int = LONGEST_LEN
+) -> int | None:
+    """The shortest prompt whose request is predicted to end sooner striped than packed.
+
+    Both the time to the first token and the time of `OUTPUT_LEN` more count: a short prompt's prefill may gain less
+    from striping than its decode loses.
+
+    Args:
+        shape: of the model.
+        costs: of all ranks.
+        options: of the engine.
+        longest_len: tokens of the longest prompt that is looked at.
+
+    Returns:
+        Tokens, whole pages; None if no prompt up to `longest_len` gains.
+    """
+    packed = on_one_rank(costs)
+
+    def gains(num_pages: int) -> bool:
+        prompt_len = num_pages * options.page_size
+        return request_s(shape, prompt_len, costs, options) < request_s(shape, prompt_len, packed, options)
+
+    high = 1
+    while not gains(high):
+        high *= 2
+        if high * options.page_size > longest_len:
+            return None
+    low = high // 2  # does not gain, or is 0
+    while high - low > 1 and high - low > high // 16:
+        middle = (low + high) // 2
+        low, high = (low, middle) if gains(middle) else (middle, high)
+    return high * options.page_size

@@ -1,0 +1,158 @@
+"""Prefix cache of one rank and KV group: pages that outlive their request, found again by what they hold.
+
+Holds integers and hashes. Must not know tensors, requests, page tables or other ranks.
+Read next: `longspan.scheduler.memory`, which looks prefixes up on all ranks.
+
+A page's hash covers its own tokens and all tokens before it, so equal hashes mean equal KV. Only full pages have one.
+The hash unit is a page whatever the rank count, and a page may have a copy on every rank.
+
+    page_size 4    tokens  a b c d | e f g h | i j
+    hashes                 H(abcd)   H(H(abcd), efgh)   none: the page is not full
+
+A published page is in use (it has references) or **idle** (nobody uses it; it may be found again, or evicted). Idle
+pages are memory like free ones, only taken last: the page that became idle first goes first. A request gives its pages
+back from the last to the first, so that the leaves of a common prefix go before its root.
+"""
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from longspan.kv.allocator import OutOfPagesError, PageAllocator
+
+EVICT_PAGES = 64
+"""Most pages that an eviction frees beyond need, so that a growing request gets a run of slots, not single ones."""
+
+
+def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], page_size: int) -> None:
+    """Append the hashes of full pages that `hashes` does not have yet.
+
+    Stable between processes and releases. Args: `hashes` of the first pages of `token_ids`; changed in place.
+    """
+    first, last = len(hashes), len(token_ids) // page_size
+    if first == last:
+        return
+    values = array("I", token_ids[first * page_size : last * page_size])
+    for i in range(last - first):
+        before = hashes[-1] if hashes else b""
+        page = values[i * page_size : (i + 1) * page_size].tobytes()
+        hashes.append(blake2b(page, key=before, digest_size=16).digest())
+
+
+class CachingAllocator:
+    """A page allocator that remembers published pages until it needs their slots."""
+
+    def __init__(self, num_pages: int) -> None:
+        self._slots = PageAllocator(num_pages)
+        self._slot_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._idle: dict[int, None] = {}  # in the order they became idle; the allocator counts one reference
+        self.num_pages = num_pages
+        self.peak_used = 0
+        """Most pages that were in use at once."""
+        self.num_evicted = 0
+
+    @property
+    def num_used(self) -> int:
+        """Pages that somebody uses."""
+        return self._slots.num_used - len(self._idle)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can hand out, idle ones included."""
+        return self._slots.num_free + len(self._idle)
+
+    def allocate(self, num_pages: int, near: int | None = None) -> list[tuple[int, int]]:
+        """As `PageAllocator.allocate`; evicts idle pages when free ones do not suffice."""
+        if num_pages > self.num_available:
+            raise OutOfPagesError(f"{num_pages} pages asked, {self.num_available} of {self.num_pages} available")
+        if num_pages > self._slots.num_free:
+            self._evict(num_pages - self._slots.num_free + min(EVICT_PAGES, self.num_pages // 16))
+        runs = self._slots.allocate(num_pages, near)
+        self.peak_used = max(self.peak_used, self.num_used)
+        return runs
+
+    def _evict(self, num_pages: int) -> None:
+        """Free the pages that have been idle longest."""
+        for slot in list(self._idle)[:num_pages]:
+            del self._idle[slot]
+            del self._slot_of[self._hash_of.pop(slot)]
+            self._slots.release(slot, 1)
+            self.num_evicted += 1
+
+    def publish(self, page_hash: bytes, slot: int) -> None:
+        """Let later requests find a page in use, if they cannot find its like already."""
+        assert slot not in self._idle, f"slot {slot} is not in use"
+        if page_hash not in self._slot_of and slot not in self._hash_of:
+            self._slot_of[page_hash] = slot
+            self._hash_of[slot] = page_hash
+
+    def withdraw(self, page_hash: bytes) -> None:
+        """Let no later request find a page; who uses it keeps it."""
+        slot = self._slot_of.pop(page_hash, None)
+        if slot is None:
+            return
+        del self._hash_of[slot]
+        if slot in self._idle:
+            del self._idle[slot]
+            self._slots.release(slot, 1)
+
+    def find(self, page_hash: bytes) -> int | None:
+        """Slot of a published page, or None."""
+        return self._slot_of.get(page_hash)
+
+    def knows(self, page_hash: bytes) -> bool:
+        """Whether `find` would find a page."""
+        return page_hash in self._slot_of
+
+    def references(self, slot: int) -> int:
+        """How many use a page; one that is idle counts as used once."""
+        return self._slots.references(slot)
+
+    def is_idle(self, slot: int) -> bool:
+        """Whether nobody uses a published page: using it takes it from what is available."""
+        return slot in self._idle
+
+    def use(self, slot: int) -> bool:
+        """Add a reference to a published page; returns whether somebody used it already."""
+        assert slot in self._hash_of, f"slot {slot} is not published"
+        if slot in self._idle:
+            del self._idle[slot]
+            used = self._slots.num_used - len(self._idle)
+            if used > self.peak_used:
+                self.peak_used = used
+            return False
+        self._slots.retain(slot, 1)
+        return True
+
+    def release(self, slot: int, num_pages: int) -> int:
+        """Drop a reference to pages in use; published pages without one become idle, the last one first.
+
+        Returns:
+            How many of them others still use.
+        """
+        num_shared = sum(self._slots.references(i) > 1 for i in range(slot, slot + num_pages))
+        end = slot + num_pages
+        for i in range(end - 1, slot - 1, -1):
+            assert i not in self._idle, f"slot {i} is not in use"
+            if i in self._hash_of and self._slots.references(i) == 1:
+                if i + 1 < end:
+                    self._slots.release(i + 1, end - i - 1)
+                self._idle[i] = None
+                end = i
+        if slot < end:
+            self._slots.release(slot, end - slot)
+        return num_shared
+
+    def forget_all(self) -> None:
+        """The pool is a new one: all pages are free, and none is known. Peaks and counts stay."""
+        self._slots = PageAllocator(self.num_pages)
+        self._slot_of, self._hash_of, self._idle = {}, {}, {}
+
+    def check_integrity(self) -> None:
+        """Assert that slots, hashes and idle pages agree."""
+        self._slots.check_integrity()
+        assert len(self._slot_of) == len(self._hash_of)
+        assert all(self._slot_of[page_hash] == slot for slot, page_hash in self._hash_of.items())
+        assert all(slot in self._hash_of and self._slots.references(slot) == 1 for slot in self._idle)
+        assert all(self._slots.references(slot) > 0 for slot in self._hash_of)

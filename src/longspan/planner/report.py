@@ -1,0 +1,176 @@
+"""The plan of a model on a cluster: what fits, how long it takes, what would be needed.
+
+Holds the questions that `longspan plan` answers and their answers as data. Must not know how they are shown.
+Read next: `longspan.costmodel.model_time` (time), `longspan.planner.memory_fit` (memory), `longspan.cli.plan`.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from longspan.costmodel.model_time import (
+    PrefillPrediction,
+    StepOptions,
+    StepPrediction,
+    decode_bytes,
+    predict_decode,
+    predict_prefill,
+    prefill_flops,
+)
+from longspan.costmodel.shapes import ModelShape, PlannedDType
+from longspan.errors import ConfigError
+from longspan.planner.clusters import Cluster, check_count, check_number
+from longspan.planner.memory_fit import Fit, fit, fits, needed_bytes, request_kv_bytes, smallest_cluster
+
+DEFAULT_UTILIZATION = 0.9
+
+
+class ContextPlan(msgspec.Struct, frozen=True):
+    """One wished context length: the tokens of a prompt, and at least one more."""
+
+    context_len: int
+    fits: bool
+    exceeds_model: bool
+    """The model's config does not admit so many positions."""
+    prefill: PrefillPrediction | None
+    """None where it does not fit."""
+    decode: StepPrediction | None
+    """Of the first output token after the prompt's."""
+    prefill_floor_s: float
+    """All flops at the rate of all devices."""
+    decode_floor_s: float
+    """All weights and KV at the bandwidth of all devices."""
+    memory_bytes: float
+    """Weights and KV of the device that holds most."""
+    needed_device_bytes: float
+    """Memory of one device from which on it fits this cluster."""
+    smallest_devices: int | None
+    """Devices of the smallest cluster of this kind that holds it; None if none with 128 ranks or fewer does."""
+    fitting_tensor_parallel_size: int | None
+    """Where it does not fit, the fewest devices per rank with which it would fit this cluster; None if none would."""
+
+
+class PlanReport(msgspec.Struct, frozen=True):
+    """Everything that `longspan plan` says."""
+
+    model: str
+    architecture: str
+    not_run: str | None
+    """Why the engine does not run this model yet, or None."""
+    cluster: Cluster
+    dtype: PlannedDType
+    num_devices: int
+    num_ranks: int
+    tensor_parallel_size: int
+    memory_utilization: float
+    options: StepOptions
+    placement: str
+    chunk_len: int
+    """Tokens of a step over all ranks."""
+    num_weights: float
+    kv_token_bytes: int
+    """Of the whole model, over all devices; heads that several devices hold count once."""
+    max_position: int | None
+    fit: Fit
+    contexts: tuple[ContextPlan, ...]
+
+
+def make_plan(
+    shape: ModelShape,
+    cluster: Cluster,
+    contexts: Sequence[int],
+    *,
+    model: str,
+    tensor_parallel_size: int = 1,
+    memory_utilization: float = DEFAULT_UTILIZATION,
+    max_num_batched_tokens: int = StepOptions().max_num_batched_tokens,
+) -> PlanReport:
+    """Answer every question.
+
+    Args:
+        shape: the whole model.
+        cluster: all of it is used.
+        contexts: lengths in tokens.
+        model: as the user named it.
+        tensor_parallel_size: devices per rank.
+        memory_utilization: share of a device's memory that weights and KV may take.
+        max_num_batched_tokens: most tokens that one rank computes in one step.
+
+    Raises:
+        ConfigError: a value is illegal, or the model cannot be divided so.
+    """
+    cluster.check_parallel(tensor_parallel_size)
+    check_number("memory_utilization", memory_utilization, most=1.0)
+    check_count("max_num_batched_tokens", max_num_batched_tokens, 2**31 - 1)
+    if not contexts:
+        raise ConfigError("context: got none, legal is at least one length")
+    part = shape.divided(tensor_parallel_size)
+    options = StepOptions(max_num_batched_tokens=max_num_batched_tokens, step_s=cluster.assumptions.step_s)
+    num_ranks = cluster.num_devices // tensor_parallel_size
+    found = fit(part, num_ranks, cluster.memory_bytes, memory_utilization, options)
+    costs = cluster.costs(cluster.num_devices, tensor_parallel_size, shape.dtype)
+    max_position = shape.spec.max_position
+
+    def one(context_len: int) -> ContextPlan:
+        num_tokens = context_len + 1
+        is_held = fits(found, num_tokens)
+        return ContextPlan(
+            context_len=context_len,
+            fits=is_held,
+            exceeds_model=max_position is not None and context_len > max_position,
+            prefill=predict_prefill(part, context_len, costs, options, tensor_parallel_size=tensor_parallel_size)
+            if is_held
+            else None,
+            decode=predict_decode(part, context_len, costs, options, tensor_parallel_size=tensor_parallel_size)
+            if is_held
+            else None,
+            prefill_floor_s=prefill_flops(shape, context_len)
+            / (cluster.peak_flops_per_s(shape.dtype) * cluster.num_devices),
+            decode_floor_s=decode_bytes(shape, context_len) / (cluster.read_bytes_per_s * cluster.num_devices),
+            memory_bytes=part.weight_bytes + request_kv_bytes(part, context_len, num_ranks, options),
+            needed_device_bytes=needed_bytes(part, num_tokens, num_ranks, memory_utilization, options),
+            smallest_devices=smallest_cluster(
+                part, cluster, tensor_parallel_size, num_tokens, memory_utilization, options
+            ),
+            fitting_tensor_parallel_size=None
+            if is_held
+            else _fitting_size(shape, cluster, tensor_parallel_size, num_tokens, memory_utilization, options),
+        )
+
+    return PlanReport(
+        model=model,
+        architecture=shape.spec.architecture,
+        not_run=shape.not_run,
+        cluster=cluster,
+        dtype=shape.dtype,
+        num_devices=cluster.num_devices,
+        num_ranks=num_ranks,
+        tensor_parallel_size=tensor_parallel_size,
+        memory_utilization=memory_utilization,
+        options=options,
+        placement="striped",
+        chunk_len=options.chunk_len(num_ranks),
+        num_weights=shape.num_weights,
+        kv_token_bytes=shape.kv_token_bytes,
+        max_position=max_position,
+        fit=found,
+        contexts=tuple(one(context_len) for context_len in contexts),
+    )
+
+
+def _fitting_size(
+    shape: ModelShape,
+    cluster: Cluster,
+    tensor_parallel_size: int,
+    num_tokens: int,
+    memory_utilization: float,
+    options: StepOptions,
+) -> int | None:
+    """The smallest larger `tensor_parallel_size` with which a request would fit the same devices."""
+    for size in range(tensor_parallel_size + 1, cluster.devices_per_node + 1):
+        if cluster.devices_per_node % size or not shape.is_divisible(size):
+            continue
+        num_ranks = cluster.num_devices // size
+        if fits(fit(shape.divided(size), num_ranks, cluster.memory_bytes, memory_utilization, options), num_tokens):
+            return size
+    return None

@@ -1,0 +1,73 @@
+"""Where the pages of a prompt lie that some rank still has.
+
+Holds the search over the prefix caches of all ranks and KV groups. Must not know requests, room, or what is done with a
+hit.
+Read next: `longspan.kv.prefix`, what is searched; `longspan.scheduler.memory`, which decides.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from longspan.kv.prefix import CachingAllocator
+from longspan.types import ModelSpec
+
+
+class PrefixLookup:
+    """Finds the longest prefix that later tokens can go on from."""
+
+    def __init__(self, model: ModelSpec, page_size: int, allocators: Sequence[Sequence[CachingAllocator]]) -> None:
+        """Args: `allocators` [rank][KV group]."""
+        self._page_size, self._allocators = page_size, allocators
+        self._windows = [group.spec.window for group in model.kv_groups]
+        self._full_groups = [i for i, window in enumerate(self._windows) if window is None]
+        windows = [(window, i) for i, window in enumerate(self._windows) if window is not None]
+        self._groups_by_window = [group_idx for _, group_idx in sorted(windows, reverse=True)]  # widest first
+        self._all_ranks = frozenset(range(len(allocators)))
+        self._sets: dict[tuple[int, ...], frozenset[int]] = {}
+
+    def first_needed_page(self, group_idx: int, num_pages: int) -> int:
+        """The first of `num_pages` cached pages that later tokens still see; at least the last page counts as seen."""
+        window = self._windows[group_idx]
+        if window is None:
+            return 0
+        size = self._page_size
+        return max(0, min(num_pages - 1, (num_pages * size - window + 1) // size))
+
+    def find(self, hashes: Sequence[bytes]) -> list[frozenset[int]]:
+        """Per page, the ranks where later tokens find all that they need of it; as many pages as are of use.
+
+        Linear in the pages, with little work for each: prompts of 60,000 pages are looked up between two steps.
+
+        Args:
+            hashes: of the pages, from a prompt's first one on.
+        """
+        # Level 0: ranks with the page in all groups without a window. Level k: also in the k widest windows, since a
+        # page that a narrow window reaches is reached by all wider ones.
+        levels = [self._ranks_with(hashes, self._full_groups)]
+        hashes = hashes[: next((i for i, ranks in enumerate(levels[0]) if not ranks), len(hashes))]
+        for group_idx in self._groups_by_window:
+            with_window = self._ranks_with(hashes, [group_idx])
+            levels.append([a & b for a, b in zip(levels[-1], with_window, strict=False)])
+        last_gap = [list(accumulate((i if not r else -1 for i, r in enumerate(ranks)), max)) for ranks in levels]
+        for length in range(len(hashes), 0, -1):
+            firsts = [0, *(self.first_needed_page(g, length) for g in self._groups_by_window), length]
+            spans = [(ranks, gap, a, b) for ranks, gap, (a, b) in zip(levels, last_gap, pairwise(firsts), strict=True)]
+            if all(a == b or gap[b - 1] < a for _, gap, a, b in spans):
+                return [ranks for ranks_of, _, a, b in spans for ranks in ranks_of[a:b]]
+        return []
+
+    def _ranks_with(self, hashes: Sequence[bytes], groups: Sequence[int]) -> list[frozenset[int]]:
+        """Per page, the ranks that have it in all of some groups."""
+        found = [self._all_ranks] * len(hashes)
+        for group_idx in groups:
+            known = [allocators[group_idx].knows for allocators in self._allocators]
+            for i, page_hash in enumerate(hashes):
+                ranks = self._set_of(tuple([rank for rank, knows in enumerate(known) if knows(page_hash)]))
+                found[i] = ranks if found[i] is self._all_ranks else found[i] & ranks
+        return found
+
+    def _set_of(self, ranks: tuple[int, ...]) -> frozenset[int]:
+        """One set for equal ranks: a long prompt would make tens of thousands of them."""
+        if ranks not in self._sets:
+            self._sets[ranks] = frozenset(ranks)
+        return self._sets[ranks]

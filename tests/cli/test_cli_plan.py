@@ -1,0 +1,264 @@
+"""`longspan plan` answers for well-known models, says what it assumes, and refuses everything else in one line."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from planned import (
+    LLAMA_3_8B,
+    LLAMA_3_8B_WEIGHTS,
+    LLAMA_3_405B,
+    LLAMA_3_405B_WEIGHTS,
+    make_cluster,
+    make_shape,
+    write_config,
+)
+
+from longspan.cli.main import cli
+from longspan.cli.plan_plot import check_plot
+from longspan.cli.plan_text import print_plan
+from longspan.errors import ConfigError
+from longspan.models.shape import load_shape
+from longspan.planner.report import make_plan
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "vocab_size": 100,
+}
+GRANITE = LLAMA_3_8B | {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "num_hidden_layers": 2}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A config file of Llama 3 8B; no weights beside it."""
+    return write_config(tmp_path, LLAMA_3_8B)
+
+
+@pytest.fixture
+def plan(cache_home, monkeypatch):
+    """`plan(*arguments)` returns what it printed."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments):
+        return CliRunner().invoke(cli, ["plan", *arguments], catch_exceptions=False).output
+
+    return run
+
+
+def refused(*arguments):
+    """The message of a refusal, which is one line."""
+    with pytest.raises(ConfigError) as error:
+        CliRunner().invoke(cli, ["plan", *arguments], catch_exceptions=False)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "num_weights", "kv_token_bytes"),
+    [(LLAMA_3_8B, LLAMA_3_8B_WEIGHTS, 131_072), (LLAMA_3_405B, LLAMA_3_405B_WEIGHTS, 516_096)],
+)
+def test_well_known_models_have_their_well_known_sizes(tmp_path, config, num_weights, kv_token_bytes):
+    shape = load_shape(write_config(tmp_path, config), "bfloat16")
+    assert shape.num_weights == num_weights
+    assert shape.kv_token_bytes == kv_token_bytes
+    assert shape.num_logit_weights == 128256 * config["hidden_size"]
+    assert shape.num_weights == shape.spec.num_parameters + 2 * shape.num_logit_weights
+    assert (shape.hidden_size, shape.intermediate_size) == (config["hidden_size"], config["intermediate_size"])
+    assert shape.not_run is None
+
+
+def test_tied_weights_are_held_once_and_read_for_logits(tmp_path):
+    shape = load_shape(write_config(tmp_path, LLAMA_3_8B | {"tie_word_embeddings": True}), "bfloat16")
+    assert shape.num_weights == LLAMA_3_8B_WEIGHTS - 128256 * 4096
+    assert shape.num_logit_weights == 128256 * 4096
+
+
+def test_a_directory_and_a_file_of_any_name_are_the_same_model(tmp_path):
+    by_directory = load_shape(str(tmp_path) if write_config(tmp_path, LLAMA_3_8B) else "", "float32")
+    assert by_directory == load_shape(write_config(tmp_path, LLAMA_3_8B, "llama.json"), "float32")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MIXTRAL, "num_experts: got 4, plannable is a model without it: a token meets only some"),
+        (LLAMA_3_8B | {"kv_lora_rank": 512}, "kv_lora_rank: got 512, plannable is"),
+        (LLAMA_3_8B | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: got a value, plannable"),
+        ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, "plannable is"),
+        ({"model_type": "t5", "vocab_size": 100}, "plannable"),
+        ({"model_type": "nobody-knows"}, "its config cannot be loaded"),
+    ],
+)
+def test_rejects_models_for_which_the_numbers_would_be_wrong(tmp_path, config, message):
+    with pytest.raises(ConfigError) as error:
+        load_shape(write_config(tmp_path, config), "bfloat16")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def test_text_says_what_is_assumed_what_fits_and_how_long_it_takes(plan, llama):
+    text = plan(llama, "--gpu", "h200")
+    for words in (
+        "8.03 G weights in bfloat16",
+        "1 node of 8 x H200 SXM, 141 GB each",
+        "8 of 1 device; placement striped",
+        "chunks of 16,384 tokens, 2,048 or less per rank",
+        "assumed: 70% (matmul) and 60% (attention) of 989 TFLOP/s, 80% of 4.8 TB/s memory",
+        "16.1 GB weights",
+        "14.1 GB kept back (10 %)",
+        "131 kB per token; 6,765,056 tokens fit in all; longest request 6,765,057",
+        "the model's config admits 131,072 tokens",
+        "1M: longer than the 131,072 positions",
+        "Rates are assumed shares of published figures.",
+    ):
+        assert words in text
+    table = [line.split("  ") for line in text.splitlines() if line.startswith(("8k ", "128k ", "1M (!) "))]
+    assert len(table) == 3
+    assert "tensor parallelism" not in text
+
+
+def test_a_terminal_gets_a_table(capsys):
+    report = make_plan(make_shape(), make_cluster(16), [8192, 10**9], model="made")
+    print_plan(report, is_terminal=True)
+    text = capsys.readouterr().out
+    assert "does not" in text
+    assert "\u2502" in text or "|" in text
+    assert "2 nodes of 8 x H100 SXM" in text
+
+
+def test_json_holds_everything(plan, llama):
+    report = json.loads(plan(llama, "--gpu", "h100", "--nodes", "2", "--context", "1M,8k", "--json"))
+    assert [one["context_len"] for one in report["contexts"]] == [8192, 1048576]
+    assert (report["num_devices"], report["num_ranks"], report["tensor_parallel_size"]) == (16, 16, 1)
+    assert report["num_weights"] == LLAMA_3_8B_WEIGHTS
+    assert report["cluster"]["assumptions"]["matmul_efficiency"] == 0.7
+    for one in report["contexts"]:
+        assert one["fits"]
+        assert one["exceeds_model"] == (one["context_len"] == 1048576)
+        assert one["prefill"]["total_s"] > one["prefill_floor_s"] > 0
+        assert one["decode"]["dense_s"] + one["decode"]["attention_s"] > one["decode_floor_s"] > 0
+
+
+def test_what_does_not_fit_is_an_answer_and_not_a_failure(cache_home, tmp_path):
+    path = write_config(tmp_path, LLAMA_3_405B)
+    outcome = CliRunner().invoke(
+        cli, ["plan", path, "--gpu", "h100", "--nodes", "2", "--tensor-parallel-size", "4", "--context", "128k"]
+    )
+    assert outcome.exit_code == 0
+    assert "no room for KV: 72 GB are usable" in outcome.output
+    assert "128k does not fit: needed per device are 203 GB of weights and 4.23 GB of KV, usable are 72 GB" in (
+        outcome.output
+    )
+    assert "what would fit it: devices with 2" in outcome.output
+    assert "128k     does not fit" in outcome.output
+    assert "The engine has no tensor parallelism inside a rank yet; it is modelled." in outcome.output
+
+
+def test_a_larger_cluster_is_named_where_one_would_do(plan, llama):
+    text = plan(llama, "--gpu", "l4", "--gpus-per-node", "2", "--context", "1M")
+    assert "1M does not fit: " in text
+    assert "what would fit it: " in text
+    assert "nodes; or devices with" in text
+
+
+def test_a_family_that_the_engine_does_not_run_is_planned_and_said_so(plan, tmp_path):
+    text = plan(write_config(tmp_path, GRANITE), "--gpu", "l4", "--context", "8k")
+    assert "The engine does not run this model yet (model_type: got 'granite', proven is llama" in text
+
+
+def test_the_bundled_model_is_planned_with_its_windows(plan):
+    report = json.loads(plan("recall", "--gpu", "l4", "--dtype", "float32", "--context", "64k", "--json"))
+    assert len(report["contexts"][0]["decode"]["strategies"]) == 2
+    assert report["max_position"] == 2**21
+
+
+def test_memory_replaces_what_the_cluster_says(plan, llama):
+    small, large = (
+        json.loads(plan(llama, "--gpu", "l4", "--context", "8k", "--memory", memory, "--json"))["fit"]
+        for memory in ("20GB", "24GB")
+    )
+    assert small["usable_bytes"] == pytest.approx(0.9 * 20e9)
+    assert small["num_tokens"] < large["num_tokens"]
+
+
+def test_measured_rates_come_from_a_file_in_their_own_dtype(plan, llama, tmp_path):
+    from hardware import MEASURED
+
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(MEASURED | {"memory_bytes": "64GiB"}))
+    report = json.loads(plan(llama, "--cluster", str(path), "--context", "2k", "--json"))
+    assert (report["dtype"], report["num_ranks"]) == ("float32", 4)
+    text = plan(llama, "--cluster", str(path), "--context", "2k")
+    assert "measured: matmul 80 GFLOP/s, memory 10 GB/s, links in a node 2 GB/s, links between nodes 100 MB/s" in text
+    assert "assumed shares" not in text
+
+
+def test_a_picture_is_a_png(plan, llama, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.png"
+    plan(llama, "--gpu", "h100", "--context", "8k,64M", "--plot", str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "cluster: got none of --gpu and --cluster, legal is exactly one; known GPUs are a10, "),
+        (("--gpu", "h100", "--cluster", "x.yaml"), "cluster: got both of --gpu and --cluster"),
+        (("--cluster", "x.yaml", "--nodes", "2"), "--nodes: got 2 with --cluster"),
+        (("--cluster", "x.yaml", "--gpus-per-node", "2"), "--gpus-per-node: got 2 with --cluster"),
+        (("--cluster", "missing.yaml"), "cluster: got 'missing.yaml', legal is a file that can be read"),
+        (("--gpu", "gtx"), "gpu: got 'gtx', legal is one of a10"),
+        (("--gpu", "h100", "--nodes", "0"), "nodes: got 0"),
+        (("--gpu", "h100", "--context", "8k,x"), "context: got 'x'"),
+        (("--gpu", "h100", "--context", ""), "context: got ''"),
+        (("--gpu", "h100", "--context", "8k,8192"), "context: got '8k,8192' with a length twice"),
+        (("--gpu", "h100", "--memory", "none"), "memory: got 'none'"),
+        (("--gpu", "h100", "--memory-utilization", "2"), "memory_utilization: got 2.0"),
+        (("--gpu", "h100", "--tensor-parallel-size", "3"), "tensor_parallel_size: got 3 with 8 devices per node"),
+        (("--gpu", "h100", "--nodes", "20"), "nodes: got 20 with 8 devices per node"),
+        (("--gpu", "h100", "--plot", "x.pdf"), "plot: got 'x.pdf', legal is a file name that ends in .png"),
+        (("--gpu", "h100", "--plot", "/nowhere/x.png"), "plot: got '/nowhere/x.png', legal is a file in a directory"),
+    ],
+)
+def test_rejects_options_in_one_line(llama, arguments, message):
+    assert message in refused(llama, *arguments)
+
+
+def test_rejects_a_model_that_is_not_there(cache_home, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert refused("./nothing", "--gpu", "h100").startswith("model: got './nothing', legal is")
+
+
+def test_rejects_a_picture_that_cannot_be_written(llama, tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(ConfigError, match=r"^plot: got '.*taken.png', legal is a file that can be written"):
+        check_plot(str(tmp_path / "taken.png"))
+
+
+def test_rejects_a_picture_without_matplotlib_and_names_the_extra(llama, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    assert "longspan[plot]" in refused(llama, "--gpu", "h100", "--plot", "x.png")
+
+
+def test_the_command_exits_with_2_for_bad_input(longspan, tmp_path):
+    outcome = longspan("plan", write_config(tmp_path, LLAMA_3_8B), "--gpu", "gtx")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("longspan: gpu: got 'gtx'")

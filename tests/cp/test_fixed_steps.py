@@ -1,0 +1,330 @@
+"""Decode steps in fixed shapes, in Triton's interpreter: the tokens are Transformers', captured or not.
+
+A CUDA graph needs a GPU. What stands in for one here launches again when it is replayed, and asserts that every launch
+has the arguments of the first replay: shapes, numbers, and the addresses of what outlives a step.
+"""
+
+import contextlib
+import itertools
+import threading
+
+import pytest
+import torch
+from attention_cases import DEVICE
+from tiny_models import all_pairs, greedy, memory_for, random_prompt, run_all, tiny_engine, tiny_model
+
+from longspan.attention.triton import power_of_two
+from longspan.comm.recording import RecordingCommunicator
+from longspan.cp import fixed
+from longspan.cp.fixed import FixedShape, fixed_shape
+from longspan.errors import LongspanError
+from longspan.plan.types import GroupStep, Literals, Plan, QueryRun, ScoreRun
+from longspan.types import Phase, Strategy
+from longspan.worker import graphs
+from longspan.worker.graphs import FixedSteps
+
+OPTIONS = {"attention_backend": "triton", "page_size": 16, "stripe_size": 16, "max_num_batched_tokens": 64}
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """(rank, shape, plan) of all fixed steps."""
+    seen = []
+    run = FixedSteps.run
+
+    def note(self, shape, plan, tables, token_ids):
+        seen.append((self._comm.rank, shape, plan))
+        return run(self, shape, plan, tables, token_ids)
+
+    monkeypatch.setattr(FixedSteps, "run", note)
+    return seen
+
+
+class StandIn:
+    """For a CUDA graph."""
+
+    def __init__(self):
+        self.launch = None
+        self.launches = None
+
+    def replay(self):
+        LOG.launches = []
+        self.launch()
+        if self.launches is None:
+            self.launches = LOG.launches
+        assert self.launches == LOG.launches, "a graph would have repeated the first ones"
+
+
+LOG = threading.local()
+"""Launches of a thread since its last replay began."""
+
+
+def shown(argument, outlives):
+    """What a graph freezes of an argument."""
+    if isinstance(argument, torch.Tensor):
+        return (tuple(argument.shape), argument.dtype, argument.stride(), argument.data_ptr() if outlives else None)
+    if isinstance(argument, (list, tuple)):
+        return tuple(shown(one, outlives) for one in argument)
+    return argument
+
+
+def logged(function, lasting=()):
+    """`function`, noted with its arguments; those at places `lasting` are buffers."""
+
+    def call(*args, **kwargs):
+        if getattr(LOG, "launches", None) is not None:
+            found = tuple(shown(argument, i in lasting) for i, argument in enumerate(args))
+            LOG.launches.append((function.__name__, found, tuple(kwargs.items())))
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Every rank captures; returns how many steps were replayed."""
+    replayed = []
+    init, launch = FixedSteps.__init__, FixedSteps._launch
+
+    def capturing(self, *args, **kwargs):
+        init(self, *args, **{**kwargs, "can_capture": False})
+        self._can_capture = True
+
+    @contextlib.contextmanager
+    def capture(graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local", "NCCL's watchdog asks for events meanwhile"
+        yield
+
+    def launched(self, step):
+        if step.graph is None or step.graph.launch is not None:
+            return launch(self, step)
+        counters = self._counters()  # a capture sends nothing, and changes no page
+        rows = None if not step.attention.has_rows else torch.zeros(step.attention.shape.num_rows, 300)
+
+        def again():
+            replayed.append(self._comm.rank)
+            before, count = self._counters(), self._begin
+            self._begin = lambda layer: None
+            found = launch(self, step)
+            self._begin = count
+            assert tuple(b - a for a, b in zip(before, self._counters(), strict=True)) == step.sent
+            self._comm.num_exchanges, self._comm.messages_sent, self._comm.bytes_sent = before
+            if rows is not None:
+                rows.copy_(found)
+
+        step.graph.launch = again
+        assert self._counters() == counters
+        return rows
+
+    monkeypatch.setattr(fixed, "attention", logged(fixed.attention, lasting=(1, 2, 3, 4)))  # pools and tables
+    monkeypatch.setattr(fixed, "store", logged(fixed.store, lasting=(0, 1, 4)))
+    monkeypatch.setattr(fixed, "merge", logged(fixed.merge))
+    monkeypatch.setattr(RecordingCommunicator, "exchange", logged(RecordingCommunicator.exchange))
+    monkeypatch.setattr(FixedSteps, "__init__", capturing)
+    monkeypatch.setattr(FixedSteps, "_launch", launched)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return replayed
+
+
+def generate(engine, model, num_tokens=6):
+    running = [engine.add_request(reference.prompt, greedy(num_tokens)) for reference in model.references[:3]]
+    run_all(engine)
+    assert [request.output_token_ids for request in running] == [r.token_ids[:num_tokens] for r in model.references[:3]]
+
+
+CASES = all_pairs(
+    {
+        "family": ("llama", "qwen2", "gemma2", "smollm3-window", "llama-one-kv-head"),
+        "context_parallel_size": (1, 2, 3),
+        "placement": ("striped", "packed", "spill"),
+        "strategy": ("pass_q", "tree", "auto"),
+    }
+)
+
+
+def check(case, num_tokens=6):
+    options = {**OPTIONS, **case}
+    model = tiny_model(options.pop("family"))
+    if options["placement"] == "spill":
+        options["kv_cache_memory"] = memory_for(model, 400 // options["context_parallel_size"])
+    with tiny_engine(model, **options) as engine:
+        generate(engine, model, num_tokens)
+        replays = [runner._fixed.num_replays for runner in engine._executor.runners]
+    assert any(replays) == (DEVICE == "cuda" and options["context_parallel_size"] == 1), "real graphs on real GPUs"
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize("case", CASES[:6], ids=lambda case: "-".join(map(str, case.values())))
+def test_fixed_steps_give_the_tokens_of_transformers(case, steps):
+    check(case)
+    assert steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES[6:], ids=lambda case: "-".join(map(str, case.values())))
+def test_fixed_steps_give_the_tokens_of_transformers_all_pairs(case, steps):
+    check(case, 24)
+    assert steps
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize(
+    ("family", "size", "placement"), [("llama", 3, "striped"), ("gemma2", 2, "striped"), ("qwen2", 1, "packed")]
+)
+def test_replayed_steps_give_them_too_and_count_what_they_send(family, size, placement, captured):
+    model = tiny_model(family)
+    with tiny_engine(model, **OPTIONS, context_parallel_size=size, placement=placement, strategy="pass_q") as engine:
+        generate(engine, model)
+        sent = [stats.bytes_sent for stats in engine.rank_stats()]
+    assert set(captured) == set(range(size))
+    with tiny_engine(
+        model, **OPTIONS, context_parallel_size=size, placement=placement, strategy="pass_q", cuda_graphs="never"
+    ) as engine:
+        generate(engine, model)
+        exact = [stats.bytes_sent for stats in engine.rank_stats()]
+    for padded_bytes, exact_bytes in zip(sent, exact, strict=True):
+        assert exact_bytes <= padded_bytes <= 2 * exact_bytes  # rows are padded to powers of two
+
+
+@pytest.mark.cover
+def test_steps_without_room_for_their_tiles_are_launched_and_right(captured, monkeypatch):
+    monkeypatch.setattr(fixed, "_most_key_tiles", lambda pool: 0)
+    model = tiny_model("llama")
+    with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
+        generate(engine, model, 6)
+    assert not captured
+
+
+@pytest.mark.cover
+def test_an_argument_that_changes_between_replays_is_noticed(captured, monkeypatch):
+    turns = itertools.count()
+    monkeypatch.setattr(fixed, "fixed_splits", lambda *_: 1 + next(turns) // 7 % 2)
+    model = tiny_model("llama")
+    with (
+        pytest.raises(LongspanError, match="a graph would have repeated the first ones"),
+        tiny_engine(model, **OPTIONS) as engine,
+    ):
+        generate(engine, model)
+
+
+@pytest.mark.cover
+def test_the_shape_that_was_not_used_for_longest_makes_room(steps, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_SHAPES", 2)
+    model = tiny_model("llama")
+    with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
+        running = [engine.add_request(r.prompt, greedy(n)) for r, n in zip(model.references, (8, 5, 2), strict=False)]
+        run_all(engine)
+        kept = [len(runner._fixed._steps) for runner in engine._executor.runners]
+    assert [r.output_token_ids for r in running] == [
+        reference.token_ids[:n] for reference, n in zip(model.references, (8, 5, 2), strict=False)
+    ]
+    assert len({shape for _, shape, _ in steps}) > 2
+    assert kept == [2, 2]
+
+
+@pytest.mark.cover
+def test_requests_that_share_pages_and_come_and_go_change_shapes(steps):
+    model = tiny_model("llama")
+    with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
+        prompt = random_prompt(70, 1)
+        counts = (5, 2, 4, 6, 3)
+        alone = engine.add_request(prompt, greedy(6))
+        run_all(engine)
+        running = [engine.add_request(prompt, greedy(count)) for count in counts]
+        run_all(engine)
+        assert [r.output_token_ids for r in running] == [alone.output_token_ids[:count] for count in counts]
+        assert running[0].num_cached > 0
+    assert len({shape for _, shape, _ in steps}) >= 3
+
+
+def plan_of(runs, strategies=(Strategy.LOCAL,), phase=Phase.DECODE, **options):
+    groups = tuple(GroupStep(strategy, (), nodes=((0,), (1,), (2,))) for strategy in strategies)
+    return Plan(1, phase, (0, 1, 2), tuple(runs), (), groups, (), **options)
+
+
+def run_of(request_id, rank, num_tokens=1):
+    return QueryRun(request_id, 5, num_tokens, rank, Literals((1,) * num_tokens))
+
+
+def test_a_shape_depends_on_the_plan_alone():
+    runs = [run_of(0, 1), run_of(1, 1), run_of(2, 1), run_of(3, 2)]
+    assert fixed_shape(plan_of(runs)) == FixedShape(4, (1, 2), ((),))
+    assert fixed_shape(plan_of(runs, (Strategy.LOCAL, Strategy.PASS_Q))) == FixedShape(4, (1, 2), ((), (0, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan_of([run_of(0, 1, 2)]),
+        plan_of([run_of(0, 1)], phase=Phase.PREFILL),
+        plan_of([run_of(0, 1)], (Strategy.PASS_KV,)),
+        plan_of([run_of(0, 1)], (Strategy.PASS_Q, Strategy.GATHER_KV)),
+        plan_of([run_of(0, 1)], (Strategy.TREE,)),  # over several nodes
+        plan_of([run_of(i, 1) for i in range(fixed.BUCKETS[-1] + 1)]),
+        plan_of([run_of(0, 1)], scores=(ScoreRun(0, 5, (1,), 1),)),
+        plan_of([]),
+    ],
+)
+def test_other_steps_are_not_fixed(plan):
+    assert fixed_shape(plan) is None
+
+
+def test_splits_fill_the_processors_whatever_the_rows():
+    assert fixed.fixed_splits(8, 132) == 32
+    assert fixed.fixed_splits(1, 132) == fixed.MAX_SPLITS
+    assert fixed.fixed_splits(256 * 8, 132) == fixed.MIN_FIXED_SPLITS
+    assert {power_of_two(n) for n in range(65)} == {1, 2, 4, 8, 16, 32, 64}, "each is compiled once"
+
+
+def _drop_a_tile(monkeypatch):
+    make = fixed.tile_tables
+
+    def tables(*args, **kwargs):
+        found = make(*args, **kwargs)
+        found.query_tiles[:, 6] -= found.query_tiles[:, 6] > found.query_tiles[:, 3]
+        return found
+
+    monkeypatch.setattr(fixed, "tile_tables", tables)
+
+
+def _store_in_the_next_row(monkeypatch):
+    store = fixed.store
+    monkeypatch.setattr(fixed, "store", lambda pool_k, pool_v, k, v, rows: store(pool_k, pool_v, k, v, rows + 1))
+
+
+def _ignore_lse(monkeypatch):
+    merge = fixed.merge
+    monkeypatch.setattr(
+        fixed, "merge", lambda parts, lses, *rest: merge(parts, torch.where(lses.isneginf(), lses, 0.0), *rest)
+    )
+
+
+def _keep_old_positions(monkeypatch):
+    fill = fixed.FixedAttention.fill
+
+    def stale(self, *args):
+        before = self._inputs.positions.clone()
+        found = fill(self, *args)
+        self._inputs.positions.copy_(before)
+        return found
+
+    monkeypatch.setattr(fixed.FixedAttention, "fill", stale)
+
+
+def _swap_homes(monkeypatch):
+    put = fixed.FixedAttention._put_tables
+    monkeypatch.setattr(fixed.FixedAttention, "_put_tables", lambda self, i, tables: put(self, i, tables[::-1]))
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize(
+    "mutate", [_drop_a_tile, _store_in_the_next_row, _ignore_lse, _keep_old_positions, _swap_homes]
+)
+def test_a_broken_fixed_step_changes_tokens(mutate, monkeypatch):
+    mutate(monkeypatch)
+    model = tiny_model("llama")
+    with tiny_engine(model, **OPTIONS, context_parallel_size=3, placement="striped", strategy="pass_q") as engine:
+        running = [engine.add_request(reference.prompt, greedy(8)) for reference in model.references[:3]]
+        run_all(engine)
+    assert [r.output_token_ids for r in running] != [reference.token_ids[:8] for reference in model.references[:3]]

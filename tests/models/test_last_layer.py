@@ -1,0 +1,130 @@
+"""In the last layer, attention and what follows are computed only for rows whose logits somebody needs.
+
+That tokens stay exact is the business of `test_families`; here it is shown that the work is really left out.
+"""
+
+import pytest
+from tiny_models import FAMILIES, greedy, run_all, tiny_engine, tiny_model
+
+from longspan.cp.attend import StepAttention
+from longspan.models import fused_layer
+from longspan.native import kernels
+from longspan.plan.read_runs import read_runs
+from longspan.plan.types import Literals, QueryRun, SampleRow, ScoreRun
+from longspan.types import SamplingParams
+
+needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")
+
+LAYOUT = {"placement": "striped", "page_size": 4, "stripe_size": 8, "max_num_batched_tokens": 16}
+PROMPT_LEN = 97
+
+
+def run(request_id, position, num_tokens, rank=0):
+    return QueryRun(request_id, position, num_tokens, rank, Literals((0,) * num_tokens))
+
+
+def sample(request_id, position):
+    return SampleRow(request_id, position, 0.0, 1.0, 0, 0.0, 0, None, ())
+
+
+def parts(runs, samples=(), scores=()):
+    return [(r.request_id, r.position, r.end, r.compute_rank) for r in read_runs(runs, samples, scores)]
+
+
+def test_read_runs_are_the_rows_with_logits_in_plan_order():
+    runs = [run(1, 8, 4, rank=1), run(7, 3, 1), run(1, 4, 4)]
+    assert parts(runs) == []
+    assert parts(runs, [sample(7, 3)]) == [(7, 3, 4, 0)]
+    assert parts(runs, [sample(1, 11), sample(7, 3)]) == [(1, 11, 12, 1), (7, 3, 4, 0)]
+    scores = [ScoreRun(1, 5, (0, 0, 0), 0), ScoreRun(1, 8, (0, 0), 0)]
+    assert parts(runs, [sample(1, 11)], scores) == [(1, 8, 10, 1), (1, 11, 12, 1), (1, 5, 8, 0)]
+    assert parts(runs, [sample(1, 10)], scores) == [(1, 8, 11, 1), (1, 5, 8, 0)]
+
+
+def rows_per_layer(monkeypatch, family, params, **options):
+    """Query rows that attention was computed for per layer, and rows that the last MLP saw, in all steps and ranks."""
+    model = tiny_model(family)
+    attention_rows, mlp_rows = {}, []
+    honest = StepAttention._attend
+
+    def attend(self, group_idx, layer, q):
+        attention_rows[layer] = attention_rows.get(layer, 0) + q.shape[0]
+        return honest(self, group_idx, layer, q)
+
+    monkeypatch.setattr(StepAttention, "_attend", attend)
+    for layer in model.module.model.layers:  # fused layers do not call their modules
+        monkeypatch.delitem(layer.__dict__, "forward", raising=False)
+    gate = model.module.model.layers[-1].mlp.gate_proj
+    hook = gate.register_forward_hook(lambda _module, args, _output: mlp_rows.append(args[0].shape[1]))
+    try:
+        with tiny_engine(model, **LAYOUT, **options) as engine:
+            request = engine.add_request(model.references[2].prompt, params)
+            run_all(engine)
+    finally:
+        hook.remove()
+    return attention_rows, sum(mlp_rows), request
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "smollm3-window"])
+def test_a_prompt_costs_the_last_layer_one_row(family, num_ranks, monkeypatch):
+    rows, mlp_rows, request = rows_per_layer(monkeypatch, family, greedy(5), context_parallel_size=num_ranks)
+    *others, last = (rows[layer] for layer in sorted(rows))
+    assert set(others) == {PROMPT_LEN + 4}
+    assert last == mlp_rows == 5
+    assert request.output_token_ids == tiny_model(family).references[2].token_ids[:5]
+
+
+@needs_kernel
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_fused_layers_leave_the_same_rows_out(num_ranks, monkeypatch):
+    model = tiny_model("llama")
+    num_others = len(model.module.model.layers) - 1  # loads the model: its proof is not counted
+    rows = []
+    honest = fused_layer._behind_attention
+    monkeypatch.setattr(
+        fused_layer, "_behind_attention", lambda fused, a, x: rows.append(x.shape[0]) or honest(fused, a, x)
+    )
+    with tiny_engine(model, **LAYOUT, context_parallel_size=num_ranks) as engine:
+        request = engine.add_request(model.references[2].prompt, greedy(5))
+        run_all(engine)
+    assert sum(rows) == num_others * (PROMPT_LEN + 4) + 5
+    assert request.output_token_ids == model.references[2].token_ids[:5]
+
+
+def test_rows_whose_log_probabilities_are_asked_for_are_computed(monkeypatch):
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    rows, mlp_rows, request = rows_per_layer(monkeypatch, "llama", params, context_parallel_size=2)
+    assert set(rows.values()) == {PROMPT_LEN}
+    assert mlp_rows == PROMPT_LEN
+    assert len(request.prompt_logprobs) == PROMPT_LEN - 1
+
+
+@pytest.mark.parametrize("strategy", ["gather_kv", "pass_kv", "pass_q", "tree"])
+def test_nothing_moves_in_the_last_layer_for_rows_that_nobody_reads(strategy, monkeypatch):
+    """The first of several chunks: no row is sampled."""
+    model = tiny_model("llama")
+    sent = {}
+    honest = StepAttention._attend
+
+    def attend(self, group_idx, layer, q):
+        before = self._comm.bytes_sent
+        partial = honest(self, group_idx, layer, q)
+        sent[layer] = sent.get(layer, 0) + self._comm.bytes_sent - before
+        return partial
+
+    monkeypatch.setattr(StepAttention, "_attend", attend)
+    with tiny_engine(model, **LAYOUT, context_parallel_size=2, strategy=strategy) as engine:
+        engine.add_request(model.references[3].prompt, greedy(1))
+        engine.step()
+        *others, last = (sent[layer] for layer in sorted(sent))
+        assert min(others) > 0
+        assert last == 0
+        run_all(engine)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_last_layer_that_can_leave_rows_out(family):
+    last = tiny_model(family).module.model.layers[-1]
+    assert "some_rows" in last.mlp.forward.__qualname__
+    assert "some_rows" in last.self_attn.o_proj.forward.__qualname__

@@ -1,0 +1,457 @@
+"""Attacks the scheduler: hypothesis chooses engine, requests, cancellations and the order in which plans end.
+
+Memory is so tight that eviction and preemption are ordinary. After every action the books must balance, and what the
+prefix cache offers must be what it says; at the end every request has ended, with the tokens that it has alone.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, make_config, make_model, tokens_alone
+from hypothesis import HealthCheck, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from longspan.config import EngineConfig
+from longspan.errors import CapacityError
+from longspan.plan.types import SampledBy
+from longspan.scheduler.invariants import check_books
+from longspan.scheduler.request import Request
+from longspan.scheduler.scheduler import SUSPECT_CRASHES, Scheduler
+from longspan.sharding.capacity import pages_by_group
+from longspan.types import FinishReason, Phase, SamplingParams
+
+TEXTS = tuple([[random.Random(f"{i} {j}").randrange(VOCAB) for j in range(160)] for i in range(3)])
+"""Prompts begin with a part of one of these."""
+
+REACHED: Counter[str] = Counter()
+"""What happened in all runs of the machine."""
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> EngineConfig:
+    page_size = draw(st.sampled_from([4, 1, 2, 16]))
+    return make_config(
+        draw(st.sampled_from([2, 3, 1, 4, 5, 8])),
+        page_size=page_size,
+        stripe_size=page_size * draw(st.sampled_from([2, 1, 4, 16])),
+        max_num_batched_tokens=draw(st.sampled_from([16, 3, 8, 40, 1])),
+        max_num_seqs=draw(st.sampled_from([64, 5, 2, 1])),
+        placement=draw(st.sampled_from(["auto", "auto", "packed", "striped", "spill"])),
+        strategy=draw(st.sampled_from(["auto", "pass_q", "pass_kv", "gather_kv"])),
+        decode_strategy=draw(st.sampled_from([None, "pass_q", "pass_kv", "gather_kv"])),
+        max_step_ms=draw(st.sampled_from([None, 1, 100, 1000])),
+        enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
+        async_scheduling=draw(st.booleans()),
+    )
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> list[int]:
+    """A part of a common text, then a few tokens of one's own."""
+    length = draw(st.sampled_from([1, 2, 5, 15, 16, 17, 31, 32, 33, 64, 65, 100, 150]))
+    own = draw(st.lists(st.integers(0, VOCAB - 1), max_size=3))
+    return draw(st.sampled_from(TEXTS))[:length] + own
+
+
+@st.composite
+def sampling_params(draw: st.DrawFn) -> SamplingParams:
+    max_tokens = draw(st.sampled_from([9, 1, 2, 30, 50]))
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=draw(st.sampled_from([0, 1, max_tokens])),
+        seed=draw(st.integers(0, 200)),
+        temperature=draw(st.sampled_from([0.0, 1.0])),
+        ignore_eos=draw(st.booleans()),
+        stop_token_ids=draw(st.sampled_from([(), (3, 4)])),
+        logprobs=draw(st.sampled_from([None, 0])),
+        prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.5])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.5])),
+    )
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """A scheduler with simulated ranks."""
+
+    @initialize(
+        config=configs(),
+        windows=st.sampled_from([(None,), (None, 5), (None, 20, 3), (7,), (1, 30)]),
+        memory_tokens=st.sampled_from([100, 60, 30, 200, 8]),
+        seed=st.integers(0, 1000),
+    )
+    def start(self, config: EngineConfig, windows: tuple[int | None, ...], memory_tokens: int, seed: int) -> None:
+        model = make_model(*windows)
+        num_pages = max(1, memory_tokens // config.page_size)
+        pages = pages_by_group(model, num_pages, config.page_size, config.max_num_batched_tokens)
+        self.scheduler = Scheduler(model, config, pages)
+        self.ranks = FakeRanks(self.scheduler, random.Random(seed), checks_books=False)
+        self.requests: list[Request] = []
+        self.ended_early: set[int] = set()
+        self.last_plan: dict[int, int] = {}
+
+    @property
+    def alive(self) -> list[Request]:
+        return [request for request in self.requests if request.finish_reason is None]
+
+    @rule(prompt=prompts(), params=sampling_params())
+    def add(self, prompt: list[int], params: SamplingParams) -> None:
+        try:
+            self.requests.append(self.scheduler.add_request(prompt, params))
+        except CapacityError:
+            REACHED["refused"] += 1
+
+    @rule(
+        text=st.sampled_from(TEXTS),
+        lengths=st.lists(st.integers(1, 80), min_size=2, max_size=10),
+        params=sampling_params(),
+    )
+    def add_several(self, text: list[int], lengths: list[int], params: SamplingParams) -> None:
+        """Prompts that begin alike, some of them the same."""
+        for i, length in enumerate(lengths):
+            self.add(text[:length] + [i] * (i % 3), params)
+
+    @rule(
+        text=st.sampled_from(TEXTS),
+        length=st.integers(8, 60),
+        num_steps=st.integers(0, 30),
+        params=sampling_params(),
+        cancels=st.booleans(),
+    )
+    def ask_again_and_again(
+        self, text: list[int], length: int, num_steps: int, params: SamplingParams, cancels: bool
+    ) -> None:
+        """A common prompt that one rank has; then more requests with it than that rank should take."""
+        self.add(text[:length], params)
+        self.go_on(num_steps)
+        for i in range(2 * self.scheduler.config.context_parallel_size):
+            self.add(text[:length] + [i] * 3, params)
+        self.submit()
+        for request in [request for request in self.alive if request.copies and not request.in_flight and cancels]:
+            self.cancel(request)
+
+    @precondition(lambda self: any(r.num_generated for r in self.requests))
+    @rule(data=st.data(), more=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), params=sampling_params())
+    def continue_a_chat(self, data: st.DataObject, more: list[int], params: SamplingParams) -> None:
+        before = data.draw(st.sampled_from([r for r in self.requests if r.num_generated]))
+        self.add(before.token_ids + more, params)
+
+    @rule()
+    def submit(self) -> None:
+        while (plan := self.scheduler.schedule()) is not None:
+            self.ranks.submit(plan)
+            self.note_plan()
+
+    @precondition(lambda self: self.ranks.in_flight)
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        self.finish_plan(data.draw(st.sampled_from([plan.plan_id for plan in self.ranks.first_plans()])))
+
+    @precondition(lambda self: self.alive)
+    @rule(num_steps=st.integers(1, 60))
+    def go_on(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            if self.scheduler.has_requests:
+                self.step()
+
+    @rule(
+        num_requests=st.integers(2, 12), length=st.integers(1, 20), num_steps=st.integers(10, 80), cancels=st.booleans()
+    )
+    def outgrow_the_memory(self, num_requests: int, length: int, num_steps: int, cancels: bool) -> None:
+        """Short prompts with long answers; who is preempted may be cancelled at once."""
+        for i in range(num_requests):
+            self.add([i] * length, SamplingParams(max_tokens=50, seed=i, ignore_eos=True))
+        for _ in range(num_steps):
+            self.go_on(1)
+            preempted = [request for request in self.scheduler.waiting if request.num_preemptions]
+            if preempted and cancels:
+                self.cancel(preempted[0])
+                return
+
+    @precondition(lambda self: any(request.in_flight for request in self.alive))
+    @rule(data=st.data())
+    def cancel_in_flight(self, data: st.DataObject) -> None:
+        self.cancel(data.draw(st.sampled_from([request for request in self.alive if request.in_flight])))
+
+    @precondition(lambda self: self.scheduler.waiting)
+    @rule(data=st.data())
+    def cancel_waiting(self, data: st.DataObject) -> None:
+        preempted = [request for request in self.scheduler.waiting if request.num_preemptions]
+        self.cancel(data.draw(st.sampled_from(preempted or list(self.scheduler.waiting))))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel_any(self, data: st.DataObject) -> None:
+        """Those that have ended, or were cancelled before, too."""
+        self.cancel(data.draw(st.sampled_from(self.requests)))
+
+    def cancel(self, request: Request) -> None:
+        if request.finish_reason is None:
+            is_waiting = request in self.scheduler.waiting
+            REACHED["cancelled in flight"] += request.in_flight
+            REACHED["cancelled when waiting"] += is_waiting
+            REACHED["cancelled when preempted"] += is_waiting and request.num_preemptions > 0
+            REACHED["cancelled before its copies"] += bool(request.copies) and not request.in_flight
+            self.ended_early.add(request.request_id)
+        self.scheduler.cancel(request)
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def finish_early(self, data: st.DataObject) -> None:
+        """As a stop string does."""
+        request = data.draw(st.sampled_from(self.alive))
+        self.ended_early.add(request.request_id)
+        self.scheduler.finish(request, FinishReason.STOP)
+
+    @invariant()
+    def books_balance(self) -> None:
+        if hasattr(self, "ranks"):
+            check_books(self.scheduler)
+
+    @invariant()
+    def the_cache_tells_the_truth(self) -> None:
+        if hasattr(self, "ranks"):
+            self.ranks.check_cached()
+
+    @invariant()
+    def who_was_refused_would_be_refused_again(self) -> None:
+        """The memory remembers a refusal; nothing that makes room or a hit may leave it standing."""
+        memory = self.scheduler.memory if hasattr(self, "ranks") else None
+        if memory is not None and memory._refused in self.scheduler.waiting:
+            request, memory._refused = memory._refused, None
+            assert not memory.admit(request, [0.0] * self.scheduler.config.context_parallel_size)
+            REACHED["refused again"] += 1
+
+    @invariant()
+    def requests_are_let_in_in_the_order_they_came(self) -> None:
+        """Whom a preemption sent back is first again, though a younger one may have been in flight at that moment."""
+        if hasattr(self, "ranks"):
+            waiting = [request.request_id for request in self.scheduler.waiting]
+            assert waiting == sorted(waiting)
+            new = [request.request_id for request in self.scheduler.waiting if not request.num_preemptions]
+            assert all(request.request_id < new[0] for request in self.scheduler.running if new)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        self.submit()
+        assert self.ranks.in_flight, "requests wait, but nothing runs"
+        self.finish_plan(self.ranks.rng.choice(self.ranks.first_plans()).plan_id)
+
+    def finish_plan(self, plan_id: int) -> None:
+        for request in self.ranks.complete(self.ranks.in_flight[plan_id]):
+            REACHED["ended by a plan that another stood behind"] += request.finish_reason is not None and any(
+                run.request_id == request.request_id
+                for plan in self.ranks.in_flight.values()
+                for run in plan.query_runs
+            )
+            assert request.request_id not in self.ended_early, "update returns a request that was cancelled"
+
+    def note_plan(self) -> None:
+        """Count what is of interest, and how long requests wait for their turn."""
+        plan = self.ranks.plans[-1]
+        REACHED[f"{len(plan.ranks)} ranks"] += 1
+        REACHED["plans"] += 1
+        for step in plan.groups:
+            REACHED[step.strategy.value] += 1
+        copied = [copy for copy in plan.page_copies if copy.source.rank != copy.target.rank]
+        REACHED["copied pages"] += sum(copy.source.num_pages for copy in copied)
+        num_requests = len({run.request_id for run in plan.query_runs})
+        in_flight = [request for request in self.scheduler.running if request.in_flight]
+        if any(request.num_crashes >= SUSPECT_CRASHES for request in in_flight):
+            assert len(in_flight) == 1, "a suspect is not alone"
+            REACHED["suspects alone"] += 1
+        REACHED["batch"] += num_requests > 1
+        REACHED["ran ahead"] += isinstance(plan.query_runs[0].tokens, SampledBy)
+        REACHED["mixed"] += (
+            plan.phase is Phase.PREFILL
+            and num_requests > 1
+            and any(
+                request.phase is Phase.DECODE and request.last_plan_id == plan.plan_id
+                for request in self.scheduler.running
+            )
+        )
+        for request in self.scheduler.running:
+            since = self.last_plan.setdefault(request.request_id, plan.plan_id)
+            if request.in_flight or any(other.num_crashes >= SUSPECT_CRASHES for other in self.scheduler.running):
+                self.last_plan[request.request_id] = plan.plan_id
+            else:
+                waited = plan.plan_id - since
+                REACHED["longest wait"] = max(REACHED["longest wait"], waited)
+                num_ranks = self.scheduler.config.context_parallel_size
+                assert waited <= 4 * num_ranks * (1 + len(self.scheduler.running)), "starved"
+        for request in self.scheduler.waiting:
+            self.last_plan.pop(request.request_id, None)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "ranks"):
+            return
+        while self.scheduler.has_requests:
+            self.step()
+        self.ranks.end_the_rest()
+        for request in self.requests:
+            assert request.finish_reason is not None
+            if request.request_id not in self.ended_early:
+                check_finished(request)
+                assert request.output_token_ids == tokens_alone(request)
+            else:
+                assert request.output_token_ids == tokens_alone(request)[: request.num_generated]
+            REACHED["hit tokens"] += request.num_cached
+            REACHED["requests"] += 1
+        self.ranks.check_cached()
+        assert_all_free(self.scheduler)
+        REACHED["runs"] += 1
+        REACHED["preemptions"] += self.scheduler.num_preemptions
+        allocators = [allocator for allocators in self.scheduler.memory.allocators for allocator in allocators]
+        REACHED["evicted pages"] += sum(allocator.num_evicted for allocator in allocators)
+
+
+class CrashingMachine(SchedulerMachine):
+    """The same, and the ranks may be lost at any moment."""
+
+    @rule(num_times=st.sampled_from([1, 1, 2, 3]), num_steps=st.integers(0, 3))
+    def crash(self, num_times: int, num_steps: int) -> None:
+        """The ranks are lost, perhaps several times before much has been done."""
+        for _ in range(num_times):
+            self.submit()
+            in_flight = {run.request_id for plan in self.ranks.in_flight.values() for run in plan.query_runs}
+            cancelled = set(self.scheduler._cancelled)
+            alive = {request.request_id: list(request.token_ids) for request in self.alive}
+            REACHED["crashes with plans in flight"] += bool(in_flight)
+            REACHED["crashes of cancelled requests"] += bool(cancelled)
+            self.ranks.crash()
+            self.last_plan.clear()
+            left = {request.request_id: request.token_ids for request in self.scheduler.waiting}
+            assert left == {key: tokens for key, tokens in alive.items() if key not in cancelled}
+            assert_all_free(self.scheduler, ended=False)
+            for _ in range(num_steps):
+                if self.scheduler.has_requests:
+                    self.step()
+
+
+def run_machine(
+    max_examples: int, *, is_fixed: bool, base: type[SchedulerMachine] = SchedulerMachine, num_steps: int = 30
+) -> None:
+    """Run the machine. Args: `is_fixed` takes the same examples every time, for one version of hypothesis."""
+    REACHED.clear()
+
+    class Machine(base):
+        pass
+
+    run_state_machine_as_test(
+        seed(0)(Machine) if is_fixed else Machine,
+        settings=settings(
+            max_examples=max_examples,
+            stateful_step_count=num_steps,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+OFTEN = {
+    "1 ranks",
+    "2 ranks",
+    "batch",
+    "evicted pages",
+    "hit tokens",
+    "local",
+    "mixed",
+    "preemptions",
+    "ran ahead",
+}
+ALWAYS_IN_MANY = OFTEN | {
+    "3 ranks",
+    "8 ranks",
+    "cancelled in flight",
+    "ended by a plan that another stood behind",
+    "cancelled when preempted",
+    "cancelled when waiting",
+    "copied pages",
+    "gather_kv",
+    "pass_kv",
+    "pass_q",
+    "refused",
+    "refused again",
+}
+
+
+@pytest.mark.cover
+def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens():
+    run_machine(25, is_fixed=True)
+    assert {name for name in OFTEN if not REACHED[name]} == set(), "else this proves little"
+
+
+@pytest.mark.cover
+def test_a_history_with_lost_ranks_keeps_every_promise_too():
+    run_machine(15, is_fixed=True, base=CrashingMachine, num_steps=12)
+    assert REACHED["crashes with plans in flight"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_any_history_with_lost_ranks_keeps_every_promise_often():
+    run_machine(200, is_fixed=False, base=CrashingMachine)
+    wanted = {"crashes with plans in flight", "crashes of cancelled requests", "suspects alone"}
+    assert {name for name in wanted if not REACHED[name]} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens_often():
+    run_machine(400, is_fixed=False)
+    assert {name for name in ALWAYS_IN_MANY if not REACHED[name]} == set()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_request_that_is_cancelled_after_its_preemption_leaves_nothing_behind(num_ranks):
+    ranks = FakeRanks(Scheduler(make_model(None, 6), make_config(num_ranks), (20, 20)), random.Random(0))
+    scheduler, params = ranks.scheduler, SamplingParams(max_tokens=50, ignore_eos=True, seed=0)
+    requests = [scheduler.add_request([i] * 9, params) for i in range(6 * num_ranks)]
+    cancelled: list[Request] = []
+    while scheduler.has_requests:
+        ranks.step()
+        for request in [request for request in scheduler.waiting if request.num_preemptions]:
+            scheduler.cancel(request)
+            cancelled.append(request)
+            check_books(ranks.scheduler)
+    assert len(cancelled) > num_ranks
+    for request in requests:
+        assert request.finish_reason is (FinishReason.ABORT if request in cancelled else FinishReason.LENGTH)
+        assert request.output_token_ids == tokens_alone(request)[: request.num_generated]
+    assert_all_free(scheduler)
+
+
+def run_small(budget: int, num_decodes: int, prompt_len: int, num_ranks: int = 1) -> tuple[FakeRanks, list[Request]]:
+    """Requests that decode, more than one step may compute, then one with a prompt."""
+    config = make_config(num_ranks, max_num_batched_tokens=budget, placement="packed" if num_ranks == 1 else "auto")
+    ranks = FakeRanks(Scheduler(make_model(None), config, (400,)), random.Random(0))
+    params = SamplingParams(max_tokens=60, ignore_eos=True, seed=0)
+    decoding = [ranks.scheduler.add_request([i], params) for i in range(num_decodes)]
+    while not all(request.num_generated for request in decoding):
+        ranks.step()
+    prompt = ranks.scheduler.add_request([9] * prompt_len, params)
+    while not prompt.num_generated:
+        ranks.step()
+    return ranks, decoding
+
+
+@pytest.mark.parametrize(("budget", "num_decodes"), [(1, 1), (1, 3), (2, 2), (4, 4), (4, 9), (16, 40)])
+def test_a_prompt_gets_on_however_many_requests_decode(budget, num_decodes):
+    """Also where the decodes alone are more than the token budget of a step."""
+    ranks, decoding = run_small(budget, num_decodes, 16)
+    assert all(request.finish_reason is None for request in decoding), "the prompt did not wait for their ends"
+    tokens = [request.num_generated for request in decoding]
+    assert min(tokens) > 1, "nor did they wait for the prompt's end"
+    assert max(tokens) <= 2 * min(tokens) + 2, "they take turns"
+    ranks.run_to_the_end()
+    assert_all_free(ranks.scheduler)

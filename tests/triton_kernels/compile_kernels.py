@@ -1,0 +1,143 @@
+"""Compiles the Triton kernels for Hopper, without a GPU: `python tests/triton_kernels/compile_kernels.py`.
+
+Prints a line of JSON per kernel: its name, registers and bytes spilled to memory per thread, and bytes of shared memory
+per block.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from longspan.triton_kernels.attention import attention_kernel, compile_options, most_queries, tiling
+from longspan.triton_kernels.merge import accumulate_kernel, merge_kernel
+from longspan.triton_kernels.store import store_kernel
+
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+class Kernel(NamedTuple):
+    """What is compiled."""
+
+    name: str
+    function: Any
+    pointers: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int
+
+
+POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+def attention_case(width: int, dtype: torch.dtype, num_queries: int, group_size: int, softcap: bool = False) -> Kernel:
+    per_tile = most_queries(group_size, num_queries, tiling(width, dtype).most_rows)
+    k_block = triton.next_power_of_2(width)
+    choices = compile_options(per_tile, group_size, width, dtype)
+    num_warps = choices.pop("num_warps")
+    pointer = POINTER[dtype]
+    pointers = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "q_ptr": pointer, "k_ptr": pointer, "v_ptr": pointer}
+    pointers |= {"query_tiles": "*i32", "key_tiles": "*i32"}
+    constants = {
+        "NUM_KV_HEADS": 8,
+        "GROUP_SIZE": group_size,
+        "NUM_SPLITS": 1 if num_queries > 1 else 32,
+        "K_WIDTH": width,
+        "V_WIDTH": width,
+        "K_BLOCK": k_block,
+        "V_BLOCK": k_block,
+        "HAS_SOFTCAP": softcap,
+        "UPCAST": False,
+        **choices,
+    }
+    name = f"{'prefill' if num_queries > 1 else 'decode'} {str(dtype).removeprefix('torch.')} {width}"
+    name += " softcap" * softcap + f" group of {group_size}" * (group_size == 7)
+    return Kernel(name, attention_kernel, pointers, constants, num_warps)
+
+
+def kernels() -> Iterator[Kernel]:
+    """All that are compiled."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (64, 96, 128, 256):
+            for num_queries in (1, 2048):
+                yield attention_case(width, dtype, num_queries, 4)
+    yield attention_case(128, torch.bfloat16, 2048, 4, softcap=True)
+    yield attention_case(256, torch.bfloat16, 1, 2, softcap=True)
+    yield attention_case(128, torch.bfloat16, 2048, 7)
+    for part in ("*bf16", "*fp32"):
+        pointers = {"out_ptr": "*bf16", "out_lse_ptr": "*fp32", "part_ptr": part, "part_lse_ptr": "*fp32"}
+        constants = {"NUM_PARTS": 8, "NUM_HEADS": 32, "WIDTH": 128, "WIDTH_BLOCK": 128, "BLOCK_ROWS": 16}
+        yield Kernel(
+            f"merge {part}", merge_kernel, pointers | {"sinks_ptr": "*fp32"}, constants | {"HAS_SINKS": True}, 4
+        )
+    pointers = {"acc_ptr": "*fp32", "acc_lse_ptr": "*fp32", "part_ptr": "*bf16", "part_lse_ptr": "*fp32"}
+    constants = {"WIDTH": 128, "WIDTH_BLOCK": 128, "BLOCK_ROWS": 16}
+    yield Kernel("accumulate", accumulate_kernel, pointers, constants, 4)
+    pointers = dict.fromkeys(("pool_k_ptr", "pool_v_ptr", "k_ptr", "v_ptr"), "*bf16") | {"rows_ptr": "*i64"}
+    yield Kernel("store", store_kernel, pointers, {"K_WIDTH": 128, "V_WIDTH": 128, "BLOCK": 128}, 1)
+
+
+def compiled(kernel: Kernel) -> dict[str, object]:
+    """Registers, spills and shared memory of a kernel."""
+    names = kernel.function.arg_names
+    floats = {"scale_log2", "softcap"}
+    signature = {
+        name: "constexpr"
+        if name in kernel.constants
+        else kernel.pointers.get(name, "fp32" if name in floats else "i32")
+        for name in names
+    }
+    constants = {(names.index(name),): value for name, value in kernel.constants.items()}
+    # As a launch finds them: pointers are aligned, and strides are multiples of the head size.
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if name not in kernel.constants and (name in kernel.pointers or name.endswith("stride"))
+    ]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    options = {"num_warps": kernel.num_warps}
+    source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=attributes)
+    result = triton.compile(source, target=TARGET, options=options)
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "kernel.ptx"
+        file.write_text(result.asm["ptx"])
+        command = [ptxas, "-v", "--gpu-name=sm_90a", str(file), "-o", str(Path(directory) / "kernel.cubin")]
+        assembled = subprocess.run(command, capture_output=True, text=True)
+    said = assembled.stdout + assembled.stderr
+    assert assembled.returncode == 0, said
+    registers = re.search(r"Used (\d+) registers", said)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert registers is not None, said
+    assert spills is not None, said
+    return {
+        "kernel": kernel.name,
+        "registers": int(registers[1]),
+        "spilled_bytes": int(spills[1]) + int(spills[2]),
+        "shared_bytes": result.metadata.shared,
+        "num_warps": kernel.num_warps,
+    }
+
+
+def main() -> None:
+    """Compile all that the arguments name, or all."""
+    wanted = [kernel for kernel in kernels() if not sys.argv[1:] or kernel.name in sys.argv[1:]]
+    with ThreadPoolExecutor(2) as threads:
+        for line in threads.map(compiled, wanted):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
