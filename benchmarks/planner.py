@@ -3,8 +3,8 @@
     python benchmarks/planner.py [--lengths 2048,8192,16384] [--ranks 1,2,4] [--repeats 1] [--json] [--save]
 
 The ranks measure kernels and links when an engine starts; `longspan.costmodel.model_time` predicts with these numbers
-before the engine runs. Ranks have one thread each. Engines of different rank counts run one after the other, each started
-(and measured) again for every repeat: numbers are medians.
+before the engine runs. Ranks have one thread each. Engines of different rank counts run one after the other, each
+started (and measured) again for every repeat: numbers are medians.
 """
 
 from pathlib import Path
