@@ -43,10 +43,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import gpu_kernels
 from common import RESULTS, Timing, median, print_table, random_prompt, run_request
 from gpu_kernels import SMOKE, Ceilings, Sizes
-from longspan.config import EngineConfig, parse_tokens
+from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.models.hook import ATTENTION_NAME
 from longspan.models.last_layer import skip_unread_rows_
+from longspan.quantities import parse_tokens
 
 PARTS = ("checks", "kernels", "engine", "share", "scaling")
 BACKENDS = ("triton", "flashinfer", "torch")

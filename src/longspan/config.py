@@ -1,18 +1,17 @@
 """Engine configuration: every option a user can set, checked once.
 
-Holds values and their legal ranges. Must not know torch, models or processes.
-Read next: `longspan.llm` and `longspan.cli`, the two ways to set these.
+Holds values and their legal ranges, each stated at its field. Must not know torch, models or processes.
+Read next: `longspan.option`, what a field says; `longspan.llm` and `longspan.cli`, the two ways to set these.
 """
 
-import math
 import os
-import re
-from fractions import Fraction
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import msgspec
 
 from longspan.errors import ConfigError
+from longspan.option import Group, Option, check_options, is_number
+from longspan.quantities import MAX_COUNT, parse_listen, parse_size
 from longspan.simulation import SimulatedLinks, parse_simulated_links
 from longspan.types import Placement, Strategy
 
@@ -23,7 +22,7 @@ StrategyName = Literal["auto", "local", "gather_kv", "pass_kv", "pass_q", "tree"
 PartialDTypeName = Literal["auto", "float32"]
 ExecutorName = Literal["processes", "threads", "external", "ray"]
 REMOTE_EXECUTORS = ("external", "ray")
-"""Their workers reach the driver over the network."""
+"""Executors whose workers reach the driver over the network."""
 RayPlacementName = Literal["pack", "spread"]
 AttentionName = Literal["auto", "cpu", "reference", "triton", "flashinfer", "torch"]
 GraphsName = Literal["auto", "never"]
@@ -31,58 +30,19 @@ MeasureName = Literal["auto", "again", "never"]
 
 MAX_RANKS = 128
 MAX_THREADS = 1024
-MAX_COUNT = 2**31 - 1
-"""Of tokens and requests."""
 MAX_TIMEOUT_S = 10**6
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
-
-def parse_size(text: str | int, field: str = "size") -> int:
-    """Bytes of a size such as `2GiB`, `500M` or `1048576`.
+def parse_nodes(text: str, field: str = "nodes") -> tuple[int, ...]:
+    """The node of every rank, from a text such as `0,0,1,1`.
 
     Raises:
-        ConfigError: not a positive size.
+        ConfigError: it is no list of whole numbers.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(text), re.IGNORECASE)
-    num_bytes = int(Fraction(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
-    if num_bytes <= 0:
-        raise ConfigError(f"{field}: got {text!r}, legal is a positive number of bytes or with K, M, G, Ki, Mi, Gi (B)")
-    return num_bytes
-
-
-def parse_tokens(text: str | int, field: str = "context") -> int:
-    """Tokens of a length such as `8k`, `1M` or `131072`. As usual for contexts, k is 1024 and M is 1024 * 1024.
-
-    Raises:
-        ConfigError: not a positive number of tokens.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([km]?)\s*", str(text), re.IGNORECASE)
-    tokens = Fraction(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2].upper()] if match else Fraction(0)
-    if tokens.denominator != 1 or not 1 <= tokens <= MAX_COUNT:
-        raise ConfigError(
-            f"{field}: got {text!r}, legal is a whole number of tokens from 1 to {MAX_COUNT}, also with k (1024) or M "
-            "(1024 * 1024)"
-        )
-    return int(tokens)
-
-
-def parse_listen(text: str) -> tuple[str, int]:
-    """Host and port.
-
-    Raises:
-        ConfigError: it is not HOST:PORT.
-    """
-    match = re.fullmatch(r"([A-Za-z0-9._-]+):(\d{1,5})", text, re.ASCII) if isinstance(text, str) else None
-    if match is None or not 1 <= int(match[2]) <= 65535:
-        raise ConfigError(f"listen: got {text!r}, legal is HOST:PORT with a name or IPv4 address, and 1 to 65535")
-    return match[1], int(match[2])
-
-
-def check_driver_address(text: str) -> None:
-    """Raises: ConfigError, if this is not where a driver can be found."""
-    if not re.fullmatch(r"tcp://[A-Za-z0-9._-]+:\d{1,5}", text, re.ASCII):
-        raise ConfigError(f"driver: got {text!r}, legal is tcp://HOST:PORT as the driver's option listen has it")
+    try:
+        return tuple(int(node) for node in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{field}: got {text!r}, legal is a node per rank such as 0,0,1,1") from None
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,125 +54,241 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     """A directory, `recall` (the bundled model), or a Hub id."""
-    context_parallel_size: int = 1
-    """Ranks that share a sequence."""
-    threads_per_rank: int | None = None
-    """Compute threads of one rank; None is cores / ranks."""
-    device: DeviceName = "auto"
-    """What ranks compute on, each on a GPU of its own; auto is the GPUs of this machine if there is one for each rank,
-    and the CPU with the executors `external` and `ray`, or where another option needs it."""
-    dtype: DTypeName = "auto"
-    """Weights, activations and KV; auto is float32 on a CPU and bfloat16 on a GPU; float16 needs a GPU."""
-    placement: PlacementName = "auto"
-    strategy: StrategyName = "auto"
-    """Forces the strategy of both phases."""
-    decode_strategy: StrategyName | None = None
-    """Overrides `strategy` for decode."""
-    partial_dtype: PartialDTypeName = "auto"
-    """In which partials travel; auto is the dtype of keys and values: rounded once."""
-    nodes: tuple[int, ...] | None = None
-    """Per rank, the node that it runs on, counted from 0; None: all ranks of one host are a node."""
-    page_size: int = 16
-    """Tokens per page."""
-    stripe_size: int = 512
-    """Most tokens per stripe, a multiple of `page_size`. Short chunks are cut into shorter stripes."""
-    min_striped_len: int | None = None
-    """Shorter prompts stay on one rank where placement is auto; None is what is predicted to be best for a lone
-    request, or, where nothing was measured, two stripes per rank."""
-    kv_cache_memory: int | None = None
-    """Bytes per rank; None takes 4 GiB, or what half of the free memory admits, and on a GPU most of what is free
-    beside the weights."""
-    max_num_batched_tokens: int = 2048
-    """Most tokens that one rank computes in one step."""
-    max_step_ms: int | None = None
-    """Chunks of prefill are cut so that a step is predicted to take no longer; None cuts by tokens alone."""
-    enable_prefix_caching: bool = True
-    """Keep the KV of prompts and answers, and go on from it when a prompt starts the same."""
-    async_scheduling: bool = True
-    """Submit the next step of decodes before the tokens of the one in flight are known; see `longspan.scheduler`."""
-    max_num_seqs: int = 64
-    """Most requests that run at once."""
-    attention_backend: AttentionName = "auto"
-    """Attention kernels; auto is cpu on a CPU, and on a GPU triton, or torch where Triton is not installed."""
-    cuda_graphs: GraphsName = "auto"
+    device: Annotated[
+        DeviceName, Option("Processor of the ranks; auto: GPUs, if there is one for each rank.", Group.MODEL)
+    ] = "auto"
+    """Processor that ranks compute on, each on a GPU of its own. `auto` takes the GPUs of this machine if there is one
+    for each rank, and the CPU with the executors `external` and `ray`, or where another option needs it."""
+    dtype: Annotated[
+        DTypeName, Option("Of weights and KV; auto: float32 on a CPU, bfloat16 on a GPU.", Group.MODEL)
+    ] = "auto"
+    """Dtype of weights, activations and KV. `auto` is float32 on a CPU and bfloat16 on a GPU; float16 needs a GPU."""
+    attention_backend: Annotated[
+        AttentionName, Option("Attention kernels; auto: cpu on a CPU, triton on a GPU.", Group.MODEL)
+    ] = "auto"
+    """Attention kernels. `auto` is cpu on a CPU, and on a GPU triton, or torch where Triton is not installed."""
+    cuda_graphs: Annotated[GraphsName, Option("CUDA graphs of decode steps, on GPUs.", Group.MODEL)] = "auto"
     """Decode steps have fixed shapes with the backends triton and flashinfer, and on a GPU each shape becomes a CUDA
     graph; `never` launches every kernel by itself."""
-    compile_dense: bool = False
-    """On a GPU, let `torch.compile` fuse norms and MLPs; the first steps take seconds longer."""
-    executor: ExecutorName = "processes"
-    """One worker process per rank on this machine; one thread of this process per rank (for tests and debugging);
-    workers on any hosts, which somebody else starts (`external`); or one actor of a Ray cluster per rank (`ray`)."""
-    topology: str | None = None
-    """A YAML or JSON file with the cluster's nodes, links and rates, as `longspan topology --save` writes it; None
-    measures them when the ranks have started."""
-    measure: MeasureName = "auto"
-    """Whether ranks measure themselves: `auto` keeps what was measured once on the same machine with the same ranks;
-    `again` replaces it; `never` chooses strategies by bytes alone. With `auto`, LONGSPAN_MEASURE=never in the
-    environment means the same. Ranks that are threads never measure."""
-    listen: str | None = None
+    compile_dense: Annotated[bool, Option("torch.compile for norms and MLPs, on GPUs.", Group.MODEL)] = False
+    """Let `torch.compile` fuse norms and MLPs, on a GPU; the first steps take seconds longer."""
+    context_parallel_size: Annotated[
+        int, Option("Ranks that share a sequence.", Group.RANKS, least=1, most=MAX_RANKS)
+    ] = 1
+    """Ranks that share a sequence."""
+    threads_per_rank: Annotated[
+        int | None,
+        Option("Compute threads of one rank.", Group.RANKS, least=1, most=MAX_THREADS, unset="cores / ranks"),
+    ] = None
+    """Compute threads of one rank; None is cores / ranks."""
+    executor: Annotated[ExecutorName, Option("What runs the ranks; see docs/several-machines.md.", Group.RANKS)] = (
+        "processes"
+    )
+    """What runs the ranks: one worker process per rank on this machine; one thread of this process per rank (for tests
+    and debugging); workers on any hosts, which another program starts (`external`); or one actor of a Ray cluster per
+    rank (`ray`)."""
+    placement: Annotated[
+        PlacementName, Option("Ranks of a request's pages; auto: packed if short, else striped.", Group.RANKS)
+    ] = "auto"
+    """Policy for the ranks of a request's pages."""
+    strategy: Annotated[
+        StrategyName, Option("What moves between ranks, in both phases; auto: the fastest.", Group.RANKS)
+    ] = "auto"
+    """Forces the movement strategy of both phases."""
+    decode_strategy: Annotated[
+        StrategyName | None, Option("Overrides --strategy for decode.", Group.RANKS, unset="as --strategy")
+    ] = None
+    """Overrides `strategy` for decode."""
+    partial_dtype: Annotated[
+        PartialDTypeName, Option("How partials travel; auto: in the dtype of keys and values.", Group.RANKS)
+    ] = "auto"
+    """Dtype in which partials travel. `auto` is the dtype of keys and values: rounded once."""
+    nodes: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            "Node of every rank, from 0.",
+            Group.RANKS,
+            metavar="N,N,...",
+            parse=parse_nodes,
+            unset="the ranks of one host are a node",
+        ),
+    ] = None
+    """Node that each rank runs on, counted from 0; None: all ranks of one host are a node."""
+    max_restarts: Annotated[
+        int, Option("Replace lost ranks, so often within 10 minutes; 0: never.", Group.RANKS, least=0, most=MAX_COUNT)
+    ] = 0
+    """Most times within 10 minutes that lost ranks are replaced, and all that ran is computed again; one more fails
+    every request. 0 replaces none. With `external`, the program that starts the workers has to start all of them again:
+    the driver waits for them as it did at first."""
+    min_ranks: Annotated[
+        int | None,
+        Option(
+            "Fewest ranks to go on with, if not all can be replaced.", Group.RANKS, least=1, most=MAX_RANKS, unset="1"
+        ),
+    ] = None
+    """Fewest ranks to go on with, if lost ranks cannot all be started again; None is one. Not with `external`, a
+    topology file or simulated links, which say how many there are."""
+    page_size: Annotated[int, Option("Tokens per page.", Group.MEMORY, least=1, most=MAX_COUNT)] = 16
+    """Tokens per page."""
+    stripe_size: Annotated[int, Option("Tokens per stripe, whole pages.", Group.MEMORY, least=1, most=MAX_COUNT)] = 512
+    """Most tokens per stripe, a multiple of `page_size`. Short chunks are cut into shorter stripes."""
+    min_striped_len: Annotated[
+        int | None,
+        Option(
+            "Shorter prompts stay on one rank.",
+            Group.MEMORY,
+            least=1,
+            most=MAX_COUNT,
+            unset="what is predicted to be best for a lone request",
+        ),
+    ] = None
+    """Tokens of a prompt below which it stays on one rank where placement is auto. None is what is predicted to be best
+    for a lone request, or, where nothing was measured, two stripes per rank."""
+    kv_cache_memory: Annotated[
+        int | None,
+        Option(
+            "KV memory of one rank; bytes or with K, M, G, Ki, Mi, Gi.",
+            Group.MEMORY,
+            least=1,
+            most=2**63 - 1,
+            metavar="SIZE",
+            parse=parse_size,
+            unset="4Gi or half of what is free; on a GPU most of it",
+        ),
+    ] = None
+    """Bytes per rank. None takes 4 GiB, or what half of the free memory admits, and on a GPU most of what is free
+    beside the weights."""
+    enable_prefix_caching: Annotated[
+        bool, Option("Go on from the KV of earlier prompts and answers.", Group.MEMORY, only_servers=True)
+    ] = True
+    """Keep the KV of prompts and answers, and go on from it when a prompt starts the same."""
+    max_num_batched_tokens: Annotated[
+        int, Option("Most tokens that one rank computes in one step.", Group.SCHEDULING, least=1, most=MAX_COUNT)
+    ] = 2048
+    """Most tokens that one rank computes in one step."""
+    max_num_seqs: Annotated[
+        int, Option("Most requests that run at once.", Group.SCHEDULING, least=1, most=MAX_COUNT, only_servers=True)
+    ] = 64
+    """Most requests that run at once."""
+    max_step_ms: Annotated[
+        int | None,
+        Option(
+            "Cut prefill so that a step is predicted to take no longer; 0 cuts by tokens alone.",
+            Group.SCHEDULING,
+            least=1,
+            most=MAX_COUNT,
+            only_servers=True,
+        ),
+    ] = None
+    """Longest step in milliseconds: chunks of prefill are cut so that a step is predicted to take no longer; None cuts
+    by tokens alone."""
+    async_scheduling: Annotated[
+        bool,
+        Option(
+            "Submit the next step of decodes before the tokens of the one in flight are known.",
+            Group.SCHEDULING,
+            only_servers=True,
+        ),
+    ] = True
+    """Submit the next step of decodes before the tokens of the one in flight are known; see `longspan.scheduler`."""
+    listen: Annotated[
+        str | None, Option("Where workers on other hosts find the driver.", Group.NETWORK, metavar="HOST:PORT")
+    ] = None
     """HOST:PORT where the driver waits for workers on other hosts: an address of the interface that they reach."""
-    secret_file: str | None = None
-    """Holds the secret that driver and workers on other hosts share; None reads the variable LONGSPAN_SECRET."""
-    ray_address: str | None = None
-    """Of a Ray cluster; None takes the variable RAY_ADDRESS, or starts a cluster on this machine."""
-    ray_placement: RayPlacementName = "pack"
+    secret_file: Annotated[
+        str | None,
+        Option(
+            "File with the secret of driver and workers on other hosts.",
+            Group.NETWORK,
+            metavar="FILE",
+            unset="the variable LONGSPAN_SECRET",
+        ),
+    ] = None
+    """File that holds the secret of driver and workers on other hosts; None reads the variable LONGSPAN_SECRET."""
+    ray_address: Annotated[
+        str | None,
+        Option(
+            "Address of a Ray cluster.",
+            Group.NETWORK,
+            metavar="ADDRESS",
+            unset="RAY_ADDRESS, or a cluster on this machine",
+        ),
+    ] = None
+    """Address of a Ray cluster; None takes the variable RAY_ADDRESS, or starts a cluster on this machine."""
+    ray_placement: Annotated[
+        RayPlacementName, Option("Ranks on as few of Ray's nodes as possible, or spread over as many.", Group.NETWORK)
+    ] = "pack"
     """Ranks on as few of Ray's nodes as possible, or spread over as many."""
-    interface: str | None = None
+    interface: Annotated[
+        str | None,
+        Option(
+            "Network interface of Ray's nodes, such as eth0.",
+            Group.NETWORK,
+            metavar="NAME",
+            unset="left to Ray and gloo",
+        ),
+    ] = None
     """Network interface of Ray's nodes for messages between ranks; None leaves the choice to Ray and gloo."""
-    exchange_timeout_s: float = 300.0
+    connect_timeout_s: Annotated[
+        float,
+        Option("Longest wait for all workers to connect.", Group.NETWORK, above=0, most=MAX_TIMEOUT_S, unit="seconds"),
+    ] = 120.0
+    """Longest wait for all worker processes to connect to the driver."""
+    exchange_timeout_s: Annotated[
+        float,
+        Option(
+            "Longest wait of a rank for a peer; 5 s more without progress, or 30 s of silence, is a loss too.",
+            Group.NETWORK,
+            above=0,
+            most=MAX_TIMEOUT_S,
+            unit="seconds",
+        ),
+    ] = 300.0
     """Longest wait for a peer in one exchange. A rank that owes an answer and gets no further for 5 s more is lost, as
     is one whose process gives no sign of life for so long, or for 30 s."""
-    connect_timeout_s: float = 120.0
-    """Longest wait for all worker processes to connect to the driver."""
-    max_restarts: int = 0
-    """Most times within 10 minutes that ranks which were lost are replaced, and all that ran is computed again; one
-    more fails every request. 0 replaces none. With `external`, whoever starts the workers has to start all of them
-    again: the driver waits for them as it did at first."""
-    min_ranks: int | None = None
-    """Fewest ranks to go on with, if ranks that were lost cannot all be started again; None is one. Not with
-    `external`, a topology file or simulated links, which say how many there are."""
-    check_messages: bool = False
+    topology: Annotated[
+        str | None,
+        Option("Nodes, links and rates from a file.", Group.NETWORK, metavar="FILE", unset="measured at the start"),
+    ] = None
+    """A YAML or JSON file with the cluster's nodes, links and rates, as `longspan topology --save` writes it; None
+    measures them when the ranks have started."""
+    measure: Annotated[
+        MeasureName,
+        Option("Measure links and kernels again, or never; auto keeps what was measured before.", Group.NETWORK),
+    ] = "auto"
+    """Whether ranks measure themselves. `auto` keeps what was measured once on the same machine with the same ranks;
+    `again` replaces it; `never` chooses strategies by bytes alone. With `auto`, LONGSPAN_MEASURE=never in the
+    environment means the same. Ranks that are threads never measure."""
+    check_messages: Annotated[bool, Option("A checksum with every message between ranks.", Group.DEBUGGING)] = False
     """Send a checksum with every message between ranks; one that was damaged counts as a loss of the ranks."""
-    check_invariants: int = 0
-    """Check the books of all pages after so many plans, and whenever no request is left; 0 never does. For tests, and
-    whoever suspects them: a broken one ends the engine."""
-    simulated_links: str | None = None
+    check_invariants: Annotated[
+        int,
+        Option(
+            "Check the books of all pages every N plans, and when idle; 0: never.",
+            Group.DEBUGGING,
+            least=0,
+            most=MAX_COUNT,
+            metavar="N",
+        ),
+    ] = 0
+    """Plans between two checks of the books of all pages, which are checked too whenever no request is left; 0 never
+    checks. For tests and debugging: a broken book ends the engine."""
+    simulated_links: Annotated[
+        str | None,
+        Option(
+            "For tests and benchmarks: hold messages between pretended nodes back, as in "
+            "'nodes=0,0,1,1 latency_us=500 mbit_per_s=1000'.",
+            Group.DEBUGGING,
+            metavar="LINKS",
+        ),
+    ] = None
     """Simulation, for tests and benchmarks only: pretend that ranks of one machine are on several nodes, and hold back
     the messages between nodes. Such as `nodes=0,0,1,1 latency_us=500 mbit_per_s=1000`; see `longspan.simulation`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str):
             raise ConfigError(f"model: got {self.model!r}, legal is a text: a directory, 'recall' or a Hub id")
-        for name in ("page_size", "stripe_size", "max_num_batched_tokens", "max_num_seqs"):
-            self._check_count(name, getattr(self, name))
-        if self.threads_per_rank is not None:
-            self._check_count("threads_per_rank", self.threads_per_rank, MAX_THREADS)
-        if self.min_striped_len is not None:
-            self._check_count("min_striped_len", self.min_striped_len)
-        if self.max_step_ms is not None:
-            self._check_count("max_step_ms", self.max_step_ms)
-        for name in ("enable_prefix_caching", "async_scheduling", "check_messages", "compile_dense"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, legal is true or false")
-        if self.kv_cache_memory is not None:
-            self._check_count("kv_cache_memory", self.kv_cache_memory, 2**63 - 1)
-        self._check_count("context_parallel_size", self.context_parallel_size, MAX_RANKS)
-        for name, legal in (
-            ("device", DeviceName),
-            ("dtype", DTypeName),
-            ("placement", PlacementName),
-            ("strategy", StrategyName),
-            ("decode_strategy", StrategyName),
-            ("executor", ExecutorName),
-            ("attention_backend", AttentionName),
-            ("cuda_graphs", GraphsName),
-            ("partial_dtype", PartialDTypeName),
-            ("ray_placement", RayPlacementName),
-            ("measure", MeasureName),
-        ):
-            value = getattr(self, name)
-            if value not in get_args(legal) and not (name == "decode_strategy" and value is None):
-                raise ConfigError(f"{name}: got {value!r}, legal is one of {', '.join(get_args(legal))}")
+        check_options(self)
         self._check_device()
         if self.topology is not None and self.measure == "again":
             raise ConfigError("measure: got 'again' with a topology file, whose numbers hold, legal is auto or never")
@@ -221,27 +297,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"stripe_size: got {self.stripe_size}, legal is a multiple of page_size ({self.page_size})"
             )
-        for name in ("exchange_timeout_s", "connect_timeout_s"):
-            timeout = getattr(self, name)
-            if not isinstance(timeout, (int, float)) or not math.isfinite(timeout) or not 0 < timeout <= MAX_TIMEOUT_S:
-                raise ConfigError(
-                    f"{name}: got {timeout!r}, legal is a number above 0 and up to {MAX_TIMEOUT_S} (seconds)"
-                )
         self._check_link()
-        self._check_restarts()
-        if type(self.check_invariants) is not int or self.check_invariants != 0:
-            self._check_count("check_invariants", self.check_invariants)
+        self._check_min_ranks()
         if self.check_invariants and not __debug__:
             raise ConfigError("check_invariants: got it with python -O, which drops them; legal is Python without -O")
         if self.simulated_links is not None:
             parse_simulated_links(self.simulated_links, self.context_parallel_size)
-        if self.context_parallel_size > 1 and self.placement in ("striped", "spill"):
-            for name in ("strategy", "decode_strategy"):
-                if getattr(self, name) == "local":
-                    raise ConfigError(
-                        f"{name}: got 'local' with placement {self.placement!r} on {self.context_parallel_size} ranks, "
-                        "which must exchange; legal is auto, gather_kv, pass_kv, pass_q or tree, or placement packed"
-                    )
+        self._check_strategies()
+
+    def _check_strategies(self) -> None:
+        if self.context_parallel_size == 1 or self.placement not in ("striped", "spill"):
+            return
+        for name in ("strategy", "decode_strategy"):
+            if getattr(self, name) == "local":
+                raise ConfigError(
+                    f"{name}: got 'local' with placement {self.placement!r} on {self.context_parallel_size} ranks, "
+                    "which must exchange; legal is auto, gather_kv, pass_kv, pass_q or tree, or placement packed"
+                )
 
     def _check_device(self) -> None:
         if self.device == "cpu" and self.dtype == "float16":
@@ -267,7 +339,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"nodes: got {nodes!r} with simulated_links that say {self.simulation.nodes}, legal is the same"
             )
-        is_legal = isinstance(nodes, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in nodes)
+        is_legal = isinstance(nodes, tuple) and all(is_number(n, whole=True) for n in nodes)
         if not is_legal or len(nodes) != size or set(nodes) != set(range(len(set(nodes)))):
             raise ConfigError(
                 f"nodes: got {nodes!r}, legal is one node for each of {size} ranks, counted from 0 without gaps"
@@ -296,23 +368,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"ray_placement: got {self.ray_placement!r} with executor {self.executor!r}, legal is executor ray"
             )
 
-    def _check_restarts(self) -> None:
-        most = self.max_restarts
-        if self.min_ranks is not None:
-            self._check_count("min_ranks", self.min_ranks, self.context_parallel_size)
-            if not self.may_lose_ranks:
-                raise ConfigError(
-                    f"min_ranks: got {self.min_ranks}, legal is none without max_restarts, and with executor external, "
-                    "a topology file or simulated links: all ranks are started again there, or none"
-                )
-        if type(most) is int and most == 0:
+    def _check_min_ranks(self) -> None:
+        if self.min_ranks is None:
             return
-        self._check_count("max_restarts", most)
-
-    @staticmethod
-    def _check_count(name: str, value: object, most: int = MAX_COUNT) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ConfigError(f"{name}: got {value!r}, legal is a whole number from 1 to {most}")
+        if self.min_ranks > self.context_parallel_size:
+            raise ConfigError(
+                f"min_ranks: got {self.min_ranks}, legal is a whole number from 1 to {self.context_parallel_size}"
+            )
+        if not self.may_lose_ranks:
+            raise ConfigError(
+                f"min_ranks: got {self.min_ranks}, legal is none without max_restarts, and with executor external, "
+                "a topology file or simulated links: all ranks are started again there, or none"
+            )
 
     @property
     def may_lose_ranks(self) -> bool:

@@ -6,13 +6,14 @@ Read next: `longspan.plan.types`, the message that says what a step does.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import Annotated, NoReturn
 
 import msgspec
 
 from longspan.errors import ConfigError
+from longspan.option import Group, Option, check_options, is_number, refusal
 
 
 class Strategy(StrEnum):
@@ -160,58 +161,129 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         ConfigError: a value is outside its legal range; the message names field, value and range.
     """
 
-    max_tokens: int = 16
+    max_tokens: Annotated[int, Option("Most tokens to generate.", Group.SAMPLING, least=1)] = 16
     """Most tokens to generate."""
-    min_tokens: int = 0
-    """End tokens, `stop_token_ids` and stop strings are not honoured before so many tokens."""
-    temperature: float = 0.0
-    """0 is greedy. vLLM's default is 1.0."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probabilities sum to at least this."""
-    top_k: int = 0
-    """Keep the k most probable tokens; 0 keeps all."""
-    min_p: float = 0.0
-    """Drop tokens less probable than this share of the most probable one."""
-    presence_penalty: float = 0.0
-    """Subtracted from the logits of all tokens that were generated before; negative favours them."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit once for every time that it was generated before; negative favours repetition."""
-    repetition_penalty: float = 1.0
-    """Logits of tokens that stand in the prompt or were generated are divided by this if positive, else multiplied."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: Annotated[int, Option("No end before so many tokens.", Group.SAMPLING, least=0)] = 0
+    """Tokens before which end tokens, `stop_token_ids` and stop strings are not honoured."""
+    temperature: Annotated[float, Option("Divisor of logits; 0 is greedy.", Group.SAMPLING, least=0)] = 0.0
+    """Divisor of logits; 0 is greedy. vLLM's default is 1.0."""
+    top_p: Annotated[
+        float, Option("Keep the fewest tokens whose probabilities sum to this.", Group.SAMPLING, above=0, most=1)
+    ] = 1.0
+    """Sum of probabilities that the smallest set of tokens to keep reaches at least."""
+    top_k: Annotated[
+        int, Option("Keep so many most probable tokens; 0 keeps all.", Group.SAMPLING, least=0, most=2**31 - 1)
+    ] = 0
+    """Number of most probable tokens to keep; 0 keeps all."""
+    min_p: Annotated[
+        float,
+        Option("Drop tokens less probable than this share of the most probable one.", Group.SAMPLING, least=0, most=1),
+    ] = 0.0
+    """Share of the most probable token's probability below which tokens are dropped."""
+    presence_penalty: Annotated[
+        float,
+        Option(
+            "Subtracted from logits of tokens that were generated.",
+            Group.SAMPLING,
+            least=-2,
+            most=2,
+            on_command_line=False,
+        ),
+    ] = 0.0
+    """Number subtracted from the logits of all tokens that were generated before; negative favours them."""
+    frequency_penalty: Annotated[
+        float,
+        Option(
+            "Subtracted from logits for every time a token was generated.",
+            Group.SAMPLING,
+            least=-2,
+            most=2,
+            on_command_line=False,
+        ),
+    ] = 0.0
+    """Number subtracted from a token's logit once for every time that it was generated before; negative favours
+    repetition."""
+    repetition_penalty: Annotated[
+        float,
+        Option(
+            "Divisor of logits of tokens in prompt or answer; 1 changes nothing.",
+            Group.SAMPLING,
+            above=0,
+            on_command_line=False,
+        ),
+    ] = 1.0
+    """Divisor of the logits of tokens that stand in the prompt or were generated, where positive; negative ones are
+    multiplied by it."""
+    logit_bias: Annotated[
+        tuple[tuple[int, float], ...],
+        Option(
+            "Numbers added to the logits of single tokens.",
+            Group.SAMPLING,
+            metavar="pairs of token id and number",
+            on_command_line=False,
+        ),
+    ] = ()
     """(token id, number added to its logit); a dict is taken too. Also -100 does not forbid a token for certain."""
-    json_schema: str | None = None
+    json_schema: Annotated[
+        str | None,
+        Option("JSON schema that the output satisfies.", Group.SAMPLING, metavar="JSON text", on_command_line=False),
+    ] = None
     """JSON text of a JSON schema; the output is JSON that satisfies it, if `max_tokens` and stop strings let it end.
 
     An end token may come when the output is complete, and nothing else may then. So `min_tokens` yields where nothing
     but tokens that end the request may follow. Which schemas are taken: `longspan.models.grammar`.
     """
-    seed: int | None = None
+    seed: Annotated[
+        int | None, Option("Key of the random numbers.", Group.SAMPLING, least=0, most=2**63 - 1, unset="random")
+    ] = None
     """Key of the random numbers. None takes one from the operating system, per request."""
-    stop: tuple[str, ...] = ()
-    """The text ends before the first of these."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Any of these ends the request, as the model's end tokens do; the text leaves it out."""
-    ignore_eos: bool = False
+    stop: Annotated[
+        tuple[str, ...], Option("End before this text; may be given several times.", Group.SAMPLING, metavar="TEXT")
+    ] = ()
+    """Texts before the first of which the output ends."""
+    stop_token_ids: Annotated[
+        tuple[int, ...],
+        Option("Tokens that end the request.", Group.SAMPLING, metavar="token ids", on_command_line=False),
+    ] = ()
+    """Tokens that end the request, as the model's end tokens do; the text leaves them out."""
+    ignore_eos: Annotated[bool, Option("Go on after an end token.", Group.SAMPLING)] = False
     """Go on after an end token of the model."""
-    logprobs: int | None = None
-    """For every generated token: its log-probability and those of so many most probable tokens."""
-    prompt_logprobs: int | None = None
-    """The same for every prompt token but the first."""
+    logprobs: Annotated[
+        int | None,
+        Option(
+            "Log-probabilities of so many most probable tokens.",
+            Group.SAMPLING,
+            least=0,
+            most=1000,
+            on_command_line=False,
+        ),
+    ] = None
+    """Number of most probable tokens whose log-probabilities are given for every generated token, beside its own."""
+    prompt_logprobs: Annotated[
+        int | None, Option("The same for the prompt.", Group.SAMPLING, least=0, most=1000, on_command_line=False)
+    ] = None
+    """Number of most probable tokens whose log-probabilities are given for every prompt token but the first, beside its
+    own."""
 
     def __post_init__(self) -> None:
-        def check(name: str, legal: bool, rule: str) -> None:
-            if not legal:
-                received = repr(getattr(self, name))
-                shown = received if len(received) <= 200 else f"{received[:200]}..."
-                raise ConfigError(f"{name}: got {shown}, legal is {rule}")
+        self._take_other_types()
+        check_options(self)
+        if self.min_tokens > self.max_tokens:
+            self._refuse("min_tokens", f"a whole number from 0 to max_tokens ({self.max_tokens})")
+        if not self._is_legal_bias():
+            self._refuse("logit_bias", "pairs of a token id, each at most once, and a number from -100 to 100")
+        if self.json_schema is not None and not _is_json_object(self.json_schema):
+            self._refuse("json_schema", "None or JSON text of an object")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            self._refuse("stop", "strings that are not empty")
+        ids = self.stop_token_ids
+        if not isinstance(ids, tuple) or not all(is_number(i, whole=True) and i >= 0 for i in ids):
+            self._refuse("stop_token_ids", "whole numbers from 0")
+        if self.ignore_eos and self.json_schema is not None:
+            self._refuse("ignore_eos", "false with json_schema: only an end token may follow a complete output")
 
-        def number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-        def whole(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
+    def _take_other_types(self) -> None:
+        """Take a lone stop string, lists and dicts for the tuples that they stand for."""
         if isinstance(self.stop, str):
             msgspec.structs.force_setattr(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids"):
@@ -221,61 +293,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
             bias = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs)
             msgspec.structs.force_setattr(self, "logit_bias", bias)
-        check("max_tokens", whole(self.max_tokens) and self.max_tokens >= 1, "a whole number from 1")
-        check(
-            "min_tokens",
-            whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
-            f"a whole number from 0 to max_tokens ({self.max_tokens})",
-        )
-        check("temperature", number(self.temperature) and self.temperature >= 0, "a finite number from 0")
-        check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1")
-        check("top_k", whole(self.top_k) and 0 <= self.top_k < 2**31, "a whole number from 0 (all) to 2**31 - 1")
-        check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            check(name, number(value) and -2 <= value <= 2, "a number from -2 to 2")
-        check(
-            "repetition_penalty",
-            number(self.repetition_penalty) and self.repetition_penalty > 0,
-            "a finite number above 0 (1 changes nothing)",
-        )
-        check(
-            "logit_bias",
+
+    def _is_legal_bias(self) -> bool:
+        return (
             isinstance(self.logit_bias, tuple)
             and all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.logit_bias)
-            and all(whole(i) and i >= 0 and number(bias) and -100 <= bias <= 100 for i, bias in self.logit_bias)
-            and len({i for i, _ in self.logit_bias}) == len(self.logit_bias),
-            "pairs of a token id, each at most once, and a number from -100 to 100",
+            and all(
+                is_number(i, whole=True) and i >= 0 and is_number(bias) and -100 <= bias <= 100
+                for i, bias in self.logit_bias
+            )
+            and len({i for i, _ in self.logit_bias}) == len(self.logit_bias)
         )
-        check(
-            "json_schema",
-            self.json_schema is None or _is_json_object(self.json_schema),
-            "None or JSON text of an object",
-        )
-        check(
-            "seed",
-            self.seed is None or (whole(self.seed) and 0 <= self.seed < 2**63),
-            "None or a whole number from 0 to 2**63 - 1",
-        )
-        check(
-            "stop",
-            isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
-            "strings that are not empty",
-        )
-        check(
-            "stop_token_ids",
-            isinstance(self.stop_token_ids, tuple) and all(whole(i) and i >= 0 for i in self.stop_token_ids),
-            "whole numbers from 0",
-        )
-        check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
-        check(
-            "ignore_eos",
-            not self.ignore_eos or self.json_schema is None,
-            "false with json_schema: only an end token may follow a complete output",
-        )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            check(name, value is None or (whole(value) and 0 <= value <= 1000), "None or a whole number from 0 to 1000")
+
+    def _refuse(self, name: str, rule: str) -> NoReturn:
+        raise refusal(name, getattr(self, name), rule)
 
 
 def _is_json_object(text: object) -> bool:

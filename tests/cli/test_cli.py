@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from longspan.cli.generate import read_prompt
-from longspan.config import EngineConfig, parse_size
+from longspan.config import EngineConfig
 from longspan.engine.estimate import time_left_s
 from longspan.engine.memory import _memory_bytes, kv_cache_memory
 from longspan.errors import ConfigError
 from longspan.llm import CompletionOutput, RequestOutput
 from longspan.models.recall import recall_path
+from longspan.quantities import parse_size
 from longspan.types import FinishReason, SamplingParams
 
 FACT = "The magic number is 4711. "

@@ -13,28 +13,21 @@ import click
 import msgspec
 
 from longspan.cli.explain import choices_text
-from longspan.cli.options import engine_config, engine_options
+from longspan.cli.options import GroupedCommand, engine_config, options_of, take
 from longspan.cli.progress import ProgressPrinter
+from longspan.config import EngineConfig
 from longspan.errors import ConfigError, LongspanError
 from longspan.imports import quick_imports
 from longspan.types import SamplingParams
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model")
 @click.argument("stdin", metavar="[-]", required=False)
 @click.option("--prompt", help="The prompt's text, used raw.")
 @click.option("--prompt-file", metavar="FILE", help="Read the prompt from a UTF-8 file; a lone - reads standard input.")
-@click.option("--max-tokens", type=int, default=128, show_default=True, help="Most tokens to generate.")
-@click.option("--min-tokens", type=int, default=0, show_default=True, help="No end before so many tokens.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=0, show_default=True, help="0 keeps all.")
-@click.option("--min-p", type=float, default=0.0, show_default=True)
-@click.option("--seed", type=int, help="Key of the random numbers.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
-@click.option("--ignore-eos", is_flag=True, help="Go on after an end token.")
-@engine_options(stripe_size=512)
+@options_of(SamplingParams, {"max_tokens": 128})
+@options_of(EngineConfig, serves=False)
 @click.option("--explain", is_flag=True, help="Say on standard error which strategies were chosen, and why.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def generate(
@@ -42,7 +35,6 @@ def generate(
     stdin: str | None,
     prompt: str | None,
     prompt_file: str | None,
-    stop: tuple[str, ...],
     explain: bool,
     as_json: bool,
     **options: Any,
@@ -51,9 +43,7 @@ def generate(
 
     The text goes to standard output, progress to standard error.
     """
-    sampling_names = SamplingParams.__struct_fields__
-    params = SamplingParams(stop=stop, **{name: value for name, value in options.items() if name in sampling_names})
-    options = {name: value for name, value in options.items() if name not in sampling_names}
+    params = SamplingParams(**take(SamplingParams, options))
     config = engine_config(model, options)  # refuse illegal values before anything is read or imported
     assert not options
     text = read_prompt(prompt, prompt_file, stdin)

@@ -1,142 +1,131 @@
-"""Options that several commands share: those of the engine.
+"""Options of the command line and their table, made from the fields that hold them.
 
-Holds click options and their way into an `EngineConfig`. Must not know what a command does with it.
-Read next: `longspan.config`, which says what is legal.
+Holds the way from a field with an `Option` to a click option, to a row of a table, and back from a command's options to
+an `EngineConfig`. Must not know what a command does with them, nor any option by name.
+Read next: `longspan.option`, what a field says; `longspan.config`, the engine's fields.
+
+`python -m longspan.cli.options` prints docs/options.md.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import click
+import msgspec
 
-from longspan.config import (
-    AttentionName,
-    DeviceName,
-    DTypeName,
-    EngineConfig,
-    ExecutorName,
-    GraphsName,
-    MeasureName,
-    PartialDTypeName,
-    PlacementName,
-    RayPlacementName,
-    StrategyName,
-    parse_size,
-)
-from longspan.errors import ConfigError
+from longspan.config import EngineConfig
+from longspan.option import Group, OptionField, option_fields
+from longspan.server.config import ServerConfig
+from longspan.types import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def choice(legal: Any) -> click.Choice[str]:
-    """One of a Literal's values."""
-    return click.Choice(list(legal.__args__))
+class Later(NamedTuple):
+    """A default that a command decides when it knows its other options."""
+
+    text: str
+    """What the help says of it."""
 
 
-def _engine_options(stripe_size: int, max_restarts: int | None) -> tuple[Callable[[Command], Command], ...]:
-    return (
-        click.option("--context-parallel-size", type=int, default=1, show_default=True, help="Ranks per sequence."),
-        click.option("--threads-per-rank", type=int, help="Default: cores / ranks."),
-        click.option(
-            "--device", type=choice(DeviceName), default="auto", show_default=True, help="auto: GPUs, if any."
-        ),
-        click.option("--dtype", type=choice(DTypeName), default="auto", show_default=True),
-        click.option("--placement", type=choice(PlacementName), default="auto", show_default=True),
-        click.option(
-            "--strategy", type=choice(StrategyName), default="auto", show_default=True, help="For both phases."
-        ),
-        click.option("--decode-strategy", type=choice(StrategyName), help="Overrides --strategy for decode."),
-        click.option(
-            "--partial-dtype",
-            type=choice(PartialDTypeName),
-            default="auto",
-            show_default=True,
-            help="How partials travel; auto is the dtype of keys and values.",
-        ),
-        click.option(
-            "--nodes", metavar="N,N,...", help="Node of every rank, from 0; default: the ranks of one host are a node."
-        ),
-        click.option("--page-size", type=int, default=16, show_default=True, help="Tokens per page."),
-        click.option(
-            "--stripe-size", type=int, default=stripe_size, show_default=True, help="Tokens per stripe, whole pages."
-        ),
-        click.option("--min-striped-len", type=int, help="Shorter prompts stay on one rank."),
-        click.option("--kv-cache-memory", metavar="SIZE", help="Per rank; bytes or with K, M, G, Ki, Mi, Gi."),
-        click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step."),
-        click.option("--attention-backend", type=choice(AttentionName), default="auto", show_default=True),
-        click.option(
-            "--cuda-graphs", type=choice(GraphsName), default="auto", show_default=True, help="For decode, on GPUs."
-        ),
-        click.option("--compile-dense", is_flag=True, help="torch.compile for norms and MLPs, on GPUs."),
-        click.option("--executor", type=choice(ExecutorName), default="processes", show_default=True),
-        click.option("--listen", metavar="HOST:PORT", help="Where workers on other hosts find the driver."),
-        click.option("--secret-file", metavar="FILE", help="Shared with them; default: the variable LONGSPAN_SECRET."),
-        click.option("--ray-address", metavar="ADDRESS", help="Default: RAY_ADDRESS, or a cluster on this machine."),
-        click.option("--ray-placement", type=choice(RayPlacementName), default="pack", show_default=True),
-        click.option("--interface", metavar="NAME", help="Network interface of Ray's nodes, such as eth0."),
-        click.option(
-            "--connect-timeout-s",
-            type=float,
-            default=120.0,
-            show_default=True,
-            help="Longest wait for all workers to connect.",
-        ),
-        click.option(
-            "--exchange-timeout-s",
-            type=float,
-            default=300.0,
-            show_default=True,
-            help="Longest wait of a rank for a peer; 5 s more without progress, or 30 s of silence, is a loss too.",
-        ),
-        click.option(
-            "--max-restarts",
-            type=int,
-            default=max_restarts,
-            help="Replace ranks that are lost, so often within 10 minutes; 0: never. Default: "
-            + ("10, or 0 with --executor external." if max_restarts is None else f"{max_restarts}."),
-        ),
-        click.option(
-            "--min-ranks",
-            type=int,
-            help="Fewest ranks to go on with, if not all can be replaced; default: 1.",
-        ),
-        click.option("--check-messages", is_flag=True, help="A checksum with every message between ranks."),
-        click.option(
-            "--check-invariants",
-            metavar="N",
-            type=int,
-            default=0,
-            show_default=True,
-            help="Check the books of all pages every N plans, and when idle; 0: never.",
-        ),
-        click.option(
-            "--topology", metavar="FILE", help="Nodes, links and rates from a file; default: measured at the start."
-        ),
-        click.option(
-            "--measure",
-            type=choice(MeasureName),
-            default="auto",
-            show_default=True,
-            help="Measure links and kernels again, or never; auto keeps what was measured before.",
-        ),
-        click.option(
-            "--simulated-links",
-            metavar="LINKS",
-            help="For tests and benchmarks: hold messages between pretended nodes back, as in "
-            "'nodes=0,0,1,1 latency_us=500 mbit_per_s=1000'.",
-        ),
-    )
+class GroupedOption(click.Option):
+    """An option that help lists under the heading of its group."""
+
+    def __init__(self, *args: Any, group: Group, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
 
 
-def engine_options(*, stripe_size: int, max_restarts: int | None = 0) -> Callable[[Command], Command]:
-    """Decorator: give a command all options of the engine. Args: defaults of the options of these names."""
+class GroupedCommand(click.Command):
+    """A command whose help lists options in named groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options of the command itself first, then every group."""
+        rows: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for group in Group:
+            rows[f"Options: {group.value}"] = []
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Argument):
+                continue  # the usage line and the text above name it
+            heading = f"Options: {parameter.group.value}" if isinstance(parameter, GroupedOption) else "Options"
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                rows[heading].append(record)
+        for heading, records in rows.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def options_of(
+    config: type[msgspec.Struct], defaults: Mapping[str, Any] | None = None, *, serves: bool = True
+) -> Callable[[Command], Command]:
+    """Decorator that gives a command the options of a configuration.
+
+    Args:
+        config: the type whose fields have options.
+        defaults: values of a command's own, by field; a `Later` where the command decides.
+        serves: whether options that matter only with several requests are among them.
+    """
+    defaults = defaults or {}
 
     def decorate(command: Command) -> Command:
-        for option in reversed(_engine_options(stripe_size, max_restarts)):
-            command = option(command)
+        for field in reversed(option_fields(config)):
+            if field.option.on_command_line and (serves or not field.option.only_servers):
+                command = _click_option(field, defaults.get(field.name, field.default))(command)
         return command
 
     return decorate
+
+
+def _click_option(field: OptionField, default: Any) -> Callable[[Command], Command]:
+    option, text = field.option, field.option.help
+    flag, kind = _flag(field), _click_type(field)
+    if isinstance(default, Later):
+        text, default = f"{text} Default: {default.text}.", None
+    elif default is None and option.unset:
+        text = f"{text} Default: {option.unset}."
+    more: dict[str, Any] = {"default": default, "show_default": default is not None, "type": kind}
+    if field.kind is bool:
+        more = {"default": default, "is_flag": True, "show_default": default}
+        flag = f"{flag}/--no-{flag[2:]}" if field.default else flag
+    if field.kind is tuple and option.parse is None:
+        more = {"multiple": True}
+    return click.option(
+        flag,
+        field.name,
+        cls=GroupedOption,
+        group=option.group,
+        help=text,
+        metavar=option.metavar,
+        envvar=option.envvar,
+        **more,
+    )
+
+
+def _flag(field: OptionField) -> str:
+    return f"--{field.option.flag or field.name.replace('_', '-')}"
+
+
+def _click_type(field: OptionField) -> click.ParamType | type:
+    if field.choices:
+        return click.Choice(list(field.choices))
+    return field.kind if field.kind in (int, float) and field.option.parse is None else str
+
+
+def take(config: type[msgspec.Struct], options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of a configuration out of a command's options, as values of its fields.
+
+    Raises:
+        ConfigError: a text cannot be read.
+    """
+    taken: dict[str, Any] = {}
+    for field in option_fields(config):
+        if field.name in options:
+            value = options.pop(field.name)
+            parse = field.option.parse
+            taken[field.name] = parse(value, field.name) if parse is not None and isinstance(value, str) else value
+    return taken
 
 
 def engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
@@ -145,17 +134,33 @@ def engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
     Raises:
         ConfigError: one of them is illegal.
     """
-    taken = {name: options.pop(name) for name in EngineConfig.__struct_fields__ if name in options}
-    if taken.get("kv_cache_memory") is not None:
-        taken["kv_cache_memory"] = parse_size(taken["kv_cache_memory"], "kv_cache_memory")
-    if taken.get("nodes") is not None:
-        taken["nodes"] = _parse_nodes(taken["nodes"])
-    return EngineConfig(model=model, **taken)
+    return EngineConfig(model=model, **take(EngineConfig, options))
 
 
-def _parse_nodes(text: str) -> tuple[int, ...]:
-    """The node of every rank."""
-    try:
-        return tuple(int(node) for node in text.split(","))
-    except ValueError:
-        raise ConfigError(f"nodes: got {text!r}, legal is a node per rank such as 0,0,1,1") from None
+def options_table() -> str:
+    """The page docs/options.md: every option of the engine, the server and of sampling, in Markdown."""
+    lines = [
+        "# Options",
+        "",
+        "Every option is a field of `EngineConfig` (`src/longspan/config.py`), `ServerConfig`",
+        "(`src/longspan/server/config.py`) or `SamplingParams` (`src/longspan/types.py`), where its meaning stands.",
+        "`LLM(...)` and `SamplingParams(...)` take the field's name, the command line takes it with dashes:",
+        "`page_size=4`, `--page-size 4`. `python -m longspan.cli.options` makes this page from the fields.",
+    ]
+    for group in Group:
+        lines += ["", f"## {group.value.capitalize()}", "", "| option | default | legal | |", "|---|---|---|---|"]
+        lines += [row for config in (EngineConfig, ServerConfig, SamplingParams) for row in _rows(config, group)]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(config: type[msgspec.Struct], group: Group) -> Iterator[str]:
+    for field in option_fields(config):
+        option = field.option
+        if option.group is group:
+            default = option.unset or "none" if field.default is None else msgspec.json.encode(field.default).decode()
+            cells = (f"`{field.name}`", default, field.rule or (option.metavar or "text"), option.help)
+            yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+if __name__ == "__main__":
+    print(options_table(), end="")

@@ -6,15 +6,14 @@ Read next: `longspan.planner.report`; `longspan.cli.plan_text`, which shows it.
 """
 
 import sys
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, get_args
 
 import click
 import msgspec
 
-from longspan.cli.options import choice
-from longspan.config import parse_size, parse_tokens
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
+from longspan.quantities import parse_size, parse_tokens
 
 if TYPE_CHECKING:
     from longspan.costmodel.shapes import PlannedDType
@@ -26,7 +25,7 @@ DEFAULT_CONTEXTS = "8k,128k,1M"
 def _dtypes() -> click.Choice[str]:
     from longspan.costmodel.shapes import PlannedDType
 
-    return choice(PlannedDType)
+    return click.Choice(list(get_args(PlannedDType)))
 
 
 @click.command()

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from longspan.cli.options import engine_config, engine_options
-from longspan.config import parse_size
+from longspan.cli.options import GroupedCommand, Later, engine_config, options_of, take
+from longspan.config import EngineConfig
 from longspan.imports import quick_imports
 from longspan.server.config import ServerConfig
 
@@ -21,43 +21,26 @@ STRIPED_FROM = 1024
 """Tokens per rank from which on a prompt is striped, if the user says nothing else. A lone request may gain from it
 earlier (`longspan.costmodel.placement_choice`); a server's other ranks have other requests to run."""
 
+MAX_STEP_MS = 200
+"""Longest step, if the user says nothing else: the other requests wait no longer for a token beside a long prompt."""
+
 MAX_RESTARTS = 10
 """Where the driver itself can start ranks again, if the user says nothing else."""
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is everywhere.")
-@click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one.")
-@click.option(
-    "--api-key",
-    envvar="LONGSPAN_API_KEY",
-    help="Clients must send it; better in LONGSPAN_API_KEY. White space around it is dropped.",
+@options_of(ServerConfig, {"max_body_bytes": "32Mi"})
+@options_of(
+    EngineConfig,
+    {
+        "stripe_size": SHORT_STRIPE,
+        "max_step_ms": MAX_STEP_MS,
+        "min_striped_len": Later(f"{STRIPED_FROM} per rank"),
+        "max_restarts": Later(f"{MAX_RESTARTS}, or 0 with --executor external"),
+    },
 )
-@click.option("--served-model-name", metavar="NAME", help="What clients call the model; default: MODEL.")
-@click.option("--max-model-len", type=int, help="Most tokens of a request; default: what the model admits.")
-@click.option(
-    "--max-queued-requests", type=int, help="Beside those that run; more are answered 429; default: any number."
-)
-@click.option("--max-num-seqs", type=int, default=64, show_default=True, help="Most requests that run at once.")
-@click.option(
-    "--max-step-ms",
-    type=int,
-    default=200,
-    show_default=True,
-    help="Cut prefill so that a step is predicted to take no longer; 0 cuts by tokens alone.",
-)
-@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True)
-@click.option(
-    "--async-scheduling/--no-async-scheduling",
-    default=True,
-    show_default=True,
-    help="Submit the next step of decodes before the tokens of the one in flight are known.",
-)
-@click.option("--max-body-size", metavar="SIZE", default="32Mi", show_default=True, help="Longest request body.")
-@click.option("--keep-alive-s", type=float, default=5.0, show_default=True, help="A silent stream sends a comment.")
-@engine_options(stripe_size=SHORT_STRIPE, max_restarts=None)
-def serve(model: str, max_body_size: str, **options: Any) -> None:
+def serve(model: str, **options: Any) -> None:
     """Serve MODEL (a directory, `recall`, or a Hub id) to clients of OpenAI's API.
 
     SIGTERM or Ctrl-C: no new requests, the running ones end, exit code 0. A second one ends at once.
@@ -68,7 +51,8 @@ def serve(model: str, max_body_size: str, **options: Any) -> None:
     if options["max_restarts"] is None:
         options["max_restarts"] = 0 if options["executor"] == "external" else MAX_RESTARTS
     config = engine_config(model, options)
-    server_config = ServerConfig(max_body_bytes=parse_size(max_body_size, "max_body_size"), **options)
+    server_config = ServerConfig(**take(ServerConfig, options))
+    assert not options
 
     from longspan.engine.processes import early_ranks
 

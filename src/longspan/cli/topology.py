@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from longspan.cli.options import engine_config, engine_options
+from longspan.cli.options import GroupedCommand, engine_config, options_of
+from longspan.config import EngineConfig
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
 
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from longspan.costmodel.parameters import Costs, Link
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model", default="recall")
-@engine_options(stripe_size=512)
+@options_of(EngineConfig, serves=False)
 @click.option("--save", metavar="FILE", help="Write nodes, links and rates as YAML, for --topology and longspan plan.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def topology(model: str, save: str | None, as_json: bool, **options: Any) -> None:

@@ -8,8 +8,9 @@ import socket
 import sys
 
 from longspan.comm.secret import Secret, require_secret
-from longspan.config import EngineConfig, parse_listen
+from longspan.config import EngineConfig
 from longspan.errors import ConfigError
+from longspan.quantities import parse_listen
 
 
 class ExternalLauncher:

@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longspan.config import parse_size
 from longspan.costmodel.parameters import NO_LINK, Link
 from longspan.costmodel.topology_file import parse_costs, read_mapping
 from longspan.errors import ConfigError
 from longspan.planner.clusters import Assumptions, Cluster, check_number, known_cluster
+from longspan.quantities import parse_size
 
 DESCRIBED_FIELDS = (
     "name",
