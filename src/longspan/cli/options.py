@@ -107,7 +107,7 @@ def _flag(field: OptionField) -> str:
     return f"--{field.option.flag or field.name.replace('_', '-')}"
 
 
-def _click_type(field: OptionField) -> click.ParamType | type:
+def _click_type(field: OptionField) -> Any:
     if field.choices:
         return click.Choice(list(field.choices))
     return field.kind if field.kind in (int, float) and field.option.parse is None else str
