@@ -231,7 +231,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Network interface of Ray's nodes for messages between ranks; None leaves the choice to Ray and gloo."""
     connect_timeout_s: Annotated[
         float,
-        Option("Longest wait for all workers to connect.", Group.NETWORK, above=0, most=MAX_TIMEOUT_S, unit="seconds"),
+        Option("Longest wait for all workers to connect.", Group.NETWORK, above=0, most=MAX_TIMEOUT_S, note="seconds"),
     ] = 120.0
     """Longest wait for all worker processes to connect to the driver."""
     exchange_timeout_s: Annotated[
@@ -241,7 +241,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             Group.NETWORK,
             above=0,
             most=MAX_TIMEOUT_S,
-            unit="seconds",
+            note="seconds",
         ),
     ] = 300.0
     """Longest wait for a peer in one exchange. A rank that owes an answer and gets no further for 5 s more is lost, as

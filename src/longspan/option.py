@@ -51,8 +51,8 @@ class Option:
     """Legal numbers are larger than this one."""
     most: float | None = None
     """Largest legal number."""
-    unit: str = ""
-    """Of a number, for error messages: seconds."""
+    note: str = ""
+    """Unit or meaning of a number, in brackets behind its range."""
     unset: str = ""
     """What happens where the value is None, as it stands behind `default:`."""
     metavar: str | None = None
@@ -96,18 +96,19 @@ class OptionField(NamedTuple):
         lower = f" above {option.above:g}" if option.above is not None else f" from {_exact(option.least)}"
         to = " to" if option.above is None else " and up to"
         upper = "" if option.most is None else f"{to} {_exact(option.most)}"
-        return noun + lower + upper + (f" ({option.unit})" if option.unit else "")
+        none = "None or " if self.is_optional and not option.on_command_line else ""
+        return none + noun + lower + upper + (f" ({option.note})" if option.note else "")
 
     def admits(self, value: object) -> bool:
         """Whether a value is legal, as far as this field alone says."""
+        if not self.choices and self.kind not in (bool, int, float):
+            return True
         if value is None:
             return self.is_optional
         if self.choices:
             return isinstance(value, str) and value in self.choices
         if self.kind is bool:
             return isinstance(value, bool)
-        if self.kind not in (int, float):
-            return True
         return is_number(value, whole=self.kind is int) and self._is_within(value)
 
     def _is_within(self, value: Any) -> bool:

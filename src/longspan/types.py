@@ -172,7 +172,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ] = 1.0
     """Sum of probabilities that the smallest set of tokens to keep reaches at least."""
     top_k: Annotated[
-        int, Option("Keep so many most probable tokens; 0 keeps all.", Group.SAMPLING, least=0, most=2**31 - 1)
+        int,
+        Option(
+            "Keep so many most probable tokens; 0 keeps all.", Group.SAMPLING, least=0, most=2**31 - 1, note="0: all"
+        ),
     ] = 0
     """Number of most probable tokens to keep; 0 keeps all."""
     min_p: Annotated[
@@ -209,6 +212,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             "Divisor of logits of tokens in prompt or answer; 1 changes nothing.",
             Group.SAMPLING,
             above=0,
+            note="1 changes nothing",
             on_command_line=False,
         ),
     ] = 1.0

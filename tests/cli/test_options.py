@@ -25,7 +25,7 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
 
     count: Annotated[int, Option("a", Group.RANKS, least=1, most=4)] = 1
     share: Annotated[float | None, Option("b", Group.RANKS, above=0, most=1)] = None
-    seconds: Annotated[float, Option("c", Group.RANKS, least=0, unit="seconds")] = 0.0
+    seconds: Annotated[float, Option("c", Group.RANKS, least=0, note="seconds")] = 0.0
     name: Annotated[Literal["x", "y"] | None, Option("d", Group.RANKS)] = None
     flag: Annotated[bool, Option("e", Group.RANKS)] = False
     plain: int = 0

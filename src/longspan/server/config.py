@@ -72,7 +72,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 32 * 2**20
     """Longest request body; a longer one is answered 413."""
     keep_alive_s: Annotated[
-        float, Option("Silence after which a stream sends a comment.", Group.SERVER, above=0, most=3600, unit="seconds")
+        float, Option("Silence after which a stream sends a comment.", Group.SERVER, above=0, most=3600, note="seconds")
     ] = 5.0
     """Seconds of silence after which a streaming response sends a comment."""
 
