@@ -85,7 +85,7 @@ def make_plan(
     memory_utilization: float = DEFAULT_UTILIZATION,
     max_num_batched_tokens: int = StepOptions().max_num_batched_tokens,
 ) -> PlanReport:
-    """Answer every question.
+    """Predict memory and time of every context.
 
     Args:
         shape: the whole model.
@@ -106,37 +106,7 @@ def make_plan(
         raise ConfigError("context: got none, legal is at least one length")
     part = shape.divided(tensor_parallel_size)
     options = StepOptions(max_num_batched_tokens=max_num_batched_tokens, step_s=cluster.assumptions.step_s)
-    num_ranks = cluster.num_devices // tensor_parallel_size
-    found = fit(part, num_ranks, cluster.memory_bytes, memory_utilization, options)
-    costs = cluster.costs(cluster.num_devices, tensor_parallel_size, shape.dtype)
-    max_position = shape.spec.max_position
-
-    def one(context_len: int) -> ContextPlan:
-        num_tokens = context_len + 1
-        is_held = fits(found, num_tokens)
-        return ContextPlan(
-            context_len=context_len,
-            fits=is_held,
-            exceeds_model=max_position is not None and context_len > max_position,
-            prefill=predict_prefill(part, context_len, costs, options, tensor_parallel_size=tensor_parallel_size)
-            if is_held
-            else None,
-            decode=predict_decode(part, context_len, costs, options, tensor_parallel_size=tensor_parallel_size)
-            if is_held
-            else None,
-            prefill_floor_s=prefill_flops(shape, context_len)
-            / (cluster.peak_flops_per_s(shape.dtype) * cluster.num_devices),
-            decode_floor_s=decode_bytes(shape, context_len) / (cluster.read_bytes_per_s * cluster.num_devices),
-            memory_bytes=part.weight_bytes + request_kv_bytes(part, context_len, num_ranks, options),
-            needed_device_bytes=needed_bytes(part, num_tokens, num_ranks, memory_utilization, options),
-            smallest_devices=smallest_cluster(
-                part, cluster, tensor_parallel_size, num_tokens, memory_utilization, options
-            ),
-            fitting_tensor_parallel_size=None
-            if is_held
-            else _fitting_size(shape, cluster, tensor_parallel_size, num_tokens, memory_utilization, options),
-        )
-
+    setup = _Setup(shape, part, cluster, tensor_parallel_size, memory_utilization, options)
     return PlanReport(
         model=model,
         architecture=shape.spec.architecture,
@@ -144,18 +114,64 @@ def make_plan(
         cluster=cluster,
         dtype=shape.dtype,
         num_devices=cluster.num_devices,
-        num_ranks=num_ranks,
+        num_ranks=setup.num_ranks,
         tensor_parallel_size=tensor_parallel_size,
         memory_utilization=memory_utilization,
         options=options,
         placement="striped",
-        chunk_len=options.chunk_len(num_ranks),
+        chunk_len=options.chunk_len(setup.num_ranks),
         num_weights=shape.num_weights,
         kv_token_bytes=shape.kv_token_bytes,
-        max_position=max_position,
-        fit=found,
-        contexts=tuple(one(context_len) for context_len in contexts),
+        max_position=shape.spec.max_position,
+        fit=setup.fit,
+        contexts=tuple(setup.plan(context_len) for context_len in contexts),
     )
+
+
+class _Setup:
+    """A model on a cluster, divided in one way: what is the same for every context."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        part: ModelShape,
+        cluster: Cluster,
+        tensor_parallel_size: int,
+        memory_utilization: float,
+        options: StepOptions,
+    ) -> None:
+        self._shape, self._part, self._cluster, self._options = shape, part, cluster, options
+        self._tensor_parallel_size, self._memory_utilization = tensor_parallel_size, memory_utilization
+        self.num_ranks = cluster.num_devices // tensor_parallel_size
+        self.fit = fit(part, self.num_ranks, cluster.memory_bytes, memory_utilization, options)
+        self._costs = cluster.costs(cluster.num_devices, tensor_parallel_size, shape.dtype)
+
+    def plan(self, context_len: int) -> ContextPlan:
+        """Memory and time of one context with one more token, beside the floor of the whole cluster."""
+        shape, part, cluster, options = self._shape, self._part, self._cluster, self._options
+        size, used = self._tensor_parallel_size, self._memory_utilization
+        num_tokens, max_position = context_len + 1, shape.spec.max_position
+        is_held = fits(self.fit, num_tokens)
+        prefill = decode = None
+        if is_held:
+            prefill = predict_prefill(part, context_len, self._costs, options, tensor_parallel_size=size)
+            decode = predict_decode(part, context_len, self._costs, options, tensor_parallel_size=size)
+        peak_flops_per_s = cluster.peak_flops_per_s(shape.dtype) * cluster.num_devices
+        return ContextPlan(
+            context_len=context_len,
+            fits=is_held,
+            exceeds_model=max_position is not None and context_len > max_position,
+            prefill=prefill,
+            decode=decode,
+            prefill_floor_s=prefill_flops(shape, context_len) / peak_flops_per_s,
+            decode_floor_s=decode_bytes(shape, context_len) / (cluster.read_bytes_per_s * cluster.num_devices),
+            memory_bytes=part.weight_bytes + request_kv_bytes(part, context_len, self.num_ranks, options),
+            needed_device_bytes=needed_bytes(part, num_tokens, self.num_ranks, used, options),
+            smallest_devices=smallest_cluster(part, cluster, size, num_tokens, used, options),
+            fitting_tensor_parallel_size=None
+            if is_held
+            else _fitting_size(shape, cluster, size, num_tokens, used, options),
+        )
 
 
 def _fitting_size(
