@@ -46,7 +46,7 @@ from gpu_kernels import SMOKE, Ceilings, Sizes
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.models.hook import ATTENTION_NAME
-from longspan.models.last_layer import skip_unread_rows_
+from longspan.models.speedups import speed_up_
 from longspan.quantities import parse_tokens
 
 PARTS = ("checks", "kernels", "engine", "share", "scaling")
@@ -133,7 +133,7 @@ class Llama:
                 self.config, dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME
             )
         self.module = model.eval().requires_grad_(False)
-        skip_unread_rows_(self.module)
+        speed_up_(self.module)
         layers = self.config.num_hidden_layers
         self.layer_weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
         self.read_bytes = 2.0 * (self.layer_weights + model.lm_head.weight.numel())

@@ -11,9 +11,9 @@ import torch
 from attention_cases import assert_close, cases, hide_unread, oracle, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # torch documents it under this name
 
-from longspan.attention import cpu
+from longspan.attention import folding, pieces, softcap_cpu
 from longspan.attention.base import RowSegment
 from longspan.attention.cpu import CPUBackend
 from longspan.attention.partial import PartialAttention, merge_partials, merge_sinks_
@@ -99,10 +99,10 @@ def test_queries_before_the_first_key_or_past_the_window_are_empty_rows_with_lse
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [1, 5, 63, 64, 65, 120, 165, 220, 2500])
 def test_windows_smaller_than_the_run_larger_and_across_runs(monkeypatch, backend, window, softcap):
-    monkeypatch.setattr(cpu, "BAND_MIDDLE", 50)  # the same three-part path as a real wide window, on fewer keys
-    monkeypatch.setattr(cpu, "WIDE_BAND_BLOCK", 60)
-    monkeypatch.setattr(cpu, "SOFTCAP_KEYS", 32)
-    monkeypatch.setattr(cpu, "SOFTCAP_SCORES", 2000)
+    monkeypatch.setattr(pieces, "BAND_MIDDLE", 50)  # the same three-part path as a real wide window, on fewer keys
+    monkeypatch.setattr(pieces, "WIDE_BAND_BLOCK", 60)
+    monkeypatch.setattr(softcap_cpu, "BLOCK_KEYS", 32)
+    monkeypatch.setattr(softcap_cpu, "MAX_SCORES", 2000)
     num_keys, num_queries, position = 330, 150, 180
     q, k, v = tensors(num_queries, num_keys, (2, 1), width=4)
     params = AttentionParams(0.4, softcap, window)
@@ -127,7 +127,7 @@ def test_the_reference_is_the_definition_for_a_band_too():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_decode_cut_into_runs_for_threads_is_the_same_attention(monkeypatch, num_threads, num_keys, dtype):
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
-    monkeypatch.setattr(cpu, "MIN_RUN_KEYS", 2)
+    monkeypatch.setattr(folding, "MIN_RUN_KEYS", 2)
     q, k, v = tensors(1, num_keys, (3, 1), dtype=dtype)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     got = check(CPUBackend(), q, k, v, [RowSegment(0, 1, 9, 0, num_keys, None, FULL)], PARAMS, tolerance)
@@ -151,7 +151,7 @@ def test_a_decode_cut_into_runs_for_threads_is_the_same_attention(monkeypatch, n
 def test_keys_are_cut_until_every_thread_works_but_not_too_short(
     num_kv_heads, num_rows, num_keys, num_threads, num_runs
 ):
-    assert cpu._num_runs(num_kv_heads, num_rows, num_keys, num_threads) == num_runs
+    assert folding.count_key_runs(num_kv_heads, num_rows, num_keys, num_threads) == num_runs
 
 
 class LargestNewTensor(TorchDispatchMode):
@@ -265,12 +265,12 @@ def test_scores_of_the_softcap_path_and_masks_are_bounded():
     full = [RowSegment(0, 512, 9000, 0, 8192, None, FULL)]
     with LargestNewTensor(q, k, v) as largest:
         CPUBackend().partial_attention(q, k, v, full, AttentionParams(0.3, softcap=5.0))
-    assert largest.num_bytes == cpu.SOFTCAP_SCORES * 4
+    assert largest.num_bytes == softcap_cpu.MAX_SCORES * 4
     band = [RowSegment(0, 512, 7680, 0, 8192, 0, BAND)]
     for window in (1500, 2500):
         with LargestNewTensor(q, k, v) as largest:
             CPUBackend().partial_attention(q, k, v, band, AttentionParams(0.3, window=window))
-        assert largest.num_bytes <= 8 * cpu.WIDE_BAND_BLOCK * (2 * cpu.WIDE_BAND_BLOCK + cpu.BAND_MIDDLE)
+        assert largest.num_bytes <= 8 * pieces.WIDE_BAND_BLOCK * (2 * pieces.WIDE_BAND_BLOCK + pieces.BAND_MIDDLE)
 
 
 def test_the_reference_rejects_a_key_that_is_seen_twice():

@@ -138,7 +138,7 @@ def flashinfer(monkeypatch):
 
 @pytest.fixture
 def torch_kernel(monkeypatch):
-    monkeypatch.setattr(torch_flash, "_flash", aten_flash)
+    monkeypatch.setattr(torch_flash, "flash_attention_forward", aten_flash)
     return TorchFlash()
 
 
@@ -158,7 +158,7 @@ def test_an_edge_that_is_not_corrected_is_found_when_a_rank_starts(torch_kernel,
         out, lse, *rest = aten_flash(*args, **kwargs)
         return out, lse / math.log(2), *rest
 
-    monkeypatch.setattr(torch_flash, "_flash", base_2)
+    monkeypatch.setattr(torch_flash, "flash_attention_forward", base_2)
     group = KVGroup((0,), KVSpec(2, 64, 64, "bfloat16"), 4)
     with pytest.raises(LongspanError, match="log-sum-exps of the torch backend on cpu"):
         check_against_reference(DenseBackend(torch_kernel, None), group, AttentionParams(0.125), "cpu")

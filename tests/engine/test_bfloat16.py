@@ -2,13 +2,13 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 from cp_cases import spread
-from tiny_models import VOCAB_SIZE, TinyModel, load_reference, random_prompt, run_requests, tiny_model
+from tiny_models import VOCAB_SIZE, load_reference, random_prompt, run_requests, tiny_model
 
-from longspan.models.loader import load_model
 from longspan.types import SamplingParams
 
 pytestmark = pytest.mark.cover
@@ -30,10 +30,14 @@ def eager_logprobs(family, dtype, token_ids):
     return eager(family, dtype)(torch.tensor([token_ids]), use_cache=False).logits[0, :-1].double().log_softmax(-1)
 
 
+@functools.cache
+def bfloat16_model(family):
+    return replace(tiny_model(family), dtype=torch.bfloat16)
+
+
 def run(family, params, **options):
-    model = BFloat16Model(family, tiny_model(family).path, [])
     layout = {"placement": "striped", "page_size": 4, "stripe_size": 16, "max_num_batched_tokens": 64}
-    (request,) = run_requests(model, [(PROMPT, params)], dtype="bfloat16", **layout, **options)
+    (request,) = run_requests(bfloat16_model(family), [(PROMPT, params)], dtype="bfloat16", **layout, **options)
     return request
 
 
@@ -44,17 +48,6 @@ def as_tensor(logprobs):
         ids, values = zip(*position.top, strict=True)
         row[list(ids)] = torch.tensor(values, dtype=torch.float64)
     return found
-
-
-class BFloat16Model(TinyModel):
-    @functools.cached_property
-    def module(self):
-        return _load(self.path)
-
-
-@functools.cache
-def _load(path):
-    return load_model(path, torch.bfloat16, show_progress=False)
 
 
 def root_mean_square(error):

@@ -293,7 +293,6 @@ def test_compiled_modules_compute_the_same_for_any_number_of_rows():
     want = [layer.mlp(layer.input_layernorm(x)) for x in inputs]
     model.model.layers[2].mlp.forward = model.model.layers[2].mlp.forward  # as `skip_unread_rows_` leaves it
     assert compile_dense_(model) == 3 * 2 + 1 + 2  # two norms a layer, the last one, and an MLP a layer but one
-    assert compile_dense_(model) == 0, "once"
     for x, expected in zip(inputs, want, strict=True):
         torch.testing.assert_close(layer.mlp(layer.input_layernorm(x)), expected)
 

@@ -24,6 +24,7 @@ from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, load_model
+from longspan.models.speedups import speed_up_
 from longspan.scheduler.request import Request
 from longspan.types import SamplingParams
 
@@ -131,11 +132,19 @@ class TinyModel:
     path: str
     references: list[Reference]
     """One per length in PROMPT_LENS, without a near-tie."""
+    dtype: torch.dtype = torch.float32
+    """Of the weights that `module` and `load` have; references are those of float32."""
 
     @functools.cached_property
     def module(self) -> nn.Module:
         """Loaded as a rank loads it; shared by all engines of this process."""
-        return load_model(self.path, torch.float32, show_progress=False, device=torch.device(DEVICE))
+        model = self.load()
+        speed_up_(model)
+        return model
+
+    def load(self) -> nn.Module:
+        """A copy for the caller alone, without speed-ups."""
+        return load_model(self.path, self.dtype, show_progress=False, device=torch.device(DEVICE))
 
 
 @functools.cache
@@ -225,8 +234,14 @@ def memory_for(model: TinyModel, num_tokens: int) -> int:
 
 
 @contextmanager
-def tiny_engine(model: TinyModel, **options: object) -> Iterator[Engine]:
-    """An engine whose ranks are threads; when the test is done with it, every page must be free again."""
+def tiny_engine(model: TinyModel, module: nn.Module | None = None, **options: object) -> Iterator[Engine]:
+    """An engine whose ranks are threads; when the test is done with it, every page must be free again.
+
+    Args:
+        model: what it runs.
+        module: the model in another form than all tests share.
+        options: of the engine's config.
+    """
     config = EngineConfig(
         model=model.path,
         executor="threads",
@@ -235,7 +250,7 @@ def tiny_engine(model: TinyModel, **options: object) -> Iterator[Engine]:
         device=DEVICE,
         **{"dtype": "float32", "kv_cache_memory": 2**25, **options},
     )
-    with Engine(config, model.module) as engine:
+    with Engine(config, model.module if module is None else module) as engine:
         yield engine
         engine.scheduler.memory.check_integrity()
         for allocators in engine.scheduler.memory.allocators:

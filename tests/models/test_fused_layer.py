@@ -5,10 +5,9 @@ import torch
 from tiny_models import FAMILIES, load_reference, tiny_model
 from torch import nn
 
-from longspan.models import fused_layer, fused_layer_many_rows, onednn
+from longspan.models import fused_layer, fused_layer_gemm, onednn
 from longspan.models.fused_layer import fuse_layers_
 from longspan.models.hook import AttentionCall
-from longspan.models.loader import load_model
 from longspan.native import kernels
 from longspan.native import layer as native_layer
 
@@ -38,33 +37,25 @@ def logits(model: nn.Module, num_tokens: int, first: int = 0) -> torch.Tensor:
     return output.logits[0]
 
 
-def own_model(family: str = "llama") -> nn.Module:
-    """A model of this test's own, with the layers that Transformers gave it."""
-    model = load_model(tiny_model(family).path, torch.float32, show_progress=False)
-    for layer in model.model.layers:
-        layer.__dict__.pop("forward", None)
-    return model
-
-
 @needs_kernel
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_proven_family_is_fused_and_computes_the_same(family, monkeypatch):
-    model = own_model(family)
-    monkeypatch.setattr(fused_layer_many_rows, "BLOCK_ROWS", 16)
+    model = tiny_model(family).load()
+    monkeypatch.setattr(fused_layer_gemm, "BLOCK_ROWS", 16)
     most = kernels.MAX_LINEAR_ROWS
     few, many = (1, 2, 3, kernels.MAX_ROWS, kernels.MAX_ROWS + 1, 50, most), (most + 1, 144, 161)
     sizes = (*few, *many)
     wanted = [logits(model, size, first=1000) for size in sizes]
-    assert fuse_layers_(model)
+    assert fuse_layers_(model) == len(model.model.layers)
     rows = {"few": [], "many": []}
-    of_few, of_many = native_layer.FusedLayer.behind_attention, fused_layer_many_rows.behind_attention
+    of_few, of_many = native_layer.FusedLayer.behind_attention, fused_layer_gemm.behind_attention
     monkeypatch.setattr(
         native_layer.FusedLayer,
         "behind_attention",
         lambda self, a, x: rows["few"].append(len(x)) or of_few(self, a, x),
     )
     monkeypatch.setattr(
-        fused_layer_many_rows,
+        fused_layer_gemm,
         "behind_attention",
         lambda fused, a, x: rows["many"].append(len(x)) or of_many(fused, a, x),
     )
@@ -75,12 +66,6 @@ def test_every_proven_family_is_fused_and_computes_the_same(family, monkeypatch)
     assert rows == {
         name: [size for size in those for _ in range(num_layers)] for name, those in (("few", few), ("many", many))
     }, "who computed the rows?"
-
-
-@needs_kernel
-def test_a_loaded_model_is_fused():
-    model = load_model(tiny_model("qwen3").path, torch.float32, show_progress=False)
-    assert all("forward" in layer.__dict__ for layer in model.model.layers)
 
 
 class _ReLU(nn.Module):
@@ -156,21 +141,16 @@ def _strided_weight(layer):
     ],
 )
 def test_a_layer_that_is_built_differently_keeps_its_forward(change):
-    model = own_model()
+    model = tiny_model("llama").load()
     change(model.model.layers[1])
     assert not fuse_layers_(model)
     assert not any("forward" in layer.__dict__ for layer in model.model.layers), "all layers or none"
 
 
 def test_without_kernels_nothing_is_fused(monkeypatch):
-    model = own_model()
+    model = tiny_model("llama").load()
     monkeypatch.setattr(native_layer, "library", lambda: None)
     assert not fuse_layers_(model)
-
-
-def test_bfloat16_is_not_fused():
-    model = load_model(tiny_model("llama").path, torch.bfloat16, show_progress=False)
-    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
 
 
 def test_a_model_without_such_layers_is_left_alone():
@@ -179,7 +159,7 @@ def test_a_model_without_such_layers_is_left_alone():
 
 @needs_kernel
 def test_two_threads_compute_what_one_does():
-    model = own_model("gemma2")
+    model = tiny_model("gemma2").load()
     assert fuse_layers_(model)
     before = torch.get_num_threads()
     try:
@@ -196,7 +176,7 @@ def test_two_threads_compute_what_one_does():
 
 @needs_kernel
 def test_the_reference_agrees():
-    model, reference = own_model("qwen2"), load_reference(tiny_model("qwen2").path)
+    model, reference = tiny_model("qwen2").load(), load_reference(tiny_model("qwen2").path)
     assert fuse_layers_(model)
     for num_tokens in (6, 60, 150):
         tokens = torch.arange(5, 5 + num_tokens)[None]
@@ -206,7 +186,7 @@ def test_the_reference_agrees():
 
 @needs_kernel
 def test_many_rows_without_onednn(monkeypatch):
-    model = own_model("qwen2")
+    model = tiny_model("qwen2").load()
     wanted = logits(model, 150)
     assert fuse_layers_(model)
     monkeypatch.setattr(onednn, "is_available", lambda: False)
@@ -215,7 +195,7 @@ def test_many_rows_without_onednn(monkeypatch):
 
 @needs_kernel
 @pytest.mark.parametrize("size", [-90.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 90.0])
-@pytest.mark.parametrize(("name", "activation"), fused_layer._ACTIVATIONS.items())
+@pytest.mark.parametrize(("name", "activation"), fused_layer.KNOWN_ACTIVATIONS.items())
 def test_activations_neither_overflow_nor_lose_their_small_values(name, activation, size):
     hidden, inner, width = 16, 32, 16
     eye = torch.eye(hidden)

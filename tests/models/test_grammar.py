@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longspan import LLM, ConfigError, LongspanError, SamplingParams
 from longspan.models import grammar
-from longspan.models.grammar import make_grammars
+from longspan.models.grammar import GrammarConstraint, make_grammars
 from longspan.models.recall_tokenizer import EOS_ID, build_tokenizer
 from longspan.models.recall_tokenizer import VOCAB_SIZE as RECALL_VOCAB_SIZE
 from longspan.types import FinishReason
@@ -449,17 +449,14 @@ def test_min_tokens_lengthens_an_output_that_can_go_on_and_no_other(llm):
 
 
 def test_an_output_that_cannot_go_on_says_so_and_others_are_not_affected(llm, monkeypatch):
-    class Breaks:
-        def allowed(self):
-            return None
-
-        def accept(self, token_id):
-            raise LongspanError(f"json_schema: nothing can follow {token_id}")
+    def accept(constraint, token_id):
+        raise LongspanError(f"json_schema: nothing can follow {token_id}")
 
     plain = SamplingParams(max_tokens=5, ignore_eos=True)
     (before,) = llm.generate(PROMPTS[0], plain)
     params = [SamplingParams(max_tokens=5, json_schema="{}"), plain]
-    monkeypatch.setattr(llm, "_constraint", lambda params: None if params.json_schema is None else Breaks())
+    monkeypatch.setattr(GrammarConstraint, "allowed", lambda constraint: None)
+    monkeypatch.setattr(GrammarConstraint, "accept", accept)
     broken, whole = (output.outputs[0] for output in llm.generate([PROMPTS[0]] * 2, params))
     (token_id,) = broken.token_ids
     assert (broken.finish_reason, broken.error) == ("error", f"json_schema: nothing can follow {token_id}")
@@ -493,6 +490,5 @@ def test_the_bundled_model_copies_what_the_schema_allows(cache_home):
 def test_an_llguidance_whose_white_space_has_no_end_is_refused(monkeypatch):
     """vLLM's environment has one."""
     monkeypatch.setattr(grammar.importlib.metadata, "version", lambda name: "1.7.6")
-    grammar._check_version.cache_clear()
     with pytest.raises(ConfigError, match=r"json_schema: got llguidance 1\.7\.6, legal is 1\.9 or newer"):
         make_grammars(build_tokenizer(1024), RECALL_VOCAB_SIZE, [EOS_ID]).compile('{"type": "boolean"}')

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AttentionMaskInterface, MistralConfig
+from transformers import AttentionInterface, AttentionMaskInterface, MistralConfig
 
 from longspan.errors import UnsupportedModelError
 from longspan.models import hook, inspect
@@ -28,12 +28,13 @@ def test_the_window_is_read_off_the_attention_calls():
 
 
 def test_rejects_a_model_whose_mask_nobody_saw():
+    registered = AttentionMaskInterface()[hook.ATTENTION_NAME]
     AttentionMaskInterface.register(hook.ATTENTION_NAME, lambda **_: None)
     try:
         with pytest.raises(UnsupportedModelError, match="attention mask of layer 0: got NoneType"):
             inspect.inspect_model(CONFIG, None, torch.float32)
     finally:
-        AttentionMaskInterface.register(hook.ATTENTION_NAME, hook._mask)
+        AttentionMaskInterface.register(hook.ATTENTION_NAME, registered)
 
 
 @pytest.mark.parametrize("window", [7, 9, None])
@@ -67,5 +68,5 @@ def test_an_is_causal_argument_wins_over_the_modules_attribute():
 
     q = torch.zeros(1, 2, 3, 4)
     for argument in (None, True, False):
-        hook._attention(Module(), q, q, q, None, longspan_attend=attend, is_causal=argument)
+        AttentionInterface()[hook.ATTENTION_NAME](Module(), q, q, q, None, longspan_attend=attend, is_causal=argument)
     assert seen == [True, True, False]

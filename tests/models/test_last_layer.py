@@ -3,12 +3,17 @@
 That tokens stay exact is the business of `test_families`; here it is shown that the work is really left out.
 """
 
+import threading
+
 import pytest
 from tiny_models import FAMILIES, greedy, run_all, tiny_engine, tiny_model
 
 from longspan.cp.attend import StepAttention
-from longspan.models import fused_layer
+from longspan.cp.local import Local
+from longspan.models import fused_layer_gemm
+from longspan.models.speedups import LAST_LAYER, speed_up_, speedups_of
 from longspan.native import kernels
+from longspan.native.layer import FusedLayer
 from longspan.plan.read_runs import read_runs
 from longspan.plan.types import Literals, QueryRun, SampleRow, ScoreRun
 from longspan.types import SamplingParams
@@ -41,35 +46,64 @@ def test_read_runs_are_the_rows_with_logits_in_plan_order():
     assert parts(runs, [sample(1, 10)], scores) == [(1, 8, 11, 1), (1, 5, 8, 0)]
 
 
+class Watched:
+    """What attention is computed for and sends, layer by layer, over all steps and ranks that are threads."""
+
+    def __init__(self, monkeypatch):
+        self._rows, self._bytes, self._current = [], [], threading.local()
+        for name in ("attend", "join"):
+            monkeypatch.setattr(StepAttention, name, self._in_layer(getattr(StepAttention, name)))
+        monkeypatch.setattr(Local, "attend", self._counted(Local.attend))  # the part that each strategy has
+
+    def _in_layer(self, honest):
+        def of_layer(step, layer, *args, **options):
+            self._current.layer, before = layer, step.bytes_sent.total()
+            out = honest(step, layer, *args, **options)
+            self._bytes.append((layer, step.bytes_sent.total() - before))
+            return out
+
+        return of_layer
+
+    def _counted(self, honest):
+        def attend(strategy, q, *args):
+            self._rows.append((self._current.layer, q.shape[0]))
+            return honest(strategy, q, *args)
+
+        return attend
+
+    @property
+    def rows(self):
+        return totals(self._rows)
+
+    @property
+    def bytes_sent(self):
+        return totals(self._bytes)
+
+
+def totals(pairs):
+    """Per layer, in order."""
+    return {layer: sum(value for of, value in pairs if of == layer) for layer in sorted({layer for layer, _ in pairs})}
+
+
 def rows_per_layer(monkeypatch, family, params, **options):
     """Query rows that attention was computed for per layer, and rows that the last MLP saw, in all steps and ranks."""
-    model = tiny_model(family)
-    attention_rows, mlp_rows = {}, []
-    honest = StepAttention._attend
-
-    def attend(self, group_idx, layer, q):
-        attention_rows[layer] = attention_rows.get(layer, 0) + q.shape[0]
-        return honest(self, group_idx, layer, q)
-
-    monkeypatch.setattr(StepAttention, "_attend", attend)
-    for layer in model.module.model.layers:  # fused layers do not call their modules
-        monkeypatch.delitem(layer.__dict__, "forward", raising=False)
-    gate = model.module.model.layers[-1].mlp.gate_proj
-    hook = gate.register_forward_hook(lambda _module, args, _output: mlp_rows.append(args[0].shape[1]))
-    try:
-        with tiny_engine(model, **LAYOUT, **options) as engine:
-            request = engine.add_request(model.references[2].prompt, params)
-            run_all(engine)
-    finally:
-        hook.remove()
-    return attention_rows, sum(mlp_rows), request
+    model, watched, mlp_rows = tiny_model(family), Watched(monkeypatch), []
+    module = model.load()
+    speed_up_(module, [LAST_LAYER])
+    module.model.layers[-1].mlp.gate_proj.register_forward_hook(
+        lambda _module, args, _output: mlp_rows.append(args[0].shape[1])
+    )
+    with tiny_engine(model, module, **LAYOUT, **options) as engine:
+        request = engine.add_request(model.references[2].prompt, params)
+        run_all(engine)
+    return watched.rows, sum(mlp_rows), request
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "smollm3-window"])
 def test_a_prompt_costs_the_last_layer_one_row(family, num_ranks, monkeypatch):
     rows, mlp_rows, request = rows_per_layer(monkeypatch, family, greedy(5), context_parallel_size=num_ranks)
-    *others, last = (rows[layer] for layer in sorted(rows))
+    *others, last = rows.values()
     assert set(others) == {PROMPT_LEN + 4}
     assert last == mlp_rows == 5
     assert request.output_token_ids == tiny_model(family).references[2].token_ids[:5]
@@ -80,11 +114,9 @@ def test_a_prompt_costs_the_last_layer_one_row(family, num_ranks, monkeypatch):
 def test_fused_layers_leave_the_same_rows_out(num_ranks, monkeypatch):
     model = tiny_model("llama")
     num_others = len(model.module.model.layers) - 1  # loads the model: its proof is not counted
-    rows = []
-    honest = fused_layer._behind_attention
-    monkeypatch.setattr(
-        fused_layer, "_behind_attention", lambda fused, a, x: rows.append(x.shape[0]) or honest(fused, a, x)
-    )
+    rows, few, many = [], FusedLayer.behind_attention, fused_layer_gemm.behind_attention
+    monkeypatch.setattr(FusedLayer, "behind_attention", lambda *args: rows.append(len(args[2])) or few(*args))
+    monkeypatch.setattr(fused_layer_gemm, "behind_attention", lambda *args: rows.append(len(args[2])) or many(*args))
     with tiny_engine(model, **LAYOUT, context_parallel_size=num_ranks) as engine:
         request = engine.add_request(model.references[2].prompt, greedy(5))
         run_all(engine)
@@ -103,21 +135,11 @@ def test_rows_whose_log_probabilities_are_asked_for_are_computed(monkeypatch):
 @pytest.mark.parametrize("strategy", ["gather_kv", "pass_kv", "pass_q", "tree"])
 def test_nothing_moves_in_the_last_layer_for_rows_that_nobody_reads(strategy, monkeypatch):
     """The first of several chunks: no row is sampled."""
-    model = tiny_model("llama")
-    sent = {}
-    honest = StepAttention._attend
-
-    def attend(self, group_idx, layer, q):
-        before = self._comm.bytes_sent
-        partial = honest(self, group_idx, layer, q)
-        sent[layer] = sent.get(layer, 0) + self._comm.bytes_sent - before
-        return partial
-
-    monkeypatch.setattr(StepAttention, "_attend", attend)
+    model, watched = tiny_model("llama"), Watched(monkeypatch)
     with tiny_engine(model, **LAYOUT, context_parallel_size=2, strategy=strategy) as engine:
         engine.add_request(model.references[3].prompt, greedy(1))
         engine.step()
-        *others, last = (sent[layer] for layer in sorted(sent))
+        *others, last = watched.bytes_sent.values()
         assert min(others) > 0
         assert last == 0
         run_all(engine)
@@ -125,6 +147,4 @@ def test_nothing_moves_in_the_last_layer_for_rows_that_nobody_reads(strategy, mo
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_a_last_layer_that_can_leave_rows_out(family):
-    last = tiny_model(family).module.model.layers[-1]
-    assert "some_rows" in last.mlp.forward.__qualname__
-    assert "some_rows" in last.self_attn.o_proj.forward.__qualname__
+    assert LAST_LAYER in speedups_of(tiny_model(family).module)

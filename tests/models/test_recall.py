@@ -268,7 +268,7 @@ def test_the_path_is_built_once_and_then_reused(cache_home, monkeypatch):
 
 def test_another_builder_has_another_path(cache_home, monkeypatch):
     path = recall_path()
-    monkeypatch.setattr(recall, "_builder_digest", lambda: "0123456789ab")
+    monkeypatch.setattr(recall, "builder_digest", lambda: "0123456789ab")
     assert recall_path() != path
 
 

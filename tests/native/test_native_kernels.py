@@ -10,7 +10,7 @@ from longspan.attention.base import RowSegment
 from longspan.attention.cpu import CPUBackend
 from longspan.attention.reference import ReferenceBackend
 from longspan.models import onednn
-from longspan.models.linear import FewRowsLinear, speed_up_few_rows_
+from longspan.models.linear import CPULinear, replace_linears_
 from longspan.native import kernels
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
@@ -229,8 +229,8 @@ def test_linear_layers_give_few_rows_to_the_kernel(monkeypatch, bias, shape, is_
     with torch.inference_mode():
         want = plain(x)
         model = nn.Sequential(plain)
-        speed_up_few_rows_(model)
-        assert type(model[0]) is FewRowsLinear
+        replace_linears_(model)
+        assert type(model[0]) is CPULinear
         torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
     assert bool(calls) == is_kernel
 
@@ -243,7 +243,7 @@ def test_linear_layers_of_other_widths_dtypes_and_classes_stay_with_torch(monkey
     monkeypatch.setattr(onednn, "is_available", lambda: False)
     model = nn.Sequential(nn.Linear(40, 3), nn.Linear(48, 3, dtype=torch.float64), Own(48, 3))
     want = [model[0](torch.ones(1, 40)), model[1](torch.ones(1, 48, dtype=torch.float64))]
-    speed_up_few_rows_(model)
+    replace_linears_(model)
     assert type(model[2]) is Own
     assert torch.equal(model[0](torch.ones(1, 40)), want[0])
     assert torch.equal(model[1](torch.ones(1, 48, dtype=torch.float64)), want[1])
@@ -257,7 +257,7 @@ def test_onednn_agrees_with_float64(num_rows, width, num_out, has_bias):
     model = nn.Sequential(nn.Linear(width, num_out, bias=has_bias)).requires_grad_(False)
     x = torch.randn(1, num_rows, width, generator=torch.Generator().manual_seed(0))
     want = nn.functional.linear(x.double(), model[0].weight.double(), model[0].bias.double() if has_bias else None)
-    speed_up_few_rows_(model)
+    replace_linears_(model)
     assert torch.equal(model(x[:, :0]), x.new_empty(1, 0, num_out))
     torch.testing.assert_close(model(x).double(), want, rtol=0, atol=1e-5)
     torch.testing.assert_close(onednn.linear(x, model[0].weight, model[0].bias).double(), want, rtol=0, atol=1e-5)

@@ -59,33 +59,10 @@ def measure_kernels(
         Rates; `exchange_s`, `moved_byte_s` and `layer_s` are 0, and `merge_s` is that of two partials at hand: what
         messages take is measured elsewhere.
     """
-    dtype: torch.dtype = getattr(torch, group.spec.dtype)
     spec, heads = group.spec, group.num_query_heads
-    k = torch.randn(spec.num_kv_heads, MOST_KEYS, spec.k_width, device=device).to(dtype)  # [Hkv, S, D]
-    v = torch.randn(spec.num_kv_heads, MOST_KEYS, spec.v_width, device=device).to(dtype)
-    q = torch.randn(QUERY_LENS[-1], heads, spec.k_width, device=device).to(dtype)  # [T, H, D]
-    pair_flops = 2.0 * heads * (spec.k_width + spec.v_width)
-
-    def attend(num_queries: int, num_keys: int) -> Callable[[], object]:
-        segments = [RowSegment(0, num_queries, num_keys, 0, num_keys, None, Visibility.FULL)]
-        return lambda: backend.partial_attention(q[:num_queries], k, v, segments, params)
-
-    def several() -> object:
-        segments = [RowSegment(2 * i, 2, 16, 0, 16, None, Visibility.FULL) for i in range(CALLS_AT_ONCE)]
-        return backend.partial_attention(q[: 2 * CALLS_AT_ONCE], k, v, segments, params)
-
+    dtype: torch.dtype = getattr(torch, spec.dtype)
     clock = _Clock(shares_cores=ranks_per_device > 1)
-    sync()
-    call_s = clock.seconds(several) / CALLS_AT_ONCE
-    rates: list[tuple[int, float]] = []
-    for num_queries in QUERY_LENS:
-        num_keys = min(MOST_KEYS, int(MOST_FLOPS / (num_queries * pair_flops)))
-        if num_keys < FEWEST_KEYS and len(rates) >= 3:
-            break
-        num_keys = max(num_keys, FEWEST_KEYS)
-        sync()
-        time_s = clock.seconds(attend(num_queries, num_keys))
-        rates.append((num_queries, num_queries * num_keys * pair_flops / max(time_s - call_s, time_s / 10)))
+    call_s, attention_flops_per_s = _measure_attention(clock, backend, group, params, sync, device)
     sync()
     merge_s, copy_bytes_per_s = _measure_merge(clock, heads, spec.v_width, device)
     sync()
@@ -100,11 +77,52 @@ def measure_kernels(
         matmul_flops_per_s=2.0 * MATMUL_ROWS * MATMUL_WIDTH**2 / matmul_s,
         read_bytes_per_s=READ_BYTES / read_s,
         copy_bytes_per_s=copy_bytes_per_s,
-        attention_flops_per_s=tuple(rates),
+        attention_flops_per_s=attention_flops_per_s,
         call_s=call_s,
         merge_s=merge_s,
         ranks_per_device=ranks_per_device,
     )
+
+
+def _measure_attention(
+    clock: "_Clock",
+    backend: AttentionBackend,
+    group: KVGroup,
+    params: AttentionParams,
+    sync: Callable[[], None],
+    device: torch.device,
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Seconds of a call with almost no work; (queries of a call, flops per second) for each of `QUERY_LENS`.
+
+    Long calls are left out where they take too long.
+    """
+    spec, heads = group.spec, group.num_query_heads
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    k = torch.randn(spec.num_kv_heads, MOST_KEYS, spec.k_width, device=device).to(dtype)  # [Hkv, S, D]
+    v = torch.randn(spec.num_kv_heads, MOST_KEYS, spec.v_width, device=device).to(dtype)
+    q = torch.randn(QUERY_LENS[-1], heads, spec.k_width, device=device).to(dtype)  # [T, H, D]
+    pair_flops = 2.0 * heads * (spec.k_width + spec.v_width)
+
+    def attend(num_queries: int, num_keys: int) -> Callable[[], object]:
+        segments = [RowSegment(0, num_queries, num_keys, 0, num_keys, None, Visibility.FULL)]
+        return lambda: backend.partial_attention(q[:num_queries], k, v, segments, params)
+
+    def several() -> object:
+        segments = [RowSegment(2 * i, 2, 16, 0, 16, None, Visibility.FULL) for i in range(CALLS_AT_ONCE)]
+        return backend.partial_attention(q[: 2 * CALLS_AT_ONCE], k, v, segments, params)
+
+    sync()
+    call_s = clock.seconds(several) / CALLS_AT_ONCE
+    rates: list[tuple[int, float]] = []
+    for num_queries in QUERY_LENS:
+        num_keys = min(MOST_KEYS, int(MOST_FLOPS / (num_queries * pair_flops)))
+        if num_keys < FEWEST_KEYS and len(rates) >= 3:
+            break
+        num_keys = max(num_keys, FEWEST_KEYS)
+        sync()
+        time_s = clock.seconds(attend(num_queries, num_keys))
+        rates.append((num_queries, num_queries * num_keys * pair_flops / max(time_s - call_s, time_s / 10)))
+    return call_s, tuple(rates)
 
 
 def _measure_merge(clock: "_Clock", num_heads: int, width: int, device: torch.device) -> tuple[float, float]:

@@ -108,7 +108,7 @@ def merge_rows_(acc: PartialAttention, row: int, part: PartialAttention) -> None
         return
     is_plain = acc_out.is_contiguous() and acc_lse.is_contiguous() and acc_out.dtype is torch.float32
     if acc_out.is_cuda and is_plain and _has_triton():
-        from longspan.triton_kernels.merge import accumulate_
+        from longspan.triton_kernels.merge import accumulate_  # imports Triton, which a CPU does not need
 
         accumulate_(acc_out, acc_lse, part.out.contiguous(), part.lse.float().contiguous())
         return

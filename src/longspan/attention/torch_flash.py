@@ -16,7 +16,8 @@ from longspan.types import AttentionParams, KVSpec
 
 MAX_WIDTH = 256
 
-_flash = torch.ops.aten._flash_attention_forward
+flash_attention_forward = torch.ops.aten._flash_attention_forward
+"""PyTorch's kernel; it has no public name, and its public callers return no `lse`."""
 
 
 class TorchFlash:
@@ -40,7 +41,7 @@ class TorchFlash:
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         assert softcap is None
-        out, lse, *_ = _flash(
+        out, lse, *_ = flash_attention_forward(
             q[None],
             k.transpose(0, 1)[None],  # [1, S, Hkv, D]
             v.transpose(0, 1)[None],

@@ -16,7 +16,7 @@ from longspan.comm.threads import thread_group
 from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.executor import PendingPlans
 from longspan.errors import LongspanError, WorkerError
-from longspan.models.compiled import compile_dense_
+from longspan.models.speedups import COMPILED, speed_up_
 from longspan.plan.types import Plan, PlanResult
 from longspan.worker.build import build_runner, load_weights, open_rank, with_options
 from longspan.worker.measure import measure
@@ -38,7 +38,7 @@ class ThreadExecutor:
         if model is None:
             model = load_weights(start, tools.device, show_progress=False)
         elif start.config.compile_dense:
-            compile_dense_(model)
+            speed_up_(model, [COMPILED])
         self._pending = PendingPlans()
         self._inboxes: list[queue.SimpleQueue[Plan | None]] = []
         self._threads: list[threading.Thread] = []

@@ -10,14 +10,12 @@ from torch import nn
 def compile_dense_(model: nn.Module) -> int:
     """Let norms and MLPs of a loaded model run compiled, each for any number of rows; returns how many.
 
-    Modules whose forward was replaced stay as they are, and those that are compiled already. Compilation takes place in
-    the first steps, and takes seconds.
+    Modules whose forward was replaced stay as they are. Compilation takes place in the first steps, and takes seconds.
     """
     count = 0
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
-        is_new = "forward" not in vars(module) and module._compiled_call_impl is None
-        if (last == "mlp" or last.endswith("norm")) and is_new:
+        if (last == "mlp" or last.endswith("norm")) and "forward" not in vars(module):
             module.compile(dynamic=True)
             count += 1
     return count

@@ -1,7 +1,7 @@
 """Decoder layers that take a few kernel calls instead of forty small operators, for float32 on a CPU.
 
 Holds the replacement of a layer's forward. Must not know plans, ranks or strategies.
-Read next: `longspan.native.layer`, for few rows; `longspan.models.fused_layer_many_rows`, for more;
+Read next: `longspan.native.layer`, for few rows; `longspan.models.fused_layer_gemm`, for more;
 `docs/decisions/0014-fused-layers.md` for what it gives.
 
 Note: nothing is assumed
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longspan.models import fused_layer_many_rows
+from longspan.models import fused_layer_gemm
 from longspan.models.hook import AttendFunction, AttentionCall
 from longspan.models.last_layer import READ_ROWS
 from longspan.native.kernels import MAX_LINEAR_ROWS, MAX_ROWS
@@ -31,24 +31,24 @@ _log = logging.getLogger(__name__)
 TOLERANCE = 1e-5
 """Most by which both forms of a layer may differ, relative to the largest output: float32 sums in another order."""
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+KNOWN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
 
-def fuse_layers_(model: nn.Module) -> bool:
+def fuse_layers_(model: nn.Module) -> int:
     """Let a loaded model's decoder layers use the kernels, where they are proven to compute the same.
 
     Args:
         model: with the `longspan` attention function, evaluating, its weights in place.
 
     Returns:
-        Whether it does. Either all layers use them or none.
+        How many do: all layers or none.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        return False
+        return 0
     forwards: list[Callable[..., Tensor]] = []
     with torch.inference_mode():
         for layer in layers:
@@ -56,10 +56,10 @@ def fuse_layers_(model: nn.Module) -> bool:
                 forwards.append(_fused_forward(layer, is_last=layer is layers[-1]))
             except (_UnknownLayerError, ValueError, AttributeError, TypeError) as error:
                 _log.debug("layers are not fused: %s", error)
-                return False
+                return 0
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = forward
-    return True
+    return len(layers)
 
 
 class _UnknownLayerError(Exception):
@@ -102,13 +102,13 @@ def _fused_forward(layer: nn.Module, *, is_last: bool) -> Callable[..., Tensor]:
 def _before_attention(fused: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if takes(x.shape[0]):
         return fused.before_attention(x, cos, sin)
-    return fused_layer_many_rows.before_attention(fused, x, cos, sin)
+    return fused_layer_gemm.before_attention(fused, x, cos, sin)
 
 
 def _behind_attention(fused: FusedLayer, attended: Tensor, x: Tensor) -> Tensor:
     if takes(x.shape[0]):
         return fused.behind_attention(attended, x)
-    return fused_layer_many_rows.behind_attention(fused, attended, x)
+    return fused_layer_gemm.behind_attention(fused, attended, x)
 
 
 def _fused(layer: Any) -> FusedLayer:
@@ -185,7 +185,7 @@ def _scale(norm: Any) -> Tensor:
 
 def _activation(function: Callable[[Tensor], Tensor]) -> str:
     x = torch.linspace(-12, 12, 999)
-    for name, known in _ACTIVATIONS.items():
+    for name, known in KNOWN_ACTIVATIONS.items():
         if _agree(known(x), function(x)):
             return name
     raise _UnknownLayerError(f"activation {function}")

@@ -24,7 +24,6 @@ Note: which schemas
     White space between elements is free, up to a length: small models would fill the context with it.
 """
 
-import functools
 import importlib.metadata
 import json
 import re
@@ -78,14 +77,12 @@ class GrammarConstraint:
         return mask
 
 
-@functools.cache
-def _check_version() -> None:
+def _check_version(found: str) -> None:
     """vLLM 0.32 wants an older llguidance than ours, which does not keep to `_WHITE_SPACE`.
 
     Raises:
         ConfigError: it is such a version.
     """
-    found = importlib.metadata.version("llguidance")
     if tuple(int(part) for part in found.split(".")[:2]) < (1, 9):
         raise ConfigError(f"json_schema: got llguidance {found}, legal is 1.9 or newer (or vLLM's structured output)")
 
@@ -101,6 +98,7 @@ class Grammars:
     def __init__(self, tokenizer: LLTokenizer) -> None:
         """See `make_grammars`."""
         self._tokenizer = tokenizer
+        self._version = importlib.metadata.version("llguidance")
 
     def compile(self, json_schema: str) -> GrammarConstraint:
         """The constraint of one request. Most schemas take a millisecond, large ones seconds, without the GIL.
@@ -111,7 +109,7 @@ class Grammars:
         Raises:
             ConfigError: the schema means nothing, asks for what cannot be enforced, or cannot be satisfied.
         """
-        _check_version()
+        _check_version(self._version)
         try:
             if "x-guidance" in json.loads(json_schema):
                 raise ConfigError("json_schema: got the key 'x-guidance', legal are those of JSON Schema")

@@ -23,17 +23,21 @@ class _Rows(threading.local):
     rows: Tensor | None = None
 
 
-def skip_unread_rows_(model: nn.Module) -> None:
-    """Let the last layer leave rows out that `READ_ROWS` does not name; their output is 0."""
+def skip_unread_rows_(model: nn.Module) -> int:
+    """Let the last layer leave rows out that `READ_ROWS` does not name; their output is 0.
+
+    Returns:
+        How many modules do; 0 if the last layer has no such parts.
+    """
     base: Any = getattr(model, "model", None)
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not layers:
-        return
+        return 0
     last: Any = layers[-1]
     projection = getattr(getattr(last, "self_attn", None), "o_proj", None)
     mlp = getattr(last, "mlp", None)
     if not isinstance(projection, nn.Module) or not isinstance(mlp, nn.Module):
-        return
+        return 0
     current = _Rows()
 
     def note_rows(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -42,6 +46,7 @@ def skip_unread_rows_(model: nn.Module) -> None:
     last.register_forward_pre_hook(note_rows, with_kwargs=True)
     for module in (projection, mlp):
         module.forward = _of_read_rows(module.forward, current)
+    return 2
 
 
 def _of_read_rows(forward: Callable[[Tensor], Tensor], current: _Rows) -> Callable[[Tensor], Tensor]:

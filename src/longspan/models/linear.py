@@ -15,10 +15,10 @@ from longspan.models import onednn
 from longspan.native import kernels
 
 
-class FewRowsLinear(nn.Linear):
+class CPULinear(nn.Linear):
     """`nn.Linear` that gives the rows that `kernels.can_multiply` to the compiled kernel, more of float32 to oneDNN."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002: the name that nn.Linear has
+    def forward(self, input: Tensor) -> Tensor:  # the argument's name is that of nn.Linear
         weight = self.weight
         num_rows = input.numel() // input.shape[-1]
         if input.dtype is weight.dtype:
@@ -30,8 +30,14 @@ class FewRowsLinear(nn.Linear):
         return F.linear(input, weight, self.bias)
 
 
-def speed_up_few_rows_(model: nn.Module) -> None:
-    """Let a model's linear layers use the compiled kernel and oneDNN where these apply. Weights stay as they are."""
+def replace_linears_(model: nn.Module) -> int:
+    """Let linear layers of a model on a CPU use the compiled kernel and oneDNN where these apply; returns how many.
+
+    Weights stay as they are. Layers of another class, or whose weights are no plain contiguous tensors, are left alone.
+    """
+    count = 0
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.is_contiguous():
-            module.__class__ = FewRowsLinear
+        if type(module) is nn.Linear and type(module.weight.data) is Tensor and module.weight.is_contiguous():
+            module.__class__ = CPULinear
+            count += 1
+    return count

@@ -1,7 +1,7 @@
 """From a model's name to its config, tokenizer and weights.
 
 Holds the calls into Transformers' loaders, and turns their errors into ours. Must not know ranks or plans.
-Read next: `longspan.models.inspect`, `longspan.models.recall`.
+Read next: `longspan.models.inspect`, `longspan.models.recall`; `longspan.models.speedups`, what comes after loading.
 """
 
 import functools
@@ -23,10 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from longspan.errors import ConfigError
-from longspan.models.fused_layer import fuse_layers_
 from longspan.models.hook import ATTENTION_NAME
-from longspan.models.last_layer import skip_unread_rows_
-from longspan.models.linear import speed_up_few_rows_
 from longspan.models.recall import recall_path
 
 CPU = torch.device("cpu")
@@ -185,8 +182,4 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool, device: t
             f"and {len(unexpected)} that the config has no place for, such as {[*missing, *mismatched, *unexpected][0]}"
         )
     module: nn.Module = loaded.eval().requires_grad_(False).to(device)
-    speed_up_few_rows_(module)
-    skip_unread_rows_(module)
-    if device.type == "cpu":
-        fuse_layers_(module)
     return module

@@ -32,5 +32,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: [num_out, width], contiguous.
         bias: [num_out] or None.
     """
+    # The operator that PyTorch's own compiler calls; it has no public name.
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out

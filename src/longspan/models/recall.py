@@ -54,7 +54,7 @@ def recall_path(variant: str = "smollm3") -> Path:
         OSError: The cache directory cannot be written; on Linux, XDG_CACHE_HOME names another one.
     """
     _find_variant(variant)
-    path = platformdirs.user_cache_path("longspan") / f"recall-{variant}-{_builder_digest()}"
+    path = platformdirs.user_cache_path("longspan") / f"recall-{variant}-{builder_digest()}"
     if not all((path / name).is_file() for name in _FILES):
         build_recall(path, variant=variant)
     return path
@@ -116,7 +116,8 @@ def _find_variant(name: str) -> RecallVariant:
     return RECALL_VARIANTS[name]
 
 
-def _builder_digest() -> str:
+def builder_digest() -> str:
+    """Changes with the source of what builds the model."""
     sources = [Path(__file__), Path(recall_weights.__file__), Path(recall_tokenizer.__file__)]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 

@@ -1,10 +1,8 @@
-"""Our compiled kernels for a CPU: found and loaded; `decode.c`, `prefill.c` and `linear.c`
-called.
+"""Our compiled kernels for a CPU: found and loaded; `decode.c`, `prefill.c`, `merge.c` and `linear.c` called.
 
 Holds the binding. Must not know pages, masks, models or when a kernel is worth calling.
-Read next: `longspan.native.layer`, for `layer.c`; `longspan.attention.cpu` and `longspan.models.linear`, which call
-them;
-`docs/decisions/0004-decode-kernel.md` for why they exist.
+Read next: `longspan.native.layer`, for `layer.c`; `longspan.attention.native_cpu` and `longspan.models.linear`, which
+call them; `docs/decisions/0004-decode-kernel.md` for why they exist.
 
 They are compiled when the package is installed, if there is a C compiler; else everything works, and decode is
 slower. They are plain C behind ctypes, so they need no headers of Python or torch: one binary fits every version of
@@ -38,17 +36,23 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 @cache
+def _binary() -> Path | None:
+    """The file that was compiled when the package was installed, or None where that was not possible."""
+    paths = (Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+@cache
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None where they were not compiled or there is no OpenMP runtime for them."""
-    here = Path(__file__).parent
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_kernels{suffix}").is_file()]
-    if not found:
+    binary = _binary()
+    if binary is None:
         return None
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()
         (openmp, *_) = [line.split()[-1] for line in maps if "libgomp" in line or "libiomp5" in line]
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
-        kernels = ctypes.CDLL(str(found[0]))
+        kernels = ctypes.CDLL(str(binary))
     except (OSError, ValueError):
         return None
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -86,8 +90,10 @@ def is_available() -> bool:
 @cache
 def fingerprint() -> str:
     """Changes when the compiled kernels do: what was measured with others says nothing. Empty without them."""
-    found = library()
-    return "" if found is None else hashlib.sha256(Path(found._name).read_bytes()).hexdigest()[:16]
+    binary = _binary()
+    if binary is None or not is_available():
+        return ""
+    return hashlib.sha256(binary.read_bytes()).hexdigest()[:16]
 
 
 def can_decode(num_rows: int, width: int, dtype: torch.dtype) -> bool:

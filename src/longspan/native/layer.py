@@ -2,7 +2,7 @@
 
 Holds the layer as the kernels see it. Must not know Transformers, attention or when a kernel is worth calling.
 Read next: `longspan.models.fused_layer`, which makes and calls them;
-`longspan.models.fused_layer_many_rows`, for the steps.
+`longspan.models.fused_layer_gemm`, for the steps.
 """
 
 import ctypes

@@ -15,8 +15,8 @@ from longspan.attention.base import AttentionBackend
 from longspan.comm.base import Communicator
 from longspan.comm.checking import CheckingCommunicator
 from longspan.comm.delaying import DelayingCommunicator
-from longspan.models.compiled import compile_dense_
 from longspan.models.loader import load_model, resolve_dtype
+from longspan.models.speedups import ALWAYS, SPEEDUPS, speed_up_
 from longspan.plan.types import Plan
 from longspan.worker.device import check_memory, rank_backend, rank_device
 from longspan.worker.messages import Start
@@ -55,11 +55,10 @@ def open_rank(start: Start, rank: int, *, ranks_on_device: int = 1, is_loaded: b
 
 
 def load_weights(start: Start, device: torch.device, *, show_progress: bool) -> torch.nn.Module:
-    """The model, with weights."""
+    """The model, with weights and speed-ups."""
     dtype = resolve_dtype(start.config.dtype, device)
     model = load_model(start.config.model, dtype, show_progress=show_progress, device=device)
-    if start.config.compile_dense:
-        compile_dense_(model)
+    speed_up_(model, SPEEDUPS if start.config.compile_dense else ALWAYS)
     return model
 
 

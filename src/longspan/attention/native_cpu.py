@@ -1,0 +1,141 @@
+"""Attention on a CPU by our compiled kernels: decodes at the speed of memory, prompts at that of wide registers.
+
+Holds which segments go into which kernel call. Must not know pages, ranks or models.
+Read next: `longspan.native.kernels`, the kernels; `longspan.attention.cpu`, which chooses between the CPU's drivers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.attention.base import RowSegment
+from longspan.attention.folding import count_key_runs, fold, merge_key_runs, pad_to_one_width, unfold
+from longspan.attention.partial import PartialAttention, merge_views_
+from longspan.attention.pieces import Piece, RowMerger, run_only_piece
+from longspan.native import kernels
+from longspan.sharding.visibility import Visibility
+from longspan.types import AttentionParams
+
+
+def takes(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels do all that a call without a softcap may ask for: by head sizes, dtype and CPU."""
+    return kernels.can_prefill(q.shape[2], v.shape[2], q.dtype)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
+) -> PartialAttention:
+    """All segments: one kernel call for the keys that a run of queries sees, wherever they lie.
+
+    Arguments as of `AttentionBackend.partial_attention`, such that `takes` says yes, without a softcap.
+    """
+    few = kernels.MAX_ROWS * k.shape[0] // q.shape[1]  # queries that the decode kernel takes
+    pieces: list[Piece] = []  # few queries: at the speed of memory
+    runs: dict[tuple[int, int], list[kernels.SeenKeys]] = {}  # many, by (first row, rows)
+    for s in segments:
+        if s.num_queries == 0 or s.num_keys == 0 or s.visibility is Visibility.NONE:
+            continue
+        if s.visibility is Visibility.FULL and s.num_queries <= few:
+            pieces.append(Piece(s.query_row, s.num_queries, s.key_row, s.num_keys, Visibility.FULL, 0))
+        else:
+            runs.setdefault((s.query_row, s.num_queries), []).append(_seen_keys(s, params.window))
+    if not runs and (partial := run_only_piece(_decode_piece, q, k, v, pieces, params)) is not None:
+        return partial
+    merger = RowMerger(q, k, v)
+    merger.run(_decode_piece, decode_lone_queries(merger, q, k, v, pieces, params), params)
+    acc = merger.partial
+    for (start, num_queries), seen in runs.items():
+        end = start + num_queries
+        into = PartialAttention(acc.out[start:end], acc.lse[start:end])
+        is_new = merger.are_empty(start, end)
+        part = into if is_new else PartialAttention(torch.empty_like(into.out), torch.empty_like(into.lse))
+        kernels.prefill(q[start:end], k, v, params.scale, seen, part.out, part.lse)
+        if not is_new:
+            merge_views_(into.out, into.lse, part.out, part.lse)
+        merger.mark(start, end)
+    return acc
+
+
+def _seen_keys(segment: RowSegment, window: int | None) -> kernels.SeenKeys:
+    """A segment's keys, and who of its queries sees which."""
+    if segment.visibility is Visibility.FULL:
+        return kernels.SeenKeys(segment.key_row, segment.num_keys)
+    assert segment.key_position is not None
+    lead = segment.query_position - segment.key_position
+    if segment.visibility is Visibility.CAUSAL:
+        return kernels.SeenKeys(segment.key_row, segment.num_keys, lead)
+    assert window is not None
+    return kernels.SeenKeys(segment.key_row, segment.num_keys, lead, window)
+
+
+def can_decode(q: Tensor) -> bool:
+    """Whether `decode` takes so many query rows [t, Hkv, G, D]."""
+    num_queries, _, group_size, width = q.shape
+    return kernels.can_decode(num_queries * group_size, width, q.dtype) and kernels.is_available()
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """A FULL piece of few queries: the heads of a group become rows. See Note [Fold or expand].
+
+    Args:
+        q: [t, Hkv, G, D], such that `can_decode` says yes.
+        k: [Hkv, s, D].
+        v: [Hkv, s, D].
+        scale: of the scores.
+
+    Returns:
+        out [t, Hkv, G, D] and lse [t, Hkv, G], float32.
+    """
+    rows = fold(q)
+    num_kv_heads, num_rows, _ = rows.shape
+    num_runs = count_key_runs(num_kv_heads, num_rows, k.shape[1], torch.get_num_threads())
+    out, lse = merge_key_runs(*kernels.decode(rows, k, v, scale, num_runs))
+    return unfold(out, lse, q.shape[0])
+
+
+def _decode_piece(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: AttentionParams) -> tuple[Tensor, Tensor]:
+    """A `PieceKernel` for the pieces that `attend` makes."""
+    v_width = v.shape[2]
+    out, lse = decode(*pad_to_one_width(q, k, v), params.scale)
+    return (out, lse) if out.shape[3] == v_width else (out[..., :v_width], lse)
+
+
+def decode_lone_queries(
+    merger: RowMerger, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], params: AttentionParams
+) -> Sequence[Piece]:
+    """The decodes of a batch in one call, if the kernel takes them and has work for every thread.
+
+    Args:
+        merger: of this call, with no row yet; gets what is computed here.
+        q: [T, H, D].
+        k: [Hkv, S, D].
+        v: [Hkv, S, Dv].
+        pieces: of the call.
+        params: of the layer.
+
+    Returns:
+        The pieces that are left.
+    """
+    num_kv_heads, width = k.shape[0], k.shape[2]
+    if v.shape[2] != width or k.dtype is not q.dtype or num_kv_heads == 0 or not kernels.is_available():
+        return pieces
+    if not kernels.can_decode(q.shape[1] // num_kv_heads, width, q.dtype):
+        return pieces
+    lone = [piece for piece in pieces if _is_lone(piece)]
+    keys_of: dict[int, list[tuple[int, int]]] = {}
+    for piece in lone:
+        keys_of.setdefault(piece.query_row, []).append((piece.key_row, piece.num_keys))
+    if not lone or len(keys_of) * num_kv_heads < torch.get_num_threads():
+        return pieces
+    acc = merger.partial
+    kernels.decode_batch(q.contiguous(), k, v, params.scale, kernels.DecodeBatch(keys_of), acc.out, acc.lse)
+    for row in keys_of:
+        merger.mark(row, row + 1)
+    return [piece for piece in pieces if not _is_lone(piece)]
+
+
+def _is_lone(piece: Piece) -> bool:
+    return piece.num_queries == 1 and piece.visibility is Visibility.FULL

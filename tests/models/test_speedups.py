@@ -1,0 +1,156 @@
+"""Speed-ups compute what the plain model does in every combination, have one order, and leave unknown weights alone."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import DEVICE
+from tiny_models import greedy, run_all, tiny_engine, tiny_model
+from torch import nn
+
+from longspan.models.hook import AttentionCall
+from longspan.models.last_layer import READ_ROWS
+from longspan.models.linear import CPULinear
+from longspan.models.speedups import (
+    ALWAYS,
+    COMPILED,
+    FUSED_LAYERS,
+    LAST_LAYER,
+    LINEAR,
+    SPEEDUPS,
+    speed_up_,
+    speedups_of,
+)
+from longspan.native import kernels
+
+ANYWHERE = tuple(replace(speedup, device_type=None) if speedup is COMPILED else speedup for speedup in SPEEDUPS)
+"""All speed-ups, with those for GPUs on the device of the tests."""
+
+COMBINATIONS = [chosen for number in range(len(ANYWHERE) + 1) for chosen in itertools.combinations(ANYWHERE, number)]
+
+NUM_TOKENS = 12
+
+
+def names(speedups):
+    return [speedup.name for speedup in speedups]
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """`torch.compile` traces, and generates no code: that takes seconds, and has a test of its own."""
+    honest = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: honest(module, backend="eager", **options))
+
+
+def attend(call: AttentionCall) -> torch.Tensor:
+    """Causal attention of one packed request, by plain operators."""
+    group_size = call.q.shape[1] // call.k.shape[0]
+    k, v = (tensor.repeat_interleave(group_size, dim=0) for tensor in (call.k, call.v))
+    scores = call.q.transpose(0, 1) @ k.transpose(1, 2) * call.scale
+    hidden = torch.ones(scores.shape[1:], device=scores.device).triu(1).bool()
+    return (torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1) @ v).transpose(0, 1)
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, num_tokens: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Of the first tokens of a request, those of some rows if not of all."""
+    tokens = torch.arange(5, 5 + num_tokens, device=DEVICE)[None]
+    positions = torch.arange(num_tokens, device=DEVICE)[None]
+    passed = {"longspan_attend": attend, READ_ROWS: rows}
+    found = model(input_ids=tokens, position_ids=positions, use_cache=False, **passed).logits[0]
+    return found if rows is None else found[rows]
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")  # it cannot trace into `linear`, which no GPU has
+@pytest.mark.parametrize("chosen", COMBINATIONS, ids=lambda chosen: "+".join(names(chosen)) or "none")
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("gemma3", marks=pytest.mark.cover)])
+def test_every_combination_computes_what_the_plain_model_does(family, chosen, quick_compiler):
+    model = tiny_model(family)
+    module, plain = model.load(), model.load()
+    speed_up_(module, chosen)
+    has_kernel = kernels.is_available()
+    assert names(speedups_of(module)) == [
+        speedup.name for speedup in chosen if speedup.takes(plain) and (has_kernel or speedup is not FUSED_LAYERS)
+    ]
+    for num_tokens, rows in ((1, None), (9, None), (150, None), (150, [0, 77, 149]), (20, [19])):
+        read = None if rows is None else torch.tensor(rows, device=DEVICE)
+        wanted = logits(plain, num_tokens, read)
+        found = logits(module, num_tokens, read)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    references = model.references[1:3]
+    with tiny_engine(model, module, context_parallel_size=2, placement="striped", max_num_batched_tokens=160) as engine:
+        requests = [engine.add_request(reference.prompt, greedy(NUM_TOKENS)) for reference in references]
+        run_all(engine)
+    assert [request.output_token_ids for request in requests] == [
+        reference.token_ids[:NUM_TOKENS] for reference in references
+    ]
+
+
+@pytest.mark.parametrize("late", SPEEDUPS, ids=lambda speedup: speedup.name)
+def test_a_speed_up_that_comes_too_late_is_refused_and_changes_nothing(late, quick_compiler):
+    for other in ANYWHERE:
+        if late.name not in other.after:
+            continue
+        model = tiny_model("llama").load()
+        with pytest.raises(ValueError, match=f"got {late.name} behind {other.name}, legal is before it"):
+            speed_up_(model, [other, late])
+        assert speedups_of(model) == ()
+        speed_up_(model, [other])
+        if other in speedups_of(model):
+            with pytest.raises(ValueError, match=f"got {late.name} behind {other.name}"):
+                speed_up_(model, [late])
+
+
+def test_there_is_one_order():
+    for order in itertools.permutations(SPEEDUPS):
+        if order == SPEEDUPS:
+            speed_up_(nn.Module(), order)
+        else:
+            with pytest.raises(ValueError, match=r"speedups: got .* legal is before it"):
+                speed_up_(nn.Module(), order)
+
+
+def test_a_model_that_several_engines_share_is_changed_once(monkeypatch, quick_compiler):
+    compiled = []
+    honest = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(1) or honest(module, **options))
+    model = tiny_model("llama").load()
+    speed_up_(model, ANYWHERE)
+    found, forward = speedups_of(model), model.model.layers[-1].mlp.forward
+    assert compiled
+    del compiled[:]
+    for again in (ANYWHERE, ALWAYS, [COMPILED], []):
+        speed_up_(model, again)
+    assert (speedups_of(model), model.model.layers[-1].mlp.forward, compiled) == (found, forward, [])
+
+
+def test_weights_elsewhere_and_of_half_precision_keep_what_is_not_for_them():
+    half = replace(tiny_model("llama"), dtype=torch.bfloat16).load()
+    speed_up_(half)
+    assert FUSED_LAYERS not in speedups_of(half)
+    assert not any("forward" in layer.__dict__ for layer in half.model.layers)
+    meta = tiny_model("llama").load().to("meta")
+    speed_up_(meta, SPEEDUPS)
+    assert speedups_of(meta) == (LAST_LAYER,)
+
+
+class Quantised(torch.Tensor):
+    """Stands for a weight that is no plain numbers, though its dtype says so."""
+
+
+def test_weights_that_are_wrapped_keep_their_own_modules():
+    model = tiny_model("llama").load()
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight.data.as_subclass(Quantised), requires_grad=False)
+    speed_up_(model)
+    assert speedups_of(model) == ((LINEAR, LAST_LAYER) if DEVICE == "cpu" else (LAST_LAYER,))
+    assert type(mlp.up_proj) is nn.Linear
+    assert type(mlp.down_proj) is (CPULinear if DEVICE == "cpu" else nn.Linear)
+
+
+def test_a_loaded_model_has_what_its_device_allows():
+    expected = [LINEAR, LAST_LAYER] if DEVICE == "cpu" else [LAST_LAYER]
+    if DEVICE == "cpu" and kernels.is_available():
+        expected.append(FUSED_LAYERS)
+    assert list(speedups_of(tiny_model("qwen3").module)) == expected
