@@ -3,6 +3,8 @@
 import pytest
 from engines import engine, generate, prompts, random_prompts, reference, tokens_of
 
+from longspan.costmodel.parameters import costs_by_bytes
+
 
 def num_blocks(llm):
     return llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
@@ -44,6 +46,10 @@ def test_tokens_equal_transformers(models, expected, kind, cp_size, longspan):
     compiled = not longspan and (kind, cp_size) in COMPILED
     with engine(models[kind], cp_size, longspan, enforce_eager=not compiled) as llm:
         asked = prompts()
+        costs = llm.collective_rpc(lambda worker: repr(worker.worker.costs))
+        assert len(costs) == cp_size
+        assert len(set(costs)) == 1, "ranks choose strategies by different numbers"
+        assert (costs[0] == repr(costs_by_bytes((0,) * cp_size))) == (cp_size == 1 or "strategy" in longspan)
         assert tokens_of(generate(llm, asked)) == expected[kind]  # 10 at once, chunked: 1,024 tokens a step
         hits = metric(llm, "vllm:prefix_cache_hits")
         # Again, from the prefix cache; a short prompt's blocks are packed, a long one's striped, and each is the
