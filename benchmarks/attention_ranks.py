@@ -148,7 +148,6 @@ def _serve(
     from longspan.cp.measure import measure_messages
     from longspan.kv.pool import PagePool
     from longspan.types import AttentionParams
-    from longspan.worker.measure import with_messages
 
     torch.set_num_threads(1)
     comm: Communicator = SocketCommunicator(rank, num_ranks, local_meeting(Path(directory)))
@@ -170,7 +169,7 @@ def _serve(
                 rates = measure_kernels(
                     backend, kv_group, params, ranks_per_device=sharing, sync=lambda: barrier(comm), device=device
                 )
-                rates = with_messages(rates, measure_messages(kv_group, device))
+                rates = measure_messages(kv_group, device).add_to(rates)
                 pipe.send(RankMeasurement(rank, rates, measure_links(comm, nodes)))
                 continue
             _, plan, table_runs = message

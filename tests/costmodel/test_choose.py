@@ -9,9 +9,10 @@ import pytest
 from cp_cases import Cluster, make_group, random_chunk, random_cluster
 from cp_ranks import Ranks, random_groups
 
-from longspan.costmodel.choose import BLOCK_LEN, exchange_bytes, plan_group
+from longspan.costmodel.choose import exchange_bytes, plan_group
 from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology
 from longspan.costmodel.predict import attention_time
+from longspan.plan.group_step import BLOCK_LEN
 from longspan.plan.types import DirectExchange, GroupStep, RingExchange
 from longspan.types import KVGroup, Strategy
 

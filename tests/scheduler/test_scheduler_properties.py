@@ -275,7 +275,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             plan.phase is Phase.PREFILL
             and num_requests > 1
             and any(
-                request.phase is Phase.DECODE and request.last_plan_id == plan.plan_id
+                request.phase is Phase.DECODE and request.delivery.last_plan_id == plan.plan_id
                 for request in self.scheduler.running
             )
         )

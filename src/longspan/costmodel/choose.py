@@ -11,14 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.costmodel.predict import Prediction, message_bytes, predict_attention
 from longspan.costmodel.work import StepWork, count_work
-from longspan.plan.group_step import make_group_step
+from longspan.plan.group_step import BLOCK_LEN, make_group_step
 from longspan.plan.segments import make_segments, remote_ranks
 from longspan.plan.types import DirectExchange, GroupStep, QueryRun, RingExchange, Segment
 from longspan.sharding.pages import PageTable
 from longspan.types import KVGroup, Strategy
-
-BLOCK_LEN = 2048
-"""Rows per block of a ring: long enough for efficient kernels; three blocks are the ring's whole temporary memory."""
 
 CANDIDATES = (Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q, Strategy.TREE)
 """What is compared; at equal times the earlier wins."""

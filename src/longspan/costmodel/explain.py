@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 import msgspec
 
-from longspan.costmodel.choose import BLOCK_LEN, exchange_bytes, predict_candidates
+from longspan.costmodel.choose import exchange_bytes, predict_candidates
 from longspan.costmodel.parameters import Costs
 from longspan.costmodel.predict import predict_attention
+from longspan.plan.group_step import BLOCK_LEN
 from longspan.plan.types import GroupStep
 from longspan.sharding.pages import PageTable
 from longspan.types import KVGroup, Phase, Strategy

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from longspan.attention.partial import PartialAttention
+from longspan.costmodel.parameters import KernelRates
 from longspan.cp.partial_message import PartialMessage
 from longspan.types import KVGroup
 
@@ -25,6 +27,10 @@ class MessageTimes(NamedTuple):
     """Making the message, and filling it."""
     merge_s: float
     """Merging it at home."""
+
+    def add_to(self, rates: KernelRates) -> KernelRates:
+        """Rates that count the work at a message's ends; what sending takes of a rank joins `exchange_s` later."""
+        return msgspec.structs.replace(rates, exchange_s=self.pack_s / 2, merge_s=self.merge_s)
 
 
 def measure_messages(group: KVGroup, device: torch.device) -> MessageTimes:

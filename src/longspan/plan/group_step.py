@@ -12,6 +12,10 @@ from longspan.plan.types import DirectExchange, GroupStep, RingExchange, Segment
 from longspan.sharding.pages import PageTable
 from longspan.types import Strategy
 
+BLOCK_LEN = 2048
+"""Rows per block of a ring: long enough for efficient kernels; three blocks are the ring's whole temporary memory. No
+query run is longer."""
+
 
 def make_group_step(
     strategy: Strategy,

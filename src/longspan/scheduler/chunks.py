@@ -87,7 +87,7 @@ class Chunks:
 
         A short chunk behind a long context has few owners, often one: they do not compute its attention alone.
         """
-        if not request.moves_queries:
+        if not request.delivery.moves_queries:
             return {}
         first = self._step_time.first_key(request.num_computed)
         held: dict[int, int] = {}

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from longspan.errors import LongspanError
 from longspan.plan.types import PageCopy, SampleRow
+from longspan.scheduler.delivery import Delivery
 from longspan.sharding.pages import PageTable
 from longspan.types import FinishReason, Phase, SamplingParams, TokenLogprobs
 
@@ -70,17 +71,12 @@ class Request:
     num_new: dict[int, int] = field(default_factory=dict)
     """Rank to pages placed there, cached ones not included."""
     num_preemptions: int = 0
-    informed_ranks: set[int] = field(default_factory=set)
-    """Ranks that know the page tables as of the last plan."""
-    involved_ranks: set[int] = field(default_factory=set)
-    """Ranks that ever heard of the request."""
+    delivery: Delivery = field(default_factory=Delivery)
+    """What the ranks were told of it. The plan writer's."""
     num_crashes: int = 0
     """How often, one after another, the ranks were lost while they computed this request, and it got no further."""
     farthest: int = 0
     """Tokens that were computed when the ranks were last lost; to compute these again is not to get further."""
-    last_plan_id: int = -1
-    moves_queries: bool = False
-    """Whether its last step brought queries to keys: then attention's work lies where the keys are."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     """What happened, if `finish_reason` is `ERROR`."""
@@ -142,8 +138,7 @@ class Request:
         self.claims, self.held, self.num_new = [], [], {}
         self.num_hit_pages = self.num_published = 0
         self.num_computed = self.num_planned = 0
-        self.informed_ranks = set()
-        self.moves_queries = False
+        self.delivery.forget_tables()
 
     def lose_ranks(self, *, was_in_flight: bool) -> None:
         """The ranks that computed it are gone, with all that they held. Args: whether a plan in flight computed it."""
@@ -151,7 +146,7 @@ class Request:
         self.farthest = max(self.farthest, self.num_computed)
         self.forget_pages()
         self.copies = []
-        self.involved_ranks = set()
+        self.delivery.lose_ranks()
 
     def note_computed(self, num_tokens: int) -> None:
         """So many tokens have their KV stored now."""

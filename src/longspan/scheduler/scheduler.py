@@ -194,7 +194,7 @@ class Scheduler:
         else:
             self.running.remove(request)
             self.memory.free(request)
-        for rank in request.involved_ranks:
+        for rank in request.delivery.involved_ranks:
             self._unreported[rank].add(request.request_id)
 
     def cancel(self, request: Request) -> None:
@@ -234,7 +234,7 @@ class Scheduler:
             request.lose_ranks(was_in_flight=request.request_id in in_flight)
             request.num_preemptions += 1
         for request in self.waiting:
-            request.involved_ranks = set()
+            request.delivery.lose_ranks()
         self.waiting = deque(sorted([*self.waiting, *self.running], key=lambda request: request.request_id))
         self.running = []
         self.memory.forget_all()
@@ -289,7 +289,7 @@ class Scheduler:
         """The plan behind one of decodes that is in flight, unless a request waits for a rank or for a page."""
         if self.config.async_scheduling and all(request.in_flight for request in self.running):
             for plan, requests, _ in self._in_flight.values():
-                is_followed = any(request.last_plan_id != plan.plan_id for request in requests)
+                is_followed = any(request.delivery.last_plan_id != plan.plan_id for request in requests)
                 if plan.phase is Phase.DECODE and not is_followed and (chosen := self._ahead(plan, requests)):
                     return self._write_plan(set(plan.ranks), chosen, Phase.DECODE, 0.0, behind=plan)
         return None
@@ -319,7 +319,7 @@ class Scheduler:
         return chosen if needs_all_ranks else []
 
     def _ready(self, request: Request) -> _Ready:
-        is_decode, end, turn = request.phase is Phase.DECODE, len(request.token_ids), request.last_plan_id
+        is_decode, end, turn = request.phase is Phase.DECODE, len(request.token_ids), request.delivery.last_plan_id
         if not is_decode:
             end = self._chunks.end(request, [self.config.max_num_batched_tokens] * self.config.context_parallel_size)
         ranks = self._ranks(request, end)
@@ -331,7 +331,7 @@ class Scheduler:
         return _Ready(
             turn,
             is_decode,
-            request.last_plan_id,
+            request.delivery.last_plan_id,
             self.config.context_parallel_size - len(ranks),
             request.request_id,
             request,
@@ -349,7 +349,7 @@ class Scheduler:
             if not self.memory.admit(self.waiting[0], load):
                 return
             request = self.waiting.popleft()
-            request.last_plan_id = self._next_plan_id - 1  # waits from now on; -1 would overtake all others
+            request.delivery.wait_from(self._next_plan_id - 1)  # -1 would overtake all others
             insort(self.running, request, key=lambda r: r.request_id)
             self._add_load(load, request)
 

@@ -15,8 +15,7 @@ from longspan.attention.measure import measure_kernels
 from longspan.comm.measure import barrier, measure_links
 from longspan.config import num_cores
 from longspan.costmodel.measured import RankMeasurement
-from longspan.costmodel.parameters import KernelRates
-from longspan.cp.measure import MessageTimes, measure_messages
+from longspan.cp.measure import measure_messages
 from longspan.models.hook import AttentionCall
 from longspan.worker.messages import Measure
 from longspan.worker.runner import ModelRunner
@@ -52,18 +51,13 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
         device=runner.device,
     )
     sync()
-    rates = with_messages(rates, measure_messages(group, runner.device))
+    rates = measure_messages(group, runner.device).add_to(rates)
     sync()
     layer_s = _layer_s(runner, rates.read_bytes_per_s)
     sync()
     token_s = _token_s(runner, rates.matmul_flops_per_s, layer_s)
     links = measure_links(comm, message.nodes)
     return RankMeasurement(runner.rank, msgspec.structs.replace(rates, layer_s=layer_s, token_s=token_s), links)
-
-
-def with_messages(rates: KernelRates, times: MessageTimes) -> KernelRates:
-    """Rates that count the work at a message's ends; what sending it takes of a rank is added to `exchange_s` later."""
-    return msgspec.structs.replace(rates, exchange_s=times.pack_s / 2, merge_s=times.merge_s)
 
 
 def _layer_s(runner: ModelRunner, read_bytes_per_s: float) -> float:

@@ -3,6 +3,8 @@
 import pytest
 from engines import engine, generate, prompts, random_prompts, reference, tokens_of
 
+from longspan.costmodel.parameters import costs_by_bytes
+
 
 def num_blocks(llm):
     return llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
@@ -40,10 +42,15 @@ COMPILED = {("llama", 2), ("qwen3", 3)}
         ("llama", 2, {"strategy": "gather_kv", "placement": "packed"}),
     ],
 )
-def test_tokens_equal_transformers(models, expected, kind, cp_size, longspan):
+def test_tokens_equal_transformers(models, expected, monkeypatch, kind, cp_size, longspan):
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for a function of this test, sent to workers
     compiled = not longspan and (kind, cp_size) in COMPILED
     with engine(models[kind], cp_size, longspan, enforce_eager=not compiled) as llm:
         asked = prompts()
+        costs = llm.collective_rpc(lambda worker: repr(worker.worker.costs))
+        assert len(costs) == cp_size
+        assert len(set(costs)) == 1, "ranks choose strategies by different numbers"
+        assert (costs[0] == repr(costs_by_bytes((0,) * cp_size))) == (cp_size == 1 or "strategy" in longspan)
         assert tokens_of(generate(llm, asked)) == expected[kind]  # 10 at once, chunked: 1,024 tokens a step
         hits = metric(llm, "vllm:prefix_cache_hits")
         # Again, from the prefix cache; a short prompt's blocks are packed, a long one's striped, and each is the

@@ -1,75 +1,100 @@
 """What a worker and the block manager decide, without an engine."""
 
+from contextlib import contextmanager
+from functools import partial
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from vllm.config import CompilationMode
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from longspan.attention.select import make_backend
 from longspan.comm.recording import RecordingCommunicator
 from longspan.comm.threads import thread_group
+from longspan.costmodel.choose import plan_group
+from longspan.costmodel.parameters import costs_by_bytes
+from longspan.cp.attend import StepAttention
 from longspan.errors import ConfigError, UnsupportedModelError
-from longspan.integrations.vllm import worker as worker_module
-from longspan.integrations.vllm.backend import StepAttentionImpl, WarmUp
+from longspan.integrations.vllm import rank_model as rank_model_module
+from longspan.integrations.vllm.backend import StepAttentionImpl, StepMetadata, WarmUp
+from longspan.integrations.vllm.costs import agree_on_costs
 from longspan.integrations.vllm.exchange import StepExchange
 from longspan.integrations.vllm.executor import ContextParallelExecutor
-from longspan.integrations.vllm.memory import local_kv_bytes
+from longspan.integrations.vllm.failure import telling_peers
+from longspan.integrations.vllm.memory import common_kv_bytes, local_kv_bytes
 from longspan.integrations.vllm.options import Options
 from longspan.integrations.vllm.placement import Striping, choose_home
 from longspan.integrations.vllm.planning import Row
+from longspan.integrations.vllm.rank_model import RankModel
 from longspan.integrations.vllm.spec import PlacedSpec, PlacingManager
-from longspan.types import KVGroup, KVSpec
+from longspan.integrations.vllm.worker import Worker
+from longspan.kv.pool import PagePool
+from longspan.plan.build import RequestStep, build_plan
+from longspan.plan.types import SampleRow
+from longspan.sharding.pages import PageTable
+from longspan.types import AttentionParams, KVGroup, KVSpec, Strategy
 
 STRIPING = Striping(num_ranks=2, stripe_blocks=4, chunk_blocks=8, min_striped_blocks=16)
 SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "head_size_v": 32, "dtype": torch.float32}
 
 
-@pytest.fixture
-def worker():
-    """Of two ranks, as after `load_model` of a model with one layer."""
-    found = worker_module.Worker.__new__(worker_module.Worker)
-    found._options, found._cp_size = Options(context_parallel_size=2), 2
-    found._group, found._index_of_layer = KVGroup((0,), KVSpec(2, 32, 32, "float32"), 4), {"attn": 0}
-    found.device = torch.device("cpu")
-    found.vllm_config, found.compilation_config = None, SimpleNamespace(mode=CompilationMode.NONE)
-    found.cache_config = SimpleNamespace(block_size=32, kv_cache_memory_bytes=None, gpu_memory_utilization=0.5)
-    found.scheduler_config = SimpleNamespace(max_num_batched_tokens=1024)
-    found.model_config = SimpleNamespace(dtype=torch.float32)
-    found.parallel_config = SimpleNamespace(world_size=2)
-    return found
+class Layer:
+    """An attention layer of vLLM's."""
+
+    num_heads, num_kv_heads, head_size, head_size_v = 4, 2, 32, 32
+    impl = SimpleNamespace(scale=0.1, logits_soft_cap=None)
+
+    def __init__(self, **more):
+        self.more = more
+
+    def get_kv_cache_spec(self, vllm_config):
+        return FullAttentionSpec(**SHAPE, **self.more)
+
+
+def rank_model(layer, module=None, mode=CompilationMode.NONE):
+    """A model with one layer, loaded."""
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=32),
+        compilation_config=SimpleNamespace(mode=mode),
+        model_config=SimpleNamespace(dtype=torch.float32),
+    )
+    return RankModel(module, {"attn": layer}, config, torch.device("cpu"))
+
+
+def cache_config(share):
+    return SimpleNamespace(kv_cache_memory_bytes=None, gpu_memory_utilization=share)
 
 
 @pytest.mark.parametrize("more", [{}, {"sliding_window": 64}, {"attention_chunk_size": 64}, {"non_causal": True}])
-def test_only_layers_with_plain_full_attention_are_placed(worker, more):
-    layer = SimpleNamespace(get_kv_cache_spec=lambda vllm_config: FullAttentionSpec(**SHAPE, **more))
-    worker.compilation_config.static_forward_context = {"attn": layer}
+def test_only_layers_with_plain_full_attention_are_placed(more):
+    model = rank_model(Layer(**more))
     if more:
         with pytest.raises(UnsupportedModelError, match="layer attn"):
-            worker.get_kv_cache_spec()
+            model.kv_cache_spec(STRIPING)
     else:
-        assert isinstance(worker.get_kv_cache_spec()["attn"], PlacedSpec)
+        assert model.kv_cache_spec(STRIPING) == {"attn": PlacedSpec(**SHAPE, striping=STRIPING)}
 
 
-def test_all_ranks_refuse_where_one_has_no_memory(worker, monkeypatch):
-    monkeypatch.setattr(worker_module.dist, "all_reduce", lambda blocks, op: blocks.zero_())  # another rank's 0
+def test_all_ranks_refuse_where_one_has_no_memory(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda blocks, op: blocks.zero_())  # another rank's 0
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
-        worker.determine_available_memory()
+        common_kv_bytes(cache_config(0.5), 2, 1 << 16, torch.device("cpu"))
 
 
 def test_a_rank_without_memory_says_zero():
-    cache = SimpleNamespace(kv_cache_memory_bytes=None, gpu_memory_utilization=1e-9)
-    assert local_kv_bytes(cache, 2, torch.device("cpu")) == 0
+    assert local_kv_bytes(cache_config(1e-9), 2, torch.device("cpu")) == 0
 
 
-def test_other_processes_than_the_first_end_where_they_fail(worker):
+def test_other_processes_than_the_first_end_where_they_fail():
     closed = []
-    worker._comm, worker.rank = SimpleNamespace(close=lambda: closed.append(True)), 1
-    with pytest.raises(SystemExit), worker._telling_peers_of_failure():
+    comm = SimpleNamespace(close=lambda: closed.append(True))
+    with pytest.raises(SystemExit), telling_peers(comm, 1):
         raise ValueError
-    worker.rank = 0
-    with pytest.raises(ValueError, match="reason"), worker._telling_peers_of_failure():
+    with pytest.raises(ValueError, match="reason"), telling_peers(comm, 0):
         raise ValueError("reason")
     assert closed == [True, True]
 
@@ -124,11 +149,14 @@ def test_a_step_begins_without_an_answer_from_anybody():
         executor.execute_model(step(3))
 
 
-def test_what_fails_in_a_step_is_raised_where_it_ends(worker):
-    worker.rank, worker._failure, worker._exchange = 0, None, StepExchange(None)
-    worker._comm, worker._requests = SimpleNamespace(close=lambda: None), None
+def test_what_fails_in_a_step_is_raised_where_it_ends(monkeypatch):
+    def fail(worker, scheduler_output):
+        raise ValueError("of the step")
+
+    monkeypatch.setattr(Worker, "execute_model", fail)
+    worker = Worker.__new__(Worker)
     worker.begin_step(step(1))
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match="of the step"):
         worker.sample_tokens(None)
 
 
@@ -161,17 +189,66 @@ def test_hidden_states_travel_only_to_the_rank_that_samples_and_only_from_ranks_
     assert comms[0].num_exchanges == 1, "a lone request at home is no business of others"
 
 
-def test_a_model_is_compiled_with_as_many_rows_as_a_step_may_have_and_with_positions_that_all_models_have(worker):
+def test_a_model_is_compiled_with_as_many_rows_as_a_step_may_have_and_with_positions_that_all_models_have(monkeypatch):
     ran = []
-    worker._run_model = lambda *arguments: ran.append(arguments)
-    worker._warm_up()
+
+    @contextmanager
+    def forward_context(metadata, vllm_config, *, num_tokens, slot_mapping):
+        ran.append((metadata, num_tokens))
+        yield
+
+    def module(*, input_ids, positions):
+        ran.append((input_ids, positions))
+
+    monkeypatch.setattr(rank_model_module, "set_forward_context", forward_context)
+    rank_model(Layer(), module).warm_up(1024)
     assert not ran, "nothing is compiled"
-    worker.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
-    worker._warm_up()
-    ((metadata, token_ids, positions),) = ran
+    rank_model(Layer(), module, CompilationMode.DYNAMO_TRACE_ONCE).warm_up(1024)
+    ((metadata, num_tokens), (token_ids, positions)) = ran
     assert isinstance(metadata, WarmUp)
+    assert num_tokens == 1024
     assert token_ids.shape == positions.shape == (1024,)
     assert not positions.any()
+
+
+def test_the_last_layer_computes_attention_for_the_rows_that_are_read_and_the_others_are_zero():
+    """Eight tokens of a prompt, half on each rank; the last one is read."""
+    names, outs = ("layers.0.attn", "layers.1.attn"), {}
+    group = KVGroup((0, 1), KVSpec(2, 32, 32, "float32"), 4)
+    table = PageTable(4)
+    table.append(0, 0, 1)
+    table.append(1, 0, 1)
+    part = RequestStep(0, 0, 8, 8, range(8), SampleRow(0, 7, 0.0, 1.0, 0, 0.0, 0, None, ()), ())
+    plan = build_plan(0, (0, 1), [part], [{0: table}], [group], partial(plan_group, forced=Strategy.PASS_Q))
+    assert plan.last_layer is not None
+    impl = StepAttentionImpl(4, 32, 0.1, 2)
+
+    def run(rank, comm):
+        pool = PagePool(group, 1, 4, torch.device("cpu"))
+        recording = RecordingCommunicator(comm)
+        params = [AttentionParams(0.1), AttentionParams(0.1)]
+        attention = StepAttention(plan, [{0: table}], [pool], recording, make_backend("cpu", "cpu"), params)
+        metadata = StepMetadata(attention, {name: i for i, name in enumerate(names)})
+        for name in names:
+            q, kv = torch.randn(4, 4, 32), torch.randn(4, 2, 32)
+            layer, output = SimpleNamespace(layer_name=name), torch.full((4, 4, 32), torch.nan)
+            outs[rank, name] = impl.forward(layer, q, kv, kv, None, metadata, output).abs().amax((1, 2)) > 0
+
+    threads = [Thread(target=run, args=(rank, comm)) for rank, comm in enumerate(thread_group(2))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [outs[rank, names[0]].tolist() for rank in (0, 1)] == [[True] * 4] * 2
+    assert [outs[rank, names[1]].tolist() for rank in (0, 1)] == [[False] * 4, [False] * 3 + [True]]
+
+
+@pytest.mark.parametrize("refused", [{"strategy": "pass_q"}, {"measure": "never"}, {"context_parallel_size": 1}])
+def test_nothing_is_measured_where_nothing_is_chosen_by_it(refused):
+    options = Options(**{"context_parallel_size": 2, **refused})
+    comm = SimpleNamespace(size=options.context_parallel_size)
+    costs = agree_on_costs(options, None, None, None, comm, torch.device("cpu"))
+    assert costs == costs_by_bytes((0,) * comm.size)
 
 
 def test_attention_gives_zeros_only_while_a_model_is_compiled():

@@ -1,6 +1,6 @@
 """How much memory a rank has for keys and values.
 
-Holds one function. Must not know models.
+Holds what one process finds, and what all of them have. Must not know models.
 Read next: `longspan.integrations.vllm.worker`.
 """
 
@@ -9,6 +9,9 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
+
+from longspan.errors import ConfigError
 
 
 def local_kv_bytes(cache_config: Any, num_processes: int, device: torch.device) -> int:
@@ -31,3 +34,22 @@ def local_kv_bytes(cache_config: Any, num_processes: int, device: torch.device) 
     share = cache_config.gpu_memory_utilization * memory.total / num_processes
     left = min(share - psutil.Process(os.getpid()).memory_info().rss, memory.available / num_processes)
     return max(0, int(left))
+
+
+def common_kv_bytes(cache_config: Any, num_processes: int, block_bytes: int, device: torch.device) -> int:
+    """Bytes that every process has for keys and values, in whole blocks.
+
+    Raises:
+        ConfigError: in all processes, if one of them has no room for a block.
+
+    Collective: every process of the default group.
+    """
+    blocks = torch.tensor([local_kv_bytes(cache_config, num_processes, device) // block_bytes], device=device)
+    dist.all_reduce(blocks, dist.ReduceOp.MIN)
+    if not blocks.item():
+        raise ConfigError(
+            f"kv_cache_memory_bytes: got {cache_config.kv_cache_memory_bytes}, with gpu_memory_utilization "
+            f"{cache_config.gpu_memory_utilization}, which leaves a process no room for a block of "
+            f"{block_bytes} bytes; legal is more of either"
+        )
+    return int(blocks.item()) * block_bytes

@@ -10,12 +10,14 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from longspan.errors import ConfigError
+from longspan.types import Strategy
 
 KEY = "longspan"
 """The key in `additional_config`; without it the plugin changes nothing."""
 
 StrategyName = Literal["auto", "gather_kv", "pass_kv", "pass_q"]
 PlacementName = Literal["auto", "packed", "striped"]
+MeasureName = Literal["auto", "never"]
 MAX_RANKS = 128
 
 
@@ -31,9 +33,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     stripe_size: int = 512
     """Most tokens per stripe; rounded up to whole blocks."""
     strategy: StrategyName = "auto"
-    """What moves where queries and keys are on different ranks; auto takes what moves the fewest bytes."""
+    """What moves where queries and keys are on different ranks; auto takes what is predicted to be the fastest."""
+    measure: MeasureName = "auto"
+    """Whether ranks measure their kernels and links at start, for those predictions; `never` counts bytes alone."""
     untested_cuda: bool = False
     """Run on GPUs, which nobody has tried; without it they are refused."""
+
+    @property
+    def forced_strategy(self) -> Strategy | None:
+        """The strategy that the user wants wherever something moves."""
+        return None if self.strategy == "auto" else Strategy(self.strategy)
 
 
 def parse_options(additional_config: Mapping[str, Any]) -> Options | None:
@@ -61,7 +70,11 @@ def parse_options(additional_config: Mapping[str, Any]) -> Options | None:
         value = given.get(name, low)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ConfigError(f"{KEY}.{name}: got {value!r}, legal is a whole number from {low} to {high}")
-    for name, names in (("strategy", get_args(StrategyName)), ("placement", get_args(PlacementName))):
+    for name, names in (
+        ("strategy", get_args(StrategyName)),
+        ("placement", get_args(PlacementName)),
+        ("measure", get_args(MeasureName)),
+    ):
         if given.get(name, "auto") not in names:
             raise ConfigError(f"{KEY}.{name}: got {given[name]!r}, legal is one of {', '.join(names)}")
     if not isinstance(given.get("untested_cuda", False), bool):

@@ -1,17 +1,17 @@
 """From vLLM's schedule to a plan of the core. Every rank does it, from the same integers.
 
 Holds pure functions of the mirrored requests. Must not know vLLM, tensors or clocks.
-Read next: `longspan.costmodel.choose`, which picks the strategy; `longspan.integrations.vllm.worker`, which runs plans.
+Read next: `longspan.plan.build`, which puts the plan together; `longspan.integrations.vllm.worker`, which runs plans.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from longspan.costmodel.choose import plan_group
 from longspan.integrations.vllm.requests import Requests, RequestState
-from longspan.plan.types import Literals, Plan, QueryRun
+from longspan.plan.build import ChooseGroupStep, RequestStep, build_plan, score_runs
+from longspan.plan.types import Plan, QueryRun, SampleRow, ScoreRun
 from longspan.sharding.pages import PageTable
-from longspan.types import KVGroup, Phase, Strategy
+from longspan.types import KVGroup
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class StepPlan:
     """Per request that gets a token in this step."""
     scores: tuple[ScoredPrompt, ...]
 
+    @property
+    def read_rows(self) -> list[Row]:
+        """What the sampling rank needs: rows that are scored, then rows that are sampled from."""
+        return [*(row for score in self.scores for row in score.rows), *self.samples.values()]
+
 
 def plan_step(
     plan_id: int,
@@ -50,7 +55,7 @@ def plan_step(
     requests: Requests,
     group: KVGroup,
     num_ranks: int,
-    forced: Strategy | None,
+    choose: ChooseGroupStep,
 ) -> StepPlan:
     """Write down a step.
 
@@ -60,41 +65,64 @@ def plan_step(
         requests: after `update`.
         group: the model's only KV group.
         num_ranks: of the cp_group.
-        forced: the user's strategy, or None.
+        choose: the strategy, the same on every rank.
     """
-    runs: list[QueryRun] = []
-    tables: dict[int, PageTable] = {}
+    states = [requests[req_id] for req_id in num_scheduled]
+    steps = [_request_step(state, num_scheduled[state.req_id]) for state in states]
+    tables = {state.number: state.table for state in states}
+    plan = build_plan(plan_id, range(num_ranks), steps, [tables], [group], choose)
+    packed = _PackedRows(plan.query_runs)
     samples: dict[str, Row] = {}
     scores: list[ScoredPrompt] = []
-    num_rows = [0] * num_ranks
-    for req_id, count in num_scheduled.items():
-        state = requests[req_id]
-        start, end = state.num_computed, state.num_computed + count
-        rows: list[tuple[int, int, Row]] = []  # (first position, end, first row)
-        for rank, first, last in state.table.owners(start, end):
-            tokens = Literals(state.tokens(first, last))
-            runs.append(QueryRun(state.number, first, last - first, rank, tokens))
-            rows.append((first, last, Row(rank, num_rows[rank])))
-            num_rows[rank] += last - first
-        tables[state.number] = state.table
-        first, _, row = rows[-1]
-        if end >= state.num_tokens:
-            samples[req_id] = Row(row.rank, row.row + end - 1 - first)
+    for state, step in zip(states, steps, strict=True):
+        if step.sample is not None:
+            (samples[state.req_id],) = packed.rows(state.number, step.end - 1, step.end)
         if not state.has_prompt_logprobs:
-            scores.append(_score(state, start, end, rows))
-    step = plan_group(runs, tables, group, forced=forced)
-    ranks = tuple(range(num_ranks))
-    plan = Plan(plan_id, Phase.PREFILL, ranks, tuple(runs), (), (step,), ())
+            last_scored = len(state.prompt_token_ids) - 1
+            rows = packed.rows(state.number, step.start, min(step.end, last_scored))
+            scores.append(ScoredPrompt(state.req_id, step.start, tuple(rows), is_last=step.end > last_scored))
     return StepPlan(plan, tables, samples, tuple(scores))
 
 
-def _score(state: RequestState, start: int, end: int, rows: list[tuple[int, int, Row]]) -> ScoredPrompt:
-    """The prompt's tokens that the rows of `[start, end)` predict."""
-    last_scored = len(state.prompt_token_ids) - 1
-    scored_end = min(end, last_scored)
-    found = tuple(
-        Row(row.rank, row.row + position - first)
-        for first, last, row in rows
-        for position in range(first, min(last, scored_end))
+def _request_step(state: RequestState, count: int) -> RequestStep:
+    """What a step that computes so many of a request's tokens computes."""
+    start, end = state.num_computed, state.num_computed + count
+    scores: list[ScoreRun] = []
+    if not state.has_prompt_logprobs:
+        prompt = state.prompt_token_ids
+        num_logprobs: int = state.sampling_params.prompt_logprobs
+        scores = score_runs(state.number, state.table, prompt, start, min(end, len(prompt) - 1), num_logprobs)
+    return RequestStep(
+        request_id=state.number,
+        start=start,
+        end=end,
+        num_known=state.num_tokens,
+        tokens=state.tokens(start, end),
+        sample=_sample_row(state.number, end - 1) if end >= state.num_tokens else None,
+        scores=scores,
     )
-    return ScoredPrompt(state.req_id, start, found, is_last=end > last_scored)
+
+
+def _sample_row(number: int, position: int) -> SampleRow:
+    """Name the row that a token is sampled from. How it is sampled, vLLM's own sampler knows."""
+    return SampleRow(number, position, 0.0, 1.0, top_k=0, min_p=0.0, seed=0, num_logprobs=None, banned_token_ids=())
+
+
+class _PackedRows:
+    """Where a step's positions stand among the packed rows of the ranks that compute them."""
+
+    def __init__(self, query_runs: Iterable[QueryRun]) -> None:
+        self._runs: dict[int, list[tuple[QueryRun, int]]] = {}  # per request, with the first row of each
+        num_rows: dict[int, int] = {}
+        for run in query_runs:
+            first = num_rows.get(run.compute_rank, 0)
+            self._runs.setdefault(run.request_id, []).append((run, first))
+            num_rows[run.compute_rank] = first + run.num_tokens
+
+    def rows(self, number: int, start: int, end: int) -> list[Row]:
+        """Those of a request's positions `[start, end)`."""
+        return [
+            Row(run.compute_rank, first + position - run.position)
+            for run, first in self._runs[number]
+            for position in range(max(start, run.position), min(end, run.end))
+        ]

@@ -1,0 +1,60 @@
+"""What the ranks can do, in numbers that all of them agree on: every rank chooses strategies by itself.
+
+Holds the measurement at start. Must not know vLLM, or what is predicted from the numbers.
+Read next: `longspan.costmodel.measured`, which makes one set of numbers of all; `longspan.integrations.vllm.planning`.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from longspan.attention.base import AttentionBackend
+from longspan.attention.measure import measure_kernels
+from longspan.comm.base import Communicator
+from longspan.comm.measure import measure_links
+from longspan.costmodel.measured import RankMeasurement, combine
+from longspan.costmodel.parameters import Costs, costs_by_bytes
+from longspan.cp.measure import measure_messages
+from longspan.integrations.vllm.options import Options
+from longspan.types import AttentionParams, KVGroup
+
+
+@torch.inference_mode()
+def agree_on_costs(
+    options: Options,
+    backend: AttentionBackend,
+    group: KVGroup,
+    params: AttentionParams,
+    comm: Communicator,
+    device: torch.device,
+) -> Costs:
+    """Measure all processes at the same time, on one machine; the slowest counts.
+
+    Bytes alone count where there is nothing to choose, on GPUs, and where the user wants it.
+
+    Args:
+        options: the user's.
+        backend: this process's kernels.
+        group: the model's KV group, as this process holds it.
+        params: of one of its layers.
+        comm: the cp_group's communicator; nothing is under way on it.
+        device: where the model runs.
+
+    Returns:
+        The same numbers in every process, to the bit: all get all measurements, in one order.
+
+    Collective: every process of the default group, once, before the first step; half a second to a second.
+    """
+    nodes = (0,) * comm.size
+    if comm.size == 1 or options.forced_strategy or options.measure == "never" or device.type != "cpu":
+        return costs_by_bytes(nodes)
+    num_threads = dist.get_world_size() * torch.get_num_threads()
+    ranks_per_device = max(1.0, num_threads / (os.cpu_count() or 1))  # vLLM binds this process to some of the cores
+    rates = measure_kernels(backend, group, params, ranks_per_device=ranks_per_device, sync=dist.barrier, device=device)
+    dist.barrier()
+    rates = measure_messages(group, device).add_to(rates)
+    mine = RankMeasurement(comm.rank, rates, measure_links(comm, nodes))
+    all_measured: list[RankMeasurement | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_measured, mine)
+    return combine([measured for measured in all_measured if measured is not None], nodes)

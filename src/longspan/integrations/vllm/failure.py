@@ -1,0 +1,35 @@
+"""What a process does that fails in a step.
+
+Holds one context. Must not know what a step does.
+Read next: `longspan.integrations.vllm.worker`.
+
+Note: who fails
+    vLLM reads the answers of process 0 alone. Another process that fails leaves its tensor parallel peers in a
+    collective, so it ends: vLLM's monitor of processes then ends the engine.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from longspan.comm.base import Communicator
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def telling_peers(comm: Communicator, process: int) -> Iterator[None]:
+    """Let no process wait for one that failed. See Note: who fails.
+
+    Args:
+        comm: the process's communicator; closed where something fails.
+        process: its number; 0 raises what failed, the others end.
+    """
+    try:
+        yield
+    except Exception as error:
+        comm.close()  # ranks that wait for this one learn of it at once
+        if process == 0:
+            raise
+        logger.exception("process %d failed, and ends", process)
+        raise SystemExit(1) from error

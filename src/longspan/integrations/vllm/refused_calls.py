@@ -1,0 +1,36 @@
+"""The calls of vLLM to a worker that have nothing to do here, or ask for what the plugin does not support.
+
+Holds their answers. Must not know ranks, plans or models.
+Read next: `longspan.integrations.vllm.worker`; `longspan.integrations.vllm.refusals`, what is refused at start.
+"""
+
+from typing import Any
+
+from vllm.v1.worker.worker_base import WorkerBase
+
+from longspan.errors import ConfigError
+
+
+class RefusedCalls(WorkerBase):
+    """A worker without drafts, encoders, profiles, sleep and LoRA."""
+
+    def take_draft_token_ids(self) -> None:
+        return None
+
+    def execute_dummy_batch(self) -> None:
+        """Only data parallel engines need one."""
+
+    def reset_encoder_cache(self) -> None:
+        """There is none."""
+
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None, **options: Any) -> None:
+        raise ConfigError("profile: longspan does not support it")
+
+    def sleep(self, level: int = 1) -> None:
+        raise ConfigError("sleep: longspan does not support it")
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        raise ConfigError("wake_up: longspan does not support it")
+
+    def add_lora(self, lora_request: Any) -> bool:
+        raise ConfigError("add_lora: longspan does not support LoRA")
