@@ -13,7 +13,7 @@ from typing import Any
 
 from longspan.cli.main import main
 from longspan.engine.workers import WorkerExecutor
-from longspan.worker.messages import Hello, Ready, decode_to_driver
+from longspan.group.messages import Hello, Ready, decode_to_driver
 
 
 def watch(path: Path, zero_s: float) -> None:

@@ -19,14 +19,14 @@ from longspan.comm import connect
 from longspan.comm.connect import Meeting, address_towards, connect_all, interface_address, local_meeting
 from longspan.comm.secret import Secret, read_secret, require_secret
 from longspan.config import EngineConfig
-from longspan.engine.link import DriverLink
-from longspan.engine.membership import Roster
 from longspan.errors import CommunicationError, ConfigError
+from longspan.group.driver_link import DriverLink
+from longspan.group.membership import Roster
+from longspan.group.messages import Hello, Refused, Stop, Versions, decode_to_driver, encode
+from longspan.group.versions import own_versions
+from longspan.group.worker_link import WorkerLink
 from longspan.models.fingerprint import SAMPLE_BYTES, fingerprint
-from longspan.worker.link import WorkerLink
-from longspan.worker.messages import Hello, Refused, Stop, Versions, decode_to_driver, encode
 from longspan.worker.remote import Place, read_place
-from longspan.worker.versions import own_versions
 
 SECRET = Secret(b"correct horse battery staple")
 VERSIONS = Versions("1", "3.11", "2.11.0", "5.16.0")
@@ -120,7 +120,7 @@ def test_a_worker_with_another_secret_is_told_at_once_and_its_address_is_known()
 
 
 def test_a_worker_that_knows_the_drivers_key_but_has_one_of_its_own_is_not_admitted():
-    from longspan.worker.zmq_auth import driver_keys
+    from longspan.group.zmq_auth import driver_keys
 
     driver = DriverLink("tcp://127.0.0.1:*", SECRET)
     context = zmq.Context()

@@ -16,11 +16,11 @@ from served_command import FACT, FILLER, QUESTION
 from test_link import SECRET, receive_one
 
 from longspan import LLM, SamplingParams
-from longspan.engine.link import DriverLink
+from longspan.group.driver_link import DriverLink
+from longspan.group.messages import Alive, Answer, Failed, Files, Hello, Ready, Refused, decode_to_worker, encode
+from longspan.group.versions import own_versions
+from longspan.group.zmq_auth import connect_with
 from longspan.plan.types import RankResult
-from longspan.worker.messages import Alive, Answer, Failed, Files, Hello, Ready, Refused, decode_to_worker, encode
-from longspan.worker.versions import own_versions
-from longspan.worker.zmq_auth import connect_with
 
 pytestmark = pytest.mark.processes
 

@@ -16,12 +16,12 @@ import pytest
 from process_tree import is_alive, parents_of_ranks, ranks
 
 from longspan import LLM, ConfigError, LongspanError, SamplingParams, WorkerError
-from longspan.engine.failures import Failures, describe_end
 from longspan.engine.processes import _environment
+from longspan.group import heartbeat
+from longspan.group.failures import Failures, describe_end
+from longspan.group.messages import Failed
 from longspan.plan.types import GroupStep, Plan, QueryRun, SampledBy
 from longspan.types import Phase, Strategy
-from longspan.worker import heartbeat
-from longspan.worker.messages import Failed
 
 TEXT = Path(argparse.__file__).read_text()
 FACT = "The magic number is 4711."

@@ -20,10 +20,10 @@ from longspan.config import EngineConfig
 from longspan.engine import engine, processes, workers
 from longspan.engine.recovery import POISON_CRASHES, Restarts, fail_poison, fewer_ranks
 from longspan.errors import CapacityError, ConfigError, LongspanError, WorkerError
+from longspan.group import heartbeat
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config
 from longspan.types import FinishReason
-from longspan.worker import heartbeat
 from longspan.worker.fault import VARIABLE, read_fault
 
 # -- who is to blame ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ Note [Waiting on a GPU]
     millisecond at least and may not happen in a capture. So no Python code raises when a message does not come.
     PyTorch's watchdog ends the process when an exchange has taken `timeout_s` since it was launched, so that a step's
     exchanges have that long together. It does not see those that a graph repeats: there the driver ends ranks that owe
-    an answer and get no further (`longspan.engine.failures`).
+    an answer and get no further (`longspan.group.failures`).
     Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp, `WorkNCCL::wait` and `workEnqueue`.
 """
 

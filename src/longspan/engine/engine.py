@@ -27,6 +27,7 @@ from longspan.engine.memory import gpu_cache_memory, kv_cache_memory
 from longspan.engine.recovery import STARTS, Restarts, add_totals, fail_poison, fail_unfit, fewer_ranks
 from longspan.engine.start import start_executor
 from longspan.errors import ConfigError, LongspanError
+from longspan.group.messages import Start
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.plan.types import PlanResult, RankResult
@@ -35,7 +36,6 @@ from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
 from longspan.types import FinishReason, ModelSpec, SamplingParams
-from longspan.worker.messages import Start
 
 
 class RankStats(msgspec.Struct, frozen=True):

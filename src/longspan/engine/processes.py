@@ -21,9 +21,9 @@ import msgspec
 from longspan.comm.secret import VARIABLE as SECRET_VARIABLE
 from longspan.comm.secret import Secret
 from longspan.config import EngineConfig
-from longspan.engine.failures import describe_end
 from longspan.errors import ConfigError, WorkerError
-from longspan.worker.messages import ForkRanks, KillRanks, Order, RankProcess
+from longspan.group.failures import describe_end
+from longspan.group.messages import ForkRanks, KillRanks, Order, RankProcess
 
 MAX_DIRECTORY_BYTES = 90
 """Most bytes in the path of the sockets' directory: a socket's whole path has at most 107."""

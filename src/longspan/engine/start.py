@@ -17,7 +17,7 @@ from longspan.engine.processes import LocalLauncher
 from longspan.engine.threads import ThreadExecutor
 from longspan.engine.workers import WorkerExecutor
 from longspan.errors import ConfigError
-from longspan.worker.messages import Start
+from longspan.group.messages import Start
 
 
 def start_executor(

@@ -16,11 +16,11 @@ from longspan.comm.threads import thread_group
 from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.executor import PendingPlans
 from longspan.errors import LongspanError, WorkerError
+from longspan.group.messages import Measure, Start
 from longspan.models.compiled import compile_dense_
 from longspan.plan.types import Plan, PlanResult
 from longspan.worker.build import build_runner, load_weights, open_rank, with_options
 from longspan.worker.measure import measure
-from longspan.worker.messages import Measure, Start
 from longspan.worker.runner import ModelRunner
 
 STOP_S = 1.0

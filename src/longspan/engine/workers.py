@@ -2,7 +2,7 @@
 
 Holds the conversation with the workers, and the watch over them. Must not know how processes are started, schedulers,
 or requests.
-Read next: `longspan.engine.launcher`; `longspan.worker.link`, the other end; `longspan.engine.failures`.
+Read next: `longspan.engine.launcher`; `longspan.group.worker_link`, the other end; `longspan.group.failures`.
 """
 
 import threading
@@ -13,14 +13,13 @@ import msgspec
 
 from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.executor import PendingMeasurements, PendingPlans
-from longspan.engine.failures import Failures
 from longspan.engine.launcher import Launcher
-from longspan.engine.link import DriverLink
-from longspan.engine.membership import Roster
 from longspan.errors import ConfigError, LongspanError, WorkerError
-from longspan.plan.types import Plan, PlanResult
-from longspan.worker.heartbeat import MARGIN_S, silence_limit_s
-from longspan.worker.messages import (
+from longspan.group.driver_link import DriverLink
+from longspan.group.failures import Failures
+from longspan.group.heartbeat import MARGIN_S, silence_limit_s
+from longspan.group.membership import Roster
+from longspan.group.messages import (
     Alive,
     Answer,
     Failed,
@@ -38,7 +37,8 @@ from longspan.worker.messages import (
     decode_to_driver,
     encode,
 )
-from longspan.worker.versions import own_versions
+from longspan.group.versions import own_versions
+from longspan.plan.types import Plan, PlanResult
 
 POLL_MS = 100
 """How often dead processes are looked for while nothing arrives."""

@@ -12,7 +12,7 @@ import click
 from longspan.comm.secret import require_secret
 from longspan.config import check_driver_address
 from longspan.errors import LongspanError
-from longspan.worker.heartbeat import say_last
+from longspan.group.heartbeat import say_last
 from longspan.worker.remote import read_place, run_remote
 
 

@@ -15,11 +15,11 @@ from longspan.attention.base import AttentionBackend
 from longspan.comm.base import Communicator
 from longspan.comm.checking import CheckingCommunicator
 from longspan.comm.delaying import DelayingCommunicator
+from longspan.group.messages import Start
 from longspan.models.compiled import compile_dense_
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.plan.types import Plan
 from longspan.worker.device import check_memory, rank_backend, rank_device
-from longspan.worker.messages import Start
 from longspan.worker.runner import GraphMode, ModelRunner
 
 

@@ -4,7 +4,7 @@ Started by `longspan.engine.processes` as `python -m longspan.worker.fork_server
 the ranks' processes. Must not know what a rank does, and imports torch only when all that ends it is in place.
 Read next: `longspan.worker.process`, a rank's life.
 
-Its standard input is a pipe that only the driver holds. A line says what the driver wants (`longspan.worker.messages`):
+Its standard input is a pipe that only the driver holds. A line says what the driver wants (`longspan.group.messages`):
 that so many ranks are forked now, or that all of them are killed; ranks that are lost are followed by new ones, which
 need no imports. The pipe's end says that the driver is gone. On its standard output the driver hears of every rank's
 process, when it is there and when it has ended. A rank never outlives this process, and this process never outlives the
@@ -30,8 +30,8 @@ from typing import NoReturn
 
 import msgspec
 
+from longspan.group.messages import ForkRanks, Order, RankProcess
 from longspan.imports import quick_imports
-from longspan.worker.messages import ForkRanks, Order, RankProcess
 from longspan.worker.process import run_rank
 
 LOOK_EVERY_S = 0.5

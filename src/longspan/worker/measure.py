@@ -17,8 +17,8 @@ from longspan.config import num_cores
 from longspan.costmodel.measured import RankMeasurement
 from longspan.costmodel.parameters import KernelRates
 from longspan.cp.measure import MessageTimes, measure_messages
+from longspan.group.messages import Measure
 from longspan.models.hook import AttentionCall
-from longspan.worker.messages import Measure
 from longspan.worker.runner import ModelRunner
 
 MOST_WEIGHT_BYTES = 1 << 30

@@ -14,11 +14,11 @@ from typing import Literal
 
 from longspan.comm.connect import Meeting, local_meeting
 from longspan.errors import CommunicationError, ConfigError, LongspanError
+from longspan.group.heartbeat import Progress, PulseThread
+from longspan.group.messages import Failed, Hello, Start
+from longspan.group.versions import own_versions
+from longspan.group.worker_link import WorkerLink
 from longspan.imports import quick_imports
-from longspan.worker.heartbeat import Progress, PulseThread
-from longspan.worker.link import WorkerLink
-from longspan.worker.messages import Failed, Hello, Start
-from longspan.worker.versions import own_versions
 
 
 def hello(rank: int, world_size: int) -> Hello:

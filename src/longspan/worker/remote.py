@@ -15,8 +15,8 @@ from longspan.comm.connect import Meeting, address_towards, interface_address
 from longspan.comm.secret import Secret
 from longspan.config import num_cores
 from longspan.errors import ConfigError, LongspanError
-from longspan.worker.heartbeat import Progress, PulseThread, say_last, silence_limit_s
-from longspan.worker.link import WorkerLink
+from longspan.group.heartbeat import Progress, PulseThread, say_last, silence_limit_s
+from longspan.group.worker_link import WorkerLink
 from longspan.worker.process import hello, run
 
 

@@ -20,6 +20,7 @@ from longspan.comm.base import Communicator
 from longspan.comm.recording import RecordingCommunicator
 from longspan.cp.attend import StepAttention
 from longspan.errors import LongspanError
+from longspan.group.heartbeat import Progress
 from longspan.kv.pool import PagePool
 from longspan.models.hook import AttentionCall
 from longspan.models.last_layer import READ_ROWS
@@ -38,7 +39,6 @@ from longspan.plan.types import (
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec
 from longspan.worker.fault import Injector
-from longspan.worker.heartbeat import Progress
 from longspan.worker.sampler import sample_all, token_logprobs
 
 if TYPE_CHECKING:

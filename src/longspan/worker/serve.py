@@ -17,15 +17,15 @@ from longspan.comm.sockets import LOOK_S, SocketCommunicator
 from longspan.comm.threads import thread_group
 from longspan.config import num_cores
 from longspan.errors import ConfigError
+from longspan.group.heartbeat import Progress
+from longspan.group.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
+from longspan.group.worker_link import WorkerLink
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
 from longspan.models.loader import quiet_transformers
 from longspan.native.heap import keep_freed_memory
 from longspan.worker.build import build_runner, load_weights, open_rank, with_options
 from longspan.worker.fault import Injector, read_fault
-from longspan.worker.heartbeat import Progress
-from longspan.worker.link import WorkerLink
 from longspan.worker.measure import measure
-from longspan.worker.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
 from longspan.worker.thread_lending import borrowed_threads, lends
 
 

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable
 
 from longspan.errors import ConfigError, WorkerError
-from longspan.worker.messages import Failed
+from longspan.group.messages import Failed
 
 
 class Failures:

@@ -17,8 +17,8 @@ from typing import NoReturn
 import zmq
 
 from longspan.comm.secret import Secret
-from longspan.worker.messages import Alive, Hello, Pulse, Refused, Stop, decode_to_worker, encode
-from longspan.worker.zmq_auth import connect_with
+from longspan.group.messages import Alive, Hello, Pulse, Refused, Stop, decode_to_worker, encode
+from longspan.group.zmq_auth import connect_with
 
 ALIVE_EVERY_S = 1.0
 """How often the driver hears that the process runs."""

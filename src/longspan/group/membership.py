@@ -7,7 +7,7 @@ Read next: `longspan.engine.workers`.
 from collections.abc import Sequence
 
 from longspan.errors import ConfigError
-from longspan.worker.messages import Hello, Versions
+from longspan.group.messages import Hello, Versions
 
 
 class Roster:

@@ -1,7 +1,7 @@
 """A worker's end of its link to the driver: introduce itself, hear plans, answer.
 
 Holds one connection, and why it does not come about. Must not know what happens between the messages.
-Read next: `longspan.worker.heartbeat`, the worker's other connection; `longspan.engine.link`, the driver's end.
+Read next: `longspan.group.heartbeat`, the worker's other connection; `longspan.group.driver_link`, the driver's end.
 """
 
 import time
@@ -11,8 +11,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from longspan.comm.secret import Secret
 from longspan.errors import CommunicationError, ConfigError
-from longspan.worker.messages import Hello, Refused, Start, ToDriver, ToWorker, decode_to_worker, encode
-from longspan.worker.zmq_auth import connect_with
+from longspan.group.messages import Hello, Refused, Start, ToDriver, ToWorker, decode_to_worker, encode
+from longspan.group.zmq_auth import connect_with
 
 LINGER_MS = 2000
 """How long a closed connection goes on sending a worker's last words."""

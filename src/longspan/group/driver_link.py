@@ -1,7 +1,7 @@
 """The driver's end of its link to all workers: one socket, whoever they are and wherever they run.
 
 Holds the socket, its lock, and who may connect. Must not know what messages mean.
-Read next: `longspan.engine.workers`, which speaks over it; `longspan.worker.link`, the other end.
+Read next: `longspan.engine.workers`, which speaks over it; `longspan.group.worker_link`, the other end.
 
 Note [One socket, two threads]
 The caller's thread sends plans while the watcher waits for answers. A ZeroMQ socket may be used by one thread at a
@@ -19,7 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from longspan.comm.secret import Secret
 from longspan.errors import ConfigError
-from longspan.worker.zmq_auth import answer_admission, listen_with
+from longspan.group.zmq_auth import answer_admission, listen_with
 
 LINGER_MS = 1000
 """How long a closed link goes on sending its last words."""

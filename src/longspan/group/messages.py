@@ -1,7 +1,7 @@
 """What driver and worker processes say to each other.
 
 Holds message types and their encoding (MessagePack, never pickle). Must not know sockets or processes.
-Read next: `longspan.worker.link`; `longspan.engine.workers`, the other end.
+Read next: `longspan.group.worker_link`; `longspan.engine.workers`, the other end.
 
 A worker has two connections. One, its voice, says `Hello` first and carries plans and answers. The other, its pulse,
 says `Alive` every second, and hears `Pulse`, or that all is over, whatever the worker is busy with.
