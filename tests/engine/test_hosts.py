@@ -20,6 +20,7 @@ from tiny_models import greedy, run_all, tiny_model
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.errors import ConfigError, WorkerError
+from longspan.group.shape import speaker
 
 pytestmark = pytest.mark.processes
 
@@ -133,7 +134,7 @@ def test_a_worker_killed_on_another_host_is_named_with_its_host(hosts):
     with workers(hosts[:2]) as running, Engine(config(model.path, 2)) as engine:
         engine.add_request(model.references[0].prompt, greedy())
         run_all(engine)
-        pid = engine._executor._roster._hellos[1].pid
+        pid = engine._executor.membership.get(speaker(1)).hello.pid
         engine.add_request(model.references[3].prompt, greedy(400))
         engine.step()
         os.kill(pid, signal.SIGKILL)
@@ -153,7 +154,7 @@ def test_workers_that_somebody_starts_again_go_on(hosts):
         requests = [engine.add_request(reference.prompt, greedy()) for reference in model.references]
         while not requests[-1].num_generated:
             engine.step()
-        os.kill(engine._executor._roster._hellos[1].pid, signal.SIGKILL)
+        os.kill(engine._executor.membership.get(speaker(1)).hello.pid, signal.SIGKILL)
 
         def start_again():
             assert all(code for code, _ in running.end())

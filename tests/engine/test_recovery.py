@@ -17,7 +17,7 @@ from served_command import FACT, FILLER, QUESTION, command
 
 from longspan import LLM, SamplingParams
 from longspan.config import EngineConfig
-from longspan.engine import engine, processes, workers
+from longspan.engine import engine, processes
 from longspan.engine.recovery import POISON_CRASHES, Restarts, fail_poison, fewer_ranks
 from longspan.errors import CapacityError, ConfigError, LongspanError, WorkerError
 from longspan.group import heartbeat
@@ -225,7 +225,6 @@ def test_new_ranks_need_no_imports(wanted):
 def test_ranks_of_which_one_is_stopped_or_hangs_are_replaced(wanted, num_ranks, how, monkeypatch):
     """With a peer that waits for it, and without."""
     monkeypatch.setattr(heartbeat, "MARGIN_S", 0.5)
-    monkeypatch.setattr(workers, "MARGIN_S", 0.5)
     if how == "hangs":
         monkeypatch.setenv(VARIABLE, f"rank={num_ranks - 1},plan=3,layer=1,kind=stall,generation=0")
     stopped = []

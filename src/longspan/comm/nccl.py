@@ -45,10 +45,10 @@ class NCCLCommunicator(DistributedCommunicator):
         """Join the group.
 
         Args:
-            rank: this process's position.
+            rank: the position of this process's rank.
             size: ranks in the group.
             init_method: where the ranks meet, as torch.distributed takes it (`file:///...`, `tcp://host:port`, `env://`).
-            device: this rank's GPU, no other's.
+            device: this process's GPU, no other's.
             timeout_s: longest time of an exchange, from its launch.
             backend: of torch.distributed; another one is for tests.
 

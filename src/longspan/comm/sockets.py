@@ -55,7 +55,7 @@ class SocketCommunicator:
         """Join the group.
 
         Args:
-            rank: this process's position.
+            rank: the position of this process's rank.
             size: ranks in the group.
             meeting: where the ranks meet.
             timeout_s: longest wait for a peer in every exchange.
@@ -97,7 +97,36 @@ class SocketCommunicator:
             connection.close()
         self._large.close()
 
-    # -- for the exchanges under way ---------------------------------------------------------------------------------
+    def finish(self, num_sent: dict[int, int], unread: list[tuple[int, memoryview]]) -> None:
+        """Return when the small messages of an exchange have been sent and received.
+
+        Args:
+            num_sent: per peer, how many small messages its socket has taken by then, since the start.
+            unread: (peer, message) pairs to fill, in order.
+
+        Raises:
+            CommunicationError: a peer did not answer within the deadline, or is gone.
+        """
+        started = time.monotonic()
+        while True:
+            unread = self._receive_all(unread)
+            if not unread and all(self._num_sent[peer] >= num for peer, num in num_sent.items()):
+                return
+            if time.monotonic() < started + self._look_s:
+                os.sched_yield()
+            else:
+                self._wait_for([peer for peer, _ in unread], started + self._timeout_s)
+
+    def _receive_all(self, unread: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
+        """Read what has come. Returns what has not, in order."""
+        rest: list[tuple[int, memoryview]] = []
+        blocked: set[int] = set()  # a peer's second message is behind its first
+        for peer, message in unread:
+            count = 0 if peer in blocked else self._receive(peer, message)
+            if count < len(message):
+                blocked.add(peer)
+                rest.append((peer, message[count:]))
+        return rest
 
     def _send(self, peer: int) -> None:
         """Give the socket what it takes now of the messages to a peer."""
@@ -159,31 +188,9 @@ class _PendingMessages:
         self._comm, self._large, self._num_sent, self._incoming = comm, large, num_sent, incoming
 
     def wait(self) -> None:
-        comm = self._comm
-        started = time.monotonic()
-        unread = self._incoming
-        while True:
-            unread = _receive_all(comm, unread)
-            if not unread and all(comm._num_sent[peer] >= num for peer, num in self._num_sent.items()):
-                break
-            if time.monotonic() < started + comm._look_s:
-                os.sched_yield()
-            else:
-                comm._wait_for([peer for peer, _ in unread], started + comm._timeout_s)
+        self._comm.finish(self._num_sent, self._incoming)
         if self._large is not None:
             self._large.wait()
-
-
-def _receive_all(comm: SocketCommunicator, unread: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
-    """Read what has come. Returns what has not, in order."""
-    rest: list[tuple[int, memoryview]] = []
-    blocked: set[int] = set()  # a peer's second message is behind its first
-    for peer, message in unread:
-        count = 0 if peer in blocked else comm._receive(peer, message)
-        if count < len(message):
-            blocked.add(peer)
-            rest.append((peer, message[count:]))
-    return rest
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -72,13 +72,11 @@ class WorkerLink:
                     num_refusals += 1
             if num_refusals >= MAX_REFUSALS:
                 raise ConfigError(
-                    f"LONGSPAN_SECRET: rank {hello.rank} on {hello.host} got as far as {self.address}, where the "
+                    f"LONGSPAN_SECRET: {_name(hello)} got as far as {self.address}, where the "
                     "handshake failed; legal is the driver's secret"
                 )
         what = "does not answer" if has_reached else "cannot be reached"
-        raise CommunicationError(
-            f"rank {hello.rank} on {hello.host}: the driver at {self.address} {what} (within {timeout_s:g} s)"
-        )
+        raise CommunicationError(f"{_name(hello)}: the driver at {self.address} {what} (within {timeout_s:g} s)")
 
     def send(self, message: ToDriver) -> None:
         """Hand a message to the connection."""
@@ -95,3 +93,8 @@ class WorkerLink:
         self._monitor.close(linger=0)
         self._socket.close(linger=linger_ms)
         self._context.term()
+
+
+def _name(hello: Hello) -> str:
+    """A worker in words while it knows its number alone, and not yet how many processes a rank has."""
+    return f"rank {hello.number} on {hello.host}"

@@ -1,4 +1,4 @@
-"""`python -m longspan.worker`: one rank, started on its host by torchrun or anything that sets the same variables.
+"""`python -m longspan.worker`: one process of a group, started by torchrun or anything that sets the same variables.
 
 Holds the command line. Must not know what a worker does.
 Read next: `longspan.worker.remote`.

@@ -52,7 +52,12 @@ class Injector:
     """A rank's fault, if it is to have one."""
 
     def __init__(self, fault: Fault | None, comm: DamagingCommunicator | None = None) -> None:
-        """Args: `comm` is what damages messages, for `kind=corrupt`."""
+        """A rank's fault, or None.
+
+        Args:
+            fault: what is to come.
+            comm: damages messages, for `kind=corrupt`.
+        """
         self._fault, self._comm = fault, comm
 
     def before_layer(self, num_plans: int, layer: int) -> None:
@@ -67,7 +72,7 @@ class Injector:
 
     def _strike(self, fault: Fault) -> None:
         if fault.kind == "corrupt" and self._comm is not None:
-            self._comm.damages_next = True
+            self._comm.damage_next()
             return
         if fault.kind == "die":
             os.kill(os.getpid(), signal.SIGKILL)
