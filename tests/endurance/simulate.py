@@ -158,7 +158,7 @@ class World:
 
     @property
     def ranks(self) -> SimulatedRanks:
-        ranks = self.engine._executor
+        ranks = self.engine.executor
         assert isinstance(ranks, SimulatedRanks)
         return ranks
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny_models import load_reference, tiny_model
 from longspan.attention import select
 from longspan.attention.select import make_backend
 from longspan.config import EngineConfig
-from longspan.engine import gpus
+from longspan.engine import engine, gpus
 from longspan.engine.engine import Engine
 from longspan.engine.gpus import GPU, choose_device, find_gpus
 from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
@@ -227,10 +228,11 @@ def test_an_engine_cuts_a_gpus_memory_into_ranks_and_pages(visible, monkeypatch)
     visible(2)
     seen = []
 
-    def start(self, **_):
-        seen.append((self.config.device, self.config.kv_cache_memory, self.spec.kv_groups[0].spec.dtype))
+    def start_executor(start, *_):
+        seen.append((start.config.device, start.config.kv_cache_memory, start.spec.kv_groups[0].spec.dtype))
+        return SimpleNamespace(hosts=())
 
-    monkeypatch.setattr(Engine, "_start_until_ready", start)
+    monkeypatch.setattr(engine, "start_executor", start_executor)
     model = tiny_model("llama").path
     Engine(EngineConfig(model=model, context_parallel_size=2))
     Engine(EngineConfig(model=model, context_parallel_size=4, executor="threads", device="cuda", dtype="float32"))

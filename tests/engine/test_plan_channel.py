@@ -97,7 +97,7 @@ def attacked(cache_home):
     with LLM("recall", **RANKS, max_restarts=3) as llm:
         (wanted,) = llm.generate(PROMPT, PARAMS)
         stop, sent = threading.Event(), []
-        directory = Path(llm._engine._executor.address.removeprefix("ipc://")).parent.parent
+        directory = Path(llm.engine.executor.address.removeprefix("ipc://")).parent.parent
         attacking = [threading.Thread(target=attack, args=(directory, seed, stop, sent)) for seed in range(3)]
         for thread in attacking:
             thread.start()
@@ -118,8 +118,8 @@ def test_strangers_at_the_socket_of_ranks_that_run_change_nothing(attacked):
         (output,) = llm.generate(PROMPT, PARAMS)
         assert output.outputs[0].token_ids == wanted
     assert ranks(os.getpid()) == before
-    assert llm._engine.failure is None
-    assert not llm._engine.restarts.num_done
+    assert llm.engine.failure is None
+    assert not llm.engine.restarts.num_done
 
 
 def test_strangers_do_not_keep_lost_ranks_from_being_replaced(attacked):
@@ -128,7 +128,7 @@ def test_strangers_do_not_keep_lost_ranks_from_being_replaced(attacked):
         os.kill(ranks(os.getpid())[1], signal.SIGKILL)
         (output,) = llm.generate(PROMPT, PARAMS)
         assert output.outputs[0].token_ids == wanted
-        assert llm._engine.restarts.num_done == done + 1
+        assert llm.engine.restarts.num_done == done + 1
 
 
 def test_bytes_without_the_secret_are_no_messages():
@@ -160,7 +160,7 @@ def test_who_is_not_in_the_group_is_told_so(cache_home):
         context = zmq.Context()
         with context.socket(zmq.DEALER) as stranger:
             stranger.linger = 0
-            stranger.connect(llm._engine._executor.address)
+            stranger.connect(llm.engine.executor.address)
             for message, reason in (
                 (encode(ANSWER), "Answer came from a worker that is not in this group"),
                 (encode(Hello(1, 2, "here", 7, own_versions())), "legal is one process per rank"),
@@ -172,4 +172,4 @@ def test_who_is_not_in_the_group_is_told_so(cache_home):
                 assert isinstance(answer, Refused)
                 assert reason in answer.reason
         context.term()
-        assert llm._engine.failure is None
+        assert llm.engine.failure is None

@@ -318,10 +318,10 @@ def test_a_worker_killed_while_idle_or_in_decode_fails_what_runs_and_all_that_fo
 @needs_processes
 def test_a_worker_that_raises_ends_the_run_with_its_rank_and_reason(own_tmp):
     with LLM("recall", **TWO_RANKS) as llm:
-        groups = tuple(GroupStep(Strategy.LOCAL, ()) for _ in llm._engine.spec.kv_groups)
+        groups = tuple(GroupStep(Strategy.LOCAL, ()) for _ in llm.engine.spec.kv_groups)
         plan = Plan(7, Phase.DECODE, (1,), (QueryRun(0, 5, 1, 1, SampledBy(3)),), (), groups, ())
         with pytest.raises(WorkerError) as caught:
-            llm._engine._executor.submit(plan).result(timeout=60)
+            llm.engine.executor.submit(plan).result(timeout=60)
         said = "plan 7: needs 1 tokens of plan 3, rank 1 has sampled for plan -1 last"
         assert str(caught.value) == f"rank 1: {said} in plan 7 (decode)"
         assert "Traceback" in caught.value.__notes__[0]
@@ -396,13 +396,13 @@ def test_an_interrupted_call_leaves_an_llm_that_works(cache_home):
         with pytest.raises(KeyboardInterrupt):
             llm.generate([PROMPT, TEXT[:900]], params, on_progress=interrupt)
         assert llm.generate(PROMPT, params)[0].outputs[0].text == "4711."
-        assert not llm._engine.has_requests
-        llm._engine.scheduler.memory.check_integrity()
+        assert not llm.engine.has_requests
+        llm.engine.scheduler.memory.check_integrity()
 
 
 def test_a_rank_that_raises_in_a_thread_is_named_too(cache_home):
     with LLM("recall", **TWO_RANKS, executor="threads", exchange_timeout_s=0.2) as llm:
-        llm._engine._executor.runners[1].run = None
+        llm.engine.executor.runners[1].run = None
         with pytest.raises(WorkerError, match=r"^rank 1: TypeError: .* in plan 0 \(prefill\)$"):
             llm.generate(PROMPT)
 

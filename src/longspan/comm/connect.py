@@ -42,7 +42,7 @@ BACKLOG = 64
 """Connections beside those of peers that may wait to be accepted."""
 
 ACCEPT_POLL_S = 0.02
-"""How often it is looked whether somebody has proved to be a peer."""
+"""How often it is looked whether a connection has proved to be a peer's."""
 
 BUFFER_BYTES = 212_992
 """Of a socket in each direction; what Linux admits without further settings."""
@@ -66,7 +66,11 @@ class Meeting(NamedTuple):
 
 
 def local_meeting(directory: Path) -> Meeting:
-    """Ranks on one machine. Args: `directory` exists, is the same for all, and theirs alone."""
+    """Where ranks on one machine meet.
+
+    Args:
+        directory: exists, is the same for all, and theirs alone.
+    """
     return Meeting(f"file://{directory}/rendezvous", directory, None, b"")
 
 
@@ -76,7 +80,7 @@ class Store(Protocol):
     def set(self, key: str, value: bytes) -> None: ...
 
     def get(self, key: str) -> bytes:
-        """Waits until somebody has set it."""
+        """Waits until a rank has set it."""
 
 
 class _Address(msgspec.Struct, frozen=True):
@@ -121,7 +125,7 @@ def connect_all(rank: int, size: int, store: Store, meeting: Meeting, *, timeout
         listeners = [near] if meeting.address is None else [near, far]
         connections |= _accept(rank, set(range(rank + 1, size)), listeners, meeting.key, timeout_s)
     if meeting.directory is not None:
-        os.unlink(unix)  # everybody who needs it has connected
+        os.unlink(unix)  # every rank that needs it has connected
     for connection in connections.values():
         connection.setblocking(False)
     return connections
@@ -153,7 +157,7 @@ def _accept(
 ) -> dict[int, socket.socket]:
     """The peers waited for, as they connect and prove that they know the key.
 
-    Whoever connects is heard in a thread of its own: one that says nothing keeps nobody waiting.
+    Each connection is heard in a thread of its own: one that says nothing keeps no other waiting.
     """
     found: queue.SimpleQueue[tuple[int, socket.socket]] = queue.SimpleQueue()
     connections: dict[int, socket.socket] = {}
@@ -182,7 +186,7 @@ def _hear(
     deadline: float,
     found: "queue.SimpleQueue[tuple[int, socket.socket]]",
 ) -> None:
-    """Let somebody who has connected prove that he is a peer."""
+    """Let a connection prove that it is a peer's."""
     try:
         deadline = min(deadline, time.monotonic() + STRANGER_S)
         peer, nonce = _HELLO.unpack(receive_exactly(connection, _HELLO.size, deadline))

@@ -10,10 +10,11 @@ A decode step makes two in every layer. Large messages stay with gloo, whose thr
 Both sides know every message's size, so both choose the same way, and each way keeps the order of its messages.
 
 Note [No deadlock]
-A send never blocks: what a socket's buffer does not take waits in a queue, and whoever waits for small messages goes
-on sending from all queues. Only a wait for a large message does not; `SMALL_BYTES` keeps the queues empty then. Where
-it does not (a `tree` over many nodes), the order does: every rank waits for exchanges in the order in which all of them
-start them (`longspan.cp.pass_q`, Note: order), and takes in an exchange's small messages before it waits for the large.
+A send never blocks: what a socket's buffer does not take waits in a queue, and a rank that waits for small messages
+goes on sending from all queues. Only a wait for a large message does not; `SMALL_BYTES` keeps the queues empty then.
+Where it does not (a `tree` over many nodes), the order does: every rank waits for exchanges in the order in which all
+of them start them (`longspan.cp.pass_q`, Note: order), and takes in an exchange's small messages before it waits for
+the large.
 """
 
 import os
@@ -157,7 +158,7 @@ class SocketCommunicator:
         return count
 
     def _wait_for(self, readers: Sequence[int], deadline: float) -> None:
-        """Sleep until one of the `readers` has sent something, or anybody can take more."""
+        """Sleep until one of the `readers` has sent something, or any peer can take more."""
         poller = select.poll()
         events = dict.fromkeys(readers, select.POLLIN)
         for peer, queue in self._unsent.items():

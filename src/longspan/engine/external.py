@@ -1,4 +1,4 @@
-"""Workers that somebody else starts and ends, such as torchrun on every host.
+"""Workers that another program starts and ends, such as torchrun on every host.
 
 Holds where the driver listens for them. Must not know messages or plans.
 Read next: `longspan.worker.remote`, what is started.

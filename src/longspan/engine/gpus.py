@@ -1,4 +1,4 @@
-"""What the driver must know of this machine's GPUs before it starts ranks on them.
+"""What the driver must know of this machine's GPUs before it starts processes on them.
 
 Holds the look at them, from a process of its own: the driver makes no CUDA context, which would take memory of the
 first GPU for as long as it runs. Must not know models.
@@ -97,7 +97,10 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
 
 
 def find_gpus(script: str = _SCRIPT) -> list[GPU]:
-    """This machine's, as a process that starts now sees them. Args: `script` for tests.
+    """This machine's GPUs, as a process that starts now sees them.
+
+    Args:
+        script: looks at them, and prints their facts as JSON.
 
     Raises:
         ConfigError: they cannot be looked at.

@@ -41,7 +41,11 @@ class _WorkerActor:
     """One process of the group, that Ray starts."""
 
     def __init__(self, name: str) -> None:
-        """Args: `name` for the user."""
+        """Send what the process prints to standard error.
+
+        Args:
+            name: of the process, for the user.
+        """
         self._name = name
         os.dup2(2, 1)  # the driver's standard output is the user's alone
 

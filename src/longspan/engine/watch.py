@@ -193,7 +193,11 @@ class Watch:
                 self._hear(process, message)
 
     def _welcome(self, hello: Hello, peer: bytes) -> None:
-        """A process introduces itself. Raises: ConfigError, if it cannot be in this group."""
+        """A process introduces itself.
+
+        Raises:
+            ConfigError: it cannot be in this group.
+        """
         is_early = self._failures.first_s is not None and self.ready.done()  # for the group that comes next
         known = self.membership.get(self._shape.process(hello.number))
         if is_early or (known is not None and known.voice == peer):  # or said twice, over a connection made twice
@@ -202,7 +206,11 @@ class Watch:
         self._link.send(peer, self._start)
 
     def _hear(self, process: ProcessId, message: Answer | Measured | Files | Ready | Failed) -> None:
-        """A process of the group speaks. Raises: ConfigError, if it cannot be in this group."""
+        """A process of the group speaks.
+
+        Raises:
+            ConfigError: it shows that it cannot be in this group.
+        """
         if isinstance(message, Answer):
             self._liveness.got_further(process)
             self.pending.answer(message.result)

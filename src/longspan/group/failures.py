@@ -22,7 +22,11 @@ class Failures:
     """Signs of failure of one group, as they are noticed. One process that fails is enough."""
 
     def __init__(self, shape: GroupShape) -> None:
-        """Nothing has failed. Args: `shape` of the group."""
+        """Nothing has failed.
+
+        Args:
+            shape: of the group.
+        """
         self._shape = shape
         self._said: dict[ProcessId, Failed] = {}
         self._ended: dict[ProcessId, WorkerError] = {}

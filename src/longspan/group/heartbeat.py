@@ -77,7 +77,7 @@ class HeartbeatThread(threading.Thread):
         self._address, self._secret, self._silence_limit_s = address, secret, silence_limit_s
 
     def run(self) -> None:
-        socket = zmq.Context().socket(zmq.DEALER)  # its own context: nobody ever waits for this thread
+        socket = zmq.Context().socket(zmq.DEALER)  # its own context: nothing ever waits for this thread
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         if self._secret is not None:
             connect_with(socket, self._secret)

@@ -30,7 +30,12 @@ class Liveness:
         """How long a process may get no further with a plan."""
 
     def heard(self, process: ProcessId, progress: int) -> None:
-        """A sign of life has come. Args: `progress` as the process counts it."""
+        """A sign of life has come.
+
+        Args:
+            process: whose.
+            progress: what it has begun, as it counts.
+        """
         self._silence_s[process] = 0.0
         if self._progress[process] != progress:
             self._progress[process], self._stuck_s[process] = progress, 0.0

@@ -38,7 +38,7 @@ class Membership:
     """The processes of one group, as they come and get ready."""
 
     def __init__(self, shape: GroupShape, versions: Versions) -> None:
-        """Nobody has come.
+        """No process has come.
 
         Args:
             shape: the ranks and processes that are expected.

@@ -25,11 +25,16 @@ class WorkerLink:
     """The connection for plans and answers. For one thread."""
 
     def __init__(self, address: str, secret: Secret | None) -> None:
-        """Connect, now or as soon as there is a driver. Args: as the driver's link."""
+        """Connect, now or as soon as there is a driver.
+
+        Args:
+            address: of the driver's link.
+            secret: the driver's, or None if it has none.
+        """
         self.address, self.secret = address, secret
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._socket.linger = 0  # but in `close`: whoever fails to get there must not wait for a driver that is gone
+        self._socket.linger = 0  # but in `close`: before that, a worker must not wait for a driver that is gone
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket()
         if secret is not None:
             connect_with(self._socket, secret)
@@ -88,7 +93,11 @@ class WorkerLink:
         return message
 
     def close(self, linger_ms: int = LINGER_MS) -> None:
-        """Disconnect. Args: how long to go on sending what is to be sent."""
+        """Disconnect.
+
+        Args:
+            linger_ms: how long to go on sending what is to be sent.
+        """
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=linger_ms)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from longspan.config import EngineConfig
 from longspan.costmodel.choose import BLOCK_LEN, plan_group
 from longspan.costmodel.explain import Choices
-from longspan.costmodel.parameters import costs_by_bytes
+from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.plan.read_runs import read_runs
 from longspan.plan.types import (
     GroupStep,
@@ -35,11 +35,15 @@ class PlanWriter:
         """Args: `memory` allocates the pages."""
         self._model, self._config, self._memory = model, config, memory
         self.costs = costs_by_bytes(config.known_nodes or (0,) * config.context_parallel_size)
-        """What the ranks and links can do. Whoever has measured them sets it before the first request."""
+        """What the ranks and links can do; until they have measured it, every link is the same."""
         self.choices = Choices()
         """Which strategies were chosen so far, and why."""
         last_layer = model.num_layers - 1
         (self._last_group_idx,) = [i for i, group in enumerate(model.kv_groups) if last_layer in group.layers]
+
+    def use_costs(self, costs: Costs) -> None:
+        """Choose strategies by these numbers from now on."""
+        self.costs = costs
 
     def write(
         self,

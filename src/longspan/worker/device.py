@@ -59,7 +59,11 @@ def process_device(
 
 
 def check_capability(name: str, capability: tuple[int, int]) -> None:
-    """Raises: ConfigError, if a GPU is too old."""
+    """Whether a GPU is new enough.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if capability < MIN_CAPABILITY:
         needed = ".".join(map(str, MIN_CAPABILITY))
         raise ConfigError(

@@ -61,7 +61,12 @@ class Injector:
         self._fault, self._comm = fault, comm
 
     def before_layer(self, num_plans: int, layer: int) -> None:
-        """The rank is about to compute a layer. Args: `num_plans` that it has run before this one."""
+        """The rank is about to compute a layer.
+
+        Args:
+            num_plans: that it has run before this one.
+            layer: which one.
+        """
         fault = self._fault
         if fault is not None and (fault.plan, fault.layer) == (num_plans, layer):
             self._strike(fault)

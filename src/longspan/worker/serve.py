@@ -92,7 +92,16 @@ def _answer(process: ProcessId, runner: ModelRunner, link: WorkerLink) -> None:
 def _join_column(
     rank: int, start: Start, shape: GroupShape, meeting: Meeting, device: torch.device, *, look_s: float
 ) -> Communicator:
-    """The communicator among one process of every rank. Args: `look_s` where every process has a core of its own."""
+    """The communicator of this process with one of every other rank.
+
+    Args:
+        rank: of this process.
+        start: what the driver said.
+        shape: of the group.
+        meeting: where they meet.
+        device: of this process.
+        look_s: how long to look for a message before sleeping, where every process has a core of its own.
+    """
     config, size = start.config, shape.num_ranks
     timeout_s = config.exchange_timeout_s
     if size == 1:
