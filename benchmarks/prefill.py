@@ -62,7 +62,7 @@ def measure_memory(model: Path) -> list[dict[str, Any]]:
     for num_ranks in (2, 4):
         runner = LongspanRunner(model, num_ranks, 1, placement="striped", strategy="pass_kv")
         runner.run(random_prompt(8192, 98), 1)  # what is allocated once is there now
-        pids = [process.pid for process in runner.engine._executor._launcher._ranks.values()]  # type: ignore[attr-defined]
+        pids = [member.hello.pid for member in runner.engine.executor.membership.members]
         for length in (8192, 16384, 32768):
             runner.run(random_prompt(length, 1), 1)
             kv = [stats.kv_bytes for stats in runner.engine.rank_stats()]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from longspan.cli.main import main
+from longspan.engine.watch import Watch
 from longspan.engine.workers import WorkerExecutor
-from longspan.worker.messages import Hello, Ready, decode_to_driver
+from longspan.group.messages import Hello, Ready, decode_to_driver
 
 
 def watch(path: Path, zero_s: float) -> None:
@@ -23,18 +24,18 @@ def watch(path: Path, zero_s: float) -> None:
     def note(name: str) -> None:
         times[name] = time.monotonic() - zero_s
 
-    start, take_in = WorkerExecutor.__init__, WorkerExecutor._take_in
+    start, take_in = WorkerExecutor.__init__, Watch.take_in
     submit, close = WorkerExecutor.submit, WorkerExecutor.close
 
     def noted_start(self: Any, *arguments: Any) -> None:
         note("imported_s")
         start(self, *arguments)
 
-    def noted_take_in(self: Any, link: Any, peer: bytes, frame: bytes) -> None:
+    def noted_take_in(self: Any, peer: bytes, frame: bytes) -> None:
         message = decode_to_driver(frame)
         if isinstance(message, (Hello, Ready)):
             note("introduced_s" if isinstance(message, Hello) else "ready_s")  # the last of all ranks counts
-        take_in(self, link, peer, frame)
+        take_in(self, peer, frame)
 
     def noted_submit(self: Any, plan: Any) -> Any:
         future = submit(self, plan)
@@ -46,7 +47,7 @@ def watch(path: Path, zero_s: float) -> None:
         path.write_text(json.dumps(times))
         close(self)
 
-    WorkerExecutor.__init__, WorkerExecutor._take_in = noted_start, noted_take_in  # type: ignore[method-assign]
+    WorkerExecutor.__init__, Watch.take_in = noted_start, noted_take_in  # type: ignore[method-assign]
     WorkerExecutor.submit, WorkerExecutor.close = noted_submit, noted_close  # type: ignore[method-assign]
 
 

@@ -27,7 +27,7 @@ from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
-    from longspan.engine.engine import RankStats
+    from longspan.engine.engine import Engine, RankStats
     from longspan.models.grammar import GrammarConstraint, Grammars
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -237,6 +237,11 @@ class LLM:
     def explain(self) -> list[Choice]:
         """Which strategies were chosen so far, per phase and KV group, and each candidate's predicted time."""
         return self._engine.scheduler.writer.choices.all
+
+    @property
+    def engine(self) -> "Engine":
+        """What runs the requests, for tools and tests that look deeper than text."""
+        return self._engine
 
     def close(self) -> None:
         """End the ranks. May be called twice."""

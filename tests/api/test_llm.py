@@ -113,8 +113,8 @@ def test_a_callback_that_raises_leaves_an_llm_that_works(llm):
     with pytest.raises(RuntimeError, match="not today"):
         llm.generate([prompt_for("a"), prompt_for("b")], SamplingParams(max_tokens=50), on_progress=fail)
     assert text_of(llm.generate(prompt_for("42."), SamplingParams(max_tokens=3))[0]) == "42."
-    llm._engine.scheduler.memory.check_integrity()
-    assert not any(any(reserved) for reserved in llm._engine.scheduler.memory.promised)
+    llm.engine.scheduler.memory.check_integrity()
+    assert not any(any(reserved) for reserved in llm.engine.scheduler.memory.promised)
 
 
 def test_close_may_be_called_twice_and_ends_the_llm(cache_home):
@@ -215,7 +215,7 @@ def test_rejects_a_batch_with_one_bad_prompt_and_runs_nothing(llm, bad, message)
         llm.generate(["good", bad, "good too"])
     assert str(caught.value) == message
     assert [stats.tokens_computed for stats in llm.rank_stats()] == before
-    assert not llm._engine.has_requests
+    assert not llm.engine.has_requests
 
 
 def test_an_llm_works_after_a_refusal(llm):
@@ -244,7 +244,7 @@ def test_rejects_another_number_of_parameters_than_prompts(llm):
 def test_rejects_a_request_that_does_not_fit_and_says_what_would(llm):
     with pytest.raises(CapacityError, match=r"prompt \+ max_tokens: got 3 \+ 100000 = 100003 tokens, legal is at most"):
         llm.generate(["ab", "fits"], SamplingParams(max_tokens=100_000))
-    assert not llm._engine.has_requests
+    assert not llm.engine.has_requests
 
 
 def test_rejects_unknown_and_illegal_options():

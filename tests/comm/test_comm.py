@@ -194,7 +194,7 @@ KEY = b"k" * 32
 
 def pretend_host(name: str) -> None:
     """Pretend that a process is on another host: only ranks 0 and 1, 2 and 3, ... reach each other's Unix sockets."""
-    connect._host_id = lambda: name
+    connect.own_host_id = lambda: name
 
 
 def join(kind: str, rank: int, size: int, directory: str, timeout_s: float) -> Communicator:

@@ -150,7 +150,7 @@ def check(case, num_tokens=6):
         options["kv_cache_memory"] = memory_for(model, 400 // options["context_parallel_size"])
     with tiny_engine(model, **options) as engine:
         generate(engine, model, num_tokens)
-        replays = [runner._fixed.num_replays for runner in engine._executor.runners]
+        replays = [runner._fixed.num_replays for runner in engine.executor.runners]
     assert any(replays) == (DEVICE == "cuda" and options["context_parallel_size"] == 1), "real graphs on real GPUs"
 
 
@@ -215,7 +215,7 @@ def test_the_shape_that_was_not_used_for_longest_makes_room(steps, monkeypatch):
     with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
         running = [engine.add_request(r.prompt, greedy(n)) for r, n in zip(model.references, (8, 5, 2), strict=False)]
         run_all(engine)
-        kept = [len(runner._fixed._steps) for runner in engine._executor.runners]
+        kept = [len(runner._fixed._steps) for runner in engine.executor.runners]
     assert [r.output_token_ids for r in running] == [
         reference.token_ids[:n] for reference, n in zip(model.references, (8, 5, 2), strict=False)
     ]

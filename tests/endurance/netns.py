@@ -33,7 +33,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
 
 
-def _must(*command: str) -> str:
+def must(*command: str) -> str:
     done = _run(*command)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -49,8 +49,8 @@ def why_not() -> str | None:
             return f"network namespaces need the command {tool}"
     probe = f"{PREFIX}probe"
     try:
-        _must("ip", "netns", "add", probe)
-        _must("ip", "link", "add", probe, "type", "bridge")
+        must("ip", "netns", "add", probe)
+        must("ip", "link", "add", probe, "type", "bridge")
     except RuntimeError as error:
         return f"no network namespaces here: {error}"
     finally:
@@ -89,28 +89,28 @@ class Host:
 
     def cut_off(self) -> None:
         """Pull the cable."""
-        _must("ip", "-n", self.namespace, "link", "set", "eth0", "down")
+        must("ip", "-n", self.namespace, "link", "set", "eth0", "down")
 
 
 def up(num_hosts: int, mbit_per_s: int | None) -> list[Host]:
     """Make the hosts. Args: `mbit_per_s` is what each may send; None is as much as it can."""
     down()
-    _must("ip", "link", "add", BRIDGE, "type", "bridge")
-    _must("ip", "address", "add", f"{DRIVER_ADDRESS}/24", "dev", BRIDGE)
-    _must("ip", "link", "set", BRIDGE, "up")
+    must("ip", "link", "add", BRIDGE, "type", "bridge")
+    must("ip", "address", "add", f"{DRIVER_ADDRESS}/24", "dev", BRIDGE)
+    must("ip", "link", "set", BRIDGE, "up")
     hosts = [Host(index) for index in range(num_hosts)]
     for host in hosts:
         port = f"{PREFIX}p{host.index}"
-        _must("ip", "netns", "add", host.namespace)
-        _must("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
-        _must("ip", "link", "set", port, "master", BRIDGE, "up")
+        must("ip", "netns", "add", host.namespace)
+        must("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
+        must("ip", "link", "set", port, "master", BRIDGE, "up")
         inside = ("ip", "-n", host.namespace)
-        _must(*inside, "address", "add", f"{host.address}/24", "dev", "eth0")
-        _must(*inside, "link", "set", "lo", "up")
-        _must(*inside, "link", "set", "eth0", "up")
+        must(*inside, "address", "add", f"{host.address}/24", "dev", "eth0")
+        must(*inside, "link", "set", "lo", "up")
+        must(*inside, "link", "set", "eth0", "up")
         if mbit_per_s is not None:
             shaping = ("rate", f"{mbit_per_s}mbit", "burst", "256kb", "latency", "100ms")
-            _must("ip", "netns", "exec", host.namespace, "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", *shaping)
+            must("ip", "netns", "exec", host.namespace, "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", *shaping)
     return hosts
 
 

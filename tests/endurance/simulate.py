@@ -31,10 +31,10 @@ from longspan.engine.engine import Engine
 from longspan.engine.executor import PendingPlans
 from longspan.engine.recovery import POISON_CRASHES
 from longspan.errors import CapacityError, WorkerError
+from longspan.group.messages import Start
 from longspan.plan.types import Plan, PlanResult
 from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams
-from longspan.worker.messages import Start
 
 POISON = VOCAB - 1
 """A prompt that begins with this token kills the ranks whenever they compute it."""
@@ -158,7 +158,7 @@ class World:
 
     @property
     def ranks(self) -> SimulatedRanks:
-        ranks = self.engine._executor
+        ranks = self.engine.executor
         assert isinstance(ranks, SimulatedRanks)
         return ranks
 

@@ -22,7 +22,7 @@ from longspan.costmodel.measured import LinkMeasurement, RankMeasurement, combin
 from longspan.costmodel.parameters import KernelRates, Link
 from longspan.costmodel.topology_file import load_topology, topology_text
 from longspan.engine import cost_parameters
-from longspan.engine.cost_parameters import MeasuredOn, file_costs, find_costs, nodes_of, use_costs
+from longspan.engine.cost_parameters import MeasuredOn, file_costs, find_costs, nodes_of, striped_from
 from longspan.errors import ConfigError
 from longspan.scheduler.scheduler import Scheduler
 from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
@@ -267,12 +267,16 @@ def test_measured_costs_set_strategies_and_striped_prompts_of_a_scheduler():
     config = EngineConfig(model="recall", context_parallel_size=2, measure="never")
     scheduler = Scheduler(MODEL, config, (64,))
     assert scheduler.memory.striped_from == config.striped_from
-    use_costs(scheduler, cores(2), 16)
+    found = striped_from(config, MODEL, cores(2), 16, (64,))
+    scheduler.use_costs(cores(2), found)
     assert scheduler.writer.costs == cores(2)
-    assert scheduler.memory.striped_from != config.striped_from
-    forced = Scheduler(MODEL, msgspec.structs.replace(config, min_striped_len=77), (64,))
-    use_costs(forced, cores(2), 16)
-    assert forced.memory.striped_from == 77
+    assert scheduler.memory.striped_from == found != config.striped_from
+    forced = msgspec.structs.replace(config, min_striped_len=77)
+    assert striped_from(forced, MODEL, cores(2), 16, (64,)) is None
+    assert striped_from(msgspec.structs.replace(config, context_parallel_size=1), MODEL, cores(1), 16, (64,)) is None
+    scheduler = Scheduler(MODEL, forced, (64,))
+    scheduler.use_costs(cores(2), None)
+    assert scheduler.memory.striped_from == 77
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
@@ -315,13 +319,13 @@ def test_a_link_is_fitted_to_what_messages_took():
     def times(latency_s, bytes_per_s, long_latency_s=0.0, short_bytes=32768):
         sizes = [size for size, _ in comm_measure.SIZES]
         found = [(n, latency_s + n / bytes_per_s + (long_latency_s if n > short_bytes else 0.0)) for n in sizes]
-        return comm_measure._RingTimes(found, 0.0)
+        return comm_measure.RingTimes(found, 0.0)
 
-    plain = comm_measure._link(times(1e-3, 1e8))
+    plain = comm_measure.fitted_link(times(1e-3, 1e8))
     assert (plain.short_bytes, plain.long_latency_s) == (None, 0.0)
     assert plain.bytes_per_s == pytest.approx(1e8)
     assert plain.latency_s == pytest.approx(1e-3, rel=0.05)
-    two_ways = comm_measure._link(times(2e-5, 2e9, 3e-4))
+    two_ways = comm_measure.fitted_link(times(2e-5, 2e9, 3e-4))
     assert two_ways.short_bytes == 32768
     assert two_ways.long_latency_s == pytest.approx(3e-4, rel=0.1)
     assert two_ways.message_s(10_000) < 1e-4 < 3e-4 < two_ways.message_s(100_000)

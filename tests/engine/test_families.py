@@ -290,7 +290,7 @@ def test_packed_requests_run_side_by_side():
     with tiny_engine(model, context_parallel_size=3, placement="packed", max_num_batched_tokens=64) as engine:
         requests = [engine.add_request(reference.prompt, greedy()) for reference in model.references * 3]
         most_in_flight = 0
-        submit = engine._executor.submit
+        submit = engine.executor.submit
 
         def count(plan):
             nonlocal most_in_flight
@@ -299,7 +299,7 @@ def test_packed_requests_run_side_by_side():
             )
             return submit(plan)
 
-        engine._executor.submit = count
+        engine.executor.submit = count
         run_all(engine)
         assert most_in_flight == 3
         assert all(stats.bytes_sent == 0 for stats in engine.rank_stats())

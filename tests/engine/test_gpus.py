@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,17 +14,18 @@ from tiny_models import load_reference, tiny_model
 from longspan.attention import select
 from longspan.attention.select import make_backend
 from longspan.config import EngineConfig
-from longspan.engine import gpus
+from longspan.engine import engine, gpus
 from longspan.engine.engine import Engine
 from longspan.engine.gpus import GPU, choose_device, find_gpus
 from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
-from longspan.engine.processes import _environment
+from longspan.engine.processes import worker_environment
 from longspan.errors import ConfigError
+from longspan.group.shape import GroupShape, speaker
 from longspan.models.compiled import compile_dense_
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config
 from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
-from longspan.worker.device import check_capability, check_memory, rank_backend, rank_device
+from longspan.worker.device import check_capability, check_memory, device_backend, process_device
 
 GIB = 2**30
 H200 = GPU("NVIDIA H200", (9, 0), 140 * GIB, 141 * GIB)
@@ -56,6 +58,10 @@ def visible(monkeypatch):
         return current
 
     return see
+
+
+def device_of_rank(config, rank, environment):
+    return process_device(config, GroupShape.of(config), speaker(rank), environment)
 
 
 def device_of(**options):
@@ -113,7 +119,7 @@ def test_rejects_cuda_without_a_gpu_or_a_build_for_it(visible):
     with pytest.raises(ConfigError, match="device: got 'cuda' on a machine where PyTorch sees no usable GPU"):
         device_of(device="cuda")
     with pytest.raises(ConfigError, match="PyTorch sees no GPU"):
-        rank_device(config(device="cuda"), 0, {})
+        device_of_rank(config(device="cuda"), 0, {})
 
 
 def test_measuring_is_for_cpus(longspan):
@@ -151,13 +157,16 @@ def test_rejects_options_that_a_device_does_not_honour(options, message):
 def test_ranks_of_a_machine_take_its_gpus_in_order(visible):
     current = visible(4)
     processes = config(device="cuda", context_parallel_size=4)
-    assert [rank_device(processes, rank, {}).index for rank in range(4)] == [0, 1, 2, 3]
+    assert [device_of_rank(processes, rank, {}).index for rank in range(4)] == [0, 1, 2, 3]
     assert [device.index for device in current] == [0, 1, 2, 3]
     external = config(device="cuda", context_parallel_size=8, executor="external", listen="127.0.0.1:5000")
-    assert rank_device(external, 6, {"LOCAL_RANK": "2"}).index == 2
-    assert rank_device(config(device="cuda", executor="ray", context_parallel_size=8), 6, {}).index == 0
-    assert rank_device(config(device="cuda", executor="threads", context_parallel_size=8), 6, {}).index == 0
-    assert rank_device(config(device="cpu"), 0, {}).type == "cpu"
+    assert device_of_rank(external, 6, {"LOCAL_RANK": "2"}).index == 2
+    assert device_of_rank(config(device="cuda", executor="ray", context_parallel_size=8), 6, {}).index == 0
+    assert device_of_rank(config(device="cuda", executor="threads", context_parallel_size=8), 6, {}).index == 0
+    assert device_of_rank(config(device="cpu"), 0, {}).type == "cpu"
+    two_each = GroupShape(num_ranks=2, processes_per_rank=2)
+    indices = [process_device(processes, two_each, process, {}).index for process in two_each.processes]
+    assert indices == [0, 1, 2, 3], "a process has a device of its own, and peers of a rank adjacent ones"
 
 
 def test_rejects_more_ranks_than_gpus_and_old_gpus(visible):
@@ -168,14 +177,14 @@ def test_rejects_more_ranks_than_gpus_and_old_gpus(visible):
         device_of(device="cuda", context_parallel_size=3)
     external = config(device="cuda", context_parallel_size=3, executor="external", listen="127.0.0.1:5000")
     with pytest.raises(ConfigError, match="LOCAL_RANK: got 2 with 2 GPUs in sight of rank 2, legal is less"):
-        rank_device(external, 2, {"LOCAL_RANK": "2"})
+        device_of_rank(external, 2, {"LOCAL_RANK": "2"})
     with pytest.raises(ConfigError, match="context_parallel_size: got 3 with 2 GPUs in sight of rank 2"):
-        rank_device(config(device="cuda", context_parallel_size=3), 2, {})
+        device_of_rank(config(device="cuda", context_parallel_size=3), 2, {})
     visible(1, capability=(7, 5))
     with pytest.raises(ConfigError, match=r"device: got NVIDIA H200 of compute capability 7\.5"):
         device_of(device="cuda")
     with pytest.raises(ConfigError, match=r"device: got NVIDIA H200 of compute capability 7\.5, legal is 8\.0 or"):
-        rank_device(config(device="cuda"), 0, {})
+        device_of_rank(config(device="cuda"), 0, {})
     check_capability("A100", (8, 0))
 
 
@@ -219,10 +228,11 @@ def test_an_engine_cuts_a_gpus_memory_into_ranks_and_pages(visible, monkeypatch)
     visible(2)
     seen = []
 
-    def start(self, **_):
-        seen.append((self.config.device, self.config.kv_cache_memory, self.spec.kv_groups[0].spec.dtype))
+    def start_executor(start, *_):
+        seen.append((start.config.device, start.config.kv_cache_memory, start.spec.kv_groups[0].spec.dtype))
+        return SimpleNamespace(hosts=())
 
-    monkeypatch.setattr(Engine, "_start_until_ready", start)
+    monkeypatch.setattr(engine, "start_executor", start_executor)
     model = tiny_model("llama").path
     Engine(EngineConfig(model=model, context_parallel_size=2))
     Engine(EngineConfig(model=model, context_parallel_size=4, executor="threads", device="cuda", dtype="float32"))
@@ -251,10 +261,10 @@ def test_a_rank_checks_its_own_gpus_memory_before_it_loads(monkeypatch):
 def test_rejects_a_model_that_the_kernels_do_not_take():
     cpu = torch.device("cpu")
     with pytest.raises(ConfigError, match=r"legal is one that takes the model \(head size: got 8"):
-        rank_backend(config(attention_backend="triton"), spec_of(width=8), cpu)
-    assert rank_backend(config(attention_backend="triton"), spec_of(width=96), cpu).name == "triton"
+        device_backend(config(attention_backend="triton"), spec_of(width=8), cpu)
+    assert device_backend(config(attention_backend="triton"), spec_of(width=96), cpu).name == "triton"
     with pytest.raises(ConfigError, match="dtype: got float16, the cpu backend takes"):
-        rank_backend(config(), spec_of(dtype="float16"), cpu)
+        device_backend(config(), spec_of(dtype="float16"), cpu)
 
 
 def test_backends_of_a_gpu(monkeypatch):
@@ -318,7 +328,7 @@ def test_the_benchmark_runs():
 
 
 def test_ranks_of_one_machine_talk_over_the_loopback_interface():
-    assert {_environment(1)[f"{library}_SOCKET_IFNAME"] for library in ("GLOO", "NCCL")} == {"lo"}
+    assert {worker_environment(1)[f"{library}_SOCKET_IFNAME"] for library in ("GLOO", "NCCL")} == {"lo"}
 
 
 def test_the_parent_of_ranks_does_not_look_at_gpus():
@@ -332,4 +342,4 @@ for name in ("is_available", "device_count", "init", "_lazy_init", "current_devi
 import longspan.worker.serve
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-    assert _environment(1)["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+    assert worker_environment(1)["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"

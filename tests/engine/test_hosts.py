@@ -1,6 +1,7 @@
 """Workers on several hosts: the tokens are those of Transformers, and every error names host and rank, on both sides.
 
-Hosts are network namespaces (`network/netns.py`); workers are started on each by torchrun, or as torchrun would.
+Hosts are network namespaces (`tests/endurance/netns.py`); torchrun starts workers on each, or the test does as torchrun
+would.
 """
 
 import os
@@ -20,6 +21,7 @@ from tiny_models import greedy, run_all, tiny_model
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.errors import ConfigError, WorkerError
+from longspan.group.shape import speaker
 
 pytestmark = pytest.mark.processes
 
@@ -120,7 +122,7 @@ def test_tokens_over_several_hosts_are_those_of_transformers(hosts, num_hosts, r
     with workers(hosts[:num_hosts], ranks_per_host=ranks_per_host, torchrun=True) as running:
         with Engine(config(model.path, num_hosts * ranks_per_host)) as engine:
             expected = tuple(f"host-{host}" for host in range(num_hosts) for _ in range(ranks_per_host))
-            assert engine._executor.hosts == expected
+            assert engine.executor.hosts == expected
             requests = [engine.add_request(reference.prompt, greedy()) for reference in model.references]
             run_all(engine)
         assert [r.output_token_ids for r in requests] == [reference.token_ids for reference in model.references]
@@ -133,7 +135,7 @@ def test_a_worker_killed_on_another_host_is_named_with_its_host(hosts):
     with workers(hosts[:2]) as running, Engine(config(model.path, 2)) as engine:
         engine.add_request(model.references[0].prompt, greedy())
         run_all(engine)
-        pid = engine._executor._roster._hellos[1].pid
+        pid = engine.executor.membership.get(speaker(1)).hello.pid
         engine.add_request(model.references[3].prompt, greedy(400))
         engine.step()
         os.kill(pid, signal.SIGKILL)
@@ -153,7 +155,7 @@ def test_workers_that_somebody_starts_again_go_on(hosts):
         requests = [engine.add_request(reference.prompt, greedy()) for reference in model.references]
         while not requests[-1].num_generated:
             engine.step()
-        os.kill(engine._executor._roster._hellos[1].pid, signal.SIGKILL)
+        os.kill(engine.executor.membership.get(speaker(1)).hello.pid, signal.SIGKILL)
 
         def start_again():
             assert all(code for code, _ in running.end())
@@ -183,7 +185,7 @@ def test_a_host_that_is_cut_off_is_noticed_on_both_sides(hosts):
             assert "on host-1) has given no sign of life for 8 s" in str(engine.failure)
             outcomes = running.end()
         finally:
-            netns._must("ip", "-n", hosts[1].namespace, "link", "set", "eth0", "up")
+            netns.must("ip", "-n", hosts[1].namespace, "link", "set", "eth0", "up")
     assert "rank 1: the driver has given no sign of life for 8 s" in outcomes[1][1]
     assert "rank 0: the driver has ended the group: rank 1 (pid" in outcomes[0][1]
 

@@ -66,7 +66,7 @@ def test_an_interrupted_generate_leaves_an_llm_that_goes_on(cache_home, monkeypa
         monkeypatch.setattr(Scheduler, method, honest)
         (output,) = llm.generate(prompt, params)
         assert output.outputs[0].text == "4711"
-        assert not llm._engine.scheduler.running
+        assert not llm.engine.scheduler.running
 
 
 def test_ctrl_c_in_an_import_that_swallows_exceptions_ends_the_command(tmp_path):

@@ -31,7 +31,7 @@ def generate(family, strategy):
         stripe_size=2 * PAGE_SIZE,
         strategy=strategy,
     ) as engine:
-        for runner in engine._executor.runners:
+        for runner in engine.executor.runners:
             for pool in runner._pools:
                 for tensor in (*pool.k.values(), *pool.v.values()):
                     tensor.zero_()  # what was never written must not be luck

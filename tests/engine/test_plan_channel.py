@@ -11,16 +11,17 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
+from links import SECRET, receive_one
 from process_tree import ranks
 from served_command import FACT, FILLER, QUESTION
-from test_link import SECRET, receive_one
 
 from longspan import LLM, SamplingParams
-from longspan.engine.link import DriverLink
+from longspan.group.driver_link import DriverLink
+from longspan.group.messages import Alive, Answer, Failed, Files, Hello, Ready, Refused, decode_to_worker, encode
+from longspan.group.shape import ProcessId, speaker
+from longspan.group.versions import own_versions
+from longspan.group.zmq_auth import connect_with
 from longspan.plan.types import RankResult
-from longspan.worker.messages import Alive, Answer, Failed, Files, Hello, Ready, Refused, decode_to_worker, encode
-from longspan.worker.versions import own_versions
-from longspan.worker.zmq_auth import connect_with
 
 pytestmark = pytest.mark.processes
 
@@ -33,6 +34,7 @@ ANSWER = Answer(RankResult(0, 0, (), (), 1, 1, step_s=0.0))
 def messages(rng, pid):
     """What a worker might say, with values that are out of place."""
     rank = rng.choice((0, 1, 2, -1, 10**6, 2**62))
+    process = ProcessId(rank, rng.choice((0, 0, 0, 1, -1)))
     result = msgspec.structs.replace(ANSWER.result, plan_id=rng.choice((0, 3, 2**40, -1)), rank=rank)
     versions = own_versions()
     return rng.choice(
@@ -41,9 +43,9 @@ def messages(rng, pid):
             Hello(rank, 2, "here", pid, msgspec.structs.replace(versions, longspan="0.0.0")),
             Alive(rank, rng.choice(("here", "")), rng.choice((pid, 0)), rng.randrange(2**40)),
             Answer(result),
-            Ready(rank),
-            Files(rank, "other files"),
-            Failed(rank, "a reason", "details", rng.choice(("user", "peer", "rank"))),
+            Ready(process),
+            Files(process, "other files"),
+            Failed(process, "a reason", "details", rng.choice(("user", "peer", "process"))),
         ]
     )
 
@@ -95,7 +97,7 @@ def attacked(cache_home):
     with LLM("recall", **RANKS, max_restarts=3) as llm:
         (wanted,) = llm.generate(PROMPT, PARAMS)
         stop, sent = threading.Event(), []
-        directory = Path(llm._engine._executor._link.address.removeprefix("ipc://")).parent.parent
+        directory = Path(llm.engine.executor.address.removeprefix("ipc://")).parent.parent
         attacking = [threading.Thread(target=attack, args=(directory, seed, stop, sent)) for seed in range(3)]
         for thread in attacking:
             thread.start()
@@ -116,8 +118,8 @@ def test_strangers_at_the_socket_of_ranks_that_run_change_nothing(attacked):
         (output,) = llm.generate(PROMPT, PARAMS)
         assert output.outputs[0].token_ids == wanted
     assert ranks(os.getpid()) == before
-    assert llm._engine.failure is None
-    assert not llm._engine.restarts.num_done
+    assert llm.engine.failure is None
+    assert not llm.engine.restarts.num_done
 
 
 def test_strangers_do_not_keep_lost_ranks_from_being_replaced(attacked):
@@ -126,7 +128,7 @@ def test_strangers_do_not_keep_lost_ranks_from_being_replaced(attacked):
         os.kill(ranks(os.getpid())[1], signal.SIGKILL)
         (output,) = llm.generate(PROMPT, PARAMS)
         assert output.outputs[0].token_ids == wanted
-        assert llm._engine.restarts.num_done == done + 1
+        assert llm.engine.restarts.num_done == done + 1
 
 
 def test_bytes_without_the_secret_are_no_messages():
@@ -141,14 +143,14 @@ def test_bytes_without_the_secret_are_no_messages():
         with context.socket(zmq.DEALER) as stranger:
             stranger.linger = 0
             stranger.connect(link.address)
-            stranger.send(encode(Ready(0)))
+            stranger.send(encode(Ready(speaker(0))))
             assert link.receive(5) == []
     with context.socket(zmq.DEALER) as friend:
         connect_with(friend, SECRET)
         friend.connect(link.address)
-        friend.send(encode(Ready(1)))
+        friend.send(encode(Ready(speaker(1))))
         _, frame = receive_one(link)
-        assert frame == encode(Ready(1))
+        assert frame == encode(Ready(speaker(1)))
     context.term()
     link.close()
 
@@ -158,7 +160,7 @@ def test_who_is_not_in_the_group_is_told_so(cache_home):
         context = zmq.Context()
         with context.socket(zmq.DEALER) as stranger:
             stranger.linger = 0
-            stranger.connect(llm._engine._executor._link.address)
+            stranger.connect(llm.engine.executor.address)
             for message, reason in (
                 (encode(ANSWER), "Answer came from a worker that is not in this group"),
                 (encode(Hello(1, 2, "here", 7, own_versions())), "legal is one process per rank"),
@@ -170,4 +172,4 @@ def test_who_is_not_in_the_group_is_told_so(cache_home):
                 assert isinstance(answer, Refused)
                 assert reason in answer.reason
         context.term()
-        assert llm._engine.failure is None
+        assert llm.engine.failure is None

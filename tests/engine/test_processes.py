@@ -11,17 +11,14 @@ import threading
 import time
 from pathlib import Path
 
-import msgspec
 import pytest
 from process_tree import is_alive, parents_of_ranks, ranks
 
 from longspan import LLM, ConfigError, LongspanError, SamplingParams, WorkerError
-from longspan.engine.failures import Failures, describe_end
-from longspan.engine.processes import _environment
+from longspan.engine.processes import worker_environment
+from longspan.group import heartbeat
 from longspan.plan.types import GroupStep, Plan, QueryRun, SampledBy
 from longspan.types import Phase, Strategy
-from longspan.worker import heartbeat
-from longspan.worker.messages import Failed
 
 TEXT = Path(argparse.__file__).read_text()
 FACT = "The magic number is 4711."
@@ -283,7 +280,11 @@ def test_what_ranks_import_starts_no_thread():
     """Only the thread that forks lives on in a rank."""
     script = "import os, longspan.worker.serve; print(len(os.listdir('/proc/self/task')))"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=_environment(num_threads=4)
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=worker_environment(num_threads=4),
     )
     assert done.stdout == "1\n"
 
@@ -317,10 +318,10 @@ def test_a_worker_killed_while_idle_or_in_decode_fails_what_runs_and_all_that_fo
 @needs_processes
 def test_a_worker_that_raises_ends_the_run_with_its_rank_and_reason(own_tmp):
     with LLM("recall", **TWO_RANKS) as llm:
-        groups = tuple(GroupStep(Strategy.LOCAL, ()) for _ in llm._engine.spec.kv_groups)
+        groups = tuple(GroupStep(Strategy.LOCAL, ()) for _ in llm.engine.spec.kv_groups)
         plan = Plan(7, Phase.DECODE, (1,), (QueryRun(0, 5, 1, 1, SampledBy(3)),), (), groups, ())
         with pytest.raises(WorkerError) as caught:
-            llm._engine._executor.submit(plan).result(timeout=60)
+            llm.engine.executor.submit(plan).result(timeout=60)
         said = "plan 7: needs 1 tokens of plan 3, rank 1 has sampled for plan -1 last"
         assert str(caught.value) == f"rank 1: {said} in plan 7 (decode)"
         assert "Traceback" in caught.value.__notes__[0]
@@ -374,7 +375,6 @@ def test_two_llms_at_once_and_one_after_another_leave_nothing_behind(own_tmp):
 
 
 @pytest.mark.cover
-@pytest.mark.cover
 def test_opening_and_closing_with_threads_leaks_nothing(cache_home):
     counts = []
     for _ in range(20):
@@ -396,13 +396,13 @@ def test_an_interrupted_call_leaves_an_llm_that_works(cache_home):
         with pytest.raises(KeyboardInterrupt):
             llm.generate([PROMPT, TEXT[:900]], params, on_progress=interrupt)
         assert llm.generate(PROMPT, params)[0].outputs[0].text == "4711."
-        assert not llm._engine.has_requests
-        llm._engine.scheduler.memory.check_integrity()
+        assert not llm.engine.has_requests
+        llm.engine.scheduler.memory.check_integrity()
 
 
 def test_a_rank_that_raises_in_a_thread_is_named_too(cache_home):
     with LLM("recall", **TWO_RANKS, executor="threads", exchange_timeout_s=0.2) as llm:
-        llm._engine._executor.runners[1].run = None
+        llm.engine.executor.runners[1].run = None
         with pytest.raises(WorkerError, match=r"^rank 1: TypeError: .* in plan 0 \(prefill\)$"):
             llm.generate(PROMPT)
 
@@ -414,63 +414,3 @@ def test_rejects_a_directory_whose_sockets_would_have_too_long_names(cache_home,
     with pytest.raises(ConfigError, match=r"TMPDIR: got .*, legal is a directory whose path has at most"):
         LLM("recall")
     assert leftovers(directory) == []
-
-
-# -- the verdict -------------------------------------------------------------------------------------------------------
-
-
-def failures(*signs):
-    found = Failures()
-    for now_s, (kind, *values) in enumerate(signs):
-        getattr(found, kind)(*values, float(now_s))
-    return found
-
-
-USER = ("said", Failed(0, "dtype: got x", "", "user"))
-PEER = ("said", Failed(0, "rank 0: receive from rank 1 failed", "", "peer"))
-RAISED = ("said", Failed(1, "ValueError: y", "trace", "rank"))
-KILLED = ("ended", 1, "rank 1 (pid 11)", "was killed by SIGKILL")
-CONSEQUENCE = ("ended", 0, "rank 0 (pid 10)", "ended with exit code 1")
-LOST = ("lost", 1, "rank 1 (pid 11)")
-STUCK = ("stuck", 1, "rank 1 (pid 11)", 5.0)
-SILENT = ("silent", 1, "rank 1 (pid 11)", 5.0, "its process is stopped")
-
-
-@pytest.mark.parametrize(
-    ("signs", "text"),
-    [
-        ([PEER, CONSEQUENCE, KILLED], "rank 1 (pid 11) was killed by SIGKILL"),
-        ([KILLED, PEER, CONSEQUENCE], "rank 1 (pid 11) was killed by SIGKILL"),
-        ([LOST, PEER, CONSEQUENCE, KILLED], "rank 1 (pid 11) was killed by SIGKILL"),
-        ([PEER, CONSEQUENCE, LOST], "rank 1 (pid 11) is gone: its connection to the driver has closed"),
-        ([PEER, RAISED, CONSEQUENCE], "rank 1: ValueError: y"),
-        ([PEER, CONSEQUENCE, SILENT], "rank 0: receive from rank 1 failed"),
-        ([SILENT], "rank 1 (pid 11) has given no sign of life for 5 s: its process is stopped"),
-        ([STUCK], "rank 1 (pid 11) has got no further for 5 s: it hangs, or computes for ever"),
-        ([STUCK, PEER], "rank 0: receive from rank 1 failed"),
-        ([CONSEQUENCE, USER], "dtype: got x"),
-    ],
-)
-def test_the_cause_is_told_from_its_consequences(signs, text):
-    found = failures(*signs)
-    assert found.first_s == 0.0
-    assert str(found.cause()) == text
-    assert isinstance(found.cause(), ConfigError) == (USER in signs)
-
-
-def test_nothing_more_can_be_learnt_when_every_rank_has_ended_or_said_why():
-    assert not failures(KILLED).is_complete(2)
-    assert failures(KILLED, PEER).is_complete(2)
-    assert not failures(KILLED, PEER).is_complete(3)
-    assert not failures(LOST, PEER).is_complete(2), "how it ended may become known"
-
-
-def test_ends_are_described_in_words():
-    assert describe_end(3) == "ended with exit code 3"
-    assert describe_end(-signal.SIGABRT) == "was killed by SIGABRT"
-    assert describe_end(-(signal.SIGRTMIN + 1)).startswith("was killed by signal ")
-
-
-def test_last_words_travel_as_messages():
-    message = USER[1]
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=Failed) == message

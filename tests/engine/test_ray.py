@@ -10,6 +10,7 @@ from tiny_models import greedy, run_all, tiny_model
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.errors import ConfigError, WorkerError
+from longspan.group.shape import speaker
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -42,7 +43,7 @@ def test_tokens_of_actors_are_those_of_transformers_and_our_cluster_ends_with_th
     with Engine(config()) as engine:
         requests = [engine.add_request(reference.prompt, greedy()) for reference in references]
         run_all(engine)
-        assert len(set(engine._executor.hosts)) == 1
+        assert len(set(engine.executor.hosts)) == 1
     assert [request.output_token_ids for request in requests] == [reference.token_ids for reference in references]
     assert not ray.is_initialized()
 
@@ -53,7 +54,7 @@ def test_an_actor_that_dies_is_replaced_if_the_user_wants_it():
         requests = [engine.add_request(reference.prompt, greedy()) for reference in references]
         while not requests[-1].num_generated:
             engine.step()
-        os.kill(engine._executor._roster._hellos[1].pid, signal.SIGKILL)
+        os.kill(engine.executor.membership.get(speaker(1)).hello.pid, signal.SIGKILL)
         run_all(engine)
         assert engine.restarts.num_done == 1
     assert [request.output_token_ids for request in requests] == [reference.token_ids for reference in references]
@@ -64,7 +65,7 @@ def test_an_actor_that_dies_is_named_with_rank_and_node_and_the_cluster_that_was
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     with Engine(config(ray_placement="spread")) as engine:
         node = ray.util.get_node_ip_address()
-        pid = engine._executor._roster._hellos[1].pid
+        pid = engine.executor.membership.get(speaker(1)).hello.pid
         engine.add_request(tiny_model("gemma3").references[3].prompt, greedy())
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerError, match=rf"^rank 1 \(pid {pid} on [^)]+\) died on node {node}: The actor died"):

@@ -412,7 +412,7 @@ def test_progress_is_told_while_the_prompt_is_computed(cache_home, path):
 
 def slow_down(served, seconds):
     """Every plan takes so much longer."""
-    for runner in served.engine._executor.runners:
+    for runner in served.engine.executor.runners:
         run = runner.run
 
         def slow(plan, run=run):

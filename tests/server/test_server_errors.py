@@ -524,7 +524,7 @@ def test_while_it_drains_a_server_takes_nothing_new(cache_home):
 @pytest.mark.parametrize("stream", [False, True])
 def test_when_a_rank_fails_everybody_is_told(cache_home, stream):
     with serving(context_parallel_size=2) as served:
-        for runner in served.engine._executor.runners:
+        for runner in served.engine.executor.runners:
             runner.run = _broken
         answers = []
 

@@ -22,11 +22,11 @@ class Pending(Protocol):
 
 
 class Communicator(Protocol):
-    """Moves tensors between the ranks of a cp_group."""
+    """Moves tensors between the ranks of a cp_group: between one process of each."""
 
     @property
     def rank(self) -> int:
-        """This process's position in the group."""
+        """The position of this process's rank in the cp_group."""
 
     @property
     def size(self) -> int:

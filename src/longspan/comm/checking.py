@@ -61,13 +61,16 @@ class DamagingCommunicator:
     def __init__(self, inner: Communicator) -> None:
         self._inner = inner
         self.rank, self.size = inner.rank, inner.size
-        self.damages_next = False
-        """Whether one bit of the next message is turned over."""
+        self._damages_next = False
+
+    def damage_next(self) -> None:
+        """Turn over one bit of the next message."""
+        self._damages_next = True
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
         sends = list(sends)
-        if self.damages_next and (found := next((i for i, (_, t) in enumerate(sends) if t.numel()), None)) is not None:
-            self.damages_next = False
+        if self._damages_next and (found := next((i for i, (_, t) in enumerate(sends) if t.numel()), None)) is not None:
+            self._damages_next = False
             peer, tensor = sends[found]
             damaged = tensor.clone()
             damaged.view(-1).view(torch.uint8)[-1] ^= 0x40  # of a float, a high bit of its exponent

@@ -1,6 +1,7 @@
 """How ranks find each other, and connect: one socket per pair, inside a host and between hosts.
 
-Holds addresses, listeners and the handshake. Must not know what the sockets carry.
+Holds addresses, listeners and the handshake. Must not know what the sockets carry, nor that a rank may have several
+processes: each of them meets one process of every other rank, and is "rank 2" to those.
 Read next: `longspan.comm.sockets`, which uses them.
 
 Note [Handshake between ranks]
@@ -41,7 +42,7 @@ BACKLOG = 64
 """Connections beside those of peers that may wait to be accepted."""
 
 ACCEPT_POLL_S = 0.02
-"""How often it is looked whether somebody has proved to be a peer."""
+"""How often it is looked whether a connection has proved to be a peer's."""
 
 BUFFER_BYTES = 212_992
 """Of a socket in each direction; what Linux admits without further settings."""
@@ -52,7 +53,7 @@ _SIOCGIFADDR = 0x8915
 
 
 class Meeting(NamedTuple):
-    """Where the ranks of a group meet."""
+    """Where one process of every rank meet."""
 
     init_method: str
     """As torch.distributed takes it (`file:///...`, `env://`)."""
@@ -65,7 +66,11 @@ class Meeting(NamedTuple):
 
 
 def local_meeting(directory: Path) -> Meeting:
-    """Ranks on one machine. Args: `directory` exists, is the same for all, and theirs alone."""
+    """Where ranks on one machine meet.
+
+    Args:
+        directory: exists, is the same for all, and theirs alone.
+    """
     return Meeting(f"file://{directory}/rendezvous", directory, None, b"")
 
 
@@ -75,7 +80,7 @@ class Store(Protocol):
     def set(self, key: str, value: bytes) -> None: ...
 
     def get(self, key: str) -> bytes:
-        """Waits until somebody has set it."""
+        """Waits until a rank has set it."""
 
 
 class _Address(msgspec.Struct, frozen=True):
@@ -111,7 +116,7 @@ def connect_all(rank: int, size: int, store: Store, meeting: Meeting, *, timeout
             _set_buffers(far)  # before it listens: its connections inherit them
             far.bind((meeting.address, 0))
             far.listen(size + BACKLOG)
-        mine = _Address(_host_id(), unix, None if meeting.address is None else far.getsockname())
+        mine = _Address(own_host_id(), unix, None if meeting.address is None else far.getsockname())
         store.set(f"longspan-address-{rank}", msgspec.msgpack.encode(mine))
         connections: dict[int, socket.socket] = {}
         for peer in range(rank):
@@ -120,7 +125,7 @@ def connect_all(rank: int, size: int, store: Store, meeting: Meeting, *, timeout
         listeners = [near] if meeting.address is None else [near, far]
         connections |= _accept(rank, set(range(rank + 1, size)), listeners, meeting.key, timeout_s)
     if meeting.directory is not None:
-        os.unlink(unix)  # everybody who needs it has connected
+        os.unlink(unix)  # every rank that needs it has connected
     for connection in connections.values():
         connection.setblocking(False)
     return connections
@@ -139,7 +144,7 @@ def _connect(rank: int, peer: int, theirs: _Address, host_id: str, key: bytes, t
         connection.connect(theirs.tcp)
     nonce = secrets.token_bytes(_NONCE_BYTES)
     connection.sendall(_HELLO.pack(rank, nonce))
-    answer = _receive(connection, _NONCE_BYTES + _PROOF_BYTES, time.monotonic() + timeout_s)
+    answer = receive_exactly(connection, _NONCE_BYTES + _PROOF_BYTES, time.monotonic() + timeout_s)
     nonces = nonce + answer[:_NONCE_BYTES]
     if not hmac.compare_digest(answer[_NONCE_BYTES:], _proof(key, b"accepts", peer, rank, nonces)):
         raise OSError(f"rank {peer} does not know the secret")
@@ -152,7 +157,7 @@ def _accept(
 ) -> dict[int, socket.socket]:
     """The peers waited for, as they connect and prove that they know the key.
 
-    Whoever connects is heard in a thread of its own: one that says nothing keeps nobody waiting.
+    Each connection is heard in a thread of its own: one that says nothing keeps no other waiting.
     """
     found: queue.SimpleQueue[tuple[int, socket.socket]] = queue.SimpleQueue()
     connections: dict[int, socket.socket] = {}
@@ -181,13 +186,13 @@ def _hear(
     deadline: float,
     found: "queue.SimpleQueue[tuple[int, socket.socket]]",
 ) -> None:
-    """Let somebody who has connected prove that he is a peer."""
+    """Let a connection prove that it is a peer's."""
     try:
         deadline = min(deadline, time.monotonic() + STRANGER_S)
-        peer, nonce = _HELLO.unpack(_receive(connection, _HELLO.size, deadline))
+        peer, nonce = _HELLO.unpack(receive_exactly(connection, _HELLO.size, deadline))
         nonces = nonce + secrets.token_bytes(_NONCE_BYTES)
         connection.sendall(nonces[_NONCE_BYTES:] + _proof(key, b"accepts", rank, peer, nonces))
-        proof = _receive(connection, _PROOF_BYTES, deadline)
+        proof = receive_exactly(connection, _PROOF_BYTES, deadline)
         if not hmac.compare_digest(proof, _proof(key, b"connects", peer, rank, nonces)):
             raise OSError("a stranger")
         if connection.family == socket.AF_INET:
@@ -203,7 +208,7 @@ def _proof(key: bytes, role: bytes, rank: int, peer: int, nonces: bytes) -> byte
     return hmac.digest(key, role + struct.pack("<II", rank, peer) + nonces, "sha256")
 
 
-def _receive(connection: socket.socket, num_bytes: int, deadline: float) -> bytes:
+def receive_exactly(connection: socket.socket, num_bytes: int, deadline: float) -> bytes:
     """All bytes of a message, in however many pieces they come."""
     data = b""
     while len(data) < num_bytes:
@@ -224,7 +229,7 @@ def _set_buffers(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
 
 
-def _host_id() -> str:
+def own_host_id() -> str:
     """The same for processes that can reach each other's Unix sockets, for no others."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{platform.node()} {boot_id} {os.readlink('/proc/self/ns/net')}"

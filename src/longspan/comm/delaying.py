@@ -38,7 +38,11 @@ class NodeClock:
     """When a node's link is free again; shared by the node's ranks, processes or threads, through memory."""
 
     def __init__(self, path: str | None = None) -> None:
-        """Make a clock, or open that of another rank. Args: the other clock's `path`."""
+        """Make a clock, or open that of another rank.
+
+        Args:
+            path: the other clock's file; None makes one.
+        """
         if path is None:  # a file without a name; it is gone with the last process that has it open
             self._file = os.memfd_create("longspan-simulated-node")
             os.ftruncate(self._file, _TIME.size)

@@ -71,12 +71,12 @@ class DistributedCommunicator(GroupCommunicator):
         """Join the group.
 
         Args:
-            rank: this process's position.
+            rank: the position of this process's rank.
             size: ranks in the group.
             init_method: where the ranks meet, as torch.distributed takes it (`file:///...`, `tcp://host:port`, `env://`).
             timeout_s: longest wait for a peer in every exchange; joining may take `JOIN_TIMEOUT_S` at least.
             backend: of torch.distributed.
-            device: this rank's, of a backend whose exchanges have no other deadline: a GPU is connected at once, and
+            device: this process's, of a backend whose exchanges have no other deadline: a GPU is connected at once, and
                 `timeout_s` holds for the whole group. None for a backend that waits with a deadline each time.
 
         Raises:

@@ -81,8 +81,8 @@ def measure_links(comm: Communicator, nodes: Sequence[int]) -> LinkMeasurement:
     barrier(comm)
     times = [ring_times for ring_times in (inside, between) if ring_times is not None]
     return LinkMeasurement(
-        inside=None if inside is None else _link(inside),
-        between=None if between is None else _link(between),
+        inside=None if inside is None else fitted_link(inside),
+        between=None if between is None else fitted_link(between),
         lone_bytes_per_s=lone,
         exchange_s=max((ring_times.own_s for ring_times in times), default=0.0),
         moved_byte_s=moved_byte_s,
@@ -98,7 +98,7 @@ class _Ring(NamedTuple):
     """Of its pair."""
 
 
-class _RingTimes(NamedTuple):
+class RingTimes(NamedTuple):
     message_s: list[tuple[int, float]]
     """(bytes, seconds of one message)."""
     own_s: float
@@ -133,7 +133,7 @@ def _exchanges(comm: Communicator, ring: _Ring, num_bytes: int, repeats: int) ->
     return times
 
 
-def _measure_ring(comm: Communicator, ring: _Ring) -> _RingTimes | None:
+def _measure_ring(comm: Communicator, ring: _Ring) -> RingTimes | None:
     """All messages of one ring; None for a rank without a partner, who only takes part."""
     short_s: list[tuple[int, float]] = []
     own_s: list[float] = []
@@ -148,7 +148,7 @@ def _measure_ring(comm: Communicator, ring: _Ring) -> _RingTimes | None:
         long_s.append((num_bytes, _typical(_exchanges(comm, ring, num_bytes, repeats))))
     if not short_s:
         return None
-    return _RingTimes([*short_s, *long_s], min(*own_s, short_s[0][1] / 2))
+    return RingTimes([*short_s, *long_s], min(*own_s, short_s[0][1] / 2))
 
 
 def _ping_pong(comm: Communicator, ring: _Ring, num_bytes: int, repeats: int) -> list[float]:
@@ -188,7 +188,7 @@ def _slope(short: tuple[int, float], long: tuple[int, float]) -> float:
     return (long[0] - short[0]) / more_s if more_s > 0.2 * long[1] else long[0] / long[1]
 
 
-def _link(times: _RingTimes) -> Link:
+def fitted_link(times: RingTimes) -> Link:
     """Fit latency and bandwidth, and the size from which on messages go another way, if they do."""
     message_s = times.message_s
     bytes_per_s = _slope(message_s[-3], message_s[-1])

@@ -13,7 +13,7 @@ Note [Waiting on a GPU]
     millisecond at least and may not happen in a capture. So no Python code raises when a message does not come.
     PyTorch's watchdog ends the process when an exchange has taken `timeout_s` since it was launched, so that a step's
     exchanges have that long together. It does not see those that a graph repeats: there the driver ends ranks that owe
-    an answer and get no further (`longspan.engine.failures`).
+    an answer and get no further (`longspan.group.failures`).
     Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp, `WorkNCCL::wait` and `workEnqueue`.
 """
 
@@ -45,10 +45,10 @@ class NCCLCommunicator(DistributedCommunicator):
         """Join the group.
 
         Args:
-            rank: this process's position.
+            rank: the position of this process's rank.
             size: ranks in the group.
             init_method: where the ranks meet, as torch.distributed takes it (`file:///...`, `tcp://host:port`, `env://`).
-            device: this rank's GPU, no other's.
+            device: this process's GPU, no other's.
             timeout_s: longest time of an exchange, from its launch.
             backend: of torch.distributed; another one is for tests.
 

@@ -1,7 +1,7 @@
 """The secret that all processes of a group on several hosts share, and the keys that come from it.
 
 Holds where it is read, and its use in HMAC. The secret itself is never sent, printed or put on a command line.
-Read next: `longspan.comm.sockets` and `longspan.worker.zmq_auth`, which use the keys.
+Read next: `longspan.comm.sockets` and `longspan.group.zmq_auth`, which use the keys.
 """
 
 import hashlib

@@ -10,10 +10,11 @@ A decode step makes two in every layer. Large messages stay with gloo, whose thr
 Both sides know every message's size, so both choose the same way, and each way keeps the order of its messages.
 
 Note [No deadlock]
-A send never blocks: what a socket's buffer does not take waits in a queue, and whoever waits for small messages goes
-on sending from all queues. Only a wait for a large message does not; `SMALL_BYTES` keeps the queues empty then. Where
-it does not (a `tree` over many nodes), the order does: every rank waits for exchanges in the order in which all of them
-start them (`longspan.cp.pass_q`, Note: order), and takes in an exchange's small messages before it waits for the large.
+A send never blocks: what a socket's buffer does not take waits in a queue, and a rank that waits for small messages
+goes on sending from all queues. Only a wait for a large message does not; `SMALL_BYTES` keeps the queues empty then.
+Where it does not (a `tree` over many nodes), the order does: every rank waits for exchanges in the order in which all
+of them start them (`longspan.cp.pass_q`, Note: order), and takes in an exchange's small messages before it waits for
+the large.
 """
 
 import os
@@ -55,7 +56,7 @@ class SocketCommunicator:
         """Join the group.
 
         Args:
-            rank: this process's position.
+            rank: the position of this process's rank.
             size: ranks in the group.
             meeting: where the ranks meet.
             timeout_s: longest wait for a peer in every exchange.
@@ -97,7 +98,36 @@ class SocketCommunicator:
             connection.close()
         self._large.close()
 
-    # -- for the exchanges under way ---------------------------------------------------------------------------------
+    def finish(self, num_sent: dict[int, int], unread: list[tuple[int, memoryview]]) -> None:
+        """Return when the small messages of an exchange have been sent and received.
+
+        Args:
+            num_sent: per peer, how many small messages its socket has taken by then, since the start.
+            unread: (peer, message) pairs to fill, in order.
+
+        Raises:
+            CommunicationError: a peer did not answer within the deadline, or is gone.
+        """
+        started = time.monotonic()
+        while True:
+            unread = self._receive_all(unread)
+            if not unread and all(self._num_sent[peer] >= num for peer, num in num_sent.items()):
+                return
+            if time.monotonic() < started + self._look_s:
+                os.sched_yield()
+            else:
+                self._wait_for([peer for peer, _ in unread], started + self._timeout_s)
+
+    def _receive_all(self, unread: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
+        """Read what has come. Returns what has not, in order."""
+        rest: list[tuple[int, memoryview]] = []
+        blocked: set[int] = set()  # a peer's second message is behind its first
+        for peer, message in unread:
+            count = 0 if peer in blocked else self._receive(peer, message)
+            if count < len(message):
+                blocked.add(peer)
+                rest.append((peer, message[count:]))
+        return rest
 
     def _send(self, peer: int) -> None:
         """Give the socket what it takes now of the messages to a peer."""
@@ -128,7 +158,7 @@ class SocketCommunicator:
         return count
 
     def _wait_for(self, readers: Sequence[int], deadline: float) -> None:
-        """Sleep until one of the `readers` has sent something, or anybody can take more."""
+        """Sleep until one of the `readers` has sent something, or any peer can take more."""
         poller = select.poll()
         events = dict.fromkeys(readers, select.POLLIN)
         for peer, queue in self._unsent.items():
@@ -159,31 +189,9 @@ class _PendingMessages:
         self._comm, self._large, self._num_sent, self._incoming = comm, large, num_sent, incoming
 
     def wait(self) -> None:
-        comm = self._comm
-        started = time.monotonic()
-        unread = self._incoming
-        while True:
-            unread = _receive_all(comm, unread)
-            if not unread and all(comm._num_sent[peer] >= num for peer, num in self._num_sent.items()):
-                break
-            if time.monotonic() < started + comm._look_s:
-                os.sched_yield()
-            else:
-                comm._wait_for([peer for peer, _ in unread], started + comm._timeout_s)
+        self._comm.finish(self._num_sent, self._incoming)
         if self._large is not None:
             self._large.wait()
-
-
-def _receive_all(comm: SocketCommunicator, unread: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
-    """Read what has come. Returns what has not, in order."""
-    rest: list[tuple[int, memoryview]] = []
-    blocked: set[int] = set()  # a peer's second message is behind its first
-    for peer, message in unread:
-        count = 0 if peer in blocked else comm._receive(peer, message)
-        if count < len(message):
-            blocked.add(peer)
-            rest.append((peer, message[count:]))
-    return rest
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

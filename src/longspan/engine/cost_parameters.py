@@ -27,7 +27,6 @@ from longspan.costmodel.topology_file import load_topology
 from longspan.engine.executor import Executor
 from longspan.errors import ConfigError
 from longspan.native import kernels
-from longspan.scheduler.scheduler import Scheduler
 from longspan.types import ModelSpec
 
 MEASURE = "LONGSPAN_MEASURE"
@@ -141,18 +140,23 @@ def step_options(config: EngineConfig) -> StepOptions:
     )
 
 
-def use_costs(scheduler: Scheduler, costs: Costs, hidden_size: int) -> None:
-    """Let a scheduler choose by measured numbers: strategies, and which prompts are striped unless the user says.
+def striped_from(
+    config: EngineConfig, model: ModelSpec, costs: Costs, hidden_size: int, num_pages: Sequence[int]
+) -> int | None:
+    """Length from which on a prompt is predicted to be sooner done on all ranks.
 
     Args:
-        scheduler: without requests.
-        costs: of its ranks.
+        config: may say it.
+        model: whose prompts.
+        costs: of the ranks.
         hidden_size: of the model.
+        num_pages: of every rank, per KV group.
+
+    Returns:
+        Tokens; None where the user has said it, or there is one rank.
     """
-    scheduler.writer.costs = costs
-    config, model = scheduler.config, scheduler.model
     if config.min_striped_len is not None or config.context_parallel_size == 1:
-        return
+        return None
     num_logit_weights = hidden_size * model.vocab_size
     shape = ModelShape(
         spec=model,
@@ -163,13 +167,12 @@ def use_costs(scheduler: Scheduler, costs: Costs, hidden_size: int) -> None:
         num_logit_weights=num_logit_weights,
     )
     fitting = (
-        sum(groups[i].num_pages for groups in scheduler.memory.allocators) * config.page_size
-        for i, group in enumerate(model.kv_groups)
+        pages * config.context_parallel_size * config.page_size
+        for group, pages in zip(model.kv_groups, num_pages, strict=True)
         if group.spec.window is None
     )
     longest = min(*fitting, model.max_position or LONGEST_LEN, LONGEST_LEN)
-    found = shortest_striped_len(shape, costs, step_options(config), longest)
-    scheduler.memory.striped_from = found or LONGEST_LEN
+    return shortest_striped_len(shape, costs, step_options(config), longest) or LONGEST_LEN
 
 
 def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], nodes: tuple[int, ...]) -> MeasuredOn:

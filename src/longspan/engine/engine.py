@@ -18,7 +18,7 @@ from msgspec import structs
 
 from longspan.config import REMOTE_EXECUTORS, EngineConfig
 from longspan.costmodel.parameters import Costs
-from longspan.engine.cost_parameters import file_costs, find_costs, use_costs
+from longspan.engine.cost_parameters import file_costs, find_costs, striped_from
 from longspan.engine.executor import Executor
 from longspan.engine.gpus import GPU, choose_device
 from longspan.engine.interrupts import deferred_interrupt
@@ -27,6 +27,7 @@ from longspan.engine.memory import gpu_cache_memory, kv_cache_memory
 from longspan.engine.recovery import STARTS, Restarts, add_totals, fail_poison, fail_unfit, fewer_ranks
 from longspan.engine.start import start_executor
 from longspan.errors import ConfigError, LongspanError
+from longspan.group.messages import Start
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.plan.types import PlanResult, RankResult
@@ -35,7 +36,6 @@ from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
 from longspan.types import FinishReason, ModelSpec, SamplingParams
-from longspan.worker.messages import Start
 
 
 class RankStats(msgspec.Struct, frozen=True):
@@ -87,7 +87,8 @@ class Engine:
         self._model, self._start = model, Start(config, self.spec, num_pages, None)
         self._launcher = launcher  # of ranks that are lost, or start: until an executor starts them with it
         self._given_up = threading.Event()
-        self._executor: Executor
+        self.executor: Executor
+        """The ranks; others after a loss."""
         self.costs = costs
         """What ranks and links can do; None where nobody knows."""
         self._futures: dict[Future[PlanResult], None] = {}  # in the order submitted
@@ -134,7 +135,9 @@ class Engine:
             if costs is None:
                 costs = find_costs(self.config, self.spec, executor, executor.hosts)
             if costs is not None:
-                use_costs(self.scheduler, costs, self._hidden_size)
+                num_pages = self._start.num_pages
+                shortest = striped_from(self.config, self.spec, costs, self._hidden_size, num_pages)
+                self.scheduler.use_costs(costs, shortest)
         except BaseException:
             executor.close()
             raise
@@ -165,7 +168,7 @@ class Engine:
     @property
     def failure(self) -> BaseException | None:
         """Why the ranks are lost, also while none of them had anything to do; `recover` replaces them."""
-        return self._failure or self._lost or self._executor.failure
+        return self._failure or self._lost or self.executor.failure
 
     @property
     def has_requests(self) -> bool:
@@ -204,7 +207,7 @@ class Engine:
         submitted: list[Future[PlanResult]] = []
         while (plan := self.scheduler.schedule()) is not None:
             self.strategy_counts.update(group.strategy.value for group in plan.groups)
-            submitted.append(self._executor.submit(plan))
+            submitted.append(self.executor.submit(plan))
         self._futures.update(dict.fromkeys(submitted))
         return submitted
 
@@ -264,7 +267,7 @@ class Engine:
             self._take_restart(cause)
             self._recovery_began_s = time.monotonic()
         with deferred_interrupt():
-            self._launcher = self._executor.replace() or self._launcher
+            self._launcher = self.executor.replace() or self._launcher
             self._recovered += self.take_in([f for f in self._futures if f.done() and f.exception() is None])
             self._futures.clear()
             self.scheduler.restart()
@@ -286,7 +289,7 @@ class Engine:
         while True:
             launcher, self._launcher = self._launcher, None
             try:
-                self._executor, self.costs = self._start_ranks(launcher, self.costs)
+                self.executor, self.costs = self._start_ranks(launcher, self.costs)
             except LongspanError as error:
                 if self._given_up.is_set():
                     self._failure = error
@@ -352,7 +355,7 @@ class Engine:
     def close(self) -> None:
         """End the ranks. May be called twice."""
         self.give_up()
-        self._executor.close()
+        self.executor.close()
         if self._launcher is not None:
             self._launcher.release(0.0)
 

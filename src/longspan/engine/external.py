@@ -1,4 +1,4 @@
-"""Workers that somebody else starts and ends, such as torchrun on every host.
+"""Workers that another program starts and ends, such as torchrun on every host.
 
 Holds where the driver listens for them. Must not know messages or plans.
 Read next: `longspan.worker.remote`, what is started.
@@ -10,6 +10,7 @@ import sys
 from longspan.comm.secret import Secret, require_secret
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError
+from longspan.group.shape import GroupShape, ProcessId
 from longspan.quantities import parse_listen
 
 
@@ -29,13 +30,13 @@ class ExternalLauncher:
         self.bind_address = tcp_address(config.listen)
         self.secret: Secret | None = require_secret(config.secret_file, "the driver listens on the network")
 
-    def start(self, address: str, size: int) -> None:
-        print(f"longspan: waiting for {size} ranks at {address}", file=sys.stderr, flush=True)
+    def start(self, address: str, shape: GroupShape) -> None:
+        print(f"longspan: waiting for {shape} at {address}", file=sys.stderr, flush=True)
 
-    def name(self, rank: int) -> str | None:
+    def name(self, process: ProcessId) -> str | None:
         return None
 
-    def ended(self, rank: int) -> str | None:
+    def ended(self, process: ProcessId) -> str | None:
         return None
 
     def kill(self) -> None:

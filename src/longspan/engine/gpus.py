@@ -1,4 +1,4 @@
-"""What the driver must know of this machine's GPUs before it starts ranks on them.
+"""What the driver must know of this machine's GPUs before it starts processes on them.
 
 Holds the look at them, from a process of its own: the driver makes no CUDA context, which would take memory of the
 first GPU for as long as it runs. Must not know models.
@@ -15,6 +15,7 @@ from msgspec import structs
 from longspan.attention.select import MIN_CAPABILITY
 from longspan.config import REMOTE_EXECUTORS, EngineConfig
 from longspan.errors import ConfigError
+from longspan.group.shape import GroupShape
 from longspan.worker.device import check_capability
 
 LOOK_S = 120.0
@@ -43,12 +44,12 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
     """What ranks compute on.
 
     Args:
-        config: with `auto`, ranks go where a loaded model is, or else on this machine's GPUs, if there is one for each,
-            none is too old, and the config asks for nothing that only a CPU does.
+        config: with `auto`, ranks go where a loaded model is, or else on this machine's GPUs, if there is one for each
+            process, none is too old, and the config asks for nothing that only a CPU does.
         model: that is loaded already, or None.
 
     Returns:
-        `cpu` or `cuda`, and the GPUs that ranks of this machine take, in their order.
+        `cpu` or `cuda`, and the GPUs that processes of this machine take, in their order.
 
     Raises:
         ConfigError: GPUs were asked for, and are not there, or the model is elsewhere.
@@ -63,7 +64,7 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
     is_remote = config.executor in REMOTE_EXECUTORS
     if is_remote or config.device == "cpu":
         return ("cuda" if config.device == "cuda" else "cpu"), []
-    needed = 1 if config.executor == "threads" else config.context_parallel_size  # threads share the first
+    needed = 1 if config.executor == "threads" else GroupShape.of(config).world_size  # threads share the first
     if config.device == "auto":
         only_on_a_cpu = (
             config.attention_backend == "cpu"
@@ -87,8 +88,8 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
         raise ConfigError("device: got 'cuda' on a machine where PyTorch sees no usable GPU, legal is cpu")
     if len(gpus) < needed:
         raise ConfigError(
-            f"context_parallel_size: got {needed} with {len(gpus)} GPU{'s' * (len(gpus) != 1)}, legal is one rank for "
-            "each at most, or device cpu"
+            f"context_parallel_size: got {config.context_parallel_size} with {len(gpus)} "
+            f"GPU{'s' * (len(gpus) != 1)}, legal is one rank for each at most, or device cpu"
         )
     for gpu in gpus[:needed]:
         check_capability(gpu.name, gpu.capability)
@@ -96,7 +97,10 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
 
 
 def find_gpus(script: str = _SCRIPT) -> list[GPU]:
-    """This machine's, as a process that starts now sees them. Args: `script` for tests.
+    """This machine's GPUs, as a process that starts now sees them.
+
+    Args:
+        script: looks at them, and prints their facts as JSON.
 
     Raises:
         ConfigError: they cannot be looked at.

@@ -21,9 +21,10 @@ import msgspec
 from longspan.comm.secret import VARIABLE as SECRET_VARIABLE
 from longspan.comm.secret import Secret
 from longspan.config import EngineConfig
-from longspan.engine.failures import describe_end
 from longspan.errors import ConfigError, WorkerError
-from longspan.worker.messages import ForkRanks, KillRanks, Order, RankProcess
+from longspan.group.failures import describe_end
+from longspan.group.messages import ForkedWorker, ForkWorkers, KillWorkers, Order
+from longspan.group.shape import GroupShape, ProcessId
 
 MAX_DIRECTORY_BYTES = 90
 """Most bytes in the path of the sockets' directory: a socket's whole path has at most 107."""
@@ -33,7 +34,7 @@ GONE_S = 1.0
 
 
 class LocalLauncher:
-    """A child that imports what ranks need, and forks one process per rank; again, if they are lost."""
+    """A child that imports what workers need, and forks the processes of a group; again, if they are lost."""
 
     is_remote = False
 
@@ -47,8 +48,8 @@ class LocalLauncher:
         self._directory = _socket_directory()
         self._generation = 0
         self.secret: Secret | None = None
-        self._ranks: dict[int, RankProcess] = {}
-        self._num_ranks = 0  # that the parent was asked for
+        self._shape = GroupShape(0, 1)  # of the group that the parent was asked for
+        self._forked: dict[int, ForkedWorker] = {}  # by number
         self._unread = b""
         self._all_gone = False
         try:
@@ -59,7 +60,7 @@ class LocalLauncher:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     bufsize=0,
-                    env=_environment(config.num_threads),
+                    env=worker_environment(config.num_threads),
                 )
         except OSError as error:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -70,30 +71,31 @@ class LocalLauncher:
         os.set_blocking(self._reports.fileno(), False)
 
     def _meet(self) -> None:
-        """A directory of their own for the ranks that are started next: nothing of lost ones is in it."""
+        """A directory of their own for the processes that are started next: nothing of lost ones is in it."""
         directory = self._directory / str(self._generation)
         directory.mkdir()
         self.directory: str | None = str(directory)
         self.bind_address = f"ipc://{directory}/driver"
 
-    def start(self, address: str, size: int) -> None:
+    def start(self, address: str, shape: GroupShape) -> None:
         assert address == self.bind_address
         assert not self._running
-        self._ranks, self._num_ranks = {}, size
-        self._order(ForkRanks(size, address))
+        self._forked, self._shape = {}, shape
+        self._order(ForkWorkers(shape.world_size, address))
 
-    def name(self, rank: int) -> str | None:
-        return f"rank {rank} (pid {self._ranks[rank].pid})" if rank in self._ranks else None
+    def name(self, process: ProcessId) -> str | None:
+        forked = self._forked.get(self._shape.number(process))
+        return None if forked is None else f"{self._shape.name(process)} (pid {forked.pid})"
 
-    def ended(self, rank: int) -> str | None:
+    def ended(self, process: ProcessId) -> str | None:
         parents_code = self._parent.poll()  # before its last reports are read
         self._read_reports()
-        code = self._ranks[rank].returncode if rank in self._ranks else None
-        code = parents_code if code is None else code  # no rank outlives the parent
+        forked = self._forked.get(self._shape.number(process))
+        code = parents_code if forked is None or forked.returncode is None else forked.returncode  # none outlives it
         return None if code is None else describe_end(code)
 
     def kill(self) -> None:
-        self._order(KillRanks())
+        self._order(KillWorkers())
 
     def renew(self) -> bool:
         self.kill()
@@ -104,7 +106,7 @@ class LocalLauncher:
         self._generation += 1
         try:
             self._meet()
-        except OSError:  # a full disk; whoever starts the next ranks says so
+        except OSError:  # a full disk, which the start of the next ranks says
             return False
         return True
 
@@ -112,7 +114,7 @@ class LocalLauncher:
         if self._reports.closed:
             return
         self._wait_until_gone(patience_s)
-        self._parent.kill()  # and all ranks with it
+        self._parent.kill()  # and all that it has forked with it
         while not self._all_gone and self._wait_for_reports(GONE_S):
             self._read_reports()
         self._parent.wait()
@@ -122,9 +124,9 @@ class LocalLauncher:
 
     @property
     def _running(self) -> bool:
-        """Whether any rank may run."""
-        ended = sum(process.returncode is not None for process in self._ranks.values())
-        return not self._all_gone and ended < self._num_ranks
+        """Whether any process of the group may run."""
+        ended = sum(forked.returncode is not None for forked in self._forked.values())
+        return not self._all_gone and ended < self._shape.world_size
 
     def _order(self, order: Order) -> None:
         with contextlib.suppress(OSError, ValueError):  # the parent has ended, which `ended` tells; or it is released
@@ -134,9 +136,9 @@ class LocalLauncher:
         while data := self._reports.read(2**16):
             *lines, self._unread = (self._unread + data).split(b"\n")
             for line in lines:
-                process = msgspec.json.decode(line, type=RankProcess)
-                self._ranks[process.rank] = process
-        self._all_gone = data is not None  # the parent and all ranks hold the pipe's other end
+                forked = msgspec.json.decode(line, type=ForkedWorker)
+                self._forked[forked.number] = forked
+        self._all_gone = data is not None  # the parent and all it has forked hold the pipe's other end
 
     def _wait_for_reports(self, timeout_s: float) -> bool:
         """Returns whether there are any, or none will come."""
@@ -198,16 +200,16 @@ def _interrupt_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _environment(num_threads: int) -> dict[str, str]:
+def worker_environment(num_threads: int) -> dict[str, str]:
     """Environment of workers: compute threads, gloo and NCCL on the loopback interface, nothing said but errors."""
     threads = str(num_threads)
     defaults = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    defaults["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks for GPUs before the fork must not start CUDA
+    defaults["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a question for GPUs before the fork must not start CUDA
     if not os.environ.get("LONGSPAN_DEBUG"):
         defaults["PYTHONWARNINGS"] = "ignore"
     forced = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     forced["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own, which ranks do not use: it would start when it is imported
-    if num_threads == 1:  # threads that a rank borrows give the core back when they have nothing to do
+    if num_threads == 1:  # threads that a process borrows give the core back when they have nothing to do
         defaults["GOMP_SPINCOUNT"] = "3000"
     inherited = {name: value for name, value in os.environ.items() if name != SECRET_VARIABLE}  # of no use to them
     return {**defaults, **inherited, **forced}

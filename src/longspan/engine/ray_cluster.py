@@ -1,4 +1,4 @@
-"""Worker processes on a Ray cluster: one actor per rank.
+"""Worker processes on a Ray cluster: one actor per process.
 
 Holds all that is Ray's, and is the only file that imports it. Must not know messages or plans.
 Read next: `longspan.worker.remote`, what every actor runs.
@@ -27,6 +27,7 @@ from longspan.comm.secret import Secret, read_secret
 from longspan.config import EngineConfig, num_cores
 from longspan.engine.external import tcp_address
 from longspan.errors import ConfigError, WorkerError
+from longspan.group.shape import GroupShape, ProcessId
 from longspan.worker.remote import Place, run_remote
 
 RAY_ADDRESS = "RAY_ADDRESS"
@@ -36,15 +37,20 @@ OWN_CLUSTER = "local"
 """Ray's word for a cluster of this machine alone that ends with the driver."""
 
 
-class _RankActor:
-    """One rank, in a process that Ray starts."""
+class _WorkerActor:
+    """One process of the group, that Ray starts."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, name: str) -> None:
+        """Send what the process prints to standard error.
+
+        Args:
+            name: of the process, for the user.
+        """
+        self._name = name
         os.dup2(2, 1)  # the driver's standard output is the user's alone
 
     def __repr__(self) -> str:
-        return f"rank {self._rank}"  # Ray puts this before every line that the actor writes
+        return self._name  # Ray puts this before every line that the actor writes
 
     def node(self) -> str:
         """Address of the node that this actor is on."""
@@ -60,7 +66,7 @@ class _RankActor:
     def run(self, place: Place, port: int, driver: str, secret: Secret, interface: str | None, timeout_s: float) -> int:
         """Be a worker until the driver ends the group. Returns its exit code."""
         os.environ.update(
-            RANK=str(place.rank),
+            RANK=str(place.number),
             WORLD_SIZE=str(place.world_size),
             MASTER_ADDR=place.master_address,
             MASTER_PORT=str(port),
@@ -69,7 +75,7 @@ class _RankActor:
 
 
 class RayLauncher:
-    """One actor per rank, in a placement group with one bundle per rank."""
+    """One actor per process, in a placement group with one bundle for each."""
 
     is_remote = True
     directory: str | None = None
@@ -81,11 +87,11 @@ class RayLauncher:
             ConfigError: there is no such cluster, or no way for it to reach this driver.
         """
         self._config = config
-        self._size = config.context_parallel_size
+        self._shape = GroupShape.of(config)
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._nodes: list[str] = []
-        self._runs: list[Any] = []  # per rank, what becomes its exit code
+        self._runs: list[Any] = []  # per process, what becomes its exit code
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
             self._connect()
@@ -101,9 +107,8 @@ class RayLauncher:
         address = self._config.ray_address or os.environ.get(RAY_ADDRESS) or OWN_CLUSTER
         options: dict[str, Any] = {}
         if address == OWN_CLUSTER:
-            cpus = max(
-                num_cores(), self._size * self._config.num_threads
-            )  # it must hold all ranks, however small it is
+            # It must hold all processes, however small it is.
+            cpus = max(num_cores(), self._shape.world_size * self._config.num_threads)
             options = {"num_cpus": cpus, "include_dashboard": False}
         try:
             host, colon, port = address.rpartition(":")
@@ -127,23 +132,23 @@ class RayLauncher:
             )
         return "tcp://127.0.0.1:*"
 
-    def start(self, address: str, size: int) -> None:
-        assert size == self._size, "known before, as the cluster may be made for it"
+    def start(self, address: str, shape: GroupShape) -> None:
+        assert shape == self._shape, "known before, as the cluster may be made for it"
         assert self.secret is not None
         config, threads = self._config, self._config.num_threads
         gpus = int(config.device == "cuda")
         needs = {"CPU": threads, **({"GPU": 1} if gpus else {})}
-        group = self._group = placement_group([needs] * self._size, strategy=config.ray_placement.upper())
+        group = self._group = placement_group([needs] * shape.world_size, strategy=config.ray_placement.upper())
         if not group.wait(config.connect_timeout_s):
             raise WorkerError(
-                f"the Ray cluster has no room for {self._size} ranks of {threads} CPUs{' and a GPU' * gpus} within "
+                f"the Ray cluster has no room for {shape} of {threads} CPUs{' and a GPU' * gpus} within "
                 f"{config.connect_timeout_s:g} s (connect_timeout_s); it has {ray.cluster_resources().get('CPU', 0):g} "
                 f"CPUs on {sum(bool(node['Alive']) for node in ray.nodes())} nodes"
             )
-        actor = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0)(_RankActor)
-        for rank in range(self._size):
-            where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-            self._actors.append(actor.options(scheduling_strategy=where).remote(rank))
+        actor = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0)(_WorkerActor)
+        for number, process in enumerate(shape.processes):
+            where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
+            self._actors.append(actor.options(scheduling_strategy=where).remote(shape.name(process)))
         try:
             waiting = [one.node.remote() for one in self._actors]
             self._nodes = ray.get(waiting, timeout=config.connect_timeout_s)
@@ -152,23 +157,24 @@ class RayLauncher:
             )
         except RayError as error:
             raise WorkerError(f"Ray could not start the ranks: {_first_line(error)}") from error
-        for rank, one in enumerate(self._actors):
-            place = Place(rank, self._size, self._nodes.count(self._nodes[rank]), master)
+        for number, one in enumerate(self._actors):
+            place = Place(number, shape.world_size, self._nodes.count(self._nodes[number]), master)
             self._runs.append(
                 one.run.remote(place, port, address, self.secret, config.interface, config.connect_timeout_s)
             )
 
-    def name(self, rank: int) -> str | None:
+    def name(self, process: ProcessId) -> str | None:
         return None
 
-    def ended(self, rank: int) -> str | None:
-        done, _ = ray.wait([self._runs[rank]], timeout=0)
+    def ended(self, process: ProcessId) -> str | None:
+        number = self._shape.number(process)
+        done, _ = ray.wait([self._runs[number]], timeout=0)
         if not done:
             return None
         try:
-            return f"ended on node {self._nodes[rank]} with exit code {ray.get(done[0])}"
+            return f"ended on node {self._nodes[number]} with exit code {ray.get(done[0])}"
         except RayError as error:
-            return f"died on node {self._nodes[rank]}: {_first_line(error)}"
+            return f"died on node {self._nodes[number]}: {_first_line(error)}"
 
     def kill(self) -> None:
         for actor in self._actors:

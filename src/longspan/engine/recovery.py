@@ -31,8 +31,8 @@ STARTS = 2
 """Times that a start of new ranks may fail before one rank less is tried, and again so many for the next."""
 
 POISON_CRASHES = 4
-"""A request during which the ranks were lost so often, one after another, is not tried again; the last two times it had
-nobody beside it."""
+"""A request during which the ranks were lost so often, one after another, is not tried again; the last two times it ran
+alone."""
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,11 @@ class Restarts:
     """How often ranks were replaced, and whether they may be once more."""
 
     def __init__(self, most: int) -> None:
-        """Args: `most` within `RESTART_WINDOW_S`; 0 never replaces any."""
+        """No rank has been lost.
+
+        Args:
+            most: restarts within `RESTART_WINDOW_S`; 0 never replaces any rank.
+        """
         self._most = most
         self._at_s: deque[float] = deque()
         self.num_done = 0
@@ -75,7 +79,12 @@ class Restarts:
         log.warning("longspan: the ranks are lost: %s; new ones start", cause)
 
     def note_ready(self, seconds: float, num_requests: int) -> None:
-        """New ranks are ready. Args: what it took, and how many requests go on or wait."""
+        """New ranks are ready.
+
+        Args:
+            seconds: what it took.
+            num_requests: how many go on or wait.
+        """
         self.num_done += 1
         self.total_s += seconds
         self.last_s = seconds
@@ -96,7 +105,7 @@ def fail_poison(scheduler: Scheduler, cause: BaseException) -> list[Request]:
 
 
 def fewer_ranks(config: EngineConfig) -> EngineConfig | None:
-    """The same with one rank less; None if that would be too few, or nobody can tell what is known of the others."""
+    """The same with one rank less; None if that would be too few, or if what is known holds for all together."""
     size = config.context_parallel_size - 1
     if not config.may_lose_ranks or size < (config.min_ranks or 1):
         return None

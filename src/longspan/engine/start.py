@@ -17,7 +17,8 @@ from longspan.engine.processes import LocalLauncher
 from longspan.engine.threads import ThreadExecutor
 from longspan.engine.workers import WorkerExecutor
 from longspan.errors import ConfigError
-from longspan.worker.messages import Start
+from longspan.group.messages import Start
+from longspan.group.shape import GroupShape
 
 
 def start_executor(
@@ -26,10 +27,10 @@ def start_executor(
     """All ranks, ready for plans.
 
     Args:
-        start: what every rank is told.
+        start: what every process is told.
         model: a loaded module, for ranks that are threads; else None.
-        launcher: of ranks that start already; None makes one.
-        given_up: set when nobody waits for the ranks any more.
+        launcher: of processes that start already; None makes one.
+        given_up: set when nothing waits for the ranks any more.
 
     Raises:
         ConfigError: something that the user asked for cannot be done.
@@ -38,7 +39,7 @@ def start_executor(
     """
     if start.config.executor == "threads":
         return ThreadExecutor(start, model)
-    return WorkerExecutor(start, launcher or _launcher(start.config), given_up)
+    return WorkerExecutor(start, GroupShape.of(start.config), launcher or _launcher(start.config), given_up)
 
 
 def _launcher(config: EngineConfig) -> Launcher:

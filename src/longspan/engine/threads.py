@@ -16,11 +16,12 @@ from longspan.comm.threads import thread_group
 from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.executor import PendingPlans
 from longspan.errors import LongspanError, WorkerError
+from longspan.group.messages import Measure, Start
+from longspan.group.shape import speaker
 from longspan.models.speedups import COMPILED, speed_up_
 from longspan.plan.types import Plan, PlanResult
-from longspan.worker.build import build_runner, load_weights, open_rank, with_options
+from longspan.worker.build import build_runner, load_weights, open_device, with_options
 from longspan.worker.measure import measure
-from longspan.worker.messages import Measure, Start
 from longspan.worker.runner import ModelRunner
 
 STOP_S = 1.0
@@ -34,7 +35,7 @@ class ThreadExecutor:
         """Load the model (or take one that is loaded) and start the ranks."""
         torch.set_num_threads(start.config.num_threads)
         size = start.config.context_parallel_size
-        tools = open_rank(start, 0, ranks_on_device=size, is_loaded=model is not None)
+        tools = open_device(start, speaker(0), ranks_on_device=size, is_loaded=model is not None)
         if model is None:
             model = load_weights(start, tools.device, show_progress=False)
         elif start.config.compile_dense:

@@ -1,7 +1,7 @@
 """A fingerprint of a model's files: hosts whose files differ would compute with different models.
 
 Holds where the files are and what of them is looked at. Must not know ranks or hosts.
-Read next: `longspan.engine.membership`, which compares.
+Read next: `longspan.group.membership`, which compares.
 """
 
 import hashlib

@@ -97,10 +97,14 @@ class KVMemory:
         # before every step; to look for a long prompt's pages each time would take longer than the step.
         self._refused: Request | None = None
         self.striped_from = config.striped_from
-        """Tokens of a prompt from which on `auto` stripes it. Whoever has measured the ranks may set it."""
+        """Tokens of a prompt from which on `auto` stripes it."""
         self.num_queried_tokens = 0
         """Tokens of admitted requests that might have been cached."""
         self.num_hit_tokens = 0
+
+    def stripe_from(self, num_tokens: int) -> None:
+        """Let `auto` stripe prompts of this length and longer."""
+        self.striped_from = num_tokens
 
     @property
     def _whole_pages_per_step(self) -> int:

@@ -11,7 +11,7 @@ from functools import partial
 from longspan.config import EngineConfig
 from longspan.costmodel.choose import plan_group
 from longspan.costmodel.explain import Choices
-from longspan.costmodel.parameters import costs_by_bytes
+from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.plan.build import RequestStep, Tables, build_plan, score_runs
 from longspan.plan.types import PageCopy, Plan, SampledBy, ScoreRun, TableDelta
 from longspan.scheduler.memory import KVMemory
@@ -27,9 +27,13 @@ class PlanWriter:
         """Args: `memory` allocates the pages."""
         self._model, self._config, self._memory = model, config, memory
         self.costs = costs_by_bytes(config.known_nodes or (0,) * config.context_parallel_size)
-        """What the ranks and links can do. Whoever has measured them sets it before the first request."""
+        """What the ranks and links can do; until they have measured it, every link is the same."""
         self.choices = Choices()
         """Which strategies were chosen so far, and why."""
+
+    def use_costs(self, costs: Costs) -> None:
+        """Choose strategies by these numbers from now on."""
+        self.costs = costs
 
     def write(
         self,

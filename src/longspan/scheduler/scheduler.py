@@ -39,6 +39,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from longspan.config import EngineConfig
+from longspan.costmodel.parameters import Costs
 from longspan.costmodel.step_time import StepTime
 from longspan.errors import ConfigError
 from longspan.kv.prefix import extend_hashes
@@ -103,6 +104,17 @@ class Scheduler:
         self._last_prefill = [-1] * config.context_parallel_size  # per rank, plan id of the last prefill
         self._next_plan_id = 0
         self._next_request_id = 0
+
+    def use_costs(self, costs: Costs, striped_from: int | None) -> None:
+        """Choose by what the ranks measured: a scheduler is there before they are. Call it before the first plan.
+
+        Args:
+            costs: what ranks and links can do.
+            striped_from: length from which on prompts are striped by default; None leaves it as it is.
+        """
+        self.writer.use_costs(costs)
+        if striped_from is not None:
+            self.memory.stripe_from(striped_from)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 

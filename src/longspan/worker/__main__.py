@@ -1,4 +1,4 @@
-"""`python -m longspan.worker`: one rank, started on its host by torchrun or anything that sets the same variables.
+"""`python -m longspan.worker`: one process of a group, started by torchrun or anything that sets the same variables.
 
 Holds the command line. Must not know what a worker does.
 Read next: `longspan.worker.remote`.
@@ -11,8 +11,8 @@ import click
 
 from longspan.comm.secret import require_secret
 from longspan.errors import LongspanError
+from longspan.group.heartbeat import say_last
 from longspan.quantities import check_driver_address
-from longspan.worker.heartbeat import say_last
 from longspan.worker.remote import read_place, run_remote
 
 

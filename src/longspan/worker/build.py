@@ -1,6 +1,6 @@
-"""Builds one rank's `ModelRunner` from its start message.
+"""Builds a `ModelRunner` from the driver's start message: for a process of a rank, or a thread that is one.
 
-Holds the order of construction. Must not know whether the rank is a process or a thread.
+Holds the order of construction. Must not know which of the two it is.
 Read next: `longspan.worker.runner`.
 """
 
@@ -15,43 +15,46 @@ from longspan.attention.base import AttentionBackend
 from longspan.comm.base import Communicator
 from longspan.comm.checking import CheckingCommunicator
 from longspan.comm.delaying import DelayingCommunicator
+from longspan.group.heartbeat import Progress
+from longspan.group.messages import Start
+from longspan.group.shape import GroupShape, ProcessId
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import ALWAYS, SPEEDUPS, speed_up_
 from longspan.plan.types import Plan
-from longspan.worker.device import check_memory, rank_backend, rank_device
-from longspan.worker.messages import Start
+from longspan.worker.device import check_memory, device_backend, process_device
+from longspan.worker.fault import Injector
 from longspan.worker.runner import GraphMode, ModelRunner
 
 
-class RankTools(NamedTuple):
-    """What a rank computes on and with."""
+class DeviceTools(NamedTuple):
+    """What a process computes on and with."""
 
     device: torch.device
     backend: AttentionBackend
 
 
-def open_rank(start: Start, rank: int, *, ranks_on_device: int = 1, is_loaded: bool = False) -> RankTools:
-    """This rank's device and attention kernels, checked. Rank 0 says which, if it is a GPU.
+def open_device(start: Start, process: ProcessId, *, ranks_on_device: int = 1, is_loaded: bool = False) -> DeviceTools:
+    """A process's device and attention kernels, checked. The group's first process says which, if it is a GPU.
 
     Args:
         start: what the driver said.
-        rank: this one.
-        ranks_on_device: how many ranks share it, and one set of weights.
+        process: this one.
+        ranks_on_device: how many ranks share the device, and one set of weights; more than one where they are threads.
         is_loaded: whether the weights are there.
 
     Raises:
         ConfigError: they are not there, or do not take the model, or memory is too small.
         LongspanError: the kernels are wrong on this GPU.
     """
-    config = start.config
-    device = rank_device(config, rank, os.environ)
+    config, shape = start.config, GroupShape.of(start.config)
+    device = process_device(config, shape, process, os.environ)
     num_pages = [pages * ranks_on_device for pages in start.num_pages]
     check_memory(start.spec, 0 if is_loaded else start.spec.weight_bytes, num_pages, config.page_size, device)
-    backend = rank_backend(config, start.spec, device)
-    if device.type == "cuda" and rank == 0:
+    backend = device_backend(config, start.spec, device)
+    if device.type == "cuda" and shape.number(process) == 0:
         name = torch.cuda.get_device_name(device)
         print(f"longspan: attention backend {backend.name} on {name}", file=sys.stderr, flush=True)
-    return RankTools(device, backend)
+    return DeviceTools(device, backend)
 
 
 def load_weights(start: Start, device: torch.device, *, show_progress: bool) -> torch.nn.Module:
@@ -85,8 +88,11 @@ def build_runner(
     comm: Communicator,
     backend: AttentionBackend,
     dense_threads: Callable[[Plan, int], int] | None = None,
+    *,
+    progress: Progress | None = None,
+    faults: Injector | None = None,
 ) -> ModelRunner:
-    """A rank that is ready for plans. Args: `dense_threads` as `ModelRunner` takes it."""
+    """A runner that is ready for plans. Arguments as `ModelRunner` takes them."""
     return ModelRunner(
         model,
         start.spec,
@@ -96,6 +102,8 @@ def build_runner(
         backend=backend,
         dense_threads=dense_threads,
         graphs=_graph_mode(start, backend),
+        progress=progress,
+        faults=faults,
     )
 
 

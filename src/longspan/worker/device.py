@@ -1,4 +1,4 @@
-"""The device that a rank computes on, and what must hold before it loads gigabytes.
+"""The device that a process computes on, and what must hold before it loads gigabytes.
 
 Holds the checks. Must not know plans, schedulers or how ranks start.
 Read next: `longspan.worker.build`, which calls them; `longspan.engine.gpus`, what the driver looks at.
@@ -13,14 +13,23 @@ from longspan.attention.check import check_against_reference
 from longspan.attention.select import MIN_CAPABILITY, make_backend
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError
+from longspan.group.shape import GroupShape, ProcessId
 from longspan.types import ModelSpec
 
 
-def rank_device(config: EngineConfig, rank: int, environment: Mapping[str, str]) -> torch.device:
-    """This rank's device; its GPU becomes the process's current one.
+def process_device(
+    config: EngineConfig, shape: GroupShape, process: ProcessId, environment: Mapping[str, str]
+) -> torch.device:
+    """A process's device, no other's; its GPU becomes the process's current one.
 
-    Ranks of one machine take its GPUs in their order, those that torchrun starts the one of their LOCAL_RANK, and those
-    that see one GPU alone, as Ray's actors do, that one. Ranks that are threads share the first.
+    Processes of one machine take its GPUs in their order, those that torchrun starts the one of their LOCAL_RANK, and
+    those that see one GPU alone, as Ray's actors do, that one. Ranks that are threads share the first.
+
+    Args:
+        config: says whether it is a GPU.
+        shape: of the group.
+        process: this one.
+        environment: what torchrun has set.
 
     Raises:
         ConfigError: there is no such GPU, or it is too old.
@@ -33,15 +42,15 @@ def rank_device(config: EngineConfig, rank: int, environment: Mapping[str, str])
         raise ConfigError("device: got 'cuda' where PyTorch sees no GPU, legal is cpu")
     index = 0
     if config.executor == "processes":
-        index = rank
+        index = shape.number(process)
     elif config.executor == "external":
         index = int(environment.get("LOCAL_RANK", "0"))
     if index >= count and config.executor == "external":
-        raise ConfigError(f"LOCAL_RANK: got {index} with {count} GPUs in sight of rank {rank}, legal is less")
+        raise ConfigError(f"LOCAL_RANK: got {index} with {count} GPUs in sight of {shape.name(process)}, legal is less")
     if index >= count:
         raise ConfigError(
             f"context_parallel_size: got {config.context_parallel_size} with {count} GPU{'s' * (count > 1)} in sight "
-            f"of rank {rank}, legal is a GPU for every rank, or device cpu"
+            f"of {shape.name(process)}, legal is a GPU for every rank, or device cpu"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)  # before anything is asked, which would take memory of the first GPU
@@ -50,7 +59,11 @@ def rank_device(config: EngineConfig, rank: int, environment: Mapping[str, str])
 
 
 def check_capability(name: str, capability: tuple[int, int]) -> None:
-    """Raises: ConfigError, if a GPU is too old."""
+    """Whether a GPU is new enough.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if capability < MIN_CAPABILITY:
         needed = ".".join(map(str, MIN_CAPABILITY))
         raise ConfigError(
@@ -59,8 +72,8 @@ def check_capability(name: str, capability: tuple[int, int]) -> None:
         )
 
 
-def rank_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> AttentionBackend:
-    """This rank's attention kernels, which take the model, and on a GPU have just shown that they are right.
+def device_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> AttentionBackend:
+    """A device's attention kernels, which take the model, and on a GPU have just shown that they are right.
 
     Raises:
         ConfigError: they do not take the model's dtype, head size or kind of attention.
@@ -89,7 +102,7 @@ def check_memory(
         weight_bytes: that are to be loaded.
         num_pages: per KV group, of all ranks that share the device.
         page_size: tokens per page.
-        device: this rank's.
+        device: that they are for.
 
     Raises:
         ConfigError: they have not.

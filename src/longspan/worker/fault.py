@@ -52,11 +52,21 @@ class Injector:
     """A rank's fault, if it is to have one."""
 
     def __init__(self, fault: Fault | None, comm: DamagingCommunicator | None = None) -> None:
-        """Args: `comm` is what damages messages, for `kind=corrupt`."""
+        """A rank's fault, or None.
+
+        Args:
+            fault: what is to come.
+            comm: damages messages, for `kind=corrupt`.
+        """
         self._fault, self._comm = fault, comm
 
     def before_layer(self, num_plans: int, layer: int) -> None:
-        """The rank is about to compute a layer. Args: `num_plans` that it has run before this one."""
+        """The rank is about to compute a layer.
+
+        Args:
+            num_plans: that it has run before this one.
+            layer: which one.
+        """
         fault = self._fault
         if fault is not None and (fault.plan, fault.layer) == (num_plans, layer):
             self._strike(fault)
@@ -67,7 +77,7 @@ class Injector:
 
     def _strike(self, fault: Fault) -> None:
         if fault.kind == "corrupt" and self._comm is not None:
-            self._comm.damages_next = True
+            self._comm.damage_next()
             return
         if fault.kind == "die":
             os.kill(os.getpid(), signal.SIGKILL)

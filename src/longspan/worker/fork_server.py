@@ -1,14 +1,15 @@
-"""The parent of the ranks on the driver's machine: it imports once what all of them need, and forks them.
+"""The parent of the workers on the driver's machine: it imports once what all of them need, and forks them.
 
 Started by `longspan.engine.processes` as `python -m longspan.worker.fork_server DIRECTORY`. Holds the start and end of
-the ranks' processes. Must not know what a rank does, and imports torch only when all that ends it is in place.
-Read next: `longspan.worker.process`, a rank's life.
+the workers. Must not know what a worker does, or to which rank it belongs, and imports torch only when all that ends it
+is in place.
+Read next: `longspan.worker.process`, a worker's life.
 
-Its standard input is a pipe that only the driver holds. A line says what the driver wants (`longspan.worker.messages`):
-that so many ranks are forked now, or that all of them are killed; ranks that are lost are followed by new ones, which
-need no imports. The pipe's end says that the driver is gone. On its standard output the driver hears of every rank's
-process, when it is there and when it has ended. A rank never outlives this process, and this process never outlives the
-driver. Ctrl-C reaches the whole process group of a terminal; the driver alone decides what it means, so all of them
+Its standard input is a pipe that only the driver holds. A line says what the driver wants (`longspan.group.messages`):
+that so many workers are forked now, or that all of them are killed; workers that are lost are followed by new ones,
+which need no imports. The pipe's end says that the driver is gone. On its standard output the driver hears of every
+worker, when it is there and when it has ended. A worker never outlives this process, and this process never outlives
+the driver. Ctrl-C reaches the whole process group of a terminal; the driver alone decides what it means, so all of them
 ignore it.
 
 Note [Fork before threads]
@@ -30,9 +31,9 @@ from typing import NoReturn
 
 import msgspec
 
+from longspan.group.messages import ForkedWorker, ForkWorkers, Order
 from longspan.imports import quick_imports
-from longspan.worker.messages import ForkRanks, Order, RankProcess
-from longspan.worker.process import run_rank
+from longspan.worker.process import run_local
 
 LOOK_EVERY_S = 0.5
 """How often it is looked whether the driver is there."""
@@ -41,13 +42,13 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
-class Preload:
+class ForkServer:
     """This process."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._driver = os.getppid()
-        self._ranks: dict[int, tuple[int, int]] = {}  # of those that run: descriptor of the process to rank and its id
+        self._workers: dict[int, tuple[int, int]] = {}  # those that run: descriptor to number and process id
         self._driver_pipe = select.poll()
         self._driver_pipe.register(_STDIN, 0)  # its end is told unasked
         self._heard = b""
@@ -63,7 +64,7 @@ class Preload:
         poller.register(_STDIN, select.POLLIN)
         while True:
             for descriptor, _ in poller.poll():
-                if descriptor in self._ranks:
+                if descriptor in self._workers:
                     poller.unregister(descriptor)
                     self._bury(descriptor)
                 elif descriptor == _STDIN:
@@ -82,19 +83,19 @@ class Preload:
     def _obey(self, words: bytes) -> list[int]:
         """Returns descriptors of the processes that are new."""
         order = msgspec.json.decode(words, type=Order)
-        if isinstance(order, ForkRanks):
-            return [self._fork(rank, order) for rank in range(order.size)]
-        self._kill_ranks()
+        if isinstance(order, ForkWorkers):
+            return [self._fork(number, order) for number in range(order.world_size)]
+        self._kill_workers()
         return []
 
     def _bury(self, descriptor: int) -> None:
-        rank, pid = self._ranks.pop(descriptor)
+        number, pid = self._workers.pop(descriptor)
         os.close(descriptor)
         _, status = os.waitpid(pid, 0)
-        self._report(RankProcess(rank, pid, os.waitstatus_to_exitcode(status)))
+        self._report(ForkedWorker(number, pid, os.waitstatus_to_exitcode(status)))
 
     def _watch_driver(self) -> None:
-        """A timer, not a thread: see Note [Fork before threads]. The ranks do not inherit it."""
+        """A timer, not a thread: see Note [Fork before threads]. The workers do not inherit it."""
         signal.signal(signal.SIGALRM, self._look)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         signal.setitimer(signal.ITIMER_REAL, LOOK_EVERY_S, LOOK_EVERY_S)
@@ -106,42 +107,42 @@ class Preload:
 
     def _end(self) -> NoReturn:
         """The driver could not clean up, or has done so."""
-        self._kill_ranks()
+        self._kill_workers()
         shutil.rmtree(self._directory, ignore_errors=True)
         os._exit(0)  # to take an interpreter with torch down would take half a second
 
-    def _kill_ranks(self) -> None:
-        for descriptor in self._ranks:
+    def _kill_workers(self) -> None:
+        for descriptor in self._workers:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
 
-    def _fork(self, rank: int, order: ForkRanks) -> int:
+    def _fork(self, number: int, order: ForkWorkers) -> int:
         """Returns a descriptor of the new process, readable when it has ended."""
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
             try:
-                _become(rank, parent)
-                status = run_rank(rank, order.size, order.address)
+                _become(number, parent)
+                status = run_local(number, order.world_size, order.address)
             except BaseException:
                 traceback.print_exc()
                 status = 1
             # Not sys.exit: gloo's threads may still wait for a peer that is gone, and would keep the process alive.
             os._exit(status)
         descriptor = os.pidfd_open(pid)
-        self._ranks[descriptor] = (rank, pid)
-        self._report(RankProcess(rank, pid))
+        self._workers[descriptor] = (number, pid)
+        self._report(ForkedWorker(number, pid))
         return descriptor
 
-    def _report(self, what: RankProcess) -> None:
+    def _report(self, what: ForkedWorker) -> None:
         with contextlib.suppress(OSError):  # the driver is gone
             os.write(self._reports, msgspec.json.encode(what) + b"\n")
 
 
-def _become(rank: int, parent: int) -> None:
-    """Take a rank's name, for `ps` and `top`, and end when the parent does, whatever this process is busy with."""
+def _become(number: int, parent: int) -> None:
+    """Take a worker's name, for `ps` and `top`, and end when the parent does, whatever this process is busy with."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_NAME, f"longspan-{rank}".encode())
+    libc.prctl(_PR_SET_NAME, f"longspan-{number}".encode())
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before it was asked for
         os._exit(1)
@@ -150,7 +151,7 @@ def _become(rank: int, parent: int) -> None:
 def main() -> NoReturn:
     """Entry point of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Preload(sys.argv[1]).run()
+    ForkServer(sys.argv[1]).run()
 
 
 if __name__ == "__main__":

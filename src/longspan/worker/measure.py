@@ -16,8 +16,8 @@ from longspan.comm.measure import barrier, measure_links
 from longspan.config import num_cores
 from longspan.costmodel.measured import RankMeasurement
 from longspan.cp.measure import measure_messages
+from longspan.group.messages import Measure
 from longspan.models.hook import AttentionCall
-from longspan.worker.messages import Measure
 from longspan.worker.runner import ModelRunner
 
 MOST_WEIGHT_BYTES = 1 << 30

@@ -1,4 +1,4 @@
-"""The life of a rank's process: it introduces itself, works, and says why it cannot go on.
+"""The life of a worker, a process of a rank: it introduces itself, works, and says why it cannot go on.
 
 Holds what workers have in common, and those on the driver's machine. Must not know schedulers, requests or models, and
 imports torch only when all below is in place.
@@ -14,31 +14,32 @@ from typing import Literal
 
 from longspan.comm.connect import Meeting, local_meeting
 from longspan.errors import CommunicationError, ConfigError, LongspanError
+from longspan.group.heartbeat import HeartbeatThread, Progress
+from longspan.group.messages import Failed, Hello, Start
+from longspan.group.shape import GroupShape, ProcessId
+from longspan.group.versions import own_versions
+from longspan.group.worker_link import WorkerLink
 from longspan.imports import quick_imports
-from longspan.worker.heartbeat import Progress, PulseThread
-from longspan.worker.link import WorkerLink
-from longspan.worker.messages import Failed, Hello, Start
-from longspan.worker.versions import own_versions
 
 
-def hello(rank: int, world_size: int) -> Hello:
+def own_hello(number: int, world_size: int) -> Hello:
     """How this process introduces itself."""
-    return Hello(rank, world_size, platform.node(), os.getpid(), own_versions())
+    return Hello(number, world_size, platform.node(), os.getpid(), own_versions())
 
 
-def last_words(rank: int, error: Exception) -> Failed:
-    """Why this rank cannot go on."""
+def last_words(process: ProcessId, error: Exception) -> Failed:
+    """Why this process cannot go on."""
     notes = " ".join(getattr(error, "__notes__", []))
     text = " ".join(str(error).split()) or "no message"
     reason = text if isinstance(error, LongspanError) else f"{type(error).__name__}: {text}"
     if isinstance(error, ConfigError):
-        return Failed(rank, reason, traceback.format_exc(), "user")
-    blames: Literal["peer", "rank"] = "peer" if isinstance(error, CommunicationError) else "rank"
-    return Failed(rank, f"{reason} {notes}".strip(), traceback.format_exc(), blames)
+        return Failed(process, reason, traceback.format_exc(), "user")
+    blames: Literal["peer", "process"] = "peer" if isinstance(error, CommunicationError) else "process"
+    return Failed(process, f"{reason} {notes}".strip(), traceback.format_exc(), blames)
 
 
 def run(
-    rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: Progress
+    process: ProcessId, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: Progress
 ) -> Failed | None:
     """Load, and run plans until told to stop. Returns why not, after telling the driver; None if all went well."""
     failed = None
@@ -46,20 +47,27 @@ def run(
         with quick_imports(for_good=True):
             from longspan.worker.serve import serve
 
-        serve(rank, start, link, meeting, num_threads, progress)
+        serve(process, start, link, meeting, num_threads, progress)
     except Exception as error:
-        failed = last_words(rank, error)
+        failed = last_words(process, error)
         link.send(failed)
     link.close()
     return failed
 
 
-def run_rank(rank: int, size: int, address: str) -> int:
-    """Be a worker on the driver's machine until the driver ends the group. Returns the exit code."""
-    me, progress = hello(rank, size), Progress()
-    PulseThread(me, progress, address, None, silence_limit_s=None).start()
+def run_local(number: int, world_size: int, address: str) -> int:
+    """Be a worker on the driver's machine until the driver ends the group. Returns the exit code.
+
+    Args:
+        number: of this process.
+        world_size: number of processes.
+        address: of the driver's link.
+    """
+    hello, progress = own_hello(number, world_size), Progress()
+    HeartbeatThread(hello, f"process {number}", progress, address, None, silence_limit_s=None).start()
     link = WorkerLink(address, None)
-    start = link.introduce(me, timeout_s=None)
-    assert start.directory is not None, "ranks of one machine meet in a directory"
-    failed = run(rank, start, link, local_meeting(Path(start.directory)), start.config.num_threads, progress)
+    start = link.introduce(hello, timeout_s=None)
+    assert start.directory is not None, "processes of one machine meet in a directory"
+    process = GroupShape.of(start.config).process(number)
+    failed = run(process, start, link, local_meeting(Path(start.directory)), start.config.num_threads, progress)
     return 0 if failed is None else 1

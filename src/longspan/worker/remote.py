@@ -15,19 +15,23 @@ from longspan.comm.connect import Meeting, address_towards, interface_address
 from longspan.comm.secret import Secret
 from longspan.config import num_cores
 from longspan.errors import ConfigError, LongspanError
-from longspan.worker.heartbeat import Progress, PulseThread, say_last, silence_limit_s
-from longspan.worker.link import WorkerLink
-from longspan.worker.process import hello, run
+from longspan.group.heartbeat import HeartbeatThread, Progress, say_last, silence_limit_s
+from longspan.group.shape import GroupShape
+from longspan.group.worker_link import WorkerLink
+from longspan.worker.process import own_hello, run
 
 
 class Place(NamedTuple):
     """A worker's place in its group, as torchrun and its like put it into the environment."""
 
-    rank: int
+    number: int
+    """RANK: of this process among all."""
     world_size: int
-    ranks_on_host: int
+    """Number of processes."""
+    processes_on_host: int
+    """The same on this host."""
     master_address: str
-    """Host of rank 0, where torch.distributed meets."""
+    """Host of process 0, where torch.distributed meets."""
 
 
 def read_place(environment: Mapping[str, str]) -> Place:
@@ -36,13 +40,13 @@ def read_place(environment: Mapping[str, str]) -> Place:
     Raises:
         ConfigError: one is missing, or is no number.
     """
-    rank = _number(environment, "RANK", 0)
+    number = _number(environment, "RANK", 0)
     world_size = _number(environment, "WORLD_SIZE", 1)
-    if rank >= world_size:
-        raise ConfigError(f"RANK: got {rank}, legal is a number from 0 and below WORLD_SIZE, {world_size}")
+    if number >= world_size:
+        raise ConfigError(f"RANK: got {number}, legal is a number from 0 and below WORLD_SIZE, {world_size}")
     _number(environment, "MASTER_PORT", 1)
-    ranks_on_host = _number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else 1
-    return Place(rank, world_size, ranks_on_host, _text(environment, "MASTER_ADDR"))
+    processes_on_host = _number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else 1
+    return Place(number, world_size, processes_on_host, _text(environment, "MASTER_ADDR"))
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:
@@ -65,7 +69,7 @@ def run_remote(place: Place, driver: str, secret: Secret, interface: str | None,
         place: of this worker.
         driver: address of its link.
         secret: shared with all.
-        interface: the network interface for messages between ranks; None takes the one towards rank 0's host, and
+        interface: the network interface for messages between ranks; None takes the one towards process 0's host, and
             leaves gloo its choice.
         connect_timeout_s: longest wait for the driver.
 
@@ -73,25 +77,28 @@ def run_remote(place: Place, driver: str, secret: Secret, interface: str | None,
         The exit code: 0, 1 for failure, 2 for what the user asked for.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started this
     if not os.environ.get("LONGSPAN_DEBUG"):  # torch has not been imported yet
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.simplefilter("ignore")
     if interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
-    link, me, progress = WorkerLink(driver, secret), hello(place.rank, place.world_size), Progress()
+    link, hello, progress = WorkerLink(driver, secret), own_hello(place.number, place.world_size), Progress()
     try:
         address = interface_address(interface) if interface else address_towards(place.master_address)
-        start = link.introduce(me, connect_timeout_s)
+        start = link.introduce(hello, connect_timeout_s)
     except LongspanError as error:
         link.close(linger_ms=0)
         say_last(str(error))
         return 2 if isinstance(error, ConfigError) else 1
-    PulseThread(me, progress, driver, secret, silence_limit_s(start.config.exchange_timeout_s)).start()
+    shape = GroupShape.of(start.config)
+    process = shape.process(place.number)
+    who, limit_s = shape.name(process), silence_limit_s(start.config.exchange_timeout_s)
+    HeartbeatThread(hello, who, progress, driver, secret, limit_s).start()
     meeting = Meeting("env://", None, address, secret.key("ranks 1"))
-    num_threads = start.config.threads_per_rank or max(1, num_cores() // place.ranks_on_host)
-    failed = run(place.rank, start, link, meeting, num_threads, progress)
+    num_threads = start.config.threads_per_rank or max(1, num_cores() // place.processes_on_host)
+    failed = run(process, start, link, meeting, num_threads, progress)
     if failed is None:
         return 0
-    say_last(f"rank {place.rank}: {failed.reason.removeprefix(f'rank {place.rank}: ')}")
+    say_last(f"{who}: {failed.reason.removeprefix(f'{who}: ')}")
     return 2 if failed.blames == "user" else 1

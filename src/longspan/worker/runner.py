@@ -20,6 +20,7 @@ from longspan.comm.base import Communicator
 from longspan.comm.recording import RecordingCommunicator
 from longspan.cp.attend import StepAttention
 from longspan.errors import LongspanError
+from longspan.group.heartbeat import Progress
 from longspan.kv.pool import PagePool
 from longspan.models.hook import AttentionCall
 from longspan.models.last_layer import READ_ROWS
@@ -38,7 +39,6 @@ from longspan.plan.types import (
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec
 from longspan.worker.fault import Injector
-from longspan.worker.heartbeat import Progress
 from longspan.worker.sampler import sample_all, token_logprobs
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class ModelRunner:
         backend: AttentionBackend,
         dense_threads: Callable[[Plan, int], int] | None = None,
         graphs: GraphMode = "never",
+        progress: Progress | None = None,
+        faults: Injector | None = None,
     ) -> None:
         """Allocate the pools.
 
@@ -93,6 +95,8 @@ class ModelRunner:
             backend: this rank's attention kernels.
             dense_threads: (plan, rank) to threads for all but attention and exchanges; None: as everywhere.
             graphs: whether decode steps have fixed shapes, and are captured as CUDA graphs.
+            progress: counts on while this process gets further; None where nothing reads it.
+            faults: what is to go wrong here, for tests; None is nothing.
         """
         self.model: Any = model
         self._dense_threads = dense_threads
@@ -111,10 +115,7 @@ class ModelRunner:
         self._no_mask = torch.empty(1, 1, 0, 0, device=self.device)
         self._sampled_by = -1  # the last plan that sampled here
         self._sampled: dict[int, int] = {}  # request to its token of that plan
-        self.faults = Injector(None)
-        """What is to go wrong here, for tests."""
-        self.progress = Progress()
-        """How far this rank has come."""
+        self._progress, self._faults = progress or Progress(), faults or Injector(None)
         self._num_plans = 0
         self._tokens_computed = 0
         self._busy_s = 0.0
@@ -137,7 +138,7 @@ class ModelRunner:
             LongspanError: the model's output is not a number, or the plan asks for something unknown.
         """
         started = time.perf_counter()
-        self.progress.count += 1
+        self._progress.count += 1
         try:
             answer = self._run(plan)
             if self.device.type == "cuda":  # what a plan wrote is there when its answer says so, on every rank
@@ -184,8 +185,8 @@ class ModelRunner:
         return answer
 
     def _begin(self, layer: int) -> None:
-        self.progress.count += 1
-        self.faults.before_layer(self._num_plans, layer)
+        self._progress.count += 1
+        self._faults.before_layer(self._num_plans, layer)
 
     def _copy_pages(self, plan: Plan) -> None:
         """Copy pages within this rank, and exchange those that go to other ranks or come from them."""

@@ -17,70 +17,96 @@ from longspan.comm.sockets import LOOK_S, SocketCommunicator
 from longspan.comm.threads import thread_group
 from longspan.config import num_cores
 from longspan.errors import ConfigError
+from longspan.group.heartbeat import Progress
+from longspan.group.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
+from longspan.group.shape import GroupShape, ProcessId
+from longspan.group.worker_link import WorkerLink
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
 from longspan.models.loader import quiet_transformers
 from longspan.native.heap import keep_freed_memory
-from longspan.worker.build import build_runner, load_weights, open_rank, with_options
+from longspan.worker.build import build_runner, load_weights, open_device, with_options
 from longspan.worker.fault import Injector, read_fault
-from longspan.worker.heartbeat import Progress
-from longspan.worker.link import WorkerLink
 from longspan.worker.measure import measure
-from longspan.worker.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
+from longspan.worker.runner import ModelRunner
 from longspan.worker.thread_lending import borrowed_threads, lends
 
 
-def serve(rank: int, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: Progress) -> None:
+def serve(
+    process: ProcessId, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: Progress
+) -> None:
     """Start up, then run plans until told to stop.
 
     Args:
-        rank: of this worker.
+        process: this one.
         start: what the driver said.
         link: to the driver.
-        meeting: where the ranks meet.
+        meeting: where the processes meet.
         num_threads: for computing.
-        progress: counts on while this rank gets further.
+        progress: counts on while this process gets further.
     """
     quiet_transformers()
     torch.set_num_threads(num_threads)
-    tools = open_rank(start, rank)  # before anything that takes minutes
+    shape = GroupShape.of(start.config)
+    is_first = shape.number(process) == 0
+    tools = open_device(start, process)  # before anything that takes minutes
     if (directory := local_directory(start.config.model)) is not None:  # before weights are read: that may take minutes
-        link.send(Files(rank, fingerprint(directory)))
-    model = load_weights(start, tools.device, show_progress=rank == 0 and sys.stderr.isatty())
+        link.send(Files(process, fingerprint(directory)))
+    model = load_weights(start, tools.device, show_progress=is_first and sys.stderr.isatty())
     if directory is None and (directory := hub_directory(start.config.model)) is not None:
-        link.send(Files(rank, fingerprint(directory)))
+        link.send(Files(process, fingerprint(directory)))
     # Other executors may have ranks on other machines, which cannot lend their threads.
     is_local = start.config.executor == "processes" and tools.device.type == "cpu"
     is_lent = is_local and lends(num_threads, model, start.spec)
-    fault = read_fault(os.environ, rank, start.generation)
-    comm = _join_group(rank, start, meeting, tools.device, look_s=0.0 if is_lent else LOOK_S)
+    fault = read_fault(os.environ, process.rank, start.generation)
+    comm = _join_column(process.rank, start, shape, meeting, tools.device, look_s=0.0 if is_lent else LOOK_S)
     damaging = DamagingCommunicator(comm) if fault is not None and fault.kind == "corrupt" else None
-    comm = with_options(damaging or comm, start)
-    runner = build_runner(start, model, comm, tools.backend, borrowed_threads if is_lent else None)
-    runner.progress = progress
-    runner.faults = Injector(fault, damaging)
+    comm, faults = with_options(damaging or comm, start), Injector(fault, damaging)
+    threads = borrowed_threads if is_lent else None
+    runner = build_runner(start, model, comm, tools.backend, threads, progress=progress, faults=faults)
     keep_freed_memory()  # behind weights and pools: what loading frees goes back
-    runner.faults.at_start()
-    link.send(Ready(rank))
+    faults.at_start()
+    link.send(Ready(process))
+    _answer(process, runner, link)
+
+
+def _answer(process: ProcessId, runner: ModelRunner, link: WorkerLink) -> None:
+    """Do what the driver says until it says stop. All processes of a rank do it, and the first one answers."""
+    speaks = process.speaks_for_rank
     while isinstance(message := link.receive(), (RunPlan, Measure)):
         if isinstance(message, Measure):
-            link.send(Measured(measure(runner, message)))
+            measurement = measure(runner, message)
+            if speaks:
+                link.send(Measured(measurement))
             continue
         try:
-            link.send(Answer(runner.run(message.plan)))
+            result = runner.run(message.plan)
         except Exception as error:
             error.add_note(f"in plan {message.plan.plan_id} ({message.plan.phase})")
             raise
+        if speaks:
+            link.send(Answer(result))
     if isinstance(message, Refused):
         raise ConfigError(message.reason)
 
 
-def _join_group(rank: int, start: Start, meeting: Meeting, device: torch.device, *, look_s: float) -> Communicator:
-    """Args: `look_s` for ranks that have a core of their own."""
-    config = start.config
-    size, timeout_s = config.context_parallel_size, config.exchange_timeout_s
+def _join_column(
+    rank: int, start: Start, shape: GroupShape, meeting: Meeting, device: torch.device, *, look_s: float
+) -> Communicator:
+    """The communicator of this process with one of every other rank.
+
+    Args:
+        rank: of this process.
+        start: what the driver said.
+        shape: of the group.
+        meeting: where they meet.
+        device: of this process.
+        look_s: how long to look for a message before sleeping, where every process has a core of its own.
+    """
+    config, size = start.config, shape.num_ranks
+    timeout_s = config.exchange_timeout_s
     if size == 1:
         return thread_group(1, timeout_s=timeout_s)[0]
     if device.type == "cuda":
         return NCCLCommunicator(rank, size, meeting.init_method, device, timeout_s=timeout_s)
-    has_core = config.executor == "processes" and size * config.num_threads <= num_cores()
+    has_core = config.executor == "processes" and shape.world_size * config.num_threads <= num_cores()
     return SocketCommunicator(rank, size, meeting, timeout_s=timeout_s, look_s=look_s if has_core else 0.0)

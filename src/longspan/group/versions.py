@@ -1,13 +1,13 @@
 """Versions that must be the same on every host: another one could answer with other bits, or other messages.
 
 Holds the look-up. Must not import what it looks up: that takes seconds.
-Read next: `longspan.engine.membership`, which compares.
+Read next: `longspan.group.membership`, which compares.
 """
 
 import sys
 from importlib.metadata import version
 
-from longspan.worker.messages import Versions
+from longspan.group.messages import Versions
 
 
 def own_versions() -> Versions:

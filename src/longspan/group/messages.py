@@ -1,10 +1,12 @@
-"""What driver and worker processes say to each other.
+"""What the driver and the processes that it works with say to each other.
 
-Holds message types and their encoding (MessagePack, never pickle). Must not know sockets or processes.
-Read next: `longspan.worker.link`; `longspan.engine.workers`, the other end.
+Holds message types and their encoding (MessagePack, never pickle). Must not know sockets, or how a process is started.
+Read next: `longspan.group.shape`, who is meant; `longspan.group.worker_link` and `longspan.group.driver_link`.
 
-A worker has two connections. One, its voice, says `Hello` first and carries plans and answers. The other, its pulse,
-says `Alive` every second, and hears `Pulse`, or that all is over, whatever the worker is busy with.
+A worker is a process of a rank. It has two connections. One, its voice, says `Hello` first and carries plans and
+answers. The other, its heartbeat, says `Alive` every second, and hears `Heartbeat`, or that all is over, whatever the
+worker is busy with. `Hello` and `Alive` name a process by its number, since what it belongs to is the driver's to say;
+what is about a rank's work names the rank, and the rank's first process says it.
 """
 
 from typing import Literal
@@ -13,6 +15,7 @@ import msgspec
 
 from longspan.config import EngineConfig
 from longspan.costmodel.measured import RankMeasurement
+from longspan.group.shape import ProcessId
 from longspan.plan.types import Plan, RankResult
 from longspan.types import ModelSpec
 
@@ -30,9 +33,10 @@ class Versions(msgspec.Struct, frozen=True):
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """Worker to driver, first message."""
 
-    rank: int
+    number: int
+    """Of this process among all of the group, from 0: RANK, where something like torchrun has started it."""
     world_size: int
-    """Ranks that whoever started the worker speaks of."""
+    """Number of processes in the group, as the worker was told when it was started."""
     host: str
     pid: int
     versions: Versions
@@ -46,19 +50,20 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     num_pages: tuple[int, ...]
     """Per KV group."""
     directory: str | None
-    """Where ranks on the driver's machine meet, theirs alone; None: they meet as their environment says."""
+    """Where processes on the driver's machine meet, theirs alone; None: they meet as their environment says."""
     generation: int = 0
     """How often ranks were started before for the same engine: they are started again after a loss."""
 
 
 class RunPlan(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """Driver to worker."""
+    """Driver to worker: run a plan that names its rank."""
 
     plan: Plan
 
 
 class Measure(msgspec.Struct, frozen=True, tag=True):
-    """Driver to worker: measure kernels and links. All ranks get it, and nothing else until all have answered."""
+    """Driver to worker: measure kernels and links. All processes get it, and nothing else until all ranks have
+    answered."""
 
     nodes: tuple[int, ...]
     """Per rank, its node."""
@@ -77,43 +82,44 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     """One line for the user."""
 
 
-class Pulse(msgspec.Struct, frozen=True, tag=True):
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Driver to worker, twice a second: the driver runs."""
 
 
 class Files(msgspec.Struct, frozen=True, tag=True):
     """Worker to driver: the model's files as this host has them."""
 
-    rank: int
+    process: ProcessId
     fingerprint: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """Worker to driver: weights are loaded, the group is joined, pools are there."""
 
-    rank: int
+    process: ProcessId
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
     """Worker to driver, every second: the process runs, whatever it is busy with."""
 
-    rank: int
+    number: int
+    """As in the worker's `Hello`."""
     host: str
-    """As in the worker's `Hello`, to tell it from one that was not admitted,"""
+    """As in the worker's `Hello`: host and process id tell it from one that was not admitted."""
     pid: int
-    """and this too."""
+    """As in the worker's `Hello`."""
     progress: int
     """Layers and plans that it has begun since it started."""
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """Worker to driver: a plan is done."""
+    """Worker to driver, once per rank: a plan is done."""
 
     result: RankResult
 
 
 class Measured(msgspec.Struct, frozen=True, tag=True):
-    """Worker to driver: answer to `Measure`."""
+    """Worker to driver, once per rank: answer to `Measure`."""
 
     measurement: RankMeasurement
 
@@ -121,39 +127,41 @@ class Measured(msgspec.Struct, frozen=True, tag=True):
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """Worker to driver: the worker cannot go on and ends."""
 
-    rank: int
+    process: ProcessId
     reason: str
     """One line for the user."""
     details: str
     """Traceback."""
-    blames: Literal["user", "peer", "rank"]
-    """Where the reason lies: in what the user asked for (ConfigError), another rank (CommunicationError), or here."""
+    blames: Literal["user", "peer", "process"]
+    """Where the reason lies: in what the user asked for (ConfigError), another process (CommunicationError), or this
+    one."""
 
 
-class ForkRanks(msgspec.Struct, frozen=True, tag=True):
-    """The driver to the parent of ranks, a line of JSON: fork ranks. None of those before may run."""
+class ForkWorkers(msgspec.Struct, frozen=True, tag=True):
+    """The driver to the parent of workers, a line of JSON: fork so many. None of those before may run."""
 
-    size: int
+    world_size: int
+    """Number of processes; each is told its own, from 0."""
     address: str
     """Where they find the driver."""
 
 
-class KillRanks(msgspec.Struct, frozen=True, tag=True):
-    """The driver to the parent of ranks, a line of JSON: end those that run, at once, whatever they do."""
+class KillWorkers(msgspec.Struct, frozen=True, tag=True):
+    """The driver to the parent of workers, a line of JSON: end those that run, at once, whatever they do."""
 
 
-class RankProcess(msgspec.Struct, frozen=True):
-    """The parent of ranks to the driver, a line of JSON: a rank's process has started or ended."""
+class ForkedWorker(msgspec.Struct, frozen=True):
+    """The parent of workers to the driver, a line of JSON: a process has started or ended."""
 
-    rank: int
+    number: int
     pid: int
     returncode: int | None = None
     """How it ended, as `subprocess` counts; None when it has just started."""
 
 
-Order = ForkRanks | KillRanks
+Order = ForkWorkers | KillWorkers
 
-ToWorker = Start | RunPlan | Measure | Stop | Refused | Pulse
+ToWorker = Start | RunPlan | Measure | Stop | Refused | Heartbeat
 ToDriver = Hello | Files | Ready | Alive | Answer | Measured | Failed
 
 encode = msgspec.msgpack.Encoder().encode

@@ -3,8 +3,8 @@
 Holds key pairs and their way into sockets. Must not know messages.
 Read next: `longspan.comm.secret`.
 
-Both key pairs, the driver's and the workers', come from the shared secret. Whoever does not know it knows neither the
-driver's public key, without which no handshake begins, nor a key that the driver admits.
+Both key pairs, the driver's and the workers', come from the shared secret. Without it one knows neither the driver's
+public key, without which no handshake begins, nor a key that the driver admits.
 """
 
 from typing import NamedTuple

@@ -1,11 +1,12 @@
 """Signs of life between a worker and its driver, and the worker's end when the driver's stop.
 
-Holds one thread with a connection of its own. Must not know plans, and imports nothing heavy: it runs before
-torch does.
-Read next: `longspan.worker.process`, `longspan.worker.remote`.
+Holds one thread with a connection of its own, and the limits of both sides. Must not know plans, and imports nothing
+heavy: it runs before torch does.
+Read next: `longspan.group.liveness`, the driver's side; `longspan.worker.process` and `longspan.worker.remote`, which
+start the thread.
 
 A worker never outlives its driver. On the driver's machine its parent sees to that (`longspan.worker.fork_server`);
-elsewhere it notices that the connection has closed, or that the driver's pulse does not come any more.
+elsewhere it notices that the connection has closed, or that the driver's heartbeat does not come any more.
 """
 
 import os
@@ -17,54 +18,66 @@ from typing import NoReturn
 import zmq
 
 from longspan.comm.secret import Secret
-from longspan.worker.messages import Alive, Hello, Pulse, Refused, Stop, decode_to_worker, encode
-from longspan.worker.zmq_auth import connect_with
+from longspan.group.messages import Alive, Heartbeat, Hello, Refused, Stop, decode_to_worker, encode
+from longspan.group.zmq_auth import connect_with
 
 ALIVE_EVERY_S = 1.0
 """How often the driver hears that the process runs."""
 
 SILENCE_S = 30.0
-"""Longest silence between the driver and a rank that is ready, or on another machine."""
+"""Longest silence between the driver and a process that is ready, or on another machine."""
 
 MARGIN_S = 5.0
-"""How much longer than an exchange a rank may give no sign of life, or make no progress: a peer that waits for it can
-say more."""
+"""How much longer than an exchange a process may give no sign of life, or make no progress: a peer that waits for it
+can say more."""
 
 
 def silence_limit_s(exchange_timeout_s: float) -> float:
-    """How long the driver and a rank may hear nothing of each other."""
-    return min(exchange_timeout_s + MARGIN_S, SILENCE_S)
+    """How long the driver and a process may hear nothing of each other."""
+    return min(stuck_limit_s(exchange_timeout_s), SILENCE_S)
+
+
+def stuck_limit_s(exchange_timeout_s: float) -> float:
+    """How long a process that has a plan to run may get no further."""
+    return exchange_timeout_s + MARGIN_S
 
 
 class Progress:
-    """How far a rank has come. Written by the thread that computes, read by the one that tells the driver."""
+    """How far a process has come. Written by the thread that computes, read by the one that tells the driver."""
 
     count = 0
     """Layers and plans that it has begun since it started."""
 
 
-class PulseThread(threading.Thread):
+class HeartbeatThread(threading.Thread):
     """Tells the driver every second that this process runs, and how far it is; ends it when the driver is gone, or says
     so."""
 
     def __init__(
-        self, me: Hello, progress: Progress, address: str, secret: Secret | None, silence_limit_s: float | None
+        self,
+        hello: Hello,
+        who: str,
+        progress: Progress,
+        address: str,
+        secret: Secret | None,
+        silence_limit_s: float | None,
     ) -> None:
         """Make the thread; `start` it.
 
         Args:
-            me: as this worker introduces itself.
-            progress: of this worker.
+            hello: as this process introduces itself.
+            who: this process in words, for the user.
+            progress: of this process.
             address: of the driver's link.
             secret: as the driver's link.
             silence_limit_s: how long the driver may be silent or unconnected; None where the parent process watches.
         """
-        super().__init__(name="longspan-pulse", daemon=True)
-        self._me, self._progress, self._address, self._secret = me, progress, address, secret
-        self._silence_limit_s = silence_limit_s
+        super().__init__(name="longspan-heartbeat", daemon=True)
+        self._hello, self._who, self._progress = hello, who, progress
+        self._address, self._secret, self._silence_limit_s = address, secret, silence_limit_s
 
     def run(self) -> None:
-        socket = zmq.Context().socket(zmq.DEALER)  # its own context: nobody ever waits for this thread
+        socket = zmq.Context().socket(zmq.DEALER)  # its own context: nothing ever waits for this thread
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         if self._secret is not None:
             connect_with(socket, self._secret)
@@ -92,9 +105,9 @@ class PulseThread(threading.Thread):
                 self._end(f"the driver has given no sign of life for {self._silence_limit_s:g} s", 1)
 
     def _say_alive(self, socket: "zmq.Socket[bytes]") -> None:
+        hello = self._hello
         try:
-            me = self._me
-            socket.send(encode(Alive(me.rank, me.host, me.pid, self._progress.count)), flags=zmq.DONTWAIT)
+            socket.send(encode(Alive(hello.number, hello.host, hello.pid, self._progress.count)), flags=zmq.DONTWAIT)
         except zmq.Again:
             return  # a driver that is stopped has enough of them already
 
@@ -105,11 +118,11 @@ class PulseThread(threading.Thread):
                 self._end(None, 0)
             if isinstance(message, Refused):
                 self._end(f"the driver has ended the group: {message.reason}", 1)
-            assert isinstance(message, Pulse)
+            assert isinstance(message, Heartbeat)
 
     def _end(self, why: str | None, status: int) -> NoReturn:
         if why is not None:
-            say_last(f"rank {self._me.rank}: {why}")
+            say_last(f"{self._who}: {why}")
         os._exit(status)
 
 

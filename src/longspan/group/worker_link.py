@@ -1,7 +1,7 @@
 """A worker's end of its link to the driver: introduce itself, hear plans, answer.
 
 Holds one connection, and why it does not come about. Must not know what happens between the messages.
-Read next: `longspan.worker.heartbeat`, the worker's other connection; `longspan.engine.link`, the driver's end.
+Read next: `longspan.group.heartbeat`, the worker's other connection; `longspan.group.driver_link`, the driver's end.
 """
 
 import time
@@ -11,8 +11,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from longspan.comm.secret import Secret
 from longspan.errors import CommunicationError, ConfigError
-from longspan.worker.messages import Hello, Refused, Start, ToDriver, ToWorker, decode_to_worker, encode
-from longspan.worker.zmq_auth import connect_with
+from longspan.group.messages import Hello, Refused, Start, ToDriver, ToWorker, decode_to_worker, encode
+from longspan.group.zmq_auth import connect_with
 
 LINGER_MS = 2000
 """How long a closed connection goes on sending a worker's last words."""
@@ -25,11 +25,16 @@ class WorkerLink:
     """The connection for plans and answers. For one thread."""
 
     def __init__(self, address: str, secret: Secret | None) -> None:
-        """Connect, now or as soon as there is a driver. Args: as the driver's link."""
+        """Connect, now or as soon as there is a driver.
+
+        Args:
+            address: of the driver's link.
+            secret: the driver's, or None if it has none.
+        """
         self.address, self.secret = address, secret
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._socket.linger = 0  # but in `close`: whoever fails to get there must not wait for a driver that is gone
+        self._socket.linger = 0  # but in `close`: before that, a worker must not wait for a driver that is gone
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket()
         if secret is not None:
             connect_with(self._socket, secret)
@@ -72,13 +77,11 @@ class WorkerLink:
                     num_refusals += 1
             if num_refusals >= MAX_REFUSALS:
                 raise ConfigError(
-                    f"LONGSPAN_SECRET: rank {hello.rank} on {hello.host} got as far as {self.address}, where the "
+                    f"LONGSPAN_SECRET: {_name(hello)} got as far as {self.address}, where the "
                     "handshake failed; legal is the driver's secret"
                 )
         what = "does not answer" if has_reached else "cannot be reached"
-        raise CommunicationError(
-            f"rank {hello.rank} on {hello.host}: the driver at {self.address} {what} (within {timeout_s:g} s)"
-        )
+        raise CommunicationError(f"{_name(hello)}: the driver at {self.address} {what} (within {timeout_s:g} s)")
 
     def send(self, message: ToDriver) -> None:
         """Hand a message to the connection."""
@@ -90,8 +93,17 @@ class WorkerLink:
         return message
 
     def close(self, linger_ms: int = LINGER_MS) -> None:
-        """Disconnect. Args: how long to go on sending what is to be sent."""
+        """Disconnect.
+
+        Args:
+            linger_ms: how long to go on sending what is to be sent.
+        """
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=linger_ms)
         self._context.term()
+
+
+def _name(hello: Hello) -> str:
+    """A worker in words while it knows its number alone, and not yet how many processes a rank has."""
+    return f"rank {hello.number} on {hello.host}"

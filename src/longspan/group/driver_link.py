@@ -1,13 +1,13 @@
-"""The driver's end of its link to all workers: one socket, whoever they are and wherever they run.
+"""The driver's end of its link to all workers: one socket, wherever they run.
 
 Holds the socket, its lock, and who may connect. Must not know what messages mean.
-Read next: `longspan.engine.workers`, which speaks over it; `longspan.worker.link`, the other end.
+Read next: `longspan.engine.workers`, which speaks over it; `longspan.group.worker_link`, the other end.
 
 Note [One socket, two threads]
 The caller's thread sends plans while the watcher waits for answers. A ZeroMQ socket may be used by one thread at a
 time, so every use is under a lock, but not the wait: that watches the socket's file descriptor. The descriptor tells
-each change only once, and a send may use that up; so whoever sends looks whether something has come, and wakes the
-watcher by another descriptor. No third thread and no copy of a plan lies between the engine and the network.
+each change only once, and a send may use that up; so a sender looks whether something has come, and wakes the watcher
+by another descriptor. No third thread and no copy of a plan lies between the engine and the network.
 """
 
 import os
@@ -19,7 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from longspan.comm.secret import Secret
 from longspan.errors import ConfigError
-from longspan.worker.zmq_auth import answer_admission, listen_with
+from longspan.group.zmq_auth import answer_admission, listen_with
 
 LINGER_MS = 1000
 """How long a closed link goes on sending its last words."""
@@ -33,8 +33,8 @@ class DriverLink:
 
         Args:
             address: of ZeroMQ; port `*` takes a free one.
-            secret: who knows it may connect, and everything is encrypted; None is for sockets that only this user
-                can reach.
+            secret: a peer must know it to connect, and everything is encrypted; None is for sockets that only this
+                user can reach.
 
         Raises:
             ConfigError: the address cannot be bound.
@@ -46,16 +46,16 @@ class DriverLink:
         self._admission: zmq.Socket[bytes] = self._context.socket(zmq.REP)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0  # but in `close`
-        self._socket.router_mandatory = True  # a send to nobody is an error, not silence
+        self._socket.router_mandatory = True  # a send to a peer that is gone is an error, not silence
         self._socket.sndhwm = self._socket.rcvhwm = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket()
         self._peers: dict[int, str | None] = {}  # file descriptor of a connection: address at its other end
         self._handshake_failed = False
-        self.strangers: set[str] = set()
-        """Addresses of those who do not know the secret, as far as they could be seen before they were gone."""
         self.num_strangers = 0
-        """How often somebody who does not know the secret tried."""
+        """How many connections were tried without the secret."""
+        self.strangers: set[str] = set()
+        """Their addresses, as far as they could be seen before they were gone."""
         if secret is not None:
             self._admission.bind("inproc://zeromq.zap.01")
             listen_with(self._socket, secret)
@@ -120,7 +120,7 @@ class DriverLink:
                 received.append((peer, b"".join(frames)))
 
     def _note(self, kind: int, descriptor: int) -> None:
-        """Remember who was refused: a failed handshake is followed by the end of its connection."""
+        """Remember a peer that was refused: a failed handshake is followed by the end of its connection."""
         if kind == zmq.EVENT_ACCEPTED:
             self._peers[descriptor] = _peer_address(descriptor)
         elif kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_AUTH):
@@ -134,7 +134,7 @@ class DriverLink:
                 self._handshake_failed = False
 
     def close(self) -> None:
-        """Send what is to be sent, for a second at most, and unbind. Nobody may be in `receive`."""
+        """Send what is to be sent, for a second at most, and unbind. No thread may be in `receive`."""
         with self._lock:
             if self._is_closed:
                 return

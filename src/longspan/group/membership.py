@@ -1,0 +1,146 @@
+"""Which processes of a group have come, whether they fit together, and which of them can run plans.
+
+Holds what the driver knows of every process. Must not know sockets (a connection is a name here), time, or how a
+process is started.
+Read next: `longspan.group.shape`; `longspan.engine.watch`, which asks and tells.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from longspan.errors import ConfigError
+from longspan.group.messages import Alive, Hello, Versions
+from longspan.group.shape import GroupShape, ProcessId, speaker
+
+
+@dataclass(slots=True)
+class Member:
+    """A process that was admitted."""
+
+    hello: Hello
+    """How it introduced itself."""
+    voice: bytes
+    """Its connection for plans and answers."""
+    heartbeat: bytes | None = None
+    """Its connection for signs of life; None until the first one comes."""
+    fingerprint: str | None = None
+    """Of the model's files as its host has them; None until it tells."""
+    is_ready: bool = False
+    """Whether it can run plans."""
+
+    @property
+    def urgent(self) -> bytes:
+        """Its connection for what it must hear whatever it is busy with: its heartbeat's, as soon as there is one."""
+        return self.heartbeat or self.voice
+
+
+class Membership:
+    """The processes of one group, as they come and get ready."""
+
+    def __init__(self, shape: GroupShape, versions: Versions) -> None:
+        """No process has come.
+
+        Args:
+            shape: the ranks and processes that are expected.
+            versions: the driver's own.
+        """
+        self._shape, self._versions = shape, versions
+        self._members: dict[ProcessId, Member] = {}
+        self._voices: list[list[bytes]] = [[] for _ in range(shape.num_ranks)]  # per rank; for every plan, so kept
+
+    def admit(self, hello: Hello, voice: bytes) -> ProcessId:
+        """A process introduces itself over a connection. Returns which one it is.
+
+        Raises:
+            ConfigError: it cannot be in this group.
+        """
+        shape = self._shape
+        who = self._described(hello)
+        if hello.world_size != shape.world_size:
+            times = f" x {shape.processes_per_rank} processes per rank" if shape.processes_per_rank > 1 else ""
+            raise ConfigError(
+                f"WORLD_SIZE: got {hello.world_size} from {who}, legal is the driver's context_parallel_size{times}, "
+                f"{shape.world_size}"
+            )
+        if not 0 <= hello.number < shape.world_size:
+            raise ConfigError(f"RANK: got {hello.number} from {who}, legal is 0 to {shape.world_size - 1}")
+        process = shape.process(hello.number)
+        if process in self._members:
+            raise ConfigError(
+                f"RANK: got {hello.number} from {who} and from {self.name(process)}, legal is one process per rank"
+            )
+        for package in Versions.__struct_fields__:
+            theirs, ours = getattr(hello.versions, package), getattr(self._versions, package)
+            if theirs != ours:
+                raise ConfigError(f"version of {package}: got {theirs} from {who}, legal is the driver's, {ours}")
+        self._members[process] = Member(hello, voice)
+        self._voices[process.rank].append(voice)
+        return process
+
+    def compare_files(self, process: ProcessId, fingerprint: str) -> None:
+        """A process tells which files its host has of the model.
+
+        Raises:
+            ConfigError: another process has others.
+        """
+        self._members[process].fingerprint = fingerprint
+        for other, member in sorted(self._members.items()):
+            if member.fingerprint not in (None, fingerprint):
+                first, second = sorted((process, other))
+                raise ConfigError(
+                    f"model: got other files on {self.name(second)} than on {self.name(first)}, legal is the same "
+                    "config.json and weights on all hosts"
+                )
+
+    def note_ready(self, process: ProcessId) -> bool:
+        """A process can run plans. Returns whether now all can, for the first time."""
+        if self._members[process].is_ready:
+            return False
+        self._members[process].is_ready = True
+        return all(self.is_ready(rank) for rank in range(self._shape.num_ranks))
+
+    def note_alive(self, alive: Alive, heartbeat: bytes) -> ProcessId | None:
+        """A sign of life has come over a connection. Returns whose it is; None if that process was not admitted."""
+        process = self._shape.process(alive.number)
+        member = self._members.get(process)
+        if member is None or (member.hello.host, member.hello.pid) != (alive.host, alive.pid):
+            return None
+        if member.heartbeat is None:
+            member.heartbeat = heartbeat
+        return process
+
+    def get(self, process: ProcessId) -> Member | None:
+        """What is known of a process; None if it has not come."""
+        return self._members.get(process)
+
+    @property
+    def members(self) -> Collection[Member]:
+        """All that have come."""
+        return self._members.values()
+
+    def is_ready(self, rank: int) -> bool:
+        """Whether all processes of a rank can run plans."""
+        found = [self._members.get(ProcessId(rank, i)) for i in range(self._shape.processes_per_rank)]
+        return all(member is not None and member.is_ready for member in found)
+
+    def voices(self, rank: int) -> Sequence[bytes]:
+        """The connections for plans of a rank's processes."""
+        return self._voices[rank]
+
+    @property
+    def missing(self) -> list[ProcessId]:
+        """Processes that have not come."""
+        return [process for process in self._shape.processes if process not in self._members]
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Per rank, the host of the process that answers for it; all must have come."""
+        return tuple(self._members[speaker(rank)].hello.host for rank in range(self._shape.num_ranks))
+
+    def name(self, process: ProcessId) -> str:
+        """A process in words, with its id and host if it has come."""
+        member = self._members.get(process)
+        return self._shape.name(process) if member is None else self._described(member.hello)
+
+    def _described(self, hello: Hello) -> str:
+        return f"{self._shape.name(self._shape.process(hello.number))} (pid {hello.pid} on {hello.host})"
