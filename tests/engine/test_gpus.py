@@ -19,10 +19,11 @@ from longspan.engine.gpus import GPU, choose_device, find_gpus
 from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
 from longspan.engine.processes import _environment
 from longspan.errors import ConfigError
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.models.compiled import compile_dense_
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config
-from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
+from longspan.types import AttentionParams, ModelSpec
 from longspan.worker.device import check_capability, check_memory, rank_backend, rank_device
 
 GIB = 2**30
@@ -34,7 +35,7 @@ def config(**options):
 
 
 def spec_of(width=64, dtype="bfloat16", weight_bytes=16 * GIB, softcap=None, window=None):
-    group = KVGroup((0,), KVSpec(8, width, width, dtype, window), 32)
+    group = KVGroup((0,), KVSpec.uniform(8, width, width, dtype, window), 32)
     params = AttentionParams(1.0, softcap, window)
     return ModelSpec("Llama", 1, 1000, None, (), (group,), (params,), weight_bytes=weight_bytes)
 
@@ -220,7 +221,7 @@ def test_an_engine_cuts_a_gpus_memory_into_ranks_and_pages(visible, monkeypatch)
     seen = []
 
     def start(self, **_):
-        seen.append((self.config.device, self.config.kv_cache_memory, self.spec.kv_groups[0].spec.dtype))
+        seen.append((self.config.device, self.config.kv_cache_memory, self.spec.kv_groups[0].spec.compute_dtype))
 
     monkeypatch.setattr(Engine, "_start_until_ready", start)
     model = tiny_model("llama").path

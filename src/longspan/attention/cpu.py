@@ -46,9 +46,10 @@ from torch.nn import functional as F
 
 from longspan.attention.base import RowSegment, check_arguments, empty_like_queries
 from longspan.attention.partial import PartialAttention, accumulation_dtype, merge_views_
+from longspan.kv.layout import KVSpec
 from longspan.native import kernels
 from longspan.sharding.visibility import Visibility
-from longspan.types import AttentionParams, KVSpec
+from longspan.types import AttentionParams
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 """What the backend accepts, and its tests cover."""
@@ -91,7 +92,8 @@ class CPUBackend:
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
         """See `AttentionBackend.unsupported`."""
         names = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
-        return None if spec.dtype in names else f"dtype: got {spec.dtype}, the cpu backend takes {', '.join(names)}"
+        dtype = spec.compute_dtype
+        return None if dtype in names else f"dtype: got {dtype}, the cpu backend takes {', '.join(names)}"
 
     def partial_attention(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams

@@ -16,9 +16,10 @@ from longspan.attention.base import AttentionBackend, RowSegment, RowSegments
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout
+from longspan.kv.layout import KVGroup
 from longspan.plan.types import GroupStep, QueryRun, Range
 from longspan.sharding.pages import KeyRun, PageTable
-from longspan.types import AttentionParams, KVGroup
+from longspan.types import AttentionParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +96,9 @@ class KVBlock:
     """A buffer for K and V of up to `capacity` tokens, sent as one message."""
 
     def __init__(self, group: KVGroup, capacity: int, like: Tensor) -> None:
-        spec = group.spec
-        self._heads, self._k_width, self._v_width = spec.num_kv_heads, spec.k_width, spec.v_width
-        self._row_elements = spec.num_kv_heads * (spec.k_width + spec.v_width)
+        layout = group.spec.layout
+        self._heads, self._k_width, self._v_width = layout.num_kv_heads, layout.k_width, layout.v_width
+        self._row_elements = layout.token_elements
         self._flat = torch.empty(capacity * self._row_elements, dtype=like.dtype, device=like.device)
 
     def message(self, num_rows: int) -> Tensor:

@@ -20,7 +20,7 @@ from longspan.integrations.vllm.options import Options
 from longspan.integrations.vllm.placement import Striping, choose_home
 from longspan.integrations.vllm.planning import Row
 from longspan.integrations.vllm.spec import PlacedSpec, PlacingManager
-from longspan.types import KVGroup, KVSpec
+from longspan.kv.layout import KVGroup, KVSpec
 
 STRIPING = Striping(num_ranks=2, stripe_blocks=4, chunk_blocks=8, min_striped_blocks=16)
 SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "head_size_v": 32, "dtype": torch.float32}
@@ -31,7 +31,7 @@ def worker():
     """Of two ranks, as after `load_model` of a model with one layer."""
     found = worker_module.Worker.__new__(worker_module.Worker)
     found._options, found._cp_size = Options(context_parallel_size=2), 2
-    found._group, found._index_of_layer = KVGroup((0,), KVSpec(2, 32, 32, "float32"), 4), {"attn": 0}
+    found._group, found._index_of_layer = KVGroup((0,), KVSpec.uniform(2, 32, 32, "float32"), 4), {"attn": 0}
     found.device = torch.device("cpu")
     found.vllm_config, found.compilation_config = None, SimpleNamespace(mode=CompilationMode.NONE)
     found.cache_config = SimpleNamespace(block_size=32, kv_cache_memory_bytes=None, gpu_memory_utilization=0.5)

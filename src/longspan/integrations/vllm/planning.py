@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from longspan.costmodel.choose import plan_group
 from longspan.integrations.vllm.requests import Requests, RequestState
+from longspan.kv.layout import KVGroup
 from longspan.plan.types import Literals, Plan, QueryRun
 from longspan.sharding.pages import PageTable
-from longspan.types import KVGroup, Phase, Strategy
+from longspan.types import Phase, Strategy
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,11 @@ from longspan.integrations.vllm.requests import Requests
 from longspan.integrations.vllm.sampling import SamplingBatch
 from longspan.integrations.vllm.spec import PlacedSpec
 from longspan.integrations.vllm.staging import StagingCommunicator
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.pool import PagePool
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.types import Literals
-from longspan.types import AttentionParams, KVGroup, KVSpec, Strategy
+from longspan.types import AttentionParams, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ class Worker(WorkerBase):
             raise ConfigError("model: its attention layers differ in heads or widths, which longspan does not support")
         ((num_heads, num_kv_heads, k_width, v_width),) = shapes
         dtype = str(self.model_config.dtype).removeprefix("torch.")
-        self._group = KVGroup(tuple(range(len(layers))), KVSpec(num_kv_heads, k_width, v_width, dtype), num_heads)
+        spec = KVSpec.uniform(num_kv_heads, k_width, v_width, dtype)
+        self._group = KVGroup(tuple(range(len(layers))), spec, num_heads)
         self._params = tuple(AttentionParams(a.impl.scale, a.impl.logits_soft_cap) for a in layers.values())
 
     def get_model(self) -> torch.nn.Module:
@@ -128,12 +130,12 @@ class Worker(WorkerBase):
             chunk_blocks=max(1, budget // size),
             min_striped_blocks=-(-shortest // size),
         )
-        spec = self._group.spec
+        layout = self._group.spec.layout
         fields = {
             "block_size": size,
-            "num_kv_heads": spec.num_kv_heads,
-            "head_size": spec.k_width,
-            "head_size_v": spec.v_width,
+            "num_kv_heads": layout.num_kv_heads,
+            "head_size": layout.k_width,
+            "head_size_v": layout.v_width,
             "dtype": self.model_config.dtype,
         }
         plain = FullAttentionSpec(**fields)
@@ -152,7 +154,7 @@ class Worker(WorkerBase):
         Collective: every process, once.
         """
         self._warm_up()
-        block_bytes = self._group.token_bytes * self.cache_config.block_size
+        block_bytes = self._group.page_bytes(self.cache_config.block_size)
         local = local_kv_bytes(self.cache_config, self.parallel_config.world_size, self.device)
         blocks = torch.tensor([local // block_bytes], device=self.device)
         dist.all_reduce(blocks, dist.ReduceOp.MIN)
