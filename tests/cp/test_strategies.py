@@ -19,6 +19,7 @@ import longspan.cp.base
 import longspan.cp.partial_message
 from longspan.attention.partial import PartialAttention
 from longspan.cp.base import KVBlock
+from longspan.kv.layout import KVLayout
 from longspan.plan.query_units import query_units
 from longspan.plan.types import RingExchange
 from longspan.types import Strategy
@@ -396,9 +397,9 @@ class BlockMeter:
                 self.live[thread] = self.live.get(thread, 0) + num_bytes
                 self.peak[thread] = max(self.peak.get(thread, 0), self.live[thread])
 
-        def init(block: KVBlock, *args: object, **kwargs: object) -> None:
-            honest(block, *args, **kwargs)
-            num_bytes = block._flat.untyped_storage().nbytes()
+        def init(block: KVBlock, layout: KVLayout, capacity: int, device: torch.device) -> None:
+            honest(block, layout, capacity, device)
+            num_bytes = block.message(capacity).untyped_storage().nbytes()
             add(threading.get_ident(), num_bytes)
             weakref.finalize(block, add, threading.get_ident(), -num_bytes)
 

@@ -84,6 +84,11 @@ class KVLayout(msgspec.Struct, frozen=True, dict=True):
         return self.components[1].width if self.v_width_in_k is None else self.v_width_in_k
 
     @cached_property
+    def dtypes(self) -> tuple[str, ...]:
+        """Every dtype of stored elements, once."""
+        return tuple(dict.fromkeys(component.dtype for component in self.components))
+
+    @cached_property
     def token_elements(self) -> int:
         """Stored elements of one token in one layer, scales not counted."""
         return sum(component.token_elements for component in self.components)
