@@ -209,8 +209,7 @@ def _dense_s(
     layers_s = _product_s(spec.num_parameters - unread, item, num_tokens, costs)
     if num_logit_rows:
         layers_s += _product_s(shape.num_logit_weights + unread, item, num_logit_rows, costs)
-    # of all layers
-    query_width = sum(len(g.layers) * g.num_query_heads * g.spec.layout.k_width for g in spec.kv_groups)
+    query_width = sum(len(group.layers) * group.query_elements for group in spec.kv_groups)  # of all layers
     per_layer = HIDDEN_WRITES * shape.hidden_size + INNER_WRITES * shape.intermediate_size
     written = HEAD_WRITES * query_width + spec.num_layers * per_layer
     moved_s = num_tokens * written * item / rates.copy_bytes_per_s

@@ -20,7 +20,7 @@ class ModelShape(msgspec.Struct, frozen=True):
 
     spec: ModelSpec
     dtype: PlannedDType
-    """Of weights, activations and KV."""
+    """Of weights and activations; that of KV stands in its layout."""
     hidden_size: int
     intermediate_size: float
     """Of the feed-forward part."""
@@ -49,7 +49,7 @@ class ModelShape(msgspec.Struct, frozen=True):
     def num_unread_weights(self) -> float:
         """Weights of the last layer that a prompt's inner tokens do not meet: all but those of q, k and v."""
         (last,) = [group for group in self.spec.kv_groups if self.spec.num_layers - 1 in group.layers]
-        widths = last.num_query_heads * last.spec.layout.k_width + last.spec.layout.token_elements
+        widths = last.query_elements + last.spec.layout.token_elements
         return max(0.0, self.spec.num_parameters / self.spec.num_layers - self.hidden_size * widths)
 
     def is_divisible(self, tensor_parallel_size: int) -> bool:

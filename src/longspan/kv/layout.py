@@ -162,10 +162,15 @@ class KVGroup(msgspec.Struct, frozen=True, dict=True):
         """Bytes that one page takes in all layers of the group. Args: `page_size` in tokens."""
         return page_size * self.token_bytes
 
+    @property
+    def query_elements(self) -> int:
+        """Elements of one token's queries in one layer."""
+        return self.num_query_heads * self.spec.layout.k_width
+
     @cached_property
     def query_row_bytes(self) -> int:
         """Bytes on the wire of one token's queries in one layer."""
-        return self.num_query_heads * self.spec.layout.k_width * DTYPE_BYTES[self.wire_dtype]
+        return self.query_elements * DTYPE_BYTES[self.wire_dtype]
 
     @cached_property
     def merged_row_bytes(self) -> int:
