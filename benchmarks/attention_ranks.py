@@ -20,11 +20,12 @@ from longspan.config import num_cores
 from longspan.costmodel.choose import plan_group, predict_candidates
 from longspan.costmodel.measured import combine
 from longspan.costmodel.parameters import Costs
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.plan.types import GroupStep, Literals, Plan, QueryRun
 from longspan.sharding.pages import PageTable
 from longspan.sharding.placement import chunk_len, place, stripe_lengths
 from longspan.simulation import parse_simulated_links
-from longspan.types import KVGroup, KVSpec, Phase, Placement, Strategy
+from longspan.types import Phase, Placement, Strategy
 
 PAGE, STRIPE = 16, 512
 QUERY_HEADS, KV_HEADS, WIDTH = 8, 2, 64
@@ -41,7 +42,7 @@ class Shape:
 
 def group() -> KVGroup:
     """The heads of the benchmark model, float32."""
-    return KVGroup(tuple(range(LAYERS)), KVSpec(KV_HEADS, WIDTH, WIDTH, "float32"), QUERY_HEADS)
+    return KVGroup(tuple(range(LAYERS)), KVSpec.uniform(KV_HEADS, WIDTH, WIDTH, "float32"), QUERY_HEADS)
 
 
 def striped(shape: Shape, num_ranks: int) -> tuple[list[QueryRun], PageTable]:

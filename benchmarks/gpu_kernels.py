@@ -20,9 +20,10 @@ from longspan.attention.check import check_against_reference
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.attention.select import make_backend
 from longspan.errors import ConfigError, LongspanError
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.sharding.visibility import Visibility
 from longspan.triton_kernels.merge import merge
-from longspan.types import AttentionParams, KVGroup, KVSpec
+from longspan.types import AttentionParams
 
 FULL, CAUSAL = Visibility.FULL, Visibility.CAUSAL
 L2_BYTES = 128 << 20
@@ -149,7 +150,7 @@ def check(backend: AttentionBackend, sizes: Sizes, device: torch.device) -> Iter
                     AttentionParams(width**-0.5, softcap=30.0),
                     AttentionParams(width**-0.5, window=64),
                 ):
-                    spec = KVSpec(kv_heads, width, width, dtype, params.window)
+                    spec = KVSpec.uniform(kv_heads, width, width, dtype, params.window)
                     kind = f"{dtype} {width} {heads}/{kv_heads}"
                     kind += " softcap" * (params.softcap is not None) + " window" * (params.window is not None)
                     if (reason := backend.unsupported(spec, params)) is not None:

@@ -1,4 +1,4 @@
-"""Plain values that every layer may name: KV specs, model facts, sampling parameters, outputs.
+"""Plain values that every layer may name: model facts, sampling parameters, outputs.
 
 Holds frozen data only. Must not know torch, pages, plans or processes. Everything here can travel between driver and
 workers as a message.
@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 import msgspec
 
 from longspan.errors import ConfigError
+from longspan.kv.layout import KVGroup
 from longspan.option import Group, Option, check_options, is_number, refusal
 
 
@@ -60,60 +61,6 @@ class FinishReason(StrEnum):
     """Nobody waited for the rest."""
     ERROR = "error"
     """It could not go on; `Request.error` says why. Others are not affected."""
-
-
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one element."""
-
-
-class KVSpec(msgspec.Struct, frozen=True):
-    """Shape of what one layer caches per token."""
-
-    num_kv_heads: int
-    k_width: int
-    """Elements of one key head."""
-    v_width: int
-    """Elements of one value head."""
-    dtype: str
-    """Name of a torch dtype: float32, bfloat16."""
-    window: int | None = None
-    """Sliding window in tokens (a query's own position counts), or None for full attention."""
-
-    @property
-    def itemsize_bytes(self) -> int:
-        """Bytes of one element."""
-        return DTYPE_BYTES[self.dtype]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token takes in one layer, K and V together."""
-        return self.num_kv_heads * (self.k_width + self.v_width) * self.itemsize_bytes
-
-
-class KVGroup(msgspec.Struct, frozen=True):
-    """Layers that share one spec and window, hence one page table and one pool per rank."""
-
-    layers: tuple[int, ...]
-    """Layer indices of the model, ascending."""
-    spec: KVSpec
-    num_query_heads: int
-    float32_partials: bool = False
-    """Partials travel in float32, whatever the dtype of keys and values."""
-
-    @property
-    def partial_dtype(self) -> str:
-        """Dtype of a partial's `out` on the wire."""
-        return "float32" if self.float32_partials else self.spec.dtype
-
-    @property
-    def partial_itemsize_bytes(self) -> int:
-        """Bytes of one element of `out` on the wire."""
-        return DTYPE_BYTES[self.partial_dtype]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token takes in all layers of the group."""
-        return len(self.layers) * self.spec.token_bytes
 
 
 class AttentionParams(msgspec.Struct, frozen=True):

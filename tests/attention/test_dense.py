@@ -18,7 +18,8 @@ from longspan.attention.dense import DenseBackend
 from longspan.attention.reference import ReferenceBackend
 from longspan.attention.torch_flash import TorchFlash
 from longspan.errors import LongspanError
-from longspan.types import AttentionParams, KVGroup, KVSpec
+from longspan.kv.layout import KVGroup, KVSpec
+from longspan.types import AttentionParams
 from longspan.worker import device
 
 PARAMS = AttentionParams(scale=0.3)
@@ -145,7 +146,7 @@ def torch_kernel(monkeypatch):
 @pytest.mark.parametrize("library", ["torch_kernel", "flashinfer"])
 def test_the_edges_of_libraries_are_corrected(library, request):
     kernel = request.getfixturevalue(library)
-    group = KVGroup((0,), KVSpec(2, 64, 64, "bfloat16"), 4)
+    group = KVGroup((0,), KVSpec.uniform(2, 64, 64, "bfloat16"), 4)
     check_against_reference(DenseBackend(kernel, None), group, AttentionParams(0.125), "cpu")
     q, k, v = tensors(9, 60, (4, 2), width=64, dtype=torch.bfloat16)
     segments = [RowSegment(0, 9, 30, 20, 30, None, FULL), RowSegment(0, 9, 30, 3, 9, 30, CAUSAL)]
@@ -159,7 +160,7 @@ def test_an_edge_that_is_not_corrected_is_found_when_a_rank_starts(torch_kernel,
         return out, lse / math.log(2), *rest
 
     monkeypatch.setattr(torch_flash, "flash_attention_forward", base_2)
-    group = KVGroup((0,), KVSpec(2, 64, 64, "bfloat16"), 4)
+    group = KVGroup((0,), KVSpec.uniform(2, 64, 64, "bfloat16"), 4)
     with pytest.raises(LongspanError, match="log-sum-exps of the torch backend on cpu"):
         check_against_reference(DenseBackend(torch_kernel, None), group, AttentionParams(0.125), "cpu")
 
@@ -170,7 +171,7 @@ def test_the_check_at_start_reaches_a_kernel_for_long_runs_only():
             out, lse = super().attend(*args, **kwargs)
             return out + 1, lse
 
-    group, params = KVGroup((0,), KVSpec(2, 64, 64, "bfloat16"), 4), AttentionParams(0.125)
+    group, params = KVGroup((0,), KVSpec.uniform(2, 64, 64, "bfloat16"), 4), AttentionParams(0.125)
     check_against_reference(DenseBackend(Kernel(), ReferenceBackend()), group, params, "cpu")
     with pytest.raises(LongspanError, match="outputs of the kernel backend on cpu"):
         check_against_reference(DenseBackend(Wrong(), ReferenceBackend()), group, params, "cpu")
@@ -188,19 +189,19 @@ def test_the_check_at_start_reaches_a_kernel_for_long_runs_only():
 )
 def test_rejects_models_that_the_library_has_no_kernel_for(library, change, message, request):
     backend = DenseBackend(request.getfixturevalue(library), None)
-    spec = KVSpec(**({"num_kv_heads": 2, "k_width": 64, "v_width": 64, "dtype": "bfloat16"} | change))
+    spec = KVSpec.uniform(**({"num_kv_heads": 2, "k_width": 64, "v_width": 64, "dtype": "bfloat16"} | change))
     assert message in (backend.unsupported(spec, PARAMS) or "")
 
 
 def test_the_torch_backend_rejects_softcaps_and_windows(torch_kernel):
-    backend, spec = DenseBackend(torch_kernel, None), KVSpec(2, 64, 64, "bfloat16")
+    backend, spec = DenseBackend(torch_kernel, None), KVSpec.uniform(2, 64, 64, "bfloat16")
     assert backend.unsupported(spec, PARAMS) is None
     assert "softcap: got 5.0" in (backend.unsupported(spec, AttentionParams(1.0, softcap=5.0)) or "")
     assert "window: got 8" in (backend.unsupported(spec, AttentionParams(1.0, window=8)) or "")
 
 
 def test_flashinfer_leaves_windows_to_the_other_backend(flashinfer):
-    backend, spec = DenseBackend(flashinfer, ReferenceBackend()), KVSpec(2, 64, 64, "bfloat16")
+    backend, spec = DenseBackend(flashinfer, ReferenceBackend()), KVSpec.uniform(2, 64, 64, "bfloat16")
     assert backend.unsupported(spec, AttentionParams(1.0, softcap=5.0, window=8)) is None
 
 

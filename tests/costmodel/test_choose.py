@@ -12,9 +12,10 @@ from cp_ranks import Ranks, random_groups
 from longspan.costmodel.choose import exchange_bytes, plan_group
 from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology
 from longspan.costmodel.predict import attention_time
+from longspan.kv.layout import KVGroup
 from longspan.plan.group_step import BLOCK_LEN
 from longspan.plan.types import DirectExchange, GroupStep, RingExchange
-from longspan.types import KVGroup, Strategy
+from longspan.types import Strategy
 
 LOCAL, GATHER_KV, PASS_KV, PASS_Q = Strategy.LOCAL, Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q
 

@@ -12,12 +12,13 @@ from longspan.costmodel.model_time import StepOptions, step_runs, striped_table
 from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology
 from longspan.costmodel.placement_choice import on_one_rank, request_s, shortest_striped_len
 from longspan.costmodel.shapes import ModelShape
-from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec, Phase, Strategy
+from longspan.kv.layout import KVGroup, KVSpec
+from longspan.types import AttentionParams, ModelSpec, Phase, Strategy
 
 LOCAL, GATHER_KV, PASS_KV, PASS_Q, TREE = Strategy
-LARGE = KVGroup(tuple(range(32)), KVSpec(8, 128, 128, "bfloat16"), 32)
+LARGE = KVGroup(tuple(range(32)), KVSpec.uniform(8, 128, 128, "bfloat16"), 32)
 """Heads of a model of 8 billion parameters."""
-SMALL = KVGroup(tuple(range(8)), KVSpec(2, 64, 64, "float32"), 8)
+SMALL = KVGroup(tuple(range(8)), KVSpec.uniform(2, 64, 64, "float32"), 8)
 OPTIONS = StepOptions(page_size=64)
 
 
@@ -30,7 +31,7 @@ def shape_of(group, num_parameters, hidden_size):
     spec = ModelSpec("Test", len(group.layers), 128_000, None, (), (group,), params, num_parameters)
     return ModelShape(
         spec=spec,
-        dtype=group.spec.dtype,
+        dtype=group.spec.compute_dtype,
         hidden_size=hidden_size,
         intermediate_size=4.0 * hidden_size,
         num_weights=num_parameters,
@@ -151,7 +152,7 @@ def test_tree_is_a_candidate_only_where_it_is_something_else_than_pass_q():
 
 
 def test_the_table_of_typical_steps_says_what_a_plan_would_do():
-    window = KVGroup((8,), KVSpec(2, 64, 64, "float32", window=512), 8)
+    window = KVGroup((8,), KVSpec.uniform(2, 64, 64, "float32", window=512), 8)
     costs = cores(3)
     choices = predict_grid([SMALL, window], costs, StepOptions())
     assert {choice.phase for choice in choices} == {Phase.PREFILL, Phase.DECODE}

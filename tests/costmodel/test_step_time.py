@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.costmodel.step_time import FIRST_FLOPS_PER_S, StepTime
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.plan.types import Plan, PlanResult, RankResult, SampledToken
 from longspan.scheduler.scheduler import Scheduler
-from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec, SamplingParams, Strategy
+from longspan.types import AttentionParams, ModelSpec, SamplingParams, Strategy
 
 NUM_PARAMETERS = 1000
 
@@ -18,7 +19,7 @@ NUM_PARAMETERS = 1000
 def cost_model(*windows: int | None) -> ModelSpec:
     """Two layers per window, keys of 3 and values of 5 elements, 4 query heads."""
     groups = tuple(
-        KVGroup((2 * i, 2 * i + 1), KVSpec(2, 3, 5, "float32", window), 4) for i, window in enumerate(windows)
+        KVGroup((2 * i, 2 * i + 1), KVSpec.uniform(2, 3, 5, "float32", window), 4) for i, window in enumerate(windows)
     )
     params = tuple(AttentionParams(1.0, window=window) for window in windows for _ in range(2))
     return ModelSpec("fake", len(params), 50, None, (1,), groups, params, num_parameters=NUM_PARAMETERS)
@@ -142,7 +143,7 @@ class TimedRanks(FakeRanks):
             flops[run.compute_rank] += run.num_tokens * self.scheduler.step_time.token_flops
             for i, (group, step) in enumerate(zip(groups, plan.groups, strict=True)):
                 table, window = requests[run.request_id].tables[i], group.spec.window
-                pair_flops = 2.0 * len(group.layers) * group.num_query_heads * (group.spec.k_width + group.spec.v_width)
+                pair_flops = len(group.layers) * group.pair_flops
                 for query in range(run.position, run.end):
                     first = 0 if window is None else max(0, query - window + 1)
                     for key_rank in range(num_ranks):

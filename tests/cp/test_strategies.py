@@ -19,6 +19,7 @@ import longspan.cp.base
 import longspan.cp.partial_message
 from longspan.attention.partial import PartialAttention
 from longspan.cp.base import KVBlock
+from longspan.kv.layout import KVLayout
 from longspan.plan.query_units import query_units
 from longspan.plan.types import RingExchange
 from longspan.types import Strategy
@@ -174,7 +175,7 @@ def test_keys_travel_as_often_as_the_notes_of_their_strategies_say(num_ranks):
         step = ranks.run(decode, strategy, block_len=4)
         ranks.check(step)
         for traffic in step.traffic:
-            assert traffic.bytes_sent == rows * group.spec.token_bytes
+            assert traffic.bytes_sent == rows * group.spec.layout.token_bytes
             if n > 1:
                 assert traffic.num_exchanges == (exchanges or (n - 1) * -(-(n - 1) * 6 // 4))
 
@@ -396,9 +397,9 @@ class BlockMeter:
                 self.live[thread] = self.live.get(thread, 0) + num_bytes
                 self.peak[thread] = max(self.peak.get(thread, 0), self.live[thread])
 
-        def init(block: KVBlock, *args: object, **kwargs: object) -> None:
-            honest(block, *args, **kwargs)
-            num_bytes = block._flat.untyped_storage().nbytes()
+        def init(block: KVBlock, layout: KVLayout, capacity: int, device: torch.device) -> None:
+            honest(block, layout, capacity, device)
+            num_bytes = block.message(capacity).untyped_storage().nbytes()
             add(threading.get_ident(), num_bytes)
             weakref.finalize(block, add, threading.get_ident(), -num_bytes)
 
@@ -417,7 +418,7 @@ def block_peak(monkeypatch: pytest.MonkeyPatch, strategy: Strategy, num_ranks: i
 
 
 def test_the_rings_memory_is_three_blocks_whatever_the_ranks_and_the_context(monkeypatch):
-    block_bytes = 8 * make_group([0]).spec.token_bytes
+    block_bytes = 8 * make_group([0]).spec.layout.token_bytes
     for num_ranks in (2, 3, 5, 8):
         for context in (64, 256):
             assert block_peak(monkeypatch, PASS_KV, num_ranks, context) <= 3 * block_bytes

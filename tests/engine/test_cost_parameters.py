@@ -24,10 +24,11 @@ from longspan.costmodel.topology_file import load_topology, topology_text
 from longspan.engine import cost_parameters
 from longspan.engine.cost_parameters import MeasuredOn, file_costs, find_costs, nodes_of, striped_from
 from longspan.errors import ConfigError
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.scheduler.scheduler import Scheduler
-from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
+from longspan.types import AttentionParams, ModelSpec
 
-GROUP = KVGroup((0, 1), KVSpec(2, 8, 8, "float32"), 4)
+GROUP = KVGroup((0, 1), KVSpec.uniform(2, 8, 8, "float32"), 4)
 MODEL = ModelSpec("Test", 2, 100, None, (), (GROUP,), (AttentionParams(0.3),) * 2, num_parameters=10_000)
 
 # -- files -----------------------------------------------------------------------------------------------------------

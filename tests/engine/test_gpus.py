@@ -21,10 +21,11 @@ from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
 from longspan.engine.processes import worker_environment
 from longspan.errors import ConfigError
 from longspan.group.shape import GroupShape, speaker
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.models.compiled import compile_dense_
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config
-from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
+from longspan.types import AttentionParams, ModelSpec
 from longspan.worker.device import check_capability, check_memory, device_backend, process_device
 
 GIB = 2**30
@@ -36,7 +37,7 @@ def config(**options):
 
 
 def spec_of(width=64, dtype="bfloat16", weight_bytes=16 * GIB, softcap=None, window=None):
-    group = KVGroup((0,), KVSpec(8, width, width, dtype, window), 32)
+    group = KVGroup((0,), KVSpec.uniform(8, width, width, dtype, window), 32)
     params = AttentionParams(1.0, softcap, window)
     return ModelSpec("Llama", 1, 1000, None, (), (group,), (params,), weight_bytes=weight_bytes)
 
@@ -229,7 +230,7 @@ def test_an_engine_cuts_a_gpus_memory_into_ranks_and_pages(visible, monkeypatch)
     seen = []
 
     def start_executor(start, *_):
-        seen.append((start.config.device, start.config.kv_cache_memory, start.spec.kv_groups[0].spec.dtype))
+        seen.append((start.config.device, start.config.kv_cache_memory, start.spec.kv_groups[0].spec.compute_dtype))
         return SimpleNamespace(hosts=())
 
     monkeypatch.setattr(engine, "start_executor", start_executor)

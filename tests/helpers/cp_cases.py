@@ -8,9 +8,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.plan.types import Literals, QueryRun
 from longspan.sharding.pages import PageTable
-from longspan.types import KVGroup, KVSpec
 
 RANK_COUNTS = (1, 2, 3, 4, 5, 8)
 NODE_COUNTS = (1, 2, 4)
@@ -118,4 +118,4 @@ def make_group(
     window: int | None = None,
 ) -> KVGroup:
     """A KV group of some layers."""
-    return KVGroup(tuple(layers), KVSpec(kv_heads, k_width, v_width, dtype, window), query_heads)
+    return KVGroup(tuple(layers), KVSpec.uniform(kv_heads, k_width, v_width, dtype, window), query_heads)

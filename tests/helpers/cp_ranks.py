@@ -19,9 +19,10 @@ from longspan.comm.recording import RecordingCommunicator
 from longspan.comm.threads import thread_group
 from longspan.costmodel.choose import plan_group
 from longspan.cp.attend import StepAttention
+from longspan.kv.layout import KVGroup
 from longspan.kv.pool import PagePool
 from longspan.plan.types import Plan, QueryRun
-from longspan.types import AttentionParams, KVGroup, Phase, Strategy
+from longspan.types import AttentionParams, Phase, Strategy
 
 TIMEOUT_S = 30.0
 _THREADS = ThreadPoolExecutor(max_workers=16)
@@ -94,7 +95,7 @@ class Ranks:
         generator = torch.Generator().manual_seed(seed)
         self.group_of = {layer: group for group in groups for layer in group.layers}
         self.params = [
-            AttentionParams(1.3 * group.spec.k_width**-0.5, softcap, group.spec.window)
+            AttentionParams(1.3 * group.spec.layout.k_width**-0.5, softcap, group.spec.window)
             for _, group in sorted(self.group_of.items())
         ]
 
@@ -106,12 +107,12 @@ class Ranks:
         self.v: dict[tuple[int, int], Tensor] = {}  # [Hkv, S, Dv]
         self.sinks: dict[int, Tensor | None] = {}  # layer: [H]
         for layer, group in self.group_of.items():
-            spec = group.spec
+            layout, dtype = group.spec.layout, group.spec.compute_dtype
             for request_id in range(cluster.num_requests):
-                self.q[layer, request_id] = draw(spec.dtype, max_len, group.num_query_heads, spec.k_width)
-                self.k[layer, request_id] = draw(spec.dtype, spec.num_kv_heads, max_len, spec.k_width)
-                self.v[layer, request_id] = draw(spec.dtype, spec.num_kv_heads, max_len, spec.v_width)
-            self.sinks[layer] = draw(spec.dtype, group.num_query_heads) if with_sinks else None
+                self.q[layer, request_id] = draw(dtype, max_len, group.num_query_heads, layout.k_width)
+                self.k[layer, request_id] = draw(dtype, layout.num_kv_heads, max_len, layout.k_width)
+                self.v[layer, request_id] = draw(dtype, layout.num_kv_heads, max_len, layout.v_width)
+            self.sinks[layer] = draw(dtype, group.num_query_heads) if with_sinks else None
         self.pools = [
             [PagePool(group, cluster.pages_per_rank, cluster.page_size, torch.device("cpu")) for group in groups]
             for _ in range(cluster.num_ranks)
@@ -182,7 +183,7 @@ class Ranks:
     def dense(self, layer: int, run: QueryRun, dtype: torch.dtype = torch.float64) -> Tensor:
         """[T, H, Dv] attention of a query run over its whole sequence, at once."""
         group, params = self.group_of[layer], self.params[layer]
-        ratio = group.num_query_heads // group.spec.num_kv_heads
+        ratio = group.num_query_heads // group.spec.layout.num_kv_heads
         q = self.q[layer, run.request_id][run.position : run.end].to(dtype)
         k = self.k[layer, run.request_id][:, : run.end].to(dtype).repeat_interleave(ratio, 0)
         v = self.v[layer, run.request_id][:, : run.end].to(dtype).repeat_interleave(ratio, 0)
@@ -215,7 +216,7 @@ class Ranks:
         expected = [(layer, run) for run in step.plan.query_runs for layer in self.group_of]
         found = [(output.layer, output.run) for output in step.outputs]
         assert sorted(found, key=repr) == sorted(expected, key=repr)
-        if self.groups[0].spec.dtype == "float64":
+        if self.groups[0].spec.compute_dtype == "float64":
             assert self.error(step) < 1e-12
             return
         eager = max(

@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, field
 
 from longspan.config import EngineConfig
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.prefix import extend_hashes
 from longspan.plan.types import (
     Literals,
@@ -26,15 +27,7 @@ from longspan.scheduler.sampling import sample_row
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
 from longspan.sharding.pages import PageRun, PageTable
-from longspan.types import (
-    AttentionParams,
-    FinishReason,
-    KVGroup,
-    KVSpec,
-    ModelSpec,
-    Phase,
-    TokenLogprobs,
-)
+from longspan.types import AttentionParams, FinishReason, ModelSpec, Phase, TokenLogprobs
 
 VOCAB = 50
 EOS = 1
@@ -42,7 +35,7 @@ EOS = 1
 
 def make_model(*windows: int | None, max_position: int | None = None) -> ModelSpec:
     """One layer and one KV group per window, 8 bytes per token and layer."""
-    groups = tuple(KVGroup((i,), KVSpec(1, 1, 1, "float32", window), 4) for i, window in enumerate(windows))
+    groups = tuple(KVGroup((i,), KVSpec.uniform(1, 1, 1, "float32", window), 4) for i, window in enumerate(windows))
     params = tuple(AttentionParams(1.0, window=window) for window in windows)
     return ModelSpec("fake", len(windows), VOCAB, max_position, (EOS,), groups, params)
 

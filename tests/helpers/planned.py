@@ -6,8 +6,9 @@ from pathlib import Path
 import msgspec
 
 from longspan.costmodel.shapes import ModelShape
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.planner.clusters import Cluster, known_cluster
-from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
+from longspan.types import AttentionParams, ModelSpec
 
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -51,7 +52,7 @@ def make_shape(
     groups, first = [], 0
     for window in windows or (None,):
         indices = tuple(range(first, first + layers))
-        groups.append(KVGroup(indices, KVSpec(kv_heads, 128, 128, dtype, window), query_heads))
+        groups.append(KVGroup(indices, KVSpec.uniform(kv_heads, 128, 128, dtype, window), query_heads))
         first += layers
     attention = hidden_size * 128 * 2 * (query_heads + kv_heads)
     parameters = first * (attention + 3 * hidden_size * inner)

@@ -248,7 +248,7 @@ def test_tensor_parallelism_divides_weights_and_adds_sums():
 def test_kv_heads_are_kept_where_devices_outnumber_them():
     part = make_shape(kv_heads=2).divided(8)
     (group,) = part.spec.kv_groups
-    assert (group.spec.num_kv_heads, group.num_query_heads) == (1, 4)
+    assert (group.spec.layout.num_kv_heads, group.num_query_heads) == (1, 4)
 
 
 @pytest.mark.parametrize("size", [3, 5, 64])

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.errors import ConfigError
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.sharding.capacity import pool_pages, window_pages
-from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
+from longspan.types import AttentionParams, ModelSpec
 
 
 def make_model(*groups: tuple[int, int, int | None]) -> ModelSpec:
@@ -16,7 +17,7 @@ def make_model(*groups: tuple[int, int, int | None]) -> ModelSpec:
     kv_groups, num_layers = [], 0
     for layers, heads, window in groups:
         indices = tuple(range(num_layers, num_layers + layers))
-        kv_groups.append(KVGroup(indices, KVSpec(heads, 16, 16, "float32", window), 2 * heads))
+        kv_groups.append(KVGroup(indices, KVSpec.uniform(heads, 16, 16, "float32", window), 2 * heads))
         num_layers += layers
     params = tuple(AttentionParams(0.25, window=group.spec.window) for group in kv_groups for _ in group.layers)
     return ModelSpec("test", num_layers, 100, None, (), tuple(kv_groups), params)

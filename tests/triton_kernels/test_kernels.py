@@ -17,10 +17,11 @@ from longspan.attention.partial import PartialAttention, merge_partials, merge_s
 from longspan.attention.select import make_backend
 from longspan.attention.tiles import tile_tables
 from longspan.attention.triton import TritonBackend
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.triton_kernels.attention import attention
 from longspan.triton_kernels.merge import accumulate_, merge
 from longspan.triton_kernels.store import store
-from longspan.types import AttentionParams, KVGroup, KVSpec
+from longspan.types import AttentionParams
 
 PARAMS = AttentionParams(scale=0.3)
 
@@ -197,7 +198,7 @@ def test_the_check_at_start_passes_and_covers_tiles_splits_and_the_merge(params,
     launches = []
     monkeypatch.setattr(triton, "attention", lambda *a, **k: (launches.append((a, k)), attention(*a, **k)))
     monkeypatch.setattr(triton, "num_processors", lambda device: 132)
-    group = KVGroup((0,), KVSpec(2, 64, 64, dtype, params.window), 4)
+    group = KVGroup((0,), KVSpec.uniform(2, 64, 64, dtype, params.window), 4)
     check_against_reference(TritonBackend(), group, params, DEVICE)
     ((args, options),) = launches
     assert args[5].shape[0] > 1, "splits"
@@ -209,5 +210,5 @@ def test_the_check_at_start_passes_and_covers_tiles_splits_and_the_merge(params,
 def test_libraries_kernels_are_right_on_this_gpu(name):
     if name == "flashinfer":
         pytest.importorskip("flashinfer")
-    group = KVGroup((0,), KVSpec(8, 128, 128, "bfloat16"), 32)
+    group = KVGroup((0,), KVSpec.uniform(8, 128, 128, "bfloat16"), 32)
     check_against_reference(make_backend(name, DEVICE), group, AttentionParams(128**-0.5), DEVICE)

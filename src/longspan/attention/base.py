@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from longspan.attention.partial import PartialAttention, accumulation_dtype
+from longspan.kv.layout import KVSpec
 from longspan.sharding.visibility import Visibility
-from longspan.types import AttentionParams, KVSpec
+from longspan.types import AttentionParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +113,14 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegme
 
 def check_supported(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> None:
     """Raises ValueError if a backend does not take what it is called with. Arguments as of `partial_attention`."""
-    spec = KVSpec(k.shape[0], k.shape[2], v.shape[2], str(q.dtype).removeprefix("torch."), params.window)
+    spec = _uniform_spec(k.shape[0], k.shape[2], v.shape[2], q.dtype, params.window)
     if (reason := backend.unsupported(spec, params)) is not None:
         raise ValueError(reason)
+
+
+@lru_cache  # every layer of every step asks
+def _uniform_spec(num_kv_heads: int, k_width: int, v_width: int, dtype: torch.dtype, window: int | None) -> KVSpec:
+    return KVSpec.uniform(num_kv_heads, k_width, v_width, str(dtype).removeprefix("torch."), window)
 
 
 def empty_like_queries(q: Tensor, v: Tensor) -> PartialAttention:

@@ -9,8 +9,9 @@ import torch
 from longspan.attention.base import AttentionBackend, RowSegment
 from longspan.attention.reference import ReferenceBackend
 from longspan.errors import LongspanError
+from longspan.kv.layout import KVGroup
 from longspan.sharding.visibility import Visibility
-from longspan.types import AttentionParams, KVGroup
+from longspan.types import AttentionParams
 
 TOLERANCE = {"bfloat16": 0.05, "float16": 0.02, "float32": 0.001}
 """Of outputs and log-sum-exps of standard normal numbers, several times what the dtype rounds."""
@@ -33,11 +34,11 @@ def check_against_reference(
     Raises:
         LongspanError: they differ by more than the dtype's rounding.
     """
-    spec, generator = group.spec, torch.Generator().manual_seed(1)
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    q = torch.randn(150, group.num_query_heads, spec.k_width, generator=generator).to(device, dtype)
-    k = torch.randn(spec.num_kv_heads, NUM_KEYS, spec.k_width, generator=generator).to(device, dtype)
-    v = torch.randn(spec.num_kv_heads, NUM_KEYS, spec.v_width, generator=generator).to(device, dtype)
+    layout, generator = group.spec.layout, torch.Generator().manual_seed(1)
+    dtype: torch.dtype = getattr(torch, group.spec.compute_dtype)
+    q = torch.randn(150, group.num_query_heads, layout.k_width, generator=generator).to(device, dtype)
+    k = torch.randn(layout.num_kv_heads, NUM_KEYS, layout.k_width, generator=generator).to(device, dtype)
+    v = torch.randn(layout.num_kv_heads, NUM_KEYS, layout.v_width, generator=generator).to(device, dtype)
     edge = Visibility.CAUSAL if params.window is None else Visibility.BAND
     segments = [
         RowSegment(0, 6, 100, 0, 100, None, Visibility.FULL),
@@ -52,5 +53,5 @@ def check_against_reference(
     found = backend.partial_attention(q, k, v, segments, params)
     expected = ReferenceBackend().partial_attention(q.float(), k.float(), v.float(), segments, params)
     for what, ours, right in (("outputs", found.out, expected.out), ("log-sum-exps", found.lse, expected.lse)):
-        if not torch.allclose(ours.float(), right, rtol=0.0, atol=TOLERANCE[spec.dtype]):
+        if not torch.allclose(ours.float(), right, rtol=0.0, atol=TOLERANCE[group.spec.compute_dtype]):
             raise LongspanError(f"{what} of the {backend.name} backend on {device} are not those of the reference")

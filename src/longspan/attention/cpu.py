@@ -15,7 +15,8 @@ from torch import Tensor
 from longspan.attention import flash_cpu, native_cpu, softcap_cpu
 from longspan.attention.base import RowSegment, check_arguments, empty_like_queries
 from longspan.attention.partial import PartialAttention
-from longspan.types import AttentionParams, KVSpec
+from longspan.kv.layout import KVSpec
+from longspan.types import AttentionParams
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 """What the backend accepts, and its tests cover."""
@@ -29,7 +30,8 @@ class CPUBackend:
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
         """See `AttentionBackend.unsupported`."""
         names = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
-        return None if spec.dtype in names else f"dtype: got {spec.dtype}, the cpu backend takes {', '.join(names)}"
+        dtype = spec.compute_dtype
+        return None if dtype in names else f"dtype: got {dtype}, the cpu backend takes {', '.join(names)}"
 
     def partial_attention(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams

@@ -37,8 +37,9 @@ from longspan.attention.base import (
 )
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.attention.staging import to_device
+from longspan.kv.layout import KVSpec
 from longspan.sharding.visibility import Visibility
-from longspan.types import AttentionParams, KVSpec
+from longspan.types import AttentionParams
 
 MIN_QUERIES = 128
 """Shorter runs of queries are left to the other backend, if there is one."""

@@ -14,7 +14,8 @@ import math
 import flashinfer
 from torch import Tensor
 
-from longspan.types import AttentionParams, KVSpec
+from longspan.kv.layout import KVSpec
+from longspan.types import AttentionParams
 
 WIDTHS = (64, 128, 256)
 
@@ -25,11 +26,12 @@ class FlashInferPrefill:
     name = "flashinfer"
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
-        if spec.dtype not in ("bfloat16", "float16"):
-            return f"dtype: got {spec.dtype}, the flashinfer backend takes bfloat16 and float16"
-        if spec.k_width != spec.v_width or spec.k_width not in WIDTHS:
+        if spec.compute_dtype not in ("bfloat16", "float16"):
+            return f"dtype: got {spec.compute_dtype}, the flashinfer backend takes bfloat16 and float16"
+        k_width, v_width = spec.layout.k_width, spec.layout.v_width
+        if k_width != v_width or k_width not in WIDTHS:
             return (
-                f"head size: got {spec.k_width} of keys and {spec.v_width} of values, the flashinfer backend takes one "
+                f"head size: got {k_width} of keys and {v_width} of values, the flashinfer backend takes one "
                 f"size for both of {', '.join(map(str, WIDTHS))}"
             )
         return None

@@ -13,8 +13,9 @@ import torch
 from longspan.attention.base import AttentionBackend, RowSegment
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.costmodel.parameters import KernelRates
+from longspan.kv.layout import KVGroup
 from longspan.sharding.visibility import Visibility
-from longspan.types import AttentionParams, KVGroup
+from longspan.types import AttentionParams
 
 QUERY_LENS = (1, 16, 64, 256, 1024)
 """Query tokens of the measured kernel calls."""
@@ -59,12 +60,12 @@ def measure_kernels(
         Rates; `exchange_s`, `moved_byte_s` and `layer_s` are 0, and `merge_s` is that of two partials at hand: what
         messages take is measured elsewhere.
     """
-    spec, heads = group.spec, group.num_query_heads
-    dtype: torch.dtype = getattr(torch, spec.dtype)
+    layout, heads = group.spec.layout, group.num_query_heads
+    dtype: torch.dtype = getattr(torch, group.spec.compute_dtype)
     clock = _Clock(shares_cores=ranks_per_device > 1)
     call_s, attention_flops_per_s = _measure_attention(clock, backend, group, params, sync, device)
     sync()
-    merge_s, copy_bytes_per_s = _measure_merge(clock, heads, spec.v_width, device)
+    merge_s, copy_bytes_per_s = _measure_merge(clock, heads, layout.v_width, device)
     sync()
     data = torch.ones(READ_BYTES // 4, device=device)
     read_s = clock.seconds(data.sum)
@@ -96,12 +97,12 @@ def _measure_attention(
 
     Long calls are left out where they take too long.
     """
-    spec, heads = group.spec, group.num_query_heads
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    k = torch.randn(spec.num_kv_heads, MOST_KEYS, spec.k_width, device=device).to(dtype)  # [Hkv, S, D]
-    v = torch.randn(spec.num_kv_heads, MOST_KEYS, spec.v_width, device=device).to(dtype)
-    q = torch.randn(QUERY_LENS[-1], heads, spec.k_width, device=device).to(dtype)  # [T, H, D]
-    pair_flops = 2.0 * heads * (spec.k_width + spec.v_width)
+    layout, heads = group.spec.layout, group.num_query_heads
+    dtype: torch.dtype = getattr(torch, group.spec.compute_dtype)
+    k = torch.randn(layout.num_kv_heads, MOST_KEYS, layout.k_width, device=device).to(dtype)  # [Hkv, S, D]
+    v = torch.randn(layout.num_kv_heads, MOST_KEYS, layout.v_width, device=device).to(dtype)
+    q = torch.randn(QUERY_LENS[-1], heads, layout.k_width, device=device).to(dtype)  # [T, H, D]
+    pair_flops = group.pair_flops
 
     def attend(num_queries: int, num_keys: int) -> Callable[[], object]:
         segments = [RowSegment(0, num_queries, num_keys, 0, num_keys, None, Visibility.FULL)]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from longspan.attention.base import RowSegment, check_arguments, empty_like_queries
 from longspan.attention.partial import PartialAttention, accumulation_dtype
+from longspan.kv.layout import KVSpec
 from longspan.sharding.visibility import Visibility
-from longspan.types import AttentionParams, KVSpec
+from longspan.types import AttentionParams
 
 
 class ReferenceBackend:

@@ -12,7 +12,8 @@ Note [Edges of PyTorch's flash kernel]
 import torch
 from torch import Tensor
 
-from longspan.types import AttentionParams, KVSpec
+from longspan.kv.layout import KVSpec
+from longspan.types import AttentionParams
 
 MAX_WIDTH = 256
 
@@ -26,11 +27,12 @@ class TorchFlash:
     name = "torch"
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
-        if spec.dtype not in ("bfloat16", "float16"):
-            return f"dtype: got {spec.dtype}, the torch backend takes bfloat16 and float16"
-        if spec.k_width != spec.v_width or spec.k_width > MAX_WIDTH or spec.k_width % 8:
+        if spec.compute_dtype not in ("bfloat16", "float16"):
+            return f"dtype: got {spec.compute_dtype}, the torch backend takes bfloat16 and float16"
+        k_width, v_width = spec.layout.k_width, spec.layout.v_width
+        if k_width != v_width or k_width > MAX_WIDTH or k_width % 8:
             return (
-                f"head size: got {spec.k_width} of keys and {spec.v_width} of values, the torch backend takes one "
+                f"head size: got {k_width} of keys and {v_width} of values, the torch backend takes one "
                 f"size for both, a multiple of 8 up to {MAX_WIDTH}"
             )
         if params.softcap is not None:

@@ -16,10 +16,11 @@ from longspan.attention.base import RowSegment, RowSegments, check_arguments, ch
 from longspan.attention.partial import PartialAttention
 from longspan.attention.staging import to_device
 from longspan.attention.tiles import TileTables, tile_tables
+from longspan.kv.layout import KVSpec
 from longspan.triton_kernels.attention import Tiling, attention, most_queries, tiling
 from longspan.triton_kernels.launch import can_run
 from longspan.triton_kernels.merge import merge
-from longspan.types import AttentionParams, KVSpec
+from longspan.types import AttentionParams
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_WIDTH, MAX_WIDTH = 16, 256
@@ -48,9 +49,9 @@ class TritonBackend:
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
         """See `AttentionBackend.unsupported`."""
         names = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
-        if spec.dtype not in names:
-            return f"dtype: got {spec.dtype}, the triton backend takes {', '.join(names)}"
-        for width in (spec.k_width, spec.v_width):
+        if spec.compute_dtype not in names:
+            return f"dtype: got {spec.compute_dtype}, the triton backend takes {', '.join(names)}"
+        for width in (spec.layout.k_width, spec.layout.v_width):
             if not MIN_WIDTH <= width <= MAX_WIDTH:
                 return f"head size: got {width}, the triton backend takes {MIN_WIDTH} to {MAX_WIDTH}"
         return None

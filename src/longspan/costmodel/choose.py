@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.costmodel.predict import Prediction, message_bytes, predict_attention
 from longspan.costmodel.work import StepWork, count_work
+from longspan.kv.layout import KVGroup
 from longspan.plan.group_step import BLOCK_LEN, make_group_step
 from longspan.plan.segments import make_segments, remote_ranks
 from longspan.plan.types import DirectExchange, GroupStep, QueryRun, RingExchange, Segment
 from longspan.sharding.pages import PageTable
-from longspan.types import KVGroup, Strategy
+from longspan.types import Strategy
 
 CANDIDATES = (Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q, Strategy.TREE)
 """What is compared; at equal times the earlier wins."""
@@ -26,7 +27,7 @@ def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> i
     if isinstance(exchange, RingExchange):
         # Every participant forwards every block, except those that came from its successor: their way ends here.
         total = sum(exchange.num_rows)
-        return max(total - rows for rows in exchange.num_rows) * group.spec.token_bytes
+        return max(total - rows for rows in exchange.num_rows) * group.spec.layout.token_bytes
     return max(sum(message_bytes(exchange.operand, n, group) for n in rows) for rows in exchange.num_rows)
 
 
@@ -45,7 +46,7 @@ def _least_keys_s(work: StepWork, group: KVGroup, costs: Costs) -> float:
             wanted[query_rank] = wanted.get(query_rank, 0) + max(num_keys for num_keys, _, _ in pair.segments)
     topology = costs.topology
     best = max(topology.inside.bytes_per_s, topology.between.bytes_per_s * topology.ranks_per_link)
-    return max(wanted.values(), default=0) * group.spec.token_bytes / best
+    return max(wanted.values(), default=0) * group.spec.layout.token_bytes / best
 
 
 def _has_levels(nodes: Sequence[int]) -> bool:

@@ -12,10 +12,11 @@ import msgspec
 from longspan.costmodel.choose import exchange_bytes, predict_candidates
 from longspan.costmodel.parameters import Costs
 from longspan.costmodel.predict import predict_attention
+from longspan.kv.layout import KVGroup
 from longspan.plan.group_step import BLOCK_LEN
 from longspan.plan.types import GroupStep
 from longspan.sharding.pages import PageTable
-from longspan.types import KVGroup, Phase, Strategy
+from longspan.types import Phase, Strategy
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ import msgspec
 from longspan.costmodel.choose import predict_candidates
 from longspan.costmodel.model_time import StepOptions, step_runs, striped_table
 from longspan.costmodel.parameters import Costs
+from longspan.kv.layout import KVGroup
 from longspan.plan.segments import make_segments
-from longspan.types import KVGroup, Phase, Strategy
+from longspan.types import Phase, Strategy
 
 CHUNKS = (1, 128, 1024, 4096, 16384)
 """New tokens of a step, over all ranks; 1 is a decode."""

@@ -29,11 +29,12 @@ import msgspec
 from longspan.costmodel.choose import best_candidate
 from longspan.costmodel.parameters import Costs
 from longspan.costmodel.shapes import ModelShape
+from longspan.kv.layout import KVGroup
 from longspan.plan.segments import make_segments
 from longspan.plan.types import Literals, QueryRun
 from longspan.sharding.pages import PageTable
 from longspan.sharding.placement import chunk_len, place, stripe_lengths
-from longspan.types import KVGroup, Placement, Strategy
+from longspan.types import Placement, Strategy
 
 HIDDEN_WRITES = 8
 """Elements written per token and layer by norms and residual sums, in widths of the model."""
@@ -208,7 +209,7 @@ def _dense_s(
     layers_s = _product_s(spec.num_parameters - unread, item, num_tokens, costs)
     if num_logit_rows:
         layers_s += _product_s(shape.num_logit_weights + unread, item, num_logit_rows, costs)
-    query_width = sum(len(g.layers) * g.num_query_heads * g.spec.k_width for g in spec.kv_groups)  # of all layers
+    query_width = sum(len(group.layers) * group.query_elements for group in spec.kv_groups)  # of all layers
     per_layer = HIDDEN_WRITES * shape.hidden_size + INNER_WRITES * shape.intermediate_size
     written = HEAD_WRITES * query_width + spec.num_layers * per_layer
     moved_s = num_tokens * written * item / rates.copy_bytes_per_s
@@ -379,7 +380,7 @@ def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
         window = min(prompt_len, group.spec.window or prompt_len)
         pairs = window * (window + 1) / 2 + (prompt_len - window) * window
         num_layers = len(group.layers) - (shape.spec.num_layers - 1 in group.layers)
-        total += 2.0 * pairs * num_layers * group.num_query_heads * (group.spec.k_width + group.spec.v_width)
+        total += pairs * num_layers * group.pair_flops
     return total
 
 

@@ -24,9 +24,10 @@ from longspan.costmodel.parameters import Costs
 from longspan.costmodel.ring_time import RingTime
 from longspan.costmodel.timeline import Clocks, Message, Seconds, add
 from longspan.costmodel.work import StepWork, count_work
+from longspan.kv.layout import KVGroup
 from longspan.plan.types import DirectExchange, GroupStep, RingExchange
 from longspan.sharding.pages import PageTable
-from longspan.types import KVGroup, Strategy
+from longspan.types import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +81,13 @@ def predict_attention(
 
 def message_bytes(operand: str, num_rows: int, group: KVGroup) -> int:
     """Bytes of one message."""
-    spec, heads = group.spec, group.num_query_heads
+    heads = group.num_query_heads
     if operand == "kv":
-        return num_rows * spec.token_bytes
+        return num_rows * group.spec.layout.token_bytes
     if operand == "query":
-        return num_rows * heads * spec.k_width * spec.itemsize_bytes
+        return num_rows * group.query_row_bytes
     assert operand == "partial", operand
-    out_bytes = num_rows * heads * spec.v_width * group.partial_itemsize_bytes
+    out_bytes = num_rows * heads * group.spec.layout.v_width * group.partial_itemsize_bytes
     lse_bytes = num_rows * heads * max(4, group.partial_itemsize_bytes)  # float32, beside float64 also float64
     return out_bytes + lse_bytes
 
@@ -101,7 +102,7 @@ class _Layer:
         for exchange in step.exchanges:
             ranks.update(exchange.participants)
         self.clocks = Clocks(ranks, costs)
-        self._row_bytes = group.num_query_heads * group.spec.v_width * max(4, group.spec.itemsize_bytes)
+        self._row_bytes = group.merged_row_bytes
 
     def run(self) -> None:
         """Go through the layer."""
@@ -142,7 +143,7 @@ class _Layer:
         assert isinstance(ring, RingExchange)
         outside = [rank for rank in self.clocks.ranks if rank not in ring.participants]
         self.clocks.run({rank: self._work.pair_s(rank, rank, self._rates) for rank in outside}, {})
-        token_bytes, row_bytes = self._group.spec.token_bytes, self._row_bytes
+        token_bytes, row_bytes = self._group.spec.layout.token_bytes, self._row_bytes
         RingTime(ring, self.clocks, self._costs, self._work, token_bytes=token_bytes, row_bytes=row_bytes).run()
 
     def _pass_q(self) -> None:

@@ -9,11 +9,10 @@ from typing import Literal
 import msgspec
 
 from longspan.errors import ConfigError
-from longspan.types import KVGroup, ModelSpec
+from longspan.kv.layout import DTYPE_BYTES, KVGroup
+from longspan.types import ModelSpec
 
 PlannedDType = Literal["bfloat16", "float32"]
-
-BYTES_PER_WEIGHT = {"bfloat16": 2, "float32": 4}
 
 
 class ModelShape(msgspec.Struct, frozen=True):
@@ -21,7 +20,7 @@ class ModelShape(msgspec.Struct, frozen=True):
 
     spec: ModelSpec
     dtype: PlannedDType
-    """Of weights, activations and KV."""
+    """Of weights and activations; that of KV stands in its layout."""
     hidden_size: int
     intermediate_size: float
     """Of the feed-forward part."""
@@ -34,7 +33,7 @@ class ModelShape(msgspec.Struct, frozen=True):
 
     @property
     def itemsize_bytes(self) -> int:
-        return BYTES_PER_WEIGHT[self.dtype]
+        return DTYPE_BYTES[self.dtype]
 
     @property
     def weight_bytes(self) -> float:
@@ -50,8 +49,7 @@ class ModelShape(msgspec.Struct, frozen=True):
     def num_unread_weights(self) -> float:
         """Weights of the last layer that a prompt's inner tokens do not meet: all but those of q, k and v."""
         (last,) = [group for group in self.spec.kv_groups if self.spec.num_layers - 1 in group.layers]
-        widths = last.num_query_heads * last.spec.k_width
-        widths += last.spec.num_kv_heads * (last.spec.k_width + last.spec.v_width)
+        widths = last.query_elements + last.spec.layout.token_elements
         return max(0.0, self.spec.num_parameters / self.spec.num_layers - self.hidden_size * widths)
 
     def is_divisible(self, tensor_parallel_size: int) -> bool:
@@ -71,13 +69,14 @@ class ModelShape(msgspec.Struct, frozen=True):
             return self
         groups: list[KVGroup] = []
         for group in self.spec.kv_groups:
-            query_heads, kv_heads = group.num_query_heads, group.spec.num_kv_heads
+            query_heads, kv_heads = group.num_query_heads, group.spec.layout.num_kv_heads
             if not _is_divisible(group, size):
                 raise ConfigError(
                     f"tensor_parallel_size: got {size} with {query_heads} query and {kv_heads} KV heads, legal is a "
                     "divisor of the query heads that divides the KV heads or is a multiple of them"
                 )
-            spec = msgspec.structs.replace(group.spec, num_kv_heads=max(1, kv_heads // size))
+            layout = group.spec.layout.with_kv_heads(max(1, kv_heads // size))
+            spec = msgspec.structs.replace(group.spec, layout=layout)
             groups.append(msgspec.structs.replace(group, spec=spec, num_query_heads=query_heads // size))
         parameters = -(-self.spec.num_parameters // size)
         return msgspec.structs.replace(
@@ -90,5 +89,5 @@ class ModelShape(msgspec.Struct, frozen=True):
 
 
 def _is_divisible(group: KVGroup, size: int) -> bool:
-    kv_heads = group.spec.num_kv_heads
+    kv_heads = group.spec.layout.num_kv_heads
     return group.num_query_heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)

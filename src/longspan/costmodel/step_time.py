@@ -32,10 +32,7 @@ class StepTime:
     def __init__(self, model: ModelSpec, num_threads: int) -> None:
         self.token_flops = 2.0 * max(1, model.num_parameters)
         """Of one token through all weights."""
-        self._groups = [
-            (g.spec.window, 2.0 * len(g.layers) * g.num_query_heads * (g.spec.k_width + g.spec.v_width))
-            for g in model.kv_groups
-        ]
+        self._groups = [(group.spec.window, len(group.layers) * group.pair_flops) for group in model.kv_groups]
         windows = [window for window, _ in self._groups]
         self.longest_window = None if None in windows else max(window for window in windows if window is not None)
         """None if some layer sees all."""

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from longspan.costmodel.parameters import KernelRates
+from longspan.kv.layout import KVGroup
 from longspan.plan.types import Segment
 from longspan.sharding.pages import PageTable
 from longspan.sharding.visibility import Visibility
-from longspan.types import KVGroup
 
 CAUSAL_BLOCK = 512
 """Keys that a kernel takes at a time: of those at the diagonal it computes what causality hides as well. (Measured on a
@@ -72,9 +72,8 @@ def count_work(
         group: for the widths of rows.
         rates: of the ranks' kernels.
     """
-    spec = group.spec
-    pair_flops = 2.0 * group.num_query_heads * (spec.k_width + spec.v_width)
-    row_bytes = group.num_query_heads * spec.v_width * max(4, spec.itemsize_bytes)
+    window, token_bytes = group.spec.window, group.spec.layout.token_bytes
+    pair_flops, row_bytes = group.pair_flops, group.merged_row_bytes
     work = StepWork()
     pairs = work.pairs
     seen: set[tuple[int, int, int, int]] = set()  # (request, first query, rank of queries, rank of keys)
@@ -93,15 +92,15 @@ def count_work(
         if s.visibility is Visibility.CAUSAL:
             seen_keys = min(seen_keys, (seen_keys + CAUSAL_BLOCK) / 2)
         elif s.visibility is Visibility.BAND:
-            assert spec.window is not None
+            assert window is not None
             call_len = min(num_queries, BAND_BLOCK)
             num_calls = -(-num_queries // call_len)
-            seen_keys *= min(1.0, (spec.window + call_len) / (s.key_end - s.key_start))
+            seen_keys *= min(1.0, (window + call_len) / (s.key_end - s.key_start))
         rate = rate_of.get(call_len)
         if rate is None:
             rate = rate_of[call_len] = rates.attention_rate(call_len)
         pair.kernel_s += max(
-            num_queries * seen_keys * pair_flops / rate, num_keys * spec.token_bytes / rates.read_bytes_per_s
+            num_queries * seen_keys * pair_flops / rate, num_keys * token_bytes / rates.read_bytes_per_s
         )
         pair.num_calls += num_calls
         pair.segments.append((num_keys, num_calls, num_queries))

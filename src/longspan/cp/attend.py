@@ -21,11 +21,12 @@ from longspan.cp.gather_kv import GatherKV
 from longspan.cp.local import Local
 from longspan.cp.pass_kv import PassKV
 from longspan.cp.pass_q import PassQ
+from longspan.kv.layout import KVGroup
 from longspan.kv.pool import PagePool
 from longspan.plan.read_runs import read_runs
 from longspan.plan.types import Plan
 from longspan.sharding.pages import PageTable
-from longspan.types import AttentionParams, KVGroup, Strategy
+from longspan.types import AttentionParams, Strategy
 
 _STRATEGIES: Mapping[Strategy, type[Local | GatherKV | PassKV | PassQ]] = {
     Strategy.LOCAL: Local,
@@ -126,7 +127,7 @@ class StepAttention:
         pool = self._pools[group_idx]
         group: KVGroup = pool.group
         q = torch.empty(
-            0, group.num_query_heads, group.spec.k_width, dtype=pool.k[layer].dtype, device=pool.k[layer].device
+            0, group.num_query_heads, group.spec.layout.k_width, dtype=pool.k[layer].dtype, device=pool.k[layer].device
         )
         self._attend(group_idx, layer, q)
 

@@ -16,9 +16,10 @@ from longspan.attention.base import AttentionBackend, RowSegment, RowSegments
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout
+from longspan.kv.layout import KVGroup, KVLayout
 from longspan.plan.types import GroupStep, QueryRun, Range
 from longspan.sharding.pages import KeyRun, PageTable
-from longspan.types import AttentionParams, KVGroup
+from longspan.types import AttentionParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,26 +93,34 @@ class KeyShare:
 
 
 class KVBlock:
-    """A buffer for K and V of up to `capacity` tokens, sent as one message."""
+    """A buffer for what up to `capacity` tokens cache in one layer, sent as one message.
 
-    def __init__(self, group: KVGroup, capacity: int, like: Tensor) -> None:
-        spec = group.spec
-        self._heads, self._k_width, self._v_width = spec.num_kv_heads, spec.k_width, spec.v_width
-        self._row_elements = spec.num_kv_heads * (spec.k_width + spec.v_width)
-        self._flat = torch.empty(capacity * self._row_elements, dtype=like.dtype, device=like.device)
+    A message holds one component behind the other, as they are stored: [heads, rows, width] of each.
+    """
+
+    def __init__(self, layout: KVLayout, capacity: int, device: torch.device) -> None:
+        (dtype,) = layout.dtypes  # a message is one tensor
+        self._layout = layout
+        self._flat = torch.empty(capacity * layout.token_elements, dtype=getattr(torch, dtype), device=device)
 
     def message(self, num_rows: int) -> Tensor:
         """[elements] the part of the buffer that `num_rows` tokens take."""
-        return self._flat[: num_rows * self._row_elements]
+        return self._flat[: num_rows * self._layout.token_elements]
 
     def views(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """K [Hkv, num_rows, D] and V [Hkv, num_rows, Dv] in the buffer."""
-        k_elements = num_rows * self._heads * self._k_width
-        flat = self.message(num_rows)
-        return (
-            flat[:k_elements].view(self._heads, num_rows, self._k_width),
-            flat[k_elements:].view(self._heads, num_rows, self._v_width),
-        )
+        stored, width = self._stored(num_rows), self._layout.v_width_in_k
+        return stored[0], stored[1] if width is None else stored[0][:, :, :width]
+
+    def _stored(self, num_rows: int) -> list[Tensor]:
+        """Per component: [heads, num_rows, width] in the buffer."""
+        stored: list[Tensor] = []
+        start = 0
+        for component in self._layout.components:
+            heads, width = component.num_heads, component.width
+            stored.append(self._flat.as_strided((heads, num_rows, width), (num_rows * width, width, 1), start))
+            start += heads * num_rows * width
+        return stored
 
     def pack(self, k: Tensor, v: Tensor, runs: Sequence[tuple[int, KeyRun]]) -> int:
         """Copy runs of a pool into the buffer, one behind the other.
@@ -120,10 +129,10 @@ class KVBlock:
             Number of rows packed.
         """
         num_rows = sum(run.num_tokens for _, run in runs)
-        packed_k, packed_v = self.views(num_rows)
-        row = 0
-        for _, run in runs:
-            packed_k[:, row : row + run.num_tokens] = k[:, run.row : run.row + run.num_tokens]
-            packed_v[:, row : row + run.num_tokens] = v[:, run.row : run.row + run.num_tokens]
-            row += run.num_tokens
+        for packed, source in zip(self._stored(num_rows), (k, v), strict=False):  # values may be a part of keys
+            parts = [source.narrow(1, run.row, run.num_tokens) for _, run in runs]
+            if len(parts) == 1:
+                packed.copy_(parts[0])
+            else:
+                torch.cat(parts, dim=1, out=packed)
         return num_rows

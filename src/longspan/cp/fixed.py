@@ -112,7 +112,7 @@ def _most_key_tiles(pool: PagePool) -> int:
 
 def _tile_keys(pool: PagePool) -> int:
     spec = pool.group.spec
-    return tiling(max(spec.k_width, spec.v_width), getattr(torch, spec.dtype)).keys
+    return tiling(max(spec.layout.k_width, spec.layout.v_width), getattr(torch, spec.compute_dtype)).keys
 
 
 class FixedAttention:
@@ -249,8 +249,7 @@ class FixedAttention:
     def layer_bytes(self, group_idx: int) -> int:
         """What this rank sends in one layer of a group."""
         part = self._parts[group_idx]
-        spec, num_heads = self._pools[group_idx].group.spec, self._pools[group_idx].group.num_query_heads
-        query_bytes = self.shape.num_rows * num_heads * spec.k_width * spec.itemsize_bytes
+        query_bytes = self.shape.num_rows * self._pools[group_idx].group.query_row_bytes
         return len(part.owners) * query_bytes + part.sent.numel()
 
     def join(self, layer: int) -> None:
@@ -279,8 +278,8 @@ class FixedAttention:
         num_rows, group = self.shape.num_rows, pool.group
         first = num_rows if is_remote and self.has_rows else 0
         tiles = self._inputs.query_tiles[group_idx][first : first + q.shape[0]]
-        splits = fixed_splits(q.shape[0] * group.spec.num_kv_heads, num_processors(pool.device))
-        outs = torch.empty(splits, *q.shape[:2], group.spec.v_width, dtype=torch.float32, device=q.device)
+        splits = fixed_splits(q.shape[0] * group.spec.layout.num_kv_heads, num_processors(pool.device))
+        outs = torch.empty(splits, *q.shape[:2], group.spec.layout.v_width, dtype=torch.float32, device=q.device)
         lses = torch.empty(splits, *q.shape[:2], dtype=torch.float32, device=q.device)
         attention(
             q,
@@ -307,28 +306,28 @@ class _GroupBuffers:
     """Messages of one KV group."""
 
     def __init__(self, shape: FixedShape, group_idx: int, pool: PagePool, rank: int, has_rows: bool) -> None:
-        spec, num_heads, num_rows = pool.group.spec, pool.group.num_query_heads, shape.num_rows
+        layout, num_heads, num_rows = pool.group.spec.layout, pool.group.num_query_heads, shape.num_rows
         participants = shape.participants[group_idx]
         others = [peer for peer in participants if peer != rank] if rank in participants else []
         self.owners = others if has_rows else []
         """All other participants: they get this rank's queries, and answer for the keys that they have, or for none."""
         self.peers_homes = [peer for peer in others if peer in shape.homes]
         """Ranks of whose queries this one computes partials."""
-        dtype: torch.dtype = getattr(torch, spec.dtype)
+        dtype: torch.dtype = getattr(torch, pool.group.wire_dtype)
         wire: torch.dtype = getattr(torch, pool.group.partial_dtype)
         self.key_tiles = torch.zeros(1, 4, dtype=torch.int32, device=pool.device)
         self.queries = torch.zeros(
-            len(self.peers_homes), num_rows, num_heads, spec.k_width, dtype=dtype, device=pool.device
+            len(self.peers_homes), num_rows, num_heads, layout.k_width, dtype=dtype, device=pool.device
         )
         """[other homes, rows, H, D] received."""
 
         def messages(count: int) -> tuple[Tensor, Tensor, Tensor]:
             """[count, bytes] messages, and what is in them: lse [count, rows, H] and out [count, rows, H, Dv]."""
             lse_bytes = 4 * num_rows * num_heads
-            out_bytes = num_rows * num_heads * spec.v_width * wire.itemsize
+            out_bytes = num_rows * num_heads * layout.v_width * wire.itemsize
             data = torch.zeros(count, lse_bytes + out_bytes, dtype=torch.uint8, device=pool.device)
             lse = data[:, :lse_bytes].view(torch.float32).view(count, num_rows, num_heads)
-            out = data[:, lse_bytes:].view(wire).view(count, num_rows, num_heads, spec.v_width)
+            out = data[:, lse_bytes:].view(wire).view(count, num_rows, num_heads, layout.v_width)
             return data, lse, out
 
         self.sent, self.sent_lse, self.sent_out = messages(len(self.peers_homes))

@@ -46,12 +46,12 @@ class GatherKV:
                 self._recvs[peer] = (layout.num_rows, share)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
-        step = self._step
+        step, layout = self._step, self._step.group.spec.layout
         sends: list[tuple[int, Tensor]] = []
         for peer, runs in self._sends.items():
-            block = KVBlock(step.group, sum(run.num_tokens for _, run in runs), k)
+            block = KVBlock(layout, sum(run.num_tokens for _, run in runs), k.device)
             sends.append((peer, block.message(block.pack(k, v, runs))))
-        blocks = {peer: KVBlock(step.group, rows, k) for peer, (rows, _) in self._recvs.items()}
+        blocks = {peer: KVBlock(layout, rows, k.device) for peer, (rows, _) in self._recvs.items()}
         recvs = [(peer, block.message(self._recvs[peer][0])) for peer, block in blocks.items()]
         pending = step.comm.exchange(sends, recvs)
         acc = self._local.attend(q, k, v, params)

@@ -15,7 +15,7 @@ import torch
 from longspan.attention.partial import PartialAttention
 from longspan.costmodel.parameters import KernelRates
 from longspan.cp.partial_message import PartialMessage
-from longspan.types import KVGroup
+from longspan.kv.layout import KVGroup
 
 REPEATS = 60
 
@@ -35,7 +35,7 @@ class MessageTimes(NamedTuple):
 
 def measure_messages(group: KVGroup, device: torch.device) -> MessageTimes:
     """Measure this rank; others may do the same at the same time."""
-    heads, width = group.num_query_heads, group.spec.v_width
+    heads, width = group.num_query_heads, group.spec.layout.v_width
     partial = PartialAttention(torch.randn(1, heads, width, device=device), torch.randn(1, heads, device=device))
     message = PartialMessage(group, 1, device)
     message.pack(partial)

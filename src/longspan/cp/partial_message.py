@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.partial import PartialAttention, merge_rows_
-from longspan.types import KVGroup
+from longspan.kv.layout import KVGroup
 
 
 class PartialMessage:
@@ -22,7 +22,7 @@ class PartialMessage:
     def __init__(self, group: KVGroup, num_rows: int, device: torch.device) -> None:
         dtype: torch.dtype = getattr(torch, group.partial_dtype)
         lse_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-        num_heads, v_width = group.num_query_heads, group.spec.v_width
+        num_heads, v_width = group.num_query_heads, group.spec.layout.v_width
         lse_bytes = num_rows * num_heads * lse_dtype.itemsize
         out_bytes = num_rows * num_heads * v_width * dtype.itemsize
         self.data = torch.empty(lse_bytes + out_bytes, dtype=torch.uint8, device=device)

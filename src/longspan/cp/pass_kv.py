@@ -72,7 +72,7 @@ class PassKV:
         successor = participants[(self._me + 1) % num_ranks]
         predecessor = participants[(self._me - 1) % num_ranks]
         capacity = min(self._ring.block_len, max(self._ring.num_rows))
-        free = [KVBlock(step.group, capacity, k) for _ in range(3)]
+        free = [KVBlock(step.group.spec.layout, capacity, k.device) for _ in range(3)]
         acc: PartialAttention | None = None
         received: tuple[KVBlock, int, int] | None = None  # buffer, origin, round
 

@@ -164,8 +164,8 @@ class PassQ:
         exchange, message = self._step.comm.exchange, self._message
 
         def queries(arrivals: Sequence[_Arrival]) -> list[Tensor]:
-            shape = (self._step.group.num_query_heads, self._step.group.spec.k_width)
-            return [torch.empty(a.num_rows, *shape, dtype=k.dtype, device=k.device) for a in arrivals]
+            shape = (self._step.group.num_query_heads, self._step.group.spec.layout.k_width)
+            return [torch.empty(a.num_rows, *shape, dtype=q.dtype, device=q.device) for a in arrivals]
 
         def partials(tensors: Sequence[Tensor], arrivals: Sequence[_Arrival]) -> list[PartialAttention]:
             attend = self._step.backend.partial_attention

@@ -83,7 +83,7 @@ def file_costs(config: EngineConfig, model: ModelSpec) -> Costs | None:
     """
     if config.topology is None:
         return None
-    costs = load_topology(config.topology, config.context_parallel_size, model.kv_groups[0].spec.dtype)
+    costs = load_topology(config.topology, config.context_parallel_size, model.kv_groups[0].spec.compute_dtype)
     nodes = config.known_nodes
     if nodes not in (None, costs.topology.nodes):
         raise ConfigError(
@@ -160,7 +160,7 @@ def striped_from(
     num_logit_weights = hidden_size * model.vocab_size
     shape = ModelShape(
         spec=model,
-        dtype="bfloat16" if model.kv_groups[0].spec.dtype == "bfloat16" else "float32",
+        dtype="bfloat16" if model.kv_groups[0].spec.compute_dtype == "bfloat16" else "float32",
         hidden_size=hidden_size,
         intermediate_size=4.0 * hidden_size,
         num_weights=model.num_parameters + num_logit_weights,

@@ -327,7 +327,7 @@ class Engine:
                     kv_pages_used=sum(allocator.peak_used for allocator in allocators),
                     kv_pages_total=sum(allocator.num_pages for allocator in allocators),
                     kv_bytes=sum(
-                        allocator.peak_used * self.config.page_size * group.token_bytes
+                        allocator.peak_used * group.page_bytes(self.config.page_size)
                         for allocator, group in zip(allocators, self.spec.kv_groups, strict=True)
                     ),
                     tokens_computed=last.tokens_computed if last else 0,

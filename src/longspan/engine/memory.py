@@ -10,6 +10,7 @@ from pathlib import Path
 
 from longspan.engine.gpus import GPU
 from longspan.errors import ConfigError
+from longspan.kv.layout import DTYPE_BYTES
 from longspan.types import ModelSpec
 
 DEFAULT_KV_CACHE_MEMORY = 4 * 2**30
@@ -58,7 +59,7 @@ def gpu_cache_memory(
         ConfigError: there is no room beside the weights.
     """
     least = min(gpus, key=lambda gpu: gpu.free_bytes)
-    step_bytes = STEP_WIDTHS * hidden_size * spec.kv_groups[0].spec.itemsize_bytes * num_tokens
+    step_bytes = STEP_WIDTHS * hidden_size * DTYPE_BYTES[spec.kv_groups[0].spec.compute_dtype] * num_tokens
     left = int(GPU_SHARE * least.free_bytes) - weight_bytes - CONTEXT_BYTES - step_bytes
     one_page = min(group.token_bytes for group in spec.kv_groups)  # more, but `pool_pages` knows how much
     if (one_page if asked is None else asked) > left:

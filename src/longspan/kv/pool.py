@@ -12,23 +12,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.types import KVGroup
+from longspan.kv.layout import KVComponent, KVGroup
 
 
 class PagePool:
-    """K and V of every layer of one KV group on one rank."""
+    """What every layer of one KV group caches on one rank."""
 
     def __init__(self, group: KVGroup, num_pages: int, page_size: int, device: torch.device) -> None:
-        spec = group.spec
-        dtype: torch.dtype = getattr(torch, spec.dtype)
+        layout = group.spec.layout
         self.group, self.page_size, self.num_rows = group, page_size, num_pages * page_size
         self.device = device
-        shape = (spec.num_kv_heads, self.num_rows)
-        # empty, not zeros: the operating system gives memory on first touch, so an unused pool costs nothing
-        self.k = {layer: torch.empty(*shape, spec.k_width, dtype=dtype, device=device) for layer in group.layers}
+        self._stored = [self._component(component) for component in layout.components]
+        self.k = self._stored[0]
         """Per layer: [Hkv, rows, Dk]."""
-        self.v = {layer: torch.empty(*shape, spec.v_width, dtype=dtype, device=device) for layer in group.layers}
-        """Per layer: [Hkv, rows, Dv]."""
+        self.v = self._stored[1] if layout.v_width_in_k is None else self._starts_of_keys(layout.v_width)
+        """Per layer: [Hkv, rows, Dv]; views of `k` where values are a part of keys."""
+
+    def _component(self, component: KVComponent) -> dict[int, Tensor]:
+        """Per layer: [heads, rows, width]."""
+        assert component.scale_dtype is None, "no kernel reads scales"
+        shape, dtype = (component.num_heads, self.num_rows, component.width), getattr(torch, component.dtype)
+        # empty, not zeros: the operating system gives memory on first touch, so an unused pool costs nothing
+        return {layer: torch.empty(shape, dtype=dtype, device=self.device) for layer in self.group.layers}
+
+    def _starts_of_keys(self, width: int) -> dict[int, Tensor]:
+        """Per layer: [Hkv, rows, width] the first elements of every key."""
+        return {layer: keys[:, :, :width] for layer, keys in self.k.items()}
 
     def write(self, layer: int, k: Tensor, v: Tensor, stores: Sequence[tuple[int, int, int]]) -> None:
         """Store new tokens.
@@ -57,15 +66,15 @@ class PagePool:
         self.v[layer].index_copy_(1, rows, v)
 
     def rows(self, slot: int, num_pages: int) -> list[Tensor]:
-        """Views of whole pages: [Hkv, rows, Dk] and [Hkv, rows, Dv] of every layer, in one order on every rank."""
+        """Views of whole pages: [Hkv, rows, width] of every component and layer, in one order on every rank."""
         part = slice(slot * self.page_size, (slot + num_pages) * self.page_size)
-        return [tensor[:, part] for pool in (self.k, self.v) for tensor in pool.values()]
+        return [tensor[:, part] for pool in self._stored for tensor in pool.values()]
 
     def copy_pages_(self, source_slot: int, target_slot: int, num_pages: int) -> None:
         """Copy whole pages within this pool, in every layer."""
         size = self.page_size
         source = slice(source_slot * size, (source_slot + num_pages) * size)
         target = slice(target_slot * size, (target_slot + num_pages) * size)
-        for pool in (self.k, self.v):
+        for pool in self._stored:
             for tensor in pool.values():
                 tensor[:, target] = tensor[:, source].clone()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from longspan.errors import LongspanError, UnsupportedModelError
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.models.hook import ATTENTION_NAME, AttentionCall, MaskRule
-from longspan.types import AttentionParams, KVGroup, KVSpec, ModelSpec
+from longspan.types import AttentionParams, ModelSpec
 
 PROVEN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
 """Greedy tokens of these are compared with Transformers in the tests, over ranks, strategies and placements."""
@@ -187,7 +188,7 @@ def trace_model(
                 "longspan does not know"
             )
         num_kv_heads, _, k_width = call.k.shape
-        spec = KVSpec(num_kv_heads, k_width, call.v.shape[-1], str(dtype).removeprefix("torch."), call.window)
+        spec = KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], str(dtype).removeprefix("torch."), call.window)
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
     eos = (generation_config or config).eos_token_id
     facts = ModelSpec(

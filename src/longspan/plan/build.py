@@ -9,6 +9,7 @@ Read next: `longspan.plan.types`, what is built; `longspan.scheduler.plan_writer
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from longspan.kv.layout import KVGroup
 from longspan.plan.group_step import BLOCK_LEN
 from longspan.plan.read_runs import read_runs
 from longspan.plan.types import (
@@ -23,7 +24,7 @@ from longspan.plan.types import (
     TableDelta,
 )
 from longspan.sharding.pages import PageTable
-from longspan.types import KVGroup, Phase
+from longspan.types import Phase
 
 Tables: TypeAlias = Mapping[int, PageTable]
 """The page table per request of one KV group, the step's own pages included."""

@@ -78,7 +78,7 @@ def request_kv_bytes(shape: ModelShape, num_tokens: int, num_ranks: int, options
     for group in shape.spec.kv_groups:
         window = group.spec.window
         most = here if window is None else min(here, window_pages(window, size, options.max_num_batched_tokens))
-        held += most * size * group.token_bytes
+        held += most * group.page_bytes(size)
     return held
 
 

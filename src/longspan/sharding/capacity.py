@@ -36,7 +36,7 @@ def pages_by_group(model: ModelSpec, num_pages: int, page_size: int, max_num_bat
 def pool_bytes(model: ModelSpec, num_pages: int, page_size: int, max_num_batched_tokens: int) -> int:
     """Bytes of one rank's pools. Arguments as in `pages_by_group`."""
     pages = pages_by_group(model, num_pages, page_size, max_num_batched_tokens)
-    return sum(count * page_size * group.token_bytes for count, group in zip(pages, model.kv_groups, strict=True))
+    return sum(count * group.page_bytes(page_size) for count, group in zip(pages, model.kv_groups, strict=True))
 
 
 def pool_pages(model: ModelSpec, kv_cache_memory: int, page_size: int, max_num_batched_tokens: int) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ def pool_pages(model: ModelSpec, kv_cache_memory: int, page_size: int, max_num_b
     Raises:
         ConfigError: not even one page fits.
     """
-    low, high = 0, kv_cache_memory // (page_size * min(group.token_bytes for group in model.kv_groups)) + 1
+    low, high = 0, kv_cache_memory // min(group.page_bytes(page_size) for group in model.kv_groups) + 1
     while high - low > 1:
         middle = (low + high) // 2
         fits = pool_bytes(model, middle, page_size, max_num_batched_tokens) <= kv_cache_memory

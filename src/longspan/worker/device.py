@@ -110,7 +110,7 @@ def check_memory(
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
-    pools = sum(pages * page_size * group.token_bytes for group, pages in zip(spec.kv_groups, num_pages, strict=True))
+    pools = sum(pages * group.page_bytes(page_size) for group, pages in zip(spec.kv_groups, num_pages, strict=True))
     if weight_bytes + pools > free:
         raise ConfigError(
             f"kv_cache_memory: got pools of {pools} bytes beside weights of {weight_bytes} bytes, legal is what "

@@ -27,8 +27,9 @@ from longspan.integrations.vllm.flash import (
 )
 from longspan.integrations.vllm.memory import local_kv_bytes
 from longspan.integrations.vllm.staging import StagingCommunicator
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.sharding.visibility import Visibility
-from longspan.types import AttentionParams, KVGroup, KVSpec
+from longspan.types import AttentionParams
 
 CALLED_WITH = {
     "q",
@@ -142,13 +143,13 @@ def test_vllms_function_has_the_parameters_that_we_name():
 def test_rejects_what_the_kernel_cannot_do(monkeypatch, dtype, v_width, version):
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **asked: version)
     with pytest.raises(UnsupportedModelError, match="model: "):
-        make_flash_backend(KVSpec(2, 64, v_width, dtype), has_softcap=False)
+        make_flash_backend(KVSpec.uniform(2, 64, v_width, dtype), has_softcap=False)
 
 
 def test_takes_the_version_that_vllm_would_take(monkeypatch):
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **asked: 2)
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
-    backend = make_flash_backend(KVSpec(1, 16, 16, "bfloat16"), has_softcap=True)
+    backend = make_flash_backend(KVSpec.uniform(1, 16, 16, "bfloat16"), has_softcap=True)
     q = torch.randn(1, 2, 16)
     k = torch.randn(1, 3, 16)
     found = backend.partial_attention(q, k, k, [RowSegment(0, 1, 5, 0, 3, None, Visibility.FULL)], AttentionParams(1.0))
@@ -166,7 +167,7 @@ def backwards(*, k, **arguments):
 
 @pytest.mark.parametrize("kernel", [base_2, backwards])
 def test_a_kernel_that_does_otherwise_is_refused_at_start(kernel):
-    group, params = KVGroup((0,), KVSpec(2, 16, 16, "bfloat16"), 4), AttentionParams(0.25)
+    group, params = KVGroup((0,), KVSpec.uniform(2, 16, 16, "bfloat16"), 4), AttentionParams(0.25)
     check_against_reference(flash_backend(flash_attn_varlen_func), group, params, "cpu")
     with pytest.raises(LongspanError, match="vllm_flash_attention backend on cpu"):
         check_against_reference(flash_backend(kernel), group, params, "cpu")

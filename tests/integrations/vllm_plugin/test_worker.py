@@ -32,11 +32,12 @@ from longspan.integrations.vllm.planning import Row
 from longspan.integrations.vllm.rank_model import RankModel
 from longspan.integrations.vllm.spec import PlacedSpec, PlacingManager
 from longspan.integrations.vllm.worker import Worker
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.pool import PagePool
 from longspan.plan.build import RequestStep, build_plan
 from longspan.plan.types import SampleRow
 from longspan.sharding.pages import PageTable
-from longspan.types import AttentionParams, KVGroup, KVSpec, Strategy
+from longspan.types import AttentionParams, Strategy
 
 STRIPING = Striping(num_ranks=2, stripe_blocks=4, chunk_blocks=8, min_striped_blocks=16)
 SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "head_size_v": 32, "dtype": torch.float32}
@@ -214,7 +215,7 @@ def test_a_model_is_compiled_with_as_many_rows_as_a_step_may_have_and_with_posit
 def test_the_last_layer_computes_attention_for_the_rows_that_are_read_and_the_others_are_zero():
     """Eight tokens of a prompt, half on each rank; the last one is read."""
     names, outs = ("layers.0.attn", "layers.1.attn"), {}
-    group = KVGroup((0, 1), KVSpec(2, 32, 32, "float32"), 4)
+    group = KVGroup((0, 1), KVSpec.uniform(2, 32, 32, "float32"), 4)
     table = PageTable(4)
     table.append(0, 0, 1)
     table.append(1, 0, 1)

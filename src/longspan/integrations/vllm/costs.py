@@ -17,7 +17,8 @@ from longspan.costmodel.measured import RankMeasurement, combine
 from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.cp.measure import measure_messages
 from longspan.integrations.vllm.options import Options
-from longspan.types import AttentionParams, KVGroup
+from longspan.kv.layout import KVGroup
+from longspan.types import AttentionParams
 
 
 @torch.inference_mode()

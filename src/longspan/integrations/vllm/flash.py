@@ -22,7 +22,8 @@ from longspan.attention.base import AttentionBackend
 from longspan.attention.dense import DenseBackend
 from longspan.errors import UnsupportedModelError
 from longspan.integrations.vllm.backend import StepAttentionImpl
-from longspan.types import AttentionParams, KVSpec
+from longspan.kv.layout import KVSpec
+from longspan.types import AttentionParams
 
 DTYPES = ("bfloat16", "float16")
 """What the kernel computes in."""
@@ -78,14 +79,15 @@ def make_flash_backend(spec: KVSpec, has_softcap: bool) -> AttentionBackend:
     Raises:
         UnsupportedModelError: vLLM has no FlashAttention for this model on this GPU.
     """
-    if spec.dtype not in DTYPES or spec.k_width != spec.v_width:
+    layout, dtype = spec.layout, spec.compute_dtype
+    if dtype not in DTYPES or layout.k_width != layout.v_width:
         raise UnsupportedModelError(
-            f"model: keys of {spec.k_width} and values of {spec.v_width} {spec.dtype}; "
+            f"model: keys of {layout.k_width} and values of {layout.v_width} {dtype}; "
             f"legal with longspan on a GPU are equal widths in {' or '.join(DTYPES)}"
         )
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-    version = get_flash_attn_version(head_size=spec.k_width, head_size_v=spec.v_width, requires_softcap=has_softcap)
+    version = get_flash_attn_version(head_size=layout.k_width, head_size_v=layout.v_width, requires_softcap=has_softcap)
     if version is None:
         raise UnsupportedModelError("model: vLLM has no FlashAttention for it on this GPU, which longspan needs")
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from longspan.integrations.vllm.requests import Requests, RequestState
+from longspan.kv.layout import KVGroup
 from longspan.plan.build import ChooseGroupStep, RequestStep, build_plan, score_runs
 from longspan.plan.types import Plan, QueryRun, SampleRow, ScoreRun
 from longspan.sharding.pages import PageTable
-from longspan.types import KVGroup
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
 from longspan.integrations.vllm.backend import StepMetadata, WarmUp, attention_layers
 from longspan.integrations.vllm.placement import Striping
 from longspan.integrations.vllm.spec import PlacedSpec
+from longspan.kv.layout import KVGroup, KVSpec
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.types import Literals, Plan
-from longspan.types import AttentionParams, KVGroup, KVSpec
+from longspan.types import AttentionParams
 
 
 class RankModel:
@@ -54,7 +55,9 @@ class RankModel:
             raise ConfigError("model: its attention layers differ in heads or widths, which longspan does not support")
         ((num_heads, num_kv_heads, k_width, v_width),) = shapes
         dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-        self.group = KVGroup(tuple(range(len(layers))), KVSpec(num_kv_heads, k_width, v_width, dtype), num_heads)
+        self.group = KVGroup(
+            tuple(range(len(layers))), KVSpec.uniform(num_kv_heads, k_width, v_width, dtype), num_heads
+        )
         self.layer_params = tuple(AttentionParams(a.impl.scale, a.impl.logits_soft_cap) for a in layers.values())
 
     def kv_cache_spec(self, striping: Striping) -> dict[str, PlacedSpec]:
@@ -63,12 +66,12 @@ class RankModel:
         Raises:
             UnsupportedModelError: a layer asks for more than plain full attention.
         """
-        spec = self.group.spec
+        layout = self.group.spec.layout
         fields = {
             "block_size": self._config.cache_config.block_size,
-            "num_kv_heads": spec.num_kv_heads,
-            "head_size": spec.k_width,
-            "head_size_v": spec.v_width,
+            "num_kv_heads": layout.num_kv_heads,
+            "head_size": layout.k_width,
+            "head_size_v": layout.v_width,
             "dtype": self._config.model_config.dtype,
         }
         plain = FullAttentionSpec(**fields)

@@ -1,0 +1,183 @@
+"""Layout of what a token caches: components, their dtypes, and every number of bytes that follows from them.
+
+Holds frozen data and arithmetic; all of it can travel between driver and workers. Must not know torch, pages, ranks
+or models.
+Read next: `longspan.kv.pool`, which makes tensors of a layout; `longspan.sharding.capacity`, which makes pages of
+memory.
+
+Note [Dtypes]
+    Five things have a dtype, and each is said in one place:
+
+    stored elements       `KVComponent.dtype`, per component
+    their scales          `KVComponent.scale_dtype`
+    queries and kernels   `KVSpec.compute_dtype`
+    queries on the wire   `KVGroup.wire_dtype`; keys and values travel as they are stored
+    partials on the wire  `KVGroup.partial_dtype`
+
+    Models of today have one dtype for all (`KVSpec.uniform`), but for partials where the user wants float32.
+"""
+
+from functools import cached_property
+from typing import Literal
+
+import msgspec
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+"""Bytes of one element."""
+
+
+class KVComponent(msgspec.Struct, frozen=True):
+    """One tensor of what a layer caches: a row per token, for each head."""
+
+    role: Literal["k", "v"]
+    """What attention does with it."""
+    num_heads: int
+    width: int
+    """Elements of one head."""
+    dtype: str
+    """Name of the torch dtype in which elements are stored."""
+    scale_dtype: str | None = None
+    """Dtype of the scale that each head of each token has beside its elements; None if it has none."""
+
+    @property
+    def token_elements(self) -> int:
+        """Elements of one token in one layer."""
+        return self.num_heads * self.width
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one layer, scales included."""
+        scale_bytes = 0 if self.scale_dtype is None else DTYPE_BYTES[self.scale_dtype]
+        return self.num_heads * (self.width * DTYPE_BYTES[self.dtype] + scale_bytes)
+
+
+class KVLayout(msgspec.Struct, frozen=True, dict=True):
+    """What one layer caches per token."""
+
+    components: tuple[KVComponent, ...]
+    """All that is stored, in the order in which pools and messages have it: keys, then values if they are stored."""
+    v_width_in_k: int | None = None
+    """Elements of a value where it is the first ones of its key and not stored again; None where `v` is stored."""
+
+    def __post_init__(self) -> None:
+        roles = tuple(component.role for component in self.components)
+        if roles != (("k", "v") if self.v_width_in_k is None else ("k",)):
+            raise ValueError(f"components: got {roles} with values of {self.v_width_in_k} elements inside of keys")
+        if len({component.num_heads for component in self.components}) != 1:
+            raise ValueError("components: got different numbers of heads, legal is one number")
+        if self.v_width_in_k is not None and self.v_width_in_k > self.k_width:
+            raise ValueError(f"v_width_in_k: got {self.v_width_in_k}, legal is at most the key's {self.k_width}")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of every component."""
+        return self.components[0].num_heads
+
+    @property
+    def k_width(self) -> int:
+        """Elements of one key head, as a query meets it."""
+        return self.components[0].width
+
+    @property
+    def v_width(self) -> int:
+        """Elements of one value head, as it goes into outputs."""
+        return self.components[1].width if self.v_width_in_k is None else self.v_width_in_k
+
+    @cached_property
+    def dtypes(self) -> tuple[str, ...]:
+        """Every dtype of stored elements, once."""
+        return tuple(dict.fromkeys(component.dtype for component in self.components))
+
+    @cached_property
+    def token_elements(self) -> int:
+        """Stored elements of one token in one layer, scales not counted."""
+        return sum(component.token_elements for component in self.components)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one layer, in a pool and in a message alike."""
+        return sum(component.token_bytes for component in self.components)
+
+    def with_kv_heads(self, num_kv_heads: int) -> "KVLayout":
+        """The same of another number of heads."""
+        components = [msgspec.structs.replace(component, num_heads=num_kv_heads) for component in self.components]
+        return msgspec.structs.replace(self, components=tuple(components))
+
+
+class KVSpec(msgspec.Struct, frozen=True):
+    """What attention of one layer has to do with: what is cached, what is computed in, what is seen."""
+
+    layout: KVLayout
+    compute_dtype: str
+    """Name of the torch dtype of queries and outputs, in which kernels compute."""
+    window: int | None = None
+    """Sliding window in tokens (a query's own position counts), or None for full attention."""
+
+    @classmethod
+    def uniform(cls, num_kv_heads: int, k_width: int, v_width: int, dtype: str, window: int | None = None) -> "KVSpec":
+        """Keys and values that are stored, computed with and sent in one dtype, as those of all models of today.
+
+        Args:
+            num_kv_heads: heads of keys and of values.
+            k_width: elements of one key head.
+            v_width: elements of one value head.
+            dtype: name of a torch dtype.
+            window: as in the field.
+        """
+        k, v = KVComponent("k", num_kv_heads, k_width, dtype), KVComponent("v", num_kv_heads, v_width, dtype)
+        return cls(KVLayout((k, v)), dtype, window)
+
+
+class KVGroup(msgspec.Struct, frozen=True, dict=True):
+    """Layers that share one spec and window, hence one page table and one pool per rank."""
+
+    layers: tuple[int, ...]
+    """Layer indices of the model, ascending."""
+    spec: KVSpec
+    num_query_heads: int
+    float32_partials: bool = False
+    """Partials travel in float32, whatever the dtype of queries."""
+
+    @property
+    def wire_dtype(self) -> str:
+        """Dtype in which queries travel. See Note [Dtypes]."""
+        return self.spec.compute_dtype
+
+    @property
+    def partial_dtype(self) -> str:
+        """Dtype of a partial's `out` on the wire."""
+        return "float32" if self.float32_partials else self.wire_dtype
+
+    @property
+    def partial_itemsize_bytes(self) -> int:
+        """Bytes of one element of `out` on the wire."""
+        return DTYPE_BYTES[self.partial_dtype]
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in all layers of the group."""
+        return len(self.layers) * self.spec.layout.token_bytes
+
+    def page_bytes(self, page_size: int) -> int:
+        """Bytes that one page takes in all layers of the group. Args: `page_size` in tokens."""
+        return page_size * self.token_bytes
+
+    @property
+    def query_elements(self) -> int:
+        """Elements of one token's queries in one layer."""
+        return self.num_query_heads * self.spec.layout.k_width
+
+    @cached_property
+    def query_row_bytes(self) -> int:
+        """Bytes on the wire of one token's queries in one layer."""
+        return self.query_elements * DTYPE_BYTES[self.wire_dtype]
+
+    @cached_property
+    def merged_row_bytes(self) -> int:
+        """Bytes of one token's `out` in one layer while partials are merged: float64 for float64, else float32."""
+        return self.num_query_heads * self.spec.layout.v_width * max(4, DTYPE_BYTES[self.spec.compute_dtype])
+
+    @property
+    def pair_flops(self) -> float:
+        """Flops of one token's queries over one key in one layer: two per element of the key and of the value."""
+        return 2.0 * self.num_query_heads * (self.spec.layout.k_width + self.spec.layout.v_width)
