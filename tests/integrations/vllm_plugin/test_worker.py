@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from vllm.config import CompilationMode
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from longspan.attention.select import make_backend
@@ -27,7 +27,7 @@ from longspan.integrations.vllm.executor import ContextParallelExecutor
 from longspan.integrations.vllm.failure import telling_peers
 from longspan.integrations.vllm.memory import common_kv_bytes, local_kv_bytes
 from longspan.integrations.vllm.options import Options
-from longspan.integrations.vllm.placement import Striping, choose_home
+from longspan.integrations.vllm.placement import Striping, block_rank, choose_home
 from longspan.integrations.vllm.planning import Row
 from longspan.integrations.vllm.rank_model import RankModel
 from longspan.integrations.vllm.spec import PlacedSpec, PlacingManager
@@ -100,14 +100,21 @@ def test_other_processes_than_the_first_end_where_they_fail():
     assert closed == [True, True]
 
 
-def test_a_prompt_is_placed_by_its_whole_length_however_vllm_asks(monkeypatch):
-    monkeypatch.setattr(FullAttentionManager, "get_num_blocks_to_allocate", lambda *args, **kwargs: 0)
-    manager = PlacingManager.__new__(PlacingManager)
-    manager.block_size, manager._placements, manager._prompt_blocks = 32, {}, {}
-    manager.get_num_blocks_to_allocate("a", 3200, prefill_end=0)  # admission
-    manager.get_num_blocks_to_allocate("a", 1024, prefill_end=0)  # the first chunk
-    manager.get_num_blocks_to_allocate("b", 1024, prefill_end=3200)
-    assert manager._prompt_blocks == {"a": 100, "b": 100}
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [(640, 0), (256, 0)],  # admission, then the first chunk
+        [(256, 640)],
+    ],
+)
+def test_a_prompt_is_placed_by_its_whole_length_however_vllm_asks(asked):
+    pool = BlockPool(400, False, 32)
+    manager = PlacingManager(PlacedSpec(**SHAPE, striping=STRIPING), pool, False, 0, 32)
+    for num_tokens, prefill_end in asked:
+        manager.get_num_blocks_to_allocate("a", num_tokens, [], 0, 0, num_tokens, prefill_end=prefill_end)
+    blocks = manager.allocate_new_blocks("a", 256, 256)
+    ranks = [block_rank(block.block_id, 400, 2)[0] for block in blocks]
+    assert ranks == [0] * 4 + [1] * 4, "a prompt of 20 blocks is striped, one of 8 would be packed"
 
 
 def test_specs_with_unlike_striping_are_not_merged():
