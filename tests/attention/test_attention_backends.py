@@ -11,6 +11,7 @@ import torch
 from attention_cases import assert_close, cases, hide_unread, oracle, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_stand_ins import NativeStandIns
 from torch.utils._python_dispatch import TorchDispatchMode  # torch documents it under this name
 
 from longspan.attention import folding, pieces, softcap_cpu
@@ -26,8 +27,8 @@ from longspan.types import AttentionParams
 NAN, INF = float("nan"), float("inf")
 NONE, FULL, CAUSAL, BAND = Visibility.NONE, Visibility.FULL, Visibility.CAUSAL, Visibility.BAND
 
-BACKENDS = [ReferenceBackend(), CPUBackend()]
-backends = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+BACKENDS = [ReferenceBackend(), CPUBackend(), NativeStandIns()]
+backends = pytest.mark.parametrize("backend", BACKENDS, ids=["reference", "cpu", "native_stand_ins"])
 
 
 def check(backend, q, k, v, segments, params, atol=1e-12) -> PartialAttention:

@@ -71,13 +71,14 @@ def _kernel(
 
 def _folded(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """A FULL piece: the heads of a group become rows. See Note [Fold or expand]."""
-    rows = fold(q)
-    num_kv_heads, num_rows, _ = rows.shape
+    rows = fold(q).unsqueeze(0)  # [1, Hkv, t * G, D]
+    _, num_kv_heads, num_rows, _ = rows.shape
     num_runs = count_key_runs(num_kv_heads, num_rows, k.shape[1], torch.get_num_threads())
     if num_runs == 1:
-        out, lse = _kernel(rows[None], k[None], v[None], scale)
-        return unfold(out[0], lse[0], q.shape[0])
-    return unfold(*_key_runs(rows[None], k, v, scale, num_runs), q.shape[0])
+        out, lse = _kernel(rows, k.unsqueeze(0), v.unsqueeze(0), scale)
+    else:
+        out, lse = _key_runs(rows, k, v, scale, num_runs)
+    return unfold(out, lse, q)
 
 
 def _key_runs(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> tuple[Tensor, Tensor]:

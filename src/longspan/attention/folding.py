@@ -31,10 +31,19 @@ def fold(q: Tensor) -> Tensor:
     return q.transpose(0, 1).reshape(num_kv_heads, num_queries * group_size, width)
 
 
-def unfold(out: Tensor, lse: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
-    """[Hkv, t * G, D] and [Hkv, t * G] as views [t, Hkv, G, D] and [t, Hkv, G]."""
-    num_kv_heads, num_rows, width = out.shape
-    grouped = (num_kv_heads, num_queries, num_rows // num_queries)
+def unfold(out: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `fold`.
+
+    Args:
+        out: [Hkv, t * G, D], or with a first dimension of 1.
+        lse: [Hkv, t * G], likewise.
+        q: [t, Hkv, G, D], what was folded.
+
+    Returns:
+        Views [t, Hkv, G, D] and [t, Hkv, G].
+    """
+    num_queries, num_kv_heads, group_size, width = q.shape
+    grouped = (num_kv_heads, num_queries, group_size)
     return out.reshape(*grouped, width).transpose(0, 1), lse.reshape(grouped).transpose(0, 1)
 
 

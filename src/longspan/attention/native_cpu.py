@@ -93,7 +93,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     num_kv_heads, num_rows, _ = rows.shape
     num_runs = count_key_runs(num_kv_heads, num_rows, k.shape[1], torch.get_num_threads())
     out, lse = merge_key_runs(*kernels.decode(rows, k, v, scale, num_runs))
-    return unfold(out, lse, q.shape[0])
+    return unfold(out, lse, q)
 
 
 def _decode_piece(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: AttentionParams) -> tuple[Tensor, Tensor]:
@@ -132,6 +132,8 @@ def decode_lone_queries(
         return pieces
     acc = merger.partial
     kernels.decode_batch(q.contiguous(), k, v, params.scale, kernels.DecodeBatch(keys_of), acc.out, acc.lse)
+    if len(lone) == len(pieces):
+        return ()
     for row in keys_of:
         merger.mark(row, row + 1)
     return [piece for piece in pieces if not _is_lone(piece)]
