@@ -53,7 +53,7 @@ class Watched:
         self._rows, self._bytes, self._current = [], [], threading.local()
         for name in ("attend", "join"):
             monkeypatch.setattr(StepAttention, name, self._in_layer(getattr(StepAttention, name)))
-        monkeypatch.setattr(Local, "attend", self._counted(Local.attend))  # the part that each strategy has
+        monkeypatch.setattr(Local, "run_layer", self._counted(Local.run_layer))  # the part that each strategy has
 
     def _in_layer(self, honest):
         def of_layer(step, layer, *args, **options):
@@ -65,11 +65,11 @@ class Watched:
         return of_layer
 
     def _counted(self, honest):
-        def attend(strategy, q, *args):
+        def run_layer(strategy, q, *args):
             self._rows.append((self._current.layer, q.shape[0]))
             return honest(strategy, q, *args)
 
-        return attend
+        return run_layer
 
     @property
     def rows(self):

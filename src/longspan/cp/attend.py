@@ -137,7 +137,7 @@ class StepAttention:
         before = self._comm.bytes_sent
         read = self._read_in(layer)
         strategy = self._strategies[group_idx] if read is None else read.strategy
-        partial = strategy.attend(q, pool.k[layer], pool.v[layer], self._layer_params[layer])
+        partial = strategy.run_layer(q, pool.k[layer], pool.v[layer], self._layer_params[layer])
         name = self._names[group_idx] if read is None else read.name.value
         self.bytes_sent[name] += self._comm.bytes_sent - before
         return partial

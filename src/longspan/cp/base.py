@@ -58,7 +58,7 @@ class RankStep:
 class MovementStrategy(Protocol):
     """Brings the queries of a step and their keys together. Made once per step and KV group."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
+    def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         """Attention of this rank's queries over all their keys, wherever these lie.
 
         Args:

@@ -125,7 +125,7 @@ class PassQ:
         segments = [s for run in runs for s in seen.get(run, ())]
         return _Arrival(peer, num_rows(runs), resolve(segments, rows, step.pool_layout, step.group.spec.window))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
+    def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         q = q.contiguous()  # once: what several peers get is not copied again
         own: list[PartialAttention] = []
         under_way: deque[tuple[Pending, Iterator[Pending], int]] = deque()
@@ -141,7 +141,7 @@ class PassQ:
                 under_way.append((next(going), going, unit.num_rows))
 
         start_units()
-        own.append(self._local.attend(q, k, v, params))
+        own.append(self._local.run_layer(q, k, v, params))
         while under_way:
             pending, going, rows = under_way.popleft()
             pending.wait()
