@@ -16,7 +16,7 @@ from cp_ranks import Ranks, Step, random_groups
 
 import longspan.cp.attend
 import longspan.cp.base
-import longspan.cp.partial_message
+import longspan.cp.wire
 from longspan.attention.partial import PartialAttention
 from longspan.cp.base import KVBlock
 from longspan.kv.layout import KVLayout
@@ -349,7 +349,7 @@ def test_the_comparison_notices_keys_swapped_without_their_values(strategy):
 def test_the_comparison_notices_one_merge_that_ignores_lse(strategy, which, monkeypatch):
     cluster, ranks = mutable_case(strategy)
     calls, lock = [0], threading.Lock()
-    modules = [m for m in (longspan.cp.base, longspan.cp.partial_message) if hasattr(m, "merge_rows_")]
+    modules = [m for m in (longspan.cp.base, longspan.cp.wire) if hasattr(m, "merge_rows_")]
     honest = longspan.cp.base.merge_rows_
 
     def merge(acc: PartialAttention, row: int, part: PartialAttention) -> None:

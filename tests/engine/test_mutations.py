@@ -8,7 +8,7 @@ import pytest
 from tiny_models import FAMILIES, greedy, run_all, tiny_engine, tiny_model
 
 from longspan.comm.threads import ThreadCommunicator
-from longspan.cp import attend, base, partial_message
+from longspan.cp import attend, base, wire
 from longspan.worker.runner import ModelRunner
 
 pytestmark = pytest.mark.cover
@@ -100,7 +100,7 @@ def ignore_lse_in_one_merge(monkeypatch):
 
         return merge_rows
 
-    for module in (base, partial_message):
+    for module in (base, wire):
         monkeypatch.setattr(module, "merge_rows_", mutated(module.merge_rows_))
 
 

@@ -32,7 +32,9 @@ from longspan.attention.tiles import TileTables, tile_tables
 from longspan.attention.triton import MAX_SPLITS, WAVES, num_processors, power_of_two
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout, resolve
+from longspan.cp.wire import partial_views
 from longspan.kv.pool import PagePool
+from longspan.plan.message_format import PartialFormat, row_bytes
 from longspan.plan.types import Plan, Range
 from longspan.sharding.pages import PageTable
 from longspan.triton_kernels.attention import attention, tiling
@@ -249,7 +251,7 @@ class FixedAttention:
     def layer_bytes(self, group_idx: int) -> int:
         """What this rank sends in one layer of a group."""
         part = self._parts[group_idx]
-        query_bytes = self.shape.num_rows * self._pools[group_idx].group.query_row_bytes
+        query_bytes = self.shape.num_rows * row_bytes("query", self._pools[group_idx].group)
         return len(part.owners) * query_bytes + part.sent.numel()
 
     def join(self, layer: int) -> None:
@@ -313,8 +315,8 @@ class _GroupBuffers:
         """All other participants: they get this rank's queries, and answer for the keys that they have, or for none."""
         self.peers_homes = [peer for peer in others if peer in shape.homes]
         """Ranks of whose queries this one computes partials."""
+        form = PartialFormat.of(pool.group)
         dtype: torch.dtype = getattr(torch, pool.group.wire_dtype)
-        wire: torch.dtype = getattr(torch, pool.group.partial_dtype)
         self.key_tiles = torch.zeros(1, 4, dtype=torch.int32, device=pool.device)
         self.queries = torch.zeros(
             len(self.peers_homes), num_rows, num_heads, layout.k_width, dtype=dtype, device=pool.device
@@ -323,12 +325,8 @@ class _GroupBuffers:
 
         def messages(count: int) -> tuple[Tensor, Tensor, Tensor]:
             """[count, bytes] messages, and what is in them: lse [count, rows, H] and out [count, rows, H, Dv]."""
-            lse_bytes = 4 * num_rows * num_heads
-            out_bytes = num_rows * num_heads * layout.v_width * wire.itemsize
-            data = torch.zeros(count, lse_bytes + out_bytes, dtype=torch.uint8, device=pool.device)
-            lse = data[:, :lse_bytes].view(torch.float32).view(count, num_rows, num_heads)
-            out = data[:, lse_bytes:].view(wire).view(count, num_rows, num_heads, layout.v_width)
-            return data, lse, out
+            data = torch.zeros(count, num_rows * form.row_bytes, dtype=torch.uint8, device=pool.device)
+            return data, *partial_views(data, form, count, num_rows)
 
         self.sent, self.sent_lse, self.sent_out = messages(len(self.peers_homes))
         """To other homes: [other homes, bytes]."""

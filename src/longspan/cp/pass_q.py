@@ -41,8 +41,9 @@ from longspan.attention.partial import PartialAttention
 from longspan.comm.base import Pending
 from longspan.cp.base import RankStep
 from longspan.cp.local import Local
-from longspan.cp.partial_message import PartialMessage
 from longspan.cp.resolve import resolve
+from longspan.cp.wire import PartialMessage
+from longspan.plan.message_format import PartialFormat
 from longspan.plan.query_units import QueryUnit, num_rows, query_units
 from longspan.plan.types import Range, Segment
 from longspan.types import AttentionParams
@@ -83,7 +84,7 @@ class PassQ:
     """Runs the units of a step."""
 
     def __init__(self, step: RankStep) -> None:
-        self._step, self._local = step, Local(step)
+        self._step, self._local, self._format = step, Local(step), PartialFormat.of(step.group)
         self._units: list[_Unit] = []
         self._most_rows_ahead = 0
         group_step = step.step
@@ -206,7 +207,7 @@ class PassQ:
 
     def _message(self, num_rows: int, like: Tensor) -> PartialMessage:
         """An empty message of partials."""
-        return PartialMessage(self._step.group, num_rows, like.device)
+        return PartialMessage(self._format, num_rows, like.device)
 
 
 def _gathered(rows: Tensor, runs: Rows) -> Tensor:
