@@ -2,7 +2,7 @@
 
 Holds pure functions of numbers. Must not know clocks, free memory or anything else that ranks could see differently.
 Only makers of plans call it.
-Read next: `longspan.costmodel.predict`, which says how long each would take; `longspan.cp.attend`, which runs what was
+Read next: `longspan.costmodel.predict`, which says how long each would take; `longspan.cp.eager`, which runs what was
 chosen.
 """
 

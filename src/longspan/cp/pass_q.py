@@ -5,7 +5,7 @@ Good for decode, and for chunks that are small against their cached prefix. Sour
 
 Holds both strategies: `pass_q` is the `tree` in which every rank is a node of its own. Must not know the others but
 `local`. Who sends what to whom, and why, is in `longspan.plan.query_units`.
-Read next: `longspan.cp.attend`, which calls the strategies.
+Read next: `longspan.cp.eager`, which calls the strategies.
 
 Note: traffic of one layer
     N ranks in M nodes of g = N / M, T query rows per rank that all ranks have keys for, whole blocks of B rows:
