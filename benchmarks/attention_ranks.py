@@ -145,7 +145,7 @@ def _serve(
     from longspan.comm.recording import RecordingCommunicator
     from longspan.comm.sockets import SocketCommunicator
     from longspan.costmodel.measured import RankMeasurement
-    from longspan.cp.attend import StepAttention
+    from longspan.cp.eager import EagerStepAttention
     from longspan.cp.measure import measure_messages
     from longspan.kv.pool import PagePool
     from longspan.types import AttentionParams
@@ -176,8 +176,8 @@ def _serve(
             _, plan, table_runs = message
             table = PageTable(PAGE)
             table.apply(list(table_runs))
-            step = StepAttention(plan, [{0: table}], [pool], recorder, backend, [params] * LAYERS)
-            count = step.num_tokens
+            step = EagerStepAttention(plan, [{0: table}], [pool], recorder, backend, [params] * LAYERS)
+            count = step.num_rows
             q, kv = queries[:count], keys[:, :count]
             barrier(comm)
             started = time.perf_counter()

@@ -49,7 +49,7 @@ class Kernel:
     def unsupported(self, spec, params):
         return None
 
-    def attend(self, q, k, v, *, is_causal, scale, softcap):
+    def dense_attention(self, q, k, v, *, is_causal, scale, softcap):
         assert q.shape[0], "no call without a query"
         assert k.shape[1], "no call without a key"
         assert not is_causal or k.shape[1] >= q.shape[0], "no row without a key"
@@ -167,8 +167,8 @@ def test_an_edge_that_is_not_corrected_is_found_when_a_rank_starts(torch_kernel,
 
 def test_the_check_at_start_reaches_a_kernel_for_long_runs_only():
     class Wrong(Kernel):
-        def attend(self, *args, **kwargs):
-            out, lse = super().attend(*args, **kwargs)
+        def dense_attention(self, *args, **kwargs):
+            out, lse = super().dense_attention(*args, **kwargs)
             return out + 1, lse
 
     group, params = KVGroup((0,), KVSpec.uniform(2, 64, 64, "bfloat16"), 4), AttentionParams(0.125)

@@ -4,7 +4,6 @@ A CUDA graph needs a GPU. What stands in for one here launches again when it is 
 has the arguments of the first replay: shapes, numbers, and the addresses of what outlives a step.
 """
 
-import contextlib
 import itertools
 import threading
 
@@ -15,13 +14,13 @@ from tiny_models import all_pairs, greedy, memory_for, random_prompt, run_all, t
 
 from longspan.attention.triton import power_of_two
 from longspan.comm.recording import RecordingCommunicator
-from longspan.cp import fixed
-from longspan.cp.fixed import FixedShape, fixed_shape
+from longspan.cp import fixed, fixed_buffers
+from longspan.cp.fixed_buffers import FixedInputs, PlacedTiles
 from longspan.errors import LongspanError
-from longspan.plan.types import GroupStep, Literals, Plan, QueryRun, ScoreRun
-from longspan.types import Phase, Strategy
+from longspan.plan.fixed_shape import fixed_shape
 from longspan.worker import graphs
 from longspan.worker.graphs import FixedSteps
+from longspan.worker.runner import ModelRunner
 
 OPTIONS = {"attention_backend": "triton", "page_size": 16, "stripe_size": 16, "max_num_batched_tokens": 64}
 
@@ -30,29 +29,37 @@ OPTIONS = {"attention_backend": "triton", "page_size": 16, "stripe_size": 16, "m
 def steps(monkeypatch):
     """(rank, shape, plan) of all fixed steps."""
     seen = []
-    run = FixedSteps.run
+    run = ModelRunner.run
 
-    def note(self, shape, plan, tables, token_ids):
-        seen.append((self._comm.rank, shape, plan))
-        return run(self, shape, plan, tables, token_ids)
+    def note(self, plan):
+        if self.fixed is not None and (shape := fixed_shape(plan)) is not None:
+            seen.append((self.rank, shape, plan))
+        return run(self, plan)
 
-    monkeypatch.setattr(FixedSteps, "run", note)
+    monkeypatch.setattr(ModelRunner, "run", note)
     return seen
 
 
 class StandIn:
-    """For a CUDA graph."""
+    """For a CUDA graph of one rank. What it sends passes through the communicator and is counted there."""
 
-    def __init__(self):
-        self.launch = None
-        self.launches = None
+    def __init__(self, comm, replays):
+        self._comm, self._replays = comm, replays
+        self._launch = self._launches = self._logits = None
+
+    def capture(self, launch):
+        self._launch = launch  # a capture sends nothing, and changes no page
 
     def replay(self):
         LOG.launches = []
-        self.launch()
-        if self.launches is None:
-            self.launches = LOG.launches
-        assert self.launches == LOG.launches, "a graph would have repeated the first ones"
+        logits, launches, LOG.launches = self._launch(), LOG.launches, None
+        self._replays.append((self._comm.rank, self._comm.traffic))
+        if self._launches is None:
+            self._launches, self._logits = launches, logits
+        assert self._launches == launches, "a graph would have repeated the first ones"
+        if logits is not None:
+            self._logits.copy_(logits)  # a graph writes where it wrote when it was captured
+        return self._logits
 
 
 LOG = threading.local()
@@ -82,49 +89,27 @@ def logged(function, lasting=()):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Every rank captures; returns how many steps were replayed."""
-    replayed = []
-    init, launch = FixedSteps.__init__, FixedSteps._launch
+    """Every rank captures; returns (rank, traffic behind it) of every replay, as counted message by message."""
+    replays = []
+    init, run = FixedSteps.__init__, ModelRunner.run
 
-    def capturing(self, *args, **kwargs):
-        init(self, *args, **{**kwargs, "can_capture": False})
-        self._can_capture = True
+    def capturing(self, forward, pools, comm, make_graph):
+        init(self, forward, pools, comm, lambda: StandIn(comm, replays))
 
-    @contextlib.contextmanager
-    def capture(graph, pool, capture_error_mode):
-        assert capture_error_mode == "thread_local", "NCCL's watchdog asks for events meanwhile"
-        yield
-
-    def launched(self, step):
-        if step.graph is None or step.graph.launch is not None:
-            return launch(self, step)
-        counters = self._counters()  # a capture sends nothing, and changes no page
-        rows = None if not step.attention.has_rows else torch.zeros(step.attention.shape.num_rows, 300)
-
-        def again():
-            replayed.append(self._comm.rank)
-            before, count = self._counters(), self._begin
-            self._begin = lambda layer: None
-            found = launch(self, step)
-            self._begin = count
-            assert tuple(b - a for a, b in zip(before, self._counters(), strict=True)) == step.sent
-            self._comm.num_exchanges, self._comm.messages_sent, self._comm.bytes_sent = before
-            if rows is not None:
-                rows.copy_(found)
-
-        step.graph.launch = again
-        assert self._counters() == counters
-        return rows
+    def checked(self, plan):
+        num_before = 0 if self.fixed is None else self.fixed.num_replays
+        result = run(self, plan)
+        if self.fixed is not None and self.fixed.num_replays > num_before:
+            assert self.comm.traffic == [traffic for rank, traffic in replays if rank == self.rank][-1]
+        return result
 
     monkeypatch.setattr(fixed, "attention", logged(fixed.attention, lasting=(1, 2, 3, 4)))  # pools and tables
     monkeypatch.setattr(fixed, "store", logged(fixed.store, lasting=(0, 1, 4)))
     monkeypatch.setattr(fixed, "merge", logged(fixed.merge))
     monkeypatch.setattr(RecordingCommunicator, "exchange", logged(RecordingCommunicator.exchange))
     monkeypatch.setattr(FixedSteps, "__init__", capturing)
-    monkeypatch.setattr(FixedSteps, "_launch", launched)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    return replayed
+    monkeypatch.setattr(ModelRunner, "run", checked)
+    return replays
 
 
 def generate(engine, model, num_tokens=6):
@@ -150,7 +135,7 @@ def check(case, num_tokens=6):
         options["kv_cache_memory"] = memory_for(model, 400 // options["context_parallel_size"])
     with tiny_engine(model, **options) as engine:
         generate(engine, model, num_tokens)
-        replays = [runner._fixed.num_replays for runner in engine.executor.runners]
+        replays = [runner.fixed.num_replays for runner in engine.executor.runners]
     assert any(replays) == (DEVICE == "cuda" and options["context_parallel_size"] == 1), "real graphs on real GPUs"
 
 
@@ -177,7 +162,7 @@ def test_replayed_steps_give_them_too_and_count_what_they_send(family, size, pla
     with tiny_engine(model, **OPTIONS, context_parallel_size=size, placement=placement, strategy="pass_q") as engine:
         generate(engine, model)
         sent = [stats.bytes_sent for stats in engine.rank_stats()]
-    assert set(captured) == set(range(size))
+    assert {rank for rank, _ in captured} == set(range(size))
     with tiny_engine(
         model, **OPTIONS, context_parallel_size=size, placement=placement, strategy="pass_q", cuda_graphs="never"
     ) as engine:
@@ -189,7 +174,7 @@ def test_replayed_steps_give_them_too_and_count_what_they_send(family, size, pla
 
 @pytest.mark.cover
 def test_steps_without_room_for_their_tiles_are_launched_and_right(captured, monkeypatch):
-    monkeypatch.setattr(fixed, "_most_key_tiles", lambda pool: 0)
+    monkeypatch.setattr(fixed_buffers, "most_key_tiles", lambda pool: 0)
     model = tiny_model("llama")
     with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
         generate(engine, model, 6)
@@ -215,7 +200,7 @@ def test_the_shape_that_was_not_used_for_longest_makes_room(steps, monkeypatch):
     with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
         running = [engine.add_request(r.prompt, greedy(n)) for r, n in zip(model.references, (8, 5, 2), strict=False)]
         run_all(engine)
-        kept = [len(runner._fixed._steps) for runner in engine.executor.runners]
+        kept = [runner.fixed.num_shapes for runner in engine.executor.runners]
     assert [r.output_token_ids for r in running] == [
         reference.token_ids[:n] for reference, n in zip(model.references, (8, 5, 2), strict=False)
     ]
@@ -236,38 +221,6 @@ def test_requests_that_share_pages_and_come_and_go_change_shapes(steps):
         assert [r.output_token_ids for r in running] == [alone.output_token_ids[:count] for count in counts]
         assert running[0].num_cached > 0
     assert len({shape for _, shape, _ in steps}) >= 3
-
-
-def plan_of(runs, strategies=(Strategy.LOCAL,), phase=Phase.DECODE, **options):
-    groups = tuple(GroupStep(strategy, (), nodes=((0,), (1,), (2,))) for strategy in strategies)
-    return Plan(1, phase, (0, 1, 2), tuple(runs), (), groups, (), **options)
-
-
-def run_of(request_id, rank, num_tokens=1):
-    return QueryRun(request_id, 5, num_tokens, rank, Literals((1,) * num_tokens))
-
-
-def test_a_shape_depends_on_the_plan_alone():
-    runs = [run_of(0, 1), run_of(1, 1), run_of(2, 1), run_of(3, 2)]
-    assert fixed_shape(plan_of(runs)) == FixedShape(4, (1, 2), ((),))
-    assert fixed_shape(plan_of(runs, (Strategy.LOCAL, Strategy.PASS_Q))) == FixedShape(4, (1, 2), ((), (0, 1, 2)))
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [
-        plan_of([run_of(0, 1, 2)]),
-        plan_of([run_of(0, 1)], phase=Phase.PREFILL),
-        plan_of([run_of(0, 1)], (Strategy.PASS_KV,)),
-        plan_of([run_of(0, 1)], (Strategy.PASS_Q, Strategy.GATHER_KV)),
-        plan_of([run_of(0, 1)], (Strategy.TREE,)),  # over several nodes
-        plan_of([run_of(i, 1) for i in range(fixed.BUCKETS[-1] + 1)]),
-        plan_of([run_of(0, 1)], scores=(ScoreRun(0, 5, (1,), 1),)),
-        plan_of([]),
-    ],
-)
-def test_other_steps_are_not_fixed(plan):
-    assert fixed_shape(plan) is None
 
 
 def test_splits_fill_the_processors_whatever_the_rows():
@@ -301,20 +254,24 @@ def _ignore_lse(monkeypatch):
 
 
 def _keep_old_positions(monkeypatch):
-    fill = fixed.FixedAttention.fill
+    put = FixedInputs.put_tokens
 
     def stale(self, *args):
-        before = self._inputs.positions.clone()
-        found = fill(self, *args)
-        self._inputs.positions.copy_(before)
-        return found
+        before = self.positions.clone()
+        put(self, *args)
+        self.positions.copy_(before)
 
-    monkeypatch.setattr(fixed.FixedAttention, "fill", stale)
+    monkeypatch.setattr(FixedInputs, "put_tokens", stale)
 
 
 def _swap_homes(monkeypatch):
-    put = fixed.FixedAttention._put_tables
-    monkeypatch.setattr(fixed.FixedAttention, "_put_tables", lambda self, i, tables: put(self, i, tables[::-1]))
+    put = FixedInputs.put_tiles
+
+    def swapped(self, group_idx, placed):
+        tables = [tables for _, tables in reversed(placed)]
+        return put(self, group_idx, [PlacedTiles(row, t) for (row, _), t in zip(placed, tables, strict=True)])
+
+    monkeypatch.setattr(FixedInputs, "put_tiles", swapped)
 
 
 @pytest.mark.cover

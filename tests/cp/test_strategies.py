@@ -14,14 +14,15 @@ import torch
 from cp_cases import NODE_COUNTS, RANK_COUNTS, Cluster, make_group, random_chunk, random_cluster, spread
 from cp_ranks import Ranks, Step, random_groups
 
-import longspan.cp.attend
 import longspan.cp.base
-import longspan.cp.partial_message
+import longspan.cp.eager
+import longspan.cp.wire
 from longspan.attention.partial import PartialAttention
 from longspan.cp.base import KVBlock
 from longspan.kv.layout import KVLayout
 from longspan.plan.query_units import query_units
 from longspan.plan.types import RingExchange
+from longspan.sharding.pages import PageRun, PageTable
 from longspan.types import Strategy
 
 LOCAL, GATHER_KV, PASS_KV, PASS_Q, TREE = (
@@ -152,7 +153,7 @@ def test_a_2_token_prefill_leaves_six_of_eight_ranks_without_work(strategy):
 def test_ranks_without_tokens_serve_their_keys(strategy):
     """All cached keys lie on ranks 1 and 2, which only join; rank 0 computes."""
     cluster = Cluster(random.Random(0), 3, 4, [None], 1)
-    cluster._owner = lambda request_id, page_idx: (1, 2, 1, 0)[page_idx]
+    cluster.owner = lambda request_id, page_idx: (1, 2, 1, 0)[page_idx]
     ranks = Ranks(cluster, [make_group([0], query_heads=4)])
     ranks.check(ranks.run(cluster.step({0: 12}), strategy))
     step = ranks.run(cluster.step({0: 3}), strategy)
@@ -166,7 +167,7 @@ def test_keys_travel_as_often_as_the_notes_of_their_strategies_say(num_ranks):
     """N requests on N ranks, 6 rows of each on every rank; request i decodes on rank i and sees them all."""
     n = num_ranks
     cluster = Cluster(random.Random(0), n, 6, [None], n)
-    cluster._owner = lambda request_id, page_idx: page_idx if page_idx < n else request_id
+    cluster.owner = lambda request_id, page_idx: page_idx if page_idx < n else request_id
     group = make_group([0], query_heads=4, dtype="float32")
     ranks = Ranks(cluster, [group])
     ranks.check(ranks.run(cluster.step(dict.fromkeys(range(n), 6 * n)), GATHER_KV))
@@ -309,12 +310,11 @@ def test_the_comparison_notices_a_dropped_page(strategy, page_idx):
 @strategies
 def test_the_comparison_notices_a_page_that_lies_on_another_rank_than_the_table_says(strategy):
     cluster, ranks = mutable_case(strategy)
-    table = cluster.tables[0][0]
-    (index,) = [i for i, run in enumerate(table.runs) if run.page_idx == 1]
-    table.runs[index] = type(table.runs[index])(1, (table.runs[index].rank + 1) % 3, 200, 1)
-    table._by_rank = {}
-    for run in table.runs:
-        table._index(run)
+    runs = list(cluster.tables[0][0].runs)
+    (index,) = [i for i, run in enumerate(runs) if run.page_idx == 1]
+    runs[index] = PageRun(1, (runs[index].rank + 1) % 3, 200, 1)
+    cluster.tables[0][0] = PageTable(cluster.page_size)
+    cluster.tables[0][0].apply(runs)
     for pools in ranks.pools:
         pools[0].k[0][:, 800:804] = pools[0].v[0][:, 800:804] = 0
     assert not last_step_is_right(cluster, ranks, strategy)
@@ -349,7 +349,7 @@ def test_the_comparison_notices_keys_swapped_without_their_values(strategy):
 def test_the_comparison_notices_one_merge_that_ignores_lse(strategy, which, monkeypatch):
     cluster, ranks = mutable_case(strategy)
     calls, lock = [0], threading.Lock()
-    modules = [m for m in (longspan.cp.base, longspan.cp.partial_message) if hasattr(m, "merge_rows_")]
+    modules = [m for m in (longspan.cp.base, longspan.cp.wire) if hasattr(m, "merge_rows_")]
     honest = longspan.cp.base.merge_rows_
 
     def merge(acc: PartialAttention, row: int, part: PartialAttention) -> None:
@@ -371,13 +371,13 @@ def test_the_comparison_notices_one_merge_that_ignores_lse(strategy, which, monk
 @strategies
 def test_the_comparison_notices_sinks_counted_twice(strategy, monkeypatch):
     cluster, ranks = mutable_case(strategy)
-    honest = longspan.cp.attend.merge_sinks_
+    honest = longspan.cp.eager.merge_sinks_
 
     def merge_twice(acc: PartialAttention, sinks: torch.Tensor) -> None:
         honest(acc, sinks)
         honest(acc, sinks)
 
-    monkeypatch.setattr(longspan.cp.attend, "merge_sinks_", merge_twice)
+    monkeypatch.setattr(longspan.cp.eager, "merge_sinks_", merge_twice)
     assert not last_step_is_right(cluster, ranks, strategy)
 
 

@@ -8,8 +8,9 @@ import pytest
 from tiny_models import FAMILIES, greedy, run_all, tiny_engine, tiny_model
 
 from longspan.comm.threads import ThreadCommunicator
-from longspan.cp import attend, base, partial_message
-from longspan.worker.runner import ModelRunner
+from longspan.cp import base, eager, wire
+from longspan.cp.resolve import StoreRun
+from longspan.worker.forward import ModelForward
 
 pytestmark = pytest.mark.cover
 
@@ -32,7 +33,7 @@ def generate(family, strategy):
         strategy=strategy,
     ) as engine:
         for runner in engine.executor.runners:
-            for pool in runner._pools:
+            for pool in runner.pools:
                 for tensor in (*pool.k.values(), *pool.v.values()):
                     tensor.zero_()  # what was never written must not be luck
         requests = [engine.add_request(reference.prompt, greedy(NUM_TOKENS)) for reference in references(family)]
@@ -50,18 +51,18 @@ def expected(family):
 
 def change_stores(monkeypatch, change):
     """`change` gets {request: [(token, row) of its last stretch of new tokens on this rank]} and all (token, row)."""
-    original = attend._store_runs
+    original = eager.store_runs
 
-    def store_runs(step):
-        stores = {token + i: row + i for token, row, count in original(step) for i in range(count)}
+    def store_runs(rows, pool_layout):
+        stores = {token + i: row + i for token, row, count in original(rows, pool_layout) for i in range(count)}
         newest = {}
-        for (request_id, start, end), token in step.local_query_rows().items():
+        for (request_id, start, end), token in rows.items():
             newest[request_id] = range(token, token + end - start)
         change(stores, newest)
-        return [(token, row, 1) for token, row in stores.items()]
+        return [StoreRun(token, row, 1) for token, row in stores.items()]
 
-    monkeypatch.setattr(attend, "_store_runs", store_runs)
-    monkeypatch.setattr(attend, "_scattered_rows", lambda stores, pool: None)  # it wants a row for every token
+    monkeypatch.setattr(eager, "store_runs", store_runs)
+    monkeypatch.setattr(eager, "is_scattered", lambda stores: False)  # it wants a row for every token
 
 
 def drop_a_page(monkeypatch):
@@ -100,17 +101,17 @@ def ignore_lse_in_one_merge(monkeypatch):
 
         return merge_rows
 
-    for module in (base, partial_message):
+    for module in (base, wire):
         monkeypatch.setattr(module, "merge_rows_", mutated(module.merge_rows_))
 
 
 def shift_positions_on_one_rank(monkeypatch):
-    original = ModelRunner._forward
+    original = ModelForward.run
 
-    def forward(self, token_ids, positions, *others):
-        return original(self, token_ids, [p + (self.rank == 1) for p in positions], *others)
+    def run(self, attention, token_ids, positions, logit_rows, **options):
+        return original(self, attention, token_ids, positions + (attention.rank == 1), logit_rows, **options)
 
-    monkeypatch.setattr(ModelRunner, "_forward", forward)
+    monkeypatch.setattr(ModelForward, "run", run)
 
 
 def lose_every_third_message(monkeypatch):

@@ -50,7 +50,8 @@ class Cluster:
         self.rng.shuffle(runs)
         return [slot for run in runs for slot in (run if self.rng.random() < 0.7 else run[::-1])]
 
-    def _owner(self, request_id: int, page_idx: int) -> int:
+    def owner(self, request_id: int, page_idx: int) -> int:
+        """The rank that a request's next page lies on."""
         if self.owner_style == "random":
             return self.rng.randrange(self.num_ranks)
         if self.owner_style == "packed":
@@ -63,7 +64,7 @@ class Cluster:
         for request_id, count in new_tokens.items():
             start, end = self.computed[request_id], self.computed[request_id] + count
             while self.tables[0][request_id].num_pages * self.page_size < end:
-                rank = self._owner(request_id, self.tables[0][request_id].num_pages)
+                rank = self.owner(request_id, self.tables[0][request_id].num_pages)
                 for group_idx, tables in enumerate(self.tables):
                     tables[request_id].append(rank, self._free[group_idx][rank].pop(), 1)
             runs += [

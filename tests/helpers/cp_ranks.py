@@ -18,7 +18,7 @@ from longspan.comm.base import Communicator, Pending
 from longspan.comm.recording import RecordingCommunicator
 from longspan.comm.threads import thread_group
 from longspan.costmodel.choose import plan_group
-from longspan.cp.attend import StepAttention
+from longspan.cp.eager import EagerStepAttention
 from longspan.kv.layout import KVGroup
 from longspan.kv.pool import PagePool
 from longspan.plan.types import Plan, QueryRun
@@ -154,9 +154,9 @@ class Ranks:
     def _run_rank(self, plan: Plan, comm: Communicator) -> tuple[list[Output], list[LayerTraffic]]:
         log = LoggingCommunicator(comm)
         recorder = RecordingCommunicator(log)
-        step = StepAttention(plan, self.cluster.tables, self.pools[comm.rank], recorder, self.backend, self.params)
+        step = EagerStepAttention(plan, self.cluster.tables, self.pools[comm.rank], recorder, self.backend, self.params)
         runs = [run for run in plan.query_runs if run.compute_rank == comm.rank]
-        assert step.num_tokens == sum(run.num_tokens for run in runs)
+        assert step.num_rows == sum(run.num_tokens for run in runs)
         outputs: list[Output] = []
         traffic: list[LayerTraffic] = []
         for layer in sorted(self.group_of):

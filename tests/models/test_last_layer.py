@@ -8,7 +8,7 @@ import threading
 import pytest
 from tiny_models import FAMILIES, greedy, run_all, tiny_engine, tiny_model
 
-from longspan.cp.attend import StepAttention
+from longspan.cp.eager import EagerStepAttention
 from longspan.cp.local import Local
 from longspan.models import fused_layer_gemm
 from longspan.models.speedups import LAST_LAYER, speed_up_, speedups_of
@@ -52,8 +52,8 @@ class Watched:
     def __init__(self, monkeypatch):
         self._rows, self._bytes, self._current = [], [], threading.local()
         for name in ("attend", "join"):
-            monkeypatch.setattr(StepAttention, name, self._in_layer(getattr(StepAttention, name)))
-        monkeypatch.setattr(Local, "attend", self._counted(Local.attend))  # the part that each strategy has
+            monkeypatch.setattr(EagerStepAttention, name, self._in_layer(getattr(EagerStepAttention, name)))
+        monkeypatch.setattr(Local, "run_layer", self._counted(Local.run_layer))  # the part that each strategy has
 
     def _in_layer(self, honest):
         def of_layer(step, layer, *args, **options):
@@ -65,11 +65,11 @@ class Watched:
         return of_layer
 
     def _counted(self, honest):
-        def attend(strategy, q, *args):
+        def run_layer(strategy, q, *args):
             self._rows.append((self._current.layer, q.shape[0]))
             return honest(strategy, q, *args)
 
-        return attend
+        return run_layer
 
     @property
     def rows(self):

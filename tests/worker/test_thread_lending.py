@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan.config import EngineConfig
-from longspan.cp.attend import StepAttention
+from longspan.cp.eager import EagerStepAttention
 from longspan.engine import threads
 from longspan.engine.engine import Engine
 from longspan.plan.types import Literals, Plan, QueryRun
@@ -51,7 +51,7 @@ def test_ranks_with_one_thread_and_large_layers_lend():
 def test_layers_use_borrowed_threads_and_attention_does_not(num_ranks, monkeypatch):
     model = tiny_model("llama")
     used: dict[str, set[int]] = {"attention": set(), "dense": set()}
-    original = StepAttention.attend
+    original = EagerStepAttention.attend
 
     def attend(*args, **options):
         used["attention"].add(torch.get_num_threads())
@@ -59,7 +59,7 @@ def test_layers_use_borrowed_threads_and_attention_does_not(num_ranks, monkeypat
 
     monkeypatch.setattr(thread_lending, "num_cores", lambda: 4)
     monkeypatch.setattr(threads, "build_runner", lambda *args: build_runner(*args, borrowed_threads))
-    monkeypatch.setattr(StepAttention, "attend", attend)
+    monkeypatch.setattr(EagerStepAttention, "attend", attend)
     reference = model.references[2]
     hook = model.module.lm_head.register_forward_pre_hook(lambda *_: used["dense"].add(torch.get_num_threads()))
     try:

@@ -51,7 +51,7 @@ class CPUBackend:
         if q.shape[1] == 0:
             return empty_like_queries(q, v)
         if params.softcap is not None:
-            return softcap_cpu.attend(q, k, v, segments, params)
+            return softcap_cpu.partial_attention(q, k, v, segments, params)
         if native_cpu.takes(q, v):
-            return native_cpu.attend(q, k, v, segments, params)
-        return flash_cpu.attend(q, k, v, segments, params)
+            return native_cpu.partial_attention(q, k, v, segments, params)
+        return flash_cpu.partial_attention(q, k, v, segments, params)

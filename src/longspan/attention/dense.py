@@ -60,7 +60,7 @@ class DenseKernel(Protocol):
         """As `AttentionBackend.unsupported`."""
         ...
 
-    def attend(
+    def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         """Attention of all queries over all keys, or over those up to the diagonal.
@@ -145,7 +145,7 @@ class DenseBackend:
             acc = empty_like_queries(q, v)
         for call in work.calls:
             end = call.row + call.num_queries
-            out, lse = self._kernel.attend(
+            out, lse = self._kernel.dense_attention(
                 q[call.row : end],
                 _gathered(k, call.keys),
                 _gathered(v, call.keys),

@@ -31,7 +31,7 @@ from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
 
-def attend(
+def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
 ) -> PartialAttention:
     """All segments; few queries go to our decode kernel where it takes them.

@@ -36,7 +36,7 @@ class FlashInferPrefill:
             )
         return None
 
-    def attend(
+    def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         out, lse = flashinfer.single_prefill_with_kv_cache(

@@ -104,7 +104,7 @@ def _measure_attention(
     q = torch.randn(QUERY_LENS[-1], heads, layout.k_width, device=device).to(dtype)  # [T, H, D]
     pair_flops = group.pair_flops
 
-    def attend(num_queries: int, num_keys: int) -> Callable[[], object]:
+    def one(num_queries: int, num_keys: int) -> Callable[[], object]:
         segments = [RowSegment(0, num_queries, num_keys, 0, num_keys, None, Visibility.FULL)]
         return lambda: backend.partial_attention(q[:num_queries], k, v, segments, params)
 
@@ -121,7 +121,7 @@ def _measure_attention(
             break
         num_keys = max(num_keys, FEWEST_KEYS)
         sync()
-        time_s = clock.seconds(attend(num_queries, num_keys))
+        time_s = clock.seconds(one(num_queries, num_keys))
         rates.append((num_queries, num_queries * num_keys * pair_flops / max(time_s - call_s, time_s / 10)))
     return call_s, tuple(rates)
 

@@ -25,7 +25,7 @@ def takes(q: Tensor, v: Tensor) -> bool:
     return kernels.can_prefill(q.shape[2], v.shape[2], q.dtype)
 
 
-def attend(
+def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
 ) -> PartialAttention:
     """All segments: one kernel call for the keys that a run of queries sees, wherever they lie.

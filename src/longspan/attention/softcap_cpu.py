@@ -26,7 +26,7 @@ BLOCK_KEYS = 1024
 """Keys per block."""
 
 
-def attend(
+def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
 ) -> PartialAttention:
     """All segments. Arguments as of `AttentionBackend.partial_attention`, with a softcap."""

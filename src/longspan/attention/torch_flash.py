@@ -39,7 +39,7 @@ class TorchFlash:
             return f"softcap: got {params.softcap}, the torch backend takes none"
         return None
 
-    def attend(
+    def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         assert softcap is None

@@ -4,11 +4,30 @@ Holds counters only. Must not change what is sent.
 Read next: `longspan.worker.runner`, which reports them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from longspan.comm.base import Communicator, Pending
+
+
+class Traffic(NamedTuple):
+    """What a rank sends."""
+
+    num_exchanges: int
+    messages_sent: int
+    bytes_sent: int
+
+    def since(self, before: Traffic) -> Traffic:
+        """What has been added to an earlier count."""
+        return Traffic(*(now - then for now, then in zip(self, before, strict=True)))
+
+    def plus(self, more: Traffic) -> Traffic:
+        """Both together."""
+        return Traffic(*(some + others for some, others in zip(self, more, strict=True)))
 
 
 class RecordingCommunicator:
@@ -29,6 +48,15 @@ class RecordingCommunicator:
                 self.messages_sent += 1
                 self.bytes_sent += tensor.numel() * tensor.element_size()
         return self.inner.exchange(sends, recvs)
+
+    @property
+    def traffic(self) -> Traffic:
+        """All counters."""
+        return Traffic(self.num_exchanges, self.messages_sent, self.bytes_sent)
+
+    @traffic.setter
+    def traffic(self, traffic: Traffic) -> None:
+        self.num_exchanges, self.messages_sent, self.bytes_sent = traffic
 
     def close(self) -> None:
         self.inner.close()

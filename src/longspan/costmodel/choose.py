@@ -2,17 +2,18 @@
 
 Holds pure functions of numbers. Must not know clocks, free memory or anything else that ranks could see differently.
 Only makers of plans call it.
-Read next: `longspan.costmodel.predict`, which says how long each would take; `longspan.cp.attend`, which runs what was
+Read next: `longspan.costmodel.predict`, which says how long each would take; `longspan.cp.eager`, which runs what was
 chosen.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from longspan.costmodel.parameters import Costs, costs_by_bytes
-from longspan.costmodel.predict import Prediction, message_bytes, predict_attention
+from longspan.costmodel.predict import Prediction, predict_attention
 from longspan.costmodel.work import StepWork, count_work
 from longspan.kv.layout import KVGroup
 from longspan.plan.group_step import BLOCK_LEN, make_group_step
+from longspan.plan.message_format import row_bytes
 from longspan.plan.segments import make_segments, remote_ranks
 from longspan.plan.types import DirectExchange, GroupStep, QueryRun, RingExchange, Segment
 from longspan.sharding.pages import PageTable
@@ -27,8 +28,8 @@ def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> i
     if isinstance(exchange, RingExchange):
         # Every participant forwards every block, except those that came from its successor: their way ends here.
         total = sum(exchange.num_rows)
-        return max(total - rows for rows in exchange.num_rows) * group.spec.layout.token_bytes
-    return max(sum(message_bytes(exchange.operand, n, group) for n in rows) for rows in exchange.num_rows)
+        return max(total - rows for rows in exchange.num_rows) * row_bytes("kv", group)
+    return max(map(sum, exchange.num_rows)) * row_bytes(exchange.operand, group)
 
 
 def _gathered_rows(step: GroupStep) -> int:

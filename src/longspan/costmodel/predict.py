@@ -25,6 +25,7 @@ from longspan.costmodel.ring_time import RingTime
 from longspan.costmodel.timeline import Clocks, Message, Seconds, add
 from longspan.costmodel.work import StepWork, count_work
 from longspan.kv.layout import KVGroup
+from longspan.plan.message_format import row_bytes
 from longspan.plan.types import DirectExchange, GroupStep, RingExchange
 from longspan.sharding.pages import PageTable
 from longspan.types import Strategy
@@ -77,19 +78,6 @@ def predict_attention(
         return Prediction(step.strategy, 0.0, 0.0, 0.0)
     last = max(clocks.ranks, key=lambda rank: clocks.now[rank])
     return Prediction(step.strategy, clocks.end_s, clocks.compute_s[last], clocks.copy_s[last])
-
-
-def message_bytes(operand: str, num_rows: int, group: KVGroup) -> int:
-    """Bytes of one message."""
-    heads = group.num_query_heads
-    if operand == "kv":
-        return num_rows * group.spec.layout.token_bytes
-    if operand == "query":
-        return num_rows * group.query_row_bytes
-    assert operand == "partial", operand
-    out_bytes = num_rows * heads * group.spec.layout.v_width * group.partial_itemsize_bytes
-    lse_bytes = num_rows * heads * max(4, group.partial_itemsize_bytes)  # float32, beside float64 also float64
-    return out_bytes + lse_bytes
 
 
 class _Layer:
@@ -213,9 +201,9 @@ class _Layer:
         """Of one exchange of the step."""
         exchange = self._step.exchanges[index]
         assert isinstance(exchange, DirectExchange)
-        ranks, operand, group = exchange.participants, exchange.operand, self._group
+        ranks, num_bytes = exchange.participants, row_bytes(exchange.operand, self._group)
         return [
-            Message(source, target, message_bytes(operand, num_rows, group))
+            Message(source, target, num_rows * num_bytes)
             for source, row in zip(ranks, exchange.num_rows, strict=True)
             if any(row)
             for target, num_rows in zip(ranks, row, strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from longspan.attention.base import AttentionBackend, RowSegment, RowSegments
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.comm.base import Communicator
-from longspan.cp.resolve import PoolLayout
+from longspan.cp.resolve import PoolLayout, query_rows
 from longspan.kv.layout import KVGroup, KVLayout
 from longspan.plan.types import GroupStep, QueryRun, Range
 from longspan.sharding.pages import KeyRun, PageTable
@@ -46,19 +46,13 @@ class RankStep:
 
     def local_query_rows(self) -> dict[Range, int]:
         """First packed row of every query run that this rank computes."""
-        rows: dict[Range, int] = {}
-        row = 0
-        for run in self.query_runs:
-            if run.compute_rank == self.rank:
-                rows[(run.request_id, run.position, run.end)] = row
-                row += run.num_tokens
-        return rows
+        return query_rows(self.query_runs, self.rank)
 
 
 class MovementStrategy(Protocol):
     """Brings the queries of a step and their keys together. Made once per step and KV group."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
+    def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         """Attention of this rank's queries over all their keys, wherever these lie.
 
         Args:
@@ -78,7 +72,11 @@ class KeyShare:
     """Some of the keys that this rank's queries see, which all lie in one tensor."""
 
     def __init__(self, segments: Sequence[RowSegment]) -> None:
-        """Args: `segments`: query rows are this rank's packed rows."""
+        """Take the segments.
+
+        Args:
+            segments: query rows are this rank's packed rows.
+        """
         self._first = min((s.query_row for s in segments), default=0)
         self._last = max((s.query_row + s.num_queries for s in segments), default=0)
         self._segments = RowSegments(replace(s, query_row=s.query_row - self._first) for s in segments)

@@ -45,7 +45,7 @@ class GatherKV:
                 share = KeyShare(resolve(seen, query_rows, layout, step.group.spec.window))
                 self._recvs[peer] = (layout.num_rows, share)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
+    def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         step, layout = self._step, self._step.group.spec.layout
         sends: list[tuple[int, Tensor]] = []
         for peer, runs in self._sends.items():
@@ -54,7 +54,7 @@ class GatherKV:
         blocks = {peer: KVBlock(layout, rows, k.device) for peer, (rows, _) in self._recvs.items()}
         recvs = [(peer, block.message(self._recvs[peer][0])) for peer, block in blocks.items()]
         pending = step.comm.exchange(sends, recvs)
-        acc = self._local.attend(q, k, v, params)
+        acc = self._local.run_layer(q, k, v, params)
         pending.wait()
         for peer, block in blocks.items():
             rows, share = self._recvs[peer]

@@ -21,5 +21,5 @@ class Local:
         self._backend = step.backend
         self._segments = resolve(own, step.local_query_rows(), step.pool_layout, step.group.spec.window)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
+    def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         return self._backend.partial_attention(q, k, v, self._segments, params)

@@ -14,8 +14,9 @@ import torch
 
 from longspan.attention.partial import PartialAttention
 from longspan.costmodel.parameters import KernelRates
-from longspan.cp.partial_message import PartialMessage
+from longspan.cp.wire import PartialMessage
 from longspan.kv.layout import KVGroup
+from longspan.plan.message_format import PartialFormat
 
 REPEATS = 60
 
@@ -37,11 +38,12 @@ def measure_messages(group: KVGroup, device: torch.device) -> MessageTimes:
     """Measure this rank; others may do the same at the same time."""
     heads, width = group.num_query_heads, group.spec.layout.v_width
     partial = PartialAttention(torch.randn(1, heads, width, device=device), torch.randn(1, heads, device=device))
-    message = PartialMessage(group, 1, device)
+    form = PartialFormat.of(group)
+    message = PartialMessage(form, 1, device)
     message.pack(partial)
     home = [PartialAttention(partial.out.clone(), partial.lse.clone())]
     return MessageTimes(
-        pack_s=_mean_s(lambda: PartialMessage(group, 1, device).pack(partial)),
+        pack_s=_mean_s(lambda: PartialMessage(form, 1, device).pack(partial)),
         merge_s=_mean_s(lambda: message.merge_into_(home, [(0, 0, 1)])),
     )
 

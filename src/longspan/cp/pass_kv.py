@@ -64,9 +64,9 @@ class PassKV:
         left = self._ring.num_rows[origin] - index * self._ring.block_len
         return max(0, min(self._ring.block_len, left))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
+    def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         if self._num_rounds == 0:
-            return self._local.attend(q, k, v, params)
+            return self._local.run_layer(q, k, v, params)
         step, participants = self._step, self._ring.participants
         num_ranks = len(participants)
         successor = participants[(self._me + 1) % num_ranks]
@@ -98,7 +98,7 @@ class PassKV:
                     [(predecessor, incoming.message(self._block_rows(origin, index)))],
                 )
                 if received is None:
-                    acc = self._local.attend(q, k, v, params)
+                    acc = self._local.run_layer(q, k, v, params)
                 else:
                     compute(*received)
                 pending.wait()

@@ -5,7 +5,7 @@ Good for decode, and for chunks that are small against their cached prefix. Sour
 
 Holds both strategies: `pass_q` is the `tree` in which every rank is a node of its own. Must not know the others but
 `local`. Who sends what to whom, and why, is in `longspan.plan.query_units`.
-Read next: `longspan.cp.attend`, which calls the strategies.
+Read next: `longspan.cp.eager`, which calls the strategies.
 
 Note: traffic of one layer
     N ranks in M nodes of g = N / M, T query rows per rank that all ranks have keys for, whole blocks of B rows:
@@ -41,8 +41,9 @@ from longspan.attention.partial import PartialAttention
 from longspan.comm.base import Pending
 from longspan.cp.base import RankStep
 from longspan.cp.local import Local
-from longspan.cp.partial_message import PartialMessage
 from longspan.cp.resolve import resolve
+from longspan.cp.wire import PartialMessage
+from longspan.plan.message_format import PartialFormat
 from longspan.plan.query_units import QueryUnit, num_rows, query_units
 from longspan.plan.types import Range, Segment
 from longspan.types import AttentionParams
@@ -83,7 +84,7 @@ class PassQ:
     """Runs the units of a step."""
 
     def __init__(self, step: RankStep) -> None:
-        self._step, self._local = step, Local(step)
+        self._step, self._local, self._format = step, Local(step), PartialFormat.of(step.group)
         self._units: list[_Unit] = []
         self._most_rows_ahead = 0
         group_step = step.step
@@ -125,7 +126,7 @@ class PassQ:
         segments = [s for run in runs for s in seen.get(run, ())]
         return _Arrival(peer, num_rows(runs), resolve(segments, rows, step.pool_layout, step.group.spec.window))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
+    def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         q = q.contiguous()  # once: what several peers get is not copied again
         own: list[PartialAttention] = []
         under_way: deque[tuple[Pending, Iterator[Pending], int]] = deque()
@@ -141,7 +142,7 @@ class PassQ:
                 under_way.append((next(going), going, unit.num_rows))
 
         start_units()
-        own.append(self._local.attend(q, k, v, params))
+        own.append(self._local.run_layer(q, k, v, params))
         while under_way:
             pending, going, rows = under_way.popleft()
             pending.wait()
@@ -206,7 +207,7 @@ class PassQ:
 
     def _message(self, num_rows: int, like: Tensor) -> PartialMessage:
         """An empty message of partials."""
-        return PartialMessage(self._step.group, num_rows, like.device)
+        return PartialMessage(self._format, num_rows, like.device)
 
 
 def _gathered(rows: Tensor, runs: Rows) -> Tensor:

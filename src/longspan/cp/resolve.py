@@ -1,4 +1,4 @@
-"""From positions to rows: which rows of which tensor a rank's kernels read in one step.
+"""From positions to rows: which rows of which tensor a rank's kernels read and write in one step.
 
 Holds integer bookkeeping, done once per step and KV group, not per layer. Must not know how rows move.
 Read next: `longspan.cp.local`, the simplest strategy.
@@ -7,10 +7,10 @@ Read next: `longspan.cp.local`, the simplest strategy.
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from longspan.attention.base import RowSegment, RowSegments
-from longspan.plan.types import Range, Segment
+from longspan.plan.types import QueryRun, Range, Segment
 from longspan.sharding.pages import KeyRun, PageTable
 from longspan.sharding.visibility import Visibility, visibility
 
@@ -42,7 +42,11 @@ class BufferLayout:
     """Keys in a message: the sender's runs, one behind the other."""
 
     def __init__(self, runs: Iterable[tuple[int, KeyRun]]) -> None:
-        """Args: (request_id, run) in message order; a request's runs ascend in position."""
+        """Lay the runs out.
+
+        Args:
+            runs: (request_id, run) in message order; a request's runs ascend in position.
+        """
         self.num_rows = 0
         self._runs: dict[int, list[KeyRun]] = {}
         for request_id, run in runs:
@@ -68,6 +72,55 @@ class BufferLayout:
             else:
                 found.append((run.row, run.num_tokens))
         return found
+
+
+class StoreRun(NamedTuple):
+    """Consecutive new tokens of a rank, and where their keys and values go."""
+
+    token: int
+    """The first one, of the rank's packed rows."""
+    row: int
+    """Its row in the pool."""
+    num_tokens: int
+
+
+def query_rows(query_runs: Iterable[QueryRun], rank: int) -> dict[Range, int]:
+    """First packed row of every query run that a rank computes."""
+    rows: dict[Range, int] = {}
+    row = 0
+    for run in query_runs:
+        if run.compute_rank == rank:
+            rows[run.request_id, run.position, run.end] = row
+            row += run.num_tokens
+    return rows
+
+
+def store_runs(rows: Mapping[Range, int], pool_layout: PoolLayout) -> list[StoreRun]:
+    """Where the new tokens of a rank are stored.
+
+    Args:
+        rows: first packed row of every query run, as `query_rows` has them.
+        pool_layout: of this rank.
+    """
+    stores: list[StoreRun] = []
+    for (request_id, start, end), token in rows.items():
+        runs = pool_layout.key_runs(request_id, start, end)
+        assert sum(run.num_tokens for run in runs) == end - start, "a token is computed by the rank that stores it"
+        stores += [StoreRun(token + run.position - start, run.row, run.num_tokens) for run in runs]
+    return stores
+
+
+def store_rows(stores: Iterable[StoreRun], num_rows: int) -> list[int]:
+    """The pool row of every packed row, or -1 for a row that is stored nowhere.
+
+    Args:
+        stores: of the rank's new tokens.
+        num_rows: packed rows of the rank, fillers of a fixed shape included.
+    """
+    rows = [-1] * num_rows
+    for token, row, count in stores:
+        rows[token : token + count] = range(row, row + count)
+    return rows
 
 
 def message_runs(layout: KeyLayout, ranges: Iterable[Range]) -> list[tuple[int, KeyRun]]:

@@ -148,11 +148,6 @@ class KVGroup(msgspec.Struct, frozen=True, dict=True):
         """Dtype of a partial's `out` on the wire."""
         return "float32" if self.float32_partials else self.wire_dtype
 
-    @property
-    def partial_itemsize_bytes(self) -> int:
-        """Bytes of one element of `out` on the wire."""
-        return DTYPE_BYTES[self.partial_dtype]
-
     @cached_property
     def token_bytes(self) -> int:
         """Bytes that one token takes in all layers of the group."""

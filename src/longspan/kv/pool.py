@@ -1,7 +1,7 @@
 """Page pool: the memory of one rank and KV group.
 
 Holds tensors and row copies. Must not know requests, page tables or free slots.
-Read next: `longspan.cp.attend`, which writes and reads it.
+Read next: `longspan.cp.eager`, which writes and reads it.
 
 Layout: `[num_kv_heads, rows, width]` per layer. A run of consecutive slots is then one view for each head, and one
 kernel call reads it at the full memory bandwidth.

@@ -1,7 +1,7 @@
 """One KV group's step under one strategy, with every exchange spelled out.
 
 Holds one pure function. Must not know which strategy is best (`longspan.costmodel`), or tensors.
-Read next: `longspan.costmodel.choose`, which calls it for every candidate; `longspan.cp.attend`, which runs the result.
+Read next: `longspan.costmodel.choose`, which calls it for every candidate; `longspan.cp.eager`, which runs the result.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Which rows of a step's output anybody reads.
 
 Holds one pure function. Must not know tensors, or what is done with the rows.
-Read next: `longspan.plan.types`, `Plan.last_layer`; `longspan.cp.attend`, which skips the others.
+Read next: `longspan.plan.types`, `Plan.last_layer`; `longspan.cp.eager`, which skips the others.
 """
 
 from collections.abc import Iterable, Sequence

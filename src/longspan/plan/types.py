@@ -31,6 +31,9 @@ from longspan.types import Phase, Strategy, TokenLogprobs
 Range: TypeAlias = tuple[int, int, int]
 """(request_id, start, end) of positions."""
 
+Operand: TypeAlias = Literal["query", "partial", "kv"]
+"""What an exchange moves."""
+
 
 class Literals(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="literal"):
     """Input tokens that the driver knows."""
@@ -92,7 +95,7 @@ class Segment(msgspec.Struct, frozen=True, gc=False, array_like=True):
 class DirectExchange(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="direct"):
     """Point-to-point messages among participants, once per layer; every participant joins, also with nothing to say."""
 
-    operand: Literal["query", "partial", "kv"]
+    operand: Operand
     participants: tuple[int, ...]
     num_rows: tuple[tuple[int, ...], ...]
     """`num_rows[i][j]`: rows from participant i to participant j, in all; no message is sent for 0."""

@@ -17,7 +17,7 @@ from longspan.config import num_cores
 from longspan.costmodel.measured import RankMeasurement
 from longspan.cp.measure import measure_messages
 from longspan.group.messages import Measure
-from longspan.models.hook import AttentionCall
+from longspan.worker.forward import ModelForward
 from longspan.worker.runner import ModelRunner
 
 MOST_WEIGHT_BYTES = 1 << 30
@@ -82,22 +82,30 @@ def _token_s(runner: ModelRunner, matmul_flops_per_s: float, layer_s: float) -> 
     return max(0.0, other_s) / (num_tokens * spec.num_layers)
 
 
+class _NoAttention:
+    """A `StepAttention` that computes nothing, of one rank's rows."""
+
+    rank = 0
+    read_rows = None
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.bytes_sent: dict[str, int] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
+        return q.new_zeros(*q.shape[:2], v.shape[2])
+
+    def join(self, layer: int) -> None:
+        """Nothing is exchanged."""
+
+
 def _model_s(runner: ModelRunner, num_tokens: int, repeats: int) -> list[float]:
     """Times of a step without attention."""
-    tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=runner.device)
-
-    def attend(call: AttentionCall) -> Tensor:
-        return call.q.new_zeros(*call.q.shape[:2], call.v.shape[2])
-
+    forward = ModelForward(runner.model, runner.spec.layer_params, lambda layer: None)
+    tokens = torch.zeros(num_tokens, dtype=torch.long, device=runner.device)
     times: list[float] = []
     for _ in range(repeats):
         started = time.perf_counter()
-        runner.model(
-            input_ids=tokens,
-            position_ids=tokens,
-            use_cache=False,
-            logits_to_keep=tokens[0, :1],
-            longspan_attend=attend,
-        )
+        forward.run(_NoAttention(num_tokens), tokens, tokens, tokens[:1])
         times.append(time.perf_counter() - started)
     return times

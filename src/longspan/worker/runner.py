@@ -2,7 +2,8 @@
 
 Holds the mirrored page tables and the step. Must not know how plans are made, how they arrive, or what a request's
 text is.
-Read next: `longspan.cp.attend`; `longspan.worker.process`, the process around it.
+Read next: `longspan.worker.forward`, the model; `longspan.cp.step`, its attention; `longspan.worker.process`, the
+process around it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from torch import Tensor
 from longspan.attention.base import AttentionBackend
 from longspan.comm.base import Communicator
 from longspan.comm.recording import RecordingCommunicator
-from longspan.cp.attend import StepAttention
+from longspan.cp.eager import EagerStepAttention
 from longspan.errors import LongspanError
 from longspan.group.heartbeat import Progress
 from longspan.kv.pool import PagePool
-from longspan.models.hook import AttentionCall
-from longspan.models.last_layer import READ_ROWS
+from longspan.plan.fixed_shape import fixed_shape
 from longspan.plan.types import (
     FailedRow,
     Literals,
@@ -39,6 +39,7 @@ from longspan.plan.types import (
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec
 from longspan.worker.fault import Injector
+from longspan.worker.forward import ModelForward, StepOutput
 from longspan.worker.sampler import sample_all, token_logprobs
 
 if TYPE_CHECKING:
@@ -65,6 +66,19 @@ class _Rows(NamedTuple):
     scores: list[ScoreRun]
     read: list[int]
     """The rows of `samples`, then those of `scores`."""
+
+
+class _LayerStart:
+    """Happens before every layer: progress is counted, and a fault comes that is due."""
+
+    def __init__(self, progress: Progress, faults: Injector) -> None:
+        self._progress, self._faults = progress, faults
+        self.num_plans = 0
+        """Plans that the rank has run before this one."""
+
+    def __call__(self, layer: int) -> None:
+        self._progress.count += 1
+        self._faults.before_layer(self.num_plans, layer)
 
 
 class ModelRunner:
@@ -105,27 +119,27 @@ class ModelRunner:
         self.rank = comm.rank
         self._page_size = page_size
         self.device = next(model.parameters()).device
-        self._pools = [
+        self.pools = [
             PagePool(group, pages, page_size, self.device)
             for group, pages in zip(spec.kv_groups, num_pages, strict=True)
         ]
+        """Per KV group."""
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
-        self._fixed = None if graphs == "never" else self._fixed_steps(graphs)
-        # A mask with four dimensions is taken as it is; without one, Transformers looks for packed rows in every step.
-        self._no_mask = torch.empty(1, 1, 0, 0, device=self.device)
+        self._progress = progress or Progress()
+        self._layer_start = _LayerStart(self._progress, faults or Injector(None))
+        self._forward = ModelForward(model, spec.layer_params, self._layer_start)
+        self.fixed = None if graphs == "never" else self._fixed_steps(graphs)
+        """Decode steps of fixed shapes, or None where they are run like all others."""
         self._sampled_by = -1  # the last plan that sampled here
         self._sampled: dict[int, int] = {}  # request to its token of that plan
-        self._progress, self._faults = progress or Progress(), faults or Injector(None)
-        self._num_plans = 0
         self._tokens_computed = 0
         self._busy_s = 0.0
         self._strategy_bytes: Counter[str] = Counter()
 
     def _fixed_steps(self, graphs: GraphMode) -> FixedSteps:
-        from longspan.worker.graphs import FixedSteps  # imports Triton
+        from longspan.worker.graphs import CUDAGraphs, FixedSteps  # imports Triton
 
-        can_capture = graphs == "captured"
-        return FixedSteps(self.model, self.spec, self._pools, self.comm, begin=self._begin, can_capture=can_capture)
+        return FixedSteps(self._forward, self.pools, self.comm, CUDAGraphs() if graphs == "captured" else None)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> RankResult:
@@ -146,7 +160,7 @@ class ModelRunner:
         finally:
             step_s = time.perf_counter() - started
             self._busy_s += step_s
-            self._num_plans += 1
+            self._layer_start.num_plans += 1
         return RankResult(
             plan_id=plan.plan_id,
             rank=self.rank,
@@ -169,24 +183,12 @@ class ModelRunner:
         for delta in plan.table_deltas:
             self._apply(delta)
         rows = self._rows(plan)
-        if self._fixed is not None and (shape := self._fixed.shape_of(plan)) is not None:
-            fixed = self._fixed.run(shape, plan, self._tables, rows.token_ids)
-            self._strategy_bytes.update(self._fixed.strategy_bytes(shape, plan))
-            return _Answer() if fixed is None else self._read(plan, rows, _some(fixed, rows.read))
-        attention = StepAttention(plan, self._tables, self._pools, self.comm, self.backend, self.spec.layer_params)
-        if rows.token_ids:
-            answer = self._read(plan, rows, self._compute(plan, rows, attention))
+        if self.fixed is not None and (shape := fixed_shape(plan)) is not None:
+            output = self.fixed.run(shape, plan, self._tables, rows.token_ids, rows.read)
         else:
-            for layer in range(self.spec.num_layers):
-                self._begin(layer)
-                attention.join(layer)
-            answer = _Answer()
-        self._strategy_bytes.update(attention.bytes_sent)
-        return answer
-
-    def _begin(self, layer: int) -> None:
-        self._progress.count += 1
-        self._faults.before_layer(self._num_plans, layer)
+            output = self._run_eagerly(plan, rows)
+        self._strategy_bytes.update(output.bytes_sent)
+        return _Answer() if output.logits is None else self._read(plan, rows, output.logits)
 
     def _copy_pages(self, plan: Plan) -> None:
         """Copy pages within this rank, and exchange those that go to other ranks or come from them."""
@@ -194,7 +196,7 @@ class ModelRunner:
         recvs: list[tuple[int, Tensor]] = []
         arriving: list[tuple[Tensor, Tensor]] = []  # (received, where it belongs)
         for copy in plan.page_copies:
-            source, target, pool = copy.source, copy.target, self._pools[copy.group_idx]
+            source, target, pool = copy.source, copy.target, self.pools[copy.group_idx]
             if source.rank == target.rank == self.rank:
                 pool.copy_pages_(source.slot, target.slot, source.num_pages)
             elif source.rank == self.rank:
@@ -235,18 +237,29 @@ class ModelRunner:
             rows += [row_of[score.request_id, score.position + i] for i in range(len(score.targets))]
         return _Rows(token_ids, positions, samples, scores, rows)
 
-    def _compute(self, plan: Plan, rows: _Rows, attention: StepAttention) -> Tensor:
-        """[len(rows.read), vocab] logits, by a forward pass over this rank's tokens."""
-        own = torch.get_num_threads()
-        dense = own if self._dense_threads is None else self._dense_threads(plan, self.rank)
-        torch.set_num_threads(dense)
-        try:
-            return self._forward(rows.token_ids, rows.positions, rows.read, attention, own)
-        finally:
-            torch.set_num_threads(own)
+    def _run_eagerly(self, plan: Plan, rows: _Rows) -> StepOutput:
+        """A plan of any shape."""
+        attention = EagerStepAttention(plan, self._tables, self.pools, self.comm, self.backend, self.spec.layer_params)
+        if not attention.num_rows:
+            self._forward.join(attention)
+            return StepOutput(None, attention.bytes_sent)
+        logits = self._forward.run(
+            attention,
+            self._ids(rows.token_ids),
+            self._ids(rows.positions),
+            self._ids(rows.read),
+            dense_threads=None if self._dense_threads is None else self._dense_threads(plan, self.rank),
+        )
+        return StepOutput(logits, attention.bytes_sent)
 
     def _read(self, plan: Plan, rows: _Rows, logits: Tensor) -> _Answer:
-        """Sampling and scoring. Args: `logits`: [len(rows.read), vocab]."""
+        """Sampling and scoring.
+
+        Args:
+            plan: the step.
+            rows: this rank's share of it.
+            logits: [len(rows.read), vocab]
+        """
         samples, scores = rows.samples, rows.scores
         self._tokens_computed += len(rows.token_ids)
         sampled: list[SampledToken] = []
@@ -284,43 +297,3 @@ class ModelRunner:
 
     def _ids(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
-
-    def _forward(
-        self,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        rows: Sequence[int],
-        attention: StepAttention,
-        attention_threads: int,
-    ) -> Tensor:
-        """[len(rows), vocab] logits of some packed rows."""
-        params, dense_threads = self.spec.layer_params, torch.get_num_threads()
-
-        def attend(call: AttentionCall) -> Tensor:
-            self._begin(call.layer)
-            expected = params[call.layer]
-            assert (call.scale, call.softcap, call.window) == (expected.scale, expected.softcap, expected.window)
-            torch.set_num_threads(attention_threads)  # the others compute too
-            attended = attention.attend(call.layer, call.q, call.k, call.v, sinks=call.sinks)
-            torch.set_num_threads(dense_threads)
-            return attended
-
-        output = self.model(
-            input_ids=self._ids(token_ids)[None],
-            position_ids=self._ids(positions)[None],
-            attention_mask=self._no_mask,
-            use_cache=False,
-            logits_to_keep=self._ids(rows),
-            longspan_attend=attend,
-            **{READ_ROWS: attention.read_rows},
-        )
-        logits: Tensor = output.logits[0]
-        assert logits.shape[0] == len(rows)
-        return logits
-
-
-def _some(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows of logits; a view where they are the first ones."""
-    if list(rows) == list(range(len(rows))):
-        return logits[: len(rows)]
-    return logits[torch.tensor(rows, dtype=torch.long, device=logits.device)]

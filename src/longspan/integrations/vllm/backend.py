@@ -2,7 +2,7 @@
 
 Holds the backend that vLLM's model classes ask for on a CPU. Must not know schedulers, requests or communicators: a
 step arrives as vLLM's "attention metadata".
-Read next: `longspan.cp.attend`.
+Read next: `longspan.cp.step`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from longspan.cp.attend import StepAttention
+from longspan.cp.step import StepAttention
 from longspan.errors import UnsupportedModelError
 
 

@@ -51,7 +51,7 @@ class VLLMFlash:
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> None:
         """`make_flash_backend` has asked vLLM."""
 
-    def attend(
+    def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         num_queries, num_keys = q.shape[0], k.shape[1]

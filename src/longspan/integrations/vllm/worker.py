@@ -1,7 +1,7 @@
 """One process of one rank: vLLM's model, our pools, plans and exchanges.
 
 Holds the calls that vLLM makes to a worker. Must not choose ranks or strategies.
-Read next: `longspan.integrations.vllm.planning`, `longspan.integrations.vllm.rank_model`, `longspan.cp.attend`.
+Read next: `longspan.integrations.vllm.planning`, `longspan.integrations.vllm.rank_model`, `longspan.cp.eager`.
 
 Note: who samples
     Rows are computed by their owners. The hidden states that are read travel to cp_rank 0, which alone has logits and
@@ -22,7 +22,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from longspan.comm.base import Communicator
 from longspan.comm.recording import RecordingCommunicator
 from longspan.costmodel.choose import plan_group
-from longspan.cp.attend import StepAttention
+from longspan.cp.eager import EagerStepAttention
 from longspan.errors import ConfigError
 from longspan.integrations.vllm.backend import install_backend
 from longspan.integrations.vllm.costs import agree_on_costs
@@ -161,7 +161,7 @@ class Worker(RefusedCalls):
         self._num_steps += 1
         scheduled, group = scheduler_output.num_scheduled_tokens, self._model.group
         step = plan_step(self._num_steps, scheduled, self._requests, group, self._cp_size, self._choose)
-        attention = StepAttention(
+        attention = EagerStepAttention(
             step.plan, [step.tables], [self._pool], self._comm, self._backend, self._model.layer_params
         )
         self._pending = (step, scheduler_output, self._model.forward(step.plan, attention))

@@ -1,0 +1,117 @@
+"""One rank's model, called with a step's attention.
+
+Holds the call of a Transformers model: what it is given, and what its layers ask for. Must not know plans, sampling or
+graphs.
+Read next: `longspan.models.hook`, through which layers call attention; `longspan.worker.runner` and
+`longspan.worker.graphs`, which call this.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longspan.cp.step import StepAttention
+from longspan.models.hook import AttentionCall
+from longspan.models.last_layer import READ_ROWS
+from longspan.types import AttentionParams
+
+
+class StepOutput(NamedTuple):
+    """What came of a step on one rank."""
+
+    logits: Tensor | None
+    """[n, vocab] of the rows that the plan reads, which may be overwritten by the next step; None on a rank without
+    rows."""
+    bytes_sent: Mapping[str, int]
+    """As `StepAttention.bytes_sent`."""
+
+
+class ModelForward:
+    """Runs the layers of a step: those of the model, or on a rank without rows attention alone."""
+
+    def __init__(
+        self, model: nn.Module, layer_params: Sequence[AttentionParams], before_layer: Callable[[int], None]
+    ) -> None:
+        """Take a model.
+
+        Args:
+            model: loaded with the `longspan` attention function.
+            layer_params: per layer, what the model was found to ask of attention.
+            before_layer: called with the layer's index before every layer.
+        """
+        self._model: Any = model
+        self._before_layer = before_layer
+        self.layer_params = layer_params
+        self.device = next(model.parameters()).device
+        # A mask with four dimensions is taken as it is; without one, Transformers looks for packed rows in every step.
+        self._no_mask = torch.empty(1, 1, 0, 0, device=self.device)
+
+    def run(
+        self,
+        attention: StepAttention,
+        token_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        *,
+        dense_threads: int | None = None,
+    ) -> Tensor:
+        """Run the model over a rank's packed rows.
+
+        Args:
+            attention: of the step.
+            token_ids: [T] input tokens.
+            positions: [T] global positions.
+            logit_rows: [n] int64 packed rows that need logits.
+            dense_threads: threads for all but attention and exchanges; None: as many as for these.
+
+        Returns:
+            [n, vocab] logits of `logit_rows`.
+
+        Collective: all ranks of the step call this or `join`.
+        """
+        params, own_threads = self.layer_params, torch.get_num_threads()
+        dense_threads = own_threads if dense_threads is None else dense_threads
+        is_lent = dense_threads != own_threads
+
+        def attend(call: AttentionCall) -> Tensor:
+            self._before_layer(call.layer)
+            expected = params[call.layer]
+            assert (call.scale, call.softcap, call.window) == (expected.scale, expected.softcap, expected.window)
+            if is_lent:
+                torch.set_num_threads(own_threads)  # the others compute too
+            attended = attention.attend(call.layer, call.q, call.k, call.v, sinks=call.sinks)
+            if is_lent:
+                torch.set_num_threads(dense_threads)
+            return attended
+
+        if is_lent:
+            torch.set_num_threads(dense_threads)
+        try:
+            output = self._model(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                attention_mask=self._no_mask,
+                use_cache=False,
+                logits_to_keep=logit_rows,
+                longspan_attend=attend,
+                **{READ_ROWS: attention.read_rows},
+            )
+        finally:
+            if is_lent:
+                torch.set_num_threads(own_threads)
+        logits: Tensor = output.logits[0]
+        assert logits.shape[0] == len(logit_rows)
+        return logits
+
+    def join(self, attention: StepAttention) -> None:
+        """Take part in all layers of a step on a rank without rows. Collective: as `run`."""
+        for layer in range(len(self.layer_params)):
+            self._before_layer(layer)
+            attention.join(layer)
+
+    def begin_layers(self) -> None:
+        """Begin all layers at once: for a launch that repeats a whole step."""
+        for layer in range(len(self.layer_params)):
+            self._before_layer(layer)
