@@ -15,14 +15,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 
-import msgspec
-
 from longspan.engine.engine import Engine
 from longspan.engine.stats import EngineStats
+from longspan.engine.update import Update, update_of
 from longspan.errors import LongspanError
 from longspan.plan.types import PlanResult
 from longspan.scheduler.request import Constraint, Request
-from longspan.types import FinishReason, SamplingParams, TokenLogprobs
+from longspan.types import FinishReason, SamplingParams
 
 IDLE_CHECK_S = 0.5
 """How often ranks that have nothing to do are looked at: one that died must not go unnoticed until the next request."""
@@ -36,26 +35,6 @@ class QueueFullError(LongspanError):
 
     def __init__(self, num_waiting: int, limit: int) -> None:
         super().__init__(f"{num_waiting} requests wait, legal is at most {limit}; try again later")
-
-
-class Update(msgspec.Struct, frozen=True):
-    """What one step did for one request."""
-
-    token_ids: list[int]
-    """New tokens; empty while the prompt is being computed."""
-    logprobs: list[TokenLogprobs]
-    """One per new token, if asked for."""
-    num_prefilled: int
-    """Prompt tokens computed or found in the cache so far."""
-    num_cached: int
-    """Prompt tokens that were found in the cache."""
-    since_start_s: float
-    """Seconds since the request's first step was submitted."""
-    finish_reason: FinishReason | None
-    prompt_logprobs: list[TokenLogprobs] | None
-    """With the first token, if asked for: one per prompt token but the first."""
-    is_recovering: bool = False
-    """The ranks are lost; when new ones are ready, prompt and tokens are computed again before the next token."""
 
 
 class RequestStream:
@@ -335,16 +314,8 @@ class AsyncEngine:
                 self._not_started.pop(request.request_id, None)
                 updates.setdefault(stream._loop, []).append((stream, LongspanError(request.error)))
                 continue
-            first, stream._num_read = stream._num_read, request.num_generated
-            update = Update(
-                token_ids=request.token_ids[request.prompt_len + first :],
-                logprobs=request.logprobs[first:],
-                num_prefilled=min(request.num_computed, request.prompt_len),
-                num_cached=request.num_cached,
-                since_start_s=self._since_start_s(stream),
-                finish_reason=request.finish_reason,
-                prompt_logprobs=request.prompt_logprobs if first == 0 < request.num_generated else None,
-            )
+            update = update_of(request, stream._num_read, self._since_start_s(stream))
+            stream._num_read = request.num_generated
             updates.setdefault(stream._loop, []).append((stream, update))
             if request.finish_reason is not None:
                 del self._streams[request.request_id]
