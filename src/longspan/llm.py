@@ -29,7 +29,7 @@ from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
-    from longspan.engine.engine import Engine, RankStats
+    from longspan.engine.stats import RankStats
     from longspan.models.grammar import GrammarConstraint, Grammars
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -159,7 +159,8 @@ class LLM:
                 from longspan.models.loader import load_config, load_tokenizer
             check_proven(load_config(model)[0])  # before anything that an unproven model may lack
             self.tokenizer = load_tokenizer(model)
-            self._engine = Engine(config, launcher=launcher)
+            self.engine = Engine(config, launcher=launcher)
+            """What runs the requests, for tools and tests that look deeper than text."""
         self.load_s = time.perf_counter() - started
         """Seconds until the ranks were ready."""
 
@@ -197,20 +198,20 @@ class LLM:
         try:
             for i, (prompt, one) in enumerate(zip(several, params, strict=True)):
                 text, token_ids = self._token_ids(prompt)
-                request = self._engine.add_request(token_ids, one, constraint=self._constraint(one))
+                request = self.engine.add_request(token_ids, one, constraint=self._constraint(one))
                 reader = OutputReader(self.tokenizer, token_ids, one)
                 running[request.request_id] = _Running(i, text, request, reader)
-            while self._engine.has_requests:
-                for request in self._engine.step():
+            while self.engine.has_requests:
+                for request in self.engine.step():
                     state, now_s = running[request.request_id], time.perf_counter() - started
                     state.read(now_s)
                     if state.reader.finish_reason is not None and request.finish_reason is None:
-                        self._engine.finish(request, state.reader.finish_reason)  # at a stop string
+                        self.engine.finish(request, state.reader.finish_reason)  # at a stop string
                     if on_progress is not None:
                         on_progress(state.progress(now_s))
         except BaseException:  # a prompt that is refused, a worker that died, Ctrl-C in a notebook
             for state in running.values():
-                self._engine.abort(state.request)
+                self.engine.abort(state.request)
             raise
         return [state.output() for state in running.values()]
 
@@ -241,30 +242,25 @@ class LLM:
         if self._grammars is None:
             from longspan.models.grammar import make_grammars
 
-            spec = self._engine.spec
+            spec = self.engine.spec
             self._grammars = make_grammars(self.tokenizer, spec.vocab_size, spec.eos_token_ids)
         return self._grammars.compile(params.json_schema)
 
     def rank_stats(self) -> "list[RankStats]":
         """What every rank holds and has done, since the LLM was made."""
-        return self._engine.rank_stats()
+        return self.engine.rank_stats()
 
     def strategy_counts(self) -> dict[str, int]:
         """(plan, KV group) pairs per strategy, since the LLM was made."""
-        return dict(self._engine.strategy_counts)
+        return dict(self.engine.strategy_counts)
 
     def explain(self) -> list[Choice]:
         """Which strategies were chosen so far, per phase and KV group, and each candidate's predicted time."""
-        return self._engine.scheduler.writer.choices.all
-
-    @property
-    def engine(self) -> "Engine":
-        """What runs the requests, for tools and tests that look deeper than text."""
-        return self._engine
+        return self.engine.choices.all
 
     def close(self) -> None:
         """End the ranks. May be called twice."""
-        self._engine.close()
+        self.engine.close()
 
     def __enter__(self) -> "LLM":
         return self

@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from longspan.engine.async_engine import RequestStream
 from longspan.engine.output_reader import OutputDelta, OutputReader
+from longspan.engine.request_stream import RequestStream
 from longspan.engine.update import Update
 from longspan.errors import LongspanError
 from longspan.server.errors import ApiError
