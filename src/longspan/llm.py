@@ -6,28 +6,30 @@
         output = llm.generate(text, SamplingParams(max_tokens=32))[0]
         print(output.outputs[0].text)
 
-Holds outputs, timing and the loop over steps. Must not know how steps run, and imports torch only when the ranks do so
-too.
-Read next: `longspan.engine.engine`.
+Holds outputs, timing and the loop over steps. Must not know how steps run, nor how tokens become text, and imports
+torch only when the ranks do so too.
+Read next: `longspan.engine.output_reader`, `longspan.engine.engine`.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from longspan.config import EngineConfig
 from longspan.costmodel.explain import Choice
+from longspan.engine.output_reader import OutputReader
 from longspan.engine.processes import early_ranks
+from longspan.engine.update import update_of
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
-from longspan.models.detokenizer import TextStream, encode_prompt
+from longspan.models.detokenizer import encode_prompt
 from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
-    from longspan.engine.engine import Engine, RankStats
+    from longspan.engine.stats import RankStats
     from longspan.models.grammar import GrammarConstraint, Grammars
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -79,18 +81,54 @@ class Progress:
     generated_tokens: int
     elapsed_s: float
     """Since the call of `generate`."""
+    prefill_left_s: float | None
+    """Estimate of the seconds until the prompt is computed; None when there is nothing to go by."""
 
 
-@dataclass(slots=True)
 class _Running:
     """What `generate` keeps of a request beside the engine's own state."""
 
-    request_idx: int
-    prompt: str | None
-    request: Request
-    stream: TextStream
-    num_read: int = 0
-    token_times: list[float] = field(default_factory=list)
+    def __init__(self, request_idx: int, prompt: str | None, request: Request, reader: OutputReader) -> None:
+        self.request_idx, self.prompt, self.request, self.reader = request_idx, prompt, request, reader
+        self._first_s: float | None = None
+        self._last_s = 0.0
+
+    def read(self, now_s: float) -> None:
+        """Take in the request's new tokens. Args: seconds since the call of `generate`."""
+        delta = self.reader.read(update_of(self.request, self.reader.num_generated, now_s))
+        if delta.offsets:
+            self._first_s, self._last_s = now_s if self._first_s is None else self._first_s, now_s
+
+    def progress(self, now_s: float) -> Progress:
+        """How far the request is. Args: seconds since the call of `generate`."""
+        prefill = self.reader.prefill_progress()
+        generated = self.reader.num_generated
+        return Progress(self.request_idx, prefill.total, prefill.processed, generated, now_s, prefill.left_s)
+
+    def output(self) -> RequestOutput:
+        """Everything about the request, which has ended."""
+        request, params, num_generated = self.request, self.request.params, self.reader.num_generated
+        reason = self.reader.finish_reason
+        assert reason is not None
+        between_s = None if self._first_s is None else self._last_s - self._first_s
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=request.token_ids[: request.prompt_len],
+            outputs=[
+                CompletionOutput(
+                    text=self.reader.text,
+                    token_ids=request.output_token_ids[:num_generated],
+                    finish_reason=reason,
+                    logprobs=None if params.logprobs is None else request.logprobs[:num_generated],
+                    error=request.error if reason is FinishReason.ERROR else None,
+                )
+            ],
+            prompt_logprobs=None if params.prompt_logprobs is None else [None, *request.prompt_logprobs],
+            ttft_s=self._first_s,
+            tpot_s=between_s / (num_generated - 1) if between_s is not None and num_generated > 1 else None,
+            num_cached_tokens=self.reader.num_cached,
+        )
 
 
 class LLM:
@@ -121,7 +159,8 @@ class LLM:
                 from longspan.models.loader import load_config, load_tokenizer
             check_proven(load_config(model)[0])  # before anything that an unproven model may lack
             self.tokenizer = load_tokenizer(model)
-            self._engine = Engine(config, launcher=launcher)
+            self.engine = Engine(config, launcher=launcher)
+            """What runs the requests, for tools and tests that look deeper than text."""
         self.load_s = time.perf_counter() - started
         """Seconds until the ranks were ready."""
 
@@ -159,27 +198,22 @@ class LLM:
         try:
             for i, (prompt, one) in enumerate(zip(several, params, strict=True)):
                 text, token_ids = self._token_ids(prompt)
-                request = self._engine.add_request(token_ids, one, constraint=self._constraint(one))
-                running[request.request_id] = _Running(i, text, request, TextStream(self.tokenizer, token_ids, one))
-            while self._engine.has_requests:
-                for request in self._engine.step():
-                    state = running[request.request_id]
-                    self._read(state, time.perf_counter() - started)
+                request = self.engine.add_request(token_ids, one, constraint=self._constraint(one))
+                reader = OutputReader(self.tokenizer, token_ids, one)
+                running[request.request_id] = _Running(i, text, request, reader)
+            while self.engine.has_requests:
+                for request in self.engine.step():
+                    state, now_s = running[request.request_id], time.perf_counter() - started
+                    state.read(now_s)
+                    if state.reader.finish_reason is not None and request.finish_reason is None:
+                        self.engine.finish(request, state.reader.finish_reason)  # at a stop string
                     if on_progress is not None:
-                        on_progress(
-                            Progress(
-                                state.request_idx,
-                                request.prompt_len,
-                                min(request.num_computed, request.prompt_len),
-                                request.num_generated,
-                                time.perf_counter() - started,
-                            )
-                        )
+                        on_progress(state.progress(now_s))
         except BaseException:  # a prompt that is refused, a worker that died, Ctrl-C in a notebook
             for state in running.values():
-                self._engine.abort(state.request)
+                self.engine.abort(state.request)
             raise
-        return [_output(state) for state in running.values()]
+        return [state.output() for state in running.values()]
 
     def _token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -208,44 +242,25 @@ class LLM:
         if self._grammars is None:
             from longspan.models.grammar import make_grammars
 
-            spec = self._engine.spec
+            spec = self.engine.spec
             self._grammars = make_grammars(self.tokenizer, spec.vocab_size, spec.eos_token_ids)
         return self._grammars.compile(params.json_schema)
 
-    def _read(self, state: _Running, now_s: float) -> None:
-        """Take in a request's new tokens, and end it at a stop string."""
-        request = state.request
-        for token_id in request.output_token_ids[state.num_read :]:
-            state.token_times.append(now_s)
-            state.stream.add(token_id)
-            state.num_read += 1
-        if request.finish_reason is not None:
-            state.stream.finish()
-        if state.stream.stopped:
-            if request.finish_reason is None:
-                self._engine.finish(request, FinishReason.STOP)
-            request.finish_reason = FinishReason.STOP
-
     def rank_stats(self) -> "list[RankStats]":
         """What every rank holds and has done, since the LLM was made."""
-        return self._engine.rank_stats()
+        return self.engine.rank_stats()
 
     def strategy_counts(self) -> dict[str, int]:
         """(plan, KV group) pairs per strategy, since the LLM was made."""
-        return dict(self._engine.strategy_counts)
+        return dict(self.engine.strategy_counts)
 
     def explain(self) -> list[Choice]:
         """Which strategies were chosen so far, per phase and KV group, and each candidate's predicted time."""
-        return self._engine.scheduler.writer.choices.all
-
-    @property
-    def engine(self) -> "Engine":
-        """What runs the requests, for tools and tests that look deeper than text."""
-        return self._engine
+        return self.engine.choices.all
 
     def close(self) -> None:
         """End the ranks. May be called twice."""
-        self._engine.close()
+        self.engine.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -281,27 +296,3 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams], num_prompts: i
 def _is_list(value: object) -> bool:
     """A sequence that is not text; bytes are neither text nor token ids."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
-
-
-def _output(state: _Running) -> RequestOutput:
-    request, times = state.request, state.token_times
-    assert request.finish_reason is not None
-    params = request.params
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=state.prompt,
-        prompt_token_ids=request.token_ids[: request.prompt_len],
-        outputs=[
-            CompletionOutput(
-                text=state.stream.text,
-                token_ids=request.output_token_ids,
-                finish_reason=request.finish_reason,
-                logprobs=None if params.logprobs is None else request.logprobs,
-                error=request.error if request.finish_reason is FinishReason.ERROR else None,
-            )
-        ],
-        prompt_logprobs=None if params.prompt_logprobs is None else [None, *request.prompt_logprobs],
-        ttft_s=times[0] if times else None,
-        tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        num_cached_tokens=request.num_cached,
-    )

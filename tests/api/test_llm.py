@@ -148,6 +148,28 @@ def test_a_stop_string_may_start_in_one_token_and_end_in_a_later_one(llm):
     assert output.outputs[0].finish_reason is FinishReason.STOP
 
 
+def test_a_token_behind_a_stop_string_does_not_count_however_many_plans_have_ended(llm, monkeypatch):
+    num_together = []
+    take_in = llm.engine.take_in
+
+    def take_in_together(done):
+        for future in llm.engine.in_flight:
+            future.result(timeout=20)
+        done = llm.engine.in_flight.ended()
+        num_together.append(len(done))
+        return take_in(done)
+
+    monkeypatch.setattr(llm.engine, "take_in", take_in_together)
+    for fruit in ("apples", "pears", "a fig"):
+        params = SamplingParams(max_tokens=50, stop="STOP", logprobs=0)
+        (output,) = llm.generate(prompt_for(f"{fruit} STOP and no more"), params)
+        completion = output.outputs[0]
+        assert (completion.text, completion.finish_reason) == (f"{fruit} ", FinishReason.STOP)
+        assert bytes(completion.token_ids) == f"{fruit} STOP".encode()
+        assert [one.token_id for one in completion.logprobs] == completion.token_ids
+    assert num_together.count(2) > 5, "plans never stood behind each other"
+
+
 def test_the_first_of_several_stop_strings_counts(llm):
     (output,) = llm.generate(prompt_for("a bc d"), SamplingParams(max_tokens=6, stop=("bc", "c", "d")))
     assert text_of(output) == "a "

@@ -21,12 +21,14 @@ import traceback
 from collections import Counter
 from concurrent.futures import Future
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, make_config, make_model, tokens_alone
 
 from longspan.config import EngineConfig
 from longspan.engine import engine as engine_module
+from longspan.engine import ranks as ranks_module
 from longspan.engine.engine import Engine
 from longspan.engine.executor import PendingPlans
 from longspan.engine.recovery import POISON_CRASHES
@@ -145,13 +147,18 @@ class World:
 
     def _make_engine(self, model: object, config: EngineConfig) -> Engine:
         text = SimpleNamespace(hidden_size=1)
-        with mock.patch.multiple(
-            engine_module,
-            load_config=lambda _: (SimpleNamespace(get_text_config=lambda: text), None),
-            inspect_model=lambda *_: model,
-            start_executor=lambda start, *_: SimulatedRanks(self, start),
+        with (
+            mock.patch.multiple(
+                engine_module,
+                load_config=lambda _: (SimpleNamespace(get_text_config=lambda: text), None),
+                inspect_model=lambda *_: model,
+            ),
+            self._simulated_ranks(),
         ):
             return Engine(config)
+
+    def _simulated_ranks(self) -> Any:
+        return mock.patch.object(ranks_module, "start_executor", lambda start, *_: SimulatedRanks(self, start))
 
     def count(self, what: str) -> None:
         self.counts[what] += 1
@@ -168,7 +175,7 @@ class World:
         """Returns whether the engine lived to the end."""
         rng = self.rng
         losses, gone = rng.choice((0.0, 0.02, 0.1)), rng.random() < 0.15
-        with mock.patch.object(engine_module, "start_executor", lambda start, *_: SimulatedRanks(self, start)):
+        with self._simulated_ranks():
             for step in range(rng.choice((30, 100))):
                 if gone and step == 20:
                     self.most_ranks = rng.randrange(self.engine.config.context_parallel_size)

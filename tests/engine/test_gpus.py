@@ -14,7 +14,7 @@ from tiny_models import load_reference, tiny_model
 from longspan.attention import select
 from longspan.attention.select import make_backend
 from longspan.config import EngineConfig
-from longspan.engine import engine, gpus
+from longspan.engine import gpus, ranks
 from longspan.engine.engine import Engine
 from longspan.engine.gpus import GPU, choose_device, find_gpus
 from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
@@ -233,7 +233,7 @@ def test_an_engine_cuts_a_gpus_memory_into_ranks_and_pages(visible, monkeypatch)
         seen.append((start.config.device, start.config.kv_cache_memory, start.spec.kv_groups[0].spec.compute_dtype))
         return SimpleNamespace(hosts=())
 
-    monkeypatch.setattr(engine, "start_executor", start_executor)
+    monkeypatch.setattr(ranks, "start_executor", start_executor)
     model = tiny_model("llama").path
     Engine(EngineConfig(model=model, context_parallel_size=2))
     Engine(EngineConfig(model=model, context_parallel_size=4, executor="threads", device="cuda", dtype="float32"))

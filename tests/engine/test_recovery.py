@@ -316,24 +316,18 @@ def test_text_ends_at_a_stop_string_whatever_was_done_before_a_loss(cache_home, 
     """Two plans may be done when the ranks are lost, one behind the other: the second one's token is behind the end."""
     stop = SamplingParams(max_tokens=40, stop=("4711",))
     with LLM("recall", **RANKS, max_restarts=1) as llm:
-        running, submit_plans, take_in = llm.engine, llm.engine.submit_plans, llm.engine.take_in
-        in_flight = []
+        running, submit_plans = llm.engine, llm.engine.submit_plans
 
         def submit_and_lose():
-            in_flight.extend(submit_plans())
+            submit_plans()
             generated = [request.num_generated for request in running.scheduler.running]
-            if generated == [3] and len(in_flight) == 2 and not running.restarts.num_done:
-                wait(in_flight, timeout=20)
+            if generated == [3] and len(running.in_flight) == 2 and not running.restarts.num_done:
+                wait(running.in_flight, timeout=20)
                 os.kill(ranks(os.getpid())[0], signal.SIGKILL)
                 while running.failure is None:
                     time.sleep(0.01)
 
-        def note_taken(done):
-            in_flight[:] = [future for future in in_flight if future not in done]
-            return take_in(done)
-
         monkeypatch.setattr(running, "submit_plans", submit_and_lose)
-        monkeypatch.setattr(running, "take_in", note_taken)
         (output,) = llm.generate(PROMPTS[:1], stop)
         assert output.outputs[0].text == ""
         assert len(output.outputs[0].token_ids) == 4

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from longspan.models.detokenizer import TextStream
+from longspan.models.detokenizer import Detokenizer
 from longspan.models.loader import load_tokenizer
-from longspan.types import SamplingParams
+from longspan.models.recall_tokenizer import BOS_ID, VOCAB_SIZE
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +30,24 @@ def pieces(seed: int) -> bytes:
 @pytest.mark.parametrize("seed", range(60))
 def test_streamed_text_is_the_decoded_text_and_never_far_behind(tokenizer, seed):
     data = pieces(seed)
-    stream = TextStream(tokenizer, [65, 66], SamplingParams(max_tokens=len(data)))
+    detokenizer = Detokenizer(tokenizer, [65, 66])
     text = ""
     for i, byte in enumerate(data):
-        text += stream.add(byte)
-        assert text == stream.text
+        text += detokenizer.add(byte)
         decoded = data[: i + 1].decode(errors="replace")
+        assert decoded.startswith(text)
         assert len(decoded) - len(text) <= 9, "text is held back"
-    text += stream.finish()
+    text += detokenizer.finish()
     assert text == tokenizer.decode(list(data), skip_special_tokens=True)
 
 
-def test_a_stop_string_is_found_behind_bytes_that_are_no_text(tokenizer):
-    stream = TextStream(tokenizer, [65], SamplingParams(max_tokens=100, stop=("END",)))
-    for byte in [0x80] * 40 + list(b"xENDy"):
-        if not stream.stopped:
-            stream.add(byte)
-    assert stream.stopped
-    assert stream.text == "\ufffd" * 40 + "x"
+@pytest.mark.parametrize("token_id", [BOS_ID, VOCAB_SIZE, 100_000])
+def test_special_tokens_and_ids_outside_the_vocabulary_have_no_text(tokenizer, token_id):
+    detokenizer = Detokenizer(tokenizer, [65])
+    assert [detokenizer.add(one) for one in (66, token_id, 67)] == ["B", "", "C"]
+    assert detokenizer.finish() == ""
+
+
+def test_a_prompt_that_ends_within_a_character_is_not_repeated(tokenizer):
+    detokenizer = Detokenizer(tokenizer, [65, *"€".encode()[:2]])
+    assert [detokenizer.add(byte) for byte in ("€".encode()[2], *b"abc")] == ["", "a", "b", "c"]

@@ -13,7 +13,6 @@ from longspan.llm import LLM
 from longspan.models.grammar import Grammars
 from longspan.models.loader import load_tokenizer
 from longspan.server.config import ServerConfig
-from longspan.server.generation import _held_back
 from longspan.server.logprobs import prompt_offsets
 from longspan.server.protocol import nth_choice
 from longspan.server.sse import event
@@ -365,14 +364,6 @@ def test_a_stop_string_never_shows_in_a_stream(server, llm):
         server.ok(COMPLETIONS, prompt=PROMPT, temperature=0, max_tokens=60, stop=stop)["choices"][0]["text"]
         == whole[:at]
     )
-
-
-def test_what_may_become_a_stop_string_is_held_back():
-    assert _held_back("abc", ["cde"]) == 1
-    assert _held_back("abcd", ["cde", "bcdx"]) == 3
-    assert _held_back("abc", ["x", "bd"]) == 0
-    assert _held_back("", ["ab"]) == 0
-    assert _held_back("aaa", ["aaaa"]) == 3
 
 
 def test_usage_comes_last_if_asked_for(server):

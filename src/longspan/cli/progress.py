@@ -9,8 +9,6 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from longspan.engine.estimate import time_left_s
-
 if TYPE_CHECKING:
     from longspan.llm import Progress
 
@@ -26,7 +24,6 @@ class ProgressPrinter:
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._max_tokens = max_tokens
-        self._samples: list[tuple[int, float]] = []  # (tokens prefilled, seconds), once per step
         self._last_line_s = time.perf_counter()
         self._is_terminal = sys.stderr.isatty()
         self._bar = Progress(
@@ -43,11 +40,9 @@ class ProgressPrinter:
         """Show how far the request is."""
         p = progress
         if p.generated_tokens == 0:
-            self._samples.append((p.prefilled_tokens, p.elapsed_s))
-            left_s = time_left_s(self._samples, p.prompt_tokens)
             status = f"{p.prefilled_tokens}/{p.prompt_tokens} tokens"
-            if left_s is not None:
-                status += f", {p.prefilled_tokens / p.elapsed_s:.0f} tokens/s, {left_s:.0f} s left"
+            if p.prefill_left_s is not None:
+                status += f", {p.prefilled_tokens / p.elapsed_s:.0f} tokens/s, {p.prefill_left_s:.0f} s left"
             self._show("prefill", p.prefilled_tokens, p.prompt_tokens, status)
         else:
             status = f"{p.generated_tokens}/{self._max_tokens} tokens"

@@ -1,58 +1,48 @@
 """The engine: schedule, run, update, until no request is left.
 
-Holds the loop and the start-up. Must not know text: prompts and outputs are token ids here.
-Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`.
+Holds the loop, its one copy: `Engine.step`, which `LLM` calls and the thread of `AsyncEngine`. Must not know text:
+prompts and outputs are token ids here.
+Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`; `longspan.engine.ranks`.
 """
 
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 
-import msgspec
 import torch
 from msgspec import structs
 
-from longspan.config import REMOTE_EXECUTORS, EngineConfig
+from longspan.config import EngineConfig
 from longspan.costmodel.parameters import Costs
-from longspan.engine.cost_parameters import file_costs, find_costs, striped_from
-from longspan.engine.executor import Executor
-from longspan.engine.gpus import GPU, choose_device
+from longspan.engine.cost_parameters import striped_from
+from longspan.engine.gpus import choose_device
+from longspan.engine.in_flight import PlansInFlight
 from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.launcher import Launcher
-from longspan.engine.memory import gpu_cache_memory, kv_cache_memory
-from longspan.engine.recovery import STARTS, Restarts, add_totals, fail_poison, fail_unfit, fewer_ranks
-from longspan.engine.start import start_executor
-from longspan.errors import ConfigError, LongspanError
+from longspan.engine.memory import rank_cache_memory
+from longspan.engine.ranks import Ranks
+from longspan.engine.recovery import fail_poison, fail_unfit
+from longspan.engine.stats import Capacity, EngineStats, RankStats, WorkDone
+from longspan.errors import ConfigError
 from longspan.group.messages import Start
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
-from longspan.plan.types import PlanResult, RankResult
+from longspan.plan.types import PlanResult
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_pages
 from longspan.types import FinishReason, ModelSpec, SamplingParams
 
-
-class RankStats(msgspec.Struct, frozen=True):
-    """One rank's share of the work so far. Page and byte figures are peaks, summed over KV groups."""
-
-    rank: int
-    kv_pages_used: int
-    kv_pages_total: int
-    kv_bytes: int
-    tokens_computed: int
-    bytes_sent: int
-    busy_s: float
-    """Seconds spent on plans, waits for peers included."""
+IDLE_CHECK_S = 0.5
+"""How often ranks that have nothing to do are looked at: one that died must not go unnoticed until the next request."""
 
 
 class Engine:
-    """Runs requests on the ranks of one cp_group. Not safe to use from several threads."""
+    """Runs requests on the ranks of one cp_group. Not safe to use from several threads, but for what says so."""
 
     def __init__(
         self, config: EngineConfig, model: torch.nn.Module | None = None, launcher: Launcher | None = None
@@ -78,70 +68,33 @@ class Engine:
         spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, torch.device(device)))
         groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
         self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups))
-        self._hidden_size: int = model_config.get_text_config().hidden_size
-        memory = self._kv_cache_memory(config, gpus, is_loaded=model is not None)
+        hidden_size: int = model_config.get_text_config().hidden_size
+        memory = rank_cache_memory(config, gpus, self.spec, hidden_size, is_loaded=model is not None)
         self.config = config = structs.replace(config, kv_cache_memory=memory)
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
-        costs = file_costs(config, self.spec)
-        self._model, self._start = model, Start(config, self.spec, num_pages, None)
-        self._launcher = launcher  # of ranks that are lost, or start: until an executor starts them with it
-        self._given_up = threading.Event()
-        self.executor: Executor
-        """The ranks; others after a loss."""
-        self.costs = costs
-        """What ranks and links can do; None where nobody knows."""
-        self._futures: dict[Future[PlanResult], None] = {}  # in the order submitted
+        self.choices = self.scheduler.writer.choices
+        """Which strategies were chosen so far, and why."""
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""
-        self.restarts = Restarts(config.max_restarts)
-        """How often ranks that were lost have been replaced."""
+        self.in_flight = PlansInFlight()
+        """Plans that the ranks have not answered."""
+        self._work = WorkDone()
+        self._num_unchecked = 0  # plans since the books were checked
         self._lost: BaseException | None = None  # why a plan failed; the ranks are to be replaced
-        self._failure: BaseException | None = None  # the end: they are not replaced any more
         self._recovery_began_s: float | None = None
         self._recovered: list[Request] = []  # what `recover` has to tell, once it is done
-        self._num_unchecked = 0  # plans since the books were checked
-        self._last_results: dict[int, RankResult] = {}  # per rank; its totals count from the start of these ranks
-        self._earlier: dict[int, RankResult] = {}  # the same, of ranks that were lost
-        self._start_until_ready(may_lose_ranks=False)
 
-    def _kv_cache_memory(self, config: EngineConfig, gpus: Sequence[GPU], *, is_loaded: bool) -> int:
-        """Bytes per rank."""
-        asked, size = config.kv_cache_memory, config.context_parallel_size
-        if config.device == "cpu":
-            return kv_cache_memory(asked, size)
-        if config.executor in REMOTE_EXECUTORS:
-            if asked is None:
-                raise ConfigError(
-                    f"kv_cache_memory: got none with executor {config.executor!r} and device 'cuda', legal is a size: "
-                    "the GPUs are elsewhere"
-                )
-            return asked
-        sharing = size // len(gpus)  # threads share one
-        weight_bytes = 0 if is_loaded else self.spec.weight_bytes
-        together = None if asked is None else asked * sharing
-        tokens = config.max_num_batched_tokens * sharing
-        return gpu_cache_memory(together, gpus, self.spec, weight_bytes, self._hidden_size, tokens) // sharing
+        def use(costs: Costs) -> None:
+            shortest = striped_from(self.config, self.spec, costs, hidden_size, num_pages)
+            self.scheduler.use_costs(costs, shortest)
 
-    def _start_ranks(self, launcher: Launcher | None, costs: Costs | None) -> tuple[Executor, Costs | None]:
-        """Ranks that are ready, and what they can do.
-
-        Args:
-            launcher: of ranks that start already; None starts them here.
-            costs: if they are known; None measures them.
-        """
-        executor = start_executor(self._start, self._model, launcher, self._given_up)
-        try:
-            if costs is None:
-                costs = find_costs(self.config, self.spec, executor, executor.hosts)
-            if costs is not None:
-                num_pages = self._start.num_pages
-                shortest = striped_from(self.config, self.spec, costs, self._hidden_size, num_pages)
-                self.scheduler.use_costs(costs, shortest)
-        except BaseException:
-            executor.close()
-            raise
-        return executor, costs
+        self.ranks = Ranks(Start(config, self.spec, num_pages, None), model, launcher, use)
+        """The ranks, and what starts new ones."""
+        self.restarts = self.ranks.restarts
+        """How often ranks that were lost have been replaced."""
+        self.executor = self.ranks.start()
+        """Runs plans on the ranks; another one after a loss."""
 
     def add_request(
         self,
@@ -152,8 +105,8 @@ class Engine:
         page_hashes: list[bytes] | None = None,
     ) -> Request:
         """Queue a request. Raises: as `Scheduler.add_request`, and what made the ranks fail before."""
-        if self._failure is not None:
-            raise self._failure
+        if self.ranks.failure is not None:
+            raise self.ranks.failure
         return self.scheduler.add_request(prompt_token_ids, params, constraint=constraint, page_hashes=page_hashes)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
@@ -162,54 +115,68 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """End a request that nobody waits for any more, in flight or not. `step` does not return it again."""
-        if self._failure is None:
+        if self.ranks.failure is None:
             self.scheduler.cancel(request)
 
     @property
     def failure(self) -> BaseException | None:
         """Why the ranks are lost, also while none of them had anything to do; `recover` replaces them."""
-        return self._failure or self._lost or self.executor.failure
+        return self.ranks.failure or self._lost or self.executor.failure
 
     @property
     def has_requests(self) -> bool:
         """Whether any request has not ended."""
         return self.scheduler.has_requests
 
-    def step(self) -> list[Request]:
-        """Submit what can run, wait for the first plan to end, take in its result, and no other.
+    def step(
+        self, *, meanwhile: Callable[[], None] | None = None, on_loss: Callable[[], None] | None = None
+    ) -> list[Request]:
+        """Submit what can run, wait until a plan ends, and take in all that have ended.
 
-        If the ranks are lost, replace them, once all that was done before is taken in, and no more.
+        If the ranks are lost, replace them, once all that was done before is taken in, and no more. Without a request
+        it waits for `wake`.
+
+        Args:
+            meanwhile: called when the ranks have their work, or are lost, and before the wait.
+            on_loss: called before ranks that are lost are replaced.
 
         Returns:
-            The requests that advanced, by one token at most: who reads text can end one before its next token counts.
-            After a loss those that ended, as `recover` returns them.
+            The requests that advanced; after a loss as `recover` returns them.
 
         Raises:
             WorkerError: a worker died or failed, too often; the engine is of no more use.
         """
-        if self.failure is not None:
-            done = [future for future in self._futures if future.done() and future.exception() is None]
-            return self.take_in(done[:1]) if done else self.recover()
+        is_lost = self.failure is not None
+        if not is_lost:
+            with deferred_interrupt():
+                self.submit_plans()
+            assert self.in_flight or not self.has_requests, "requests wait, but no plan runs"
+        if meanwhile is not None:
+            meanwhile()
+        if not is_lost:
+            while not self.in_flight.wait(IDLE_CHECK_S) and self.failure is None:
+                pass
+        elif not any(future.exception() is None for future in self.in_flight.ended()):
+            if on_loss is not None:
+                on_loss()
+            return self.recover()
         with deferred_interrupt():
-            self.submit_plans()
-        assert self._futures, "requests wait, but no plan runs"
-        wait(self._futures, return_when=FIRST_COMPLETED)
-        # The newest is asked first: a plan ends after the one that it stands behind, which is then found too. `wait`
-        # itself may return the one without the other, as it asks them one after another in any order.
-        oldest = [future for future in reversed(self._futures) if future.done()][-1]
-        with deferred_interrupt():
-            return self.take_in([oldest])
+            return self.take_in(self.in_flight.ended())
 
-    def submit_plans(self) -> list[Future[PlanResult]]:
-        """Submit all plans that can start now; returns their futures. Raises: what made the ranks fail for good."""
-        if self._failure is not None:
-            raise self._failure
-        submitted: list[Future[PlanResult]] = []
+    def wake(self) -> None:
+        """End the wait of a `step`, or of the next one. Any thread may call it."""
+        self.in_flight.wake()
+
+    def submit_plans(self) -> int:
+        """Submit all plans that can start now; returns their number. Raises: what made the ranks fail for good."""
+        if self.ranks.failure is not None:
+            raise self.ranks.failure
+        num_plans = 0
         while (plan := self.scheduler.schedule()) is not None:
             self.strategy_counts.update(group.strategy.value for group in plan.groups)
-            submitted.append(self.executor.submit(plan))
-        self._futures.update(dict.fromkeys(submitted))
-        return submitted
+            self.in_flight.add(self.executor.submit(plan))
+            num_plans += 1
+        return num_plans
 
     def take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
         """Hand results to the scheduler. A plan that failed leaves a `failure`; results of lost ranks change nothing.
@@ -221,31 +188,26 @@ class Engine:
         advanced: dict[Request, None] = {}
         results: list[PlanResult] = []
         for future in done:
-            if future not in self._futures:
+            if not self.in_flight.remove(future):
                 continue  # of ranks that were lost, and replaced meanwhile
-            del self._futures[future]
             error = future.exception()
             if error is None:
                 results.append(future.result())
             else:
                 self._lost = self._lost or error
         for result in sorted(results, key=lambda result: result.plan_id):  # one may stand behind another
-            self._last_results.update({r.rank: r for r in result.ranks})
+            self._work.note(result.ranks)
             advanced.update(dict.fromkeys(self.scheduler.update(result)))
-        if results and self.config.check_invariants:
-            self._check(len(results))
-        return list(advanced)
-
-    def _check(self, num_plans: int) -> None:
-        """See the option `check_invariants`. Args: plans that have just been taken in."""
-        self._num_unchecked += num_plans
-        if self._num_unchecked >= self.config.check_invariants or not self.has_requests:
+        self._num_unchecked += len(results)
+        check_every = self.config.check_invariants
+        if results and check_every and (self._num_unchecked >= check_every or not self.has_requests):
             self._num_unchecked = 0
             try:
                 check_books(self.scheduler)
             except AssertionError as broken:
-                self._failure = broken  # no token of theirs can be trusted
+                self.ranks.failure = broken  # no token of theirs can be trusted
                 raise
+        return list(advanced)
 
     def recover(self) -> list[Request]:
         """Replace ranks that were lost: end what is left of them, start new ones, and compute again what ran.
@@ -261,66 +223,70 @@ class Engine:
         """
         cause = self.failure
         assert cause is not None, "no rank is lost"
-        if self._failure is not None or self._given_up.is_set():
-            raise cause
+        self.ranks.check_wanted(cause)
         if self._recovery_began_s is None:
-            self._take_restart(cause)
+            self.ranks.take_restart(cause)
             self._recovery_began_s = time.monotonic()
         with deferred_interrupt():
-            self._launcher = self.executor.replace() or self._launcher
-            self._recovered += self.take_in([f for f in self._futures if f.done() and f.exception() is None])
-            self._futures.clear()
+            self.ranks.end_lost()
+            self._recovered += self.take_in([f for f in self.in_flight.ended() if f.exception() is None])
+            self.in_flight.clear()
             self.scheduler.restart()
             self._recovered += fail_poison(self.scheduler, cause)
-            self._earlier, self._last_results = add_totals(self._earlier, self._last_results.values()), {}
-        self._next_generation()
-        self._start_until_ready(may_lose_ranks=True)
+            self._work.lose_ranks()
+        self.executor = self.ranks.start(self._lose_rank)
         self.restarts.note_ready(time.monotonic() - self._recovery_began_s, len(self.scheduler.waiting))
         recovered, self._recovered = list(dict.fromkeys(self._recovered)), []
         self._lost = self._recovery_began_s = None
         return recovered
 
-    def _next_generation(self) -> None:
-        self._start = structs.replace(self._start, generation=self._start.generation + 1)
+    def _lose_rank(self, config: EngineConfig) -> None:
+        """Go on with one rank less. Args: the options for those that are left."""
+        before, self.config = self.scheduler, config
+        self.scheduler = Scheduler(self.spec, config, self.ranks.told.num_pages)
+        self.scheduler.take_over(before)
+        self._recovered += fail_unfit(self.scheduler)
 
-    def _start_until_ready(self, *, may_lose_ranks: bool) -> None:
-        """Start ranks, and again if they fail to. Args: whether fewer will do if that happens often."""
-        num_failed = 0
-        while True:
-            launcher, self._launcher = self._launcher, None
-            try:
-                self.executor, self.costs = self._start_ranks(launcher, self.costs)
-            except LongspanError as error:
-                if self._given_up.is_set():
-                    self._failure = error
-                    raise
-                self._take_restart(error)
-                self._next_generation()
-                num_failed += 1
-            else:
-                return
-            is_enough = may_lose_ranks and num_failed % STARTS == 0
-            if is_enough and (config := fewer_ranks(self.config)) is not None:
-                with deferred_interrupt():
-                    before, self.config, self.costs = self.scheduler, config, None
-                    self._start = structs.replace(self._start, config=config)
-                    self.scheduler = Scheduler(self.spec, config, self._start.num_pages)
-                    self.scheduler.take_over(before)
-                    self._recovered += fail_unfit(self.scheduler)
+    # -- questions, which any thread may ask -------------------------------------------------------------------------
 
-    def _take_restart(self, cause: BaseException) -> None:
-        try:
-            self.restarts.take(cause)
-        except BaseException as final:
-            self._failure = final
-            raise
+    def capacity(self) -> Capacity:
+        """What the ranks can hold."""
+        num_pages = self.ranks.told.num_pages
+        unbounded = [n for n, group in zip(num_pages, self.spec.kv_groups, strict=True) if group.spec.window is None]
+        pages_per_rank = min(unbounded) if unbounded else num_pages[0]
+        return Capacity(self.config.context_parallel_size, self.config.page_size, pages_per_rank)
+
+    def check_fits(self, prompt_len: int, max_tokens: int) -> None:
+        """Refuse a request that would not fit even on empty ranks. Raises: CapacityError, with what would fit."""
+        self.scheduler.memory.check_fits(prompt_len, max_tokens)
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing and has done."""
+        scheduler, memory, restarts = self.scheduler, self.scheduler.memory, self.restarts
+        ranks = self.rank_stats()
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_pages_used=tuple(sum(group.num_used for group in groups) for groups in memory.allocators),
+            kv_pages_total=tuple(rank.kv_pages_total for rank in ranks),
+            busy_s=tuple(rank.busy_s for rank in ranks),
+            tokens_computed=tuple(rank.tokens_computed for rank in ranks),
+            steps_per_strategy=dict(self.strategy_counts),
+            bytes_per_strategy=self._work.bytes_per_strategy(),
+            num_preemptions=scheduler.num_preemptions,
+            prefix_queries_tokens=memory.num_queried_tokens,
+            prefix_hit_tokens=memory.num_hit_tokens,
+            num_restarts=restarts.num_done,
+            recovery_s=restarts.total_s,
+            last_recovery_s=restarts.last_s,
+        )
 
     def rank_stats(self) -> list[RankStats]:
         """What every rank holds and has done."""
         stats: list[RankStats] = []
-        totals = self._totals()
+        done = self._work.per_rank()
         for rank, allocators in enumerate(self.scheduler.memory.allocators):
-            last = totals.get(rank)
+            last = done.get(rank)
             stats.append(
                 RankStats(
                     rank=rank,
@@ -337,27 +303,15 @@ class Engine:
             )
         return stats
 
-    def bytes_per_strategy(self) -> dict[str, int]:
-        """Bytes that ranks sent each other, per strategy."""
-        total: Counter[str] = Counter()
-        for last in self._totals().values():
-            total.update(last.strategy_bytes)
-        return dict(total)
-
-    def _totals(self) -> dict[int, RankResult]:
-        """Per rank, what it did until now. May be called from any thread."""
-        return add_totals(self._earlier, list(self._last_results.values()))
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def give_up(self) -> None:
         """Do not wait for new ranks any more: `recover` raises. Any thread may call it."""
-        self._given_up.set()
+        self.ranks.give_up()
 
     def close(self) -> None:
         """End the ranks. May be called twice."""
-        self.give_up()
-        self.executor.close()
-        if self._launcher is not None:
-            self._launcher.release(0.0)
+        self.ranks.close()
 
     def __enter__(self) -> "Engine":
         return self

@@ -8,12 +8,45 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from longspan.config import REMOTE_EXECUTORS, EngineConfig
 from longspan.engine.gpus import GPU
 from longspan.errors import ConfigError
 from longspan.kv.layout import DTYPE_BYTES
 from longspan.types import ModelSpec
 
 DEFAULT_KV_CACHE_MEMORY = 4 * 2**30
+
+
+def rank_cache_memory(
+    config: EngineConfig, gpus: Sequence[GPU], spec: ModelSpec, hidden_size: int, *, is_loaded: bool
+) -> int:
+    """Bytes of KV per rank.
+
+    Args:
+        config: what the user asked for, with the device that was chosen.
+        gpus: those that ranks take.
+        spec: the model's facts.
+        hidden_size: of the model.
+        is_loaded: whether the weights are in memory already.
+
+    Raises:
+        ConfigError: there is not so much, or it cannot be known.
+    """
+    asked, size = config.kv_cache_memory, config.context_parallel_size
+    if config.device == "cpu":
+        return kv_cache_memory(asked, size)
+    if config.executor in REMOTE_EXECUTORS:
+        if asked is None:
+            raise ConfigError(
+                f"kv_cache_memory: got none with executor {config.executor!r} and device 'cuda', legal is a size: "
+                "the GPUs are elsewhere"
+            )
+        return asked
+    sharing = size // len(gpus)  # threads share one
+    weight_bytes = 0 if is_loaded else spec.weight_bytes
+    together = None if asked is None else asked * sharing
+    tokens = config.max_num_batched_tokens * sharing
+    return gpu_cache_memory(together, gpus, spec, weight_bytes, hidden_size, tokens) // sharing
 
 
 def kv_cache_memory(asked: int | None, num_ranks: int) -> int:

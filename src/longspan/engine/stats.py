@@ -1,11 +1,50 @@
-"""What an engine is doing and has done, in numbers.
+"""What an engine can hold, is doing and has done, in numbers.
 
-Holds one snapshot. Must not know how it is taken or shown.
-Read next: `longspan.server.metrics`, which shows it to Prometheus.
+Holds frozen answers, and the books of what ranks have done. Must not know how they are shown.
+Read next: `longspan.engine.engine`, which answers; `longspan.server.metrics`, which shows them to Prometheus.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+import msgspec
+
+from longspan.engine.recovery import add_totals
+from longspan.plan.types import RankResult
+
+
+class Capacity(msgspec.Struct, frozen=True):
+    """What an engine's ranks can hold."""
+
+    num_ranks: int
+    page_size: int
+    """Tokens per page."""
+    pages_per_rank: int
+    """Pages of one rank in the KV group that limits a request's length: one without a window, if there is one."""
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens whose KV one rank can hold."""
+        return self.pages_per_rank * self.page_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose KV all ranks can hold."""
+        return self.tokens_per_rank * self.num_ranks
+
+
+class RankStats(msgspec.Struct, frozen=True):
+    """One rank's share of the work so far. Page and byte figures are peaks, summed over KV groups."""
+
+    rank: int
+    kv_pages_used: int
+    kv_pages_total: int
+    kv_bytes: int
+    tokens_computed: int
+    bytes_sent: int
+    busy_s: float
+    """Seconds spent on plans, waits for peers included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +79,30 @@ class EngineStats:
     """Seconds that this took, all times together, from the notice of the loss until new ranks were ready."""
     last_recovery_s: float | None = None
     """The same, the last time; None if there was none."""
+
+
+class WorkDone:
+    """What every rank has done since the start, ranks that were lost included. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, RankResult] = {}  # per rank; its totals count from the start of these ranks
+        self._earlier: dict[int, RankResult] = {}  # the same, of ranks that were lost
+
+    def note(self, results: Iterable[RankResult]) -> None:
+        """Take in what ranks answered; the last answer of each counts."""
+        self._last.update({result.rank: result for result in results})
+
+    def lose_ranks(self) -> None:
+        """The ranks are lost; those that come next count from zero."""
+        self._earlier, self._last = add_totals(self._earlier, self._last.values()), {}
+
+    def per_rank(self) -> dict[int, RankResult]:
+        """By rank, the totals; ranks that have done nothing are missing."""
+        return add_totals(self._earlier, list(self._last.values()))
+
+    def bytes_per_strategy(self) -> dict[str, int]:
+        """Bytes that ranks sent each other."""
+        total: Counter[str] = Counter()
+        for done in self.per_rank().values():
+            total.update(done.strategy_bytes)
+        return dict(total)

@@ -1,14 +1,13 @@
-"""Between text and token ids: prompts in, generated text out, stop strings.
+"""Between text and token ids: prompts in, generated text out.
 
-Holds the use of a tokenizer. Must not know requests in flight or plans.
-Read next: `longspan.llm`.
+Holds the use of a tokenizer. Must not know requests, stop strings or plans.
+Read next: `longspan.engine.output_reader`, which reads text with this.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from longspan.errors import ConfigError
-from longspan.types import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,21 +41,45 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, add_specia
     return token_ids
 
 
-class TextStream:
-    """The text of one request as its tokens arrive."""
+class Detokenizer:
+    """Turns tokens into text as they arrive, whole characters only.
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Sequence[int], params: SamplingParams
-    ) -> None:
-        self._tokenizer, self._params = tokenizer, params
+    Why `tokenizers.decoders.DecodeStream` does not do: decision 0027.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
         self._ids = list(prompt_token_ids[-_CONTEXT_TOKENS:])
         self._prefix, self._read = 0, len(self._ids)  # ids [prefix, read) are decoded; the rest is not
-        self._num_generated = 0
-        self._stop_from = 0
-        self.text = ""
-        """Text so far, without an unfinished character at its end."""
-        self.stopped = False
-        """Whether the text was cut before a stop string."""
+
+    def add(self, token_id: int) -> str:
+        """Take the next token; returns the text that it completes, which may be empty."""
+        self._ids.append(token_id)
+        known, both = self._decode(self._prefix, self._read), self._decode(self._prefix)
+        if len(both) > len(known) and not both.endswith(_INCOMPLETE):
+            self._prefix, self._read = self._read, len(self._ids)
+            return both[len(known) :]
+        if len(self._ids) - self._read > _MAX_PENDING:
+            return self._give_up_waiting(known, both)
+        return ""
+
+    def finish(self) -> str:
+        """No more tokens come; returns what was held back: replacement characters for an unfinished character."""
+        rest = self._decode(self._prefix)[len(self._decode(self._prefix, self._read)) :]
+        self._prefix = self._read = len(self._ids)
+        return rest
+
+    def _give_up_waiting(self, known: str, both: str) -> str:
+        """Returns the text of tokens that become no character: all but the last ones, up to the end of a character.
+
+        Without this, text would wait, and decoding take longer with every token, until the output ends.
+        """
+        for end in range(len(self._ids) - _CHARACTER_TOKENS + 1, self._read, -1):
+            text = self._decode(self._prefix, end)
+            if both.startswith(text):  # else the end cuts a character, which `both` has whole
+                self._prefix, self._read = self._read, end
+                return text[len(known) :]
+        return ""
 
     def _decode(self, first: int, last: int | None = None) -> str:
         text = self._tokenizer.decode(
@@ -64,62 +87,3 @@ class TextStream:
         )
         assert isinstance(text, str)
         return text
-
-    def add(self, token_id: int) -> str:
-        """Take the next token.
-
-        Returns:
-            The text that it completes, cut before a stop string; may be empty.
-        """
-        before = len(self.text)
-        if self._num_generated == self._params.min_tokens:
-            self._stop_from = before
-        self._num_generated += 1
-        if token_id in self._params.stop_token_ids and self._num_generated > self._params.min_tokens:
-            return ""
-        self._ids.append(token_id)
-        known, both = self._decode(self._prefix, self._read), self._decode(self._prefix)
-        if len(both) > len(known) and not both.endswith(_INCOMPLETE):
-            self.text += both[len(known) :]
-            self._prefix, self._read = self._read, len(self._ids)
-        elif len(self._ids) - self._read > _MAX_PENDING:
-            self._flush(known, both)
-        self._cut_at_stop()
-        return self.text[before:]
-
-    def _flush(self, known: str, both: str) -> None:
-        """Give up waiting for tokens that are no text: all but the last ones, and not in the middle of a character.
-
-        Without this, text would wait, and decoding take longer with every token, until the output ends.
-        """
-        for end in range(len(self._ids) - _CHARACTER_TOKENS + 1, self._read, -1):
-            text = self._decode(self._prefix, end)
-            if both.startswith(text):  # else the end cuts a character, which `both` has whole
-                self.text += text[len(known) :]
-                self._prefix, self._read = self._read, end
-                return
-
-    def finish(self) -> str:
-        """No more tokens come.
-
-        Returns:
-            What was held back: replacement characters for an unfinished character.
-        """
-        before = len(self.text)
-        if not self.stopped:
-            self.text += self._decode(self._prefix)[len(self._decode(self._prefix, self._read)) :]
-            self._prefix = self._read = len(self._ids)
-            self._cut_at_stop()
-        return self.text[before:]
-
-    def _cut_at_stop(self) -> None:
-        if self._num_generated <= self._params.min_tokens:
-            return
-        found = [
-            place
-            for stop in self._params.stop
-            if (place := self.text.find(stop, max(0, self._stop_from - len(stop) + 1))) >= 0
-        ]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
-        self._stop_from = len(self.text)  # what was searched needs no second look

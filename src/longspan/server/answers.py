@@ -4,6 +4,7 @@ Holds the frame of an answer. Must not know what is inside a choice.
 Read next: `longspan.server.completions`, `longspan.server.chat`.
 """
 
+import functools
 import logging
 import math
 import time
@@ -14,9 +15,10 @@ from typing import Any, ClassVar, TypeVar
 
 from fastapi import Response
 
+from longspan.engine.output_reader import OutputDelta
 from longspan.errors import LongspanError
 from longspan.server.errors import ApiError, as_api_error, json_response
-from longspan.server.generation import Choice, Event, Generation, Progress
+from longspan.server.generation import Choice, Generation
 from longspan.server.sse import DONE, KEEP_ALIVE, EventStream, event
 from longspan.server.state import ServerState
 from longspan.server.token_texts import TokenTexts
@@ -45,16 +47,16 @@ class Answer(ABC):
         }
 
     @abstractmethod
-    def choice(self, choice: Choice, events: Sequence[Event], texts: TokenTexts) -> dict[str, Any]:
+    def choice(self, choice: Choice, deltas: Sequence[OutputDelta], texts: TokenTexts) -> dict[str, Any]:
         """A finished choice."""
 
     @abstractmethod
-    def deltas(self, found: Event, texts: TokenTexts) -> list[dict[str, Any]]:
-        """What an event adds to its choice, as the choices of as many chunks."""
+    def chunks(self, choice: Choice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
+        """What a delta adds to its choice, as the choices of as many chunks."""
 
     def size(self, choice: Choice) -> int:
         """Tokens that an answer has to tell of for one choice."""
-        return choice.num_generated
+        return choice.reader.num_generated
 
     def usage(self) -> dict[str, Any]:
         """Tokens counted."""
@@ -64,11 +66,11 @@ class Answer(ABC):
 
     async def whole(self) -> Response:
         """One response, when all choices have ended."""
-        events = await self.generation.finish()
+        deltas = await self.generation.finish()
 
         def build(texts: TokenTexts) -> Response:
             choices = [
-                self.choice(choice, found, texts) for choice, found in zip(self.generation.choices, events, strict=True)
+                self.choice(choice, found, texts) for choice, found in zip(self.generation.choices, deltas, strict=True)
             ]
             return json_response({**self._head, "choices": choices, "usage": self.usage()})
 
@@ -87,16 +89,18 @@ class Answer(ABC):
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         try:
-            async for found in self.generation.events(self.state.config.keep_alive_s):
+            async for found in self.generation.deltas(self.state.config.keep_alive_s):
                 if found is None:
                     yield KEEP_ALIVE
                     continue
-                if found.progress is not None and self._wants_progress:
-                    yield self._chunk([], prompt_progress=_progress(found.choice, found.progress))
-                if found.is_answer:
-                    size = self.size(found.choice) if found.choice.num_generated <= len(found.offsets) else 0
-                    for delta in await self._build(lambda texts, found=found: self.deltas(found, texts), size):  # type: ignore[misc]
-                        yield self._chunk([delta])
+                choice, delta = found
+                if delta.has_prefilled and self._wants_progress:
+                    yield self._chunk([], prompt_progress=_progress(choice))
+                if delta.is_output:
+                    size = self.size(choice) if choice.reader.num_generated <= len(delta.offsets) else 0
+                    build = functools.partial(self.chunks, choice, delta)
+                    for one in await self._build(build, size):
+                        yield self._chunk([one])
             if self._wants_usage:
                 yield event({**self._head, "object": self.CHUNK_OBJECT, "choices": [], "usage": self.usage()})
             yield DONE
@@ -111,8 +115,9 @@ class Answer(ABC):
         return event({**self._head, "object": self.CHUNK_OBJECT, "choices": choices, **usage, **more})
 
 
-def _progress(choice: Choice, progress: Progress) -> dict[str, Any]:
+def _progress(choice: Choice) -> dict[str, Any]:
     """As llama.cpp's server gives it, and beside it the choice and what is left; `recovering` only while it is so."""
+    progress = choice.reader.prefill_progress()
     recovering = {"recovering": True} if progress.is_recovering else {}
     return {
         **recovering,

@@ -11,9 +11,10 @@ from fastapi import Response
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from longspan.engine.output_reader import OutputDelta
 from longspan.server.answers import Answer
 from longspan.server.errors import ApiError
-from longspan.server.generation import Choice, Event, Generation, Prompt
+from longspan.server.generation import Choice, EncodedPrompt, Generation
 from longspan.server.logprobs import chat_logprobs
 from longspan.server.protocol import ChatRequest, Message
 from longspan.server.state import ServerState
@@ -32,7 +33,7 @@ async def chat(state: ServerState, body: ChatRequest) -> Response:
     if max_tokens is None:
         max_tokens = await state.room_for(len(token_ids))
     params = await body.in_thread_if_long(lambda: body.sampling_params(max_tokens))
-    generation = await Generation.start(state, [Prompt(None, token_ids)], params, body.num_choices)
+    generation = await Generation.start(state, [EncodedPrompt(None, token_ids)], params, body.num_choices)
     answer = _Chat(state, generation, body)
     return answer.stream() if body.stream else await answer.whole()
 
@@ -82,25 +83,25 @@ class _Chat(Answer):
         self._wants_logprobs = bool(body.logprobs)
         self._is_begun: set[int] = set()  # choices of which a chunk was sent
 
-    def choice(self, choice: Choice, events: Sequence[Event], texts: TokenTexts) -> dict[str, Any]:
-        assert choice.finish_reason is not None
-        logprobs = [one for event in events for one in event.logprobs]
+    def choice(self, choice: Choice, deltas: Sequence[OutputDelta], texts: TokenTexts) -> dict[str, Any]:
+        reader = choice.reader
+        assert reader.finish_reason is not None
+        logprobs = [one for delta in deltas for one in delta.logprobs]
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text.text, "refusal": None},
+            "message": {"role": "assistant", "content": reader.text, "refusal": None},
             "logprobs": chat_logprobs(texts, logprobs) if self._wants_logprobs else None,
-            "finish_reason": choice.finish_reason.value,
+            "finish_reason": reader.finish_reason.value,
         }
 
-    def deltas(self, found: Event, texts: TokenTexts) -> list[dict[str, Any]]:
-        choice = found.choice
-        logprobs = chat_logprobs(texts, found.logprobs) if self._wants_logprobs and found.logprobs else None
+    def chunks(self, choice: Choice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
+        logprobs = chat_logprobs(texts, delta.logprobs) if self._wants_logprobs and delta.logprobs else None
         chunks: list[dict[str, Any]] = []
         if choice.index not in self._is_begun:
             self._is_begun.add(choice.index)
             chunks.append({"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
-        if found.text or logprobs:
-            chunks.append({"delta": {"content": found.text}, "logprobs": logprobs, "finish_reason": None})
-        if choice.finish_reason is not None:
-            chunks.append({"delta": {}, "logprobs": None, "finish_reason": choice.finish_reason.value})
+        if delta.text or logprobs:
+            chunks.append({"delta": {"content": delta.text}, "logprobs": logprobs, "finish_reason": None})
+        if delta.finish_reason is not None:
+            chunks.append({"delta": {}, "logprobs": None, "finish_reason": delta.finish_reason.value})
         return [{"index": choice.index, **chunk} for chunk in chunks]

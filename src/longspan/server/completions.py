@@ -9,9 +9,10 @@ from typing import Any
 
 from fastapi import Response
 
+from longspan.engine.output_reader import OutputDelta
 from longspan.models.detokenizer import encode_prompt
 from longspan.server.answers import Answer
-from longspan.server.generation import Choice, Event, Generation, Prompt
+from longspan.server.generation import Choice, EncodedPrompt, Generation
 from longspan.server.logprobs import LegacyLogprobs, prompt_offsets
 from longspan.server.protocol import CompletionRequest
 from longspan.server.state import ServerState
@@ -27,14 +28,14 @@ async def complete(state: ServerState, body: CompletionRequest) -> Response:
     return answer.stream() if body.stream else await answer.whole()
 
 
-async def _prompt(state: ServerState, prompt: str | list[int], *, needs_text: bool) -> Prompt:
+async def _prompt(state: ServerState, prompt: str | list[int], *, needs_text: bool) -> EncodedPrompt:
     if isinstance(prompt, str):
         token_ids = await state.tokenizers.run(lambda tokenizer: encode_prompt(tokenizer, prompt), len(prompt))
-        return Prompt(prompt, token_ids)
+        return EncodedPrompt(prompt, token_ids)
     await state.check_token_ids("prompt", prompt)
     if not needs_text:
-        return Prompt(None, prompt)
-    return Prompt(await state.decode(prompt), prompt)
+        return EncodedPrompt(None, prompt)
+    return EncodedPrompt(await state.decode(prompt), prompt)
 
 
 class _Completion(Answer):
@@ -47,24 +48,23 @@ class _Completion(Answer):
         self._is_begun: set[int] = set()  # choices of which a chunk was sent
 
     def size(self, choice: Choice) -> int:
-        return choice.num_generated + len(choice.prompt.token_ids) * (self._echo and self._wants_logprobs)
+        return choice.reader.num_generated + len(choice.prompt.token_ids) * (self._echo and self._wants_logprobs)
 
     def usage(self) -> dict[str, Any]:
         found = super().usage()
         return {**found, "completion_tokens": 0, "total_tokens": found["prompt_tokens"]} if self._only_echo else found
 
-    def choice(self, choice: Choice, events: Sequence[Event], texts: TokenTexts) -> dict[str, Any]:
-        text = "" if self._only_echo else choice.text.text
-        return self._shape(choice, (self._front(choice) or "") + text, self._logprobs(choice, events, texts, True))
+    def choice(self, choice: Choice, deltas: Sequence[OutputDelta], texts: TokenTexts) -> dict[str, Any]:
+        text = "" if self._only_echo else choice.reader.text
+        return self._shape(choice, (self._front(choice) or "") + text, self._logprobs(choice, deltas, texts, True))
 
-    def deltas(self, found: Event, texts: TokenTexts) -> list[dict[str, Any]]:
-        choice = found.choice
+    def chunks(self, choice: Choice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
         is_first = choice.index not in self._is_begun
         self._is_begun.add(choice.index)
         front = self._front(choice) if is_first else None
         if not self._only_echo:
-            text = (front or "") + found.text
-            return [self._shape(choice, text, self._logprobs(choice, [found], texts, is_first))]
+            text = (front or "") + delta.text
+            return [self._shape(choice, text, self._logprobs(choice, [delta], texts, is_first))]
         return [self._shape(choice, front or "", self._logprobs(choice, [], texts, is_first))]
 
     def _front(self, choice: Choice) -> str | None:
@@ -72,7 +72,7 @@ class _Completion(Answer):
         return choice.prompt.text if self._echo else None
 
     def _logprobs(
-        self, choice: Choice, events: Sequence[Event], texts: TokenTexts, is_first: bool
+        self, choice: Choice, deltas: Sequence[OutputDelta], texts: TokenTexts, is_first: bool
     ) -> dict[str, Any] | None:
         if not self._wants_logprobs:
             return None
@@ -80,13 +80,13 @@ class _Completion(Answer):
         base = len(self._front(choice) or "")
         if self._echo and is_first:
             token_ids = choice.prompt.token_ids
-            found.add_prompt(token_ids, choice.prompt_logprobs or [], prompt_offsets(texts.tokenizer, token_ids))
-        for event in () if self._only_echo else events:
-            found.add(event.logprobs, event.offsets, base)
+            found.add_prompt(token_ids, choice.reader.prompt_logprobs or [], prompt_offsets(texts.tokenizer, token_ids))
+        for delta in () if self._only_echo else deltas:
+            found.add(delta.logprobs, delta.offsets, base)
         return found.json
 
     def _shape(self, choice: Choice, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        reason = choice.finish_reason
+        reason = choice.reader.finish_reason
         if self._only_echo and reason is not None:
             reason_text: str | None = "length"
         else:

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from longspan.models.detokenizer import TextStream
+from longspan.models.detokenizer import Detokenizer
 from longspan.server.token_texts import TokenTexts
-from longspan.types import SamplingParams, TokenLogprobs
+from longspan.types import TokenLogprobs
 
 LEAST = -9999.0
 """Instead of minus infinity, which JSON cannot say."""
@@ -58,9 +58,10 @@ class LegacyLogprobs:
 
 def prompt_offsets(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
     """Per token of a prompt, where in its text it begins."""
-    stream = TextStream(tokenizer, [], SamplingParams())
+    detokenizer = Detokenizer(tokenizer, [])
     offsets: list[int] = []
+    text_len = 0
     for token_id in token_ids:
-        offsets.append(len(stream.text))
-        stream.add(token_id)
+        offsets.append(text_len)
+        text_len += len(detokenizer.add(token_id))
     return offsets

@@ -1,0 +1,64 @@
+"""Plans that ranks compute now, and the wait for one of them to end.
+
+Holds futures and a bell. Must not know what plans say, nor requests.
+Read next: `longspan.engine.engine`, which waits here once per step.
+"""
+
+import queue
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+from longspan.plan.types import PlanResult
+
+
+class PlansInFlight:
+    """Futures of plans, in the order submitted. `wake` may be called by any thread, all else by one."""
+
+    def __init__(self) -> None:
+        self._futures: dict[Future[PlanResult], None] = {}
+        self._bell: queue.SimpleQueue[Future[PlanResult] | None] = queue.SimpleQueue()  # None: `wake`
+
+    def __len__(self) -> int:
+        return len(self._futures)
+
+    def __iter__(self) -> Iterator[Future[PlanResult]]:
+        return iter(self._futures)
+
+    def add(self, future: Future[PlanResult]) -> None:
+        """Note a plan that was submitted."""
+        self._futures[future] = None
+        future.add_done_callback(self._bell.put)
+
+    def remove(self, future: Future[PlanResult]) -> bool:
+        """Forget a plan; returns whether it was known: those of ranks that were lost and replaced are not."""
+        if future not in self._futures:
+            return False
+        del self._futures[future]
+        return True
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        self._futures.clear()
+
+    def ended(self) -> list[Future[PlanResult]]:
+        """The plans that have ended, the newest first.
+
+        A plan ends after the one that it stands behind. So the newest is asked first: the other is then found too.
+        """
+        return [future for future in reversed(self._futures) if future.done()]
+
+    def wait(self, timeout_s: float) -> bool:
+        """Returns when a plan has ended or `wake` was called; False if neither came in time."""
+        while not self.ended():
+            try:
+                if self._bell.get(timeout=timeout_s) is None:
+                    break
+            except queue.Empty:
+                return False
+        while not self._bell.empty():  # whoever woke us has its answer, and `ended` finds the rest
+            self._bell.get_nowait()
+        return True
+
+    def wake(self) -> None:
+        """End a wait, or the next one."""
+        self._bell.put(None)

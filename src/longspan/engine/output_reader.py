@@ -1,0 +1,174 @@
+"""One request's output, read as it comes: text, stop strings, the end, and how far the prompt is.
+
+Holds what has been read of one request. Must not know engines, threads, or who reads: `LLM` and the server alike.
+Read next: `longspan.models.detokenizer`, which turns tokens into text; `longspan.engine.update`, what it reads.
+
+Note: who ends a request
+    The engine knows tokens, so it ends requests at end tokens, `stop_token_ids` and `max_tokens`. Stop strings are
+    text, which only the reader knows. When `finish_reason` is set here and the update had none, the host ends the
+    request in the engine. Tokens that were computed behind the stop string meanwhile do not count.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from longspan.engine.estimate import time_left_s
+from longspan.engine.update import Update
+from longspan.models.detokenizer import Detokenizer
+from longspan.types import FinishReason, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class OutputDelta(msgspec.Struct, frozen=True):
+    """What one update adds to a request's output."""
+
+    text: str
+    """New text that no stop string can take back any more."""
+    offsets: list[int]
+    """Per new token, where in the output's text it begins."""
+    logprobs: list[TokenLogprobs]
+    """One per new token, if asked for."""
+    has_prefilled: bool
+    """Whether `prefill_progress` has something new to tell."""
+    finish_reason: FinishReason | None
+    """Set in the last one."""
+
+    @property
+    def is_output(self) -> bool:
+        """Whether there is more to tell than progress."""
+        return bool(self.text or self.logprobs) or self.finish_reason is not None
+
+
+class PrefillProgress(msgspec.Struct, frozen=True):
+    """How much of a request's prompt is computed."""
+
+    total: int
+    cached: int
+    """Tokens found in the prefix cache."""
+    processed: int
+    """Tokens computed or found."""
+    elapsed_s: float
+    """Since the request began."""
+    left_s: float | None
+    """Estimate of what is left; None when there is nothing to go by."""
+    is_recovering: bool
+    """The ranks were lost: all is computed again when new ones are ready."""
+
+
+class OutputReader:
+    """Puts one request's updates together. Wants all of them, in order."""
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        self._detokenizer, self._params = Detokenizer(tokenizer, prompt_token_ids), params
+        self._prompt_len = len(prompt_token_ids)
+        self.text = ""
+        """Text so far, cut before a stop string, without an unfinished character at its end."""
+        self.finish_reason: FinishReason | None = None
+        self.num_generated = 0
+        """Tokens that count: none behind a stop string."""
+        self.num_cached = 0
+        """Prompt tokens that were found in the prefix cache."""
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        """From the first token on, if asked for: one per prompt token but the first."""
+        self._is_stopped = False  # the text was cut before a stop string
+        self._num_searched = 0  # characters in which no stop string begins and ends
+        self._num_told = 0  # characters that deltas have carried
+        self._num_prefilled: int | None = None
+        self._elapsed_s = 0.0
+        self._is_recovering = False
+        self._samples: list[tuple[int, float]] = []  # (prompt tokens computed, seconds)
+        self._progress: PrefillProgress | None = None  # made when asked for: its estimate takes all samples
+
+    def read(self, update: Update) -> OutputDelta:
+        """Take in what a step did; returns what that adds."""
+        self.num_cached = update.num_cached
+        if update.prompt_logprobs is not None:
+            self.prompt_logprobs = update.prompt_logprobs
+        has_prefilled = self._read_prefill(update)
+        offsets: list[int] = []
+        for token_id in update.token_ids:
+            offsets.append(len(self.text))
+            self._add(token_id)
+            if self._is_stopped:
+                break
+        if update.finish_reason is not None and not self._is_stopped:
+            self.text += self._detokenizer.finish()
+            self._cut_at_stop()
+        self.finish_reason = FinishReason.STOP if self._is_stopped else update.finish_reason
+        logprobs = update.logprobs[: len(offsets)]
+        return OutputDelta(self._untold(), offsets, logprobs, has_prefilled, self.finish_reason)
+
+    def end(self, reason: FinishReason) -> None:
+        """No more is read, for a reason that the engine does not know."""
+        self.finish_reason = reason
+
+    def prefill_progress(self) -> PrefillProgress:
+        """How much of the prompt is computed, as of the last update."""
+        if self._progress is None:
+            total, cached, left_s = self._prompt_len, self.num_cached, None
+            if not self._is_recovering:
+                left_s = time_left_s(self._samples, total - cached) if total > cached else 0.0
+            done = self._num_prefilled or 0
+            self._progress = PrefillProgress(total, cached, done, self._elapsed_s, left_s, self._is_recovering)
+        return self._progress
+
+    def _read_prefill(self, update: Update) -> bool:
+        """Returns whether something has changed."""
+        before, done = self._num_prefilled, update.num_prefilled
+        if done == before and not update.is_recovering:
+            return False
+        if update.is_recovering or (before is not None and done < before):  # it starts again
+            self._samples.clear()
+        if not update.is_recovering:
+            self._samples.append((done - update.num_cached, update.since_start_s))
+        self._num_prefilled, self._elapsed_s = done, update.since_start_s
+        self._is_recovering, self._progress = update.is_recovering, None
+        return True
+
+    def _add(self, token_id: int) -> None:
+        """Take the next token. Stop token ids and stop strings count from `min_tokens` on."""
+        params = self._params
+        if self.num_generated == params.min_tokens:
+            self._num_searched = len(self.text)
+        self.num_generated += 1
+        if token_id in params.stop_token_ids and self.num_generated > params.min_tokens:
+            return
+        self.text += self._detokenizer.add(token_id)
+        self._cut_at_stop()
+
+    def _cut_at_stop(self) -> None:
+        if not self._params.stop or self.num_generated <= self._params.min_tokens:
+            return
+        found = [
+            place
+            for stop in self._params.stop
+            if (place := self.text.find(stop, max(0, self._num_searched - len(stop) + 1))) >= 0
+        ]
+        if found:
+            self.text, self._is_stopped = self.text[: min(found)], True
+        self._num_searched = len(self.text)
+
+    def _untold(self) -> str:
+        """Text that may be told and has not been."""
+        end = len(self.text)
+        if self._params.stop and self.finish_reason is None:
+            end -= held_back(self.text, self._params.stop)
+        first, self._num_told = self._num_told, max(self._num_told, end)
+        return self.text[first:end]
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """Characters at the end of a text that may be the beginning of a stop string."""
+    longest = 0
+    for stop in stops:
+        for length in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:length]):
+                longest = length
+                break
+    return longest

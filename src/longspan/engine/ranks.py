@@ -1,0 +1,131 @@
+"""The ranks of one engine: started, and replaced when they are lost, by fewer if need be.
+
+Holds what starts ranks, and whether they may be started again. Must not know requests or plans.
+Read next: `longspan.engine.start`, which starts one generation; `longspan.engine.recovery`, the budget of restarts.
+"""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from msgspec import structs
+
+from longspan.config import EngineConfig
+from longspan.costmodel.parameters import Costs
+from longspan.engine.cost_parameters import file_costs, find_costs
+from longspan.engine.executor import Executor
+from longspan.engine.interrupts import deferred_interrupt
+from longspan.engine.launcher import Launcher
+from longspan.engine.recovery import STARTS, Restarts, fewer_ranks
+from longspan.engine.start import start_executor
+from longspan.errors import LongspanError
+from longspan.group.messages import Start
+
+
+class Ranks:
+    """One generation of ranks after another. `give_up` may be called by any thread, all else by one."""
+
+    def __init__(
+        self,
+        start: Start,
+        model: torch.nn.Module | None,
+        launcher: Launcher | None,
+        use_costs: Callable[[Costs], None],
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            start: what the first generation is told.
+            model: a loaded module, for ranks that are threads; else None.
+            launcher: of ranks that start already, as `early_ranks` has them; None starts them here.
+            use_costs: called with what the ranks can do, where that is known, once they are there.
+        """
+        self.told = start
+        """What the ranks are told: options, model, pages."""
+        self._model, self._use_costs = model, use_costs
+        self._launcher = launcher  # of ranks that are lost, or start: until an executor starts them with it
+        self._given_up = threading.Event()
+        self._executor: Executor | None = None
+        self.costs = file_costs(start.config, start.spec)
+        """What ranks and links can do; None where nothing says it."""
+        self.restarts = Restarts(start.config.max_restarts)
+        """How often ranks that were lost have been replaced."""
+        self.failure: BaseException | None = None
+        """Why ranks that are lost are not replaced any more."""
+
+    def start(self, lose_rank: Callable[[EngineConfig], None] | None = None) -> Executor:
+        """Start ranks, and again if they fail to.
+
+        Args:
+            lose_rank: called with the options of one rank less, where starts have failed so often that fewer are tried
+                from now on; None keeps trying with all of them.
+
+        Raises:
+            LongspanError: why there are none, and will be none.
+        """
+        num_failed = 0
+        while True:
+            launcher, self._launcher = self._launcher, None
+            try:
+                return self._start_once(launcher)
+            except LongspanError as error:
+                if self._given_up.is_set():
+                    self.failure = error
+                    raise
+                self.take_restart(error)
+            self._next_generation()
+            num_failed += 1
+            if lose_rank is None or num_failed % STARTS:
+                continue
+            if (config := fewer_ranks(self.told.config)) is not None:
+                with deferred_interrupt():
+                    self.told, self.costs = structs.replace(self.told, config=config), None
+                    lose_rank(config)
+
+    def _start_once(self, launcher: Launcher | None) -> Executor:
+        told, costs = self.told, self.costs
+        executor = start_executor(told, self._model, launcher, self._given_up)
+        try:
+            if costs is None:
+                costs = find_costs(told.config, told.spec, executor, executor.hosts)
+            if costs is not None:
+                self._use_costs(costs)
+        except BaseException:
+            executor.close()
+            raise
+        self._executor, self.costs = executor, costs
+        return executor
+
+    def _next_generation(self) -> None:
+        self.told = structs.replace(self.told, generation=self.told.generation + 1)
+
+    def take_restart(self, cause: BaseException) -> None:
+        """Use up one restart. Raises: why there is none left, as `Restarts.take`; the `failure` from now on."""
+        try:
+            self.restarts.take(cause)
+        except BaseException as final:
+            self.failure = final
+            raise
+
+    def end_lost(self) -> None:
+        """End what is left of ranks that are lost. `start` is next."""
+        assert self._executor is not None
+        self._launcher = self._executor.replace() or self._launcher
+        self._next_generation()
+
+    def check_wanted(self, cause: BaseException) -> None:
+        """Raises: the cause of a loss, where new ranks will not come or are not waited for."""
+        if self.failure is not None or self._given_up.is_set():
+            raise cause
+
+    def give_up(self) -> None:
+        """Do not wait for new ranks any more."""
+        self._given_up.set()
+
+    def close(self) -> None:
+        """End the ranks. May be called twice."""
+        self.give_up()
+        if self._executor is not None:
+            self._executor.close()
+        if self._launcher is not None:
+            self._launcher.release(0.0)

@@ -1,0 +1,169 @@
+"""Updates of requests on their way from the engine's thread to the event loops that submitted them.
+
+Holds a stream per request, and the engine thread's books of all of them. Must not know text or HTTP.
+Read next: `longspan.engine.async_engine`, which fills streams; `longspan.engine.update`, what they carry.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+
+from longspan.engine.update import Update, update_of
+from longspan.errors import LongspanError
+from longspan.scheduler.request import Request
+from longspan.types import FinishReason
+
+
+class RequestStream:
+    """The updates of one request, in order. Read it from the event loop that submitted the request."""
+
+    def __init__(self, cancel: "Callable[[RequestStream], None]") -> None:
+        """Nothing has come yet.
+
+        Args:
+            cancel: called with this stream when the rest is not wanted; any thread may call it.
+        """
+        self._cancel = cancel
+        self._updates: asyncio.Queue[Update | LongspanError] = asyncio.Queue()
+        self._is_ended = False
+        self.loop = asyncio.get_running_loop()
+        """Where it is read."""
+
+    def __aiter__(self) -> AsyncIterator[Update]:
+        return self
+
+    async def __anext__(self) -> Update:
+        """The next update; the one with a `finish_reason` is the last.
+
+        Raises:
+            LongspanError: the engine failed or was closed before the request ended, or this request cannot go on.
+        """
+        if self._is_ended:
+            raise StopAsyncIteration
+        update = await self._updates.get()
+        if isinstance(update, LongspanError):
+            self._is_ended = True
+            raise update
+        self._is_ended = update.finish_reason is not None
+        return update
+
+    def cancel(self) -> None:
+        """The rest is not wanted: free its pages before the next step that would have computed it.
+
+        May be called at any time and from any thread; after the end it does nothing.
+        """
+        self._is_ended = True
+        self._cancel(self)
+
+    def put(self, update: Update | LongspanError) -> None:
+        """Tell the reader; an error is the last that it hears. For the event loop's thread."""
+        self._updates.put_nowait(update)
+
+    def put_soon(self, error: LongspanError) -> None:
+        """As `put`, from any thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.put, error)
+        except RuntimeError:  # the loop has closed
+            return
+
+
+class _Open:
+    """A request that has not ended, and who hears of it."""
+
+    __slots__ = ("num_read", "request", "started_s", "stream")
+
+    def __init__(self, request: Request, stream: RequestStream) -> None:
+        self.request, self.stream = request, stream
+        self.num_read = 0  # tokens that updates have told of
+        self.started_s: float | None = None
+
+    @property
+    def has_started(self) -> bool:
+        return self.request.in_flight or self.request.num_computed > 0
+
+    @property
+    def since_start_s(self) -> float:
+        return 0.0 if self.started_s is None else time.perf_counter() - self.started_s
+
+
+class OpenStreams:
+    """Streams of requests that have not ended, and what they are to hear next. For the engine's thread alone."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, _Open] = {}  # by request id, as the next one
+        self._not_started: dict[int, _Open] = {}
+        self._ids: dict[RequestStream, int] = {}
+        self._untold: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Update | LongspanError]]] = {}
+
+    def add(self, request: Request, stream: RequestStream) -> None:
+        """A request was queued."""
+        request_id = request.request_id
+        self._open[request_id] = self._not_started[request_id] = _Open(request, stream)
+        self._ids[stream] = request_id
+
+    def remove(self, stream: RequestStream) -> Request | None:
+        """Forget a stream; returns its request, or None if that has ended."""
+        request_id = self._ids.pop(stream, None)
+        if request_id is None:
+            return None
+        self._not_started.pop(request_id, None)
+        return self._open.pop(request_id).request
+
+    def note_starts(self) -> None:
+        """Plans have been submitted: the time of the requests in them begins."""
+        started = [request_id for request_id, found in self._not_started.items() if found.has_started]
+        for request_id in started:
+            self._not_started.pop(request_id).started_s = time.perf_counter()
+
+    def take(self, advanced: Iterable[Request]) -> None:
+        """Note what streams are to hear of requests that have advanced."""
+        for request in advanced:
+            found = self._open.get(request.request_id)
+            if found is None:
+                continue
+            stream = found.stream
+            if request.finish_reason is FinishReason.ERROR:
+                self._tell(stream, LongspanError(request.error))
+            else:
+                self._tell(stream, update_of(request, found.num_read, found.since_start_s))
+                found.num_read = request.num_generated
+            if request.finish_reason is not None:
+                self.remove(stream)
+
+    def pause(self) -> None:
+        """Note for the streams of requests that have to be computed again that the ranks are lost."""
+        for found in self._open.values():
+            if found.has_started:
+                cached = found.request.num_cached
+                self._tell(found.stream, Update([], [], 0, cached, found.since_start_s, None, None, is_recovering=True))
+
+    def _tell(self, stream: RequestStream, update: Update | LongspanError) -> None:
+        self._untold.setdefault(stream.loop, []).append((stream, update))
+
+    def deliver(self) -> list[Request]:
+        """Tell streams all that was noted, in one call into every event loop, whatever the number of requests.
+
+        Returns:
+            Requests that have lost their readers: their loops have closed.
+        """
+        lost: list[Request] = []
+        untold, self._untold = self._untold, {}
+        for loop, updates in untold.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, updates)
+            except RuntimeError:
+                lost += [request for stream, _ in updates if (request := self.remove(stream)) is not None]
+        return lost
+
+    def end_all(self, reason: LongspanError) -> None:
+        """No request can be answered any more: tell all streams why."""
+        for found in self._open.values():
+            found.stream.put_soon(reason)
+        self._open.clear()
+        self._not_started.clear()
+        self._ids.clear()
+
+
+def _put_all(updates: Sequence[tuple[RequestStream, Update | LongspanError]]) -> None:
+    for stream, update in updates:
+        stream.put(update)

@@ -1,0 +1,49 @@
+"""What a step did for one request: the message from the thread that drives the engine to the one that reads text.
+
+Holds one frozen value and how it is made. Must not know text.
+Read next: `longspan.engine.output_reader`, which puts updates together.
+"""
+
+import msgspec
+
+from longspan.scheduler.request import Request
+from longspan.types import FinishReason, TokenLogprobs
+
+
+class Update(msgspec.Struct, frozen=True):
+    """What one step did for one request."""
+
+    token_ids: list[int]
+    """New tokens; empty while the prompt is being computed."""
+    logprobs: list[TokenLogprobs]
+    """One per new token, if asked for."""
+    num_prefilled: int
+    """Prompt tokens computed or found in the cache so far."""
+    num_cached: int
+    """Prompt tokens that were found in the cache."""
+    since_start_s: float
+    """Seconds since the request began; the maker says what counts as that."""
+    finish_reason: FinishReason | None
+    prompt_logprobs: list[TokenLogprobs] | None
+    """With the first token, if asked for: one per prompt token but the first."""
+    is_recovering: bool = False
+    """The ranks are lost; when new ones are ready, prompt and tokens are computed again before the next token."""
+
+
+def update_of(request: Request, num_read: int, since_start_s: float) -> Update:
+    """What is new of a request that has advanced.
+
+    Args:
+        request: as the step left it.
+        num_read: how many of its tokens earlier updates have told of.
+        since_start_s: seconds since it began.
+    """
+    return Update(
+        token_ids=request.token_ids[request.prompt_len + num_read :],
+        logprobs=request.logprobs[num_read:],
+        num_prefilled=min(request.num_computed, request.prompt_len),
+        num_cached=request.num_cached,
+        since_start_s=since_start_s,
+        finish_reason=request.finish_reason,
+        prompt_logprobs=request.prompt_logprobs if num_read == 0 < request.num_generated else None,
+    )
