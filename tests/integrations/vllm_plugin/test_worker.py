@@ -17,7 +17,7 @@ from longspan.comm.recording import RecordingCommunicator
 from longspan.comm.threads import thread_group
 from longspan.costmodel.choose import plan_group
 from longspan.costmodel.parameters import costs_by_bytes
-from longspan.cp.attend import StepAttention
+from longspan.cp.eager import EagerStepAttention
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.integrations.vllm import rank_model as rank_model_module
 from longspan.integrations.vllm.backend import StepAttentionImpl, StepMetadata, WarmUp
@@ -235,7 +235,7 @@ def test_the_last_layer_computes_attention_for_the_rows_that_are_read_and_the_ot
         pool = PagePool(group, 1, 4, torch.device("cpu"))
         recording = RecordingCommunicator(comm)
         params = [AttentionParams(0.1), AttentionParams(0.1)]
-        attention = StepAttention(plan, [{0: table}], [pool], recording, make_backend("cpu", "cpu"), params)
+        attention = EagerStepAttention(plan, [{0: table}], [pool], recording, make_backend("cpu", "cpu"), params)
         metadata = StepMetadata(attention, {name: i for i, name in enumerate(names)})
         for name in names:
             q, kv = torch.randn(4, 4, 32), torch.randn(4, 2, 32)

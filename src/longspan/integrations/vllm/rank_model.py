@@ -1,7 +1,7 @@
 """vLLM's model in one process: what its attention layers are like, and how it runs on this rank's rows.
 
 Holds the loaded module. Must not know requests, vLLM's scheduler, or which rows are read.
-Read next: `longspan.integrations.vllm.backend`, whose layers it has; `longspan.cp.attend`.
+Read next: `longspan.integrations.vllm.backend`, whose layers it has; `longspan.cp.step`.
 
 Note: what is patched
     `torch.accelerator.empty_cache`, which vLLM's loader calls and a CPU lacks, does nothing while a model is loaded.
@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from longspan.attention.base import AttentionBackend
 from longspan.attention.check import check_against_reference
 from longspan.attention.select import make_backend
-from longspan.cp.attend import StepAttention
+from longspan.cp.step import StepAttention
 from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
 from longspan.integrations.vllm.backend import StepMetadata, WarmUp, attention_layers
 from longspan.integrations.vllm.placement import Striping
