@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from longspan.config import EngineConfig
-from longspan.costmodel.explain import Choice
+from longspan.costmodel.explain import StrategyChoice
 from longspan.engine.output_reader import OutputReader
 from longspan.engine.processes import early_ranks
 from longspan.engine.update import update_of
@@ -254,7 +254,7 @@ class LLM:
         """(plan, KV group) pairs per strategy, since the LLM was made."""
         return dict(self.engine.strategy_counts)
 
-    def explain(self) -> list[Choice]:
+    def explain(self) -> list[StrategyChoice]:
         """Which strategies were chosen so far, per phase and KV group, and each candidate's predicted time."""
         return self.engine.choices.all
 

@@ -7,7 +7,7 @@ import pytest
 from test_predict import GROUP, costs_of, striped_step
 
 from longspan.cli.explain import choices_text
-from longspan.costmodel.explain import Choices
+from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Link
 from longspan.costmodel.topology_file import load_topology
 from longspan.types import Phase, Strategy
@@ -23,7 +23,7 @@ def note(choices, strategy, chunk, *, phase=Phase.PREFILL, forced=False, nodes=(
 
 
 def test_a_choice_is_noted_once_with_all_candidates_and_counted():
-    choices = Choices()
+    choices = StrategyChoices()
     for _ in range(3):
         note(choices, PASS_Q, 24)
         note(choices, PASS_KV, 24, forced=True)
@@ -43,7 +43,7 @@ def test_a_choice_is_noted_once_with_all_candidates_and_counted():
 
 
 def test_tree_is_a_candidate_where_there_are_nodes_and_when_it_was_forced():
-    choices = Choices()
+    choices = StrategyChoices()
     note(choices, PASS_Q, 24, nodes=(0, 0, 1, 1))
     note(choices, TREE, 24, forced=True)
     assert [[c.strategy for c in choice.candidates] for choice in choices.all] == [
@@ -53,7 +53,7 @@ def test_tree_is_a_candidate_where_there_are_nodes_and_when_it_was_forced():
 
 
 def test_the_text_marks_what_was_taken_and_names_every_candidate():
-    choices = Choices()
+    choices = StrategyChoices()
     note(choices, PASS_KV, 24, forced=True)
     lines = choices_text(choices.all).splitlines()
     assert lines[0] == "prefill, KV group 0: pass_kv, forced in 1 step; first 24 tokens of up to 64 on 3 ranks"

@@ -44,7 +44,7 @@ from longspan.types import AttentionParams
 MIN_QUERIES = 128
 """Shorter runs of queries are left to the other backend, if there is one."""
 
-Rows = tuple[int, int]
+KeyRange = tuple[int, int]
 """First row and number of rows of keys."""
 
 
@@ -84,12 +84,12 @@ class _Call(NamedTuple):
 
     row: int
     num_queries: int
-    keys: Tensor | Rows
+    keys: Tensor | KeyRange
     """[S] int64 rows to gather, or rows that follow each other."""
     is_causal: bool
 
 
-class _Work(NamedTuple):
+class _DenseCalls(NamedTuple):
     """What some segments come to."""
 
     calls: list[_Call]
@@ -133,7 +133,7 @@ class DenseBackend:
         if key not in derived:
             derived[key] = _split(segments, k.device, 1 if self._others is None else MIN_QUERIES)
         work = derived[key]
-        assert isinstance(work, _Work)
+        assert isinstance(work, _DenseCalls)
         rest = work.rest
         touched = bytearray(q.shape[0])
         if rest:
@@ -162,16 +162,16 @@ class DenseBackend:
         return acc
 
 
-def _gathered(tensor: Tensor, rows: Tensor | Rows) -> Tensor:
+def _gathered(tensor: Tensor, rows: Tensor | KeyRange) -> Tensor:
     """[Hkv, S, D] some rows of [Hkv, rows, D]; a view where they follow each other."""
     if isinstance(rows, Tensor):
         return tensor.index_select(1, rows)
     return tensor[:, rows[0] : rows[0] + rows[1]]
 
 
-def _split(segments: Sequence[RowSegment], device: torch.device, min_queries: int) -> _Work:
+def _split(segments: Sequence[RowSegment], device: torch.device, min_queries: int) -> _DenseCalls:
     """Args: `min_queries`: runs of fewer are left to the other backend."""
-    runs: dict[Rows, list[RowSegment]] = {}
+    runs: dict[KeyRange, list[RowSegment]] = {}
     rest = RowSegments()
     for s in segments:
         if s.num_queries and s.num_keys and s.visibility is not Visibility.NONE:
@@ -179,7 +179,7 @@ def _split(segments: Sequence[RowSegment], device: torch.device, min_queries: in
                 rest.append(s)
             else:
                 runs.setdefault((s.query_row, s.num_queries), []).append(s)
-    return _Work([call for found in runs.values() for call in _calls(found, device)], rest)
+    return _DenseCalls([call for found in runs.values() for call in _calls(found, device)], rest)
 
 
 def _calls(segments: Sequence[RowSegment], device: torch.device) -> Iterator[_Call]:
@@ -207,11 +207,11 @@ def _calls(segments: Sequence[RowSegment], device: torch.device) -> Iterator[_Ca
         yield _Call(row, num_queries, _rows(full, device), False)
 
 
-def _joined(segments: Sequence[RowSegment]) -> Iterator[tuple[int, list[Rows]]]:
+def _joined(segments: Sequence[RowSegment]) -> Iterator[tuple[int, list[KeyRange]]]:
     """(position, rows) of runs of keys whose positions follow each other."""
     placed = sorted((s.key_position, s.key_row, s.num_keys) for s in segments if s.key_position is not None)
     first, end = 0, None
-    rows: list[Rows] = []
+    rows: list[KeyRange] = []
     for position, row, count in placed:
         if position != end:
             if rows:
@@ -223,9 +223,9 @@ def _joined(segments: Sequence[RowSegment]) -> Iterator[tuple[int, list[Rows]]]:
         yield first, rows
 
 
-def _first(rows: Sequence[Rows], most: int) -> list[Rows]:
+def _first(rows: Sequence[KeyRange], most: int) -> list[KeyRange]:
     """The first `most` of some rows."""
-    kept: list[Rows] = []
+    kept: list[KeyRange] = []
     for row, count in rows:
         taken = min(count, most)
         if taken > 0:
@@ -234,9 +234,9 @@ def _first(rows: Sequence[Rows], most: int) -> list[Rows]:
     return kept
 
 
-def _rows(runs: Sequence[Rows], device: torch.device) -> Tensor | Rows:
+def _rows(runs: Sequence[KeyRange], device: torch.device) -> Tensor | KeyRange:
     """Rows of several runs, in their order."""
-    joined: list[Rows] = []
+    joined: list[KeyRange] = []
     for row, count in runs:
         if joined and sum(joined[-1]) == row:
             joined[-1] = (joined[-1][0], joined[-1][1] + count)

@@ -32,7 +32,7 @@ WAVES = 2
 """Programs per processor of the GPU that splits aim at."""
 
 
-class _Work(NamedTuple):
+class _LaunchTables(NamedTuple):
     """Tables on the device."""
 
     query_tiles: Tensor
@@ -107,7 +107,7 @@ def _work(
     sizes: Tiling,
     window: int | None,
     device: torch.device,
-) -> _Work:
+) -> _LaunchTables:
     """Tables of some segments; made once where the same segments come again, as in every layer of a step."""
     key = (num_rows, group_size, num_kv_heads, sizes, window, device)
     derived = segments.derived if isinstance(segments, RowSegments) else {}
@@ -120,11 +120,11 @@ def _work(
             window=window,
         )
         splits = num_splits(tables, num_kv_heads, num_processors(device))
-        derived[key] = _Work(
+        derived[key] = _LaunchTables(
             to_device(tables.query_tiles, device), to_device(tables.key_tiles, device), tables.queries_per_tile, splits
         )
     found = derived[key]
-    assert isinstance(found, _Work)
+    assert isinstance(found, _LaunchTables)
     return found
 
 

@@ -6,17 +6,17 @@ Read next: `longspan.costmodel.explain`, which notes the choices.
 
 from collections.abc import Sequence
 
-from longspan.costmodel.explain import Choice
+from longspan.costmodel.explain import StrategyChoice
 
 
-def choices_text(choices: Sequence[Choice]) -> str:
+def choices_text(choices: Sequence[StrategyChoice]) -> str:
     """One paragraph per choice: what was taken for how many steps, and what each candidate was predicted to take."""
     if not choices:
         return "no step has run"
     return "\n".join(_choice_text(choice) for choice in choices)
 
 
-def _choice_text(choice: Choice) -> str:
+def _choice_text(choice: StrategyChoice) -> str:
     forced = ", forced" if choice.is_forced else ""
     steps = f"{choice.num_steps} step{'s' * (choice.num_steps > 1)}"
     first = f"{choice.num_queries} token{'s' * (choice.num_queries > 1)} of up to {choice.num_keys}"

@@ -37,7 +37,7 @@ class Candidate(msgspec.Struct, frozen=True):
     """What the rank sends that sends most, exchange by exchange."""
 
 
-class Choice(msgspec.Struct):
+class StrategyChoice(msgspec.Struct):
     """A strategy that a KV group used in one phase, and the first step that used it."""
 
     phase: Phase
@@ -56,14 +56,14 @@ class Choice(msgspec.Struct):
     """How many steps it was used in."""
 
 
-class Choices:
+class StrategyChoices:
     """What was chosen so far."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Phase, int, Strategy], Choice] = {}
+        self._found: dict[tuple[Phase, int, Strategy], StrategyChoice] = {}
 
     @property
-    def all(self) -> list[Choice]:
+    def all(self) -> list[StrategyChoice]:
         """In the order of their first steps."""
         return list(self._found.values())
 
@@ -86,7 +86,7 @@ class Choices:
             return
         segments = step.segments
         runs = {(s.request_id, s.query_start, s.query_end) for s in segments}
-        choice = Choice(
+        choice = StrategyChoice(
             phase=phase,
             group_idx=group_idx,
             strategy=step.strategy,

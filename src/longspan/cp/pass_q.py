@@ -48,7 +48,7 @@ from longspan.plan.query_units import QueryUnit, num_rows, query_units
 from longspan.plan.types import Range, Segment
 from longspan.types import AttentionParams
 
-Rows = list[tuple[int, int]]
+RowRuns = list[tuple[int, int]]
 """(first row, rows) runs of a tensor, in the order of a message."""
 
 
@@ -70,7 +70,7 @@ class _Unit:
     """The most of any rank."""
     has_relays: bool
     """On any rank: all of them then start and end the same exchanges."""
-    sends: dict[int, Rows] = field(default_factory=dict)
+    sends: dict[int, RowRuns] = field(default_factory=dict)
     """Owner or leader to rows of this rank's queries; partials of the same rows come back."""
     arrivals: list[_Arrival] = field(default_factory=list)
     """From homes."""
@@ -210,7 +210,7 @@ class PassQ:
         return PartialMessage(self._format, num_rows, like.device)
 
 
-def _gathered(rows: Tensor, runs: Rows) -> Tensor:
+def _gathered(rows: Tensor, runs: RowRuns) -> Tensor:
     """Runs of rows [T, H, D] behind each other; a view where they follow each other already."""
     first, last = runs[0][0], runs[-1][0] + runs[-1][1]
     if all(a + n == b for (a, n), (b, _) in pairwise(runs)):

@@ -42,7 +42,7 @@ def stuck_limit_s(exchange_timeout_s: float) -> float:
     return exchange_timeout_s + MARGIN_S
 
 
-class Progress:
+class ProcessProgress:
     """How far a process has come. Written by the thread that computes, read by the one that tells the driver."""
 
     count = 0
@@ -57,7 +57,7 @@ class HeartbeatThread(threading.Thread):
         self,
         hello: Hello,
         who: str,
-        progress: Progress,
+        progress: ProcessProgress,
         address: str,
         secret: Secret | None,
         silence_limit_s: float | None,

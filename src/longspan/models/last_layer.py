@@ -17,7 +17,7 @@ READ_ROWS = "longspan_read_rows"
 """Forward keyword argument: [n] int64 packed rows that are read, or None for all."""
 
 
-class _Rows(threading.local):
+class _CurrentRows(threading.local):
     """What the layer's caller passed, until its modules run. Ranks that are threads share the modules."""
 
     rows: Tensor | None = None
@@ -38,7 +38,7 @@ def skip_unread_rows_(model: nn.Module) -> int:
     mlp = getattr(last, "mlp", None)
     if not isinstance(projection, nn.Module) or not isinstance(mlp, nn.Module):
         return 0
-    current = _Rows()
+    current = _CurrentRows()
 
     def note_rows(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         current.rows = kwargs.get(READ_ROWS)
@@ -49,7 +49,7 @@ def skip_unread_rows_(model: nn.Module) -> int:
     return 2
 
 
-def _of_read_rows(forward: Callable[[Tensor], Tensor], current: _Rows) -> Callable[[Tensor], Tensor]:
+def _of_read_rows(forward: Callable[[Tensor], Tensor], current: _CurrentRows) -> Callable[[Tensor], Tensor]:
     """`forward` of [1, T, width], computed for the rows that are read, 0 for the others."""
 
     def some_rows(hidden: Tensor) -> Tensor:

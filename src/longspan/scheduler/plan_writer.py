@@ -10,7 +10,7 @@ from functools import partial
 
 from longspan.config import EngineConfig
 from longspan.costmodel.choose import plan_group
-from longspan.costmodel.explain import Choices
+from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.plan.build import RequestStep, Tables, build_plan, score_runs
 from longspan.plan.types import PageCopy, Plan, SampledBy, ScoreRun, TableDelta
@@ -28,7 +28,7 @@ class PlanWriter:
         self._model, self._config, self._memory = model, config, memory
         self.costs = costs_by_bytes(config.known_nodes or (0,) * config.context_parallel_size)
         """What the ranks and links can do; until they have measured it, every link is the same."""
-        self.choices = Choices()
+        self.choices = StrategyChoices()
         """Which strategies were chosen so far, and why."""
 
     def use_costs(self, costs: Costs) -> None:

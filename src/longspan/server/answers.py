@@ -18,7 +18,7 @@ from fastapi import Response
 from longspan.engine.output_reader import OutputDelta
 from longspan.errors import LongspanError
 from longspan.server.errors import ApiError, as_api_error, json_response
-from longspan.server.generation import Choice, Generation
+from longspan.server.generation import AnswerChoice, Generation
 from longspan.server.sse import DONE, KEEP_ALIVE, EventStream, event
 from longspan.server.state import ServerState
 from longspan.server.token_texts import TokenTexts
@@ -47,14 +47,14 @@ class Answer(ABC):
         }
 
     @abstractmethod
-    def choice(self, choice: Choice, deltas: Sequence[OutputDelta], texts: TokenTexts) -> dict[str, Any]:
+    def choice(self, choice: AnswerChoice, deltas: Sequence[OutputDelta], texts: TokenTexts) -> dict[str, Any]:
         """A finished choice."""
 
     @abstractmethod
-    def chunks(self, choice: Choice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
+    def chunks(self, choice: AnswerChoice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
         """What a delta adds to its choice, as the choices of as many chunks."""
 
-    def size(self, choice: Choice) -> int:
+    def size(self, choice: AnswerChoice) -> int:
         """Tokens that an answer has to tell of for one choice."""
         return choice.reader.num_generated
 
@@ -115,7 +115,7 @@ class Answer(ABC):
         return event({**self._head, "object": self.CHUNK_OBJECT, "choices": choices, **usage, **more})
 
 
-def _progress(choice: Choice) -> dict[str, Any]:
+def _progress(choice: AnswerChoice) -> dict[str, Any]:
     """As llama.cpp's server gives it, and beside it the choice and what is left; `recovering` only while it is so."""
     progress = choice.reader.prefill_progress()
     recovering = {"recovering": True} if progress.is_recovering else {}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from longspan.engine.output_reader import OutputDelta
 from longspan.server.answers import Answer
 from longspan.server.errors import ApiError
-from longspan.server.generation import Choice, EncodedPrompt, Generation
+from longspan.server.generation import AnswerChoice, EncodedPrompt, Generation
 from longspan.server.logprobs import chat_logprobs
 from longspan.server.protocol import ChatRequest, Message
 from longspan.server.state import ServerState
@@ -83,7 +83,7 @@ class _Chat(Answer):
         self._wants_logprobs = bool(body.logprobs)
         self._is_begun: set[int] = set()  # choices of which a chunk was sent
 
-    def choice(self, choice: Choice, deltas: Sequence[OutputDelta], texts: TokenTexts) -> dict[str, Any]:
+    def choice(self, choice: AnswerChoice, deltas: Sequence[OutputDelta], texts: TokenTexts) -> dict[str, Any]:
         reader = choice.reader
         assert reader.finish_reason is not None
         logprobs = [one for delta in deltas for one in delta.logprobs]
@@ -94,7 +94,7 @@ class _Chat(Answer):
             "finish_reason": reader.finish_reason.value,
         }
 
-    def chunks(self, choice: Choice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
+    def chunks(self, choice: AnswerChoice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
         logprobs = chat_logprobs(texts, delta.logprobs) if self._wants_logprobs and delta.logprobs else None
         chunks: list[dict[str, Any]] = []
         if choice.index not in self._is_begun:

@@ -12,7 +12,7 @@ from fastapi import Response
 from longspan.engine.output_reader import OutputDelta
 from longspan.models.detokenizer import encode_prompt
 from longspan.server.answers import Answer
-from longspan.server.generation import Choice, EncodedPrompt, Generation
+from longspan.server.generation import AnswerChoice, EncodedPrompt, Generation
 from longspan.server.logprobs import LegacyLogprobs, prompt_offsets
 from longspan.server.protocol import CompletionRequest
 from longspan.server.state import ServerState
@@ -47,18 +47,18 @@ class _Completion(Answer):
         self._wants_logprobs = body.logprobs is not None
         self._is_begun: set[int] = set()  # choices of which a chunk was sent
 
-    def size(self, choice: Choice) -> int:
+    def size(self, choice: AnswerChoice) -> int:
         return choice.reader.num_generated + len(choice.prompt.token_ids) * (self._echo and self._wants_logprobs)
 
     def usage(self) -> dict[str, Any]:
         found = super().usage()
         return {**found, "completion_tokens": 0, "total_tokens": found["prompt_tokens"]} if self._only_echo else found
 
-    def choice(self, choice: Choice, deltas: Sequence[OutputDelta], texts: TokenTexts) -> dict[str, Any]:
+    def choice(self, choice: AnswerChoice, deltas: Sequence[OutputDelta], texts: TokenTexts) -> dict[str, Any]:
         text = "" if self._only_echo else choice.reader.text
         return self._shape(choice, (self._front(choice) or "") + text, self._logprobs(choice, deltas, texts, True))
 
-    def chunks(self, choice: Choice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
+    def chunks(self, choice: AnswerChoice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
         is_first = choice.index not in self._is_begun
         self._is_begun.add(choice.index)
         front = self._front(choice) if is_first else None
@@ -67,12 +67,12 @@ class _Completion(Answer):
             return [self._shape(choice, text, self._logprobs(choice, [delta], texts, is_first))]
         return [self._shape(choice, front or "", self._logprobs(choice, [], texts, is_first))]
 
-    def _front(self, choice: Choice) -> str | None:
+    def _front(self, choice: AnswerChoice) -> str | None:
         """The prompt, if the answer repeats it."""
         return choice.prompt.text if self._echo else None
 
     def _logprobs(
-        self, choice: Choice, deltas: Sequence[OutputDelta], texts: TokenTexts, is_first: bool
+        self, choice: AnswerChoice, deltas: Sequence[OutputDelta], texts: TokenTexts, is_first: bool
     ) -> dict[str, Any] | None:
         if not self._wants_logprobs:
             return None
@@ -85,7 +85,7 @@ class _Completion(Answer):
             found.add(delta.logprobs, delta.offsets, base)
         return found.json
 
-    def _shape(self, choice: Choice, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def _shape(self, choice: AnswerChoice, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         reason = choice.reader.finish_reason
         if self._only_echo and reason is not None:
             reason_text: str | None = "length"

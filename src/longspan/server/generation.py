@@ -35,7 +35,7 @@ class EncodedPrompt:
 
 
 @dataclass(slots=True)
-class Choice:
+class AnswerChoice:
     """One answer while it is made."""
 
     index: int
@@ -49,9 +49,9 @@ class Generation:
 
     def __init__(self, state: ServerState, num_prompts: int) -> None:
         self._state = state
-        self.choices: list[Choice] = []
+        self.choices: list[AnswerChoice] = []
         self.num_prompts = num_prompts
-        self._queue: asyncio.Queue[tuple[Choice, Update | LongspanError]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[AnswerChoice, Update | LongspanError]] = asyncio.Queue()
         self._pumps: list[asyncio.Task[None]] = []
         self._metrics = RequestMetrics(state.metrics)
 
@@ -91,7 +91,7 @@ class Generation:
                     one = nth_choice(params, i)
                     stream = await state.engine.submit(prompt.token_ids, one, constraint=constraint())
                     reader = OutputReader(state.tokenizers.tokenizer, prompt.token_ids, one)
-                    generation.choices.append(Choice(len(generation.choices), prompt, stream, reader))
+                    generation.choices.append(AnswerChoice(len(generation.choices), prompt, stream, reader))
                     await asyncio.sleep(0)  # a thousand choices must not hold up everybody else
         except BaseException:
             generation.cancel()
@@ -102,7 +102,7 @@ class Generation:
     def _start_pumps(self) -> None:
         self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self.choices]
 
-    async def _pump(self, choice: Choice) -> None:
+    async def _pump(self, choice: AnswerChoice) -> None:
         try:
             async for update in choice.stream:
                 if self._queue.qsize() > MAX_BEHIND + 16 * len(self.choices):
@@ -112,7 +112,7 @@ class Generation:
         except LongspanError as error:
             self._queue.put_nowait((choice, error))
 
-    async def deltas(self, silence_s: float | None = None) -> AsyncIterator[tuple[Choice, OutputDelta] | None]:
+    async def deltas(self, silence_s: float | None = None) -> AsyncIterator[tuple[AnswerChoice, OutputDelta] | None]:
         """What is added to which choice, until all choices have ended.
 
         Args:

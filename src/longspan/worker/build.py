@@ -15,7 +15,7 @@ from longspan.attention.base import AttentionBackend
 from longspan.comm.base import Communicator
 from longspan.comm.checking import CheckingCommunicator
 from longspan.comm.delaying import DelayingCommunicator
-from longspan.group.heartbeat import Progress
+from longspan.group.heartbeat import ProcessProgress
 from longspan.group.messages import Start
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.models.loader import load_model, resolve_dtype
@@ -89,7 +89,7 @@ def build_runner(
     backend: AttentionBackend,
     dense_threads: Callable[[Plan, int], int] | None = None,
     *,
-    progress: Progress | None = None,
+    progress: ProcessProgress | None = None,
     faults: Injector | None = None,
 ) -> ModelRunner:
     """A runner that is ready for plans. Arguments as `ModelRunner` takes them."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 from longspan.comm.connect import Meeting, local_meeting
 from longspan.errors import CommunicationError, ConfigError, LongspanError
-from longspan.group.heartbeat import HeartbeatThread, Progress
+from longspan.group.heartbeat import HeartbeatThread, ProcessProgress
 from longspan.group.messages import Failed, Hello, Start
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.group.versions import own_versions
@@ -39,7 +39,7 @@ def last_words(process: ProcessId, error: Exception) -> Failed:
 
 
 def run(
-    process: ProcessId, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: Progress
+    process: ProcessId, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: ProcessProgress
 ) -> Failed | None:
     """Load, and run plans until told to stop. Returns why not, after telling the driver; None if all went well."""
     failed = None
@@ -63,7 +63,7 @@ def run_local(number: int, world_size: int, address: str) -> int:
         world_size: number of processes.
         address: of the driver's link.
     """
-    hello, progress = own_hello(number, world_size), Progress()
+    hello, progress = own_hello(number, world_size), ProcessProgress()
     HeartbeatThread(hello, f"process {number}", progress, address, None, silence_limit_s=None).start()
     link = WorkerLink(address, None)
     start = link.introduce(hello, timeout_s=None)

@@ -15,7 +15,7 @@ from longspan.comm.connect import Meeting, address_towards, interface_address
 from longspan.comm.secret import Secret
 from longspan.config import num_cores
 from longspan.errors import ConfigError, LongspanError
-from longspan.group.heartbeat import HeartbeatThread, Progress, say_last, silence_limit_s
+from longspan.group.heartbeat import HeartbeatThread, ProcessProgress, say_last, silence_limit_s
 from longspan.group.shape import GroupShape
 from longspan.group.worker_link import WorkerLink
 from longspan.worker.process import own_hello, run
@@ -83,7 +83,7 @@ def run_remote(place: Place, driver: str, secret: Secret, interface: str | None,
         warnings.simplefilter("ignore")
     if interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
-    link, hello, progress = WorkerLink(driver, secret), own_hello(place.number, place.world_size), Progress()
+    link, hello, progress = WorkerLink(driver, secret), own_hello(place.number, place.world_size), ProcessProgress()
     try:
         address = interface_address(interface) if interface else address_towards(place.master_address)
         start = link.introduce(hello, connect_timeout_s)

@@ -21,7 +21,7 @@ from longspan.comm.base import Communicator
 from longspan.comm.recording import RecordingCommunicator
 from longspan.cp.eager import EagerStepAttention
 from longspan.errors import LongspanError
-from longspan.group.heartbeat import Progress
+from longspan.group.heartbeat import ProcessProgress
 from longspan.kv.pool import PagePool
 from longspan.plan.fixed_shape import fixed_shape
 from longspan.plan.types import (
@@ -57,7 +57,7 @@ class _Answer(NamedTuple):
     failed: tuple[FailedRow, ...] = ()
 
 
-class _Rows(NamedTuple):
+class _PackedStep(NamedTuple):
     """A rank's packed rows, and which of them need logits."""
 
     token_ids: list[int]
@@ -71,7 +71,7 @@ class _Rows(NamedTuple):
 class _LayerStart:
     """Happens before every layer: progress is counted, and a fault comes that is due."""
 
-    def __init__(self, progress: Progress, faults: Injector) -> None:
+    def __init__(self, progress: ProcessProgress, faults: Injector) -> None:
         self._progress, self._faults = progress, faults
         self.num_plans = 0
         """Plans that the rank has run before this one."""
@@ -95,7 +95,7 @@ class ModelRunner:
         backend: AttentionBackend,
         dense_threads: Callable[[Plan, int], int] | None = None,
         graphs: GraphMode = "never",
-        progress: Progress | None = None,
+        progress: ProcessProgress | None = None,
         faults: Injector | None = None,
     ) -> None:
         """Allocate the pools.
@@ -125,7 +125,7 @@ class ModelRunner:
         ]
         """Per KV group."""
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
-        self._progress = progress or Progress()
+        self._progress = progress or ProcessProgress()
         self._layer_start = _LayerStart(self._progress, faults or Injector(None))
         self._forward = ModelForward(model, spec.layer_params, self._layer_start)
         self.fixed = None if graphs == "never" else self._fixed_steps(graphs)
@@ -219,7 +219,7 @@ class ModelRunner:
         table.free_before(delta.freed_before)
         table.apply(list(delta.added))
 
-    def _rows(self, plan: Plan) -> _Rows:
+    def _rows(self, plan: Plan) -> _PackedStep:
         """This rank's share of a plan."""
         runs = [run for run in plan.query_runs if run.compute_rank == self.rank]
         token_ids: list[int] = []
@@ -235,9 +235,9 @@ class ModelRunner:
         rows = [row_of[row.request_id, row.position] for row in samples]
         for score in scores:
             rows += [row_of[score.request_id, score.position + i] for i in range(len(score.targets))]
-        return _Rows(token_ids, positions, samples, scores, rows)
+        return _PackedStep(token_ids, positions, samples, scores, rows)
 
-    def _run_eagerly(self, plan: Plan, rows: _Rows) -> StepOutput:
+    def _run_eagerly(self, plan: Plan, rows: _PackedStep) -> StepOutput:
         """A plan of any shape."""
         attention = EagerStepAttention(plan, self._tables, self.pools, self.comm, self.backend, self.spec.layer_params)
         if not attention.num_rows:
@@ -252,7 +252,7 @@ class ModelRunner:
         )
         return StepOutput(logits, attention.bytes_sent)
 
-    def _read(self, plan: Plan, rows: _Rows, logits: Tensor) -> _Answer:
+    def _read(self, plan: Plan, rows: _PackedStep, logits: Tensor) -> _Answer:
         """Sampling and scoring.
 
         Args:

@@ -17,7 +17,7 @@ from longspan.comm.sockets import LOOK_S, SocketCommunicator
 from longspan.comm.threads import thread_group
 from longspan.config import num_cores
 from longspan.errors import ConfigError
-from longspan.group.heartbeat import Progress
+from longspan.group.heartbeat import ProcessProgress
 from longspan.group.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.group.worker_link import WorkerLink
@@ -32,7 +32,7 @@ from longspan.worker.thread_lending import borrowed_threads, lends
 
 
 def serve(
-    process: ProcessId, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: Progress
+    process: ProcessId, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: ProcessProgress
 ) -> None:
     """Start up, then run plans until told to stop.
 
