@@ -36,8 +36,7 @@ def test_pages_that_a_window_has_left_are_not_told():
 def test_who_gives_pages_back_is_told_anew_and_ranks_that_heard_of_it_are_remembered():
     delivery, table = Delivery(), PageTable(4)
     delivery.tell(3, [table], grow(table, 0), {0, 1})
-    delivery.note_plan(5, moves_queries=True)
-    assert (delivery.last_plan_id, delivery.moves_queries) == (5, True)
+    delivery.last_plan_id, delivery.moves_queries = 5, True
     delivery.forget_tables()
     assert (delivery.informed_ranks, delivery.involved_ranks, delivery.moves_queries) == (set(), {0, 1}, False)
     delivery.wait_from(9)

@@ -7,7 +7,9 @@ Read next: `longspan.plan.types`, what is built; `longspan.scheduler.plan_writer
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
+
+import msgspec
 
 from longspan.kv.layout import KVGroup
 from longspan.plan.group_step import BLOCK_LEN
@@ -34,7 +36,7 @@ ChooseGroupStep: TypeAlias = Callable[[Sequence[QueryRun], Tables, KVGroup], Gro
 (`longspan.costmodel.choose.plan_group` with a host's costs)."""
 
 
-class RequestStep(NamedTuple):
+class RequestStep(msgspec.Struct, frozen=True, gc=False):
     """What a step computes of one request: positions `[start, end)`."""
 
     request_id: int
@@ -75,24 +77,33 @@ def build_plan(
         page_copies: pages that are copied before the step.
         released: requests that the ranks may forget.
     """
-    is_prefill = any(request.num_known - request.start > 1 for request in requests)
-    query_runs = [run for request in requests for run in _query_runs(request, tables[0][request.request_id])]
-    samples = tuple([request.sample for request in requests if request.sample is not None])
-    scores = tuple([run for request in requests for run in request.scores])
+    is_prefill = False
+    query_runs: list[QueryRun] = []
+    samples: list[SampleRow] = []
+    scores: list[ScoreRun] = []
+    for request in requests:
+        is_prefill = is_prefill or request.num_known - request.start > 1
+        _add_runs(query_runs, request, tables[0][request.request_id])
+        if request.sample is not None:
+            samples.append(request.sample)
+        if request.scores:
+            scores += request.scores
+    steps = [choose(query_runs, tables[i], group) for i, group in enumerate(groups)]
     last_layer: GroupStep | None = None
-    read = read_runs(query_runs, samples, scores) if is_prefill else query_runs  # all rows of a decode are read
-    if read is not query_runs and _num_tokens(read) < _num_tokens(query_runs):
-        last = max(range(len(groups)), key=lambda i: max(groups[i].layers))
-        last_layer = choose(read, tables[last], groups[last])
+    if is_prefill:  # all rows of a decode are read
+        read = read_runs(query_runs, samples, scores)
+        if _num_tokens(read) < _num_tokens(query_runs):
+            last = max(range(len(groups)), key=lambda i: max(groups[i].layers))
+            last_layer = choose(read, tables[last], groups[last])
     return Plan(
         plan_id=plan_id,
         phase=Phase.PREFILL if is_prefill else Phase.DECODE,
         ranks=tuple(sorted(ranks)),
         query_runs=tuple(query_runs),
         table_deltas=tuple(table_deltas),
-        groups=tuple([choose(query_runs, of_group, group) for of_group, group in zip(tables, groups, strict=True)]),
-        samples=samples,
-        scores=scores,
+        groups=tuple(steps),
+        samples=tuple(samples),
+        scores=tuple(scores),
         page_copies=tuple(page_copies),
         released=tuple(sorted(released)),
         last_layer=last_layer,
@@ -120,7 +131,7 @@ def score_runs(
     ]
 
 
-def _query_runs(request: RequestStep, table: PageTable) -> Iterable[QueryRun]:
+def _add_runs(query_runs: list[QueryRun], request: RequestStep, table: PageTable) -> None:
     """Cut a request's positions where the computing rank changes; no run is longer than a block of queries."""
     start, tokens = request.start, request.tokens
     for rank, first, last in table.owners(start, request.end):
@@ -130,7 +141,7 @@ def _query_runs(request: RequestStep, table: PageTable) -> Iterable[QueryRun]:
                 named: Literals | SampledBy = tokens
             else:
                 named = Literals(tuple(tokens[position - start : stop - start]))
-            yield QueryRun(request.request_id, position, stop - position, rank, named)
+            query_runs.append(QueryRun(request.request_id, position, stop - position, rank, named))
 
 
 def _num_tokens(runs: Iterable[QueryRun]) -> int:

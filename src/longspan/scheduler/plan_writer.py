@@ -12,12 +12,15 @@ from longspan.config import EngineConfig
 from longspan.costmodel.choose import plan_group
 from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs, costs_by_bytes
-from longspan.plan.build import RequestStep, Tables, build_plan, score_runs
+from longspan.plan.build import RequestStep, build_plan, score_runs
 from longspan.plan.types import PageCopy, Plan, SampledBy, ScoreRun, TableDelta
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
 from longspan.types import ModelSpec, Phase, Strategy
+
+MOVE_QUERIES = (Strategy.PASS_Q, Strategy.TREE)
+"""Strategies that bring queries to keys."""
 
 
 class PlanWriter:
@@ -69,11 +72,15 @@ class PlanWriter:
         plan = build_plan(
             plan_id, ranks, steps, tables, groups, choose, table_deltas=deltas, page_copies=copies, released=released
         )
-        self._note_choices(movers or plan.phase, plan, tables, is_forced=forced is not None)
-        moves_queries = any(step.strategy in (Strategy.PASS_Q, Strategy.TREE) for step in plan.groups)
+        moves_queries = False
+        for i, step in enumerate(plan.groups):
+            moves_queries = moves_queries or step.strategy in MOVE_QUERIES
+            self.choices.note(
+                movers or plan.phase, i, step, tables[i], groups[i], self.costs, is_forced=forced is not None
+            )
         for request, end in chosen:
-            request.num_planned = end
-            request.delivery.note_plan(plan_id, moves_queries=moves_queries and len(request.page_ranks) > 1)
+            request.num_planned, delivery = end, request.delivery
+            delivery.last_plan_id, delivery.moves_queries = plan_id, moves_queries and len(request.page_ranks) > 1
         return plan
 
     def _deltas(self, request: Request, end: int, ranks: set[int]) -> list[TableDelta]:
@@ -88,10 +95,6 @@ class PlanWriter:
         added = self._memory.grow(request, end)
         assert all(table.num_pages * size >= end for table in request.tables)
         return request.delivery.tell(request.request_id, request.tables, added, ranks)
-
-    def _note_choices(self, phase: Phase, plan: Plan, tables: Sequence[Tables], *, is_forced: bool) -> None:
-        for i, step in enumerate(plan.groups):
-            self.choices.note(phase, i, step, tables[i], self._model.kv_groups[i], self.costs, is_forced=is_forced)
 
 
 def _request_step(request: Request, end: int, sampled: SampledBy | None) -> RequestStep:
