@@ -107,7 +107,7 @@ class Worker(RefusedCalls):
         Collective: every process, once.
         """
         self._model.warm_up(self.scheduler_config.max_num_batched_tokens)
-        block_bytes = self._model.group.token_bytes * self.cache_config.block_size
+        block_bytes = self._model.group.page_bytes(self.cache_config.block_size)
         return self._cp_size * common_kv_bytes(
             self.cache_config, self.parallel_config.world_size, block_bytes, self.device
         )
