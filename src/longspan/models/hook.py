@@ -2,7 +2,7 @@
 
 Holds the registration and the record of one attention call. Must not know plans, ranks or strategies: whoever runs the
 model passes a callable as the forward keyword argument `longspan_attend`, and every layer calls it.
-Read next: `longspan.models.inspect`, which passes a recorder; `longspan.worker.runner`, which passes the real thing.
+Read next: `longspan.models.inspect`, which passes a recorder; `longspan.worker.forward`, which passes the real thing.
 """
 
 from collections.abc import Callable, Mapping

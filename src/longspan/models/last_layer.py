@@ -1,7 +1,7 @@
 """The last layer computes only rows that somebody reads.
 
 Holds the replacement of two modules' forward. Must not know attention, plans or ranks.
-Read next: `longspan.plan.read_runs`, which says who reads what; `longspan.worker.runner`, which passes the rows.
+Read next: `longspan.plan.read_runs`, which says who reads what; `longspan.worker.forward`, which passes the rows.
 
 What comes behind the last layer's attention (its output projection and MLP) serves the row's own logits and nothing
 else, so for a prompt's inner tokens it is not computed. Keys and values of all rows are.
