@@ -290,14 +290,14 @@ def test_packed_requests_run_side_by_side():
     with tiny_engine(model, context_parallel_size=3, placement="packed", max_num_batched_tokens=64) as engine:
         requests = [engine.add_request(reference.prompt, greedy()) for reference in model.references * 3]
         most_in_flight = 0
-        submit = engine.executor.submit
+        submit, ranks_of = engine.executor.submit, {}
 
         def count(plan):
             nonlocal most_in_flight
-            most_in_flight = max(
-                most_in_flight, len({plan.ranks for plan, _, _ in engine.scheduler._in_flight.values()})
-            )
-            return submit(plan)
+            most_in_flight = max(most_in_flight, len({ranks_of[future] for future in engine.in_flight} | {plan.ranks}))
+            future = submit(plan)
+            ranks_of[future] = plan.ranks
+            return future
 
         engine.executor.submit = count
         run_all(engine)

@@ -273,7 +273,7 @@ def test_an_answer_may_take_all_that_fits(cache_home):
         answer = served.ok(CHAT, messages=MESSAGES, ignore_eos=True)
         assert answer["usage"]["completion_tokens"] == 30
     with serving(page_size=4, stripe_size=4, kv_cache_memory=40 * 4 * 3 * 2 * 2 * 16 * 4) as served:
-        assert served.state.longest_request == 161
+        assert served.state.lengths.longest_request == 161
         answer = served.ok(CHAT, messages=MESSAGES, ignore_eos=True)
         assert answer["usage"]["total_tokens"] == 161
 

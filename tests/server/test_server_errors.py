@@ -221,7 +221,7 @@ def test_a_request_that_is_too_long_is_told_what_would_fit_it(cache_home):
         assert "got 60 + 6 = 66 tokens, legal is at most 65" in error["message"]
         assert "kv_cache_memory of at least" in error["message"]
         served.ok(COMPLETIONS, prompt="x" * 59, max_tokens=5)
-        assert served.state.longest_request == 65
+        assert served.state.lengths.longest_request == 65
         error = served.refused(CHAT, messages=[{"role": "user", "content": "x" * 90}])
         assert error["code"] == "context_length_exceeded"
 
@@ -236,7 +236,7 @@ def test_a_request_is_no_longer_than_the_model_or_the_option_admit(server):
         assert "31 + 16 = 47 tokens, legal is at most 20" in error["message"]
         assert "--max-model-len" in error["message"]
         served.ok(COMPLETIONS, prompt="xxx", max_tokens=16)
-        assert served.state.longest_request == 20
+        assert served.state.lengths.longest_request == 20
 
 
 # -- long bodies -------------------------------------------------------------------------------------------------------

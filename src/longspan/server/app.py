@@ -68,8 +68,14 @@ def make_app(state: ServerState) -> FastAPI:
     app.router.redirect_slashes = False
     app.add_middleware(Gate, state=state)
     router = APIRouter(route_class=_json_route(state))
+    _add_text_routes(router, state)
+    _add_server_routes(router, state)
+    app.include_router(router)
+    return app
 
-    # -- text --------------------------------------------------------------------------------------------------------
+
+def _add_text_routes(router: APIRouter, state: ServerState) -> None:
+    """Text and tokens."""
 
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -83,8 +89,6 @@ def make_app(state: ServerState) -> FastAPI:
         state.check_model(body.model)
         return await unless_gone(request, chat(state, body))
 
-    # -- tokens ------------------------------------------------------------------------------------------------------
-
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Token ids of a text or a conversation."""
@@ -97,7 +101,9 @@ def make_app(state: ServerState) -> FastAPI:
         state.check_model(body.model)
         return await unless_gone(request, _detokenize(state, body))
 
-    # -- the server itself -------------------------------------------------------------------------------------------
+
+def _add_server_routes(router: APIRouter, state: ServerState) -> None:
+    """The server itself."""
 
     @router.get("/v1/models")
     async def models() -> Response:
@@ -127,9 +133,6 @@ def make_app(state: ServerState) -> FastAPI:
         """Numbers for Prometheus."""
         return Response(state.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    app.include_router(router)
-    return app
-
 
 def _model(state: ServerState) -> dict[str, Any]:
     return {
@@ -137,8 +140,8 @@ def _model(state: ServerState) -> dict[str, Any]:
         "object": "model",
         "created": state.created,
         "owned_by": "longspan",
-        "root": state.engine_config.model,
-        "max_model_len": state.longest_request,
+        "root": state.engine.config.model,
+        "max_model_len": state.lengths.longest_request,
     }
 
 
@@ -157,7 +160,7 @@ async def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
         token_ids = await state.tokenizers.run(encode, len(text))
     found: dict[str, Any] = {
         "count": len(token_ids),
-        "max_model_len": state.longest_request,
+        "max_model_len": state.lengths.longest_request,
         "tokens": token_ids,
     }
 
@@ -170,8 +173,8 @@ async def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
 
 
 async def _detokenize(state: ServerState, body: DetokenizeRequest) -> Response:
-    if len(body.tokens) > state.longest_request:
-        state.refuse_length("tokens", len(body.tokens), 1)
+    if len(body.tokens) > state.lengths.longest_request:
+        state.lengths.refuse("tokens", len(body.tokens), 1)
     if body.tokens:
         await state.check_token_ids("tokens", body.tokens)
     return json_response({"prompt": await state.decode(body.tokens)})

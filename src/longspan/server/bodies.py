@@ -65,7 +65,7 @@ def read_body(raw: bytes, kind: type[Body], state: ServerState) -> Any:
 
 
 def _check_count(name: str, count: int, state: ServerState) -> None:
-    size = state.engine.engine.spec.vocab_size
+    size = state.engine.model.vocab_size
     if count > size:
         raise ApiError(
             400, f"{name}: got {count} entries, legal is at most {size}, the tokens of the model", param=name
@@ -124,8 +124,8 @@ class _LongBody:
 
     def _token_ids(self, name: str, text: bytes) -> list[int]:
         count = text.count(b",") + 1
-        if count > self._state.longest_request:
-            self._state.refuse_length(name, count, self._max_tokens)
+        if count > self._state.lengths.longest_request:
+            self._state.lengths.refuse(name, count, self._max_tokens)
         found: list[int] = []
         start = 1
         while start < len(text):

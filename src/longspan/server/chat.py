@@ -4,6 +4,7 @@ Holds the template's use and the shape of choices. Must not know how anything ru
 Read next: `longspan.server.answers`, the frame; `longspan.server.completions`, the other kind.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ async def chat(state: ServerState, body: ChatRequest) -> Response:
     token_ids = await encode_messages(state, body.messages)
     max_tokens = body.asked_max_tokens
     if max_tokens is None:
-        max_tokens = await state.room_for(len(token_ids))
+        max_tokens = await asyncio.to_thread(state.lengths.find_room, len(token_ids))
     params = await body.in_thread_if_long(lambda: body.sampling_params(max_tokens))
     generation = await Generation.start(state, [EncodedPrompt(None, token_ids)], params, body.num_choices)
     answer = _Chat(state, generation, body)

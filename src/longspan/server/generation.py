@@ -71,7 +71,7 @@ class Generation:
             LongspanError, ApiError: a choice was refused; nothing runs.
         """
         queue = state.config.max_queued_requests
-        slots = state.engine_config.max_num_seqs
+        slots = state.engine.config.max_num_seqs
         limit = MAX_PROMPTS if queue is None else min(MAX_PROMPTS, slots + queue)
         total = len(prompts) * num_choices
         if total > limit:
@@ -82,7 +82,7 @@ class Generation:
                 param="n",
             )
         for prompt in prompts:
-            state.check_length(len(prompt.token_ids), params.max_tokens)
+            state.lengths.check(len(prompt.token_ids), params.max_tokens)
         generation = cls(state, len(prompts))
         try:
             constraint = await state.grammars.constraints(params)
@@ -96,10 +96,11 @@ class Generation:
         except BaseException:
             generation.cancel()
             raise
-        generation._start_pumps()
+        generation.begin()
         return generation
 
-    def _start_pumps(self) -> None:
+    def begin(self) -> None:
+        """Let what comes of the choices queue up."""
         self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self.choices]
 
     async def _pump(self, choice: AnswerChoice) -> None:

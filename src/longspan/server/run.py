@@ -36,9 +36,10 @@ from longspan.models.loader import load_config, load_tokenizer
 from longspan.server.app import make_app
 from longspan.server.config import ServerConfig
 from longspan.server.grammars import LazyGrammars
+from longspan.server.lengths import Lengths, check_max_model_len
 from longspan.server.metrics import Metrics
 from longspan.server.sse import HttpProtocol
-from longspan.server.state import ServerState, check_max_model_len
+from longspan.server.state import ServerState
 from longspan.server.token_texts import TokenTexts
 from longspan.server.tokenizers import TokenizerPool
 
@@ -53,12 +54,13 @@ BACKLOG = 2048
 
 def make_state(engine: AsyncEngine, tokenizer: PreTrainedTokenizerBase, config: ServerConfig) -> ServerState:
     """A server's state around an engine that runs."""
-    spec = engine.engine.spec
-    name = config.served_model_name or engine.engine.config.model
+    spec = engine.model
+    name = config.served_model_name or engine.config.model
     return ServerState(
         engine=engine,
         tokenizers=TokenizerPool(tokenizer),
         grammars=LazyGrammars(lambda: make_grammars(copy.deepcopy(tokenizer), spec.vocab_size, spec.eos_token_ids)),
+        lengths=Lengths(engine, config.max_model_len),
         config=config,
         metrics=Metrics(name, engine.stats),
         token_texts=TokenTexts(tokenizer),
@@ -84,7 +86,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, launcher: Launcher 
     check_proven(model_config)
     tokenizer = load_tokenizer(engine_config.model)
     with Engine(engine_config, launcher=launcher) as engine:
-        check_max_model_len(config, engine.spec.max_position)
+        check_max_model_len(config.max_model_len, engine.spec.max_position)
         return asyncio.run(_serve(engine, tokenizer, config))
 
 
@@ -201,10 +203,11 @@ def _url(listener: socket.socket) -> str:
 
 
 def _capacity(state: ServerState) -> str:
-    ranks = state.engine_config.context_parallel_size
+    capacity, longest = state.engine.capacity(), state.lengths.longest_request
     return (
-        f"model {state.model_name} on {ranks} rank{'s' * (ranks > 1)}: KV for {state.total_tokens} tokens, "
-        f"{state.tokens_per_rank} per rank; longest request {state.longest_request} tokens, prompt and answer together"
+        f"model {state.model_name} on {capacity.num_ranks} rank{'s' * (capacity.num_ranks > 1)}: KV for "
+        f"{capacity.num_tokens} tokens, {capacity.tokens_per_rank} per rank; longest request {longest} tokens, prompt "
+        "and answer together"
     )
 
 

@@ -1,0 +1,92 @@
+"""How long a request may be: what the model, the options and the ranks' memory admit.
+
+Holds limits and their refusals. Must not know HTTP routes, nor how tokens are counted.
+Read next: `longspan.server.state`, which every route has; `Engine.check_fits` in `longspan.engine.engine`.
+"""
+
+from collections.abc import Callable
+from typing import NoReturn
+
+from longspan.engine.async_engine import AsyncEngine
+from longspan.errors import CapacityError, ConfigError
+from longspan.server.errors import TOO_LONG, ApiError
+
+
+class Lengths:
+    """Limits of one server. Any thread may ask."""
+
+    def __init__(self, engine: AsyncEngine, max_model_len: int | None) -> None:
+        """Find the longest request that can run.
+
+        Args:
+            engine: that runs requests.
+            max_model_len: most tokens that the user of the command admits; None leaves it to the model.
+        """
+        self._engine, self._max_model_len = engine, max_model_len
+        limits = [max_model_len, engine.model.max_position]
+        self.max_len = min((limit for limit in limits if limit is not None), default=None)
+        """Most tokens of prompt and answer together that model and options admit; memory may admit fewer."""
+        self.longest_request = _largest(self._most_tokens() - 1, lambda prompt_len: self._fits(prompt_len, 1)) + 1
+        """Tokens of the longest request that can run, prompt and answer together; found at the start."""
+
+    def check(self, prompt_len: int, max_tokens: int) -> None:
+        """Raises: ApiError if that is more than `max_len`."""
+        limit, total = self.max_len, prompt_len + max_tokens
+        if limit is None or total <= limit:
+            return
+        if limit == self._max_model_len:
+            why = "what would fit it: a shorter prompt, fewer max_tokens, or a server with a larger --max-model-len"
+        else:
+            why = "max_position_embeddings of the model; what would fit it: a shorter prompt or fewer max_tokens"
+        raise ApiError(
+            400,
+            f"prompt + max_tokens: got {prompt_len} + {max_tokens} = {total} tokens, legal is at most {limit} ({why})",
+            param="prompt" if prompt_len >= limit else "max_tokens",
+            code=TOO_LONG,
+        )
+
+    def refuse(self, name: str, num_tokens: int, max_tokens: int) -> NoReturn:
+        """Refuse token ids of which there are more than `longest_request`, by their number alone.
+
+        Raises:
+            ApiError, CapacityError: always; says what would fit them, if anything would.
+        """
+        self.check(num_tokens, max_tokens)
+        self._engine.check_fits(num_tokens, max_tokens)
+        limit = self.longest_request
+        raise ApiError(400, f"{name}: got {num_tokens} token ids, legal is at most {limit}", param=name, code=TOO_LONG)
+
+    def find_room(self, prompt_len: int) -> int:
+        """Most tokens that can follow a prompt; at least 1, so that submitting it says what is wrong."""
+        return _largest(self._most_tokens() - prompt_len, lambda max_tokens: self._fits(prompt_len, max_tokens))
+
+    def _most_tokens(self) -> int:
+        """No request is longer."""
+        return self._engine.capacity().num_tokens + 1 if self.max_len is None else self.max_len
+
+    def _fits(self, prompt_len: int, max_tokens: int) -> bool:
+        try:
+            self._engine.check_fits(prompt_len, max_tokens)
+        except CapacityError:
+            return False
+        return True
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `most` that fits, if all below it do; 1 if none does."""
+    least, most = 1, max(1, most)
+    if fits(most):
+        return most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least
+
+
+def check_max_model_len(max_model_len: int | None, max_position: int | None) -> None:
+    """Raises: ConfigError if the user asks for more than the model can do."""
+    if max_model_len is not None and max_position is not None and max_model_len > max_position:
+        raise ConfigError(
+            f"max_model_len: got {max_model_len}, legal is at most {max_position} (max_position_embeddings of "
+            "the model)"
+        )
