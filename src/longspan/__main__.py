@@ -1,4 +1,4 @@
-"""`python -m longspan`: the same as the `longspan` command."""
+"""Entry point of `python -m longspan`, which equals the `longspan` command."""
 
 from longspan.cli.main import main
 

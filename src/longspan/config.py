@@ -1,7 +1,7 @@
 """Engine configuration: every option a user can set, checked once.
 
 Holds values and their legal ranges, each stated at its field. Must not know torch, models or processes.
-Read next: `longspan.option`, what a field says; `longspan.llm` and `longspan.cli`, the two ways to set these.
+Read next: `longspan.option`, the statement at a field; `longspan.llm` and `longspan.cli`, the two ways to set options.
 """
 
 import os
@@ -34,10 +34,10 @@ MAX_TIMEOUT_S = 10**6
 
 
 def parse_nodes(text: str, field: str = "nodes") -> tuple[int, ...]:
-    """The node of every rank, from a text such as `0,0,1,1`.
+    """Node of every rank, from a text such as `0,0,1,1`.
 
     Raises:
-        ConfigError: it is no list of whole numbers.
+        ConfigError: the text is no list of whole numbers.
     """
     try:
         return tuple(int(node) for node in text.split(","))
@@ -46,19 +46,19 @@ def parse_nodes(text: str, field: str = "nodes") -> tuple[int, ...]:
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How to split and run one model.
+    """Options for splitting and running one model.
 
     Raises:
         ConfigError: a value is illegal, or two values contradict each other.
     """
 
     model: str
-    """A directory, `recall` (the bundled model), or a Hub id."""
+    """Model to run: a directory, `recall` (the bundled model), or a Hub id."""
     device: Annotated[
         DeviceName, Option("Processor of the ranks; auto: GPUs, if there is one for each rank.", Group.MODEL)
     ] = "auto"
-    """Processor that ranks compute on, each on a GPU of its own. `auto` takes the GPUs of this machine if there is one
-    for each rank, and the CPU with the executors `external` and `ray`, or where another option needs it."""
+    """Processor that ranks compute on; with `cuda` each rank has its own GPU. `auto` takes the GPUs of this machine if
+    there is one for each rank, and the CPU with the executors `external` and `ray`, or where an option needs it."""
     dtype: Annotated[
         DTypeName, Option("Of weights and KV; auto: float32 on a CPU, bfloat16 on a GPU.", Group.MODEL)
     ] = "auto"
@@ -68,10 +68,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     """Attention kernels. `auto` is cpu on a CPU, and on a GPU triton, or torch where Triton is not installed."""
     cuda_graphs: Annotated[GraphsName, Option("CUDA graphs of decode steps, on GPUs.", Group.MODEL)] = "auto"
-    """Decode steps have fixed shapes with the backends triton and flashinfer, and on a GPU each shape becomes a CUDA
-    graph; `never` launches every kernel by itself."""
+    """CUDA graphs of decode steps, one per shape: the backends triton and flashinfer make shapes fixed. `never`
+    launches every kernel by itself."""
     compile_dense: Annotated[bool, Option("torch.compile for norms and MLPs, on GPUs.", Group.MODEL)] = False
-    """Let `torch.compile` fuse norms and MLPs, on a GPU; the first steps take seconds longer."""
+    """Whether `torch.compile` fuses norms and MLPs, on a GPU; the first steps take seconds longer."""
     context_parallel_size: Annotated[
         int, Option("Ranks that share a sequence.", Group.RANKS, least=1, most=MAX_RANKS)
     ] = 1
@@ -84,25 +84,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     executor: Annotated[ExecutorName, Option("What runs the ranks; see docs/several-machines.md.", Group.RANKS)] = (
         "processes"
     )
-    """What runs the ranks: one worker process per rank on this machine; one thread of this process per rank (for tests
-    and debugging); workers on any hosts, which another program starts (`external`); or one actor of a Ray cluster per
-    rank (`ray`)."""
+    """Executor of the ranks: one worker process per rank on this machine; one thread of this process per rank (for
+    tests and debugging); workers on any hosts, which another program starts (`external`); or one actor of a Ray cluster
+    per rank (`ray`)."""
     placement: Annotated[
         PlacementName, Option("Ranks of a request's pages; auto: packed if short, else striped.", Group.RANKS)
     ] = "auto"
-    """Policy for the ranks of a request's pages."""
+    """Policy for the ranks of a request's pages; `auto` is packed for short prompts, else striped."""
     strategy: Annotated[
         StrategyName, Option("What moves between ranks, in both phases; auto: the fastest.", Group.RANKS)
     ] = "auto"
-    """Forces the movement strategy of both phases."""
+    """Movement strategy of both phases; `auto` takes the one with the least predicted time in every step."""
     decode_strategy: Annotated[
         StrategyName | None, Option("Overrides --strategy for decode.", Group.RANKS, unset="as --strategy")
     ] = None
-    """Overrides `strategy` for decode."""
+    """Movement strategy of decode; None takes that of `strategy`."""
     partial_dtype: Annotated[
         PartialDTypeName, Option("How partials travel; auto: in the dtype of keys and values.", Group.RANKS)
     ] = "auto"
-    """Dtype in which partials travel. `auto` is the dtype of keys and values: rounded once."""
+    """Dtype in which partials travel. `auto` is the dtype of keys and values, to which they are rounded once."""
     nodes: Annotated[
         tuple[int, ...] | None,
         Option(
@@ -117,17 +117,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_restarts: Annotated[
         int, Option("Replace lost ranks, so often within 10 minutes; 0: never.", Group.RANKS, least=0, most=MAX_COUNT)
     ] = 0
-    """Most times within 10 minutes that lost ranks are replaced, and all that ran is computed again; one more fails
-    every request. 0 replaces none. With `external`, the program that starts the workers has to start all of them again:
-    the driver waits for them as it did at first."""
+    """Most times within 10 minutes that lost ranks are replaced and running requests computed again; one more loss
+    fails every request. 0 replaces none. With `external`, the program that starts the workers has to start all of them
+    again: the driver waits for them as at the start."""
     min_ranks: Annotated[
         int | None,
         Option(
             "Fewest ranks to go on with, if not all can be replaced.", Group.RANKS, least=1, most=MAX_RANKS, unset="1"
         ),
     ] = None
-    """Fewest ranks to go on with, if lost ranks cannot all be started again; None is one. Not with `external`, a
-    topology file or simulated links, which say how many there are."""
+    """Fewest ranks to go on with, if lost ranks cannot all be started again; None is one. Not legal with `external`, a
+    topology file or simulated links, which fix the number of ranks."""
     page_size: Annotated[int, Option("Tokens per page.", Group.MEMORY, least=1, most=MAX_COUNT)] = 16
     """Tokens per page."""
     stripe_size: Annotated[int, Option("Tokens per stripe, whole pages.", Group.MEMORY, least=1, most=MAX_COUNT)] = 512
@@ -142,7 +142,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             unset="what is predicted to be best for a lone request",
         ),
     ] = None
-    """Tokens of a prompt below which it stays on one rank where placement is auto. None is what is predicted to be best
+    """Tokens of a prompt below which placement `auto` keeps it on one rank. None takes the number predicted to be best
     for a lone request, or, where nothing was measured, two stripes per rank."""
     kv_cache_memory: Annotated[
         int | None,
@@ -156,12 +156,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             unset="4Gi or half of what is free; on a GPU most of it",
         ),
     ] = None
-    """Bytes per rank. None takes 4 GiB, or what half of the free memory admits, and on a GPU most of what is free
-    beside the weights."""
+    """KV memory of one rank in bytes. None takes 4 GiB, or less if half of the free memory is less, and on a GPU most
+    of the memory that the weights leave free."""
     enable_prefix_caching: Annotated[
         bool, Option("Go on from the KV of earlier prompts and answers.", Group.MEMORY, only_servers=True)
     ] = True
-    """Keep the KV of prompts and answers, and go on from it when a prompt starts the same."""
+    """Whether the KV of prompts and answers is kept, and reused when a prompt starts with the same tokens."""
     max_num_batched_tokens: Annotated[
         int, Option("Most tokens that one rank computes in one step.", Group.SCHEDULING, least=1, most=MAX_COUNT)
     ] = 2048
@@ -190,11 +190,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             only_servers=True,
         ),
     ] = True
-    """Submit the next step of decodes before the tokens of the one in flight are known; see `longspan.scheduler`."""
+    """Whether the next step of decodes is submitted before the tokens of the one in flight are known; see
+    `longspan.scheduler.scheduler`."""
     listen: Annotated[
         str | None, Option("Where workers on other hosts find the driver.", Group.NETWORK, metavar="HOST:PORT")
     ] = None
-    """HOST:PORT where the driver waits for workers on other hosts: an address of the interface that they reach."""
+    """Address HOST:PORT where the driver waits for workers on other hosts, on an interface that they reach."""
     secret_file: Annotated[
         str | None,
         Option(
@@ -218,7 +219,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ray_placement: Annotated[
         RayPlacementName, Option("Ranks on as few of Ray's nodes as possible, or spread over as many.", Group.NETWORK)
     ] = "pack"
-    """Ranks on as few of Ray's nodes as possible, or spread over as many."""
+    """Placement of ranks on Ray's nodes: on as few as possible (`pack`), or spread over as many (`spread`)."""
     interface: Annotated[
         str | None,
         Option(
@@ -233,7 +234,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Option("Longest wait for all workers to connect.", Group.NETWORK, above=0, most=MAX_TIMEOUT_S, note="seconds"),
     ] = 120.0
-    """Longest wait for all worker processes to connect to the driver."""
+    """Longest wait for all worker processes to connect to the driver, in seconds."""
     exchange_timeout_s: Annotated[
         float,
         Option(
@@ -244,23 +245,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             note="seconds",
         ),
     ] = 300.0
-    """Longest wait for a peer in one exchange. A rank that owes an answer and gets no further for 5 s more is lost, as
-    is one whose process gives no sign of life for so long, or for 30 s."""
+    """Longest wait for a peer in one exchange, in seconds. A rank is lost if it owes an answer and makes no progress
+    for 5 s more than this, or if its process gives no sign of life for as long, or for 30 s if that is less."""
     topology: Annotated[
         str | None,
         Option("Nodes, links and rates from a file.", Group.NETWORK, metavar="FILE", unset="measured at the start"),
     ] = None
-    """A YAML or JSON file with the cluster's nodes, links and rates, as `longspan topology --save` writes it; None
+    """YAML or JSON file with the cluster's nodes, links and rates, as `longspan topology --save` writes it; None
     measures them when the ranks have started."""
     measure: Annotated[
         MeasureName,
         Option("Measure links and kernels again, or never; auto keeps what was measured before.", Group.NETWORK),
     ] = "auto"
     """Whether ranks measure themselves. `auto` keeps what was measured once on the same machine with the same ranks;
-    `again` replaces it; `never` chooses strategies by bytes alone. With `auto`, LONGSPAN_MEASURE=never in the
-    environment means the same. Ranks that are threads never measure."""
+    `again` replaces it; `never` chooses strategies by bytes alone. LONGSPAN_MEASURE=never in the environment turns
+    `auto` into `never`. Ranks that are threads never measure."""
     check_messages: Annotated[bool, Option("A checksum with every message between ranks.", Group.DEBUGGING)] = False
-    """Send a checksum with every message between ranks; one that was damaged counts as a loss of the ranks."""
+    """Whether every message between ranks has a checksum; a damaged message counts as a loss of the ranks."""
     check_invariants: Annotated[
         int,
         Option(
@@ -271,8 +272,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             metavar="N",
         ),
     ] = 0
-    """Plans between two checks of the books of all pages, which are checked too whenever no request is left; 0 never
-    checks. For tests and debugging: a broken book ends the engine."""
+    """Plans between two integrity checks of all page bookkeeping, which is checked too whenever no request is left; 0
+    never checks. For tests and debugging: a failed check ends the engine."""
     simulated_links: Annotated[
         str | None,
         Option(
@@ -282,8 +283,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             metavar="LINKS",
         ),
     ] = None
-    """Simulation, for tests and benchmarks only: pretend that ranks of one machine are on several nodes, and hold back
-    the messages between nodes. Such as `nodes=0,0,1,1 latency_us=500 mbit_per_s=1000`; see `longspan.simulation`."""
+    """Simulation, for tests and benchmarks only: ranks of one machine count as on several nodes, and messages between
+    nodes are held back. Example: `nodes=0,0,1,1 latency_us=500 mbit_per_s=1000`; see `longspan.simulation`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str):
@@ -346,7 +347,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     def _check_link(self) -> None:
-        """Options of the link to workers on other hosts: there if they are needed, and only then."""
+        """Check that options of the link to workers on other hosts are given if needed, and only then."""
         if self.listen is not None:
             parse_listen(self.listen)
         elif self.executor == "external":
@@ -389,7 +390,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def known_nodes(self) -> tuple[int, ...] | None:
-        """Per rank, its node, as far as options say; None leaves it to the hosts."""
+        """Node of each rank if options name them; None makes the ranks of one host a node."""
         return self.nodes if self.simulation is None else self.simulation.nodes
 
     @property
@@ -399,30 +400,30 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def simulation(self) -> SimulatedLinks | None:
-        """What `simulated_links` says."""
+        """Parsed value of `simulated_links`, or None."""
         text = self.simulated_links
         return None if text is None else parse_simulated_links(text, self.context_parallel_size)
 
     @property
     def striped_from(self) -> int:
-        """Tokens of a prompt from which on `auto` stripes it, where nothing was measured."""
+        """Tokens of a prompt from which placement `auto` stripes it, where nothing was measured."""
         # From two whole stripes per rank on, striping balances the work and pays for its exchanges.
         return self.min_striped_len or 2 * self.context_parallel_size * self.stripe_size
 
     @property
     def forced_strategy(self) -> Strategy | None:
-        """The strategy forced for prefill, or None."""
+        """Strategy forced for prefill, or None."""
         return None if self.strategy == "auto" else Strategy(self.strategy)
 
     @property
     def forced_decode_strategy(self) -> Strategy | None:
-        """The strategy forced for decode, or None."""
+        """Strategy forced for decode, or None."""
         name = self.decode_strategy or self.strategy
         return None if name == "auto" else Strategy(name)
 
     @property
     def forced_placement(self) -> Placement | None:
-        """The placement forced for every request, or None. `local` attention leaves only packed."""
+        """Placement forced for every request, or None. With the strategy `local`, only `packed` is possible."""
         if self.placement == "auto":
             return Placement.PACKED if "local" in (self.strategy, self.decode_strategy) else None
         return Placement(self.placement)

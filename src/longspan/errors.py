@@ -1,6 +1,6 @@
 """Errors that longspan raises on purpose.
 
-Holds the exception types only. Must not know anything else of the package.
+Holds exception types. Must not know anything else of the package.
 Read next: `longspan.types`.
 """
 

@@ -1,6 +1,6 @@
-"""Imports of large packages, in less time.
+"""Faster imports of large packages.
 
-Holds one context manager. Must not know what is imported.
+Holds one context manager. Must not know which packages.
 """
 
 import contextlib
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quick_imports(*, for_good: bool) -> Iterator[None]:
-    """What is made inside is not searched for garbage: modules, classes and functions live as long as the process.
+    """Import packages inside this context without garbage collection.
 
-    Python's collector would go through all of it again and again while it grows: 0.5 of the 2.4 s that torch and
-    Transformers take.
+    Modules, classes and functions live as long as the process, but Python's collector would search all of them again
+    and again while they grow in number: 0.5 of the 2.4 s that torch and Transformers take.
 
     Args:
-        for_good: never search later either what the process holds by then, for a program's own processes. Else it is
-            searched as what has long been there, which is seldom.
+        for_good: exclude everything that the process then holds from later collections too, in processes that are the
+            program's own. Else these objects join the oldest generation, which is searched seldom.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -40,51 +40,51 @@ class Group(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a field's type and default do not say of an option."""
+    """Facts of an option beside its field's type and default."""
 
     help: str
-    """One line."""
+    """Help text of one line."""
     group: Group
     least: float | None = None
     """Smallest legal number."""
     above: float | None = None
-    """Legal numbers are larger than this one."""
+    """Number that legal numbers exceed."""
     most: float | None = None
     """Largest legal number."""
     note: str = ""
     """Unit or meaning of a number, in brackets behind its range."""
     unset: str = ""
-    """What happens where the value is None, as it stands behind `default:`."""
+    """Meaning of None, as it stands behind `default:`."""
     metavar: str | None = None
-    """What the command line's help calls the value."""
+    """Name of the value in the command line's help."""
     parse: Callable[[str, str], object] | None = None
-    """From (text of the command line, name of the field) to the value; None takes the value as the type has it."""
+    """Function from (text of the command line, name of the field) to the value; None converts to the field's type."""
     flag: str | None = None
     """Name on the command line, without dashes; None is the field's name."""
     envvar: str | None = None
     """Environment variable that the command line reads where the option is not given."""
     on_command_line: bool = True
-    """Whether the command line has it, beside Python."""
+    """Whether the command line has the option, beside Python."""
     only_servers: bool = False
     """Whether the option means nothing to a command that runs a lone request."""
 
 
 class OptionField(NamedTuple):
-    """A field with its option, and what its annotation says."""
+    """Field with its option, and the facts of its annotation."""
 
     name: str
     option: Option
     kind: type
-    """int, float, bool, str or tuple."""
+    """Type of the value: int, float, bool, str or tuple."""
     choices: tuple[str, ...]
-    """The legal texts, if the annotation lists them."""
+    """Legal texts; empty if the annotation does not list them."""
     is_optional: bool
     """Whether None is legal."""
     default: Any
 
     @property
     def rule(self) -> str:
-        """Legal values of a number, a choice or a truth value, in words; empty for texts, which have other checks."""
+        """Legal values of a number, a choice or a bool, in words; empty for texts, which have other checks."""
         option = self.option
         if self.choices:
             return f"one of {', '.join(self.choices)}"
@@ -121,7 +121,7 @@ class OptionField(NamedTuple):
 
 
 def is_number(value: object, *, whole: bool = False) -> bool:
-    """Whether a value is a finite number (or a whole one) and no truth value."""
+    """Whether a value is a finite number (a whole one, if `whole`) and no bool."""
     if isinstance(value, bool):
         return False
     return isinstance(value, int) or (not whole and isinstance(value, float) and math.isfinite(value))
@@ -129,7 +129,7 @@ def is_number(value: object, *, whole: bool = False) -> bool:
 
 @cache
 def option_fields(config: type[msgspec.Struct]) -> tuple[OptionField, ...]:
-    """The fields of a configuration that have an option, in their order."""
+    """Fields of a configuration that have an option, in their order."""
     return tuple(
         found for field in msgspec.structs.fields(config) if (found := _read(field.name, field.type, field.default))
     )
@@ -148,7 +148,7 @@ def check_options(config: msgspec.Struct) -> None:
 
 
 def refusal(name: str, value: object, rule: str) -> ConfigError:
-    """The error of a value that is not legal: what was received and what is legal, in one line."""
+    """Error of an illegal value, which names field, value and legal values in one line."""
     received = repr(value)
     shown = received if len(received) <= 200 else f"{received[:200]}..."
     return ConfigError(f"{name}: got {shown}, legal is {rule}")
@@ -169,7 +169,7 @@ def _read(name: str, annotation: Any, default: Any) -> OptionField | None:
 
 
 def _exact(number: float | None) -> str:
-    """A bound in digits, or as 2**63 - 1."""
+    """Text of a bound, in digits or as a power such as `2**63 - 1`."""
     if isinstance(number, int) and number > 2**53:
         return f"2**{number.bit_length()} - 1"
     return str(int(number)) if number is not None and number == int(number) else str(number)

@@ -1,7 +1,7 @@
-"""From what people write to numbers and addresses: sizes, token counts, HOST:PORT.
+"""Parsers of numbers and addresses as people write them: sizes, token counts, HOST:PORT.
 
 Holds parsers of one text each. Must not know which option a text belongs to.
-Read next: `longspan.config`, the options that are written so.
+Read next: `longspan.config`, the options with such values.
 """
 
 import re
@@ -10,7 +10,7 @@ from fractions import Fraction
 from longspan.errors import ConfigError
 
 MAX_COUNT = 2**31 - 1
-"""Of tokens and requests."""
+"""Largest legal count, such as of tokens or requests."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -19,7 +19,7 @@ def parse_size(text: str | int, field: str = "size") -> int:
     """Bytes of a size such as `2GiB`, `500M` or `1048576`.
 
     Raises:
-        ConfigError: not a positive size.
+        ConfigError: the text is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(text), re.IGNORECASE)
     num_bytes = int(Fraction(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
@@ -32,7 +32,7 @@ def parse_tokens(text: str | int, field: str = "context") -> int:
     """Tokens of a length such as `8k`, `1M` or `131072`. As usual for contexts, k is 1024 and M is 1024 * 1024.
 
     Raises:
-        ConfigError: not a positive number of tokens.
+        ConfigError: the text is not a positive number of tokens.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([km]?)\s*", str(text), re.IGNORECASE)
     tokens = Fraction(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2].upper()] if match else Fraction(0)
@@ -48,7 +48,7 @@ def parse_listen(text: str) -> tuple[str, int]:
     """Host and port of an address.
 
     Raises:
-        ConfigError: it is not HOST:PORT.
+        ConfigError: the text is not HOST:PORT.
     """
     match = re.fullmatch(r"([A-Za-z0-9._-]+):(\d{1,5})", text, re.ASCII) if isinstance(text, str) else None
     if match is None or not 1 <= int(match[2]) <= 65535:
@@ -60,7 +60,7 @@ def check_driver_address(text: str) -> None:
     """Refuse an address where no driver can be.
 
     Raises:
-        ConfigError: it is not tcp://HOST:PORT.
+        ConfigError: the text is not tcp://HOST:PORT.
     """
     if not re.fullmatch(r"tcp://[A-Za-z0-9._-]+:\d{1,5}", text, re.ASCII):
         raise ConfigError(f"driver: got {text!r}, legal is tcp://HOST:PORT as the driver's option listen has it")

@@ -1,4 +1,4 @@
-"""Simulated links between nodes: what the option `simulated_links` may say.
+"""Simulated links between nodes: legal values of the option `simulated_links`.
 
 Holds the option's meaning and its check. Must not know communicators, or how ranks start.
 Read next: `longspan.comm.delaying`, which holds messages back.
@@ -15,25 +15,25 @@ LEGAL = (
     "latency (0 to 10000000), a bandwidth (above 0, up to 10000000), or both"
 )
 MOST = 10**7
-"""Microseconds, or megabits per second."""
+"""Largest latency in microseconds, and largest bandwidth in megabits per second."""
 
 
 class SimulatedLinks(msgspec.Struct, frozen=True):
-    """Ranks on one machine pretend to be on several nodes."""
+    """Links of ranks on one machine that count as on several nodes."""
 
     nodes: tuple[int, ...]
-    """Per rank, the index of its node, from 0."""
+    """Node of each rank, counted from 0."""
     latency_s: float = 0.0
-    """How much later a message between two nodes arrives, beside its own length."""
+    """Delay of a message between two nodes, beside the time of its bytes."""
     bytes_per_s: float | None = None
-    """What a node can send to all others together; None is any amount."""
+    """Bandwidth of a node to all others together; None is unlimited."""
 
 
 def parse_simulated_links(text: object, num_ranks: int) -> SimulatedLinks:
-    """The links that the option describes.
+    """Simulated links from the option's value.
 
     Raises:
-        ConfigError: anything in it is not as it must be.
+        ConfigError: the value is illegal, or names another number of ranks.
     """
     refusal = ConfigError(f"simulated_links: got {text!r} for {num_ranks} ranks, {LEGAL}")
     if not isinstance(text, str):

@@ -18,18 +18,18 @@ from longspan.option import Group, Option, check_options, is_number, refusal
 
 
 class Strategy(StrEnum):
-    """What moves when queries on some ranks must meet keys on others."""
+    """Movement between ranks that brings queries and keys together."""
 
     LOCAL = "local"
-    """Nothing: every key that a query sees is on its own rank."""
+    """Nothing moves: every key that a query sees is on the query's rank."""
     GATHER_KV = "gather_kv"
-    """The visible K and V rows, at once."""
+    """Visible keys and values move, at once."""
     PASS_KV = "pass_kv"
-    """K and V round a ring, in blocks of fixed size."""
+    """Keys and values go round a ring, in blocks of fixed size."""
     PASS_Q = "pass_q"
-    """Queries to the owners of the keys, partials back."""
+    """Queries go to the owners of the keys, partials come back."""
     TREE = "tree"
-    """As `pass_q`, but partials are merged inside each node before one of them leaves it."""
+    """Queries and partials move as in `pass_q`, but partials are merged inside each node before one leaves it."""
 
 
 class Placement(StrEnum):
@@ -40,7 +40,7 @@ class Placement(StrEnum):
     STRIPED = "striped"
     """Stripes go round the ranks in snake order."""
     SPILL = "spill"
-    """Packed until the home rank is full, then on."""
+    """Pages fill the home rank first, then the next ranks in turn."""
 
 
 class Phase(StrEnum):
@@ -51,20 +51,20 @@ class Phase(StrEnum):
 
 
 class FinishReason(StrEnum):
-    """Why a request ended."""
+    """Reason why a request ended."""
 
     STOP = "stop"
-    """An end token, a stop token id or a stop string."""
+    """An end token, a stop token id or a stop string came."""
     LENGTH = "length"
-    """`max_tokens` were generated."""
+    """All `max_tokens` were generated."""
     ABORT = "abort"
-    """Nobody waited for the rest."""
+    """The client left before the end."""
     ERROR = "error"
-    """It could not go on; `Request.error` says why. Others are not affected."""
+    """The request could not go on; `Request.error` says why. Other requests are not affected."""
 
 
 class AttentionParams(msgspec.Struct, frozen=True):
-    """How one layer turns dot products into scores."""
+    """Parameters of one layer that turn dot products into scores."""
 
     scale: float
     """Factor on the dot product of query and key."""
@@ -81,7 +81,7 @@ class AttentionParams(msgspec.Struct, frozen=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
-    """What driver and scheduler must know of a model; no weights, no torch."""
+    """Facts of a model that driver and scheduler need; no weights, no torch."""
 
     architecture: str
     num_layers: int
@@ -89,20 +89,20 @@ class ModelSpec(msgspec.Struct, frozen=True):
     max_position: int | None
     """Longest sequence that the model's config admits, in tokens, or None when it does not say."""
     eos_token_ids: tuple[int, ...]
-    """From generation_config; any of them ends a request."""
+    """End tokens of generation_config, any of which ends a request."""
     kv_groups: tuple[KVGroup, ...]
     layer_params: tuple[AttentionParams, ...]
-    """Per layer."""
+    """Attention parameters of each layer."""
     num_parameters: int = 0
     """Weights that every token meets, embeddings not counted."""
     weight_bytes: int = 0
-    """Of all weights, embeddings too."""
+    """Bytes of all weights, embeddings included."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to choose the next tokens of one request, and when to stop. Shaped like vLLM's.
+    """Rules for sampling the next tokens of one request, and for stopping. Shaped like vLLM's.
 
-    The order in which the rules apply: `longspan.worker.sampler`.
+    `longspan.worker.sampler` has the order in which the rules apply.
 
     Raises:
         ConfigError: a value is outside its legal range; the message names field, value and range.
@@ -174,15 +174,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             on_command_line=False,
         ),
     ] = ()
-    """(token id, number added to its logit); a dict is taken too. Also -100 does not forbid a token for certain."""
+    """Pairs (token id, number added to its logit), or a dict. Even -100 does not forbid a token for certain."""
     json_schema: Annotated[
         str | None,
         Option("JSON schema that the output satisfies.", Group.SAMPLING, metavar="JSON text", on_command_line=False),
     ] = None
     """JSON text of a JSON schema; the output is JSON that satisfies it, if `max_tokens` and stop strings let it end.
 
-    An end token may come when the output is complete, and nothing else may then. So `min_tokens` yields where nothing
-    but tokens that end the request may follow. Which schemas are taken: `longspan.models.grammar`.
+    Only an end token may follow a complete output, so `min_tokens` yields where nothing but tokens that end the request
+    may follow. `longspan.models.grammar` says which schemas are legal.
     """
     seed: Annotated[
         int | None, Option("Key of the random numbers.", Group.SAMPLING, least=0, most=2**63 - 1, unset="random")
@@ -191,14 +191,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop: Annotated[
         tuple[str, ...], Option("End before this text; may be given several times.", Group.SAMPLING, metavar="TEXT")
     ] = ()
-    """Texts before the first of which the output ends."""
+    """Texts that end the output, which stops before the first of them."""
     stop_token_ids: Annotated[
         tuple[int, ...],
         Option("Tokens that end the request.", Group.SAMPLING, metavar="token ids", on_command_line=False),
     ] = ()
-    """Tokens that end the request, as the model's end tokens do; the text leaves them out."""
+    """Tokens that end the request, as the model's end tokens do; the output text leaves them out."""
     ignore_eos: Annotated[bool, Option("Go on after an end token.", Group.SAMPLING)] = False
-    """Go on after an end token of the model."""
+    """Whether the request goes on after an end token of the model."""
     logprobs: Annotated[
         int | None,
         Option(
@@ -261,7 +261,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _is_json_object(text: object) -> bool:
-    """Whether it is standard JSON text of an object."""
+    """Whether a value is standard JSON text of an object."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
@@ -276,9 +276,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     """Log-probabilities at one position, natural log, from the logits before any sampling parameter."""
 
     token_id: int
-    """The token that stands at the position."""
+    """Token at the position."""
     logprob: float
     rank: int
     """Place of the token by probability; the most probable one has rank 1."""
     top: tuple[tuple[int, float], ...]
-    """(token id, log-probability) of the most probable tokens, best first."""
+    """Pairs (token id, log-probability) of the most probable tokens, best first."""

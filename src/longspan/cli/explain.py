@@ -1,4 +1,4 @@
-"""Why strategies were chosen, as a table for people.
+"""Chosen strategies and their predicted times, as a table for people.
 
 Holds text. Must not know how anything is predicted.
 Read next: `longspan.costmodel.explain`, which notes the choices.
@@ -10,7 +10,7 @@ from longspan.costmodel.explain import StrategyChoice
 
 
 def choices_text(choices: Sequence[StrategyChoice]) -> str:
-    """One paragraph per choice: what was taken for how many steps, and what each candidate was predicted to take."""
+    """One paragraph per choice: its strategy and steps, and the predicted time of each candidate."""
     if not choices:
         return "no step has run"
     return "\n".join(_choice_text(choice) for choice in choices)

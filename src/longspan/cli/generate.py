@@ -109,9 +109,9 @@ def read_prompt(prompt: str | None, prompt_file: str | None, stdin: str | None) 
 
 
 def _prompt_bytes(prompt: str | None, prompt_file: str | None) -> tuple[str, bytes]:
-    """Where the prompt comes from, in words, and its bytes."""
+    """Source of the prompt in words, and the prompt's bytes."""
     if prompt is not None:
-        return "prompt", os.fsencode(prompt)  # the bytes of the command line, whatever they were
+        return "prompt", os.fsencode(prompt)  # the command line's bytes, also those that are not UTF-8
     if prompt_file not in (None, "-"):
         try:
             return f"prompt-file {prompt_file!r}", Path(prompt_file).read_bytes()

@@ -23,7 +23,7 @@ from longspan.cli.topology import topology
 from longspan.errors import ConfigError, LongspanError
 
 DEBUG = "LONGSPAN_DEBUG"
-"""Environment variable: whoever sets it sees tracebacks and the libraries' warnings."""
+"""Environment variable that, if set, shows tracebacks and the libraries' warnings."""
 
 
 @click.group(no_args_is_help=False, invoke_without_command=True)
@@ -49,7 +49,7 @@ class _Signalled(BaseException):
 
 
 def _raise_signalled(number: int, frame: FrameType | None) -> NoReturn:
-    # The ranks end in much less than two seconds: a second Ctrl-C in that time must not leave half of it undone.
+    # The ranks end in much less than two seconds: a second Ctrl-C meanwhile must not leave some of them running.
     for deaf_to in (signal.SIGINT, signal.SIGTERM):
         signal.signal(deaf_to, signal.SIG_IGN)
     if _is_importing(frame):  # torch, which tries to import numpy, would swallow what is raised there
@@ -91,8 +91,12 @@ def main() -> NoReturn:
 
 
 def run_command() -> NoReturn:
-    """What the command line says. Raises: SystemExit, but for signals, which end the process."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has put us in the background
+    """Run the command line.
+
+    Raises:
+        SystemExit: always, except on a signal, which ends the process.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell runs this in the background
         signal.signal(signal.SIGINT, _raise_signalled)
     signal.signal(signal.SIGTERM, _raise_signalled)
     debug = bool(os.environ.get(DEBUG))
@@ -114,7 +118,7 @@ def run_command() -> NoReturn:
     except (LongspanError, OSError) as error:
         if debug:
             raise
-        if isinstance(error, BrokenPipeError):  # nobody reads: no second error at exit
+        if isinstance(error, BrokenPipeError):  # the reader is gone: no second error at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
             _say(str(error))

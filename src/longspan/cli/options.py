@@ -2,7 +2,7 @@
 
 Holds the way from a field with an `Option` to a click option, to a row of a table, and back from a command's options to
 an `EngineConfig`. Must not know what a command does with them, nor any option by name.
-Read next: `longspan.option`, what a field says; `longspan.config`, the engine's fields.
+Read next: `longspan.option`, the statement at a field; `longspan.config`, the engine's fields.
 
 `python -m longspan.cli.options` prints docs/options.md.
 """
@@ -22,14 +22,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Later(NamedTuple):
-    """A default that a command decides when it knows its other options."""
+    """Default that a command decides when it knows its other options."""
 
     text: str
-    """What the help says of it."""
+    """Words for the default in the help."""
 
 
 class GroupedOption(click.Option):
-    """An option that help lists under the heading of its group."""
+    """Option that help lists under the heading of its group."""
 
     def __init__(self, *args: Any, group: Group, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,7 +37,7 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists options in named groups."""
+    """Command whose help lists options in named groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options of the command itself first, then every group."""
@@ -64,8 +64,8 @@ def options_of(
 
     Args:
         config: the type whose fields have options.
-        defaults: values of a command's own, by field; a `Later` where the command decides.
-        serves: whether options that matter only with several requests are among them.
+        defaults: the command's own defaults by field name; a `Later` where the command decides.
+        serves: whether options that matter only with several requests are included.
     """
     defaults = defaults or {}
 

@@ -1,8 +1,8 @@
-"""`longspan plan`: what a model would take on a cluster, before anything is bought or loaded.
+"""`longspan plan`: memory and time of a model on a cluster, before anything is bought or loaded.
 
 Holds options. Must not know how anything is predicted or shown, nor import torch before the options are known to be
 legal.
-Read next: `longspan.planner.report`; `longspan.cli.plan_text`, which shows it.
+Read next: `longspan.planner.report`; `longspan.cli.plan_text`, which shows the report.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A picture of a plan: time and memory against the context.
+"""Picture of a plan: time and memory against the context.
 
 Holds the drawing. Must not know how anything was predicted. Needs matplotlib, the extra `plot`.
 Read next: `longspan.planner.report`.

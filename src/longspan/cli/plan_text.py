@@ -1,4 +1,4 @@
-"""The text of a plan: a table on a terminal, plain lines elsewhere.
+"""Text of a plan: a table on a terminal, plain lines elsewhere.
 
 Holds words and number formats. Must not know how anything was predicted.
 Read next: `longspan.planner.report`.
@@ -53,7 +53,7 @@ def print_plan(report: PlanReport, *, is_terminal: bool) -> None:
 
 
 def plan_facts(report: PlanReport) -> list[tuple[str, str]]:
-    """(what, value) of everything above the table."""
+    """Pairs (name, value) of everything above the table."""
     cluster, fit, tp = report.cluster, report.fit, report.tensor_parallel_size
     kept = cluster.memory_bytes - fit.usable_bytes
     kept_share = 100 * (1 - report.memory_utilization)
@@ -79,7 +79,7 @@ def plan_facts(report: PlanReport) -> list[tuple[str, str]]:
 
 
 def plan_remarks(report: PlanReport) -> list[str]:
-    """What a reader of the table must know besides."""
+    """Remarks below the table."""
     remarks = [_does_not_fit(report, one) for one in report.contexts if not one.fits]
     remarks += [
         f"{_tokens(one.context_len)}: longer than the {report.max_position:,} positions that the model's config admits."
@@ -126,7 +126,7 @@ def _row(report: PlanReport, one: ContextPlan) -> list[str]:
 
 
 def _does_not_fit(report: PlanReport, one: ContextPlan) -> str:
-    """What is needed, what there is, and what would help."""
+    """Remark on a context that does not fit: memory needed, memory there, and what would help."""
     kv = one.memory_bytes - report.fit.weight_bytes
     ways = [f"devices with {_bytes(one.needed_device_bytes)}"]
     if one.smallest_devices is not None:

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from longspan.llm import Progress
 
 LINE_EVERY_S = 5.0
-"""How often a line is written where standard error is no terminal."""
+"""Seconds between two lines where standard error is no terminal."""
 
 
 class ProgressPrinter:
-    """Prefill tokens done, rate and time left; then tokens generated. A bar on a terminal, else a line now and then."""
+    """Display of tokens prefilled, rate and time left, then of tokens generated: a bar on a terminal, else lines."""
 
     def __init__(self, max_tokens: int) -> None:
         from rich.console import Console

@@ -18,14 +18,14 @@ SHORT_STRIPE = 64
 """Tokens per stripe: chunks that take `--max-step-ms` are short, and each should have work for all ranks."""
 
 STRIPED_FROM = 1024
-"""Tokens per rank from which on a prompt is striped, if the user says nothing else. A lone request may gain from it
-earlier (`longspan.costmodel.placement_choice`); a server's other ranks have other requests to run."""
+"""Tokens per rank from which a prompt is striped by default. A lone request may gain from striping earlier
+(`longspan.costmodel.placement_choice`); a server's other ranks have other requests to run."""
 
 MAX_STEP_MS = 200
-"""Longest step, if the user says nothing else: the other requests wait no longer for a token beside a long prompt."""
+"""Longest step by default: the other requests wait no longer for a token beside a long prompt."""
 
 MAX_RESTARTS = 10
-"""Where the driver itself can start ranks again, if the user says nothing else."""
+"""Default of `max_restarts` where the driver itself can start ranks again."""
 
 
 @click.command(cls=GroupedCommand)

@@ -1,4 +1,4 @@
-"""`longspan topology`: what the ranks and links here can do, and which strategies follow from it.
+"""`longspan topology`: measured rates of the ranks and links here, and the strategies that follow from them.
 
 Holds options and output. Must not know how anything is measured or predicted.
 Read next: `longspan.engine.cost_parameters`; `longspan.costmodel.grid`.
@@ -71,7 +71,7 @@ def topology(model: str, save: str | None, as_json: bool, **options: Any) -> Non
 
 
 def costs_text(costs: "Costs") -> str:
-    """Nodes, links and rates."""
+    """Text of nodes, links and rates."""
     topology, rates = costs.topology, costs.rates
     lines = [f"{topology.num_ranks} ranks on {topology.num_nodes} node{'s' * (topology.num_nodes > 1)}"]
     for node in range(topology.num_nodes):
@@ -107,7 +107,7 @@ def _link_text(link: "Link") -> str:
 
 
 def choices_text(choices: "list[StepChoice]") -> str:
-    """One line per step."""
+    """Table of choices, one line per step."""
     lines = ["", "KV group   new tokens   behind   strategy    predicted ms per layer"]
     for choice in choices:
         times = "  ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in choice.predicted_s.items())

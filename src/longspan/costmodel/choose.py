@@ -1,9 +1,9 @@
-"""Policy: which strategy one KV group uses in one step.
+"""Policy that chooses the strategy of one KV group in one step.
 
 Holds pure functions of numbers. Must not know clocks, free memory or anything else that ranks could see differently.
 Only makers of plans call it.
-Read next: `longspan.costmodel.predict`, which says how long each would take; `longspan.cp.eager`, which runs what was
-chosen.
+Read next: `longspan.costmodel.predict`, which predicts each strategy's time; `longspan.cp.eager`, which runs the chosen
+one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,27 +20,27 @@ from longspan.sharding.pages import PageTable
 from longspan.types import Strategy
 
 CANDIDATES = (Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q, Strategy.TREE)
-"""What is compared; at equal times the earlier wins."""
+"""Strategies that are compared; of equal predicted times the earlier one wins."""
 
 
 def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> int:
-    """The most bytes that any participant sends in one layer."""
+    """Most bytes that one participant sends in one layer."""
     if isinstance(exchange, RingExchange):
-        # Every participant forwards every block, except those that came from its successor: their way ends here.
+        # Every participant forwards every block but those of its successor, which have been everywhere.
         total = sum(exchange.num_rows)
         return max(total - rows for rows in exchange.num_rows) * row_bytes("kv", group)
     return max(map(sum, exchange.num_rows)) * row_bytes(exchange.operand, group)
 
 
 def _gathered_rows(step: GroupStep) -> int:
-    """The most rows that any rank receives in a gather."""
+    """Most rows that one rank receives in a gather."""
     (gather,) = step.exchanges
     assert isinstance(gather, DirectExchange)
     return max(sum(row[i] for row in gather.num_rows) for i in range(len(gather.participants)))
 
 
 def _least_keys_s(work: StepWork, group: KVGroup, costs: Costs) -> float:
-    """Less than moving keys can take: those that the rank which needs most has to receive, over the best link."""
+    """Lower bound of the seconds for moving keys: what the rank that needs most receives, over the best link."""
     wanted: dict[int, int] = {}
     for (query_rank, key_rank), pair in work.pairs.items():
         if query_rank != key_rank:
@@ -51,7 +51,7 @@ def _least_keys_s(work: StepWork, group: KVGroup, costs: Costs) -> float:
 
 
 def _has_levels(nodes: Sequence[int]) -> bool:
-    """Whether there is anything between nodes, and anything inside one. Args: the node of every rank that exchanges."""
+    """Whether ranks on these nodes (one entry per rank) span several nodes, with two ranks on one of them."""
     return 1 < len(set(nodes)) < len(nodes)
 
 
@@ -64,13 +64,19 @@ def predict_candidates(
     block_len: int = BLOCK_LEN,
     prune: bool = False,
 ) -> Iterator[tuple[GroupStep, Prediction]]:
-    """Every strategy that a step could use, written down and predicted, in the order of `CANDIDATES`.
+    """Yield a step and its prediction for every strategy that could be used, in the order of `CANDIDATES`.
 
-    `gather_kv` is a candidate only while what a rank gathers fits two blocks of the ring (which holds three): its
-    memory grows with what is visible. `tree` is one only where the ranks that exchange lie on several
-    nodes, and two of them on one: else it is `pass_q`.
+    `gather_kv` is a candidate only while the rows that a rank gathers fit two blocks of the ring (which holds three):
+    its memory grows with the visible keys. `tree` is a candidate only where the ranks that exchange lie on several
+    nodes, and two of them on one: else it equals `pass_q`.
 
-    Args: as `choose_strategy`; `prune` leaves out what moves keys if the keys alone would take longer than `pass_q`.
+    Args:
+        segments: the segments of this KV group in this step.
+        tables: page table per request of this group.
+        group: the KV group.
+        costs: topology and rates of the cluster.
+        block_len: rows per block of a ring.
+        prune: leave out strategies that move keys if the keys alone would take longer than `pass_q`.
     """
     work = count_work(segments, tables, group, costs.rates)
     nodes = costs.topology.nodes
@@ -101,7 +107,7 @@ def best_candidate(
     *,
     block_len: int = BLOCK_LEN,
 ) -> tuple[GroupStep, Prediction]:
-    """The strategy that is predicted to take the least time, and the prediction. Arguments as in `choose_strategy`."""
+    """The step of the strategy with the least predicted time, and its prediction. Arguments: `choose_strategy`."""
     if all(s.query_rank == s.key_rank for s in segments):
         step = GroupStep(Strategy.LOCAL, tuple(segments))
         return step, predict_attention(step, tables, group, costs)
@@ -119,19 +125,19 @@ def choose_strategy(
     block_len: int = BLOCK_LEN,
     node_of_rank: Sequence[int] | None = None,
 ) -> GroupStep:
-    """Pick the strategy that is predicted to take the least time, and write down its exchanges.
+    """Choose the strategy with the least predicted time, and state its exchanges.
 
     Args:
-        segments: of this KV group in this step.
+        segments: the segments of this KV group in this step.
         tables: page table per request of this group.
-        group: for the widths of rows.
-        costs: what the cluster can do; None counts bytes alone (`costs_by_bytes`).
-        forced: the user's choice, or None.
-        block_len: rows per block of a ring; queries go in quarters of it.
-        node_of_rank: per rank, its node, where `costs` is None; None: all on one.
+        group: the KV group, whose widths give bytes and flops.
+        costs: topology and rates of the cluster; None counts bytes alone (`costs_by_bytes`).
+        forced: the strategy that the user forces, or None.
+        block_len: rows per block of a ring; messages of queries hold a quarter of it.
+        node_of_rank: node of each rank where `costs` is None; None puts all ranks on one node.
 
     Returns:
-        The group's step. When nothing is remote it is `local`, whatever was forced.
+        The group's step; `local` where every key is on the rank of its query, whatever was forced.
     """
     if all(s.query_rank == s.key_rank for s in segments):
         return GroupStep(Strategy.LOCAL, tuple(segments))
@@ -153,7 +159,7 @@ def plan_group(
     block_len: int = BLOCK_LEN,
     node_of_rank: Sequence[int] | None = None,
 ) -> GroupStep:
-    """Everything that a plan says of one KV group. Arguments as in `choose_strategy`."""
+    """One KV group's step for query runs. Other arguments: `choose_strategy`."""
     segments = make_segments(query_runs, tables, group.spec.window)
     return choose_strategy(
         segments, tables, group, costs, forced=forced, block_len=block_len, node_of_rank=node_of_rank

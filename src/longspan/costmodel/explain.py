@@ -1,6 +1,6 @@
-"""Why a strategy was chosen: the candidates' predicted times, noted when a choice is new.
+"""Notes on why strategies were chosen: the candidates' predicted times, taken when a choice is new.
 
-Holds the notes of one scheduler. Must not know displays, or change what is chosen.
+Holds the notes of one scheduler. Must not know displays, or change a choice.
 Read next: `longspan.costmodel.choose`; `longspan.cli.explain`, which prints the notes.
 """
 
@@ -22,49 +22,49 @@ _log = logging.getLogger(__name__)
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One strategy that a step could have used, per layer."""
+    """Strategy that a step could have used, and its predicted costs in one layer."""
 
     strategy: Strategy
     predicted_s: float
-    """Until the last rank is done."""
+    """Seconds until the last rank is done."""
     compute_s: float
-    """What that rank spends in kernels;"""
+    """Seconds that the last rank to finish spends in attention kernels."""
     wait_s: float
-    """waiting for messages;"""
+    """Seconds that the last rank to finish waits for messages."""
     copy_s: float
-    """packing, starting messages, and merging."""
+    """Seconds that the last rank to finish spends on packing and starting messages, and on merging partials."""
     sent_bytes: int
-    """What the rank sends that sends most, exchange by exchange."""
+    """Most bytes that one rank sends in an exchange, summed over exchanges."""
 
 
 class StrategyChoice(msgspec.Struct):
-    """A strategy that a KV group used in one phase, and the first step that used it."""
+    """Strategy that a KV group used in one phase, and the first step that used it."""
 
     phase: Phase
     group_idx: int
     strategy: Strategy
     is_forced: bool
     num_queries: int
-    """Of the first step: tokens on all ranks;"""
+    """Query tokens of the first step, on all ranks."""
     num_keys: int
-    """the longest sequence, these tokens included;"""
+    """Longest sequence of the first step in tokens, its query tokens included."""
     num_ranks: int
-    """ranks with queries or keys."""
+    """Ranks with queries or keys in the first step."""
     candidates: tuple[Candidate, ...]
-    """Of the first step. None of them where everything was local."""
+    """Candidates of the first step; empty where the strategy is `local`."""
     num_steps: int = 1
-    """How many steps it was used in."""
+    """Steps that used the strategy."""
 
 
 class StrategyChoices:
-    """What was chosen so far."""
+    """Choices made so far."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[Phase, int, Strategy], StrategyChoice] = {}
 
     @property
     def all(self) -> list[StrategyChoice]:
-        """In the order of their first steps."""
+        """All choices, in the order of their first steps."""
         return list(self._found.values())
 
     def note(
@@ -79,7 +79,7 @@ class StrategyChoices:
         is_forced: bool,
         block_len: int = BLOCK_LEN,
     ) -> None:
-        """Take in one step. Predicts only where the choice is new: once per phase, group and strategy."""
+        """Count one step. Predict its candidates only where the choice is new: once per phase, group and strategy."""
         known = self._found.get((phase, group_idx, step.strategy))
         if known is not None:
             known.num_steps += 1

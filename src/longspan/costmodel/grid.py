@@ -1,6 +1,6 @@
-"""What the policy implies for steps of typical shapes, as a table of predictions.
+"""Strategies that the policy chooses for steps of typical shapes, as a table of predictions.
 
-Holds the shapes and pure functions. Must not know displays, or what is running.
+Holds the shapes and pure functions. Must not know displays, or running requests.
 Read next: `longspan.costmodel.choose`; `longspan.cli.topology`, which prints the table.
 """
 
@@ -19,26 +19,26 @@ CHUNKS = (1, 128, 1024, 4096, 16384)
 """New tokens of a step, over all ranks; 1 is a decode."""
 
 CONTEXTS = (0, 4096, 32768, 262144)
-"""Tokens before them."""
+"""Tokens that precede the new tokens of a step."""
 
 
 class StepChoice(msgspec.Struct, frozen=True):
-    """One step of one striped request, in one KV group."""
+    """Choice for one step of one striped request, in one KV group."""
 
     phase: Phase
     group_idx: int
     chunk: int
     context: int
     strategy: Strategy
-    """`local` where nothing is remote."""
+    """Chosen strategy; `local` where every key is on the rank of its query."""
     predicted_s: dict[str, float]
-    """Per candidate, seconds of one layer; none where nothing is remote."""
+    """Predicted seconds of one layer by candidate; empty where the strategy is `local`."""
 
 
 def predict_step_choice(
     group: KVGroup, group_idx: int, chunk: int, context: int, costs: Costs, options: StepOptions
 ) -> StepChoice:
-    """What the policy takes for a step of `chunk` tokens behind `context` others."""
+    """The policy's choice for a step of `chunk` tokens behind `context` others."""
     table = striped_table(context + chunk, costs.topology.num_ranks, options)
     segments = make_segments(step_runs(table, context, context + chunk), {0: table}, group.spec.window)
     phase = Phase.DECODE if chunk == 1 else Phase.PREFILL
@@ -52,7 +52,7 @@ def predict_step_choice(
 
 
 def predict_grid(groups: Sequence[KVGroup], costs: Costs, options: StepOptions) -> list[StepChoice]:
-    """All typical steps of all KV groups."""
+    """Choices for all typical steps of all KV groups."""
     return [
         predict_step_choice(group, group_idx, chunk, context, costs, options)
         for group_idx, group in enumerate(groups)

@@ -1,7 +1,7 @@
-"""What ranks measured of themselves, and how the driver makes one set of numbers of it.
+"""Measurements that ranks make of themselves, and how the driver combines them into one set of costs.
 
-Holds the type of one rank's measurement. Must not know how it was made.
-Read next: `longspan.costmodel.parameters`, what becomes of it; `longspan.comm.measure` and
+Holds the types of a measurement. Must not know how to measure.
+Read next: `longspan.costmodel.parameters`, the combined costs; `longspan.comm.measure` and
 `longspan.attention.measure`, which measure.
 """
 
@@ -13,36 +13,36 @@ from longspan.costmodel.parameters import NO_LINK, Costs, KernelRates, Link, Top
 
 
 class LinkMeasurement(msgspec.Struct, frozen=True):
-    """One rank's links, and what messages cost the rank itself."""
+    """One rank's links, and the rank's own time for messages."""
 
     inside: Link | None
-    """None where the rank has no peer in its node."""
+    """Link inside the rank's node; None where the rank has no peer there."""
     between: Link | None
-    """None where there is one node, or this rank has no counterpart in the others."""
+    """Link to other nodes; None where there is one node, or this rank has no counterpart in the others."""
     lone_bytes_per_s: float | None
-    """Between nodes, while one rank of each node sends; None where this rank was not that one."""
+    """Bandwidth between nodes while one rank of each node sends; None where this rank was not that one."""
     exchange_s: float
     moved_byte_s: float
 
 
 class RankMeasurement(msgspec.Struct, frozen=True):
-    """All that one rank measured."""
+    """Everything that one rank measured."""
 
     rank: int
     rates: KernelRates
-    """`exchange_s` is the work at the ends of a message, without what `links` says of sending it."""
+    """Kernel rates; their `exchange_s` is the work at the ends of a message, without the `exchange_s` of `links`."""
     links: LinkMeasurement
 
 
 def combine(
     measurements: Sequence[RankMeasurement], nodes: tuple[int, ...], machines: tuple[int, ...] | None = None
 ) -> Costs:
-    """The numbers of the slowest rank, one by one.
+    """Combine the measurements of all ranks: each number is that of the rank where it is slowest.
 
     Args:
-        measurements: of all ranks.
-        nodes: per rank, its node.
-        machines: per rank, its machine, if that is another thing.
+        measurements: one measurement per rank.
+        nodes: node of each rank.
+        machines: machine of each rank, or None where that is its node.
     """
     links = [m.links for m in measurements]
     inside = _slowest_link(link.inside for link in links)

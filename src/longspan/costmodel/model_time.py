@@ -1,24 +1,24 @@
-"""How long a whole model takes for a prompt and for an output token, on a cluster.
+"""Predicted time of a whole model for a prompt and for an output token, on a cluster.
 
-Holds the steps that the scheduler would make for one lone, striped request, and what their parts cost. Must not know
-clocks, files, or how the numbers of the cluster were found.
+Holds the steps that the scheduler would make for one lone, striped request, and the times of their parts. Must not
+know clocks, files, or how the cluster's costs were found.
 Read next: `longspan.costmodel.predict`, which predicts attention; `longspan.planner.report`, which plans with this.
 
-Note: what a step takes
+Note: parts of a step's time
     step      fixed time of the driver
     layers    fixed time each; matrix products of the rank with most tokens, or reading the weights if that takes
               longer; norms, rotations and activations, which move bytes
-    heads     with tensor parallelism, two sums over the devices of a rank in every layer
+    heads     with tensor parallelism, two all-reduces over the devices of a rank in every layer
     attention strategy and time as `longspan.costmodel.choose` finds them, per KV group, from the same page tables, runs
               and segments that a plan would have
     logits    of one row, in the last step of a prompt and in every decode; of a prompt's other rows the last layer
               computes keys and values only
 
 Note: sampled steps
-    Between two chunks of a prompt only the context grows, so a step's time is nearly straight in it while the strategy
-    stays the same. Of many chunks some are predicted, and those between them interpolated; where two neighbours choose
-    different strategies the change is searched by halving. From about 100 ranks on stripes are taken to be longer than
-    they are (two per rank and chunk), and two steps are predicted. So a prediction takes seconds at most.
+    From one chunk of a prompt to the next only the context grows, and a step's time is nearly linear in it while the
+    strategy stays the same. So some of many chunks are predicted and the others interpolated; where two neighbours
+    choose different strategies, bisection finds the change. With about 100 ranks or more, stripes are taken to be
+    longer than they are (two per rank and chunk), and two steps are predicted. A prediction takes seconds at most.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,19 +40,20 @@ HIDDEN_WRITES = 8
 """Elements written per token and layer by norms and residual sums, in widths of the model."""
 
 HEAD_WRITES = 6
-"""The same by rotating, copying and casting queries, keys, values and outputs, in widths of all query heads."""
+"""Elements written per token and layer by rotating, copying and casting queries, keys, values and outputs, in widths
+of all query heads."""
 
 INNER_WRITES = 2
-"""The same by the activation and the gate, in widths of the feed-forward part."""
+"""Elements written per token and layer by the activation and the gate, in widths of the feed-forward part."""
 
 SEGMENT_BUDGET = 60_000
-"""Segments of all predicted steps of one prompt together: what bounds the time of a prediction."""
+"""Most segments of all predicted steps of one prompt together, which bounds the time of a prediction."""
 
 MIN_SAMPLES, MAX_SAMPLES = 2, 12
-"""Steps of one prompt that are predicted before changes of strategy are searched."""
+"""Fewest and most steps of one prompt that are predicted before changes of strategy are searched."""
 
 STEP_SEGMENTS = 70_000
-"""Segments of one step from which on its stripes are taken to be longer than the engine's."""
+"""Most segments of one step; with more, stripes are taken to be longer than the engine's."""
 
 _REQUEST_ID = 0
 
@@ -68,7 +69,7 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def whole_pages_per_step(self) -> int:
-        """Tokens in the whole pages of one rank's budget."""
+        """Tokens of the whole pages that one rank may compute in a step."""
         return max(self.page_size, self.max_num_batched_tokens // self.page_size * self.page_size)
 
     @property
@@ -85,15 +86,15 @@ class StepPrediction(msgspec.Struct, frozen=True):
     """Time of one step and its parts."""
 
     strategies: tuple[Strategy, ...]
-    """Per KV group."""
+    """Strategy of each KV group."""
     dense_s: float
-    """Matrix products or weights read, and what moves bytes around them."""
+    """Time of matrix products (or of reading their weights), norms, rotations and activations."""
     attention_s: float
-    """Of all layers, exchanges and waits included."""
+    """Time of attention in all layers, exchanges and waits included."""
     sums_s: float
-    """Of tensor parallelism."""
+    """Time of tensor parallelism's all-reduces."""
     fixed_s: float
-    """Of layers and step."""
+    """Fixed times of all layers and of the step."""
 
     @property
     def total_s(self) -> float:
@@ -101,14 +102,15 @@ class StepPrediction(msgspec.Struct, frozen=True):
 
 
 class StrategyChange(msgspec.Struct, frozen=True):
-    """From a position of the prompt on, every KV group uses a strategy."""
+    """Strategies that are used from one position of a prompt on."""
 
     position: int
     strategies: tuple[Strategy, ...]
+    """Strategy of each KV group."""
 
 
 class PrefillPrediction(msgspec.Struct, frozen=True):
-    """Time of a whole prompt."""
+    """Time of a whole prompt and its parts, which are those of `StepPrediction`."""
 
     total_s: float
     dense_s: float
@@ -118,11 +120,11 @@ class PrefillPrediction(msgspec.Struct, frozen=True):
     num_steps: int
     chunk_len: int
     changes: tuple[StrategyChange, ...]
-    """The first is at position 0; the last is in force at the end of the prompt."""
+    """Changes of strategy in sequence order; the first one is at position 0."""
 
 
 def striped_table(num_tokens: int, num_ranks: int, options: StepOptions) -> PageTable:
-    """Where a lone prompt's pages lie, and the page of the token after it."""
+    """Page table of a lone striped prompt, with the page of the token after it."""
     size, chunk = options.page_size, options.chunk_len(num_ranks)
     num_pages = -(-num_tokens // size)
     tail_pages = num_tokens // size + 1 - num_pages
@@ -138,7 +140,7 @@ def striped_table(num_tokens: int, num_ranks: int, options: StepOptions) -> Page
 
 
 def step_runs(table: PageTable, start: int, end: int) -> list[QueryRun]:
-    """What the ranks compute in the step that takes the request from `start` to `end`."""
+    """Query runs of a step that computes positions `[start, end)`."""
     return [QueryRun(_REQUEST_ID, a, b - a, rank, Literals(())) for rank, a, b in table.owners(start, end)]
 
 
@@ -157,11 +159,11 @@ def predict_step(
 
     Args:
         shape: one device's part of the model.
-        table: the request's pages, in every KV group.
+        table: the request's page table, which is the same for every KV group.
         start: first position that the step computes.
-        end: one past the last.
-        costs: of one device each.
-        options: of the engine.
+        end: one past the last position.
+        costs: rates and links of one device per rank.
+        options: the engine's options.
         tensor_parallel_size: devices per rank.
         num_logit_rows: rows that need logits.
     """
@@ -193,7 +195,7 @@ def predict_step(
 
 
 def _attention(runs: Sequence[QueryRun], table: PageTable, group: KVGroup, costs: Costs) -> tuple[Strategy, float]:
-    """Strategy and time of one layer."""
+    """Strategy and seconds of one layer's attention."""
     tables = {_REQUEST_ID: table}
     step, prediction = best_candidate(make_segments(runs, tables, group.spec.window), tables, group, costs)
     return step.strategy, prediction.total_s
@@ -202,7 +204,7 @@ def _attention(runs: Sequence[QueryRun], table: PageTable, group: KVGroup, costs
 def _dense_s(
     shape: ModelShape, num_tokens: int, num_busy: int, costs: Costs, num_logit_rows: int, *, are_all_read: bool
 ) -> float:
-    """Everything that a token meets outside attention, on the rank with most tokens."""
+    """Seconds of a step outside attention, on the rank with most tokens."""
     rates, spec = costs.rates, shape.spec
     item = shape.itemsize_bytes
     unread = 0.0 if are_all_read else shape.num_unread_weights
@@ -221,7 +223,7 @@ def _dense_s(
 
 
 def _product_s(num_weights: float, itemsize_bytes: int, num_tokens: int, costs: Costs) -> float:
-    """Matrix products of tokens with weights, which are read once."""
+    """Seconds of matrix products of tokens with weights, which are read once."""
     by_flops = 2.0 * num_weights * num_tokens / costs.rates.matmul_flops_per_s
     return max(by_flops, num_weights * itemsize_bytes / costs.rates.read_bytes_per_s)
 
@@ -229,7 +231,7 @@ def _product_s(num_weights: float, itemsize_bytes: int, num_tokens: int, costs: 
 def _sums_s(
     shape: ModelShape, num_tokens: int, costs: Costs, tensor_parallel_size: int, *, are_all_read: bool
 ) -> float:
-    """Two sums per layer over the devices of a rank, each a ring for the bytes and a tree for the latency."""
+    """Seconds of two all-reduces per layer over the devices of a rank: bytes as in a ring, latency as in a tree."""
     size = tensor_parallel_size
     if size == 1:
         return 0.0
@@ -252,9 +254,9 @@ def predict_prefill(
 
     Args:
         shape: one device's part of the model.
-        prompt_len: tokens, at least one.
-        costs: of one device each; its topology says how many ranks there are.
-        options: of the engine.
+        prompt_len: tokens of the prompt, at least one.
+        costs: topology of all ranks; rates and links of one device per rank.
+        options: the engine's options.
         tensor_parallel_size: devices per rank.
     """
     num_ranks = costs.topology.num_ranks
@@ -297,7 +299,7 @@ def predict_prefill(
     def over_steps(name: str) -> float:
         return float(sum(getattr(known[index], name) * weight for index, weight in weights.items()))
 
-    # The last token is read: what it takes of the last layer and for its logits is a decode's, but for all before.
+    # The last token is sampled from: its share of the last layer and its logits take as long as in a decode.
     (last_group,) = [group for group in shape.spec.kv_groups if shape.spec.num_layers - 1 in group.layers]
     last_runs = step_runs(table, prompt_len - 1, prompt_len)
     last_attention_s = _attention(last_runs, table, last_group, costs)[1]
@@ -316,7 +318,7 @@ def predict_prefill(
 
 
 def _coarser(options: StepOptions, num_ranks: int) -> StepOptions:
-    """Longer stripes, of chunks as long, where a step would have too many segments to look at each."""
+    """Options with longer stripes in equal chunks, where a step would have too many segments to look at each."""
     stripe_len = options.stripe_len
     while (
         2 * options.chunk_len(num_ranks) // stripe_len * num_ranks > STEP_SEGMENTS
@@ -327,7 +329,7 @@ def _coarser(options: StepOptions, num_ranks: int) -> StepOptions:
 
 
 def _spread(count: int, num_samples: int) -> list[int]:
-    """Up to so many of `range(count)`, evenly, with both ends."""
+    """At most `num_samples` of `range(count)`, evenly spaced, both ends included."""
     if count <= num_samples:
         return list(range(count))
     return sorted({round(i * (count - 1) / (num_samples - 1)) for i in range(num_samples)})
@@ -343,7 +345,7 @@ def _search_changes(step: Callable[[int], StepPrediction], indices: Sequence[int
 
 
 def _weights(indices: Sequence[int]) -> dict[int, float]:
-    """How often each of some steps counts if those between two of them are interpolated."""
+    """Weight of each known step in a sum over all steps, where those between two known ones are interpolated."""
     weights = dict.fromkeys(indices, 1.0)
     for low, high in pairwise(indices):
         weights[low] += (high - low - 1) / 2
@@ -359,7 +361,7 @@ def predict_decode(
     *,
     tensor_parallel_size: int = 1,
 ) -> StepPrediction:
-    """Predict one output token of a lone request behind `context_len` tokens. Other arguments as in prefill."""
+    """Predict one output token of a lone request behind `context_len` tokens. Other arguments: `predict_prefill`."""
     return predict_step(
         shape,
         striped_table(context_len, costs.topology.num_ranks, options),
@@ -373,8 +375,11 @@ def predict_decode(
 
 
 def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
-    """What a prompt needs at least, in all: 2 per weight and token, 2 per query head, visible key and element of both
-    key and value; of the last layer keys and values; logits of one row. Args: `shape` is the whole model."""
+    """Fewest flops of a prompt on the whole model `shape`.
+
+    2 per token and weight; 2 per query head, visible key and element of key and value; only keys and values of the last
+    layer; logits of one row.
+    """
     total = 2.0 * (shape.spec.num_parameters - shape.num_unread_weights) * prompt_len + 2.0 * shape.num_logit_weights
     for group in shape.spec.kv_groups:
         window = min(prompt_len, group.spec.window or prompt_len)
@@ -385,7 +390,7 @@ def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
 
 
 def decode_bytes(shape: ModelShape, context_len: int) -> float:
-    """What an output token must read at least, in all: every weight, and the KV that it sees."""
+    """Fewest bytes that an output token reads on all devices: every weight of the whole model, and the visible KV."""
     weights = (shape.spec.num_parameters + shape.num_logit_weights) * shape.itemsize_bytes
     return weights + sum(
         group.token_bytes * min(context_len + 1, group.spec.window or context_len + 1) for group in shape.spec.kv_groups

@@ -1,7 +1,7 @@
-"""What a cluster can do, in numbers: links between ranks, and the speed of one rank's kernels.
+"""Cost parameters of a cluster: links between ranks, and the speed of one rank's kernels.
 
 Holds frozen data that the cost model reads. Must not know how the numbers were found (measured, read from a file, or
-published), or what is predicted from them.
+published), or their use in predictions.
 Read next: `longspan.costmodel.predict`.
 """
 
@@ -16,17 +16,17 @@ from longspan.errors import ConfigError
 
 
 class Link(msgspec.Struct, frozen=True):
-    """What moving bytes from one rank to another costs: `latency_s + bytes / bytes_per_s` for a lone message."""
+    """Cost of moving bytes from one rank to another: `latency_s + bytes / bytes_per_s` for a lone message."""
 
     latency_s: float
-    """From the start of a send to the end of its receive, for a message of few bytes."""
+    """Time from the start of a send to the end of its receive, for a message of few bytes."""
     bytes_per_s: float
-    """Of one rank's long messages in one direction, while its peers do the same."""
+    """Bandwidth of one rank's long messages in one direction, while its peers send too."""
     short_bytes: int | None = None
-    """Messages with more bytes than this take another way, with more latency (another protocol, other threads); None
-    knows one way only."""
+    """Most bytes of a message with `latency_s` only; longer ones take another way (another protocol, other threads).
+    None: there is one way for all."""
     long_latency_s: float = 0.0
-    """What such a message takes in addition to `latency_s`."""
+    """Time that a message of more than `short_bytes` takes in addition to `latency_s`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.latency_s < math.inf:
@@ -39,7 +39,7 @@ class Link(msgspec.Struct, frozen=True):
             raise ConfigError(f"long_latency_s: got {self.long_latency_s!r}, legal is a number from 0 (seconds)")
 
     def latency_of(self, num_bytes: float) -> float:
-        """Seconds of a message beside those that its bytes take."""
+        """Seconds that a message takes beside `num_bytes / bytes_per_s`."""
         is_long = self.short_bytes is not None and num_bytes > self.short_bytes
         return self.latency_s + self.long_latency_s if is_long else self.latency_s
 
@@ -49,21 +49,22 @@ class Link(msgspec.Struct, frozen=True):
 
 
 NO_LINK = Link(0.0, 1e30)
-"""Where there is nobody at the other end: between nodes of which there is one, inside a node of one rank."""
+"""Link without a peer: between nodes where there is one node, inside a node of one rank."""
 
 
 class Topology(msgspec.Struct, frozen=True):
-    """Which ranks share a node, and the links inside a node and between nodes."""
+    """Nodes of the ranks, and the links inside a node and between nodes."""
 
     nodes: tuple[int, ...]
-    """Per rank, the index of its node, from 0."""
+    """Node of each rank, counted from 0."""
     inside: Link
+    """Link inside a node."""
     between: Link
-    """Where there is one node only, nothing goes over it."""
+    """Link between nodes; unused where there is one node."""
     ranks_per_link: float = 1.0
-    """Ranks of a node that share its link to others: one that sends alone sends so many times faster."""
+    """Ranks of a node that share its link to other nodes: a rank that sends alone is faster by this factor."""
     machines: tuple[int, ...] | None = None
-    """Per rank, the machine whose devices it shares, where that is not its node (simulated nodes); None: its node."""
+    """Machine of each rank, whose devices it shares, where nodes are simulated; None: a machine is a node."""
 
     def __post_init__(self) -> None:
         if sorted(set(self.nodes)) != list(range(max(self.nodes, default=-1) + 1)):
@@ -83,27 +84,27 @@ class Topology(msgspec.Struct, frozen=True):
 
     @property
     def ranks_per_node(self) -> tuple[int, ...]:
-        """Ranks of node 0, 1, ..."""
+        """Number of ranks of each node."""
         counts = Counter(self.nodes)
         return tuple(counts[node] for node in range(len(counts)))
 
     def link(self, a: int, b: int) -> Link:
-        """Between two ranks."""
+        """Link between ranks `a` and `b`."""
         return self.inside if self.nodes[a] == self.nodes[b] else self.between
 
 
 class KernelRates(msgspec.Struct, frozen=True):
-    """How fast one rank computes while all ranks of its node do the same."""
+    """Speed of one rank while all ranks of its node compute."""
 
     matmul_flops_per_s: float
-    """Of large matrix products with weights."""
+    """Rate of large matrix products with weights."""
     read_bytes_per_s: float
-    """Of weights and KV, where reading them is what takes the time."""
+    """Rate of reading weights and KV in kernels that memory bandwidth bounds."""
     copy_bytes_per_s: float
-    """Of packing and merging rows; bytes written."""
+    """Rate of packing and merging rows, in bytes written."""
     attention_flops_per_s: tuple[tuple[int, float], ...]
-    """(query tokens of one kernel call, flops per second against many keys), ascending in tokens; 4 flops per query
-    head, key and head element. Between two entries the rate is interpolated, beyond them it is the nearest one."""
+    """Pairs (query tokens of one kernel call, flops per second against many keys), ascending in tokens; 4 flops per
+    query head, key and head element. Rates are interpolated between entries, and constant beyond the ends."""
     call_s: float
     """Fixed time of one attention kernel call."""
     exchange_s: float = 0.0
@@ -118,7 +119,7 @@ class KernelRates(msgspec.Struct, frozen=True):
     moved_byte_s: float = 0.0
     """Time that a byte sent or received takes from the rank's own compute; 0 where other hardware moves it."""
     ranks_per_device: float = 1.0
-    """Ranks that share one device's compute: a rank that computes alone is so many times faster than said above."""
+    """Ranks that share one device's compute: a rank that computes alone is faster than these rates by this factor."""
 
     def __post_init__(self) -> None:
         for name in ("matmul_flops_per_s", "read_bytes_per_s", "copy_bytes_per_s"):
@@ -140,7 +141,7 @@ class KernelRates(msgspec.Struct, frozen=True):
             raise ConfigError("attention_flops_per_s: got a rate that is not above 0, legal are numbers above 0")
 
     def attention_rate(self, num_queries: int) -> float:
-        """Flops per second of a kernel call with so many query tokens."""
+        """Flops per second of a kernel call with `num_queries` query tokens."""
         before: tuple[int, float] | None = None
         for point in self.attention_flops_per_s:
             if num_queries <= point[0]:
@@ -153,18 +154,19 @@ class KernelRates(msgspec.Struct, frozen=True):
 
 
 class Costs(msgspec.Struct, frozen=True):
-    """All that the cost model is told of a cluster."""
+    """Everything that the cost model knows of a cluster."""
 
     topology: Topology
     rates: KernelRates
 
 
 def costs_by_bytes(nodes: Sequence[int]) -> Costs:
-    """What is assumed where nothing was measured: links are slow, and all else takes no time.
+    """Costs assumed where nothing was measured: a byte on a link takes one second, everything else no time.
 
-    Predicted times are then bytes: of each exchange, what the rank sends or receives that has most.
+    Predicted times are then bytes: for each exchange, the most that one rank sends or receives.
 
-    Args: `nodes` is the node of every rank.
+    Args:
+        nodes: node of each rank.
     """
     free = KernelRates(math.inf, math.inf, math.inf, ((1, math.inf),), 0.0)
     link = Link(0.0, 1.0)

@@ -1,4 +1,4 @@
-"""From which prompt length on a lone request is better off striped over all ranks than packed on one.
+"""Prompt length from which a lone request is faster striped over all ranks than packed on one.
 
 Holds one pure function of predictions. Must not know free memory or other requests: what does not fit one rank is
 striped anyway, and a server may have reasons to pack longer prompts.
@@ -12,20 +12,20 @@ from longspan.costmodel.parameters import Costs, Topology
 from longspan.costmodel.shapes import ModelShape
 
 OUTPUT_LEN = 128
-"""Tokens that a request is assumed to generate: striped, each of them pays for messages in every layer."""
+"""Tokens that a request is assumed to generate; if it is striped, each one costs messages in every layer."""
 
 LONGEST_LEN = 1 << 20
-"""Prompts of this length are the last ones looked at, whatever fits."""
+"""Longest prompt that is looked at, in tokens."""
 
 
 def request_s(shape: ModelShape, prompt_len: int, costs: Costs, options: StepOptions) -> float:
-    """Predicted seconds of a lone request on all ranks of `costs`: its prompt, and `OUTPUT_LEN` tokens."""
+    """Predicted seconds of a lone request on all ranks of `costs`: its prompt and `OUTPUT_LEN` output tokens."""
     prefill = predict_prefill(shape, prompt_len, costs, options)
     return prefill.total_s + OUTPUT_LEN * predict_decode(shape, prompt_len, costs, options).total_s
 
 
 def on_one_rank(costs: Costs) -> Costs:
-    """The numbers of a rank whose peers are idle."""
+    """Costs of one rank whose peers are idle."""
     rates, sharing = costs.rates, costs.rates.ranks_per_device
     alone = msgspec.structs.replace(
         rates,
@@ -41,19 +41,19 @@ def on_one_rank(costs: Costs) -> Costs:
 def shortest_striped_len(
     shape: ModelShape, costs: Costs, options: StepOptions, longest_len: int = LONGEST_LEN
 ) -> int | None:
-    """The shortest prompt whose request is predicted to end sooner striped than packed.
+    """Length of the shortest prompt whose request is predicted to end sooner striped than packed.
 
     Both the time to the first token and the time of `OUTPUT_LEN` more count: a short prompt's prefill may gain less
     from striping than its decode loses.
 
     Args:
-        shape: of the model.
-        costs: of all ranks.
-        options: of the engine.
+        shape: the model's shape.
+        costs: topology and rates of all ranks.
+        options: the engine's options.
         longest_len: tokens of the longest prompt that is looked at.
 
     Returns:
-        Tokens, whole pages; None if no prompt up to `longest_len` gains.
+        Tokens, in whole pages; None if no prompt up to `longest_len` gains.
     """
     packed = on_one_rank(costs)
 

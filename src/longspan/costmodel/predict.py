@@ -1,17 +1,17 @@
-"""How long the attention of one layer will take under a strategy, until the last rank is done.
+"""Predicted time of one layer's attention under a strategy, until the last rank is done.
 
-Holds one model per strategy, pure functions of a plan's integers and of measured numbers. Must not know clocks of this
-machine, or anything that ranks could see differently. What the strategies really do is in `longspan.cp`.
+Holds one time model per strategy, pure functions of a plan's integers and of measured numbers. Must not know clocks of
+this machine, or anything that ranks could see differently. `longspan.cp` has the strategies themselves.
 Read next: `longspan.costmodel.choose`, which takes the strategy with the least time; `longspan.costmodel.timeline`,
 `longspan.costmodel.ring_time`, `longspan.costmodel.work`.
 
-Note: how time is reckoned
-    Ranks start together. A rank packs what it sends, computes what it has, and goes on when messages have arrived.
-    Messages of one rank over one link go out one after the other, and come in one after the other; what lies on the way
-    of a message is `latency + the longer queue / bandwidth`. Messages move while ranks compute, so they cost time only
-    where a rank waits for them, and where moving them takes from the rank's own compute (`moved_byte_s`).
+Note: time of a layer
+    Ranks start together. A rank packs its messages, computes on its own keys, and goes on when messages have arrived.
+    Messages of one rank over one link leave one after the other, and arrive one after the other: the last one takes
+    `latency + bytes of the longer queue / bandwidth`. Messages move while ranks compute, so they cost time only where a
+    rank waits for them, and where moving them takes from the rank's own compute (`moved_byte_s`).
 
-    Two ranks, 10 ms of kernels each against own keys and 10 ms against the other's, messages of 4 ms:
+    Two ranks, each with 10 ms of kernels on its own keys and 10 ms on the other's, messages of 4 ms:
 
         gather_kv   max(10, 4) + 10 = 20 ms        with messages of 14 ms:   max(10, 14) + 10 = 24 ms
         pass_q      max(10, 4) + 10 + 4 (partials, for which nothing is left to do meanwhile) = 24 ms
@@ -33,23 +33,23 @@ from longspan.types import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Time of one layer's attention, and what the last rank to finish spends it on."""
+    """Time of one layer's attention, and its parts on the last rank to finish."""
 
     strategy: Strategy
     total_s: float
     compute_s: float
-    """In attention kernels."""
+    """Time in attention kernels."""
     copy_s: float
-    """Packing messages, starting them, and merging partials."""
+    """Time of packing and starting messages, and of merging partials."""
 
     @property
     def wait_s(self) -> float:
-        """Waiting for messages."""
+        """Time of waiting for messages."""
         return max(0.0, self.total_s - self.compute_s - self.copy_s)
 
 
 def attention_time(step: GroupStep, tables: Mapping[int, PageTable], group: KVGroup, costs: Costs) -> float:
-    """Seconds of one layer of a KV group until the last rank is done. Arguments as in `predict_attention`."""
+    """Seconds of one layer of a KV group until the last rank is done. Arguments: `predict_attention`."""
     return predict_attention(step, tables, group, costs).total_s
 
 
@@ -60,14 +60,14 @@ def predict_attention(
     costs: Costs,
     work: StepWork | None = None,
 ) -> Prediction:
-    """Predict one layer of a KV group.
+    """Predict the attention of one layer of a KV group.
 
     Args:
-        step: strategy, segments and exchanges, as they would stand in the plan.
+        step: the group's step, as it would stand in the plan.
         tables: page table per request of this group.
-        group: for the widths of rows.
-        costs: what the cluster can do.
-        work: what `count_work` says of the segments, if it has been asked already.
+        group: the KV group, whose widths give bytes and flops.
+        costs: topology and rates of the cluster.
+        work: result of `count_work` for the step's segments; None counts them.
     """
     if work is None:
         work = count_work(step.segments, tables, group, costs.rates)
@@ -81,7 +81,7 @@ def predict_attention(
 
 
 class _Layer:
-    """One layer under the step's strategy."""
+    """Time model of one layer under the step's strategy."""
 
     def __init__(self, step: GroupStep, group: KVGroup, costs: Costs, work: StepWork) -> None:
         self._step, self._group, self._costs, self._work = step, group, costs, work
@@ -93,7 +93,7 @@ class _Layer:
         self._row_bytes = group.merged_row_bytes
 
     def run(self) -> None:
-        """Go through the layer."""
+        """Advance the clocks to the end of the layer."""
         if not self._step.exchanges:
             self._local(())
             return
@@ -107,12 +107,12 @@ class _Layer:
     # -- strategies --------------------------------------------------------------------------------------------------
 
     def _local(self, moved: Sequence[Message]) -> None:
-        """`longspan.cp.local`. Args: `moved` meanwhile."""
+        """Time `longspan.cp.local`, while the messages `moved` are on their way."""
         own_s = {rank: self._work.pair_s(rank, rank, self._rates) for rank in self.clocks.ranks}
         self.clocks.run(own_s, {}, moved)
 
     def _gather_kv(self) -> None:
-        """`longspan.cp.gather_kv`: pack, exchange beside the local part, then all that came."""
+        """Time `longspan.cp.gather_kv`: pack, exchange during the local part, then attend to the keys received."""
         clocks, messages = self.clocks, self._messages(0)
         clocks.run({}, clocks.sending_s(messages))
         arrived = clocks.arrivals(messages, clocks.now)
@@ -126,7 +126,7 @@ class _Layer:
         clocks.run(compute_s, copy_s)
 
     def _pass_kv(self) -> None:
-        """`longspan.cp.pass_kv`."""
+        """Time `longspan.cp.pass_kv`."""
         (ring,) = self._step.exchanges
         assert isinstance(ring, RingExchange)
         outside = [rank for rank in self.clocks.ranks if rank not in ring.participants]
@@ -135,7 +135,7 @@ class _Layer:
         RingTime(ring, self.clocks, self._costs, self._work, token_bytes=token_bytes, row_bytes=row_bytes).run()
 
     def _pass_q(self) -> None:
-        """`longspan.cp.pass_q`: queries leave, local part, a partial for every peer, their partials, merge."""
+        """Time `longspan.cp.pass_q`: send queries, local part, partials for all peers, receive and merge partials."""
         clocks = self.clocks
         queries, partials = self._messages(0), self._messages(1)
         clocks.run({}, clocks.sending_s(queries))
@@ -146,7 +146,7 @@ class _Layer:
         self._take_home(partials, self._serve(partials))
 
     def _tree(self) -> None:
-        """`longspan.cp.pass_q`: as `pass_q` inside the node; other nodes' leaders relay queries and merge partials."""
+        """Time `tree` in `longspan.cp.pass_q`, where leaders of other nodes relay queries and merge partials."""
         clocks = self.clocks
         queries, relayed, partials, merged = (self._messages(i) for i in range(4))
         clocks.run({}, clocks.sending_s(queries))
@@ -164,7 +164,7 @@ class _Layer:
     # -- phases ------------------------------------------------------------------------------------------------------
 
     def _serve(self, partials: Sequence[Message]) -> Seconds:
-        """Compute for others; returns when each rank's first partial leaves."""
+        """Compute partials for other ranks; return the time at which each rank's first one leaves."""
         clocks = self.clocks
         compute_s: Seconds = {}
         num_served: dict[int, int] = {}
@@ -178,14 +178,14 @@ class _Layer:
         return {rank: began[rank] + (clocks.now[rank] - began[rank]) / count for rank, count in num_served.items()}
 
     def _take_home(self, partials: Sequence[Message], first_s: Mapping[int, float]) -> None:
-        """Wait for partials and merge them. Args: `first_s` when each sender's first one leaves."""
+        """Wait for partials, of which each sender's first one leaves at `first_s`, and merge them."""
         clocks, topology = self.clocks, self._costs.topology
         arrived: Seconds = {}
         for m, queue_s in zip(partials, clocks.queues_s(partials), strict=True):
             link = topology.link(m.source, m.target)
             last_s = clocks.now[m.source] + min(
                 queue_s, m.num_bytes / link.bytes_per_s
-            )  # computed last, behind nothing
+            )  # the message computed last waits for no other
             time_s = link.latency_of(m.num_bytes) + max(last_s, first_s[m.source] + queue_s)
             arrived[m.target] = max(arrived.get(m.target, 0.0), time_s)
         clocks.wait(arrived)
@@ -198,7 +198,7 @@ class _Layer:
         return self._rates.merge_s + num_bytes / self._rates.copy_bytes_per_s
 
     def _messages(self, index: int) -> list[Message]:
-        """Of one exchange of the step."""
+        """Messages of one exchange of the step."""
         exchange = self._step.exchanges[index]
         assert isinstance(exchange, DirectExchange)
         ranks, num_bytes = exchange.participants, row_bytes(exchange.operand, self._group)

@@ -1,12 +1,12 @@
-"""How long a ring takes: `pass_kv`, hop by hop.
+"""Predicted time of a ring (`pass_kv`), hop by hop.
 
-Holds the model of one strategy. Must not know the others.
-Read next: `longspan.cp.pass_kv`, what it is a model of; `longspan.costmodel.predict`.
+Holds the time model of one strategy. Must not know the others.
+Read next: `longspan.cp.pass_kv`, which is modelled here; `longspan.costmodel.predict`.
 
-Note: in step
-    Nobody starts a hop before its predecessor has finished the one before, so after a few hops all ranks go at the pace
-    of the slowest: a hop takes as long as its longest computation or message. Rounds of equal blocks take equal time,
-    so each kind of round is reckoned twice at most: after another kind, and after its own.
+Note: ranks in step
+    A rank starts no hop before its predecessor has finished the previous one, so after a few hops all ranks go at the
+    pace of the slowest: a hop takes as long as its longest computation or message. Rounds of equal blocks take equal
+    time, so each kind of round is computed twice at most: once behind another kind, once behind its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,21 +20,21 @@ from longspan.plan.types import RingExchange
 
 
 class RingTime:
-    """One ring."""
+    """Time model of one ring."""
 
     def __init__(
         self, ring: RingExchange, clocks: Clocks, costs: Costs, work: StepWork, *, token_bytes: int, row_bytes: int
     ) -> None:
-        """Args: `token_bytes` of a key and its value, `row_bytes` of a row of a partial."""
+        """Take a ring where a key with its value has `token_bytes`, and a row of a partial has `row_bytes`."""
         self._ring, self._clocks, self._rates, self._work = ring, clocks, costs.rates, work
         self._token_bytes, self._row_bytes = token_bytes, row_bytes
         self._links = _ring_links(ring.participants, costs)
         self._row_s = {pair: self._seconds_per_row(*pair) for pair in work.pairs}
 
     def run(self) -> None:
-        """Set the members' clocks to when they are done."""
+        """Set the members' clocks to the end of the ring."""
         ring, clocks, members = self._ring, self._clocks, self._ring.participants
-        before_s = [self._own_s(rank) for rank in members]  # what is computed beside the next hop
+        before_s = [self._own_s(rank) for rank in members]  # seconds of compute during the next hop
         total_s = 0.0
         round_s: dict[tuple[tuple[int, ...], bool], float] = {}
         last_blocks: tuple[int, ...] | None = None
@@ -51,14 +51,14 @@ class RingTime:
             clocks.compute_s[rank], clocks.copy_s[rank] = self._shares_s(i)
 
     def _round_s(self, blocks: tuple[int, ...], before_s: list[float]) -> tuple[float, list[float]]:
-        """One round.
+        """Time one round.
 
         Args:
             blocks: rows of each member's block.
-            before_s: per member, what it computes beside the first hop.
+            before_s: seconds that each member computes during the first hop.
 
         Returns:
-            Seconds, and what each member computes beside the next hop.
+            Seconds of the round, and seconds that each member computes during the next hop.
         """
         members, rates = self._ring.participants, self._rates
         size = len(members)
@@ -78,7 +78,7 @@ class RingTime:
                 if sent:
                     link = self._links[i]
                     message_s = max(message_s, link.message_s(sent))
-                    if is_shared:  # who moves long messages waits for its turn on a core, whatever is computed there
+                    if is_shared:  # moving long messages waits for a turn on a core, whatever is computed there
                         late_s = max(late_s, link.latency_of(sent) - link.latency_s)
             total_s += max(message_s - late_s, self._clocks.longest(members, loads_s)) + late_s
             before_s = []
@@ -92,7 +92,7 @@ class RingTime:
         return self._work.pair_s(rank, rank, self._rates)
 
     def _seconds_per_row(self, query_rank: int, key_rank: int) -> float:
-        """What one rank's work on the keys of another takes, per row of these that go round."""
+        """Seconds of one rank's work on the keys of another, per key that goes round."""
         ring, rates = self._ring, self._rates
         if query_rank == key_rank or key_rank not in ring.participants:
             return 0.0
@@ -105,7 +105,7 @@ class RingTime:
         return (pair.kernel_s + num_calls * rates.call_s + merge_s) / num_rows
 
     def _shares_s(self, member: int) -> tuple[float, float]:
-        """What one member spends in kernels, and on packing and merging."""
+        """Seconds that one member spends in kernels, and on packing and merging."""
         ring, rates = self._ring, self._rates
         rank = ring.participants[member]
         compute_s = self._own_s(rank)
@@ -121,7 +121,7 @@ class RingTime:
 
 
 def _ring_links(members: Sequence[int], costs: Costs) -> list[Link]:
-    """From every member to the next. A node's link to others is divided among those that send over it."""
+    """Link from every member to the next; members that send over one node's link to others share it."""
     topology, nodes = costs.topology, costs.topology.nodes
     pairs = list(zip(members, [*members[1:], members[0]], strict=True))
     num_far: Mapping[int, int] = {

@@ -1,4 +1,4 @@
-"""What planning must know of a model: its facts, and how many weights there are.
+"""Shape of a model, as planning needs it: its facts and its numbers of weights.
 
 Holds arithmetic on shapes. Must not know configs or families: `longspan.models.shape` reads those.
 Read next: `longspan.costmodel.model_time`.
@@ -16,20 +16,20 @@ PlannedDType = Literal["bfloat16", "float32"]
 
 
 class ModelShape(msgspec.Struct, frozen=True):
-    """A dense attention model, or one device's part of it."""
+    """Shape of a dense attention model, or of one device's part of it."""
 
     spec: ModelSpec
     dtype: PlannedDType
-    """Of weights and activations; that of KV stands in its layout."""
+    """Dtype of weights and activations; that of KV is in the layout of `spec`."""
     hidden_size: int
     intermediate_size: float
-    """Of the feed-forward part."""
+    """Width of the feed-forward part."""
     num_weights: float
-    """All of them; what memory must hold."""
+    """All weights that memory holds."""
     num_logit_weights: float
-    """Those between the last layer and the logits."""
+    """Weights between the last layer and the logits."""
     not_run: str | None = None
-    """Why the engine refuses this model today, or None if it runs it."""
+    """Reason why the engine refuses this model, or None if it runs the model."""
 
     @property
     def itemsize_bytes(self) -> int:
@@ -37,27 +37,27 @@ class ModelShape(msgspec.Struct, frozen=True):
 
     @property
     def weight_bytes(self) -> float:
-        """What memory must hold."""
+        """Bytes of all weights."""
         return self.num_weights * self.itemsize_bytes
 
     @property
     def kv_token_bytes(self) -> int:
-        """KV of one token in all layers."""
+        """Bytes of one token's KV in all layers."""
         return sum(group.token_bytes for group in self.spec.kv_groups)
 
     @property
     def num_unread_weights(self) -> float:
-        """Weights of the last layer that a prompt's inner tokens do not meet: all but those of q, k and v."""
+        """Weights of the last layer that tokens without logits do not use: all but those of q, k and v."""
         (last,) = [group for group in self.spec.kv_groups if self.spec.num_layers - 1 in group.layers]
         widths = last.query_elements + last.spec.layout.token_elements
         return max(0.0, self.spec.num_parameters / self.spec.num_layers - self.hidden_size * widths)
 
     def is_divisible(self, tensor_parallel_size: int) -> bool:
-        """Whether `divided` takes this size."""
+        """Whether `divided` accepts this size."""
         return all(_is_divisible(group, tensor_parallel_size) for group in self.spec.kv_groups)
 
     def divided(self, tensor_parallel_size: int) -> "ModelShape":
-        """One device's part where so many devices share heads and weights.
+        """One device's part of the model where `tensor_parallel_size` devices share heads and weights.
 
         Where there are fewer KV heads than devices, several devices hold the same ones.
 

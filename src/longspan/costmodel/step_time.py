@@ -1,11 +1,11 @@
-"""How long a step will take, as far as chunks are cut by it.
+"""Predicted time of a step, by which chunks are cut.
 
-Holds arithmetic and what finished steps taught. Must not know clocks: who runs plans reports how long they took.
+Holds arithmetic, and a fit to finished steps. Must not know clocks: the runner of plans reports how long they took.
 Read next: `longspan.scheduler.scheduler`, which cuts chunks.
 
 Note: time = overhead + flops / rate
     Flops are those of the weights for every token, and of attention for every (query, key) pair. Overhead and rate are
-    fitted to the steps of late (least squares, weights halved every 7 steps), so they follow by themselves when
+    fitted to the latest steps (least squares, weights halved every 7 steps), so they follow by themselves when
     attention, which runs at another rate than matrix products, takes over in a long prompt, or when other programs take
     a part of the machine. Without the overhead a slow machine would end in a spiral: chunks get shorter, the overhead
     becomes most of their time, the rate looks lower, chunks get shorter still.
@@ -17,31 +17,31 @@ FIRST_FLOPS_PER_S = 20e9
 """Rate per thread assumed before the first step: on the low side, so that the first chunk is not too long."""
 
 MEMORY = 0.9
-"""Weight of what was known against a new step."""
+"""Factor on the weights of earlier steps when a new one is learnt."""
 
 MAX_OVERHEAD = 0.6
-"""Largest share of the mean step time that is believed to be overhead: noise must not explain everything."""
+"""Largest share of the mean step time that is taken for overhead: noise must not explain everything."""
 
 MIN_SPREAD = 0.05
-"""Spread of flops, as a share of their mean, from which on steps say which part of their time is overhead."""
+"""Least spread of flops, as a share of their mean, with which overhead is fitted."""
 
 
 class StepTime:
-    """Predicts and learns the time of steps."""
+    """Prediction of step times, fitted to finished steps."""
 
     def __init__(self, model: ModelSpec, num_threads: int) -> None:
         self.token_flops = 2.0 * max(1, model.num_parameters)
-        """Of one token through all weights."""
+        """Flops of one token through all weights."""
         self._groups = [(group.spec.window, len(group.layers) * group.pair_flops) for group in model.kv_groups]
         windows = [window for window, _ in self._groups]
         self.longest_window = None if None in windows else max(window for window in windows if window is not None)
-        """None if some layer sees all."""
+        """Longest sliding window of a layer in tokens; None if a layer has full attention."""
         self.flops_per_s = FIRST_FLOPS_PER_S * num_threads
         self.overhead_s = 0.0
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # weighted sums of 1, flops, seconds, flops^2, flops * seconds
 
     def attention_flops(self, start: int, end: int) -> float:
-        """Of queries at positions `[start, end)` and all keys that they see."""
+        """Flops of queries at positions `[start, end)` over all keys that they see."""
         total = 0.0
         for window, pair_flops in self._groups:
             full_from = end if window is None else max(start, min(end, window))  # from here on a query sees a window
@@ -52,7 +52,7 @@ class StepTime:
         return total
 
     def chunk_flops(self, start: int, end: int) -> float:
-        """Of tokens `[start, end)`, on all ranks together."""
+        """Flops of tokens `[start, end)`, on all ranks together."""
         return (end - start) * self.token_flops + self.attention_flops(start, end)
 
     def first_key(self, position: int) -> int:
@@ -62,11 +62,11 @@ class StepTime:
         return max(0, position - self.longest_window + 1)
 
     def flops_within(self, step_s: float) -> float:
-        """What a rank is predicted to do in a step of so many seconds; never less than a fifth of the time's worth."""
+        """Flops that a rank is predicted to do in a step of `step_s`, a fifth of which is compute at least."""
         return max(step_s / 5, step_s - self.overhead_s) * self.flops_per_s
 
     def learn(self, flops: float, step_s: float) -> None:
-        """Take in how long a step took. Args: `flops` of the rank with most."""
+        """Learn from a step that took `step_s`, with `flops` on the rank that had most."""
         if flops <= 0 or step_s <= 0:
             return
         new = (1.0, flops, step_s, flops * flops, flops * step_s)

@@ -1,6 +1,6 @@
-"""The ranks of one step on their way through one layer: each has a clock, which every phase moves on.
+"""Clocks of the ranks of a step in one layer, which every phase of a strategy advances.
 
-Holds the two things that take time, work and messages, and what ranks share. Must not know strategies.
+Holds the times of work and of messages, and what ranks share. Must not know strategies.
 Read next: `longspan.costmodel.predict`, which runs strategies on these clocks.
 """
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from longspan.costmodel.parameters import Costs
 
 Seconds = dict[int, float]
-"""Per rank."""
+"""Seconds by rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """From one rank to another."""
+    """Message from one rank to another."""
 
     source: int
     target: int
@@ -23,7 +23,7 @@ class Message:
 
 
 class Clocks:
-    """Seconds since the layer began, per rank, and what they were spent on. Waits are the rest."""
+    """Seconds since the layer began, by rank, and their parts for compute and copies; the rest is waits."""
 
     def __init__(self, ranks: Iterable[int], costs: Costs) -> None:
         self.ranks = sorted(ranks)
@@ -32,11 +32,11 @@ class Clocks:
         self.compute_s: Seconds = dict.fromkeys(self.ranks, 0.0)
         self.copy_s: Seconds = dict.fromkeys(self.ranks, 0.0)
         self._machines = costs.topology.machines or costs.topology.nodes
-        self._busy_s: Seconds = {}  # per machine, of all its ranks
+        self._busy_s: Seconds = {}  # by machine: loads of all its ranks
 
     @property
     def end_s(self) -> float:
-        """When the last rank is done."""
+        """Seconds until the last rank is done."""
         end_s = max(self.now.values(), default=0.0)
         if self.costs.rates.ranks_per_device > 1:
             # What ranks of a machine do at different times still takes its devices' time.
@@ -47,7 +47,7 @@ class Clocks:
     # -- work --------------------------------------------------------------------------------------------------------
 
     def run(self, compute_s: Mapping[int, float], copy_s: Mapping[int, float], moved: Sequence[Message] = ()) -> None:
-        """Every rank works off its load. Args: `moved` messages move meanwhile."""
+        """Advance every rank by its load, while the messages `moved` are on their way."""
         byte_s = self.costs.rates.moved_byte_s
         moved_s: Seconds = {}
         if byte_s:
@@ -63,12 +63,12 @@ class Clocks:
                 self.copy_s[rank] += copy_s.get(rank, 0.0) * time_s / load_s
 
     def together(self, ranks: Sequence[int], loads_s: list[float]) -> list[float]:
-        """How long ranks take that start together, if they share devices."""
+        """Seconds that each rank takes for its load if all start together, devices shared."""
         sharing = self.costs.rates.ranks_per_device
         if sharing == 1:
             return loads_s
         nodes = self._machines
-        even_s: Seconds = {}  # per machine, if its devices are busy to the end
+        even_s: Seconds = {}  # by machine, if its devices are busy to the end
         for rank, load_s in zip(ranks, loads_s, strict=True):
             add(even_s, nodes[rank], load_s / nodes.count(nodes[rank]))
             add(self._busy_s, nodes[rank], load_s)
@@ -77,18 +77,18 @@ class Clocks:
         ]
 
     def longest(self, ranks: Sequence[int], loads_s: list[float]) -> float:
-        """How long the last of them takes."""
+        """Seconds that the slowest rank takes for its load if all start together."""
         return max(self.together(ranks, loads_s))
 
     def wait(self, until: Mapping[int, float]) -> None:
-        """Nobody goes on before its time."""
+        """Hold ranks back until their times in `until`."""
         for rank, time_s in until.items():
             self.now[rank] = max(self.now[rank], time_s)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def sending_s(self, messages: Sequence[Message]) -> Seconds:
-        """Per rank, time to pack and send its messages."""
+        """Seconds in which each rank packs and sends its messages."""
         rates = self.costs.rates
         seconds: Seconds = {}
         for m in messages:
@@ -96,14 +96,14 @@ class Clocks:
         return seconds
 
     def receiving_s(self, messages: Sequence[Message]) -> Seconds:
-        """Per rank, time to take in what has come."""
+        """Seconds in which each rank receives its messages."""
         seconds: Seconds = {}
         for m in messages:
             add(seconds, m.target, self.costs.rates.exchange_s)
         return seconds
 
     def queues_s(self, messages: Sequence[Message]) -> list[float]:
-        """Per message, how long those take that share its sender or its receiver: its own link is busy with them."""
+        """Seconds that each message's link is busy with all messages of the same sender or receiver."""
         topology, nodes = self.costs.topology, self.costs.topology.nodes
         sent: dict[tuple[int, bool], int] = {}
         received: dict[tuple[int, bool], int] = {}
@@ -121,14 +121,14 @@ class Clocks:
             if inside:
                 queues_s.append(num_bytes / topology.inside.bytes_per_s)
                 continue
-            if topology.ranks_per_link > 1:  # whoever sends alone has the node's whole link
+            if topology.ranks_per_link > 1:  # a rank that sends alone has the node's whole link
                 even = node_sent[nodes[m.source]] / nodes.count(nodes[m.source])
                 num_bytes = max(num_bytes / topology.ranks_per_link, min(num_bytes, even))
             queues_s.append(num_bytes / topology.between.bytes_per_s)
         return queues_s
 
     def arrivals(self, messages: Sequence[Message], ready_s: Mapping[int, float]) -> Seconds:
-        """When each rank has all its messages. Args: `ready_s` per rank, when its messages leave."""
+        """Times at which each rank has all its messages, which leave their senders at `ready_s`."""
         arrived: Seconds = {}
         for m, queue_s in zip(messages, self.queues_s(messages), strict=True):
             link = self.costs.topology.link(m.source, m.target)
@@ -138,5 +138,5 @@ class Clocks:
 
 
 def add(seconds: Seconds, rank: int, more_s: float) -> None:
-    """Add to one rank's."""
+    """Add `more_s` to the seconds of one rank."""
     seconds[rank] = seconds.get(rank, 0.0) + more_s

@@ -1,4 +1,4 @@
-"""Reads and writes what a cluster can do as a file: nodes, links, rates.
+"""Topology file: a cluster's nodes, links and rates, read and written.
 
 Holds the format and its checks. Must not know how the numbers are found or used.
 Read next: `longspan.costmodel.parameters`, whose fields these are.
@@ -28,18 +28,18 @@ from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology
 from longspan.errors import ConfigError
 
 FIELDS = ("name", "dtype", "memory_bytes", "topology", "rates")
-"""`memory_bytes`, of one rank, is for planning with the file."""
+"""Legal fields of a file; `memory_bytes`, of one rank, is for planning with the file."""
 
 _Struct = TypeVar("_Struct", Topology, KernelRates, Link)
 
 
 def load_topology(path: str, num_ranks: int, dtype: str) -> Costs:
-    """Read a cluster's numbers for a run.
+    """Read a cluster's costs for a run.
 
     Args:
-        path: of a YAML or JSON file.
-        num_ranks: of the run.
-        dtype: of the run's weights, activations and KV.
+        path: a YAML or JSON file.
+        num_ranks: ranks of the run.
+        dtype: dtype of the run's weights, activations and KV.
 
     Raises:
         ConfigError: the file cannot be read, a field is unknown or missing, a value is illegal, or the file is about
@@ -59,7 +59,7 @@ def load_topology(path: str, num_ranks: int, dtype: str) -> Costs:
 
 
 def parse_costs(links: Any, rates: Any) -> Costs:
-    """What a file says in its fields `topology` and `rates`.
+    """Costs from a file's fields `topology` and `rates`.
 
     Raises:
         ConfigError: a field is unknown or missing, or a value is illegal.
@@ -78,18 +78,18 @@ def parse_costs(links: Any, rates: Any) -> Costs:
 
 
 def topology_text(costs: Costs, *, name: str, dtype: str, memory_bytes: int) -> str:
-    """What `load_topology` reads, as YAML."""
+    """Text of a file that `load_topology` reads, in YAML."""
     numbers = msgspec.to_builtins(costs)
     data = {"name": name, "dtype": dtype, "memory_bytes": memory_bytes, **numbers}
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
 
 
 def read_mapping(what: str, path: str) -> Any:
-    """What a YAML or JSON file holds, which need not be a mapping yet.
+    """Content of a YAML or JSON file, not checked to be a mapping.
 
     Args:
         what: the option that names the file, for the error.
-        path: of the file.
+        path: the file.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -117,7 +117,7 @@ def _check_fields(what: str, data: object, legal: Sequence[str], required: Seque
 
 
 def _convert(what: str, data: Mapping[str, Any], kind: type[_Struct]) -> _Struct:
-    """Check types and values. Not strict: YAML takes `1e9` for text."""
+    """Convert to a type, and check types and values; not strictly, as YAML takes `1e9` for text."""
     try:
         return msgspec.convert(data, kind, strict=False)
     except msgspec.ValidationError as error:

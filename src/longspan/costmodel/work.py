@@ -1,4 +1,4 @@
-"""How long the kernels of one step take, by rank of the queries and rank of the keys.
+"""Time of a step's attention kernels, by rank of the queries and rank of the keys.
 
 Holds arithmetic over segments. Must not know which rank computes what: that is the strategy's choice.
 Read next: `longspan.costmodel.predict`, which adds messages and waits.
@@ -14,8 +14,8 @@ from longspan.sharding.pages import PageTable
 from longspan.sharding.visibility import Visibility
 
 CAUSAL_BLOCK = 512
-"""Keys that a kernel takes at a time: of those at the diagonal it computes what causality hides as well. (Measured on a
-CPU, in pairs that are seen: 45, 47 and 64 GFLOP/s at 256, 512 and 1024 queries, where all pairs are seen 95.)"""
+"""Keys per block of a kernel, which computes blocks at the diagonal in full, hidden pairs included. (Measured on a CPU,
+visible pairs counted: 45, 47 and 64 GFLOP/s at 256, 512 and 1024 queries; 95 where all pairs are visible.)"""
 
 BAND_BLOCK = 64
 """Queries per kernel call where a sliding window's edge is masked: each call also computes what its mask hides."""
@@ -23,18 +23,18 @@ BAND_BLOCK = 64
 
 @dataclass(slots=True)
 class PairWork:
-    """Queries of one rank against keys of one rank, in one layer."""
+    """Work of one rank's queries on one rank's keys, in one layer."""
 
     kernel_s: float = 0.0
-    """Of all kernel calls but their fixed time, and of merging several on the same rows."""
+    """Time of all kernel calls without their fixed part, and of merging several calls on the same rows."""
     num_calls: int = 0
     num_rows: int = 0
-    """Query rows with a key there; those of a partial."""
+    """Query rows that see a key: the rows of a partial."""
     segments: list[tuple[int, int, int]] = field(default_factory=list)
-    """(keys, kernel calls, query rows) of each segment."""
+    """Triples (keys, kernel calls, query rows), one per segment."""
 
     def in_blocks(self, block_len: int) -> tuple[int, int]:
-        """Kernel calls, and query rows to merge, if the keys come in blocks of so many."""
+        """Kernel calls, and query rows to merge, if the keys come in blocks of `block_len`."""
         num_calls = num_rows = 0
         for num_keys, calls, rows in self.segments:
             num_blocks = -(-num_keys // block_len)
@@ -45,18 +45,18 @@ class PairWork:
 
 @dataclass(slots=True)
 class StepWork:
-    """The work of one KV group in one step."""
+    """Work of one KV group in one layer of a step."""
 
     pairs: dict[tuple[int, int], PairWork] = field(default_factory=dict)
-    """By (rank of the queries, rank of the keys)."""
+    """Work by (rank of the queries, rank of the keys)."""
 
     def pair_s(self, query_rank: int, key_rank: int, rates: KernelRates) -> float:
-        """Of all kernel calls of one pair, whoever makes them."""
+        """Seconds of all kernel calls of one pair, on whichever rank."""
         pair = self.pairs.get((query_rank, key_rank))
         return pair.kernel_s + pair.num_calls * rates.call_s if pair else 0.0
 
     def num_rows(self, query_rank: int, key_rank: int) -> int:
-        """Query rows of one rank with a key on the other."""
+        """Query rows of one rank that see a key of the other."""
         pair = self.pairs.get((query_rank, key_rank))
         return pair.num_rows if pair else 0
 
@@ -64,13 +64,13 @@ class StepWork:
 def count_work(
     segments: Iterable[Segment], tables: Mapping[int, PageTable], group: KVGroup, rates: KernelRates
 ) -> StepWork:
-    """The kernel calls that a KV group's segments need, whoever makes them.
+    """Count the kernel calls that a KV group's segments need, on whichever rank.
 
     Args:
-        segments: of this KV group in this step.
+        segments: the segments of this KV group in this step.
         tables: page table per request of this group.
-        group: for the widths of rows.
-        rates: of the ranks' kernels.
+        group: the KV group, whose widths give bytes and flops.
+        rates: the ranks' kernel rates.
     """
     window, token_bytes = group.spec.window, group.spec.layout.token_bytes
     pair_flops, row_bytes = group.pair_flops, group.merged_row_bytes

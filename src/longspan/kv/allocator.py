@@ -1,4 +1,4 @@
-"""Page allocator of one rank and KV group: which slots are free.
+"""Page allocator of one rank and KV group: free and referenced slots.
 
 Holds integers. Must not know tensors, requests or other ranks.
 Read next: `longspan.kv.pool`, the memory behind the slots.
@@ -35,14 +35,14 @@ class PageAllocator:
         """Take pages, each with one reference.
 
         Args:
-            num_pages: how many.
+            num_pages: number of pages.
             near: slot that the first page should have if it is free (one past the request's last slot), or None.
 
         Returns:
-            `(slot, num_pages)` runs, as few as the gaps admit.
+            Runs `(slot, num_pages)`, as few as the gaps admit.
 
         Raises:
-            OutOfPagesError: fewer are free; nothing was taken.
+            OutOfPagesError: fewer pages are free; none was taken.
         """
         if num_pages > self.num_free:
             raise OutOfPagesError(f"{num_pages} pages asked, {self.num_free} of {self.num_pages} free")
@@ -58,7 +58,7 @@ class PageAllocator:
         return runs
 
     def _find_gap(self, num_pages: int, near: int | None) -> tuple[int, int]:
-        """Where to take up to `num_pages` pages from: `[start, end)`, all free."""
+        """Free slots `[start, end)` from which to take up to `num_pages` pages."""
         for start, end in self._gaps:
             if near is not None and start <= near < end:
                 return near, end
@@ -78,17 +78,17 @@ class PageAllocator:
         self.num_free -= num_pages
 
     def retain(self, slot: int, num_pages: int) -> None:
-        """Add a reference to pages in use."""
+        """Add a reference to each of some pages in use."""
         for i in range(slot, slot + num_pages):
             assert self._references[i] > 0, f"slot {i} is free"
             self._references[i] += 1
 
     def references(self, slot: int) -> int:
-        """How many hold a page; 0 for a free one."""
+        """Number of references to a page; 0 for a free one."""
         return self._references[slot]
 
     def release(self, slot: int, num_pages: int) -> None:
-        """Drop a reference; pages without one are free."""
+        """Drop a reference to each of some pages; pages without one become free."""
         first_free: int | None = None
         for i in range(slot, slot + num_pages):
             assert self._references[i] > 0, f"slot {i} is free already"
@@ -111,7 +111,7 @@ class PageAllocator:
         self._gaps = [*before, (start, end), *after]
 
     def check_integrity(self) -> None:
-        """Assert that gaps and reference counts tell the same story."""
+        """Assert that gaps and reference counts agree."""
         free = [count == 0 for count in self._references]
         assert sum(free) == self.num_free == sum(end - start for start, end in self._gaps)
         assert all(all(free[start:end]) and start < end for start, end in self._gaps)

@@ -14,7 +14,7 @@ Note [Dtypes]
     queries on the wire   `KVGroup.wire_dtype`; keys and values travel as they are stored
     partials on the wire  `KVGroup.partial_dtype`
 
-    Models of today have one dtype for all (`KVSpec.uniform`), but for partials where the user wants float32.
+    Models of today have one dtype for all (`KVSpec.uniform`), except partials where the user wants float32.
 """
 
 from functools import cached_property
@@ -27,17 +27,17 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 
 
 
 class KVComponent(msgspec.Struct, frozen=True):
-    """One tensor of what a layer caches: a row per token, for each head."""
+    """One tensor that a layer caches: a row per token, for each head."""
 
     role: Literal["k", "v"]
-    """What attention does with it."""
+    """Role in attention: keys or values."""
     num_heads: int
     width: int
     """Elements of one head."""
     dtype: str
     """Name of the torch dtype in which elements are stored."""
     scale_dtype: str | None = None
-    """Dtype of the scale that each head of each token has beside its elements; None if it has none."""
+    """Dtype of the scale that each head of each token has beside its elements; None if there are no scales."""
 
     @property
     def token_elements(self) -> int:
@@ -52,12 +52,12 @@ class KVComponent(msgspec.Struct, frozen=True):
 
 
 class KVLayout(msgspec.Struct, frozen=True, dict=True):
-    """What one layer caches per token."""
+    """Layout of the KV that one layer caches per token."""
 
     components: tuple[KVComponent, ...]
-    """All that is stored, in the order in which pools and messages have it: keys, then values if they are stored."""
+    """Stored tensors, in the order of pools and messages: keys, then values if they are stored."""
     v_width_in_k: int | None = None
-    """Elements of a value where it is the first ones of its key and not stored again; None where `v` is stored."""
+    """Width of a value that is the first elements of its key and is not stored again; None where `v` is stored."""
 
     def __post_init__(self) -> None:
         roles = tuple(component.role for component in self.components)
@@ -75,17 +75,17 @@ class KVLayout(msgspec.Struct, frozen=True, dict=True):
 
     @property
     def k_width(self) -> int:
-        """Elements of one key head, as a query meets it."""
+        """Elements of one key head, and of one query head."""
         return self.components[0].width
 
     @property
     def v_width(self) -> int:
-        """Elements of one value head, as it goes into outputs."""
+        """Elements of one value head, and of one output head."""
         return self.components[1].width if self.v_width_in_k is None else self.v_width_in_k
 
     @cached_property
     def dtypes(self) -> tuple[str, ...]:
-        """Every dtype of stored elements, once."""
+        """Distinct dtypes of stored elements."""
         return tuple(dict.fromkeys(component.dtype for component in self.components))
 
     @cached_property
@@ -99,13 +99,13 @@ class KVLayout(msgspec.Struct, frozen=True, dict=True):
         return sum(component.token_bytes for component in self.components)
 
     def with_kv_heads(self, num_kv_heads: int) -> "KVLayout":
-        """The same of another number of heads."""
+        """This layout with another number of KV heads."""
         components = [msgspec.structs.replace(component, num_heads=num_kv_heads) for component in self.components]
         return msgspec.structs.replace(self, components=tuple(components))
 
 
 class KVSpec(msgspec.Struct, frozen=True):
-    """What attention of one layer has to do with: what is cached, what is computed in, what is seen."""
+    """Facts of one layer's attention: KV layout, compute dtype and sliding window."""
 
     layout: KVLayout
     compute_dtype: str
@@ -115,14 +115,14 @@ class KVSpec(msgspec.Struct, frozen=True):
 
     @classmethod
     def uniform(cls, num_kv_heads: int, k_width: int, v_width: int, dtype: str, window: int | None = None) -> "KVSpec":
-        """Keys and values that are stored, computed with and sent in one dtype, as those of all models of today.
+        """Spec of keys and values that are stored, computed with and sent in one dtype, as in all models of today.
 
         Args:
             num_kv_heads: heads of keys and of values.
             k_width: elements of one key head.
             v_width: elements of one value head.
             dtype: name of a torch dtype.
-            window: as in the field.
+            window: sliding window in tokens, or None for full attention.
         """
         k, v = KVComponent("k", num_kv_heads, k_width, dtype), KVComponent("v", num_kv_heads, v_width, dtype)
         return cls(KVLayout((k, v)), dtype, window)
@@ -136,7 +136,7 @@ class KVGroup(msgspec.Struct, frozen=True, dict=True):
     spec: KVSpec
     num_query_heads: int
     float32_partials: bool = False
-    """Partials travel in float32, whatever the dtype of queries."""
+    """Whether partials travel in float32, whatever the dtype of queries."""
 
     @property
     def wire_dtype(self) -> str:
@@ -154,7 +154,7 @@ class KVGroup(msgspec.Struct, frozen=True, dict=True):
         return len(self.layers) * self.spec.layout.token_bytes
 
     def page_bytes(self, page_size: int) -> int:
-        """Bytes that one page takes in all layers of the group. Args: `page_size` in tokens."""
+        """Bytes that one page of `page_size` tokens takes in all layers of the group."""
         return page_size * self.token_bytes
 
     @property

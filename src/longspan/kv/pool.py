@@ -16,7 +16,7 @@ from longspan.kv.layout import KVComponent, KVGroup
 
 
 class PagePool:
-    """What every layer of one KV group caches on one rank."""
+    """KV of every layer of one KV group on one rank."""
 
     def __init__(self, group: KVGroup, num_pages: int, page_size: int, device: torch.device) -> None:
         layout = group.spec.layout
@@ -24,19 +24,19 @@ class PagePool:
         self.device = device
         self._stored = [self._component(component) for component in layout.components]
         self.k = self._stored[0]
-        """Per layer: [Hkv, rows, Dk]."""
+        """Keys by layer, [Hkv, rows, Dk] in the dtype of their component."""
         self.v = self._stored[1] if layout.v_width_in_k is None else self._starts_of_keys(layout.v_width)
-        """Per layer: [Hkv, rows, Dv]; views of `k` where values are a part of keys."""
+        """Values by layer, [Hkv, rows, Dv]; views of `k` where values are a part of keys."""
 
     def _component(self, component: KVComponent) -> dict[int, Tensor]:
-        """Per layer: [heads, rows, width]."""
+        """Tensors of one component by layer, [heads, rows, width]."""
         assert component.scale_dtype is None, "no kernel reads scales"
         shape, dtype = (component.num_heads, self.num_rows, component.width), getattr(torch, component.dtype)
         # empty, not zeros: the operating system gives memory on first touch, so an unused pool costs nothing
         return {layer: torch.empty(shape, dtype=dtype, device=self.device) for layer in self.group.layers}
 
     def _starts_of_keys(self, width: int) -> dict[int, Tensor]:
-        """Per layer: [Hkv, rows, width] the first elements of every key."""
+        """Views of the first `width` elements of every key by layer, [Hkv, rows, width]."""
         return {layer: keys[:, :, :width] for layer, keys in self.k.items()}
 
     def write(self, layer: int, k: Tensor, v: Tensor, stores: Sequence[tuple[int, int, int]]) -> None:
@@ -44,8 +44,8 @@ class PagePool:
 
         Args:
             layer: layer of the model.
-            k: [Hkv, T, Dk], one row per new token.
-            v: [Hkv, T, Dv].
+            k: [Hkv, T, Dk], keys of new tokens.
+            v: [Hkv, T, Dv], values of new tokens.
             stores: (first token in k and v, first row in the pool, number of tokens).
         """
         pool_k, pool_v = self.k[layer], self.v[layer]
@@ -54,19 +54,19 @@ class PagePool:
             pool_v[:, row : row + count] = v[:, token : token + count]
 
     def scatter(self, layer: int, k: Tensor, v: Tensor, rows: Tensor) -> None:
-        """Store new tokens, each in a row of its own: one call however many requests they belong to.
+        """Store new tokens of any number of requests in one call, each in a row of its own.
 
         Args:
             layer: layer of the model.
-            k: [Hkv, T, Dk], one row per new token.
-            v: [Hkv, T, Dv].
-            rows: [T] int64, row in the pool of every token.
+            k: [Hkv, T, Dk], keys of new tokens.
+            v: [Hkv, T, Dv], values of new tokens.
+            rows: [T] int64, each token's row in the pool.
         """
         self.k[layer].index_copy_(1, rows, k)
         self.v[layer].index_copy_(1, rows, v)
 
     def rows(self, slot: int, num_pages: int) -> list[Tensor]:
-        """Views of whole pages: [Hkv, rows, width] of every component and layer, in one order on every rank."""
+        """Views of whole pages, [Hkv, rows, width] of every component and layer, in the same order on every rank."""
         part = slice(slot * self.page_size, (slot + num_pages) * self.page_size)
         return [tensor[:, part] for pool in self._stored for tensor in pool.values()]
 

@@ -1,17 +1,17 @@
-"""Prefix cache of one rank and KV group: pages that outlive their request, found again by what they hold.
+"""Prefix cache of one rank and KV group: pages that outlive their request, found again by the hash of their tokens.
 
 Holds integers and hashes. Must not know tensors, requests, page tables or other ranks.
 Read next: `longspan.scheduler.memory`, which looks prefixes up on all ranks.
 
-A page's hash covers its own tokens and all tokens before it, so equal hashes mean equal KV. Only full pages have one.
-The hash unit is a page whatever the rank count, and a page may have a copy on every rank.
+A page's hash covers its own tokens and all tokens before it, so equal hashes mean equal KV. Only full pages have a
+hash. The hash unit is a page whatever the rank count, and a page may have a copy on every rank.
 
     page_size 4    tokens  a b c d | e f g h | i j
     hashes                 H(abcd)   H(H(abcd), efgh)   none: the page is not full
 
-A published page is in use (it has references) or **idle** (nobody uses it; it may be found again, or evicted). Idle
-pages are memory like free ones, only taken last: the page that became idle first goes first. A request gives its pages
-back from the last to the first, so that the leaves of a common prefix go before its root.
+A published page is in use (it has references) or **idle** (no request uses it; it may be found again, or evicted). Idle
+pages are available like free ones, but taken last: the page that became idle first is evicted first. A request gives
+its pages back from the last to the first, so that the leaves of a common prefix are evicted before its root.
 """
 
 from array import array
@@ -21,13 +21,13 @@ from hashlib import blake2b
 from longspan.kv.allocator import OutOfPagesError, PageAllocator
 
 EVICT_PAGES = 64
-"""Most pages that an eviction frees beyond need, so that a growing request gets a run of slots, not single ones."""
+"""Most pages that an eviction frees beyond need, so that a growing request gets a run of slots, not single slots."""
 
 
 def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], page_size: int) -> None:
-    """Append the hashes of full pages that `hashes` does not have yet.
+    """Append to `hashes`, in place, the hashes of the full pages of `token_ids` that it lacks.
 
-    Stable between processes and releases. Args: `hashes` of the first pages of `token_ids`; changed in place.
+    Hashes are stable between processes and releases.
     """
     first, last = len(hashes), len(token_ids) // page_size
     if first == last:
@@ -40,7 +40,7 @@ def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], page_size: int)
 
 
 class CachingAllocator:
-    """A page allocator that remembers published pages until it needs their slots."""
+    """Page allocator that remembers published pages until it needs their slots."""
 
     def __init__(self, num_pages: int) -> None:
         self._slots = PageAllocator(num_pages)
@@ -54,7 +54,7 @@ class CachingAllocator:
 
     @property
     def num_used(self) -> int:
-        """Pages that somebody uses."""
+        """Pages in use; idle ones do not count."""
         return self._slots.num_used - len(self._idle)
 
     @property
@@ -63,7 +63,7 @@ class CachingAllocator:
         return self._slots.num_free + len(self._idle)
 
     def allocate(self, num_pages: int, near: int | None = None) -> list[tuple[int, int]]:
-        """As `PageAllocator.allocate`; evicts idle pages when free ones do not suffice."""
+        """Allocate as `PageAllocator.allocate` does; evict idle pages when free ones do not suffice."""
         if num_pages > self.num_available:
             raise OutOfPagesError(f"{num_pages} pages asked, {self.num_available} of {self.num_pages} available")
         if num_pages > self._slots.num_free:
@@ -81,14 +81,14 @@ class CachingAllocator:
             self.num_evicted += 1
 
     def publish(self, page_hash: bytes, slot: int) -> None:
-        """Let later requests find a page in use, if they cannot find its like already."""
+        """Let later requests find a page in use, unless an equal page is published already."""
         assert slot not in self._idle, f"slot {slot} is not in use"
         if page_hash not in self._slot_of and slot not in self._hash_of:
             self._slot_of[page_hash] = slot
             self._hash_of[slot] = page_hash
 
     def withdraw(self, page_hash: bytes) -> None:
-        """Let no later request find a page; who uses it keeps it."""
+        """Let no later request find a page; requests that use the page keep it."""
         slot = self._slot_of.pop(page_hash, None)
         if slot is None:
             return
@@ -106,15 +106,15 @@ class CachingAllocator:
         return page_hash in self._slot_of
 
     def references(self, slot: int) -> int:
-        """How many use a page; one that is idle counts as used once."""
+        """Number of references to a page; an idle page has one."""
         return self._slots.references(slot)
 
     def is_idle(self, slot: int) -> bool:
-        """Whether nobody uses a published page: using it takes it from what is available."""
+        """Whether a published page is idle, so that using it leaves one page less available."""
         return slot in self._idle
 
     def use(self, slot: int) -> bool:
-        """Add a reference to a published page; returns whether somebody used it already."""
+        """Add a reference to a published page; return whether the page was in use already."""
         assert slot in self._hash_of, f"slot {slot} is not published"
         if slot in self._idle:
             del self._idle[slot]
@@ -126,10 +126,10 @@ class CachingAllocator:
         return True
 
     def release(self, slot: int, num_pages: int) -> int:
-        """Drop a reference to pages in use; published pages without one become idle, the last one first.
+        """Drop a reference to each of some pages in use; published pages without one become idle, the last page first.
 
         Returns:
-            How many of them others still use.
+            Number of these pages that are still in use.
         """
         num_shared = sum(self._slots.references(i) > 1 for i in range(slot, slot + num_pages))
         end = slot + num_pages
@@ -145,7 +145,7 @@ class CachingAllocator:
         return num_shared
 
     def forget_all(self) -> None:
-        """The pool is a new one: all pages are free, and none is known. Peaks and counts stay."""
+        """Start again with a new pool: all pages are free, and none is published. Peaks and counts stay."""
         self._slots = PageAllocator(self.num_pages)
         self._slot_of, self._hash_of, self._idle = {}, {}, {}
 

@@ -1,9 +1,9 @@
-"""One step's plan, from what it computes of every request: how every host makes its plans.
+"""Builder of a step's plan, shared by all hosts, from the part of every request that the step computes.
 
-Holds what plans of all hosts have in common: query runs, the phase, a step per KV group, and one for the last layer.
-Must not know costs (the host hands in what chooses strategies), queues, or how a request is held.
-Read next: `longspan.plan.types`, what is built; `longspan.scheduler.plan_writer` and
-`longspan.integrations.vllm.planning`, the two hosts that build.
+Holds the common parts of plans: query runs, the phase, a step per KV group, and one for the last layer. Must not know
+costs (the host passes a function that chooses strategies), queues, or how a host represents requests.
+Read next: `longspan.plan.types`, the plan; `longspan.scheduler.plan_writer` and
+`longspan.integrations.vllm.planning`, the two hosts.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,15 +29,15 @@ from longspan.sharding.pages import PageTable
 from longspan.types import Phase
 
 Tables: TypeAlias = Mapping[int, PageTable]
-"""The page table per request of one KV group, the step's own pages included."""
+"""Page table per request of one KV group, the step's own pages included."""
 
 ChooseGroupStep: TypeAlias = Callable[[Sequence[QueryRun], Tables, KVGroup], GroupStep]
-"""Chooses a strategy for query runs in one KV group, and writes down what it exchanges
+"""Function that chooses a strategy for query runs in one KV group and states its exchanges
 (`longspan.costmodel.choose.plan_group` with a host's costs)."""
 
 
 class RequestStep(msgspec.Struct, frozen=True, gc=False):
-    """What a step computes of one request: positions `[start, end)`."""
+    """Part of one request that a step computes: positions `[start, end)`."""
 
     request_id: int
     start: int
@@ -45,11 +45,11 @@ class RequestStep(msgspec.Struct, frozen=True, gc=False):
     num_known: int
     """Tokens of the request that are known before the step."""
     tokens: Sequence[int] | SampledBy
-    """Those at `[start, end)`."""
+    """Input tokens at `[start, end)`, or the earlier plan that samples the only one."""
     sample: SampleRow | None
-    """How the request's next token is sampled, if this step computes the last known one."""
+    """Row that the request's next token is sampled from; None if this step does not compute the last known token."""
     scores: Sequence[ScoreRun]
-    """Rows whose next token is known, and is to be scored."""
+    """Rows whose next token is known and is scored."""
 
 
 def build_plan(
@@ -64,16 +64,16 @@ def build_plan(
     page_copies: Iterable[PageCopy] = (),
     released: Iterable[int] = (),
 ) -> Plan:
-    """Write a step down.
+    """Build the plan of one step.
 
     Args:
         plan_id: the step's number.
-        ranks: the ranks that run it.
-        requests: what it computes, in the order of the ranks' packed rows.
-        tables: per KV group, at least those of `requests`.
+        ranks: the ranks that run the step.
+        requests: the parts of requests that it computes, in the order of the ranks' packed rows.
+        tables: page tables of at least these requests, per KV group.
         groups: the model's KV groups.
-        choose: the host's way to choose a strategy.
-        table_deltas: what the ranks must learn of page tables, where they do not hold them themselves.
+        choose: the host's function that chooses a strategy.
+        table_deltas: changes of page tables that the ranks must learn; none where they hold the tables themselves.
         page_copies: pages that are copied before the step.
         released: requests that the ranks may forget.
     """
@@ -113,15 +113,15 @@ def build_plan(
 def score_runs(
     request_id: int, table: PageTable, token_ids: Sequence[int], start: int, end: int, num_logprobs: int
 ) -> list[ScoreRun]:
-    """Let rows `[start, end)` be scored by the tokens that follow them, one run per rank that computes some.
+    """Score runs of rows `[start, end)`, whose targets are the tokens that follow; each run lies on one rank.
 
     Args:
         request_id: the request.
-        table: its page table of the first KV group.
-        token_ids: its known tokens, position `end` included.
+        table: the request's page table in the first KV group.
+        token_ids: the request's known tokens, position `end` included.
         start: the first row.
-        end: one past the last row; nothing is scored where it is not above `start`.
-        num_logprobs: how many of the most probable tokens are reported besides.
+        end: one past the last row; there are no runs where it is not above `start`.
+        num_logprobs: number of most probable tokens that are reported beside the target.
     """
     if start >= end:
         return []

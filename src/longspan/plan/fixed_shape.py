@@ -1,17 +1,17 @@
-"""Which decode steps have a fixed shape, and which: what a CUDA graph repeats.
+"""Fixed shape of a decode step, which a CUDA graph can repeat.
 
 Holds one pure function. Must not know tensors, buffers or graphs.
 Read next: `longspan.cp.fixed`, the attention of such steps.
 
 Note [Fixed shapes]
     Every rank of a plan makes the same `FixedShape` of it, or all make none: it depends on the plan alone. Rows are
-    padded to a bucket on all ranks, so messages have the same sizes however many requests a rank has. A row that only
-    fills up is token 0 at position 0, sees no key, is stored nowhere and never sampled.
+    padded to a bucket on all ranks, so messages have the same sizes however many requests a rank has. A padding row is
+    token 0 at position 0, sees no key, is stored nowhere and never sampled.
 
     Three ranks decode two requests of rank 1, whose keys lie on all three, and none of rank 0 and 2: `homes` is (1,),
     `num_rows` 2. In every layer
 
-        rank 1            sends 2 queries to 0 and 2, computes its own partial meanwhile, gets 2 from each, merges
+        rank 1            sends 2 queries to 0 and 2, computes its own partials meanwhile, gets 2 from each, merges
         ranks 0 and 2     get 2 queries, compute, send 2 partials; they do not run the model
 """
 
@@ -21,22 +21,22 @@ from longspan.plan.types import Plan
 from longspan.types import Phase, Strategy
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Rows of one rank; a step with more is not fixed."""
+"""Legal numbers of rows of one rank; a step with more rows is not fixed."""
 
 
 class FixedShape(NamedTuple):
-    """What the buffers and launches of a step depend on."""
+    """Shape of a step, on which its buffers and launches depend."""
 
     num_rows: int
-    """Rows of every rank that has any; a bucket."""
+    """Rows of every rank that has any, padded to a bucket."""
     homes: tuple[int, ...]
-    """Ranks that have rows."""
+    """Ranks that have rows, ascending."""
     participants: tuple[tuple[int, ...], ...]
-    """Per KV group, the ranks between which queries and partials move; none where all keys are at home."""
+    """Ranks between which queries and partials move, per KV group; empty where every key is on its query's rank."""
 
 
 def fixed_shape(plan: Plan) -> FixedShape | None:
-    """The shape of a decode step, or None for a step that is not fixed. See Note [Fixed shapes]."""
+    """Shape of a decode step, or None for a step that is not fixed. See Note [Fixed shapes]."""
     if plan.phase is not Phase.DECODE or plan.scores or plan.last_layer is not None or not plan.query_runs:
         return None
     rows: dict[int, int] = {}

@@ -1,7 +1,7 @@
-"""One KV group's step under one strategy, with every exchange spelled out.
+"""Builder of one KV group's step under one strategy, with every exchange stated.
 
 Holds one pure function. Must not know which strategy is best (`longspan.costmodel`), or tensors.
-Read next: `longspan.costmodel.choose`, which calls it for every candidate; `longspan.cp.eager`, which runs the result.
+Read next: `longspan.costmodel.choose`, which builds every candidate; `longspan.cp.eager`, which runs the chosen step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from longspan.sharding.pages import PageTable
 from longspan.types import Strategy
 
 BLOCK_LEN = 2048
-"""Rows per block of a ring: long enough for efficient kernels; three blocks are the ring's whole temporary memory. No
-query run is longer."""
+"""Rows per block of a ring, and most tokens of a query run: long enough for efficient kernels, while three blocks are a
+ring's whole temporary memory."""
 
 
 def make_group_step(
@@ -24,15 +24,15 @@ def make_group_step(
     block_len: int,
     node_of_rank: Sequence[int] | None = None,
 ) -> GroupStep:
-    """A KV group's step under a strategy, with what the participants send each other in every layer.
+    """Build a KV group's step under a strategy, with the rows that participants exchange in every layer.
 
     Args:
-        strategy: the movement strategy; where nothing is remote it becomes `local`.
-        segments: of one KV group.
+        strategy: the movement strategy; the step is `local` if every key is on the rank of its query.
+        segments: the segments of one KV group.
         tables: page table per request of that group.
-        block_len: rows per block of a ring; queries and partials go in quarters of it, so that even a chunk of a few
-            thousand rows is several messages, and one travels while another is computed.
-        node_of_rank: per rank, its node; None: all on one node. Only `tree` looks at it.
+        block_len: rows per block of a ring; messages of queries and partials hold a quarter of it, so that even a chunk
+            of a few thousand rows is several messages, and one travels while another is computed.
+        node_of_rank: node of each rank, for `tree`; None puts all ranks on one node.
     """
     ranks = remote_ranks(segments)
     if not ranks:
@@ -72,5 +72,5 @@ def make_group_step(
 
 
 def _matrix(ranks: Sequence[int], rows: Mapping[Pair, int]) -> tuple[tuple[int, ...], ...]:
-    """`num_rows` of an exchange."""
+    """Matrix `num_rows` of a direct exchange, from rows by (sender, receiver)."""
     return tuple(tuple(rows.get((a, b), 0) for b in ranks) for a in ranks)

@@ -1,4 +1,4 @@
-"""Which queries travel where, and in which order: what `pass_q` and `tree` do in one layer, for all ranks.
+"""Routes and order of the queries that `pass_q` and `tree` send in one layer, for all ranks.
 
 Holds one pure function of segments. Must not know tensors, bytes or time. Makers of plans count rows with it, ranks
 follow it; both see the same segments, so they agree by construction.
@@ -20,7 +20,7 @@ Note: units
     One message per pair at once would need memory for a whole chunk's queries of every other rank. So the work is cut
     into units, the same list on every rank: first the shifts inside nodes (rank i to rank i + n), then the shifts
     between nodes (node i to node i + n), each in blocks of at most `block_len` rows. In one unit a rank sends its
-    queries to one other, and everybody is busy. A block holds whole query runs, so a run longer than `block_len` is a
+    queries to one other, and all ranks are busy. A block holds whole query runs, so a run longer than `block_len` is a
     block of its own.
 """
 
@@ -30,25 +30,25 @@ from typing import NamedTuple
 from longspan.plan.types import Range, Segment
 
 Pair = tuple[int, int]
-"""(from, to), of ranks."""
+"""Ranks (sender, receiver)."""
 
 
 class QueryUnit(NamedTuple):
-    """Messages that are under way together. Partials go the same ways back."""
+    """Messages that are under way together. Partials take the same routes back."""
 
     queries: dict[Pair, list[Range]]
-    """(home, owner or leader) to the runs that go there."""
+    """Query runs by (home, owner or leader) that they go from and to."""
     relayed: dict[Pair, list[Range]]
-    """(leader, owner of its node) to the runs that are passed on: those of lower homes first."""
+    """Query runs by (leader, owner in its node) that they are passed on from and to, those of lower homes first."""
     num_rows: int
-    """The most rows that any rank receives in this unit: the same number on all ranks."""
+    """Most rows that one rank receives in this unit, the same number on all ranks."""
 
 
 def query_units(segments: Iterable[Segment], nodes: Sequence[Sequence[int]], block_len: int) -> list[QueryUnit]:
     """All units of a step, in order.
 
     Args:
-        segments: of one KV group.
+        segments: the segments of one KV group.
         nodes: the participants, node by node. One rank per node gives `pass_q`.
         block_len: most rows of a block, unless a single query run has more.
     """
@@ -85,7 +85,7 @@ def query_units(segments: Iterable[Segment], nodes: Sequence[Sequence[int]], blo
 def _blocks(
     pairs: dict[Pair, list[Range]], nodes: Sequence[Sequence[int]], meets: dict[Pair, dict[Range, None]], block_len: int
 ) -> list[QueryUnit]:
-    """The units of one shift. Args: `nodes` that leaders pass queries on in."""
+    """Units of one shift, where leaders pass queries on inside `nodes`."""
     cut = {pair: _cut(runs, block_len) for pair, runs in sorted(pairs.items())}
     mates = {rank: [other for other in node if other != rank] for node in nodes for rank in node}
     units: list[QueryUnit] = []
@@ -107,7 +107,7 @@ def _blocks(
 
 
 def _cut(runs: Iterable[Range], block_len: int) -> list[list[Range]]:
-    """Whole runs in blocks of at most `block_len` rows."""
+    """Group whole runs into blocks of at most `block_len` rows."""
     blocks: list[list[Range]] = []
     room = 0
     for run in runs:

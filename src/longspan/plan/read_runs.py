@@ -1,7 +1,7 @@
-"""Which rows of a step's output anybody reads.
+"""Rows of a step's output that are read, to sample from them or to score them.
 
-Holds one pure function. Must not know tensors, or what is done with the rows.
-Read next: `longspan.plan.types`, `Plan.last_layer`; `longspan.cp.eager`, which skips the others.
+Holds one pure function. Must not know tensors, or how rows are sampled.
+Read next: `longspan.plan.types`, `Plan.last_layer`; `longspan.cp.eager`, which skips the other rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,9 +12,9 @@ from longspan.plan.types import Literals, QueryRun, SampleRow, ScoreRun
 def read_runs(
     query_runs: Sequence[QueryRun], samples: Iterable[SampleRow], scores: Iterable[ScoreRun]
 ) -> list[QueryRun]:
-    """The parts of query runs that need logits, in plan order: all that the last layer's attention is wanted for.
+    """Parts of query runs that need logits, in plan order: the rows for which the last layer needs attention.
 
-    Of a chunk in the middle of a prompt nobody reads a row, of its end one. The parts name no tokens.
+    A chunk in the middle of a prompt has no such row, its last chunk has one. The parts name no tokens.
     """
     read: dict[int, set[int]] = {}
     for row in samples:

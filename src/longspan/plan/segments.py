@@ -1,11 +1,11 @@
-"""From query runs and page tables to segments, and from segments to the keys that must move.
+"""Segments, made from query runs and page tables, and the keys of segments that must move.
 
 Holds pure functions. Must not know strategies, bytes, costs or tensors.
-Read next: `longspan.plan.query_units`, the same for queries; `longspan.plan.group_step`, which writes a step down;
+Read next: `longspan.plan.query_units`, the queries that move; `longspan.plan.group_step`, which builds a group's step;
 `longspan.cp.resolve`, which turns segments into rows on a rank.
 
-Makers of plans call these to write a plan's exchanges down; ranks call `moved_keys` again to know *which* rows the
-exchange is about. Both sides see the same segments, so they agree by construction.
+Makers of plans call these functions to state a plan's exchanges; ranks call `moved_keys` again to know *which* rows an
+exchange moves. Both sides see the same segments, so they agree by construction.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +21,8 @@ def make_segments(
     """All pairs of query run and key range that attention needs, each key range on one rank.
 
     Args:
-        query_runs: what the step computes.
-        tables: page table per request, of one KV group, this step's own pages included.
+        query_runs: the step's query runs.
+        tables: page table per request of one KV group, the step's own pages included.
         window: the group's sliding window in tokens, or None.
     """
     return tuple(
@@ -34,9 +34,9 @@ def make_segments(
 
 
 def moved_keys(segments: Iterable[Segment], key_rank: int, query_rank: int | None = None) -> list[Range]:
-    """Key ranges of one rank that queries of another (None: of any other) see.
+    """Key ranges on `key_rank` that queries of `query_rank` (None: of any other rank) see.
 
-    Under a sliding window the runs of a striped chunk see ranges with gaps between them; what lies in a gap stays.
+    Under a sliding window the runs of a striped chunk see ranges with gaps between them; keys in a gap do not move.
 
     Returns:
         Disjoint ranges, those of one request together and ascending.
@@ -57,7 +57,7 @@ def moved_keys(segments: Iterable[Segment], key_rank: int, query_rank: int | Non
 
 
 def count_keys(tables: Mapping[int, PageTable], key_rank: int, ranges: Iterable[Range]) -> int:
-    """How many tokens of the ranges one rank stores."""
+    """Number of tokens in the ranges that one rank stores."""
     return sum(tables[request_id].count_on(key_rank, start, end) for request_id, start, end in ranges)
 
 

@@ -1,8 +1,8 @@
-"""Plan types: what one step computes, where, and what every rank exchanges.
+"""Plan types: the tokens that one step computes, their ranks, and every rank's exchanges.
 
 Holds integers only; a plan is a message from the driver to the ranks it names. Must not know torch, or how a plan is
 made or run.
-Read next: `longspan.plan.segments` (who makes segments and exchanges), `longspan.worker.runner` (who runs plans).
+Read next: `longspan.plan.build`, which makes plans; `longspan.worker.runner`, which runs them.
 
 Note: a plan by example
     Two ranks, page size 4, positions 0..3 cached on rank 0 and 4..7 on rank 1; this step computes prompt tokens 8..11
@@ -17,7 +17,7 @@ Note: a plan by example
         exchanges    query    rank 1 -> 0: 4 rows, rank 0 -> 1: 4 rows
                      partial  rank 0 -> 1: 4 rows, rank 1 -> 0: 4 rows
 
-    A segment names keys by position; "keys 0..7 on rank 0" are those of them that rank 0 stores.
+    A segment names keys by position; "keys 0..7 on rank 0" are those of keys 0..7 that rank 0 stores.
 """
 
 from typing import Literal, TypeAlias
@@ -29,10 +29,10 @@ from longspan.sharding.visibility import Visibility
 from longspan.types import Phase, Strategy, TokenLogprobs
 
 Range: TypeAlias = tuple[int, int, int]
-"""(request_id, start, end) of positions."""
+"""Positions `[start, end)` of a request, as (request_id, start, end)."""
 
 Operand: TypeAlias = Literal["query", "partial", "kv"]
-"""What an exchange moves."""
+"""Kind of rows that an exchange moves."""
 
 
 class Literals(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="literal"):
@@ -58,7 +58,7 @@ class QueryRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Global position of the first token."""
     num_tokens: int
     compute_rank: int
-    """The rank that computes; where the token's KV is stored, the page table says."""
+    """Rank that computes the tokens; the page table says where their KV is stored."""
     tokens: Literals | SampledBy
 
     @property
@@ -68,15 +68,15 @@ class QueryRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class TableDelta(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """What changed in one request's page table of one KV group since its last plan."""
+    """Changes of one request's page table in one KV group since the request's last plan."""
 
     request_id: int
     group_idx: int
     replace: bool
-    """The receiver forgets what it knew of this table: some rank of this plan did not see the earlier deltas."""
+    """Whether the receiver forgets its table first, because a rank of this plan did not see the earlier deltas."""
     added: tuple[PageRun, ...]
     freed_before: int
-    """Pages before this index were freed and may be another request's by now."""
+    """Index before which pages were freed; they may be another request's by now."""
 
 
 class Segment(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -93,12 +93,12 @@ class Segment(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class DirectExchange(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="direct"):
-    """Point-to-point messages among participants, once per layer; every participant joins, also with nothing to say."""
+    """Point-to-point messages among participants, once per layer; participants with nothing to send join too."""
 
     operand: Operand
     participants: tuple[int, ...]
     num_rows: tuple[tuple[int, ...], ...]
-    """`num_rows[i][j]`: rows from participant i to participant j, in all; no message is sent for 0."""
+    """Rows that participant i sends to participant j, in all, as `num_rows[i][j]`; no message is sent for 0."""
 
 
 class RingExchange(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="ring"):
@@ -121,9 +121,9 @@ class GroupStep(msgspec.Struct, frozen=True, gc=False, array_like=True):
     segments: tuple[Segment, ...]
     exchanges: tuple[DirectExchange | RingExchange, ...] = ()
     nodes: tuple[tuple[int, ...], ...] = ()
-    """`pass_q` and `tree`: the participants, node by node; for `pass_q` every rank is a node of its own."""
+    """Participants of `pass_q` and `tree`, node by node; for `pass_q` every rank is a node of its own."""
     query_block_len: int = 0
-    """`pass_q` and `tree`: most rows of one message, unless a single query run has more."""
+    """Most rows of one message of `pass_q` and `tree`, unless a single query run has more."""
 
 
 class PageCopy(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -145,22 +145,23 @@ class SampleRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
     min_p: float
     seed: int
     num_logprobs: int | None
-    """Report the token's log-probability and those of so many most probable tokens; None reports nothing."""
+    """Most probable tokens whose log-probabilities are reported beside the sampled one's; None reports nothing."""
     banned_token_ids: tuple[int, ...]
-    """Never sampled (end tokens before `min_tokens`)."""
+    """Tokens that are not sampled (end tokens before `min_tokens`)."""
     allowed: bytes | None = None
-    """Nothing else is sampled: bit i % 8 of byte i // 8 is token i; ids past the end are forbidden. None allows all."""
+    """Mask of tokens that may be sampled: token i is bit i % 8 of byte i // 8, ids past the end are forbidden. None
+    allows all."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token id, number added to its logit)."""
+    """Pairs (token id, number added to its logit)."""
     repetition_penalty: float = 1.0
     seen: bytes | None = None
-    """The tokens of prompt and output, in bits as in `allowed`; None if `repetition_penalty` is 1."""
+    """Mask of the tokens in prompt and output, laid out as `allowed`; None if `repetition_penalty` is 1."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     generated_token_ids: tuple[int, ...] = ()
-    """The distinct tokens generated so far, if the request uses a penalty on them."""
+    """Distinct tokens generated so far, if the request has a presence or frequency penalty."""
     generated_counts: tuple[int, ...] = ()
-    """How often each of `generated_token_ids` was generated."""
+    """Number of times that each of `generated_token_ids` was generated."""
 
 
 class ScoreRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -173,29 +174,29 @@ class ScoreRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Plan(msgspec.Struct, frozen=True, gc=False):
-    """One step: what its ranks compute, exchange, store and sample."""
+    """One step: the tokens that its ranks compute, exchange, store and sample."""
 
     plan_id: int
     phase: Phase
     ranks: tuple[int, ...]
-    """Participants, ascending. All of them run the plan, also those without tokens: the others would wait for ever."""
+    """Participants, ascending. Those without tokens run the plan too: otherwise the others would wait for ever."""
     query_runs: tuple[QueryRun, ...]
     table_deltas: tuple[TableDelta, ...]
     groups: tuple[GroupStep, ...]
-    """One per KV group."""
+    """Step of each KV group."""
     samples: tuple[SampleRow, ...]
-    """With `scores`, the rows that need logits."""
+    """Rows that are sampled from; these and the rows of `scores` need logits."""
     scores: tuple[ScoreRun, ...] = ()
     page_copies: tuple[PageCopy, ...] = ()
     released: tuple[int, ...] = ()
     """Requests that ended: the ranks may forget their tables."""
     last_layer: GroupStep | None = None
-    """Attention of the model's last layer, where not all rows need logits: it is computed for those that do
-    (`longspan.plan.read_runs`). None: as in its KV group's other layers."""
+    """Attention of the model's last layer, for the rows that need logits (`longspan.plan.read_runs`). None: all rows,
+    as in the other layers of its KV group."""
 
 
 class SampledToken(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """The token that a request continues with."""
+    """Token that a request continues with."""
 
     request_id: int
     position: int
@@ -205,14 +206,14 @@ class SampledToken(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class FailedRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """A row that cannot be sampled: the request ends, the others go on."""
+    """Row that cannot be sampled: its request ends, the other requests go on."""
 
     request_id: int
     reason: str
 
 
 class ScoredRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """Answer to a `ScoreRun`."""
+    """Log-probabilities that answer a `ScoreRun`."""
 
     request_id: int
     position: int
@@ -221,27 +222,27 @@ class ScoredRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class RankResult(msgspec.Struct, frozen=True, gc=False):
-    """What one rank has to say after a plan."""
+    """Answer of one rank to a plan."""
 
     plan_id: int
     rank: int
     sampled: tuple[SampledToken, ...]
     scored: tuple[ScoredRun, ...]
     tokens_computed: int
-    """Since the worker started; tokens that a rank computes only to keep shapes fixed are left out."""
+    """Tokens computed since the worker started, without those that only keep shapes fixed."""
     bytes_sent: int
-    """Since the worker started, counted by the communicator."""
+    """Bytes sent since the worker started, as the communicator counts them."""
     step_s: float = 0.0
     """Seconds that this rank took for the plan, waits for peers included."""
     busy_s: float = 0.0
-    """The same over all plans since the worker started."""
+    """Seconds that this rank took for all plans since the worker started, waits for peers included."""
     failed: tuple[FailedRow, ...] = ()
     strategy_bytes: dict[str, int] = {}
     """Bytes sent per strategy since the worker started."""
 
 
 class PlanResult(msgspec.Struct, frozen=True, gc=False):
-    """The answers of all ranks of a plan."""
+    """Answers of all ranks of a plan."""
 
     plan_id: int
     ranks: tuple[RankResult, ...]

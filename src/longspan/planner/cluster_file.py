@@ -1,6 +1,6 @@
-"""Reads a cluster from a YAML or JSON file: described by hand, or measured.
+"""Cluster file in YAML or JSON: a cluster described by hand, or measured.
 
-Holds the two formats and their checks. Must not know what is predicted.
+Holds the two formats and their checks. Must not know predictions.
 Read next: `longspan.planner.clusters`; `longspan.costmodel.topology_file`, the measured part.
 
 Described:                                   Measured (`topology` and `rates`, from `longspan.costmodel.parameters`):
@@ -47,8 +47,8 @@ def load_cluster(path: str, *, memory_bytes: int | None = None) -> Cluster:
     """Read a cluster.
 
     Args:
-        path: of a YAML or JSON file.
-        memory_bytes: of one device; overrides the file's.
+        path: a YAML or JSON file.
+        memory_bytes: memory of one device, in place of the file's; None takes the file's.
 
     Raises:
         ConfigError: the file cannot be read, a field is unknown or missing, or a value is illegal.
@@ -174,7 +174,7 @@ def _require(what: str, data: Mapping[str, Any], fields: Any, otherwise: str = "
 
 
 def _number(value: Any) -> Any:
-    """A number, also one that YAML takes for text (`9.89e14`); anything else as it came."""
+    """A value as a number, also one that YAML takes for text (`9.89e14`); anything else unchanged."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -1,14 +1,13 @@
-"""A cluster that is planned with: published figures and assumptions, or measured rates.
+"""Cluster to plan with: published figures and assumptions, or measured rates.
 
-Holds what a user describes, checked, and its way into the numbers of the cost model. Must not know files, models, or
-what is predicted.
+Holds a user's description, its checks, and its conversion to costs. Must not know files, models or predictions.
 Read next: `longspan.planner.gpus`, the known devices; `longspan.planner.cluster_file`; `longspan.costmodel.model_time`.
 
 Note: devices and ranks
     A rank of context parallelism is `tensor_parallel_size` devices, neighbours of one node; each holds its part of the
-    heads and weights. Rates and links are those of one device: it sends the keys of its heads to the same part of other
-    ranks over its own link. So a group of N devices is N / tensor_parallel_size ranks, each as fast as one device, of a
-    model whose heads and weights are divided.
+    heads and weights. Rates and links are those of one device: a device sends the keys of its heads to the same part of
+    other ranks over its own link. So a group of N devices is N / tensor_parallel_size ranks, each as fast as one
+    device, of a model whose heads and weights are divided.
 """
 
 import math
@@ -25,20 +24,21 @@ MAX_DEVICES = 65536
 MAX_DEVICES_PER_NODE = 1024
 
 FULL_RATE_LEN = 128
-"""Query tokens from which on an attention kernel is assumed to reach its rate."""
+"""Query tokens from which an attention kernel is assumed to reach its full rate."""
 
 FEW_ROWS_SHARE = 1 / 16
-"""Of that rate, for one query token: with the query heads of its KV head it fills so much of a kernel's tile."""
+"""Share of its full rate that an attention kernel is assumed to reach with one query token, whose heads fill so much of
+a tile."""
 
 
 def check_count(name: str, value: object, most: int) -> None:
-    """Refuse what is no count. Raises: ConfigError."""
+    """Raise ConfigError unless a value is a whole number from 1 to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ConfigError(f"{name}: got {value!r}, legal is a whole number from 1 to {most}")
 
 
 def check_number(name: str, value: object, *, most: float | None = None, zero: bool = False) -> None:
-    """Refuse what is no number above 0 (from 0, if `zero`) and up to `most`. Raises: ConfigError."""
+    """Raise ConfigError unless a value is a number above 0 (from 0, if `zero`) and up to `most`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if is_number and (value > 0 or (zero and value == 0)) and (most is None or value <= most):  # type: ignore[operator]
         return
@@ -47,20 +47,20 @@ def check_number(name: str, value: object, *, most: float | None = None, zero: b
 
 
 class Assumptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What nobody publishes: the share of the figures that programs reach, and fixed times."""
+    """Numbers that no vendor publishes: shares of published figures that programs reach, and fixed times."""
 
     matmul_efficiency: float = 0.7
-    """Of the published flops, in matrix products with weights."""
+    """Share of the published flops that matrix products with weights reach."""
     attention_efficiency: float = 0.6
-    """Of the published flops, in attention kernels with many queries."""
+    """Share of the published flops that attention kernels with many queries reach."""
     read_efficiency: float = 0.8
-    """Of the memory's bandwidth."""
+    """Share of the memory's bandwidth that is reached."""
     link_efficiency: float = 0.8
-    """Of a link's bandwidth."""
+    """Share of a link's bandwidth that is reached."""
     inside_latency_s: float = 10e-6
-    """Of a message inside a node, unless the cluster says."""
+    """Latency of a message inside a node, unless the cluster has its own."""
     between_latency_s: float = 20e-6
-    """Of a message between nodes, unless the cluster says."""
+    """Latency of a message between nodes, unless the cluster has its own."""
     call_s: float = 10e-6
     """Fixed time of an attention kernel call."""
     exchange_s: float = 5e-6
@@ -77,7 +77,7 @@ class Assumptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
-    """So many equal nodes of so many equal devices.
+    """Equal nodes of equal devices.
 
     Raises:
         ConfigError: a value is illegal.
@@ -87,21 +87,22 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     num_nodes: int
     devices_per_node: int
     memory_bytes: float
-    """Of one device."""
+    """Memory of one device."""
     bfloat16_flops_per_s: float | None
-    """Published, dense; None where rates are measured or nobody said."""
+    """Published dense flops of one device; None where rates are measured, or the figure is not known."""
     float32_flops_per_s: float | None
     read_bytes_per_s: float
-    """Published; measured if `rates` is given."""
+    """Published memory bandwidth of one device; measured if `rates` is given."""
     inside: Link
+    """Link inside a node, efficiency not applied; measured if `rates` is given."""
     between: Link
-    """Without the efficiency; measured if `rates` is given."""
+    """Link between nodes, efficiency not applied; measured if `rates` is given."""
     assumptions: Assumptions = Assumptions()
     rates: KernelRates | None = None
-    """Measured rates, in `rates_dtype`: the efficiencies are in them."""
+    """Rates measured with `rates_dtype`, efficiencies included; None for published figures."""
     rates_dtype: str | None = None
     topology: Topology | None = None
-    """Of the ranks that measured `rates`."""
+    """Topology of the ranks that measured `rates`."""
 
     def __post_init__(self) -> None:
         check_count("nodes", self.num_nodes, MAX_DEVICES)
@@ -117,7 +118,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_nodes * self.devices_per_node
 
     def check_parallel(self, tensor_parallel_size: int) -> None:
-        """Refuse what this cluster cannot be divided into.
+        """Refuse a `tensor_parallel_size` that this cluster cannot be divided by.
 
         Raises:
             ConfigError: a rank would span nodes, or there would be too many ranks.
@@ -136,10 +137,10 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     def peak_flops_per_s(self, dtype: PlannedDType) -> float:
-        """What the hardware could do at most: published, or the measured rate of matrix products.
+        """Peak rate of one device: published, or the measured rate of matrix products.
 
         Raises:
-            ConfigError: nobody said.
+            ConfigError: the cluster has no rate for this dtype.
         """
         if self.rates is not None:
             if self.rates_dtype not in (None, dtype):
@@ -154,7 +155,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         return flops
 
     def costs(self, num_devices: int, tensor_parallel_size: int, dtype: PlannedDType) -> Costs:
-        """The numbers of the cost model for the first `num_devices` devices."""
+        """Costs of the first `num_devices` devices, for the cost model."""
         nodes = tuple(first // self.devices_per_node for first in range(0, num_devices, tensor_parallel_size))
         if self.rates is not None:
             self.peak_flops_per_s(dtype)

@@ -1,4 +1,4 @@
-"""Known GPUs: what their vendors publish, per device.
+"""Known GPUs: their vendors' published figures, per device.
 
 Holds figures. Must not know which share of them a program reaches: `longspan.planner.clusters` does.
 Read next: `longspan.planner.clusters`.
@@ -15,7 +15,7 @@ per direction (vendors print both directions of NVLink and PCIe together).
     mi300x           AMD Instinct MI300X data sheet; a link of Infinity Fabric to each of seven others; 400 Gbit/s
     rtx4090          NVIDIA Ada GPU architecture paper; PCIe Gen4 x16
 
-What no vendor says is assumed: a card on PCIe shares a 100 Gbit/s adapter with nobody.
+Assumed, because no vendor publishes it: every card on PCIe has a 100 Gbit/s adapter of its own.
 """
 
 import msgspec
@@ -25,16 +25,16 @@ class GPU(msgspec.Struct, frozen=True):
     """Published figures of one device."""
 
     name: str
-    """As people say it."""
+    """Usual name, for output."""
     memory_bytes: float
     bfloat16_flops_per_s: float
     float32_flops_per_s: float
     read_bytes_per_s: float
-    """Of its memory."""
+    """Bandwidth of the device's memory."""
     inside_bytes_per_s: float
-    """To another device of its node, in one direction."""
+    """Bandwidth to another device of the same node, in one direction."""
     between_bytes_per_s: float
-    """To a device of another node, in one direction."""
+    """Bandwidth to a device of another node, in one direction."""
 
 
 _GB, _TF = 1e9, 1e12
@@ -53,4 +53,4 @@ GPUS = {
     "mi300x": GPU("MI300X", 192 * _GB, 1307 * _TF, 163.4 * _TF, 5300 * _GB, 64 * _GB, 50 * _GB),
     "rtx4090": GPU("RTX 4090", 24 * _GB, 165 * _TF, 82.6 * _TF, 1008 * _GB, _PCIE4, _ETHERNET_100),
 }
-"""By the name that users give."""
+"""Known GPUs by the name that users give."""

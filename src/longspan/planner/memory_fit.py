@@ -1,6 +1,6 @@
-"""What fits into the memory of a cluster: weights, KV, the longest request, the smallest cluster.
+"""Memory fit of a model on a cluster: weights, KV, the longest request, the smallest cluster.
 
-Holds arithmetic, the engine's own (`longspan.sharding.capacity`). Must not know time.
+Holds arithmetic on top of the engine's own (`longspan.sharding.capacity`). Must not know time.
 Read next: `longspan.planner.report`.
 """
 
@@ -17,32 +17,32 @@ from longspan.sharding.capacity import pool_bytes, pool_pages, window_pages
 
 
 class Fit(msgspec.Struct, frozen=True):
-    """What ranks of a model hold beside its weights."""
+    """Weights and KV that fit the ranks of a model."""
 
     num_ranks: int
     usable_bytes: float
-    """Of one device: its memory but for what is kept back."""
+    """Memory of one device without the share that is kept back."""
     weight_bytes: float
-    """Of one device."""
+    """Weights on one device."""
     kv_bytes: float
-    """Usable for KV, of one device; below 0 where the weights alone are too much."""
+    """Memory of one device for KV; below 0 where the weights alone are too much."""
     num_pages: tuple[int, ...]
-    """Per KV group, of one rank."""
+    """Pages on one rank, per KV group."""
     num_tokens: int
-    """KV of so many tokens fits all ranks together, in groups without a window if there are any."""
+    """Tokens whose KV fits all ranks together, in groups without a window if there are any."""
     longest_request: int | None
     """Most tokens of one request, prompt and output; None where windows admit any number."""
 
 
 def fit(shape: ModelShape, num_ranks: int, memory_bytes: float, memory_utilization: float, options: StepOptions) -> Fit:
-    """Share a device's memory out.
+    """Divide a device's memory among weights and KV.
 
     Args:
         shape: one device's part of the model.
         num_ranks: ranks that share a request.
-        memory_bytes: of one device.
-        memory_utilization: share of it that weights and KV may take.
-        options: of the engine.
+        memory_bytes: memory of one device.
+        memory_utilization: share of that memory that weights and KV may take.
+        options: the engine's options.
     """
     spec, size, budget = shape.spec, options.page_size, options.max_num_batched_tokens
     usable_bytes = memory_bytes * memory_utilization
@@ -65,12 +65,12 @@ def fit(shape: ModelShape, num_ranks: int, memory_bytes: float, memory_utilizati
 
 
 def fits(found: Fit, num_tokens: int) -> bool:
-    """Whether a request of so many tokens fits."""
+    """Whether a request of `num_tokens` fits."""
     return found.longest_request is None or num_tokens <= found.longest_request
 
 
 def request_kv_bytes(shape: ModelShape, num_tokens: int, num_ranks: int, options: StepOptions) -> int:
-    """KV that a request holds on the device that has most of it, at its end."""
+    """Bytes of KV that a request of `num_tokens` holds at its end, on the device that has most of it."""
     size = options.page_size
     pages = -(-num_tokens // size)
     here = -(-pages // num_ranks)
@@ -85,7 +85,7 @@ def request_kv_bytes(shape: ModelShape, num_tokens: int, num_ranks: int, options
 def needed_bytes(
     shape: ModelShape, num_tokens: int, num_ranks: int, memory_utilization: float, options: StepOptions
 ) -> float:
-    """Memory of one device from which on a request of so many tokens fits so many ranks."""
+    """Least memory of one device, in bytes, with which a request of `num_tokens` fits `num_ranks` ranks."""
     size, budget = options.page_size, options.max_num_batched_tokens
     here = -(-max(1, num_tokens - 1) // (size * num_ranks))
     if all(group.spec.window is not None for group in shape.spec.kv_groups):
@@ -108,7 +108,7 @@ def smallest_cluster(
     memory_utilization: float,
     options: StepOptions,
 ) -> int | None:
-    """Devices of the smallest cluster of this kind that holds a request of so many tokens, or None if none does."""
+    """Devices of the smallest cluster of this kind that holds a request of `num_tokens`, or None if none does."""
     for num_devices in cluster_sizes(cluster, tensor_parallel_size):
         num_ranks = num_devices // tensor_parallel_size
         if fits(fit(shape, num_ranks, cluster.memory_bytes, memory_utilization, options), num_tokens):

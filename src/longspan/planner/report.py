@@ -1,6 +1,6 @@
-"""The plan of a model on a cluster: what fits, how long it takes, what would be needed.
+"""Report of a model on a cluster: memory fit, predicted times, hardware needed.
 
-Holds the questions that `longspan plan` answers and their answers as data. Must not know how they are shown.
+Holds the answers of `longspan plan` as data, and makes them. Must not know how they are shown.
 Read next: `longspan.costmodel.model_time` (time), `longspan.planner.memory_fit` (memory), `longspan.cli.plan`.
 """
 
@@ -26,37 +26,37 @@ DEFAULT_UTILIZATION = 0.9
 
 
 class ContextPlan(msgspec.Struct, frozen=True):
-    """One wished context length: the tokens of a prompt, and at least one more."""
+    """Memory and time of one context: a prompt of `context_len` tokens, and one output token."""
 
     context_len: int
     fits: bool
     exceeds_model: bool
-    """The model's config does not admit so many positions."""
+    """Whether the context is longer than the model's config admits."""
     prefill: PrefillPrediction | None
-    """None where it does not fit."""
+    """Predicted prefill; None where the context does not fit."""
     decode: StepPrediction | None
-    """Of the first output token after the prompt's."""
+    """Predicted decode step right after the prompt; None where the context does not fit."""
     prefill_floor_s: float
-    """All flops at the rate of all devices."""
+    """Time of all flops at the peak rate of all devices."""
     decode_floor_s: float
-    """All weights and KV at the bandwidth of all devices."""
+    """Time of reading all weights and KV at the full bandwidth of all devices."""
     memory_bytes: float
-    """Weights and KV of the device that holds most."""
+    """Weights and KV on the device that holds most."""
     needed_device_bytes: float
-    """Memory of one device from which on it fits this cluster."""
+    """Least memory of one device with which the context fits this cluster."""
     smallest_devices: int | None
-    """Devices of the smallest cluster of this kind that holds it; None if none with 128 ranks or fewer does."""
+    """Devices of the smallest cluster of this kind that holds the context; None if none of at most 128 ranks does."""
     fitting_tensor_parallel_size: int | None
-    """Where it does not fit, the fewest devices per rank with which it would fit this cluster; None if none would."""
+    """Fewest devices per rank with which a context that does not fit would fit this cluster; None if none would do."""
 
 
 class PlanReport(msgspec.Struct, frozen=True):
-    """Everything that `longspan plan` says."""
+    """Everything that `longspan plan` reports."""
 
     model: str
     architecture: str
     not_run: str | None
-    """Why the engine does not run this model yet, or None."""
+    """Reason why the engine does not run this model yet, or None."""
     cluster: Cluster
     dtype: PlannedDType
     num_devices: int
@@ -66,10 +66,10 @@ class PlanReport(msgspec.Struct, frozen=True):
     options: StepOptions
     placement: str
     chunk_len: int
-    """Tokens of a step over all ranks."""
+    """Tokens of a full prefill step, over all ranks."""
     num_weights: float
     kv_token_bytes: int
-    """Of the whole model, over all devices; heads that several devices hold count once."""
+    """KV bytes of one token in the whole model; heads that several devices hold count once."""
     max_position: int | None
     fit: Fit
     contexts: tuple[ContextPlan, ...]
@@ -89,15 +89,15 @@ def make_plan(
 
     Args:
         shape: the whole model.
-        cluster: all of it is used.
-        contexts: lengths in tokens.
-        model: as the user named it.
+        cluster: the cluster, all of which is used.
+        contexts: context lengths in tokens.
+        model: the model's name, as the user gave it.
         tensor_parallel_size: devices per rank.
         memory_utilization: share of a device's memory that weights and KV may take.
         max_num_batched_tokens: most tokens that one rank computes in one step.
 
     Raises:
-        ConfigError: a value is illegal, or the model cannot be divided so.
+        ConfigError: a value is illegal, or the model cannot be divided by `tensor_parallel_size`.
     """
     cluster.check_parallel(tensor_parallel_size)
     check_number("memory_utilization", memory_utilization, most=1.0)
@@ -129,7 +129,7 @@ def make_plan(
 
 
 class _Setup:
-    """A model on a cluster, divided in one way: what is the same for every context."""
+    """Model on a cluster, divided in one way: everything that is the same for all contexts."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class _Setup:
         self._costs = cluster.costs(cluster.num_devices, tensor_parallel_size, shape.dtype)
 
     def plan(self, context_len: int) -> ContextPlan:
-        """Memory and time of one context with one more token, beside the floor of the whole cluster."""
+        """Memory and time of one context with one more token, and the floors of the whole cluster."""
         shape, part, cluster, options = self._shape, self._part, self._cluster, self._options
         size, used = self._tensor_parallel_size, self._memory_utilization
         num_tokens, max_position = context_len + 1, shape.spec.max_position

@@ -1,6 +1,6 @@
-"""How many pages each KV group's pool gets from a rank's memory.
+"""Number of pages that each KV group's pool gets from a rank's memory.
 
-Holds arithmetic. Must not know tensors, and never measures free memory itself.
+Holds arithmetic. Must not know tensors or free memory.
 Read next: `longspan.kv.allocator`.
 """
 
@@ -20,8 +20,8 @@ def window_pages(window: int, page_size: int, max_num_batched_tokens: int) -> in
 def pages_by_group(model: ModelSpec, num_pages: int, page_size: int, max_num_batched_tokens: int) -> tuple[int, ...]:
     """Pages of every KV group's pool where groups with full attention get `num_pages`.
 
-    A group with a window needs far fewer for long requests and as many for short ones: it gets a quarter of that
-    number, but at least what one long request needs.
+    A group with a window needs far fewer pages for long requests and as many for short ones: it gets a quarter of
+    `num_pages`, but at least what one long request needs.
     """
     has_full = any(group.spec.window is None for group in model.kv_groups)
 
@@ -34,17 +34,17 @@ def pages_by_group(model: ModelSpec, num_pages: int, page_size: int, max_num_bat
 
 
 def pool_bytes(model: ModelSpec, num_pages: int, page_size: int, max_num_batched_tokens: int) -> int:
-    """Bytes of one rank's pools. Arguments as in `pages_by_group`."""
+    """Bytes of one rank's pools. Arguments: `pages_by_group`."""
     pages = pages_by_group(model, num_pages, page_size, max_num_batched_tokens)
     return sum(count * group.page_bytes(page_size) for count, group in zip(pages, model.kv_groups, strict=True))
 
 
 def pool_pages(model: ModelSpec, kv_cache_memory: int, page_size: int, max_num_batched_tokens: int) -> tuple[int, ...]:
-    """The most pages that a rank's KV memory holds.
+    """Most pages that a rank's KV memory holds.
 
     Args:
-        model: the model's KV groups.
-        kv_cache_memory: bytes of one rank.
+        model: the model, for its KV groups.
+        kv_cache_memory: KV memory of one rank in bytes.
         page_size: tokens per page.
         max_num_batched_tokens: most tokens that one rank computes in one step.
 

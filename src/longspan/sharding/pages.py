@@ -1,4 +1,4 @@
-"""Pages and page tables: where the KV of one request lies.
+"""Pages and page tables: the places of one request's KV.
 
 Holds the integer bookkeeping of one request. Must not know which pages are free (`longspan.kv.allocator`), which
 rank is chosen next (`longspan.sharding.placement`), or tensors.
@@ -40,12 +40,12 @@ class KeyRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class _RankRows:
-    """One rank's part of a page table, for questions about long ranges: answered by bisection, not by a walk."""
+    """One rank's part of a page table, which answers questions about long ranges by bisection."""
 
     def __init__(self) -> None:
-        self.positions: list[int] = []  # per run, its first position
-        self.rows: list[int] = []  # per run, its first row
-        self.before: list[int] = [0]  # per run, tokens of all runs before it; and one more entry for the sum
+        self.positions: list[int] = []  # first position of each run
+        self.rows: list[int] = []  # first row of each run
+        self.before: list[int] = [0]  # tokens of all runs before each run; and one more entry for the sum
         self.heads: list[int] = []  # runs whose rows do not continue those of the run before
 
     def add(self, position: int, row: int, num_tokens: int) -> None:
@@ -78,7 +78,7 @@ class _RankRows:
         return max(0, self._tokens_before(end) - self._tokens_before(start))
 
     def row_runs(self, start: int, end: int) -> list[tuple[int, int]]:
-        """`(row, tokens)` of positions `[start, end)`, in as few runs of consecutive rows as there are."""
+        """Runs `(row, tokens)` of positions `[start, end)`, as few as consecutive rows admit."""
         first, last = self._tokens_before(start), self._tokens_before(end)
         found: list[tuple[int, int]] = []
         head = bisect_right(self.before, first) - 1  # the run that holds token `first`
@@ -95,10 +95,10 @@ class _RankRows:
 
 
 class PageTable:
-    """The pages of one request in one KV group, in sequence order.
+    """Pages of one request in one KV group, in sequence order.
 
-    Grows at the end (`append`), and is freed from the front (`free_before`), which leaves a hole. Runs that continue
-    each other in pages, rank and slots are kept as one.
+    A table grows at the end (`append`), and is freed from the front (`free_before`), which leaves a hole. Runs that
+    continue each other in pages, rank and slots are kept as one.
     """
 
     def __init__(self, page_size: int) -> None:
@@ -107,7 +107,7 @@ class PageTable:
         self._starts: list[int] = []  # page_idx of every run, for bisection
         self._by_rank: dict[int, _RankRows] = {}
         self.num_pages = 0
-        """Pages ever appended; holes count."""
+        """Pages appended so far; holes count."""
 
     def append(self, rank: int, slot: int, num_pages: int) -> PageRun:
         """Add pages at the end of the sequence.
@@ -120,7 +120,7 @@ class PageTable:
         return added
 
     def apply(self, added: list[PageRun]) -> None:
-        """Add runs that name their own place; between the last page and the first new one may be a hole."""
+        """Add runs at the page indices that they name; there may be a hole before the first new page."""
         for run in added:
             assert run.page_idx >= self.num_pages, f"pages {run.page_idx}.. are in the table already"
             assert run.num_pages > 0, run
@@ -164,7 +164,7 @@ class PageTable:
         rows.add(run.page_idx * size, run.slot * size, run.num_pages * size)
 
     def _overlapping(self, start: int, end: int) -> Iterator[tuple[PageRun, int, int]]:
-        """Runs that hold tokens of positions `[start, end)`, each with the part of that range it holds."""
+        """Yield runs that hold tokens of positions `[start, end)`, each with the part of that range it holds."""
         size = self.page_size
         index = max(0, bisect_right(self._starts, start // size) - 1)
         while index < len(self.runs) and self.runs[index].page_idx * size < end:
@@ -176,7 +176,7 @@ class PageTable:
             index += 1
 
     def page(self, page_idx: int) -> tuple[int, int] | None:
-        """`(rank, slot)` of one page, or None where there is none."""
+        """Place `(rank, slot)` of one page, or None where there is no page."""
         index = bisect_right(self._starts, page_idx) - 1
         if index < 0:
             return None
@@ -194,7 +194,7 @@ class PageTable:
             KeyError: a position has no page.
         """
         if start < end and self.runs:
-            last_run = self.runs[-1]  # where every token is born
+            last_run = self.runs[-1]  # holds a decode's new token
             if last_run.page_idx * self.page_size <= start and end <= self.num_pages * self.page_size:
                 return [(last_run.rank, start, end)]
         pieces: list[tuple[int, int, int]] = []
@@ -212,7 +212,7 @@ class PageTable:
         return pieces
 
     def key_runs(self, rank: int, start: int, end: int) -> list[KeyRun]:
-        """Where one rank's pool holds the tokens at positions `[start, end)`.
+        """Rows of one rank's pool that hold the tokens at positions `[start, end)`, with their positions.
 
         Returns:
             Runs in sequence order; tokens on other ranks and in holes are left out.
@@ -225,7 +225,7 @@ class PageTable:
         ]
 
     def ranks_with(self, start: int, end: int) -> list[int]:
-        """The ranks that hold some of positions `[start, end)`, ascending."""
+        """Ranks that hold some of positions `[start, end)`, ascending."""
         if len(self.runs) == 1:
             run, size = self.runs[0], self.page_size
             is_here = max(start, run.page_idx * size) < min(end, (run.page_idx + run.num_pages) * size)
@@ -233,15 +233,15 @@ class PageTable:
         return sorted(rank for rank, rows in self._by_rank.items() if rows.count(start, end))
 
     def count_on(self, rank: int, start: int, end: int) -> int:
-        """How many of positions `[start, end)` one rank holds."""
+        """Number of positions `[start, end)` that one rank holds."""
         rows = self._by_rank.get(rank)
         return 0 if rows is None else rows.count(start, end)
 
     def row_runs(self, rank: int, start: int, end: int) -> list[tuple[int, int]]:
-        """Where one rank's pool holds the tokens at positions `[start, end)`, whatever their order means.
+        """Rows of one rank's pool that hold the tokens at positions `[start, end)`, without their positions.
 
         Returns:
-            `(row, tokens)` runs, as few as consecutive rows admit; tokens on other ranks and in holes are left out.
+            Runs `(row, tokens)`, as few as consecutive rows admit; tokens on other ranks and in holes are left out.
         """
         rows = self._by_rank.get(rank)
         return [] if rows is None else rows.row_runs(start, end)

@@ -1,4 +1,4 @@
-"""Placement: which rank gets each page of a request.
+"""Placement: the rank of each page of a request.
 
 Holds pure functions of integers. Must not know slots, requests or time.
 Read next: `longspan.scheduler.scheduler`, which asks for a placement when it admits a request.
@@ -34,8 +34,8 @@ def snake_rank(stripe_idx: int, home: int, num_ranks: int) -> int:
 def chunk_len(max_tokens_per_rank: int, stripe_len: int, num_ranks: int) -> int:
     """Tokens of a full striped chunk: the most that keeps every rank at or under its budget.
 
-    A multiple of `2 * num_ranks` stripes when the budget admits one, else of `num_ranks` stripes; where not even one
-    stripe per rank fits, one stripe's budget per step.
+    The chunk is a multiple of `2 * num_ranks` stripes where the budget admits one, else of `num_ranks` stripes; where
+    not even one stripe per rank fits, it is one rank's budget.
     """
     per_rank = max_tokens_per_rank // stripe_len
     if per_rank == 0:
@@ -48,9 +48,9 @@ def chunk_len(max_tokens_per_rank: int, stripe_len: int, num_ranks: int) -> int:
 def stripe_lengths(num_pages: int, stripe_pages: int, chunk_pages: int, num_ranks: int, tail_pages: int) -> list[int]:
     """Cut `num_pages` pages of prompt, then `tail_pages` of generated tokens, into stripes.
 
-    Full chunks take stripes of `stripe_pages`. A last, shorter chunk is cut into the fewest stripes, a multiple of
-    `2 * num_ranks`, that are no longer; they are as equal as pages allow (some are empty when there are fewer pages
-    than stripes), so that it balances too and snake order starts anew behind it.
+    Full chunks take stripes of `stripe_pages`. A last, shorter chunk is cut into the fewest stripes of at most
+    `stripe_pages` whose number is a multiple of `2 * num_ranks`. These are as equal as pages allow (some are empty when
+    there are fewer pages than stripes), so that the chunk balances too and snake order starts anew behind it.
 
     Returns:
         Pages per stripe, in sequence order; they sum to `num_pages + tail_pages`.
@@ -82,8 +82,8 @@ def place(placement: Placement, stripes: Sequence[int], room: Sequence[int], hom
         home: rank that packed and spill fill first, and where snake order starts.
 
     Returns:
-        `(rank, num_pages)` runs in sequence order, or None when the pages do not fit. A stripe whose rank has no room
-        left goes on to the next rank in snake order that has.
+        Runs `(rank, num_pages)` in sequence order, or None when the pages do not fit. A stripe whose rank has no room
+        left goes on to the next rank in snake order that has room.
     """
     left = list(room)
     num_ranks = len(room)

@@ -1,4 +1,4 @@
-"""Which keys a run of queries may see: none, full, causal or band.
+"""Visibility of keys to a run of queries: none, full, causal or band.
 
 Holds the pure integer rule. Must not know tensors, pages or ranks.
 Read next: `longspan.plan.segments`, which applies the rule to page tables.
@@ -18,7 +18,7 @@ from enum import StrEnum
 
 
 class Visibility(StrEnum):
-    """How a run of query positions sees a run of key positions."""
+    """Visibility of a run of key positions to a run of query positions."""
 
     NONE = "none"
     """No query sees any key."""
@@ -31,7 +31,7 @@ class Visibility(StrEnum):
 
 
 def visibility(query_start: int, query_end: int, key_start: int, key_end: int, window: int | None) -> Visibility:
-    """How queries `[query_start, query_end)` see keys `[key_start, key_end)`.
+    """Visibility of keys `[key_start, key_end)` to queries `[query_start, query_end)`.
 
     Args:
         query_start: first query position.
@@ -57,7 +57,7 @@ def visibility(query_start: int, query_end: int, key_start: int, key_end: int, w
 
 
 def visible_keys(query_start: int, query_end: int, window: int | None) -> tuple[int, int]:
-    """The smallest range `[start, end)` of key positions that holds all that some query sees."""
+    """The smallest range `[start, end)` of key positions that holds every key that some query sees."""
     if query_start >= query_end:
         return (query_start, query_start)
     start = 0 if window is None else max(0, query_start - window + 1)
@@ -67,24 +67,24 @@ def visible_keys(query_start: int, query_end: int, window: int | None) -> tuple[
 def split_visible_keys(query_start: int, query_end: int, window: int | None) -> list[tuple[int, int, Visibility]]:
     """Cut the keys that queries `[query_start, query_end)` see into ranges of one visibility each.
 
-    The ranges are disjoint, ascending, and hold every visible key. Whatever can be `FULL` is, since full ranges need
-    no positions and no mask: with a window of 3, queries 4..5 see
+    The ranges are disjoint, ascending, and hold every visible key. Every key that can be in a `FULL` range is, since
+    full ranges need no positions and no mask: with a window of 3, queries 4..5 see
 
         key  2     3      4 5
              band  full   causal  (key 2 only by query 4, key 5 only by query 5)
 
     Returns:
-        `(key_start, key_end, visibility)` per range, none of them empty.
+        Ranges `(key_start, key_end, visibility)`, none of them empty.
     """
     if window is None and query_end - query_start == 1:
         return [(0, query_end, Visibility.FULL)]
     start, end = visible_keys(query_start, query_end, window)
     if start >= end:
         return []
-    # Keys before the run are in nobody's future. (Neither is the first query's own key, but leaving it to the causal
+    # Keys before the run are in no query's future. (Neither is the first query's own key, but leaving it to the causal
     # part keeps that part square.) A lone query needs no causal part at all.
     past_end = query_start if query_end - query_start > 1 else query_end
-    # A key at or after the last query's oldest visible position is in everybody's window.
+    # A key at or after the last query's oldest visible position is in every query's window.
     inside_start = start if window is None else max(start, query_end - window)
     if inside_start > past_end:  # the run is longer than the window: no key is seen by all
         cuts = [(start, end)]
