@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from longspan.config import EngineConfig
 from longspan.costmodel.step_time import StepTime
-from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
+from longspan.sharding.geometry import StepGeometry
 from longspan.types import Phase
 
 MAX_SCORED_TOKENS = 512
@@ -20,9 +20,15 @@ vocabulary."""
 class Chunks:
     """Cuts the prompts of one scheduler."""
 
-    def __init__(self, config: EngineConfig, memory: KVMemory, step_time: StepTime) -> None:
-        """Args: `memory` for how prompts are striped, `step_time` for what a step takes."""
-        self._config, self._memory, self._step_time = config, memory, step_time
+    def __init__(self, config: EngineConfig, geometry: StepGeometry, step_time: StepTime) -> None:
+        """Keep what chunks are cut by.
+
+        Args:
+            config: of the engine.
+            geometry: how prompts are striped.
+            step_time: what a step takes.
+        """
+        self._config, self._geometry, self._step_time = config, geometry, step_time
 
     @property
     def step_flops(self) -> float:
@@ -38,7 +44,7 @@ class Chunks:
         left = list(budget)
         is_striped = len(request.page_ranks) > 1
         if is_striped:
-            left = [min(tokens, self._memory.striped_tokens_per_rank) for tokens in left]
+            left = [min(tokens, self._geometry.tokens_per_rank) for tokens in left]
         if request.params.prompt_logprobs is not None:
             left = [min(tokens, MAX_SCORED_TOKENS) for tokens in left]
         end = request.num_computed
@@ -48,7 +54,7 @@ class Chunks:
             end += taken
             if start + taken < stop:
                 break
-        if is_striped and min(budget) < self._memory.striped_tokens_per_rank:  # decodes took some of it
+        if is_striped and min(budget) < self._geometry.tokens_per_rank:  # decodes took some of it
             return self._balanced_end(request, end)
         return end
 
@@ -57,7 +63,7 @@ class Chunks:
         the ranks share the work of this chunk and the next."""
         size, start = self._config.page_size, request.num_computed
         num_ranks = len({rank for rank, _ in request.page_ranks})
-        stripe = self._memory.stripe_len if num_ranks > 1 else size
+        stripe = self._geometry.stripe_len if num_ranks > 1 else size
         origin = request.num_hit_pages * size
         for unit in (2 * num_ranks * stripe, num_ranks * stripe, stripe, size):
             rounded = origin + (end - origin) // unit * unit

@@ -34,8 +34,9 @@ from longspan.plan.types import PageCopy
 from longspan.scheduler.prefix_lookup import PrefixLookup
 from longspan.scheduler.request import Request
 from longspan.sharding.capacity import pool_bytes, window_pages
+from longspan.sharding.geometry import StepGeometry
 from longspan.sharding.pages import PageRun, PageTable
-from longspan.sharding.placement import chunk_len, place, snake_rank, stripe_lengths
+from longspan.sharding.placement import place, snake_rank
 from longspan.types import ModelSpec, Placement
 
 COPY_COST = 0.1
@@ -83,6 +84,9 @@ class KVMemory:
         """Args: `num_pages` per KV group, the same on every rank."""
         self.model, self.config = model, config
         self.num_ranks = config.context_parallel_size
+        self.geometry = StepGeometry.of_rank_budget(
+            self.num_ranks, config.page_size, config.stripe_size, config.max_num_batched_tokens
+        )
         self.allocators = [[CachingAllocator(pages) for pages in num_pages] for _ in range(self.num_ranks)]
         """[rank][KV group]"""
         self.promised = [[0] * len(num_pages) for _ in range(self.num_ranks)]
@@ -105,23 +109,6 @@ class KVMemory:
     def stripe_from(self, num_tokens: int) -> None:
         """Let `auto` stripe prompts of this length and longer."""
         self.striped_from = num_tokens
-
-    @property
-    def _whole_pages_per_step(self) -> int:
-        """Tokens in the whole pages of one rank's token budget; at least one page. No stripe is longer: else a step
-        would have work for one rank only."""
-        size = self.config.page_size
-        return max(size, self.config.max_num_batched_tokens // size * size)
-
-    @property
-    def stripe_len(self) -> int:
-        """Tokens per stripe."""
-        return min(self.config.stripe_size, self._whole_pages_per_step)
-
-    @property
-    def striped_tokens_per_rank(self) -> int:
-        """Most tokens per rank and step of a striped prompt, so that chunks end where snake order has come round."""
-        return chunk_len(self._whole_pages_per_step, self.stripe_len, self.num_ranks) // self.num_ranks
 
     # -- placement ---------------------------------------------------------------------------------------------------
 
@@ -154,10 +141,7 @@ class KVMemory:
         else:
             by_rank = free = [rooms[self._limiting_group] for rooms in room]
         home = max(range(num_ranks), key=lambda rank: (free[rank], -rank))
-        size = self.config.page_size
-        chunk_pages = self.striped_tokens_per_rank * num_ranks // size
-        stripes = stripe_lengths(prompt_pages, self.stripe_len // size, chunk_pages, num_ranks, tail_pages)
-        runs = place(placement, stripes, by_rank, home)
+        runs = place(placement, self.geometry.stripes(prompt_pages, tail_pages), by_rank, home)
         return runs if runs is not None and self._fits(_count(runs, num_ranks), room) else None
 
     def _placement(self, num_tokens: int) -> Placement:
@@ -446,10 +430,9 @@ class KVMemory:
         forced = self.config.forced_placement
         if forced in (Placement.PACKED, Placement.SPILL) or (forced is None and len(request.page_ranks) == 1):
             return last
-        size = self.config.page_size
-        tail_pages = request.num_pages - _pages(request.prompt_len, size)
+        tail_pages = request.num_pages - _pages(request.prompt_len, self.config.page_size)
         home = request.page_ranks[0][0]
-        return snake_rank(max(0, tail_pages) // (self.stripe_len // size), home, self.num_ranks)
+        return snake_rank(max(0, tail_pages) // self.geometry.stripe_pages, home, self.num_ranks)
 
     def grow(self, request: Request, end: int) -> list[list[PageRun]]:
         """Allocate the pages that positions up to `end` need; they have been promised.

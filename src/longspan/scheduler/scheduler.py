@@ -91,7 +91,7 @@ class Scheduler:
         self.memory = KVMemory(model, config, num_pages)
         self.step_time = StepTime(model, config.num_threads)
         self.writer = PlanWriter(model, config, self.memory)
-        self._chunks = Chunks(config, self.memory, self.step_time)
+        self._chunks = Chunks(config, self.memory.geometry, self.step_time)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """The oldest first."""
