@@ -295,7 +295,7 @@ def test_packed_requests_run_side_by_side():
         def count(plan):
             nonlocal most_in_flight
             most_in_flight = max(
-                most_in_flight, len({plan.ranks for plan, _, _ in engine.scheduler._in_flight.values()})
+                most_in_flight, len({plan.ranks for plan, _, _ in engine.scheduler.in_flight.values()})
             )
             return submit(plan)
 

@@ -92,13 +92,13 @@ def test_what_fits_is_what_the_engine_allocates_and_admits(windows, num_ranks, k
     config = EngineConfig(
         model="x", context_parallel_size=num_ranks, placement="striped", max_num_batched_tokens=budget
     )
-    memory = Scheduler(shape.spec, config, found.num_pages).memory
+    placer = Scheduler(shape.spec, config, found.num_pages).memory.placer
     if found.longest_request is None:
         assert windows == (512,)
-        memory.check_fits(10**7, 1)
+        placer.check_fits(10**7, 1)
         return
-    assert found.longest_request == memory.max_request_len
-    memory.check_fits(found.longest_request - 1, 1)
+    assert found.longest_request == placer.max_request_len
+    placer.check_fits(found.longest_request - 1, 1)
     assert fits(found, found.longest_request)
     assert not fits(found, found.longest_request + 1)
 

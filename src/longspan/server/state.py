@@ -120,7 +120,7 @@ class ServerState:
             ApiError, CapacityError: always; says what would fit them, if anything would.
         """
         self.check_length(num_tokens, max_tokens)
-        self.engine.engine.scheduler.memory.check_fits(num_tokens, max_tokens)
+        self.engine.engine.scheduler.memory.placer.check_fits(num_tokens, max_tokens)
         limit = self.longest_request
         raise ApiError(400, f"{name}: got {num_tokens} token ids, legal is at most {limit}", param=name, code=TOO_LONG)
 
@@ -142,7 +142,7 @@ class ServerState:
 
     def _fits(self, prompt_len: int, max_tokens: int) -> bool:
         try:
-            self.engine.engine.scheduler.memory.check_fits(prompt_len, max_tokens)
+            self.engine.engine.scheduler.memory.placer.check_fits(prompt_len, max_tokens)
         except CapacityError:
             return False
         return True
