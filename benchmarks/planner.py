@@ -2,7 +2,7 @@
 
     python benchmarks/planner.py [--lengths 2048,8192,16384] [--ranks 1,2,4] [--repeats 1] [--json] [--save]
 
-The ranks measure kernels and links when an engine starts; `longspan.costmodel.model_time` predicts with these numbers
+The ranks measure kernels and links when an engine starts; `longspan.costmodel.prompt_time` predicts with these numbers
 before the engine runs. Ranks have one thread each. Engines of different rank counts run one after the other, each
 started (and measured) again for every repeat: numbers are medians.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common import LongspanRunner, median, parser, random_model, random_prompt, report
-from longspan.costmodel.model_time import StepOptions, predict_decode, predict_prefill
+from longspan.costmodel.model_time import StepOptions, predict_decode
+from longspan.costmodel.prompt_time import predict_prefill
 from longspan.costmodel.shapes import ModelShape
 from longspan.models.shape import load_shape
 

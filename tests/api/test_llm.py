@@ -114,7 +114,7 @@ def test_a_callback_that_raises_leaves_an_llm_that_works(llm):
         llm.generate([prompt_for("a"), prompt_for("b")], SamplingParams(max_tokens=50), on_progress=fail)
     assert text_of(llm.generate(prompt_for("42."), SamplingParams(max_tokens=3))[0]) == "42."
     llm.engine.scheduler.memory.check_integrity()
-    assert not any(any(reserved) for reserved in llm.engine.scheduler.memory.promised)
+    assert llm.engine.scheduler.memory.is_empty
 
 
 def test_close_may_be_called_twice_and_ends_the_llm(cache_home):

@@ -159,7 +159,7 @@ def test_the_table_of_typical_steps_says_what_a_plan_would_do():
     assert {choice.group_idx for choice in choices} == {0, 1}
     for choice in choices:
         group = (SMALL, window)[choice.group_idx]
-        table = striped_table(choice.context + choice.chunk, 3, StepOptions())
+        table = striped_table(choice.context + choice.chunk, StepOptions().geometry(3))
         runs = step_runs(table, choice.context, choice.context + choice.chunk)
         assert plan_group(runs, {0: table}, group, costs).strategy is choice.strategy
         if choice.predicted_s:
@@ -173,6 +173,6 @@ def test_the_table_of_typical_steps_says_what_a_plan_would_do():
 def test_leaving_out_what_cannot_win_changes_no_choice(chunk, context):
     for costs in (gpus(1), gpus(2), cores(4)):
         whole = predict_step_choice(LARGE, 0, chunk, context, costs, OPTIONS).strategy
-        table = striped_table(context + chunk, costs.topology.num_ranks, OPTIONS)
+        table = striped_table(context + chunk, OPTIONS.geometry(costs.topology.num_ranks))
         runs = step_runs(table, context, context + chunk)
         assert plan_group(runs, {0: table}, LARGE, costs).strategy is whole

@@ -267,17 +267,17 @@ def test_nodes_are_hosts_unless_the_user_says_otherwise():
 def test_measured_costs_set_strategies_and_striped_prompts_of_a_scheduler():
     config = EngineConfig(model="recall", context_parallel_size=2, measure="never")
     scheduler = Scheduler(MODEL, config, (64,))
-    assert scheduler.memory.striped_from == config.striped_from
+    assert scheduler.memory.placer.striped_from == config.striped_from
     found = striped_from(config, MODEL, cores(2), 16, (64,))
     scheduler.use_costs(cores(2), found)
     assert scheduler.writer.costs == cores(2)
-    assert scheduler.memory.striped_from == found != config.striped_from
+    assert scheduler.memory.placer.striped_from == found != config.striped_from
     forced = msgspec.structs.replace(config, min_striped_len=77)
     assert striped_from(forced, MODEL, cores(2), 16, (64,)) is None
     assert striped_from(msgspec.structs.replace(config, context_parallel_size=1), MODEL, cores(1), 16, (64,)) is None
     scheduler = Scheduler(MODEL, forced, (64,))
     scheduler.use_costs(cores(2), None)
-    assert scheduler.memory.striped_from == 77
+    assert scheduler.memory.placer.striped_from == 77
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------

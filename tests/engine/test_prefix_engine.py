@@ -82,7 +82,7 @@ def watched_engine(model: TinyModel, num_ranks: int, **options: object) -> Itera
 
 
 def ranks_of(request: Request) -> set[int]:
-    return {rank for rank, _ in request.page_ranks}
+    return request.allocation.ranks
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -68,8 +68,8 @@ def fake_token(row: SampleRow) -> int:
 
 def tokens_alone(request: Request) -> list[int]:
     """The output of a request with nothing beside it: the simulator's tokens depend on seed and position only."""
-    alone = Request(0, request.params, request.seed, request.token_ids[: request.prompt_len], request.prompt_len, ())
-    alone.eos_token_ids = request.eos_token_ids
+    prompt, eos_token_ids = request.token_ids[: request.prompt_len], request.eos_token_ids
+    alone = Request(0, request.params, request.seed, prompt, request.prompt_len, eos_token_ids)
     while alone.finish_reason is None:
         alone.add_token(fake_token(sample_row(alone, len(alone.token_ids) - 1)), None)
     return alone.output_token_ids
@@ -153,7 +153,7 @@ class FakeRanks:
         """Every rank of the plan knows the scheduler's tables of the plan's requests; every owner of a page counts."""
         requests = {request.request_id: request for request in self.scheduler.running}
         for request_id in {run.request_id for run in plan.query_runs}:
-            for group_idx, table in enumerate(requests[request_id].tables):
+            for group_idx, table in enumerate(requests[request_id].allocation.tables):
                 first = table.runs[0].page_idx
                 for rank in plan.ranks:
                     mirror = self.mirrors[rank][group_idx][request_id]
@@ -191,7 +191,7 @@ class FakeRanks:
                 (before,) = [other for other in sampling.query_runs if other.request_id == run.request_id]
                 assert (before.end, before.compute_rank) == (run.position, run.compute_rank), "not known there"
             starts[run.request_id] = run.end
-            for table in request.tables:
+            for table in request.allocation.tables:
                 assert table.owners(run.position, run.end) == [(run.compute_rank, run.position, run.end)]
         phases = {requests[request_id].phase for request_id in starts}
         assert plan.phase is (Phase.PREFILL if Phase.PREFILL in phases else Phase.DECODE)
@@ -218,7 +218,7 @@ class FakeRanks:
         requests = {request.request_id: request for request in self.scheduler.running}
         for group_idx, group in enumerate(self.scheduler.model.kv_groups):
             for run in plan.query_runs:
-                table = requests[run.request_id].tables[group_idx]
+                table = requests[run.request_id].allocation.tables[group_idx]
                 for keys in table.key_runs(run.compute_rank, run.position, run.end):
                     for i in range(keys.num_tokens):
                         tokens = self._tokens(requests[run.request_id])[: keys.position + i + 1]
@@ -325,17 +325,22 @@ class FakeRanks:
 
 
 def assert_all_free(scheduler: Scheduler, *, ended: bool = True) -> None:
-    """No page is held or promised, nothing is in flight. Args: `ended` if no request is left either."""
+    """Assert that no page is held or promised, and nothing is in flight.
+
+    Args:
+        scheduler: whose.
+        ended: whether no request is left either.
+    """
     scheduler.memory.check_integrity()
     for rank, allocators in enumerate(scheduler.memory.allocators):
         for allocator in allocators:
             assert allocator.num_used == 0, f"rank {rank} lost pages"
             assert allocator.num_available == allocator.num_pages
-    assert all(pages == 0 for rank in scheduler.memory.promised for pages in rank)
-    assert not scheduler._in_flight
-    assert not scheduler._busy
-    assert not (ended and scheduler._by_id)
-    assert not scheduler._cancelled
+    assert scheduler.memory.is_empty
+    assert not scheduler.in_flight
+    assert not scheduler.busy_ranks
+    assert not (ended and scheduler.requests)
+    assert not scheduler.cancelled
 
 
 def check_finished(request: Request) -> None:

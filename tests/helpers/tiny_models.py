@@ -255,7 +255,7 @@ def tiny_engine(model: TinyModel, module: nn.Module | None = None, **options: ob
         engine.scheduler.memory.check_integrity()
         for allocators in engine.scheduler.memory.allocators:
             assert [allocator.num_used for allocator in allocators] == [0] * len(allocators)
-        assert not any(any(reserved) for reserved in engine.scheduler.memory.promised)
+        assert engine.scheduler.memory.is_empty
 
 
 def run_all(engine: Engine) -> None:

@@ -13,16 +13,15 @@ from planned import make_cluster, make_shape
 from longspan.config import EngineConfig
 from longspan.costmodel.model_time import (
     StepOptions,
-    _weights,
     decode_bytes,
     predict_decode,
-    predict_prefill,
     predict_step,
     prefill_flops,
     step_runs,
     striped_table,
 )
 from longspan.costmodel.parameters import Costs, costs_by_bytes
+from longspan.costmodel.prompt_time import interpolation_weights, predict_prefill
 from longspan.errors import ConfigError
 from longspan.planner.memory_fit import cluster_sizes, fit, fits, needed_bytes, request_kv_bytes, smallest_cluster
 from longspan.planner.report import make_plan
@@ -55,7 +54,8 @@ def test_steps_and_strategies_are_those_of_the_scheduler(num_ranks, prompt_len, 
     assert decode.phase is Phase.DECODE
 
     options = StepOptions(page_size=4, stripe_size=8, max_num_batched_tokens=16)
-    chunk, table = options.chunk_len(num_ranks), striped_table(prompt_len, num_ranks, options)
+    geometry = options.geometry(num_ranks)
+    chunk, table = geometry.chunk_len, striped_table(prompt_len, geometry)
     starts = range(0, prompt_len, chunk)
     assert len(starts) == len(prefill)
     spans = [(start, min(prompt_len, start + chunk)) for start in starts] + [(prompt_len, prompt_len + 1)]
@@ -92,13 +92,13 @@ def test_what_fits_is_what_the_engine_allocates_and_admits(windows, num_ranks, k
     config = EngineConfig(
         model="x", context_parallel_size=num_ranks, placement="striped", max_num_batched_tokens=budget
     )
-    memory = Scheduler(shape.spec, config, found.num_pages).memory
+    placer = Scheduler(shape.spec, config, found.num_pages).memory.placer
     if found.longest_request is None:
         assert windows == (512,)
-        memory.check_fits(10**7, 1)
+        placer.check_fits(10**7, 1)
         return
-    assert found.longest_request == memory.max_request_len
-    memory.check_fits(found.longest_request - 1, 1)
+    assert found.longest_request == placer.max_request_len
+    placer.check_fits(found.longest_request - 1, 1)
     assert fits(found, found.longest_request)
     assert not fits(found, found.longest_request + 1)
 
@@ -199,7 +199,8 @@ def test_parts_add_up_to_the_whole():
 @pytest.mark.parametrize(("num_devices", "length"), [(1, 200_000), (4, 300_000), (8, 500_001)])
 def test_sampled_steps_are_within_a_percent_of_all_steps(num_devices, length):
     shape, costs = make_shape(), costs_of(num_devices)
-    table, chunk = striped_table(length, num_devices, OPTIONS), OPTIONS.chunk_len(num_devices)
+    geometry = OPTIONS.geometry(num_devices)
+    table, chunk = striped_table(length, geometry), geometry.chunk_len
     every = [
         predict_step(shape, table, start, min(length, start + chunk), costs, OPTIONS)
         for start in range(0, length, chunk)
@@ -213,9 +214,9 @@ def test_sampled_steps_are_within_a_percent_of_all_steps(num_devices, length):
 
 
 def test_interpolated_steps_count_once_each():
-    assert _weights([0, 1, 2]) == {0: 1, 1: 1, 2: 1}
-    assert _weights([0, 4, 6]) == {0: 2.5, 4: 3.0, 6: 1.5}
-    assert sum(_weights([0, 9, 30]).values()) == 31
+    assert interpolation_weights([0, 1, 2]) == {0: 1, 1: 1, 2: 1}
+    assert interpolation_weights([0, 4, 6]) == {0: 2.5, 4: 3.0, 6: 1.5}
+    assert sum(interpolation_weights([0, 9, 30]).values()) == 31
 
 
 def test_attention_is_local_on_one_device_and_moves_something_on_several():
@@ -264,7 +265,7 @@ def test_ranks_that_share_a_core_decode_faster_alone():
     assert predict_decode(shape, 1000, shared, OPTIONS).dense_s == pytest.approx(
         predict_decode(shape, 1000, costs, OPTIONS).dense_s / 2
     )
-    table = striped_table(8192, 4, OPTIONS)
+    table = striped_table(8192, OPTIONS.geometry(4))
     assert predict_step(shape, table, 0, 8192, shared, OPTIONS).dense_s == pytest.approx(
         predict_step(shape, table, 0, 8192, costs, OPTIONS).dense_s
     )
@@ -281,7 +282,7 @@ def test_published_times_of_a_large_cluster_are_predicted_within_a_quarter(promp
 def test_what_tokens_take_beside_products_is_measured_or_reckoned_by_bytes():
     shape, costs = make_shape(), costs_of(1)
     measured = Costs(costs.topology, msgspec.structs.replace(costs.rates, token_s=1e-3))
-    table = striped_table(100, 1, OPTIONS)
+    table = striped_table(100, OPTIONS.geometry(1))
     reckoned_s, measured_s = (predict_step(shape, table, 0, 100, c, OPTIONS).dense_s for c in (costs, measured))
     assert measured_s - reckoned_s == pytest.approx(100 * 16 * 1e-3, rel=0.01)
     # one token's is in what a layer takes

@@ -270,7 +270,7 @@ def test_a_window_needs_only_the_pages_that_it_reaches():
     request = scheduler.add_request(TEXT[:33], SamplingParams(max_tokens=1, seed=0))
     ranks.submit_all()
     assert request.num_cached == 32
-    assert [(run.page_idx, run.num_pages) for run in request.tables[0].runs] == [(6, 3)]
+    assert [(run.page_idx, run.num_pages) for run in request.allocation.tables[0].runs] == [(6, 3)]
     ranks.run_to_the_end()
 
 
@@ -334,9 +334,7 @@ def test_a_hit_is_the_longest_prefix_of_which_every_page_is_where_it_is_needed(w
         ]
         expected = homes_of if all(homes_of) else expected
     memory = ranks.scheduler.memory
-    request = Request(0, SamplingParams(), 0, [*SYSTEM, 7], 41, ())
-    request.page_hashes = hashes_of(request.token_ids, 4)
-    assert memory.lookup.find(request.page_hashes[:10]) == expected
+    assert memory.lookup.find(hashes_of([*SYSTEM, 7], 4)) == expected
 
 
 @pytest.mark.timeout(60)
@@ -344,16 +342,15 @@ def test_a_long_prefix_whose_windows_are_gone_is_given_up_without_trying_every_l
     """Another long prompt evicts the windows of all before it. Trying 20,000 lengths took a quarter of an hour."""
     ranks = make_ranks(1, (None, 8), memory_tokens=90_000)
     full, window = ranks.scheduler.memory.allocators[0]
-    request = Request(0, SamplingParams(), 0, [i * i % 50 for i in range(80_001)], 80_001, ())
-    request.page_hashes = hashes_of(request.token_ids, 4)
+    page_hashes = hashes_of([i * i % 50 for i in range(80_001)], 4)
     ((slot, _),) = full.allocate(20_000)
-    for i, page_hash in enumerate(request.page_hashes):
+    for i, page_hash in enumerate(page_hashes):
         full.publish(page_hash, slot + i)
-    assert ranks.scheduler.memory.lookup.find(request.page_hashes[:20_000]) == []
+    assert ranks.scheduler.memory.lookup.find(page_hashes) == []
     ((slot, _),) = window.allocate(2)
     for i in (7, 8):
-        window.publish(request.page_hashes[i], slot + i - 7)
-    assert ranks.scheduler.memory.lookup.find(request.page_hashes[:20_000]) == [{0}] * 9
+        window.publish(page_hashes[i], slot + i - 7)
+    assert ranks.scheduler.memory.lookup.find(page_hashes) == [{0}] * 9
 
 
 def test_leaves_are_evicted_before_roots_and_longest_idle_first():
@@ -469,12 +466,13 @@ def admit(ranks: FakeRanks, prompt, load: list[float]) -> Request:
 
 
 def homes(request: Request) -> set[int]:
-    return {rank for rank, _ in request.page_ranks}
+    return request.allocation.ranks
 
 
 def copied_pages(request: Request) -> list[tuple[int, int]]:
     """(from, to) per copied page."""
-    return [(copy.source.rank, copy.target.rank) for copy in request.copies for _ in range(copy.source.num_pages)]
+    copies = request.allocation.copies
+    return [(copy.source.rank, copy.target.rank) for copy in copies for _ in range(copy.source.num_pages)]
 
 
 def cache_on(ranks: FakeRanks, rank: int, tokens=SYSTEM) -> None:
@@ -498,7 +496,7 @@ def test_an_idle_owner_of_the_prefix_gets_the_request(owner, windows):
     cache_on(ranks, owner)
     request = admit(ranks, SYSTEM + (7,) * 5, [0.0, 0.0, 0.0])
     assert homes(request) == {owner}
-    assert request.copies == []
+    assert request.allocation.copies == []
     assert request.num_computed == 40
 
 
@@ -519,7 +517,8 @@ def test_only_pages_that_later_tokens_see_are_copied(windows, pages):
     cache_on(ranks, 0)
     request = admit(ranks, SYSTEM + (7,) * 5, [1000.0, 0.0])
     assert homes(request) == {1}
-    assert [sum(c.source.num_pages for c in request.copies if c.group_idx == i) for i in range(len(windows))] == pages
+    copies = request.allocation.copies
+    assert [sum(c.source.num_pages for c in copies if c.group_idx == i) for i in range(len(windows))] == pages
 
 
 def test_pages_that_the_new_home_has_already_are_not_copied():
@@ -529,7 +528,7 @@ def test_pages_that_the_new_home_has_already_are_not_copied():
     request = admit(ranks, SYSTEM + (7,) * 5, [1000.0, 0.0])
     assert homes(request) == {1}
     assert copied_pages(request) == [(0, 1)] * 4
-    assert [copy.source.page_idx for copy in request.copies] == [6]
+    assert [copy.source.page_idx for copy in request.allocation.copies] == [6]
 
 
 def test_a_prefix_that_cannot_be_copied_is_computed_again():
@@ -538,10 +537,10 @@ def test_a_prefix_that_cannot_be_copied_is_computed_again():
     cache_on(ranks, 0)
     memory = ranks.scheduler.memory
     admit(ranks, TEXT[200:280], [0.0, 1e6])
-    assert [memory._room(rank, 0) for rank in (0, 1)] == [0, 20]
+    assert [room for (room,) in memory.room] == [0, 20]
     request = admit(ranks, SYSTEM + (7,) * 5, [0.0, 1000.0])
     assert homes(request) == {1}
-    assert (request.num_computed, request.copies) == (0, [])
+    assert (request.num_computed, request.allocation.copies) == (0, [])
 
 
 def test_part_of_a_prefix_is_used_where_all_of_it_does_not_fit():
@@ -551,7 +550,7 @@ def test_part_of_a_prefix_is_used_where_all_of_it_does_not_fit():
     cache_on(ranks, 0)
     admit(ranks, TEXT[200:280], [0.0, 1e6])
     request = admit(ranks, SYSTEM + (7,) * 5, [0.0, 0.0])
-    assert (homes(request), request.num_computed, request.copies) == ({1}, 20, [])
+    assert (homes(request), request.num_computed, request.allocation.copies) == ({1}, 20, [])
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -563,8 +562,8 @@ def test_a_long_request_uses_cached_pages_where_they_are_and_stripes_the_rest(nu
     ranks.run_to_the_end()
     check_finished(request)
     assert request.num_cached == 40
-    assert [rank for rank, _, _ in request.ranks_of(0, 40, 4)] == [1]
-    new = Counter(rank for rank, first, end in request.ranks_of(40, 200, 4) for _ in range(first, end))
+    assert [rank for rank, _, _ in request.allocation.ranks_of(0, 40)] == [1]
+    new = Counter(rank for rank, first, end in request.allocation.ranks_of(40, 200) for _ in range(first, end))
     assert set(new) == set(range(num_ranks))
     assert max(new.values()) - min(new.values()) <= 4
     assert all(not plan.page_copies for plan in ranks.plans)
@@ -576,7 +575,7 @@ def test_a_long_request_stays_on_a_rank_as_long_as_the_rank_has_its_pages():
     cache_on(ranks, 1)
     cache_on(ranks, 0, SYSTEM[:20])
     request = admit(ranks, SYSTEM + TEXT[100:260], [0.0, 0.0])
-    assert request.page_ranks[:2] == [(0, 5), (1, 5)]
+    assert request.allocation.page_ranks[:2] == [(0, 5), (1, 5)]
 
 
 def test_a_popular_system_prompt_ends_up_on_every_rank_and_short_chats_stay_packed():

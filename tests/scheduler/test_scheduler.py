@@ -226,7 +226,7 @@ def test_a_striped_request_is_not_starved_by_packed_ones(prompt_len, max_tokens,
     ranks = FakeRanks(scheduler, random.Random(0))
     watched = scheduler.add_request([5] * 160, SamplingParams(max_tokens=20, ignore_eos=True, seed=0))
     num_plans = feed(ranks, watched, prompt_len, max_tokens, num_ranks)
-    assert {rank for rank, _ in watched.page_ranks} == set(range(num_ranks))
+    assert watched.allocation.ranks == set(range(num_ranks))
     own = [plan for plan in ranks.plans if any(run.request_id == watched.request_id for run in plan.query_runs)]
     assert num_plans <= len(own) * (1 + 4 * num_ranks)
 
@@ -332,9 +332,9 @@ def test_short_requests_stay_on_one_rank_each_and_long_ones_go_over_all():
     shorts = [scheduler.add_request([5] * 20, params) for _ in range(4)]
     long = scheduler.add_request([5] * 200, params)
     FakeRanks(scheduler, random.Random(0)).submit_all()
-    assert sorted(request.page_ranks[0][0] for request in shorts) == [0, 1, 2, 3]
-    assert all(len(request.page_ranks) == 1 for request in shorts)
-    assert {rank for rank, _ in long.page_ranks} == {0, 1, 2, 3}
+    assert sorted(request.allocation.page_ranks[0][0] for request in shorts) == [0, 1, 2, 3]
+    assert all(len(request.allocation.page_ranks) == 1 for request in shorts)
+    assert long.allocation.ranks == {0, 1, 2, 3}
 
 
 def test_a_request_uses_all_memory_of_all_ranks_but_not_a_page_more():
@@ -445,7 +445,7 @@ def test_spill_goes_on_to_the_next_rank_where_every_group_has_a_window():
     request = scheduler.add_request([5] * 100, SamplingParams(max_tokens=5))
     FakeRanks(scheduler, random.Random(0)).run_to_the_end()
     assert request.finish_reason is not None
-    assert {rank for rank, _ in request.page_ranks} == {0, 1}
+    assert request.allocation.ranks == {0, 1}
 
 
 def test_ended_requests_are_reported_only_to_ranks_that_knew_them():

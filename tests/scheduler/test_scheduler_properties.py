@@ -79,6 +79,11 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
     )
 
 
+def has_copies(request: Request) -> bool:
+    """Whether pages of other ranks are to be copied for the request."""
+    return request.allocation is not None and bool(request.allocation.copies)
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """A scheduler with simulated ranks."""
 
@@ -135,8 +140,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for i in range(2 * self.scheduler.config.context_parallel_size):
             self.add(text[:length] + [i] * 3, params)
         self.submit()
-        for request in [request for request in self.alive if request.copies and not request.in_flight and cancels]:
-            self.cancel(request)
+        for request in self.alive if cancels else []:
+            if has_copies(request) and not request.in_flight:
+                self.cancel(request)
 
     @precondition(lambda self: any(r.num_generated for r in self.requests))
     @rule(data=st.data(), more=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), params=sampling_params())
@@ -199,7 +205,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             REACHED["cancelled in flight"] += request.in_flight
             REACHED["cancelled when waiting"] += is_waiting
             REACHED["cancelled when preempted"] += is_waiting and request.num_preemptions > 0
-            REACHED["cancelled before its copies"] += bool(request.copies) and not request.in_flight
+            REACHED["cancelled before its copies"] += has_copies(request) and not request.in_flight
             self.ended_early.add(request.request_id)
         self.scheduler.cancel(request)
 
@@ -225,9 +231,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def who_was_refused_would_be_refused_again(self) -> None:
         """The memory remembers a refusal; nothing that makes room or a hit may leave it standing."""
         memory = self.scheduler.memory if hasattr(self, "ranks") else None
-        if memory is not None and memory._refused in self.scheduler.waiting:
-            request, memory._refused = memory._refused, None
-            assert not memory.admit(request, [0.0] * self.scheduler.config.context_parallel_size)
+        if memory is not None and memory.refused in self.scheduler.waiting:
+            assert memory.choose(memory.refused, [0.0] * self.scheduler.config.context_parallel_size) is None
             REACHED["refused again"] += 1
 
     @invariant()
@@ -323,7 +328,7 @@ class CrashingMachine(SchedulerMachine):
         for _ in range(num_times):
             self.submit()
             in_flight = {run.request_id for plan in self.ranks.in_flight.values() for run in plan.query_runs}
-            cancelled = set(self.scheduler._cancelled)
+            cancelled = set(self.scheduler.cancelled)
             alive = {request.request_id: list(request.token_ids) for request in self.alive}
             REACHED["crashes with plans in flight"] += bool(in_flight)
             REACHED["crashes of cancelled requests"] += bool(cancelled)

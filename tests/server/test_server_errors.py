@@ -552,7 +552,7 @@ def test_when_a_rank_fails_everybody_is_told(cache_home, stream):
         error_of(served.post(COMPLETIONS, prompt="a"), 503)
         assert served.http.get("/metrics").status_code == 200
         for request in list(served.engine.scheduler.running):
-            request.num_planned = request.num_computed
+            request.note_planned(request.num_computed)
             served.engine.scheduler.cancel(request)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from longspan.costmodel.model_time import StrategyChange
+from longspan.costmodel.prompt_time import StrategyChange
 from longspan.planner.clusters import Cluster
 from longspan.planner.report import ContextPlan, PlanReport
 from longspan.types import Strategy

@@ -51,7 +51,7 @@ def topology(model: str, save: str | None, as_json: bool, **options: Any) -> Non
             from longspan.engine.engine import Engine
         running = Engine(config, launcher=launcher)
     with running as engine:
-        costs, striped_from = engine.ranks.costs, engine.scheduler.memory.striped_from
+        costs, striped_from = engine.ranks.costs, engine.scheduler.memory.placer.striped_from
         groups, dtype = engine.spec.kv_groups, engine.spec.kv_groups[0].spec.compute_dtype
         memory_bytes = engine.config.kv_cache_memory
     assert costs is not None, "several processes measure"

@@ -39,7 +39,7 @@ def predict_step_choice(
     group: KVGroup, group_idx: int, chunk: int, context: int, costs: Costs, options: StepOptions
 ) -> StepChoice:
     """The policy's choice for a step of `chunk` tokens behind `context` others."""
-    table = striped_table(context + chunk, costs.topology.num_ranks, options)
+    table = striped_table(context + chunk, options.geometry(costs.topology.num_ranks))
     segments = make_segments(step_runs(table, context, context + chunk), {0: table}, group.spec.window)
     phase = Phase.DECODE if chunk == 1 else Phase.PREFILL
     if all(s.query_rank == s.key_rank for s in segments):

@@ -1,8 +1,9 @@
-"""Predicted time of a whole model for a prompt and for an output token, on a cluster.
+"""Predicted time of one step of a whole model, and of an output token, on a cluster.
 
 Holds the steps that the scheduler would make for one lone, striped request, and the times of their parts. Must not
 know clocks, files, or how the cluster's costs were found.
-Read next: `longspan.costmodel.predict`, which predicts attention; `longspan.planner.report`, which plans with this.
+Read next: `longspan.costmodel.predict`, which predicts attention; `longspan.costmodel.prompt_time`, which adds up the
+steps of a prompt.
 
 Note: parts of a step's time
     step      fixed time of the driver
@@ -13,16 +14,9 @@ Note: parts of a step's time
               and segments that a plan would have
     logits    of one row, in the last step of a prompt and in every decode; of a prompt's other rows the last layer
               computes keys and values only
-
-Note: sampled steps
-    From one chunk of a prompt to the next only the context grows, and a step's time is nearly linear in it while the
-    strategy stays the same. So some of many chunks are predicted and the others interpolated; where two neighbours
-    choose different strategies, bisection finds the change. With about 100 ranks or more, stripes are taken to be
-    longer than they are (two per rank and chunk), and two steps are predicted. A prediction takes seconds at most.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import msgspec
 
@@ -32,8 +26,9 @@ from longspan.costmodel.shapes import ModelShape
 from longspan.kv.layout import KVGroup
 from longspan.plan.segments import make_segments
 from longspan.plan.types import Literals, QueryRun
+from longspan.sharding.geometry import StepGeometry
 from longspan.sharding.pages import PageTable
-from longspan.sharding.placement import chunk_len, place, stripe_lengths
+from longspan.sharding.placement import place
 from longspan.types import Placement, Strategy
 
 HIDDEN_WRITES = 8
@@ -45,15 +40,6 @@ of all query heads."""
 
 INNER_WRITES = 2
 """Elements written per token and layer by the activation and the gate, in widths of the feed-forward part."""
-
-SEGMENT_BUDGET = 60_000
-"""Most segments of all predicted steps of one prompt together, which bounds the time of a prediction."""
-
-MIN_SAMPLES, MAX_SAMPLES = 2, 12
-"""Fewest and most steps of one prompt that are predicted before changes of strategy are searched."""
-
-STEP_SEGMENTS = 70_000
-"""Most segments of one step; with more, stripes are taken to be longer than the engine's."""
 
 _REQUEST_ID = 0
 
@@ -67,19 +53,9 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float = 0.0
     """Fixed time of a step outside its layers."""
 
-    @property
-    def whole_pages_per_step(self) -> int:
-        """Tokens of the whole pages that one rank may compute in a step."""
-        return max(self.page_size, self.max_num_batched_tokens // self.page_size * self.page_size)
-
-    @property
-    def stripe_len(self) -> int:
-        """Tokens per stripe."""
-        return min(self.stripe_size, self.whole_pages_per_step)
-
-    def chunk_len(self, num_ranks: int) -> int:
-        """Tokens of a full chunk, over all ranks."""
-        return chunk_len(self.whole_pages_per_step, self.stripe_len, num_ranks)
+    def geometry(self, num_ranks: int) -> StepGeometry:
+        """Cuts of prompts for so many ranks."""
+        return StepGeometry.of_rank_budget(num_ranks, self.page_size, self.stripe_size, self.max_num_batched_tokens)
 
 
 class StepPrediction(msgspec.Struct, frozen=True):
@@ -101,34 +77,12 @@ class StepPrediction(msgspec.Struct, frozen=True):
         return self.dense_s + self.attention_s + self.sums_s + self.fixed_s
 
 
-class StrategyChange(msgspec.Struct, frozen=True):
-    """Strategies that are used from one position of a prompt on."""
-
-    position: int
-    strategies: tuple[Strategy, ...]
-    """Strategy of each KV group."""
-
-
-class PrefillPrediction(msgspec.Struct, frozen=True):
-    """Time of a whole prompt and its parts, which are those of `StepPrediction`."""
-
-    total_s: float
-    dense_s: float
-    attention_s: float
-    sums_s: float
-    fixed_s: float
-    num_steps: int
-    chunk_len: int
-    changes: tuple[StrategyChange, ...]
-    """Changes of strategy in sequence order; the first one is at position 0."""
-
-
-def striped_table(num_tokens: int, num_ranks: int, options: StepOptions) -> PageTable:
+def striped_table(num_tokens: int, geometry: StepGeometry) -> PageTable:
     """Page table of a lone striped prompt, with the page of the token after it."""
-    size, chunk = options.page_size, options.chunk_len(num_ranks)
+    size, num_ranks = geometry.page_size, geometry.num_ranks
     num_pages = -(-num_tokens // size)
     tail_pages = num_tokens // size + 1 - num_pages
-    stripes = stripe_lengths(num_pages, options.stripe_len // size, chunk // size, num_ranks, tail_pages)
+    stripes = geometry.stripes(num_pages, tail_pages)
     runs = place(Placement.STRIPED, stripes, [num_pages + tail_pages] * num_ranks, 0)
     assert runs is not None
     table = PageTable(size)
@@ -242,115 +196,16 @@ def _sums_s(
     return 2 * num_layers * (num_bytes / link.bytes_per_s + hops * link.latency_s)
 
 
-def predict_prefill(
-    shape: ModelShape,
-    prompt_len: int,
-    costs: Costs,
-    options: StepOptions,
-    *,
-    tensor_parallel_size: int = 1,
-) -> PrefillPrediction:
-    """Predict the time to the first token of a lone request.
+def predict_last_row(shape: ModelShape, table: PageTable, prompt_len: int, costs: Costs) -> tuple[float, float]:
+    """What a prompt's last token takes beyond its chunk: the row that is read, and its attention in the last layer.
 
-    Args:
-        shape: one device's part of the model.
-        prompt_len: tokens of the prompt, at least one.
-        costs: topology of all ranks; rates and links of one device per rank.
-        options: the engine's options.
-        tensor_parallel_size: devices per rank.
+    Returns:
+        Seconds of matrix products, and of attention.
     """
-    num_ranks = costs.topology.num_ranks
-    options = _coarser(options, num_ranks)
-    table = striped_table(prompt_len, num_ranks, options)
-    chunk = options.chunk_len(num_ranks)
-    num_steps = -(-prompt_len // chunk)
-    known: dict[int, StepPrediction] = {}
-
-    def step(index: int) -> StepPrediction:
-        if index not in known:
-            known[index] = predict_step(
-                shape,
-                table,
-                index * chunk,
-                min(prompt_len, (index + 1) * chunk),
-                costs,
-                options,
-                tensor_parallel_size=tensor_parallel_size,
-            )
-        return known[index]
-
-    # A last chunk that is shorter than the others is not interpolated.
-    num_full = prompt_len // chunk
-    segments_per_step = 2 * len(table.owners(0, min(prompt_len, chunk))) * num_ranks
-    num_samples = max(MIN_SAMPLES, min(MAX_SAMPLES, SEGMENT_BUDGET // segments_per_step))
-    for index in _spread(num_full, num_samples):
-        step(index)
-    if num_samples > MIN_SAMPLES:
-        _search_changes(step, sorted(known))
-    weights = _weights(sorted(known))
-    if num_full < num_steps:
-        step(num_full)
-        weights[num_full] = 1.0
-    changes: list[StrategyChange] = []
-    for index in sorted(known):
-        if not changes or changes[-1].strategies != known[index].strategies:
-            changes.append(StrategyChange(index * chunk, known[index].strategies))
-
-    def over_steps(name: str) -> float:
-        return float(sum(getattr(known[index], name) * weight for index, weight in weights.items()))
-
-    # The last token is sampled from: its share of the last layer and its logits take as long as in a decode.
     (last_group,) = [group for group in shape.spec.kv_groups if shape.spec.num_layers - 1 in group.layers]
-    last_runs = step_runs(table, prompt_len - 1, prompt_len)
-    last_attention_s = _attention(last_runs, table, last_group, costs)[1]
-    read_weights = shape.num_logit_weights + shape.num_unread_weights
-    read_s = _product_s(read_weights, shape.itemsize_bytes, 1, costs) / costs.rates.ranks_per_device
-    return PrefillPrediction(
-        total_s=over_steps("total_s") + read_s + last_attention_s,
-        dense_s=over_steps("dense_s") + read_s,
-        attention_s=over_steps("attention_s") + last_attention_s,
-        sums_s=over_steps("sums_s"),
-        fixed_s=over_steps("fixed_s"),
-        num_steps=num_steps,
-        chunk_len=chunk,
-        changes=tuple(changes),
-    )
-
-
-def _coarser(options: StepOptions, num_ranks: int) -> StepOptions:
-    """Options with longer stripes in equal chunks, where a step would have too many segments to look at each."""
-    stripe_len = options.stripe_len
-    while (
-        2 * options.chunk_len(num_ranks) // stripe_len * num_ranks > STEP_SEGMENTS
-        and options.chunk_len(num_ranks) % (4 * num_ranks * stripe_len) == 0
-    ):
-        stripe_len *= 2
-    return msgspec.structs.replace(options, stripe_size=stripe_len)
-
-
-def _spread(count: int, num_samples: int) -> list[int]:
-    """At most `num_samples` of `range(count)`, evenly spaced, both ends included."""
-    if count <= num_samples:
-        return list(range(count))
-    return sorted({round(i * (count - 1) / (num_samples - 1)) for i in range(num_samples)})
-
-
-def _search_changes(step: Callable[[int], StepPrediction], indices: Sequence[int]) -> None:
-    """Predict the steps on both sides of every change of strategy between two known steps."""
-    for low, high in pairwise(indices):
-        first = step(low).strategies
-        while high - low > 1 and first != step(high).strategies:
-            middle = (low + high) // 2
-            low, high = (middle, high) if step(middle).strategies == first else (low, middle)
-
-
-def _weights(indices: Sequence[int]) -> dict[int, float]:
-    """Weight of each known step in a sum over all steps, where those between two known ones are interpolated."""
-    weights = dict.fromkeys(indices, 1.0)
-    for low, high in pairwise(indices):
-        weights[low] += (high - low - 1) / 2
-        weights[high] += (high - low - 1) / 2
-    return weights
+    attention_s = _attention(step_runs(table, prompt_len - 1, prompt_len), table, last_group, costs)[1]
+    num_weights = shape.num_logit_weights + shape.num_unread_weights
+    return _product_s(num_weights, shape.itemsize_bytes, 1, costs) / costs.rates.ranks_per_device, attention_s
 
 
 def predict_decode(
@@ -361,10 +216,18 @@ def predict_decode(
     *,
     tensor_parallel_size: int = 1,
 ) -> StepPrediction:
-    """Predict one output token of a lone request behind `context_len` tokens. Other arguments: `predict_prefill`."""
+    """Predict one output token of a lone request.
+
+    Args:
+        shape: one device's part of the model.
+        context_len: tokens before it.
+        costs: topology of all ranks; rates and links of one device per rank.
+        options: the engine's options.
+        tensor_parallel_size: devices per rank.
+    """
     return predict_step(
         shape,
-        striped_table(context_len, costs.topology.num_ranks, options),
+        striped_table(context_len, options.geometry(costs.topology.num_ranks)),
         context_len,
         context_len + 1,
         costs,

@@ -2,13 +2,14 @@
 
 Holds one pure function of predictions. Must not know free memory or other requests: what does not fit one rank is
 striped anyway, and a server may have reasons to pack longer prompts.
-Read next: `longspan.costmodel.model_time`, which predicts; `longspan.scheduler.memory`, which places requests.
+Read next: `longspan.costmodel.prompt_time`, which predicts; `longspan.scheduler.memory`, which places requests.
 """
 
 import msgspec
 
-from longspan.costmodel.model_time import StepOptions, predict_decode, predict_prefill
+from longspan.costmodel.model_time import StepOptions, predict_decode
 from longspan.costmodel.parameters import Costs, Topology
+from longspan.costmodel.prompt_time import predict_prefill
 from longspan.costmodel.shapes import ModelShape
 
 OUTPUT_LEN = 128

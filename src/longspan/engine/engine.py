@@ -258,7 +258,7 @@ class Engine:
 
     def check_fits(self, prompt_len: int, max_tokens: int) -> None:
         """Refuse a request that would not fit even on empty ranks. Raises: CapacityError, with what would fit."""
-        self.scheduler.memory.check_fits(prompt_len, max_tokens)
+        self.scheduler.memory.placer.check_fits(prompt_len, max_tokens)
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done."""

@@ -122,7 +122,7 @@ def fail_unfit(scheduler: Scheduler) -> list[Request]:
     unfit: list[Request] = []
     for request in list(scheduler.waiting):
         try:
-            scheduler.memory.check_fits(request.prompt_len, request.params.max_tokens)
+            scheduler.memory.placer.check_fits(request.prompt_len, request.params.max_tokens)
         except CapacityError as error:
             request.fail(f"ranks were lost and cannot be started again, and the others cannot hold it: {error}")
             scheduler.finish(request, FinishReason.ERROR)

@@ -1,22 +1,15 @@
 """Report of a model on a cluster: memory fit, predicted times, hardware needed.
 
 Holds the answers of `longspan plan` as data, and makes them. Must not know how they are shown.
-Read next: `longspan.costmodel.model_time` (time), `longspan.planner.memory_fit` (memory), `longspan.cli.plan`.
+Read next: `longspan.costmodel.prompt_time` (time), `longspan.planner.memory_fit` (memory), `longspan.cli.plan`.
 """
 
 from collections.abc import Sequence
 
 import msgspec
 
-from longspan.costmodel.model_time import (
-    PrefillPrediction,
-    StepOptions,
-    StepPrediction,
-    decode_bytes,
-    predict_decode,
-    predict_prefill,
-    prefill_flops,
-)
+from longspan.costmodel.model_time import StepOptions, StepPrediction, decode_bytes, predict_decode, prefill_flops
+from longspan.costmodel.prompt_time import PrefillPrediction, predict_prefill
 from longspan.costmodel.shapes import ModelShape, PlannedDType
 from longspan.errors import ConfigError
 from longspan.planner.clusters import Cluster, check_count, check_number
@@ -119,7 +112,7 @@ def make_plan(
         memory_utilization=memory_utilization,
         options=options,
         placement="striped",
-        chunk_len=options.chunk_len(setup.num_ranks),
+        chunk_len=options.geometry(setup.num_ranks).chunk_len,
         num_weights=shape.num_weights,
         kv_token_bytes=shape.kv_token_bytes,
         max_position=shape.spec.max_position,

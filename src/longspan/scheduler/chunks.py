@@ -1,15 +1,17 @@
-"""How far a request goes in one step: token budgets, balance over ranks, and predicted time.
+"""How far a request goes in one step, and on which ranks: token budgets, balance over ranks, and predicted time.
 
 Holds the cutting of prompts. Must not know which requests share a step, or plans.
 Read next: `longspan.costmodel.step_time`, which predicts; `longspan.scheduler.scheduler`, which asks.
 """
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from longspan.config import EngineConfig
 from longspan.costmodel.step_time import StepTime
-from longspan.scheduler.memory import KVMemory
+from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.request import Request
+from longspan.sharding.geometry import StepGeometry
 from longspan.types import Phase
 
 MAX_SCORED_TOKENS = 512
@@ -20,45 +22,70 @@ vocabulary."""
 class Chunks:
     """Cuts the prompts of one scheduler."""
 
-    def __init__(self, config: EngineConfig, memory: KVMemory, step_time: StepTime) -> None:
-        """Args: `memory` for how prompts are striped, `step_time` for what a step takes."""
-        self._config, self._memory, self._step_time = config, memory, step_time
+    def __init__(self, config: EngineConfig, geometry: StepGeometry, step_time: StepTime) -> None:
+        """Keep what chunks are cut by.
+
+        Args:
+            config: of the engine.
+            geometry: how prompts are striped.
+            step_time: what a step takes.
+        """
+        self._config, self._geometry, self._step_time = config, geometry, step_time
+        self._full_budget = (config.max_num_batched_tokens,) * config.context_parallel_size
 
     @property
     def step_flops(self) -> float:
         """What a rank may compute in one step, if `max_step_ms` is set."""
         return self._step_time.flops_within((self._config.max_step_ms or 0) * 1e-3)
 
+    def ranks(self, request: Request, end: int) -> AbstractSet[int]:
+        """Ranks that a step up to `end` may involve: those with a key that it may see, or a page to copy."""
+        allocation = request.allocation
+        assert allocation is not None
+        start = self._step_time.first_key(request.num_planned)
+        if start == 0 and end >= len(request.token_ids):
+            ranks: AbstractSet[int] = allocation.ranks
+        else:
+            ranks = {rank for rank, _, _ in allocation.ranks_of(start, end)}
+        return ranks | {copy.source.rank for copy in allocation.copies} if allocation.copies else ranks
+
+    def next_ranks(self, request: Request, allocation: Allocation) -> AbstractSet[int]:
+        """Ranks that a request's next step may involve, if it has the whole token budget."""
+        if len(allocation.page_ranks) == 1 and not allocation.copies:
+            return allocation.ranks
+        end = len(request.token_ids) if request.phase is Phase.DECODE else self.end(request, self._full_budget)
+        return self.ranks(request, end)
+
     def end(self, request: Request, budget: Sequence[int]) -> int:
         """How far a request's next step goes: until some rank's token budget is spent."""
-        size = self._config.page_size
+        allocation = request.allocation
+        assert allocation is not None
         if request.phase is Phase.DECODE:
-            (owner, _, _), *_ = request.ranks_of(request.num_computed, request.num_computed + 1, size)
+            (owner, _, _), *_ = allocation.ranks_of(request.num_computed, request.num_computed + 1)
             return request.num_computed + (1 if budget[owner] else 0)
         left = list(budget)
-        is_striped = len(request.page_ranks) > 1
+        is_striped = len(allocation.page_ranks) > 1
         if is_striped:
-            left = [min(tokens, self._memory.striped_tokens_per_rank) for tokens in left]
+            left = [min(tokens, self._geometry.tokens_per_rank) for tokens in left]
         if request.params.prompt_logprobs is not None:
             left = [min(tokens, MAX_SCORED_TOKENS) for tokens in left]
         end = request.num_computed
-        for rank, start, stop in request.ranks_of(end, len(request.token_ids), size):
+        for rank, start, stop in allocation.ranks_of(end, len(request.token_ids)):
             taken = min(stop - start, left[rank])
             left[rank] -= taken
             end += taken
             if start + taken < stop:
                 break
-        if is_striped and min(budget) < self._memory.striped_tokens_per_rank:  # decodes took some of it
-            return self._balanced_end(request, end)
+        if is_striped and min(budget) < self._geometry.tokens_per_rank:  # decodes took some of it
+            return self._balanced_end(request.num_computed, allocation, end)
         return end
 
-    def _balanced_end(self, request: Request, end: int) -> int:
-        """A chunk's end rounded down to where snake order has come round, or at least to where a stripe ends, so that
+    def _balanced_end(self, start: int, allocation: Allocation, end: int) -> int:
+        """Round a chunk's end down to where snake order has come round, or at least to where a stripe ends, so that
         the ranks share the work of this chunk and the next."""
-        size, start = self._config.page_size, request.num_computed
-        num_ranks = len({rank for rank, _ in request.page_ranks})
-        stripe = self._memory.stripe_len if num_ranks > 1 else size
-        origin = request.num_hit_pages * size
+        size, num_ranks = allocation.page_size, len(allocation.ranks)
+        stripe = self._geometry.stripe_len if num_ranks > 1 else size
+        origin = allocation.num_hit_pages * size
         for unit in (2 * num_ranks * stripe, num_ranks * stripe, stripe, size):
             rounded = origin + (end - origin) // unit * unit
             if rounded > start:
@@ -67,22 +94,24 @@ class Chunks:
 
     def work(self, request: Request, end: int) -> dict[int, float]:
         """Flops per rank of a step that takes a request to `end`."""
-        return self._work(request, end, self._key_shares(request))
+        allocation = request.allocation
+        assert allocation is not None
+        return self._work(request.num_computed, allocation, end, self._key_shares(request, allocation))
 
-    def _work(self, request: Request, end: int, key_shares: Mapping[int, float]) -> dict[int, float]:
+    def _work(self, start: int, allocation: Allocation, end: int, key_shares: Mapping[int, float]) -> dict[int, float]:
         """A rank has the flops of the tokens that it computes, but where queries move those of its share of keys."""
         work: dict[int, float] = {}
-        for rank, first, last in request.ranks_of(request.num_computed, end, self._config.page_size):
+        for rank, first, last in allocation.ranks_of(start, end):
             dense_flops = (last - first) * self._step_time.token_flops
             flops = dense_flops if key_shares else self._step_time.chunk_flops(first, last)
             work[rank] = work.get(rank, 0.0) + flops
         if key_shares:
-            attention_flops = self._step_time.attention_flops(request.num_computed, end)
+            attention_flops = self._step_time.attention_flops(start, end)
             for rank, share in key_shares.items():
                 work[rank] = work.get(rank, 0.0) + share * attention_flops
         return work
 
-    def _key_shares(self, request: Request) -> dict[int, float]:
+    def _key_shares(self, request: Request, allocation: Allocation) -> dict[int, float]:
         """Share of the next step's keys per rank if its queries are expected to move, as those of the last step did.
 
         A short chunk behind a long context has few owners, often one: they do not compute its attention alone.
@@ -91,7 +120,7 @@ class Chunks:
             return {}
         first = self._step_time.first_key(request.num_computed)
         held: dict[int, int] = {}
-        for rank, start, end in request.ranks_of(first, request.num_computed + 1, self._config.page_size):
+        for rank, start, end in allocation.ranks_of(first, request.num_computed + 1):
             held[rank] = held.get(rank, 0) + end - start
         return {rank: num_keys / (request.num_computed + 1 - first) for rank, num_keys in held.items()}
 
@@ -100,12 +129,13 @@ class Chunks:
 
         A lead goes on by a page anyway, others not at all where even that would be too much.
         """
-        start, size = request.num_computed, self._config.page_size
-
-        key_shares = self._key_shares(request)
+        allocation = request.allocation
+        assert allocation is not None
+        start, size = request.num_computed, allocation.page_size
+        key_shares = self._key_shares(request, allocation)
 
         def fits(end: int) -> bool:
-            return all(flops <= left[rank] for rank, flops in self._work(request, end, key_shares).items())
+            return all(flops <= left[rank] for rank, flops in self._work(start, allocation, end, key_shares).items())
 
         if end == start or fits(end):
             return end
@@ -116,4 +146,4 @@ class Chunks:
         one_page = min(end, (start // size + 1) * size)
         if low <= one_page:
             return one_page if is_lead or low == one_page else start
-        return self._balanced_end(request, low)
+        return self._balanced_end(start, allocation, low)

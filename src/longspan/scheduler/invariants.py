@@ -14,19 +14,20 @@ def check_books(scheduler: Scheduler) -> None:
     scheduler.memory.check_integrity()
     _check_owners(scheduler)
     for request in scheduler.waiting:
-        assert not request.tables, "a request that waits has pages"
-        assert not request.copies, "a request that waits has pages to copy"
+        assert request.allocation is None, "a request that waits has pages"
         assert not request.in_flight, "a request that waits is being computed"
 
 
 def _check_owners(scheduler: Scheduler) -> None:
     """Every page has as many references as owners, none without an owner is in use, and promises add up."""
     memory, running = scheduler.memory, scheduler.running
+    allocations = [request.allocation for request in running if request.allocation is not None]
+    assert len(allocations) == len(running), "a request that runs has no pages"
     owners = Counter(
         (run.rank, group_idx, run.slot + i)
-        for request in running
-        for group_idx, table in enumerate(request.tables)
-        for run in (*table.runs, *(copy.source for copy in request.copies if copy.group_idx == group_idx))
+        for allocation in allocations
+        for group_idx, table in enumerate(allocation.tables)
+        for run in (*table.runs, *(copy.source for copy in allocation.copies if copy.group_idx == group_idx))
         for i in range(run.num_pages)
     )
     promised = [[0] * len(memory.model.kv_groups) for _ in memory.allocators]
@@ -37,17 +38,17 @@ def _check_owners(scheduler: Scheduler) -> None:
         assert allocator.references(slot) == count, "owners and references differ"
         if memory.model.kv_groups[group_idx].spec.window is not None:
             promised[rank][group_idx] += count - 1
-    for request in running:
-        for group_idx, table in enumerate(request.tables):
+    for allocation in allocations:
+        for group_idx, table in enumerate(allocation.tables):
             new = Counter(
                 run.rank
                 for run in table.runs
                 for i in range(run.num_pages)
-                if run.page_idx + i >= request.num_hit_pages
+                if run.page_idx + i >= allocation.num_hit_pages
             )
-            for rank, claim in request.claims[group_idx].items():
+            for rank, claim in allocation.claims.promised[group_idx].items():
                 promised[rank][group_idx] += max(0, claim - new[rank])
-    assert promised == memory.promised, "not what running requests may still need"
+    assert promised == memory.reservations.promised, "not what running requests may still need"
     used = Counter((rank, group_idx) for rank, group_idx, _ in owners)
     for rank, allocators in enumerate(memory.allocators):
         for group_idx, allocator in enumerate(allocators):

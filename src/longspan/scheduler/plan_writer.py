@@ -6,6 +6,7 @@ Read next: `longspan.plan.build`, which puts a plan together; `longspan.costmode
 """
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 
 from longspan.config import EngineConfig
@@ -14,9 +15,11 @@ from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.plan.build import RequestStep, build_plan, score_runs
 from longspan.plan.types import PageCopy, Plan, SampledBy, ScoreRun, TableDelta
+from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
+from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec, Phase, Strategy
 
 MOVE_QUERIES = (Strategy.PASS_Q, Strategy.TREE)
@@ -41,7 +44,7 @@ class PlanWriter:
     def write(
         self,
         plan_id: int,
-        ranks: set[int],
+        ranks: AbstractSet[int],
         chosen: Sequence[tuple[Request, int]],
         movers: Phase | None,
         released: set[int],
@@ -61,12 +64,16 @@ class PlanWriter:
         copies: list[PageCopy] = []
         deltas: list[TableDelta] = []
         steps: list[RequestStep] = []
-        for request, end in chosen:
-            copies += request.copies
-            deltas += self._deltas(request, end, ranks)
-            steps.append(_request_step(request, end, sampled))
         groups = self._model.kv_groups
-        tables = [{r.request_id: r.tables[i] for r, _ in chosen} for i in range(len(groups))]
+        tables: list[dict[int, PageTable]] = [{} for _ in groups]
+        for request, end in chosen:
+            allocation = request.allocation
+            assert allocation is not None, "a request without pages is computed"
+            copies += allocation.copies
+            deltas += self._deltas(request, allocation, end, ranks)
+            steps.append(_request_step(request, allocation, end, sampled))
+            for of_group, table in zip(tables, allocation.tables, strict=True):
+                of_group[request.request_id] = table
         forced = self._config.forced_decode_strategy if movers is Phase.DECODE else self._config.forced_strategy
         choose = partial(plan_group, costs=self.costs, forced=forced)
         plan = build_plan(
@@ -79,25 +86,26 @@ class PlanWriter:
                 movers or plan.phase, i, step, tables[i], groups[i], self.costs, is_forced=forced is not None
             )
         for request, end in chosen:
-            request.num_planned, delivery = end, request.delivery
-            delivery.last_plan_id, delivery.moves_queries = plan_id, moves_queries and len(request.page_ranks) > 1
+            request.note_planned(end)
+            is_spread = request.allocation is not None and len(request.allocation.page_ranks) > 1
+            request.delivery.note_plan(plan_id, moves_queries=moves_queries and is_spread)
         return plan
 
-    def _deltas(self, request: Request, end: int, ranks: set[int]) -> list[TableDelta]:
+    def _deltas(self, request: Request, allocation: Allocation, end: int, ranks: AbstractSet[int]) -> list[TableDelta]:
         """Allocate what a step needs, and say what the ranks must learn of the page tables."""
         size = self._config.page_size
         if ranks <= request.delivery.informed_ranks:
-            for table in request.tables:
+            for table in allocation.tables:
                 if table.num_pages * size < end:
                     break
             else:
                 return []
         added = self._memory.grow(request, end)
-        assert all(table.num_pages * size >= end for table in request.tables)
-        return request.delivery.tell(request.request_id, request.tables, added, ranks)
+        assert all(table.num_pages * size >= end for table in allocation.tables)
+        return request.delivery.tell(request.request_id, allocation.tables, added, ranks)
 
 
-def _request_step(request: Request, end: int, sampled: SampledBy | None) -> RequestStep:
+def _request_step(request: Request, allocation: Allocation, end: int, sampled: SampledBy | None) -> RequestStep:
     """What a step computes of a request that has its pages already."""
     start, num_known = request.num_planned, len(request.token_ids)
     return RequestStep(
@@ -107,13 +115,13 @@ def _request_step(request: Request, end: int, sampled: SampledBy | None) -> Requ
         num_known=num_known,
         tokens=sampled or request.token_ids[start:end],
         sample=None if end < num_known else sample_row(request, end - 1),
-        scores=() if request.params.prompt_logprobs is None else _scores(request, start, end),
+        scores=() if request.params.prompt_logprobs is None else _scores(request, allocation, start, end),
     )
 
 
-def _scores(request: Request, start: int, end: int) -> Sequence[ScoreRun]:
+def _scores(request: Request, allocation: Allocation, start: int, end: int) -> Sequence[ScoreRun]:
     """Prompt rows whose next token is a prompt token, but for those that are scored already."""
     num_logprobs = request.params.prompt_logprobs
     assert num_logprobs is not None
     start, end = max(start, len(request.prompt_logprobs)), min(end, request.prompt_len - 1)
-    return score_runs(request.request_id, request.tables[0], request.token_ids, start, end, num_logprobs)
+    return score_runs(request.request_id, allocation.tables[0], request.token_ids, start, end, num_logprobs)

@@ -1,14 +1,16 @@
 """Where the pages of a prompt lie that some rank still has.
 
-Holds the search over the prefix caches of all ranks and KV groups. Must not know requests, room, or what is done with a
-hit.
-Read next: `longspan.kv.prefix`, what is searched; `longspan.scheduler.memory`, which decides.
+Holds the search over the prefix caches of all ranks and KV groups; changes none of them. Must not know requests, or
+what is done with a hit.
+Read next: `longspan.kv.prefix`, what is searched; `longspan.scheduler.admission`, which decides.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from longspan.kv.prefix import CachingAllocator
+from longspan.scheduler.reservations import Room
+from longspan.sharding.pages import PageRun
 from longspan.types import ModelSpec
 
 
@@ -16,7 +18,13 @@ class PrefixLookup:
     """Finds the longest prefix that later tokens can go on from."""
 
     def __init__(self, model: ModelSpec, page_size: int, allocators: Sequence[Sequence[CachingAllocator]]) -> None:
-        """Args: `allocators` [rank][KV group]."""
+        """Search the caches of some ranks.
+
+        Args:
+            model: its KV groups.
+            page_size: tokens per page.
+            allocators: [rank][KV group].
+        """
         self._page_size, self._allocators = page_size, allocators
         self._windows = [group.spec.window for group in model.kv_groups]
         self._full_groups = [i for i, window in enumerate(self._windows) if window is None]
@@ -55,6 +63,55 @@ class PrefixLookup:
             if all(a == b or gap[b - 1] < a for _, gap, a, b in spans):
                 return [ranks for ranks_of, _, a, b in spans for ranks in ranks_of[a:b]]
         return []
+
+    def taken(self, hashes: Sequence[bytes], hit: Sequence[int], home: int | None) -> Room | None:
+        """What using cached pages takes from the room of ranks.
+
+        Args:
+            hashes: of the pages.
+            hit: rank per page, from a prompt's first page on.
+            home: where pages that lie elsewhere are copied to, or None to use them where they lie.
+
+        Returns:
+            Pages, [rank][KV group]; None where a page is missing.
+        """
+        taken = [[0] * len(self._windows) for _ in self._allocators]
+        for group_idx, window in enumerate(self._windows):
+            for page_idx in range(self.first_needed_page(group_idx, len(hit)), len(hit)):
+                rank = hit[page_idx]
+                allocator = self._allocators[rank][group_idx]
+                slot = allocator.find(hashes[page_idx])
+                if slot is None:
+                    return None  # a shorter prefix than was found ends in another window
+                taken[rank][group_idx] += window is not None or allocator.is_idle(slot)
+                if home is not None:
+                    taken[home][group_idx] += rank != home
+        return taken
+
+    def runs(self, hashes: Sequence[bytes], hit: Sequence[int], group_idx: int) -> list[PageRun]:
+        """The cached pages of one KV group as runs of a page table, those that windows no longer reach left out.
+
+        Args:
+            hashes: of the pages.
+            hit: rank per page, from a prompt's first page on.
+            group_idx: the group.
+        """
+        runs: list[PageRun] = []
+        first = last = self.first_needed_page(group_idx, len(hit))  # of the run that grows
+        run_slot = 0
+        for page_idx in range(first, len(hit)):
+            rank = hit[page_idx]
+            slot = self._allocators[rank][group_idx].find(hashes[page_idx])
+            assert slot is not None
+            if page_idx > first and (rank != hit[first] or slot != run_slot + page_idx - first):
+                runs.append(PageRun(first, hit[first], run_slot, page_idx - first))
+                first = page_idx
+            if page_idx == first:
+                run_slot = slot
+            last = page_idx + 1
+        if last > first:
+            runs.append(PageRun(first, hit[first], run_slot, last - first))
+        return runs
 
     def _ranks_with(self, hashes: Sequence[bytes], groups: Sequence[int]) -> list[frozenset[int]]:
         """Per page, the ranks that have it in all of some groups."""

@@ -1,18 +1,20 @@
 """One request, as the driver holds it: the truth from which all KV can be recomputed.
 
-Holds token ids, sampling state and page tables. Must not know torch, processes or text.
-Read next: `longspan.scheduler.scheduler`.
+Holds token ids, sampling state, and how far the request has come; it alone changes its fields. Its pages are its
+allocation's. Must not know torch, processes or text.
+Read next: `longspan.scheduler.allocation`; `longspan.scheduler.scheduler`.
 """
 
-from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from longspan.errors import LongspanError
-from longspan.plan.types import PageCopy, SampleRow
+from longspan.kv.prefix import extend_hashes
+from longspan.plan.types import SampleRow
+from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.delivery import Delivery
-from longspan.sharding.pages import PageTable
 from longspan.types import FinishReason, Phase, SamplingParams, TokenLogprobs
 
 
@@ -50,26 +52,11 @@ class Request:
     """Tokens whose KV is stored."""
     num_planned: int = 0
     """Tokens whose KV is stored, or is being computed by plans in flight."""
-    tables: list[PageTable] = field(default_factory=list)
-    """Per KV group, empty before admission."""
-    page_ranks: list[tuple[int, int]] = field(default_factory=list)
-    """(rank, pages) runs: the placement of all pages that are allocated or promised, cached ones included."""
-    page_ends: list[int] = field(default_factory=list)
-    """Per run of `page_ranks`, one past its last page."""
+    allocation: Allocation | None = None
+    """The request's pages, from its admission to a preemption; the memory's. Once the request has ended it says where
+    they were, and holds nothing."""
     page_hashes: list[bytes] = field(default_factory=list)
-    """Of the full pages of `token_ids`, as far as they were needed."""
-    num_hit_pages: int = 0
-    """Pages that were found in the prefix cache at admission."""
-    num_published: int = 0
-    """Pages that the prefix cache knows."""
-    copies: list[PageCopy] = field(default_factory=list)
-    """Cached pages of other ranks to copy in the next step; their sources are kept until it is done."""
-    claims: list[dict[int, int]] = field(default_factory=list)
-    """Per KV group: rank to pages promised there, those held included."""
-    held: list[dict[int, int]] = field(default_factory=list)
-    """Per KV group: rank to new pages held there."""
-    num_new: dict[int, int] = field(default_factory=dict)
-    """Rank to pages placed there, cached ones not included."""
+    """Of the full pages of `token_ids`, as far as they were needed (`hash_pages`)."""
     num_preemptions: int = 0
     delivery: Delivery = field(default_factory=Delivery)
     """What the ranks were told of it. The plan writer's."""
@@ -100,11 +87,6 @@ class Request:
         return self.num_planned > self.num_computed
 
     @property
-    def num_pages(self) -> int:
-        """Pages that are placed."""
-        return self.page_ends[-1] if self.page_ends else 0
-
-    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.prompt_len
 
@@ -112,44 +94,47 @@ class Request:
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.prompt_len :]
 
-    def ranks_of(self, start: int, end: int, page_size: int) -> list[tuple[int, int, int]]:
-        """(rank, start, end) of the planned placement of positions `[start, end)`, in sequence order."""
-        found: list[tuple[int, int, int]] = []
-        index = bisect_right(self.page_ends, start // page_size)
-        while index < len(self.page_ranks) and start < end:
-            last = min(end, self.page_ends[index] * page_size)
-            found.append((self.page_ranks[index][0], start, last))
-            start = last
-            index += 1
-        return found
+    def hash_pages(self, page_size: int) -> list[bytes]:
+        """Hashes of all full pages of `token_ids`, computed once."""
+        extend_hashes(self.page_hashes, self.token_ids, page_size)
+        return self.page_hashes
 
-    def place(self, rank: int, num_pages: int) -> None:
-        """Note where the next pages go."""
-        if self.page_ranks and self.page_ranks[-1][0] == rank:
-            self.page_ranks[-1] = (rank, self.page_ranks[-1][1] + num_pages)
-            self.page_ends[-1] += num_pages
-        else:
-            self.page_ends.append(self.num_pages + num_pages)
-            self.page_ranks.append((rank, num_pages))
+    def admit(self, allocation: Allocation, num_tokens: int) -> None:
+        """Go on from cached pages.
 
-    def forget_pages(self) -> None:
-        """Nothing is placed, promised, held or computed any more."""
-        self.tables, self.page_ranks, self.page_ends = [], [], []
-        self.claims, self.held, self.num_new = [], [], {}
-        self.num_hit_pages = self.num_published = 0
+        Args:
+            allocation: the request's pages from now on.
+            num_tokens: tokens whose KV was found in the prefix cache.
+        """
+        self.allocation = allocation
+        self.num_computed = self.num_planned = num_tokens
+        if self.num_preemptions == 0:
+            self.num_cached = num_tokens
+
+    def preempt(self) -> None:
+        """Begin again without pages, which the memory has back; all tokens are kept."""
+        self.allocation = None
+        self.num_preemptions += 1
         self.num_computed = self.num_planned = 0
         self.delivery.forget_tables()
 
     def lose_ranks(self, *, was_in_flight: bool) -> None:
-        """The ranks that computed it are gone, with all that they held. Args: whether a plan in flight computed it."""
+        """Begin again, as the ranks that computed it are gone with all that they held.
+
+        Args:
+            was_in_flight: whether a plan in flight computed it.
+        """
         self.num_crashes += was_in_flight
         self.farthest = max(self.farthest, self.num_computed)
-        self.forget_pages()
-        self.copies = []
+        self.preempt()
         self.delivery.lose_ranks()
 
+    def note_planned(self, end: int) -> None:
+        """Take down that a plan computes all tokens up to `end`."""
+        self.num_planned = end
+
     def note_computed(self, num_tokens: int) -> None:
-        """So many tokens have their KV stored now."""
+        """Take down that so many tokens have their KV stored."""
         self.num_computed = max(self.num_computed, num_tokens)
         if self.num_computed > self.farthest:
             self.num_crashes = 0
@@ -174,9 +159,25 @@ class Request:
                 self._seen[token_id // 8] |= 1 << token_id % 8
         return bytes(self._seen)
 
+    def note_row(self, row: SampleRow) -> None:
+        """Keep how all next tokens are sampled, but for their positions."""
+        self.next_row = row
+
+    def end(self, reason: FinishReason) -> None:
+        """Take down why the request has ended."""
+        self.finish_reason = reason
+
     def fail(self, reason: str) -> None:
-        """The request cannot go on."""
+        """End with an error.
+
+        Args:
+            reason: why the request cannot go on.
+        """
         self.finish_reason, self.error = FinishReason.ERROR, reason
+
+    def add_prompt_logprobs(self, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Append the log-probabilities of the next prompt tokens."""
+        self.prompt_logprobs.extend(logprobs)
 
     def add_token(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Append a sampled token and see whether it ends the request."""

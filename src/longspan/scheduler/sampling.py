@@ -33,7 +33,8 @@ def sample_row(request: Request, position: int) -> SampleRow:
     if not is_alike:
         return _row(request, position)
     if request.next_row is None:
-        request.next_row = _row(request, position)
+        request.note_row(_row(request, position))
+    assert request.next_row is not None
     return structs.replace(request.next_row, position=position)
 
 

@@ -36,6 +36,7 @@ import secrets
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from longspan.config import EngineConfig
@@ -43,39 +44,29 @@ from longspan.costmodel.parameters import Costs
 from longspan.costmodel.step_time import StepTime
 from longspan.errors import ConfigError
 from longspan.kv.prefix import extend_hashes
-from longspan.plan.types import (
-    Plan,
-    PlanResult,
-)
+from longspan.plan.types import Plan, PlanResult
+from longspan.scheduler.admission import DECODE_COST
+from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.chunks import Chunks
-from longspan.scheduler.memory import DECODE_COST, KVMemory
+from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.plan_writer import PlanWriter
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.sampling import can_sample_ahead
+from longspan.scheduler.turns import Turn, Turns
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
-
-PATIENCE = 2
-"""Plans per rank and running request that a prompt waits for its next chunk before it goes first."""
 
 SUSPECT_CRASHES = 2
 """Losses of the ranks, one after another, after which a request that was in flight each time runs alone."""
 
 
-class _Ready(NamedTuple):
-    """A request whose next step can start once its ranks are idle; ordered by turns."""
+class InFlight(NamedTuple):
+    """A plan that has not come back."""
 
-    turn: int
-    is_decode: bool
-    """Of equal turns prefill is first,"""
-    last_plan_id: int
-    """then whoever waited longest,"""
-    num_others: int
-    """then whoever needs most ranks,"""
-    request_id: int
-    """then whoever is oldest."""
-    request: Request
-    ranks: set[int]
-    """That the step may involve."""
+    plan: Plan
+    requests: list[Request]
+    """That it computes."""
+    flops: float
+    """Of the rank with most."""
 
 
 class Scheduler:
@@ -86,24 +77,34 @@ class Scheduler:
     """
 
     def __init__(self, model: ModelSpec, config: EngineConfig, num_pages: Sequence[int]) -> None:
-        """Args: `num_pages` per KV group, the same on every rank."""
+        """Begin without requests.
+
+        Args:
+            model: its KV groups, vocabulary and limits.
+            config: of the engine.
+            num_pages: per KV group, the same on every rank.
+        """
         self.model, self.config = model, config
         self.memory = KVMemory(model, config, num_pages)
         self.step_time = StepTime(model, config.num_threads)
         self.writer = PlanWriter(model, config, self.memory)
-        self._chunks = Chunks(config, self.memory, self.step_time)
+        self._chunks = Chunks(config, self.memory.placer.geometry, self.step_time)
+        self._turns = Turns(config.context_parallel_size)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """The oldest first."""
+        self.requests: dict[int, Request] = {}
+        """All requests that have not ended, by their numbers."""
+        self.in_flight: dict[int, InFlight] = {}
+        """Plans that have not come back, by their numbers."""
+        self.busy_ranks: set[int] = set()
+        """Ranks with a plan in flight."""
+        self.cancelled: set[int] = set()
+        """Numbers of requests that end when a plan that computes them comes back."""
         self.num_preemptions = 0
-        self._by_id: dict[int, Request] = {}
-        self._busy: set[int] = set()
-        self._in_flight: dict[int, tuple[Plan, list[Request], float]] = {}  # with the flops of the rank with most
-        self._cancelled: set[int] = set()  # requests that end when a plan that computes them comes back
+        self.next_plan_id = 0
+        self.next_request_id = 0
         self._unreported: dict[int, set[int]] = {rank: set() for rank in range(config.context_parallel_size)}
-        self._last_prefill = [-1] * config.context_parallel_size  # per rank, plan id of the last prefill
-        self._next_plan_id = 0
-        self._next_request_id = 0
 
     def use_costs(self, costs: Costs, striped_from: int | None) -> None:
         """Choose by what the ranks measured: a scheduler is there before they are. Call it before the first plan.
@@ -114,7 +115,7 @@ class Scheduler:
         """
         self.writer.use_costs(costs)
         if striped_from is not None:
-            self.memory.stripe_from(striped_from)
+            self.memory.placer.stripe_from(striped_from)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -142,11 +143,11 @@ class Scheduler:
         if page_hashes is None:
             page_hashes = self.check_request(prompt, params)
         else:
-            self.memory.check_fits(len(prompt), params.max_tokens)  # there may be fewer ranks since
+            self.memory.placer.check_fits(len(prompt), params.max_tokens)  # there may be fewer ranks since
         if params.json_schema is not None and constraint is None:
             raise ConfigError("json_schema: got no constraint with it, legal is one that `models.grammar` made of it")
         request = Request(
-            request_id=self._next_request_id,
+            request_id=self.next_request_id,
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             token_ids=prompt,
@@ -155,8 +156,8 @@ class Scheduler:
             constraint=constraint,
             page_hashes=page_hashes,
         )
-        self._next_request_id += 1
-        self._by_id[request.request_id] = request
+        self.next_request_id += 1
+        self.requests[request.request_id] = request
         self.waiting.append(request)
         return request
 
@@ -185,7 +186,7 @@ class Scheduler:
                 f"prompt + max_tokens: got {len(prompt)} + {params.max_tokens} = {total} tokens, legal is at most "
                 f"{limit} (max_position_embeddings of the model)"
             )
-        self.memory.check_fits(len(prompt), params.max_tokens)
+        self.memory.placer.check_fits(len(prompt), params.max_tokens)
         page_hashes: list[bytes] = []
         if self.config.enable_prefix_caching:
             extend_hashes(page_hashes, prompt, self.config.page_size)
@@ -198,9 +199,9 @@ class Scheduler:
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request, whatever its state, and free its pages. A plan that computes it changes nothing any more."""
-        request.finish_reason = reason
-        self._cancelled.discard(request.request_id)
-        self._by_id.pop(request.request_id, None)
+        request.end(reason)
+        self.cancelled.discard(request.request_id)
+        self.requests.pop(request.request_id, None)
         if request in self.waiting:
             self.waiting.remove(request)
         else:
@@ -217,7 +218,7 @@ class Scheduler:
         if request.finish_reason is not None:
             return
         if request.in_flight:
-            self._cancelled.add(request.request_id)
+            self.cancelled.add(request.request_id)
         else:
             self.finish(request, FinishReason.ABORT)
 
@@ -225,8 +226,7 @@ class Scheduler:
         """Take all pages from a running request that is not in flight; it will be computed again."""
         self.running.remove(request)
         self.memory.free(request)
-        request.forget_pages()
-        request.num_preemptions += 1
+        request.preempt()
         self.num_preemptions += 1
         waiting = list(self.waiting)
         insort(waiting, request, key=lambda r: r.request_id)
@@ -237,14 +237,13 @@ class Scheduler:
 
         See Note: lost ranks. Plans in flight are forgotten; the caller hands in no result of theirs any more.
         """
-        in_flight = {request.request_id for _, requests, _ in self._in_flight.values() for request in requests}
-        self._in_flight.clear()
-        self._busy.clear()
-        for request in [request for request in self.running if request.request_id in self._cancelled]:
+        in_flight = {request.request_id for flight in self.in_flight.values() for request in flight.requests}
+        self.in_flight.clear()
+        self.busy_ranks.clear()
+        for request in [request for request in self.running if request.request_id in self.cancelled]:
             self.finish(request, FinishReason.ABORT)
         for request in self.running:
             request.lose_ranks(was_in_flight=request.request_id in in_flight)
-            request.num_preemptions += 1
         for request in self.waiting:
             request.delivery.lose_ranks()
         self.waiting = deque(sorted([*self.waiting, *self.running], key=lambda request: request.request_id))
@@ -252,7 +251,7 @@ class Scheduler:
         self.memory.forget_all()
         for unreported in self._unreported.values():
             unreported.clear()
-        self._last_prefill = [-1] * self.config.context_parallel_size
+        self._turns.forget_ranks()
 
     def take_over(self, other: "Scheduler") -> None:
         """Go on with the requests of a scheduler for other ranks, which has lost them: all of them wait.
@@ -261,9 +260,9 @@ class Scheduler:
             other: not to be used any more.
         """
         assert not other.running, "restart comes first"
-        self.waiting, self._by_id = other.waiting, other._by_id
+        self.waiting, self.requests = other.waiting, other.requests
         self.num_preemptions, self.writer.choices = other.num_preemptions, other.writer.choices
-        self._next_plan_id, self._next_request_id = other._next_plan_id, other._next_request_id
+        self.next_plan_id, self.next_request_id = other.next_plan_id, other.next_request_id
         self.memory.num_queried_tokens = other.memory.num_queried_tokens
         self.memory.num_hit_tokens = other.memory.num_hit_tokens
 
@@ -272,17 +271,20 @@ class Scheduler:
     def schedule(self) -> Plan | None:
         """The next plan to submit, or None when nothing can start now."""
         self._admit()  # also while all ranks are busy: whoever has a place does not wait for one
-        if len(self._busy) == self.config.context_parallel_size:
+        if len(self.busy_ranks) == self.config.context_parallel_size:
             return self._run_ahead()
-        ready: list[_Ready] = []
+        ready: list[Turn] = []
         candidates = self._candidates()
         for request in candidates:  # the oldest gets its page first; who is preempted for it is younger
-            if not request.in_flight and request.page_ranks and self._has_page(request):
-                ready.append(self._ready(request))
+            allocation = request.allocation
+            if allocation is None or request.in_flight or not self._has_page(request, allocation):
+                continue
+            ranks = self._chunks.next_ranks(request, allocation)
+            ready.append(self._turns.of(request, ranks, self.next_plan_id, len(self.running)))
         if not ready and candidates and candidates[0] not in self.running:
             return self.schedule()  # a suspect gave its pages to those that it kept waiting
         ready.sort()
-        taken = set(self._busy)
+        taken = set(self.busy_ranks)
         for lead in ready:
             if lead.ranks & taken:
                 taken |= lead.ranks
@@ -295,12 +297,12 @@ class Scheduler:
         suspect = next((request for request in self.running if request.num_crashes >= SUSPECT_CRASHES), None)
         if suspect is None:
             return list(self.running)
-        return [] if self._in_flight else [suspect]
+        return [] if self.in_flight else [suspect]
 
     def _run_ahead(self) -> Plan | None:
         """The plan behind one of decodes that is in flight, unless a request waits for a rank or for a page."""
         if self.config.async_scheduling and all(request.in_flight for request in self.running):
-            for plan, requests, _ in self._in_flight.values():
+            for plan, requests, _ in self.in_flight.values():
                 is_followed = any(request.delivery.last_plan_id != plan.plan_id for request in requests)
                 if plan.phase is Phase.DECODE and not is_followed and (chosen := self._ahead(plan, requests)):
                     return self._write_plan(set(plan.ranks), chosen, Phase.DECODE, 0.0, behind=plan)
@@ -309,46 +311,28 @@ class Scheduler:
     def _ahead(self, plan: Plan, requests: Sequence[Request]) -> list[tuple[Request, int]]:
         """The requests that a plan behind this one takes a token further; none if that would leave one behind."""
         chosen: list[tuple[Request, int]] = []
-        needs_all_ranks = False
+        needs_all_ranks, of_plan = False, set(plan.ranks)
         for request in requests:
             start, end = request.num_planned, request.num_planned + 1
-            if request.finish_reason is not None or request.request_id in self._cancelled:
+            if request.finish_reason is not None or request.request_id in self.cancelled:
                 continue
             if start + 1 - request.prompt_len >= request.params.max_tokens:
                 continue  # ends with the token that is being sampled
             if start != len(request.token_ids) or not can_sample_ahead(request):
                 return []
-            if end > request.num_pages * self.config.page_size and not self.memory.extend(request):
+            allocation = request.allocation
+            assert allocation is not None
+            if end > allocation.num_pages * self.config.page_size and not self.memory.extend(request):
                 return []
-            ranks = self._ranks(request, end)
-            if not ranks.issubset(plan.ranks):
+            ranks = self._chunks.ranks(request, end)
+            if not ranks <= of_plan:
                 return []
             # The token is known where it is sampled, and nowhere else before it has come back.
-            if len(request.page_ranks) > 1 and len(request.ranks_of(start - 1, end, self.config.page_size)) > 1:
+            if len(allocation.page_ranks) > 1 and len(allocation.ranks_of(start - 1, end)) > 1:
                 return []
             needs_all_ranks |= len(ranks) == len(plan.ranks)
             chosen.append((request, end))
         return chosen if needs_all_ranks else []
-
-    def _ready(self, request: Request) -> _Ready:
-        is_decode, end, turn = request.phase is Phase.DECODE, len(request.token_ids), request.delivery.last_plan_id
-        if not is_decode:
-            end = self._chunks.end(request, [self.config.max_num_batched_tokens] * self.config.context_parallel_size)
-        ranks = self._ranks(request, end)
-        patience = PATIENCE * self.config.context_parallel_size * (1 + len(self.running))
-        if not is_decode and self._next_plan_id - turn <= patience:
-            # Prefill waits as a queue: a rank that ran another prompt's chunk since has given prefill its turn. But not
-            # for ever: whoever needs a rank that all others need, and none that is idle, would never be first.
-            turn = max(turn, min(self._last_prefill[rank] for rank in ranks))
-        return _Ready(
-            turn,
-            is_decode,
-            request.delivery.last_plan_id,
-            self.config.context_parallel_size - len(ranks),
-            request.request_id,
-            request,
-            ranks,
-        )
 
     def _admit(self) -> None:
         """Let requests in, in order, while they fit."""
@@ -356,26 +340,18 @@ class Scheduler:
             return
         load = [0.0] * self.config.context_parallel_size
         for request in self.running:
-            self._add_load(load, request)
+            _add_load(load, request)
         while self.waiting and len(self.running) < self.config.max_num_seqs:
             if not self.memory.admit(self.waiting[0], load):
                 return
             request = self.waiting.popleft()
-            request.delivery.wait_from(self._next_plan_id - 1)  # -1 would overtake all others
+            request.delivery.wait_from(self.next_plan_id - 1)  # -1 would overtake all others
             insort(self.running, request, key=lambda r: r.request_id)
-            self._add_load(load, request)
+            _add_load(load, request)
 
-    def _add_load(self, load: list[float], request: Request) -> None:
-        """Add a running request's work per rank, in tokens to compute."""
-        ranks = {rank for rank, _ in request.page_ranks}
-        work = DECODE_COST + max(0, request.prompt_len - request.num_computed) / len(ranks)
-        for rank in ranks:
-            load[rank] += work
-
-    def _has_page(self, request: Request) -> bool:
+    def _has_page(self, request: Request, allocation: Allocation) -> bool:
         """Make sure that the request's next token has a page, at the cost of younger requests if need be."""
-        size = self.config.page_size
-        while len(request.token_ids) > request.num_pages * size:
+        while len(request.token_ids) > allocation.num_pages * allocation.page_size:
             if self.memory.extend(request):
                 continue
             if self.running[-1] is request:
@@ -388,19 +364,7 @@ class Scheduler:
             self._preempt(idle[-1])
         return True
 
-    def _ranks(self, request: Request, end: int) -> set[int]:
-        """Ranks that a step up to `end` may involve: those with a key that it may see, or a page to copy."""
-        size = self.config.page_size
-        start = self.step_time.first_key(request.num_planned)
-        if start == 0 and end >= len(request.token_ids):
-            ranks = {rank for rank, _ in request.page_ranks}
-        else:
-            ranks = {rank for rank, _, _ in request.ranks_of(start, end, size)}
-        for copy in request.copies:
-            ranks.add(copy.source.rank)
-        return ranks
-
-    def _make_plan(self, lead: _Ready, ready: Sequence[_Ready]) -> Plan:
+    def _make_plan(self, lead: Turn, ready: Sequence[Turn]) -> Plan:
         """Fill a plan with all requests that fit its ranks, their budgets, and what moves.
 
         Args:
@@ -422,8 +386,9 @@ class Scheduler:
         chosen: list[tuple[Request, int]] = []
         # Decodes first, they are small; the lead before all others of its phase.
         for other in sorted(ready, key=lambda other: (not other.is_decode, other is not lead)):
-            request = other.request
-            if not other.ranks <= ranks or (request.copies and other is not lead):
+            request, allocation = other.request, other.request.allocation
+            assert allocation is not None
+            if not other.ranks <= ranks or (allocation.copies and other is not lead):
                 continue
             if len(other.ranks) > 1:
                 if movers not in (None, request.phase):
@@ -439,14 +404,14 @@ class Scheduler:
             for rank, work in self._chunks.work(request, end).items() if is_timed else ():
                 flops_left[rank] -= work
                 flops[rank] += work
-            for rank, start, stop in request.ranks_of(request.num_computed, end, self.config.page_size):
+            for rank, start, stop in allocation.ranks_of(request.num_computed, end):
                 budget[rank] -= stop - start
             chosen.append((request, end))
         return self._write_plan(ranks, chosen, movers, max(flops))
 
     def _write_plan(
         self,
-        ranks: set[int],
+        ranks: AbstractSet[int],
         chosen: Sequence[tuple[Request, int]],
         movers: Phase | None,
         flops: float,
@@ -465,12 +430,11 @@ class Scheduler:
         for rank in ranks:
             released |= self._unreported[rank]
             self._unreported[rank].clear()
-        plan = self.writer.write(self._next_plan_id, ranks, chosen, movers, released, behind)
-        self._next_plan_id += 1
-        for rank in ranks if plan.phase is Phase.PREFILL else ():
-            self._last_prefill[rank] = plan.plan_id
-        self._busy |= ranks
-        self._in_flight[plan.plan_id] = (plan, [request for request, _ in chosen], flops)
+        plan = self.writer.write(self.next_plan_id, ranks, chosen, movers, released, behind)
+        self.next_plan_id += 1
+        self._turns.note_plan(plan)
+        self.busy_ranks |= ranks
+        self.in_flight[plan.plan_id] = InFlight(plan, [request for request, _ in chosen], flops)
         return plan
 
     # -- results -----------------------------------------------------------------------------------------------------
@@ -482,15 +446,15 @@ class Scheduler:
             The requests that the plan advanced, without those that were cancelled meanwhile. Those with a
             `finish_reason` have ended; `finish` has been called.
         """
-        plan, requests, flops = self._in_flight.pop(result.plan_id)
-        self._busy = {rank for other, _, _ in self._in_flight.values() for rank in other.ranks}
+        plan, requests, flops = self.in_flight.pop(result.plan_id)
+        self.busy_ranks = {rank for other, _, _ in self.in_flight.values() for rank in other.ranks}
         if plan.phase is Phase.PREFILL and self.config.max_step_ms is not None:
             self.step_time.learn(flops, max(rank_result.step_s for rank_result in result.ranks))
         computed = {run.request_id: run.end for run in plan.query_runs}
         requests = [request for request in requests if request.finish_reason is None]  # the others have ended meanwhile
         for request in requests:
             request.note_computed(computed[request.request_id])
-            self.memory.copied(request)
+            self.memory.release_copied(request)
         failed = {row.request_id: row.reason for rank_result in result.ranks for row in rank_result.failed}
         for request in requests:
             if request.request_id in failed:
@@ -499,21 +463,21 @@ class Scheduler:
                 self.memory.publish(request)
         for rank_result in result.ranks:
             for sampled in rank_result.sampled:
-                if (going_on := self._by_id.get(sampled.request_id)) is not None:
+                if (going_on := self.requests.get(sampled.request_id)) is not None:
                     going_on.add_token(sampled.token_id, sampled.logprobs)
         for request_id, reason in failed.items():
-            if (going_on := self._by_id.get(request_id)) is not None:
+            if (going_on := self.requests.get(request_id)) is not None:
                 going_on.fail(reason)
         scored = sorted((run for r in result.ranks for run in r.scored), key=lambda run: (run.request_id, run.position))
         for run in scored:
-            if (going_on := self._by_id.get(run.request_id)) is not None:
-                going_on.prompt_logprobs.extend(run.logprobs)
+            if (going_on := self.requests.get(run.request_id)) is not None:
+                going_on.add_prompt_logprobs(run.logprobs)
         return list(self._settle(requests))
 
     def _settle(self, requests: Iterable[Request]) -> Iterable[Request]:
         """End what has ended; the others lose the pages that their windows have left."""
         for request in requests:
-            if request.request_id in self._cancelled:
+            if request.request_id in self.cancelled:
                 self.finish(request, FinishReason.ABORT)
                 continue
             if request.finish_reason is not None:
@@ -521,3 +485,12 @@ class Scheduler:
             else:
                 self.memory.slide(request)
             yield request
+
+
+def _add_load(load: list[float], request: Request) -> None:
+    """Add a running request's work per rank, in tokens to compute."""
+    assert request.allocation is not None
+    ranks = request.allocation.ranks
+    work = DECODE_COST + max(0, request.prompt_len - request.num_computed) / len(ranks)
+    for rank in ranks:
+        load[rank] += work

@@ -36,10 +36,11 @@ from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.pool import PagePool
 from longspan.plan.build import RequestStep, build_plan
 from longspan.plan.types import SampleRow
+from longspan.sharding.geometry import StepGeometry
 from longspan.sharding.pages import PageTable
 from longspan.types import AttentionParams, Strategy
 
-STRIPING = Striping(num_ranks=2, stripe_blocks=4, chunk_blocks=8, min_striped_blocks=16)
+STRIPING = Striping(StepGeometry(num_ranks=2, page_size=32, stripe_len=128, chunk_len=256), min_striped_blocks=16)
 SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "head_size_v": 32, "dtype": torch.float32}
 
 

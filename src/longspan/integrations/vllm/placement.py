@@ -1,7 +1,7 @@
 """On which rank every block of a request lies, decided when its first block is allocated.
 
 Holds integers. Must not know vLLM.
-Read next: `longspan.integrations.vllm.spec`, which asks; `longspan.sharding.placement`, where stripes come from.
+Read next: `longspan.integrations.vllm.spec`, which asks; `longspan.sharding.geometry`, where stripes come from.
 """
 
 from bisect import bisect_right
@@ -9,18 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from longspan.sharding.placement import snake_rank, stripe_lengths
+from longspan.sharding.geometry import StepGeometry
+from longspan.sharding.placement import snake_rank
 
 
 @dataclass(frozen=True)
 class Striping:
-    """How long prompts are cut."""
+    """How prompts are cut, and which."""
 
-    num_ranks: int
-    stripe_blocks: int
-    """Blocks of a full stripe."""
-    chunk_blocks: int
-    """Blocks of a full chunk of prefill."""
+    geometry: StepGeometry
+    """A page is one of vLLM's blocks."""
     min_striped_blocks: int
     """Requests with fewer blocks of prompt are packed where one rank has room; 0 packs none."""
 
@@ -44,14 +42,13 @@ class RequestPlacement:
             room: free blocks per rank.
             home: rank that a packed request fills, and where stripes start.
         """
-        self._striping, self._home, self._first = striping, home, first_block
+        self._geometry, self._home, self._first = striping.geometry, home, first_block
         new_blocks = max(0, num_prompt_blocks - first_block)
         is_short = num_prompt_blocks < striping.min_striped_blocks
-        self.is_packed = striping.num_ranks == 1 or (is_short and new_blocks < room[home])
+        self.is_packed = striping.geometry.num_ranks == 1 or (is_short and new_blocks < room[home])
         self._ends: list[int] = []  # of the prompt's stripes, in blocks after the first
         if not self.is_packed:
-            stripes = stripe_lengths(new_blocks, striping.stripe_blocks, striping.chunk_blocks, striping.num_ranks, 0)
-            self._ends = list(accumulate(stripes))
+            self._ends = list(accumulate(striping.geometry.stripes(new_blocks)))
 
     def rank_of(self, block_idx: int) -> int:
         """Where a block of the sequence should lie; what has no room there goes to the next rank that has."""
@@ -62,8 +59,8 @@ class RequestPlacement:
             stripe = bisect_right(self._ends, offset)
         else:
             past = offset - (self._ends[-1] if self._ends else 0)
-            stripe = len(self._ends) + past // self._striping.stripe_blocks
-        return snake_rank(stripe, self._home, self._striping.num_ranks)
+            stripe = len(self._ends) + past // self._geometry.stripe_pages
+        return snake_rank(stripe, self._home, self._geometry.num_ranks)
 
 
 def choose_home(room: Sequence[int], last_rank: int | None, needed: int) -> int:

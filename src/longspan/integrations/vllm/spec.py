@@ -98,7 +98,7 @@ class PlacingManager(FullAttentionManager):
         pool = self.block_pool
         if not isinstance(pool.free_block_queue, RankedFreeQueue):
             free = pool.free_block_queue.get_all_free_blocks()
-            pool.free_block_queue = RankedFreeQueue(free, pool.num_gpu_blocks, striping.num_ranks)
+            pool.free_block_queue = RankedFreeQueue(free, pool.num_gpu_blocks, striping.geometry.num_ranks)
         self._queue: RankedFreeQueue = pool.free_block_queue
         self._prompt_blocks: dict[str, int] = {}
         self._placements: dict[str, RequestPlacement] = {}

@@ -41,6 +41,7 @@ from longspan.integrations.vllm.spec import PlacedSpec
 from longspan.integrations.vllm.staging import StagingCommunicator
 from longspan.integrations.vllm.step_sampler import StepSampler
 from longspan.kv.pool import PagePool
+from longspan.sharding.geometry import StepGeometry
 
 
 class Worker(RefusedCalls):
@@ -91,9 +92,7 @@ class Worker(RefusedCalls):
         options, budget = self._options, self.scheduler_config.max_num_batched_tokens
         shortest = {"packed": 2**31 - 1, "striped": 0, "auto": options.min_striped_len}[options.placement]
         striping = Striping(
-            num_ranks=self._cp_size,
-            stripe_blocks=-(-min(options.stripe_size, max(1, budget // (2 * self._cp_size))) // size),
-            chunk_blocks=max(1, budget // size),
+            geometry=StepGeometry.of_step_budget(self._cp_size, size, options.stripe_size, budget),
             min_striped_blocks=-(-shortest // size),
         )
         return self._model.kv_cache_spec(striping)

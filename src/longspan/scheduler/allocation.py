@@ -1,0 +1,97 @@
+"""What one request holds on the ranks: page tables, where its pages lie or will lie, and what is copied for it.
+
+Holds integers. `longspan.scheduler.memory` makes allocations and changes them; all others read. Must not know tokens,
+free slots or plans.
+Read next: `longspan.scheduler.reservations`, what a request has been promised; `longspan.scheduler.memory`.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+from longspan.plan.types import PageCopy
+from longspan.scheduler.reservations import Claims
+from longspan.sharding.pages import PageRun, PageTable
+
+
+class Allocation:
+    """The pages of one request, from its admission to its end or its preemption."""
+
+    __slots__ = (
+        "claims",
+        "copies",
+        "num_hit_pages",
+        "num_pages",
+        "num_published",
+        "page_ends",
+        "page_ranks",
+        "page_size",
+        "ranks",
+        "tables",
+    )
+
+    def __init__(self, page_size: int, num_groups: int) -> None:
+        """Hold nothing yet.
+
+        Args:
+            page_size: tokens per page.
+            num_groups: KV groups of the model.
+        """
+        self.page_size = page_size
+        self.tables = [PageTable(page_size) for _ in range(num_groups)]
+        """Per KV group."""
+        self.page_ranks: list[tuple[int, int]] = []
+        """(rank, pages) runs: the placement of all pages that are allocated or promised, cached ones included."""
+        self.page_ends: list[int] = []
+        """Per run of `page_ranks`, one past its last page."""
+        self.num_pages = 0
+        """Pages that are placed."""
+        self.ranks: frozenset[int] = frozenset()
+        """Ranks that have a page of the request, or will have."""
+        self.claims = Claims(num_groups)
+        """What the request has been promised."""
+        self.num_hit_pages = 0
+        """Pages that were found in the prefix cache at admission."""
+        self.num_published = 0
+        """Pages that the prefix cache knows."""
+        self.copies: list[PageCopy] = []
+        """Cached pages of other ranks to copy in the next step; their sources are kept until it is done."""
+
+    def ranks_of(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """(rank, start, end) of the placement of positions `[start, end)`, in sequence order."""
+        size = self.page_size
+        found: list[tuple[int, int, int]] = []
+        index = bisect_right(self.page_ends, start // size)
+        while index < len(self.page_ranks) and start < end:
+            last = min(end, self.page_ends[index] * size)
+            found.append((self.page_ranks[index][0], start, last))
+            start = last
+            index += 1
+        return found
+
+    def place(self, rank: int, num_pages: int) -> None:
+        """Note where the next pages go."""
+        self.num_pages += num_pages
+        if self.page_ranks and self.page_ranks[-1][0] == rank:
+            self.page_ranks[-1] = (rank, self.page_ranks[-1][1] + num_pages)
+            self.page_ends[-1] = self.num_pages
+        else:
+            self.page_ranks.append((rank, num_pages))
+            self.page_ends.append(self.num_pages)
+            self.ranks |= {rank}
+
+    def copy_to(self, home: int, group_idx: int, run: PageRun, slots: Iterable[tuple[int, int]]) -> None:
+        """Append copies of another rank's pages to a page table; the next step makes them.
+
+        Args:
+            home: rank of the copies.
+            group_idx: KV group of the pages.
+            run: the pages.
+            slots: (slot, pages) of the copies.
+        """
+        first = run.page_idx
+        for slot, num_pages in slots:
+            source = PageRun(first, run.rank, run.slot + first - run.page_idx, num_pages)
+            target = PageRun(first, home, slot, num_pages)
+            self.copies.append(PageCopy(group_idx, source, target))
+            self.tables[group_idx].apply([target])
+            first += num_pages

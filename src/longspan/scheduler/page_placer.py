@@ -1,0 +1,152 @@
+"""Where the new pages of a request go, and which requests can never have enough of them.
+
+Holds the placement policy of an engine, as arithmetic of pages and ranks. Must not know which pages are free at the
+moment (callers say it), which are cached, or requests.
+Read next: `longspan.sharding.placement`, which lays stripes on ranks; `longspan.scheduler.admission`, which asks first.
+"""
+
+from collections.abc import Sequence
+
+from longspan.config import EngineConfig
+from longspan.errors import CapacityError
+from longspan.scheduler.allocation import Allocation
+from longspan.scheduler.reservations import RankPools
+from longspan.sharding.capacity import pool_bytes
+from longspan.sharding.geometry import StepGeometry
+from longspan.sharding.placement import place, snake_rank
+from longspan.types import ModelSpec, Placement
+
+
+class PagePlacer:
+    """Places pages, by the user's policy or by ours."""
+
+    def __init__(self, model: ModelSpec, config: EngineConfig, pools: RankPools) -> None:
+        """Keep what placement depends on.
+
+        Args:
+            model: its KV groups.
+            config: of the engine.
+            pools: of every rank.
+        """
+        self._model, self._config, self._pools = model, config, pools
+        self._num_ranks = config.context_parallel_size
+        self.geometry = StepGeometry.of_rank_budget(
+            self._num_ranks, config.page_size, config.stripe_size, config.max_num_batched_tokens
+        )
+        """How striped prompts are cut."""
+        self.striped_from = config.striped_from
+        """Tokens of a prompt from which on `auto` stripes it."""
+
+    def stripe_from(self, num_tokens: int) -> None:
+        """Let `auto` stripe prompts of this length and longer."""
+        self.striped_from = num_tokens
+
+    @property
+    def may_leave_home(self) -> bool:
+        """Whether a request may have pages on several ranks."""
+        return self._config.forced_placement is not Placement.PACKED
+
+    @property
+    def max_request_len(self) -> int:
+        """Most tokens of one request, prompt and output together; windows may admit more than this."""
+        used_ranks = self._num_ranks if self.may_leave_home else 1
+        return used_ranks * self._pools.limit * self._config.page_size + 1
+
+    def placement_of(self, num_tokens: int) -> Placement:
+        """By the user's policy, or by ours: packed when short (and when one rank can hold it), else striped."""
+        forced = self._config.forced_placement
+        if forced is not None:
+            return forced
+        is_short = self._num_ranks == 1 or num_tokens < self.striped_from
+        if is_short and self._pools.fit(pages_for(num_tokens, self._config.page_size), self._pools.num_pages):
+            return Placement.PACKED
+        return Placement.STRIPED
+
+    def place(
+        self, prompt_pages: int, tail_pages: int, placement: Placement, room: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int]] | None:
+        """Choose the ranks of new pages.
+
+        Args:
+            prompt_pages: pages of known tokens.
+            tail_pages: pages of generated tokens behind them.
+            placement: the policy.
+            room: [rank][KV group], in pages.
+
+        Returns:
+            (rank, pages) runs in sequence order, or None when they do not fit.
+        """
+        total = prompt_pages + tail_pages
+        limiting = self._pools.limiting_group
+        free = [of_rank[limiting or 0] for of_rank in room]
+        by_rank = free
+        if limiting is None:
+            # Windows only: a rank with room for one window and one step holds any length, as pages get freed.
+            by_rank = [total if self._pools.needed(0, total) <= pages else pages for pages in free]
+        home = max(range(self._num_ranks), key=lambda rank: (free[rank], -rank))
+        runs = place(placement, self.geometry.stripes(prompt_pages, tail_pages), by_rank, home)
+        if runs is None:
+            return None
+        counts = [0] * self._num_ranks
+        for rank, pages in runs:
+            counts[rank] += pages
+        return runs if all(self._pools.fit(pages, room[rank]) for rank, pages in enumerate(counts) if pages) else None
+
+    def next_rank(self, allocation: Allocation, prompt_len: int) -> int:
+        """Where the next page of generated tokens should go.
+
+        A packed request's next page goes to the rank of its last one, a striped one's follows snake order.
+        """
+        forced = self._config.forced_placement
+        if forced in (Placement.PACKED, Placement.SPILL) or (forced is None and len(allocation.page_ranks) == 1):
+            return allocation.page_ranks[-1][0]
+        tail_pages = allocation.num_pages - pages_for(prompt_len, self._config.page_size)
+        home = allocation.page_ranks[0][0]
+        return snake_rank(max(0, tail_pages) // self.geometry.stripe_pages, home, self._num_ranks)
+
+    def check_fits(self, prompt_len: int, max_tokens: int) -> None:
+        """Refuse a request that would not fit even on empty ranks.
+
+        Raises:
+            CapacityError: with what was asked, what fits, and what would make it fit.
+        """
+        size = self._config.page_size
+        end = prompt_len + max_tokens - 1
+        placement = self.placement_of(prompt_len)
+        if placement is Placement.PACKED and self.may_leave_home:
+            placement = Placement.SPILL  # what is generated may go on to other ranks
+        prompt_pages = pages_for(prompt_len, size)
+        empty = [self._pools.num_pages] * self._num_ranks
+        if self.place(prompt_pages, pages_for(end, size) - prompt_pages, placement, empty) is not None:
+            return
+        used_ranks, limit = self._num_ranks if self.may_leave_home else 1, self._pools.limit
+        room = f"{used_ranks} rank{'s' * (used_ranks > 1)} x {limit} page{'s' * (limit > 1)} x {size} tokens"
+        raise CapacityError(
+            f"prompt + max_tokens: got {prompt_len} + {max_tokens} = {prompt_len + max_tokens} tokens, "
+            f"legal is at most {self.max_request_len} ({room}, and one that needs no page); "
+            f"what would fit it: {'; or '.join(self._ways_to_fit(end, used_ranks))}"
+        )
+
+    def _ways_to_fit(self, end: int, used_ranks: int) -> list[str]:
+        """What would make a request with `end` tokens in pages fit."""
+        size, config, limit = self._config.page_size, self._config, self._pools.limit
+        budget, pages = config.max_num_batched_tokens, pages_for(end, size)
+        others = "" if self.may_leave_home else " and placement striped or spill"
+        ways = [f"context_parallel_size of at least {-(-pages // limit)}{others}"]
+        if not self.may_leave_home and pages <= limit * self._num_ranks:
+            ways = ["placement striped or spill" + (", and another strategy than local") * (config.placement == "auto")]
+        needed = pool_bytes(self._model, -(-pages // used_ranks), size, budget)
+        ways.append(f"kv_cache_memory of at least {needed} bytes per rank")
+        memory = config.kv_cache_memory or pool_bytes(self._model, limit, size, budget)
+        for smaller in (size >> shift for shift in range(1, size.bit_length())):
+            if config.stripe_size % smaller:
+                continue
+            if pool_bytes(self._model, -(-pages_for(end, smaller) // used_ranks), smaller, budget) <= memory:
+                ways.append(f"page_size {smaller}")
+                break
+        return ways
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that hold so many tokens: division, rounded up."""
+    return -(-num_tokens // page_size)
