@@ -4,6 +4,7 @@ import pytest
 import simulate
 
 from longspan.kv.prefix import CachingAllocator
+from longspan.scheduler.delivery import Delivery
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
 
@@ -21,19 +22,22 @@ def test_a_seed_says_all():
     assert simulate.run_seed(5)[1] == simulate.run_seed(5)[1]
 
 
-def skip_copies(request, *, was_in_flight):
-    request.num_crashes += was_in_flight
-    request.forget_pages()
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
         (KVMemory, "forget_all", lambda self: None),
         (CachingAllocator, "forget_all", lambda self: None),
-        (Request, "lose_ranks", skip_copies),
+        (Request, "lose_ranks", lambda self, *, was_in_flight: self.preempt()),
+        (Request, "preempt", lambda self: None),
+        (Delivery, "forget_tables", lambda self: None),
     ],
-    ids=["pages_stay_held", "the_cache_stays_full", "requests_remember_lost_ranks"],
+    ids=[
+        "pages_stay_held",
+        "the_cache_stays_full",
+        "losses_are_not_counted",
+        "requests_keep_lost_pages",
+        "lost_ranks_count_as_informed",
+    ],
 )
 def test_what_is_not_forgotten_after_a_loss_is_noticed(owner, name, broken, monkeypatch):
     monkeypatch.setattr(owner, name, broken)

@@ -129,8 +129,9 @@ def test_scores_are_cut_where_the_rank_changes():
 
 def as_in_vllm(request: Request, start: int) -> RequestState:
     """A request as the plugin would hold it: with the same tokens and blocks."""
-    table = PageTable(request.tables[0].page_size)
-    table.apply(list(request.tables[0].runs))
+    (first, *_) = request.allocation.tables
+    table = PageTable(first.page_size)
+    table.apply(list(first.runs))
     num_logprobs, num_scored = request.params.prompt_logprobs, request.prompt_len - 1
     return RequestState(
         req_id=f"request-{request.request_id}",

@@ -2,7 +2,7 @@
 
 Holds one pure function of predictions. Must not know free memory or other requests: what does not fit one rank is
 striped anyway, and a server may have reasons to pack longer prompts.
-Read next: `longspan.costmodel.prompt_time`, which predicts; `longspan.scheduler.memory`, which places requests.
+Read next: `longspan.costmodel.prompt_time`, which predicts; `longspan.scheduler.page_placer`, which goes by it.
 """
 
 import msgspec

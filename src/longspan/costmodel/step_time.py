@@ -1,7 +1,7 @@
 """Predicted time of a step, by which chunks are cut.
 
 Holds arithmetic, and a fit to finished steps. Must not know clocks: the runner of plans reports how long they took.
-Read next: `longspan.scheduler.scheduler`, which cuts chunks.
+Read next: `longspan.scheduler.chunks`, which cuts prompts by it.
 
 Note: time = overhead + flops / rate
     Flops are those of the weights for every token, and of attention for every (query, key) pair. Overhead and rate are

@@ -1,7 +1,7 @@
 """Prefix cache of one rank and KV group: pages that outlive their request, found again by the hash of their tokens.
 
 Holds integers and hashes. Must not know tensors, requests, page tables or other ranks.
-Read next: `longspan.scheduler.memory`, which looks prefixes up on all ranks.
+Read next: `longspan.scheduler.prefix_lookup`, which looks prefixes up on all ranks.
 
 A page's hash covers its own tokens and all tokens before it, so equal hashes mean equal KV. Only full pages have a
 hash. The hash unit is a page whatever the rank count, and a page may have a copy on every rank.

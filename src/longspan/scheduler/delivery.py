@@ -54,6 +54,10 @@ class Delivery:
                 self.informed_ranks &= ranks  # the others miss this one
         return deltas
 
+    def note_plan(self, plan_id: int, *, moves_queries: bool) -> None:
+        """Take down that a plan computes the request."""
+        self.last_plan_id, self.moves_queries = plan_id, moves_queries
+
     def wait_from(self, plan_id: int) -> None:
         """Count from the given plan on how long the request waits for its next one."""
         self.last_plan_id = plan_id

@@ -1,7 +1,7 @@
 """Placement: the rank of each page of a request.
 
 Holds pure functions of integers. Must not know slots, requests or time.
-Read next: `longspan.scheduler.scheduler`, which asks for a placement when it admits a request.
+Read next: `longspan.sharding.geometry`; `longspan.scheduler.page_placer`, which places a request's pages.
 
 Note: snake order
     Striped placement lays stripes on ranks 0, 1, .., N-1, N-1, .., 1, 0, 0, 1, .. so that early (cheap) and late
