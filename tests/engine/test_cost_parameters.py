@@ -176,9 +176,7 @@ def test_every_difference_that_matters_is_measured_apart(measuring):
     costs_for(msgspec.structs.replace(measuring, simulated_links=links.replace("100", "200")), ranks)
     costs_for(msgspec.structs.replace(measuring, threads_per_rank=7), ranks)
     costs_for(msgspec.structs.replace(measuring, attention_backend="reference"), ranks)
-    rounded = msgspec.structs.replace(
-        GROUP, float32_partials=True, spec=msgspec.structs.replace(GROUP.spec, dtype="bfloat16")
-    )
+    rounded = msgspec.structs.replace(GROUP, float32_partials=True, spec=KVSpec.uniform(2, 8, 8, "bfloat16"))
     costs_for(measuring, ranks, model=msgspec.structs.replace(MODEL, kv_groups=(rounded,)))
     kept = msgspec.structs.replace(rounded, float32_partials=False)
     costs_for(measuring, ranks, model=msgspec.structs.replace(MODEL, kv_groups=(kept,)))
