@@ -24,6 +24,7 @@ def test_a_group_is_ready_when_all_have_come_and_are_ready():
     group.admit(a_hello(number=0, host="a"), b"voice 0")
     assert (group.missing, group.hosts) == ([], ("a", "b"))
     assert [group.voices(rank) for rank in (0, 1)] == [[b"voice 0"], [b"voice 1"]]
+    assert [group.at(voice) for voice in (b"voice 0", b"voice 1", b"stranger")] == [speaker(0), speaker(1), None]
     assert [group.note_ready(speaker(rank)) for rank in (0, 1, 1)] == [False, True, False]
     assert (group.name(speaker(1)), a_group().name(speaker(1))) == ("rank 1 (pid 7 on b)", "rank 1")
 

@@ -184,9 +184,8 @@ class Watch:
             if (process := self.membership.note_alive(message, peer)) is not None:
                 self._liveness.heard(process, message.progress)
         else:
-            process = _sender(message)
-            member = self.membership.get(process)
-            if member is None or member.voice != peer:
+            process = self.membership.at(peer)
+            if process is None or not _may_say(process, message):
                 reason = f"{type(message).__name__} came from a worker that is not in this group"
                 self._link.send(peer, encode(Refused(reason)))
             else:
@@ -282,8 +281,8 @@ class Watch:
         return self._launcher.name(process) or self.membership.name(process)
 
 
-def _sender(message: Answer | Measured | Files | Ready | Failed) -> ProcessId:
-    """The process that says it; what is about a rank's work, its first process says."""
+def _may_say(process: ProcessId, message: Answer | Measured | Files | Ready | Failed) -> bool:
+    """Whether a process may say this: what is about a rank's work, the rank's first process says."""
     if isinstance(message, Answer):
-        return speaker(message.result.rank)
-    return speaker(message.measurement.rank) if isinstance(message, Measured) else message.process
+        return process.speaks_for_rank and process.rank == message.result.rank
+    return process == (speaker(message.measurement.rank) if isinstance(message, Measured) else message.process)

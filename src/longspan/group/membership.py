@@ -46,7 +46,9 @@ class Membership:
         """
         self._shape, self._versions = shape, versions
         self._members: dict[ProcessId, Member] = {}
-        self._voices: list[list[bytes]] = [[] for _ in range(shape.num_ranks)]  # per rank; for every plan, so kept
+        # For every plan and answer, so kept: connections of each rank, and the process at each connection.
+        self._voices: list[list[bytes]] = [[] for _ in range(shape.num_ranks)]
+        self._speakers: dict[bytes, ProcessId] = {}
 
     def admit(self, hello: Hello, voice: bytes) -> ProcessId:
         """A process introduces itself over a connection. Returns which one it is.
@@ -75,6 +77,7 @@ class Membership:
                 raise ConfigError(f"version of {package}: got {theirs} from {who}, legal is the driver's, {ours}")
         self._members[process] = Member(hello, voice)
         self._voices[process.rank].append(voice)
+        self._speakers[voice] = process
         return process
 
     def compare_files(self, process: ProcessId, fingerprint: str) -> None:
@@ -112,6 +115,10 @@ class Membership:
     def get(self, process: ProcessId) -> Member | None:
         """What is known of a process; None if it has not come."""
         return self._members.get(process)
+
+    def at(self, voice: bytes) -> ProcessId | None:
+        """The process that speaks over a connection; None if none was admitted over it."""
+        return self._speakers.get(voice)
 
     @property
     def members(self) -> Collection[Member]:
