@@ -51,16 +51,16 @@ class RowSegment:
 
 
 class RowSegments(list[RowSegment]):
-    """Segments that come again in every layer of a step: a backend derives what it needs from them once."""
+    """Segments that every layer of a step uses again, so that a backend can keep what it derives from them."""
 
     def __init__(self, segments: Iterable[RowSegment] = ()) -> None:
         super().__init__(segments)
         self.derived: dict[Hashable, object] = {}
-        """A backend's own, by whatever else it depends on. The list must not change any more."""
+        """Results that backends derived from the segments, by the backends' own keys. The list must not change then."""
 
 
 class AttentionBackend(Protocol):
-    """One rank's attention kernel."""
+    """Attention kernel of one rank."""
 
     @property
     def name(self) -> str:
@@ -68,7 +68,7 @@ class AttentionBackend(Protocol):
         ...
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
-        """Why layers of a model cannot be computed, as `field: got value, the backend takes ...`; None if they can."""
+        """Reason why layers cannot be computed, as `field: got value, the backend takes ...`; None if they can."""
         ...
 
     def partial_attention(
@@ -80,13 +80,13 @@ class AttentionBackend(Protocol):
             q: [T, H, D], any strides, T may be 0.
             k: [Hkv, S, D], dtype of `q`, contiguous in the last dimension; a view of a page pool or a received buffer.
                 H is a multiple of Hkv; query head h reads KV head `h // (H // Hkv)`. S may be 0.
-            v: [Hkv, S, Dv], as `k`.
+            v: [Hkv, S, Dv], dtype and strides as for `k`.
             segments: in any order. Several may cover the same query rows, with disjoint keys; rows that none covers
                 come out empty. Rows of q, k and v outside every segment are never read: they may hold NaN.
-            params: of the layer.
+            params: the layer's scale, window and softcap.
 
         Returns:
-            [T, H, Dv] and [T, H], new tensors in the accumulation dtype.
+            `out` [T, H, Dv] and `lse` [T, H], new tensors in the accumulation dtype.
 
         Raises:
             ValueError: shapes, dtypes or segments do not fit together.
@@ -95,7 +95,7 @@ class AttentionBackend(Protocol):
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams) -> None:
-    """Raises ValueError if a backend's arguments do not fit together. Cheap: once per layer and step."""
+    """Raise ValueError if a backend's arguments do not fit together; called once per layer and step."""
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ValueError(f"q, k and v need 3 dimensions, got {q.dim()}, {k.dim()} and {v.dim()}")
     num_rows, num_heads, width = q.shape
@@ -112,7 +112,7 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegme
 
 
 def check_supported(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> None:
-    """Raises ValueError if a backend does not take what it is called with. Arguments as of `partial_attention`."""
+    """Raise ValueError if a backend does not take these arguments of `partial_attention`."""
     spec = _uniform_spec(k.shape[0], k.shape[2], v.shape[2], q.dtype, params.window)
     if (reason := backend.unsupported(spec, params)) is not None:
         raise ValueError(reason)
@@ -124,5 +124,5 @@ def _uniform_spec(num_kv_heads: int, k_width: int, v_width: int, dtype: torch.dt
 
 
 def empty_like_queries(q: Tensor, v: Tensor) -> PartialAttention:
-    """The empty partial for queries `q` [T, H, D] and values `v` [Hkv, S, Dv]."""
+    """Empty partial for queries `q` [T, H, D] and values `v` [Hkv, S, Dv]."""
     return PartialAttention.empty(q.shape[0], q.shape[1], v.shape[2], accumulation_dtype(q.dtype), q.device)

@@ -1,4 +1,4 @@
-"""Whether a kernel computes on this machine what it computes on ours.
+"""Test of an attention kernel against the reference on the machine where it will run.
 
 Holds one comparison. Must not know which kernel it is.
 Read next: `longspan.attention.reference`.
@@ -14,25 +14,25 @@ from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
 TOLERANCE = {"bfloat16": 0.05, "float16": 0.02, "float32": 0.001}
-"""Of outputs and log-sum-exps of standard normal numbers, several times what the dtype rounds."""
+"""Largest absolute error of outputs and log-sum-exps of standard normal numbers: several times the dtype's rounding."""
 
 NUM_KEYS = 1100
-"""Enough for a lone query to be split over them."""
+"""Keys of the test: enough that the kernel splits them for a lone query."""
 
 
 def check_against_reference(
     backend: AttentionBackend, group: KVGroup, params: AttentionParams, device: torch.device | str
 ) -> None:
-    """Compare a kernel with the reference on random tokens, once at start: nobody else has on this GPU.
+    """Compare a kernel with the reference on random tokens, once at start, since this GPU may be one without tests.
 
     Args:
-        backend: of this rank.
+        backend: this rank's attention kernel.
         group: heads, widths and dtype of the model.
-        params: of one of its layers.
+        params: parameters of one of the model's layers.
         device: the GPU.
 
     Raises:
-        LongspanError: they differ by more than the dtype's rounding.
+        LongspanError: outputs or log-sum-exps differ by more than `TOLERANCE`.
     """
     layout, generator = group.spec.layout, torch.Generator().manual_seed(1)
     dtype: torch.dtype = getattr(torch, group.spec.compute_dtype)

@@ -19,11 +19,11 @@ from longspan.kv.layout import KVSpec
 from longspan.types import AttentionParams
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-"""What the backend accepts, and its tests cover."""
+"""Dtypes that the backend accepts and its tests cover."""
 
 
 class CPUBackend:
-    """The fast kernels for CPUs; float32, bfloat16 and float64."""
+    """Fast attention on CPUs in float32, bfloat16 and float64."""
 
     name = "cpu"
 

@@ -49,15 +49,15 @@ KeyRange = tuple[int, int]
 
 
 class DenseKernel(Protocol):
-    """One library's kernel."""
+    """Attention kernel of a library."""
 
     @property
     def name(self) -> str:
-        """As users write it."""
+        """Name that users write for `attention_backend`."""
         ...
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
-        """As `AttentionBackend.unsupported`."""
+        """See `AttentionBackend.unsupported`."""
         ...
 
     def dense_attention(
@@ -70,11 +70,11 @@ class DenseKernel(Protocol):
             k: [Hkv, S, D], S > 0; if causal, S >= T.
             v: [Hkv, S, D].
             is_causal: query i sees keys up to i + S - T.
-            scale: of the scores.
-            softcap: or None.
+            scale: factor of the scores.
+            softcap: bound of the scores (`softcap * tanh(score / softcap)`), or None.
 
         Returns:
-            [T, H, D] in any dtype, and [T, H] float32 in natural log.
+            `out` [T, H, D] in any dtype, and `lse` [T, H] float32, a natural logarithm.
         """
         ...
 
@@ -90,11 +90,11 @@ class _Call(NamedTuple):
 
 
 class _DenseCalls(NamedTuple):
-    """What some segments come to."""
+    """Kernel calls that compute some segments, and the segments that are left."""
 
     calls: list[_Call]
     rest: RowSegments
-    """For the other backend."""
+    """Segments for the other backend."""
 
 
 class DenseBackend:
@@ -104,8 +104,8 @@ class DenseBackend:
         """Wrap a kernel.
 
         Args:
-            kernel: the library's.
-            others: for bands and short runs of queries; None gives the kernel every run, and takes no bands.
+            kernel: the library's kernel.
+            others: backend for bands and short runs of queries; None gives the kernel every run, and refuses bands.
         """
         self._kernel, self._others = kernel, others
         self.name = kernel.name
@@ -163,14 +163,14 @@ class DenseBackend:
 
 
 def _gathered(tensor: Tensor, rows: Tensor | KeyRange) -> Tensor:
-    """[Hkv, S, D] some rows of [Hkv, rows, D]; a view where they follow each other."""
+    """Gather rows of [Hkv, rows, D] into [Hkv, S, D]; a view where the rows follow each other."""
     if isinstance(rows, Tensor):
         return tensor.index_select(1, rows)
     return tensor[:, rows[0] : rows[0] + rows[1]]
 
 
 def _split(segments: Sequence[RowSegment], device: torch.device, min_queries: int) -> _DenseCalls:
-    """Args: `min_queries`: runs of fewer are left to the other backend."""
+    """Split segments into kernel calls and a rest: bands and runs of fewer than `min_queries` queries."""
     runs: dict[KeyRange, list[RowSegment]] = {}
     rest = RowSegments()
     for s in segments:
@@ -208,7 +208,7 @@ def _calls(segments: Sequence[RowSegment], device: torch.device) -> Iterator[_Ca
 
 
 def _joined(segments: Sequence[RowSegment]) -> Iterator[tuple[int, list[KeyRange]]]:
-    """(position, rows) of runs of keys whose positions follow each other."""
+    """Join keys whose positions follow each other into runs of (first position, rows)."""
     placed = sorted((s.key_position, s.key_row, s.num_keys) for s in segments if s.key_position is not None)
     first, end = 0, None
     rows: list[KeyRange] = []
@@ -224,7 +224,7 @@ def _joined(segments: Sequence[RowSegment]) -> Iterator[tuple[int, list[KeyRange
 
 
 def _first(rows: Sequence[KeyRange], most: int) -> list[KeyRange]:
-    """The first `most` of some rows."""
+    """Return at most the first `most` of some rows."""
     kept: list[KeyRange] = []
     for row, count in rows:
         taken = min(count, most)
@@ -235,7 +235,7 @@ def _first(rows: Sequence[KeyRange], most: int) -> list[KeyRange]:
 
 
 def _rows(runs: Sequence[KeyRange], device: torch.device) -> Tensor | KeyRange:
-    """Rows of several runs, in their order."""
+    """Return the rows of several runs in their order: as one range if they follow each other, else as a tensor."""
     joined: list[KeyRange] = []
     for row, count in runs:
         if joined and sum(joined[-1]) == row:

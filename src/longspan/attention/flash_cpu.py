@@ -34,9 +34,9 @@ from longspan.types import AttentionParams
 def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
 ) -> PartialAttention:
-    """All segments; few queries go to our decode kernel where it takes them.
+    """Compute all segments; few queries go to our decode kernel where it takes them.
 
-    Arguments as of `AttentionBackend.partial_attention`, without a softcap.
+    See `AttentionBackend.partial_attention` for the arguments; `params` has no softcap.
     """
     pieces = [piece for segment in segments for piece in cut_segment(segment, params.window)]
     if (partial := run_only_piece(_attend_piece, q, k, v, pieces, params)) is not None:
@@ -47,7 +47,7 @@ def partial_attention(
 
 
 def _attend_piece(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: AttentionParams) -> tuple[Tensor, Tensor]:
-    """A `PieceKernel` for every piece."""
+    """Compute any piece (a `PieceKernel`)."""
     v_width = v.shape[2]
     q, k, v = pad_to_one_width(q, k, v)
     if piece.visibility is not Visibility.FULL:
@@ -62,7 +62,7 @@ def _attend_piece(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: Attenti
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool = False, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The flash kernel on [B, h, t, D] and [B, h, s, D]. See Note [Edges of the CPU flash kernel]."""
+    """Call the flash kernel on [B, h, t, D] and [B, h, s, D]. See Note [Edges of the CPU flash kernel]."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
     )
@@ -70,7 +70,7 @@ def _kernel(
 
 
 def _folded(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """A FULL piece: the heads of a group become rows. See Note [Fold or expand]."""
+    """Compute a FULL piece, the heads of a group as rows. See Note [Fold or expand]."""
     rows = fold(q).unsqueeze(0)  # [1, Hkv, t * G, D]
     _, num_kv_heads, num_rows, _ = rows.shape
     num_runs = count_key_runs(num_kv_heads, num_rows, k.shape[1], torch.get_num_threads())
@@ -82,14 +82,14 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 
 def _key_runs(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> tuple[Tensor, Tensor]:
-    """`_kernel` over equal runs of the keys as a batch, without a copy, and the merge of the runs.
+    """Call `_kernel` on equal runs of the keys as a batch, without a copy, and merge the runs.
 
     Args:
         rows: [1, Hkv, r, D].
         k: [Hkv, s, D] with s >= num_runs.
         v: [Hkv, s, D].
-        scale: of the scores.
-        num_runs: 2 or more.
+        scale: factor of the scores.
+        num_runs: runs of keys, 2 or more.
 
     Returns:
         out [Hkv, r, D] and lse [Hkv, r] in the accumulation dtype.
@@ -111,7 +111,7 @@ def _key_runs(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -
 
 
 def _expanded(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: AttentionParams) -> tuple[Tensor, Tensor]:
-    """A CAUSAL or BAND piece: KV heads repeated by stride-0 views. See Note [Fold or expand]."""
+    """Compute a CAUSAL or BAND piece, KV heads repeated by stride-0 views. See Note [Fold or expand]."""
     group_size = q.shape[2]
     heads = q.permute(1, 2, 0, 3)  # [Hkv, G, t, D]
     keys = k.unsqueeze(1).expand(-1, group_size, -1, -1)  # [Hkv, G, s, D]
@@ -128,7 +128,7 @@ def _expanded(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: AttentionPa
 
 @lru_cache(maxsize=8)  # the blocks of a long band, and the layers of a step, repeat few masks of at most 1.5 MiB
 def _band_mask(num_queries: int, num_keys: int, lead: int, window: int, dtype: torch.dtype) -> Tensor:
-    """[t, s] additive mask: 0 where query i, at `lead + i` from the first key, sees key j, else -inf. Read only."""
+    """Additive mask [t, s]: 0 where query i, at `lead + i` from the first key, sees key j, else -inf. Read only."""
     return torch.zeros(num_queries, num_keys, dtype=dtype).masked_fill_(
         hidden_keys(num_queries, num_keys, lead, window), -torch.inf
     )

@@ -21,7 +21,7 @@ WIDTHS = (64, 128, 256)
 
 
 class FlashInferPrefill:
-    """See Note [Edges of FlashInfer's prefill kernel]."""
+    """FlashInfer's prefill kernel as a `DenseKernel`. See Note [Edges of FlashInfer's prefill kernel]."""
 
     name = "flashinfer"
 

@@ -1,6 +1,6 @@
 """Query heads that share a KV head as rows of one product, and one call's keys as runs for several threads.
 
-Holds shapes, and how many runs. Must not know kernels or segments.
+Holds the reshaping and the number of runs. Must not know kernels or segments.
 Read next: `longspan.attention.native_cpu` and `longspan.attention.flash_cpu`, which call kernels on them.
 
 Note [Fold or expand]
@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_RUNS = 64
-"""Runs of keys that a call is split into at most; each has at least MIN_RUN_KEYS keys, so that none is ever empty."""
+"""Most runs of keys that a call is split into; each has at least MIN_RUN_KEYS keys, so none is empty."""
 MIN_RUN_KEYS = 512
-"""A thread's share of the keys when a call is split over threads; the flash kernel's own key block is 512."""
+"""Fewest keys of a run: the flash kernel's own key block is 512."""
 
 
 def fold(q: Tensor) -> Tensor:
-    """[t, Hkv, G, D] as [Hkv, t * G, D]; a view for one query."""
+    """Reshape [t, Hkv, G, D] to [Hkv, t * G, D]; a view for one query."""
     num_queries, num_kv_heads, group_size, width = q.shape
     return q.transpose(0, 1).reshape(num_kv_heads, num_queries * group_size, width)
 
@@ -36,8 +36,8 @@ def unfold(out: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         out: [Hkv, t * G, D], or with a first dimension of 1.
-        lse: [Hkv, t * G], likewise.
-        q: [t, Hkv, G, D], what was folded.
+        lse: [Hkv, t * G], or with a first dimension of 1.
+        q: [t, Hkv, G, D], the queries that were folded.
 
     Returns:
         Views [t, Hkv, G, D] and [t, Hkv, G].
@@ -48,7 +48,7 @@ def unfold(out: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def count_key_runs(num_kv_heads: int, num_rows: int, num_keys: int, num_threads: int) -> int:
-    """Into how many runs of keys a call is cut so that every thread works.
+    """Number of runs of keys that a call is cut into so that every thread works.
 
     A kernel gives a thread whole (head, block of rows) pairs; a decode with one KV head would leave all but one idle.
     """
@@ -62,7 +62,7 @@ def count_key_runs(num_kv_heads: int, num_rows: int, num_keys: int, num_threads:
 
 
 def merge_key_runs(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The merge law over a first dimension of runs, none of them empty: [runs, Hkv, r, D] and [runs, Hkv, r]."""
+    """Merge the partials of runs of keys, none of them empty: [runs, Hkv, r, D] and [runs, Hkv, r]."""
     if out.shape[0] == 1:
         return out[0], lse[0]
     shares = torch.softmax(lse, dim=0).unsqueeze(-1)
@@ -70,10 +70,7 @@ def merge_key_runs(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pad_to_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k [..., D], v [..., Dv] of one width, for kernels that want one.
-
-    Zeros change no score and no value; the copy is the price of unequal widths.
-    """
+    """Pad q and k [..., D] or v [..., Dv] with zeros, which change no score, to one width for kernels that need it."""
     width, v_width = q.shape[-1], v.shape[-1]
     if v_width == width:
         return q, k, v

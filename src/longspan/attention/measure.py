@@ -1,6 +1,6 @@
-"""How fast one rank's kernels are, at the shapes of the model that it will run.
+"""Measurements of one rank's kernels, at the shapes of the model that it will run.
 
-Holds measurements. Must not know ranks (others do the same at the same time: `sync`), or what is predicted.
+Holds timed calls. Must not know the other ranks, which measure at the same time (`sync`), or the predictions.
 Read next: `longspan.costmodel.parameters`, which says what the numbers mean; `longspan.comm.measure`.
 """
 
@@ -22,18 +22,18 @@ QUERY_LENS = (1, 16, 64, 256, 1024)
 
 MOST_KEYS, FEWEST_KEYS = 4096, 512
 MOST_FLOPS = 2.2e9
-"""Of one measured call. Long calls get fewer keys; one that is too long even with FEWEST_KEYS is left out, but not the
-first three."""
+"""Operations of one measured call at most. Long calls get fewer keys; a call that is too long even with FEWEST_KEYS is
+left out, except the three with the fewest queries."""
 
 CALLS_AT_ONCE = 4
-"""Calls of a few rows whose time is taken together, as a step makes several."""
+"""Short segments measured in one call, as a decode step has several."""
 
 REPEATS = 4
 SHARED_S = 0.012
-"""How long one call is repeated where ranks take turns on the same cores: some turns of the system's scheduler."""
+"""Seconds for which a call is repeated where ranks share cores: some turns of the system's scheduler."""
 MERGED_BYTES = 2 << 20
 READ_BYTES = 48 << 20
-"""More than caches hold."""
+"""Bytes read to measure memory bandwidth: more than caches hold."""
 MATMUL_ROWS, MATMUL_WIDTH = 512, 768
 
 
@@ -49,16 +49,15 @@ def measure_kernels(
     """Measure this rank's kernels.
 
     Args:
-        backend: what attention runs on.
-        group: heads, widths and dtype.
-        params: of one of the group's layers.
+        backend: this rank's attention kernel.
+        group: heads, widths and dtype of its layers.
+        params: parameters of one of the group's layers.
         ranks_per_device: ranks of this machine per core that they compute on.
         sync: returns when all ranks have called it, so that they measure the same at the same time.
         device: where the model runs.
 
     Returns:
-        Rates; `exchange_s`, `moved_byte_s` and `layer_s` are 0, and `merge_s` is that of two partials at hand: what
-        messages take is measured elsewhere.
+        Rates of computation; `exchange_s`, `moved_byte_s` and `layer_s` are 0, since they are measured elsewhere.
     """
     layout, heads = group.spec.layout, group.num_query_heads
     dtype: torch.dtype = getattr(torch, group.spec.compute_dtype)
@@ -93,9 +92,11 @@ def _measure_attention(
     sync: Callable[[], None],
     device: torch.device,
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """Seconds of a call with almost no work; (queries of a call, flops per second) for each of `QUERY_LENS`.
+    """Measure attention.
 
-    Long calls are left out where they take too long.
+    Returns:
+        Seconds of a call with almost no work; (queries of a call, flops per second) for `QUERY_LENS`, without calls
+        that would take too long.
     """
     layout, heads = group.spec.layout, group.num_query_heads
     dtype: torch.dtype = getattr(torch, group.spec.compute_dtype)
@@ -127,7 +128,7 @@ def _measure_attention(
 
 
 def _measure_merge(clock: "_Clock", num_heads: int, width: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of merging one row, and bytes per second of merging many."""
+    """Measure seconds of merging one row, and bytes per second of merging many."""
 
     def partial(num_rows: int) -> PartialAttention:
         return PartialAttention(
@@ -143,13 +144,13 @@ def _measure_merge(clock: "_Clock", num_heads: int, width: int, device: torch.de
 
 
 class _Clock:
-    """Times calls: the median of a few, or, where ranks share cores, the mean over some turns of all of them."""
+    """Stopwatch for calls: the median of a few, or, where ranks share cores, the mean over some turns of all ranks."""
 
     def __init__(self, shares_cores: bool) -> None:
         self._shares_cores = shares_cores
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Of one call, after one that does not count."""
+        """Seconds of one call, after a first one that does not count."""
         call()
         times: list[float] = []
         first_s = before_s = time.perf_counter()

@@ -1,6 +1,6 @@
 """Attention on a CPU by our compiled kernels: decodes at the speed of memory, prompts at that of wide registers.
 
-Holds which segments go into which kernel call. Must not know pages, ranks or models.
+Holds the assignment of segments to kernel calls. Must not know pages, ranks or models.
 Read next: `longspan.native.kernels`, the kernels; `longspan.attention.cpu`, which chooses between the CPU's drivers.
 """
 
@@ -21,16 +21,16 @@ from longspan.types import AttentionParams
 
 
 def takes(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels do all that a call without a softcap may ask for: by head sizes, dtype and CPU."""
+    """Whether the kernels can compute every call without a softcap, given the head sizes, the dtype and the CPU."""
     return kernels.can_prefill(q.shape[2], v.shape[2], q.dtype)
 
 
 def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
 ) -> PartialAttention:
-    """All segments: one kernel call for the keys that a run of queries sees, wherever they lie.
+    """Compute all segments, with one kernel call for the keys that a run of queries sees, wherever they lie.
 
-    Arguments as of `AttentionBackend.partial_attention`, such that `takes` says yes, without a softcap.
+    See `AttentionBackend.partial_attention` for the arguments; `takes` is true and `params` has no softcap.
     """
     few = kernels.MAX_ROWS * k.shape[0] // q.shape[1]  # queries that the decode kernel takes
     pieces: list[Piece] = []  # few queries: at the speed of memory
@@ -60,7 +60,7 @@ def partial_attention(
 
 
 def _seen_keys(segment: RowSegment, window: int | None) -> kernels.SeenKeys:
-    """A segment's keys, and who of its queries sees which."""
+    """Return a segment's keys, and which of its queries sees which."""
     if segment.visibility is Visibility.FULL:
         return kernels.SeenKeys(segment.key_row, segment.num_keys)
     assert segment.key_position is not None
@@ -72,19 +72,19 @@ def _seen_keys(segment: RowSegment, window: int | None) -> kernels.SeenKeys:
 
 
 def can_decode(q: Tensor) -> bool:
-    """Whether `decode` takes so many query rows [t, Hkv, G, D]."""
+    """Whether `decode` takes the queries [t, Hkv, G, D]."""
     num_queries, _, group_size, width = q.shape
     return kernels.can_decode(num_queries * group_size, width, q.dtype) and kernels.is_available()
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """A FULL piece of few queries: the heads of a group become rows. See Note [Fold or expand].
+    """Compute a FULL piece of few queries, the heads of a group as rows. See Note [Fold or expand].
 
     Args:
-        q: [t, Hkv, G, D], such that `can_decode` says yes.
+        q: [t, Hkv, G, D]; `can_decode(q)` is true.
         k: [Hkv, s, D].
         v: [Hkv, s, D].
-        scale: of the scores.
+        scale: factor of the scores.
 
     Returns:
         out [t, Hkv, G, D] and lse [t, Hkv, G], float32.
@@ -97,7 +97,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 def _decode_piece(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: AttentionParams) -> tuple[Tensor, Tensor]:
-    """A `PieceKernel` for the pieces that `attend` makes."""
+    """Compute a FULL piece of few queries (a `PieceKernel`)."""
     v_width = v.shape[2]
     out, lse = decode(*pad_to_one_width(q, k, v), params.scale)
     return (out, lse) if out.shape[3] == v_width else (out[..., :v_width], lse)
@@ -106,15 +106,15 @@ def _decode_piece(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: Attenti
 def decode_lone_queries(
     merger: RowMerger, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], params: AttentionParams
 ) -> Sequence[Piece]:
-    """The decodes of a batch in one call, if the kernel takes them and has work for every thread.
+    """Compute the decodes of a batch in one call, if the kernel takes them and has work for every thread.
 
     Args:
-        merger: of this call, with no row yet; gets what is computed here.
+        merger: the call's partial, still empty; the results are written into it.
         q: [T, H, D].
         k: [Hkv, S, D].
         v: [Hkv, S, Dv].
-        pieces: of the call.
-        params: of the layer.
+        pieces: all pieces of the call.
+        params: the layer's parameters.
 
     Returns:
         The pieces that are left.

@@ -1,8 +1,8 @@
-"""A CPU's attention call as pieces that one kernel call can do, and their partials put together.
+"""Pieces of a CPU's attention call, each of which one kernel call computes, and the merge of their partials.
 
-Holds the cutting of segments, in positions and rows, and the merge by rows. Must not know which kernel does a piece.
+Holds the cutting of segments, in positions and rows, and the merge by rows. Must not know which kernel runs a piece.
 Read next: `longspan.attention.flash_cpu`, `longspan.attention.native_cpu` and `longspan.attention.softcap_cpu`, which
-do them.
+compute pieces.
 
 Note [Pieces]
     A piece has no empty row. Queries at 4..7, keys at 2..6, CAUSAL: one rectangle and one square, merged.
@@ -35,12 +35,12 @@ NARROW_BAND_BLOCK, WIDE_BAND_BLOCK = 64, 256
 GFLOP/s of one thread for a window of 128 tokens are 33, 27, 21, 13 at 64, 128, 256, 512 queries; of 4096 tokens 52,
 57, 67, 64."""
 BAND_MIDDLE = 1024
-"""Keys that all queries of a block see, from which on they get a call of their own without a mask. This bounds a mask
-to WIDE_BAND_BLOCK x (2 * WIDE_BAND_BLOCK + BAND_MIDDLE) elements."""
+"""Fewest keys seen by all queries of a block that get a call of their own, without a mask. This bounds a mask to
+WIDE_BAND_BLOCK x (2 * WIDE_BAND_BLOCK + BAND_MIDDLE) elements."""
 
 
 class Piece(NamedTuple):
-    """What one kernel call does. See Note [Pieces]."""
+    """Work of one kernel call. See Note [Pieces]."""
 
     query_row: int
     num_queries: int
@@ -49,17 +49,17 @@ class Piece(NamedTuple):
     visibility: Visibility
     """FULL, CAUSAL or BAND."""
     lead: int
-    """Position of the first query less that of the first key; 0 for FULL, where it means nothing."""
+    """Position of the first query minus that of the first key, in tokens; 0 and unused for FULL."""
 
 
 PieceKernel = Callable[[Tensor, Tensor, Tensor, Piece, AttentionParams], tuple[Tensor, Tensor]]
-"""Computes a piece from its rows alone: q [t, Hkv, G, D] of any strides, k [Hkv, s, D], v [Hkv, s, Dv], the piece, the
-layer's parameters. Returns out [t, Hkv, G, Dv] in q's or the accumulation dtype and lse [t, Hkv, G] in the accumulation
-dtype, of any strides, finite but for rows with lse -inf and out 0."""
+"""Kernel that computes a piece from its rows: q [t, Hkv, G, D] of any strides, k [Hkv, s, D], v [Hkv, s, Dv], the
+piece, the layer's parameters. It returns out [t, Hkv, G, Dv] in q's or the accumulation dtype and lse [t, Hkv, G] in
+the accumulation dtype, of any strides, finite but for rows with lse -inf and out 0."""
 
 
 def cut_segment(segment: RowSegment, window: int | None) -> Iterator[Piece]:
-    """The segment as pieces, in any order, without those that see nothing. See Note [Pieces]."""
+    """Cut a segment into pieces, in any order, without those that see nothing. See Note [Pieces]."""
     if segment.num_queries == 0 or segment.num_keys == 0 or segment.visibility is Visibility.NONE:
         return
     if segment.visibility is Visibility.FULL:
@@ -93,14 +93,14 @@ _Span = tuple[int, int]
 
 
 def _causal_spans(queries: _Span, keys: _Span) -> Iterator[tuple[Visibility, _Span, _Span]]:
-    """Causal attention as a rectangle that all queries see, and a square whose first query is its first key."""
+    """Cut causal attention into a rectangle that all queries see, and a square whose first query is its first key."""
     start, end = max(queries[0], keys[0]), queries[1]  # a query before the first key sees nothing
     yield Visibility.FULL, (start, end), (keys[0], min(keys[1], start))
     yield Visibility.CAUSAL, (start, end), (start, min(keys[1], end))
 
 
 def _band_spans(queries: _Span, keys: _Span, window: int) -> Iterator[tuple[Visibility, _Span, _Span]]:
-    """Banded attention in blocks of queries, each over the keys that some query of the block sees."""
+    """Cut banded attention into blocks of queries, each over the keys that some query of the block sees."""
     start, end = max(queries[0], keys[0]), min(queries[1], keys[1] + window - 1)  # every query here sees a key
     block_len = NARROW_BAND_BLOCK if window < 2 * BAND_MIDDLE else WIDE_BAND_BLOCK
     for block_start in range(start, end, block_len):
@@ -120,7 +120,7 @@ def _band_spans(queries: _Span, keys: _Span, window: int) -> Iterator[tuple[Visi
 
 
 def hidden_keys(num_queries: int, num_keys: int, lead: int, window: int | None) -> Tensor:
-    """[t, s] bool: True where the key is newer than the query, or has left its window."""
+    """Mask [t, s] bool: True where the key is newer than the query, or has left its window."""
     distance = torch.arange(lead, lead + num_queries)[:, None] - torch.arange(num_keys)[None, :]
     return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
@@ -131,15 +131,15 @@ def run_piece(
     """Hand a piece's rows to a kernel.
 
     Args:
-        kernel: takes this kind of piece.
+        kernel: kernel that takes this kind of piece.
         q: [T, H, D], contiguous in the last dimension.
         k: [Hkv, S, D].
         v: [Hkv, S, Dv].
-        piece: rows of these.
-        params: of the layer.
+        piece: rows of q, k and v.
+        params: the layer's parameters.
 
     Returns:
-        As `PieceKernel`.
+        out and lse as the kernel returns them (`PieceKernel`).
     """
     num_heads, num_kv_heads = q.shape[1], k.shape[0]
     q = q[piece.query_row : piece.query_row + piece.num_queries]  # [t, H, D]
@@ -152,7 +152,7 @@ def run_piece(
 def run_only_piece(
     kernel: PieceKernel, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], params: AttentionParams
 ) -> PartialAttention | None:
-    """The usual decode, which has nothing to merge: one piece with all rows of q. None if the pieces are others."""
+    """Compute the usual decode, one piece with all rows of q, without a merge; None if the pieces are others."""
     num_rows, num_heads, _ = q.shape
     if len(pieces) != 1 or pieces[0].num_queries != num_rows:
         return None
@@ -162,7 +162,7 @@ def run_only_piece(
 
 
 class RowMerger:
-    """The partial of one call as its pieces come: rows that hold nothing are written, others merged."""
+    """Partial of one call, built piece by piece: empty rows are written, others merged."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Start with empty rows.
@@ -174,15 +174,15 @@ class RowMerger:
         """
         self._q, self._k, self._v = q, k, v
         self.partial = empty_like_queries(q, v)
-        """[T, H, Dv] and [T, H] of what came so far."""
+        """`out` [T, H, Dv] and `lse` [T, H] of the pieces computed so far."""
         self._filled = bytearray(q.shape[0])
 
     def are_empty(self, start: int, end: int) -> bool:
-        """Whether rows [start, end) hold nothing yet."""
+        """Whether no piece of rows [start, end) has come yet."""
         return self._filled.find(1, start, end) < 0
 
     def mark(self, start: int, end: int) -> None:
-        """Say that rows [start, end) of `partial` hold something."""
+        """Note that rows [start, end) of `partial` are filled."""
         self._filled[start:end] = b"\x01" * (end - start)
 
     def run(self, kernel: PieceKernel, pieces: Sequence[Piece], params: AttentionParams) -> None:

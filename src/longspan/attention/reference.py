@@ -1,4 +1,4 @@
-"""Attention as it is written in a textbook: every score, one mask, one softmax.
+"""Attention as in a textbook: every score, one mask, one softmax.
 
 Holds the oracle of the tests. Must not know how to be fast: memory and time are T * S per head, on any device.
 Read next: `longspan.attention.cpu`, which must agree with this file.
@@ -24,7 +24,7 @@ class ReferenceBackend:
     name = "reference"
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> None:
-        """Takes everything."""
+        """Return None: everything is supported."""
 
     def partial_attention(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
@@ -42,7 +42,7 @@ class ReferenceBackend:
         visible = visible_pairs(num_rows, num_keys, segments, params.window, q.device)  # [T, S]
 
         dtype = accumulation_dtype(q.dtype)
-        seen = visible.any(dim=0)[:, None]  # [S, 1]; rows that nobody sees may hold NaN
+        seen = visible.any(dim=0)[:, None]  # [S, 1]; rows that no query sees may hold NaN
         group_size = num_heads // num_kv_heads
         keys = torch.where(seen, k, 0).to(dtype).repeat_interleave(group_size, dim=0)  # [H, S, D]
         values = torch.where(seen, v, 0).to(dtype).repeat_interleave(group_size, dim=0)  # [H, S, Dv]
@@ -60,7 +60,7 @@ class ReferenceBackend:
 def visible_pairs(
     num_rows: int, num_keys: int, segments: Sequence[RowSegment], window: int | None, device: torch.device
 ) -> Tensor:
-    """Which query row sees which key row, by true positions.
+    """Mask of the query rows and the key rows they see, by global positions.
 
     Returns:
         [T, S] bool.

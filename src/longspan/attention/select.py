@@ -1,6 +1,6 @@
-"""Which attention kernel runs on a device.
+"""Choice of the attention backend of a device.
 
-Holds the table of names. Must not know what the kernels do; imports Triton and FlashInfer only where they are used.
+Holds the table of names. Must not know how kernels compute; imports Triton and FlashInfer only where they are used.
 Read next: `longspan.attention.base`.
 """
 
@@ -21,19 +21,19 @@ BACKEND_NAMES = ("auto", "cpu", "reference", "triton", "flashinfer", "torch")
 """Legal values of the option `attention_backend`."""
 
 ON_CUDA = ("triton", "flashinfer", "torch", "reference")
-"""Those that run on a GPU."""
+"""Names of the backends that run on a GPU."""
 
 MIN_CAPABILITY = (8, 0)
-"""Of a GPU: older ones have no bfloat16."""
+"""Lowest CUDA compute capability of a GPU: older ones have no bfloat16."""
 
 
 def make_backend(name: str, device: torch.device | str) -> AttentionBackend:
-    """The backend called `name`, ready to run on `device`.
+    """Make the backend called `name`, ready to run on `device`.
 
     Args:
         name: one of `BACKEND_NAMES`; "auto" is the fast backend of the device: on a GPU `triton`, or `torch` where
             Triton is not installed.
-        device: where q, k and v will lie.
+        device: device of q, k and v.
 
     Raises:
         ConfigError: the name is unknown, or the backend is not installed or cannot run on the device.

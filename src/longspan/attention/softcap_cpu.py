@@ -1,4 +1,4 @@
-"""Attention with capped scores on a CPU: plain matrix products over small blocks, for no CPU kernel caps scores.
+"""Attention with capped scores on a CPU: plain matrix products over small blocks, because no CPU kernel caps scores.
 
 Holds the blocks and their arithmetic. Must not know pages, ranks or models.
 Read next: `longspan.attention.pieces`, which cuts; `longspan.attention.cpu`, which chooses between the CPU's drivers.
@@ -29,7 +29,7 @@ BLOCK_KEYS = 1024
 def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams
 ) -> PartialAttention:
-    """All segments. Arguments as of `AttentionBackend.partial_attention`, with a softcap."""
+    """Compute all segments. See `AttentionBackend.partial_attention` for the arguments; `params` has a softcap."""
     blocks = [
         block
         for segment in segments
@@ -44,7 +44,7 @@ def partial_attention(
 
 
 def _blocks(piece: Piece, num_heads: int) -> Iterator[Piece]:
-    """The piece in blocks of at most about MAX_SCORES scores over all heads; blocks may have empty rows."""
+    """Cut a piece into blocks of at most about MAX_SCORES scores over all heads; blocks may have empty rows."""
     block_keys = min(BLOCK_KEYS, piece.num_keys)
     block_queries = max(1, MAX_SCORES // (num_heads * block_keys))
     for query in range(0, piece.num_queries, block_queries):
@@ -58,7 +58,7 @@ def _blocks(piece: Piece, num_heads: int) -> Iterator[Piece]:
 
 
 def _attend_block(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: AttentionParams) -> tuple[Tensor, Tensor]:
-    """A `PieceKernel` in the accumulation dtype; rows may be empty."""
+    """Compute a block (a `PieceKernel`) in the accumulation dtype; rows may be empty."""
     assert params.softcap is not None
     num_queries, num_kv_heads, group_size, _ = q.shape
     dtype = accumulation_dtype(q.dtype)

@@ -1,6 +1,6 @@
-"""Small integer arrays on their way to a device.
+"""Copies of small integer arrays to a device.
 
-Holds the copy that nobody waits for. Must not know what the integers mean.
+Holds the asynchronous copy. Must not know what the integers mean.
 Read next: `longspan.attention.triton`, `longspan.cp.fixed`.
 """
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def staged(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A tensor on the host, of the array's shape and dtype, from which a copy to `device` need not be waited for.
+    """Return a host tensor of the array's shape and dtype that can be copied to `device` asynchronously.
 
-    For a GPU it is pinned; PyTorch keeps that memory until the copy is done.
+    For a GPU its memory is pinned; PyTorch keeps that memory until the copy is done.
     """
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy on the device."""
+    """Copy an array to the device, asynchronously."""
     return staged(array, device).to(device, non_blocking=True)

@@ -1,11 +1,11 @@
-"""From segments to the tables of the GPU kernel: which tile of queries meets which tiles of keys.
+"""Tables of the GPU attention kernel, made from segments: which tile of queries meets which tiles of keys.
 
 Holds integer bookkeeping in NumPy, done once per step and KV group. Must not know torch, devices or kernels.
 Read next: `longspan.triton_kernels.attention`, Note [Tables], which says what the numbers mean.
 
 Note [Order of key tiles]
-    All tiles of queries of one run share the run's key tiles, which lie in this order, so that what needs no mask is
-    one range [b, c) of what is looked at, [a, d):
+    All tiles of queries of one run share the run's key tiles. A query tile looks at key tiles [a, d), and this order
+    makes those that need no mask one range [b, c) of them:
 
         rest of FULL runs | whole tiles of FULL runs | CAUSAL and BAND runs by position
         masked              not masked                 whole and seen by all of the tile: not masked; then masked
@@ -33,16 +33,16 @@ ALL, CAUSAL, BAND = 0, 1, 2
 
 
 class TileTables(NamedTuple):
-    """The work of one launch."""
+    """Tables of one launch. See Note [Tables] in `longspan.triton_kernels.attention`."""
 
     query_tiles: Table
-    """[m, 7]"""
+    """[m, 7] int32: rows, position and key tiles of each tile of queries."""
     key_tiles: Table
-    """[n, 4]"""
+    """[n, 4] int32: rows, position and visibility of each tile of keys."""
     queries_per_tile: int
     """Most queries of a tile."""
     most_key_tiles: int
-    """That any tile of queries looks at."""
+    """Most key tiles that a tile of queries looks at."""
 
 
 class _Run(NamedTuple):
@@ -69,11 +69,11 @@ def tile_tables(
     """Cut queries and keys into tiles.
 
     Args:
-        segments: of one call; several of one query row have disjoint keys.
-        num_rows: query rows of the call. Those that no segment covers get tiles without keys.
+        segments: segments of one call; those of the same query row have disjoint keys.
+        num_rows: query rows of the call. Rows that no segment covers get tiles without keys.
         queries_per_tile: most queries of a tile; a run of fewer is a tile.
         keys_per_tile: most keys of a tile.
-        window: of the layers.
+        window: width of the layers' window in tokens, or None.
     """
     runs: list[_Run] = []
     spans: list[tuple[_QueryRun, int, int, int, int]] = []  # queries; runs: first, first whole FULL, first other, end
@@ -100,7 +100,7 @@ def tile_tables(
         spans.append((queries, first, whole, others, len(runs)))
     key_tiles, starts = _cut(runs, keys_per_tile)
     tiles: list[Table] = []
-    plain: list[tuple[int, ...]] = []  # one tile, no key that needs a look: the usual decode
+    plain: list[tuple[int, ...]] = []  # one tile, no masked key: the usual decode
     for queries, first, whole, others, end in spans:
         a, b, c, d = starts[first], starts[whole], starts[others], starts[end]
         if c == d and queries.num_queries <= queries_per_tile:
@@ -112,13 +112,13 @@ def tile_tables(
     query_tiles = np.concatenate(tiles) if tiles else np.zeros((0, 7), dtype=np.int32)
     most = int((query_tiles[:, 6] - query_tiles[:, 3]).max(initial=0))
     longest = min(queries_per_tile, int(query_tiles[:, 1].max(initial=1)))
-    # Long tiles first: what starts last should end soon.
+    # Long tiles first: the tiles that start last should end soon.
     order = np.argsort(query_tiles[:, 3] - query_tiles[:, 6], kind="stable")
     return TileTables(np.ascontiguousarray(query_tiles[order]), key_tiles, longest, most)
 
 
 def _query_runs(segments: Iterable[RowSegment], num_rows: int) -> list[_QueryRun]:
-    """All rows in runs, ascending, each with the segments that cover it whole."""
+    """Return all rows as runs, ascending, each with the segments that cover all of it."""
     by_rows: dict[tuple[int, int], list[RowSegment]] = {}
     for s in segments:
         if s.num_queries and s.num_keys and s.visibility is not Visibility.NONE:
@@ -139,7 +139,7 @@ def _query_runs(segments: Iterable[RowSegment], num_rows: int) -> list[_QueryRun
 
 
 def _cut_query_runs(by_rows: dict[tuple[int, int], list[RowSegment]], num_rows: int) -> list[_QueryRun]:
-    """The same where runs overlap: cut wherever one begins or ends."""
+    """Return all rows as runs where the segments' rows overlap: cut wherever a segment begins or ends."""
     borders = sorted({0, num_rows, *(start for start, _ in by_rows), *(start + count for start, count in by_rows)})
     runs: list[_QueryRun] = []
     for start, end in pairwise(borders):
@@ -150,7 +150,7 @@ def _cut_query_runs(by_rows: dict[tuple[int, int], list[RowSegment]], num_rows: 
 
 
 def _cut(runs: Sequence[_Run], keys_per_tile: int) -> tuple[Table, list[int]]:
-    """Key tiles of all runs, and per run (and the end) its first tile."""
+    """Cut runs of keys into tiles [n, 4]; also return the index of each run's first tile, and the number of tiles."""
     if not runs:
         return np.zeros((0, 4), dtype=np.int32), [0]
     columns = np.array(runs, dtype=np.int64)  # [runs, 4]
@@ -172,15 +172,15 @@ def _query_tiles(
     keys_per_tile: int,
     window: int | None,
 ) -> Table:
-    """[m, 7] the tiles of one run of queries.
+    """Make the tiles [m, 7] of one run of queries.
 
     Args:
         queries: the run.
-        key_tiles: of all runs; those of this one are put in order.
+        key_tiles: [n, 4] key tiles of all runs; this run's are sorted in place.
         bounds: this run's key tiles as in Note [Order of key tiles]: first, first whole FULL one, first other, end.
         queries_per_tile: most queries of a tile.
         keys_per_tile: most keys of a tile.
-        window: of the layers.
+        window: width of the layers' window in tokens, or None.
     """
     start, whole, others, end = bounds
     offsets = np.arange(0, queries.num_queries, queries_per_tile)
@@ -192,13 +192,13 @@ def _query_tiles(
         placed = placed[np.argsort(placed[:, 2], kind="stable")]
         key_tiles[others:end] = placed
     begins = placed[:, 2]
-    stops = np.maximum.accumulate(begins + placed[:, 1])  # no key up to this tile is at this position, or newer
+    stops = np.maximum.accumulate(begins + placed[:, 1])  # keys up to and including this tile are older than this
     d = others + np.searchsorted(begins, last, side="right")  # tiles behind it are newer than every query
     a, b = np.full_like(d, start), np.full_like(d, whole)
     is_band = bool((placed[:, 3] == BAND).any())
     if is_band:
         assert window is not None, "a BAND segment needs the width of the band"
-        if start == others:  # tiles before it have left every query's window, but those that know none
+        if start == others:  # skip tiles that have left every query's window; CAUSAL tiles have no window
             causal = np.flatnonzero(placed[:, 3] == CAUSAL)
             a = start + np.searchsorted(stops, first - window + 1, side="right")
             a = np.minimum(a, start + causal[0]) if len(causal) else a

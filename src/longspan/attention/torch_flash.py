@@ -1,4 +1,4 @@
-"""FlashAttention as PyTorch brings it: what runs where there is no Triton, and a second opinion where there is.
+"""FlashAttention as shipped with PyTorch: the backend where Triton is not installed, and a cross-check where it is.
 
 Holds the kernel's edges. Must not know segments.
 Read next: `longspan.attention.dense`, which calls it.
@@ -22,7 +22,7 @@ flash_attention_forward = torch.ops.aten._flash_attention_forward
 
 
 class TorchFlash:
-    """See Note [Edges of PyTorch's flash kernel]."""
+    """PyTorch's flash kernel as a `DenseKernel`. See Note [Edges of PyTorch's flash kernel]."""
 
     name = "torch"
 

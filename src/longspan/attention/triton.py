@@ -1,6 +1,6 @@
 """Attention on a GPU by our own Triton kernels.
 
-Holds `TritonBackend`: tables to the device, how many splits, and the launches. Must not know pages, ranks or models.
+Holds `TritonBackend`: the copy of tables, the number of splits, and the launches. Must not know pages, ranks or models.
 Read next: `longspan.attention.tiles`; `longspan.triton_kernels.attention`, the kernel.
 """
 
@@ -24,16 +24,16 @@ from longspan.types import AttentionParams
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_WIDTH, MAX_WIDTH = 16, 256
-"""Head sizes that the kernel takes; others than powers of two waste lanes."""
+"""Smallest and largest head size that the kernel takes; sizes that are not powers of two waste lanes."""
 MIN_SPLIT_TILES = 4
-"""Key tiles of a split, at least: a shorter one takes longer to merge than it saves."""
+"""Fewest key tiles of a split: a shorter one takes longer to merge than it saves."""
 MAX_SPLITS = 64
 WAVES = 2
 """Programs per processor of the GPU that splits aim at."""
 
 
 class _LaunchTables(NamedTuple):
-    """Tables on the device."""
+    """Tables of a launch on the device, and the number of splits."""
 
     query_tiles: Tensor
     key_tiles: Tensor
@@ -42,7 +42,7 @@ class _LaunchTables(NamedTuple):
 
 
 class TritonBackend:
-    """Our own kernels; bfloat16, float16 and float32."""
+    """Attention by our Triton kernels in bfloat16, float16 and float32."""
 
     name = "triton"
 
@@ -108,7 +108,7 @@ def _work(
     window: int | None,
     device: torch.device,
 ) -> _LaunchTables:
-    """Tables of some segments; made once where the same segments come again, as in every layer of a step."""
+    """Make the tables of some segments, once for all layers of a step."""
     key = (num_rows, group_size, num_kv_heads, sizes, window, device)
     derived = segments.derived if isinstance(segments, RowSegments) else {}
     if key not in derived:
@@ -129,7 +129,7 @@ def _work(
 
 
 def num_splits(tables: TileTables, num_kv_heads: int, processors: int) -> int:
-    """Into how many splits keys are cut so that the whole GPU works."""
+    """Number of splits that keys are cut into so that the whole GPU works."""
     programs = len(tables.query_tiles) * num_kv_heads
     if programs == 0:
         return 1
@@ -138,10 +138,10 @@ def num_splits(tables: TileTables, num_kv_heads: int, processors: int) -> int:
 
 
 def power_of_two(most: int) -> int:
-    """The largest one up to `most`, at least 1: every number of splits is a kernel of its own, to be compiled."""
+    """Largest power of two up to `most`, at least 1: every number of splits is one more kernel to compile."""
     return 1 << max(0, most.bit_length() - 1)
 
 
 def num_processors(device: torch.device) -> int:
-    """Of a GPU; in the interpreter, few."""
+    """Number of multiprocessors of a GPU; a few in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
