@@ -1,4 +1,4 @@
-"""What the core asks of a communicator: one primitive, a set of point-to-point messages.
+"""Interface of a communicator: one primitive, a set of point-to-point messages.
 
 Holds the protocol. Must not know attention, pages or plans.
 Read next: `longspan.comm.distributed`, `longspan.comm.threads`.
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Pending(Protocol):
-    """An exchange under way."""
+    """Exchange that has been started."""
 
     def wait(self) -> None:
-        """Return when everything has arrived, and the sent tensors may be written again.
+        """Return when all messages have arrived and the sent tensors may be overwritten.
 
         Raises:
             CommunicationError: a peer did not answer within the deadline, or is gone.
@@ -22,15 +22,15 @@ class Pending(Protocol):
 
 
 class Communicator(Protocol):
-    """Moves tensors between the ranks of a cp_group: between one process of each."""
+    """Mover of tensors between the ranks of a cp_group, one process of each rank."""
 
     @property
     def rank(self) -> int:
-        """The position of this process's rank in the cp_group."""
+        """Position of this process's rank in the cp_group."""
 
     @property
     def size(self) -> int:
-        """Ranks in the group."""
+        """Number of ranks in the group."""
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
         """Start sending and receiving.

@@ -1,10 +1,10 @@
-"""Notices messages that were damaged on the way: every one is followed by a checksum.
+"""Detection of messages that were damaged on the way: a checksum follows every message.
 
-Holds the checksums, and what damages a message, for tests. Must not know attention, pages or plans.
+Holds the checksums, and a communicator for tests that damages messages. Must not know attention, pages or plans.
 Read next: `longspan.comm.base`; the option `check_messages` in `longspan.config`.
 
-Kernels and network cards check what they move, so this is for machines that are in doubt. It finds what happens between
-one rank's memory and another's, not what a rank computes.
+Operating systems and network cards already check what they move, so this is for machines that are in doubt. It finds
+damage between one rank's memory and another's, not errors of computation.
 """
 
 import zlib
@@ -18,14 +18,14 @@ from longspan.errors import CommunicationError
 
 
 class CheckingCommunicator:
-    """Wraps a communicator of tensors on the CPU. All ranks of a group do, or none."""
+    """Communicator of CPU tensors that adds checksums to another one. All ranks of a group use it, or none."""
 
     def __init__(self, inner: Communicator) -> None:
         self._inner = inner
         self.rank, self.size = inner.rank, inner.size
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
-        """As the wrapped one. `wait` raises `CommunicationError` for a message that is not what was sent, too."""
+        """See `Communicator.exchange`; `wait` also raises `CommunicationError` for a damaged message."""
         outgoing: list[tuple[int, Tensor]] = []
         for peer, tensor in sends:
             if tensor.numel():
@@ -41,7 +41,7 @@ class CheckingCommunicator:
 
 
 class _PendingChecks:
-    """An exchange under way, with a checksum behind every message."""
+    """Exchange that has been started, with a checksum after every message."""
 
     def __init__(self, rank: int, pending: Pending, incoming: Sequence[tuple[int, Tensor]]) -> None:
         self._rank, self._pending, self._incoming = rank, pending, incoming
@@ -56,7 +56,7 @@ class _PendingChecks:
 
 
 class DamagingCommunicator:
-    """Wraps a communicator, and damages a message when it is told to."""
+    """Communicator that damages a message of another one when told to."""
 
     def __init__(self, inner: Communicator) -> None:
         self._inner = inner
@@ -64,7 +64,7 @@ class DamagingCommunicator:
         self._damages_next = False
 
     def damage_next(self) -> None:
-        """Turn over one bit of the next message."""
+        """Flip one bit of the next message."""
         self._damages_next = True
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:

@@ -1,20 +1,20 @@
-"""How ranks find each other, and connect: one socket per pair, inside a host and between hosts.
+"""Connections between ranks: one socket per pair, inside a host and between hosts.
 
 Holds addresses, listeners and the handshake. Must not know what the sockets carry, nor that a rank may have several
-processes: each of them meets one process of every other rank, and is "rank 2" to those.
+processes: each process meets one process of every other rank, under its rank's number.
 Read next: `longspan.comm.sockets`, which uses them.
 
 Note [Handshake between ranks]
-Ranks on several hosts listen on the network, where anybody may connect. Both sides prove that they know the key, which
-comes from the shared secret, without showing it; a connection that does not is closed and the wait goes on:
+Ranks on several hosts listen on the network, where strangers may connect. Both sides prove that they know the key,
+which comes from the shared secret, without sending it. A connection without the proof is closed, the wait goes on:
 
     connecting rank 2                       accepting rank 0
       2, nonce a                 -->
                                  <--          nonce b, HMAC(key, "accepts" 0 2 a b)
       HMAC(key, "connects" 2 0 a b)  -->
 
-What follows is neither signed nor encrypted. Where ranks meet in a directory that only the user may enter, the key is
-empty, and the handshake only says who is who.
+Later messages are neither signed nor encrypted. Where ranks meet in a directory that only the user may enter, the key
+is empty, and the handshake only tells the rank's number.
 """
 
 import fcntl
@@ -36,16 +36,16 @@ import msgspec
 from longspan.errors import CommunicationError, ConfigError
 
 STRANGER_S = 5.0
-"""How long a connection may take to say who it is."""
+"""Longest time in seconds for a connection to complete the handshake."""
 
 BACKLOG = 64
-"""Connections beside those of peers that may wait to be accepted."""
+"""Connections of strangers that may wait to be accepted, beside those of peers."""
 
 ACCEPT_POLL_S = 0.02
-"""How often it is looked whether a connection has proved to be a peer's."""
+"""Seconds between two looks for completed handshakes."""
 
 BUFFER_BYTES = 212_992
-"""Of a socket in each direction; what Linux admits without further settings."""
+"""Buffer of a socket in each direction: the largest that Linux admits by default."""
 
 _NONCE_BYTES, _PROOF_BYTES = 32, 32
 _HELLO = struct.Struct(f"<I{_NONCE_BYTES}s")
@@ -53,53 +53,53 @@ _SIOCGIFADDR = 0x8915
 
 
 class Meeting(NamedTuple):
-    """Where one process of every rank meet."""
+    """Place where one process of every rank meets the others."""
 
     init_method: str
-    """As torch.distributed takes it (`file:///...`, `env://`)."""
+    """`init_method` of torch.distributed (`file:///...`, `env://`)."""
     directory: Path | None
-    """For the sockets of ranks that are all on one machine; theirs alone. None: ranks may be on several hosts."""
+    """Directory for sockets, used by these ranks alone, all on one machine; None: ranks may be on several hosts."""
     address: str | None
-    """Where ranks on other hosts find this one (IPv4); None with a directory."""
+    """IPv4 address under which ranks on other hosts find this one; None with a directory."""
     key: bytes
-    """Known to the ranks alone; empty with a directory."""
+    """Key of the handshake, known to the ranks alone; empty with a directory."""
 
 
 def local_meeting(directory: Path) -> Meeting:
-    """Where ranks on one machine meet.
+    """Make the meeting place of ranks on one machine.
 
     Args:
-        directory: exists, is the same for all, and theirs alone.
+        directory: existing directory, the same for all ranks and used by them alone.
     """
     return Meeting(f"file://{directory}/rendezvous", directory, None, b"")
 
 
 class Store(Protocol):
-    """What the group writes down for all to read (a store of torch.distributed)."""
+    """Key-value store that all ranks of the group share (a store of torch.distributed)."""
 
     def set(self, key: str, value: bytes) -> None: ...
 
     def get(self, key: str) -> bytes:
-        """Waits until a rank has set it."""
+        """Return the value of a key, after a rank has set it."""
 
 
 class _Address(msgspec.Struct, frozen=True):
-    """Where a rank listens."""
+    """Addresses at which a rank listens."""
 
     host_id: str
     unix: str
     tcp: tuple[str, int] | None
-    """None where all ranks are on one machine."""
+    """(IPv4 address, port); None where all ranks are on one machine."""
 
 
 def connect_all(rank: int, size: int, store: Store, meeting: Meeting, *, timeout_s: float) -> dict[int, socket.socket]:
-    """One connected, non-blocking socket per peer.
+    """Connect to every peer, and return one non-blocking socket per peer.
 
     Args:
-        rank: this one.
-        size: ranks in the group.
-        store: shared by the group.
-        meeting: where it meets.
+        rank: this process's rank.
+        size: number of ranks in the group.
+        store: the group's store.
+        meeting: where the group meets.
         timeout_s: longest wait for a peer.
 
     Raises:
@@ -155,9 +155,9 @@ def _connect(rank: int, peer: int, theirs: _Address, host_id: str, key: bytes, t
 def _accept(
     rank: int, waiting: set[int], listeners: list[socket.socket], key: bytes, timeout_s: float
 ) -> dict[int, socket.socket]:
-    """The peers waited for, as they connect and prove that they know the key.
+    """Accept connections until all expected peers have proved that they know the key.
 
-    Each connection is heard in a thread of its own: one that says nothing keeps no other waiting.
+    Each handshake has a thread of its own, so that a silent connection delays no other.
     """
     found: queue.SimpleQueue[tuple[int, socket.socket]] = queue.SimpleQueue()
     connections: dict[int, socket.socket] = {}
@@ -186,7 +186,7 @@ def _hear(
     deadline: float,
     found: "queue.SimpleQueue[tuple[int, socket.socket]]",
 ) -> None:
-    """Let a connection prove that it is a peer's."""
+    """Run the accepting side of a handshake, and queue the connection if it is a peer's."""
     try:
         deadline = min(deadline, time.monotonic() + STRANGER_S)
         peer, nonce = _HELLO.unpack(receive_exactly(connection, _HELLO.size, deadline))
@@ -204,12 +204,12 @@ def _hear(
 
 
 def _proof(key: bytes, role: bytes, rank: int, peer: int, nonces: bytes) -> bytes:
-    """Made by `rank` for `peer`."""
+    """Proof of knowing the key that `rank` makes for `peer`."""
     return hmac.digest(key, role + struct.pack("<II", rank, peer) + nonces, "sha256")
 
 
 def receive_exactly(connection: socket.socket, num_bytes: int, deadline: float) -> bytes:
-    """All bytes of a message, in however many pieces they come."""
+    """Receive a message of `num_bytes` bytes, which may come in pieces."""
     data = b""
     while len(data) < num_bytes:
         left_s = deadline - time.monotonic()
@@ -224,13 +224,13 @@ def receive_exactly(connection: socket.socket, num_bytes: int, deadline: float) 
 
 
 def _set_buffers(connection: socket.socket) -> None:
-    """Buffers of a fixed size: see Note [No deadlock] in `longspan.comm.sockets`."""
+    """Fix the size of a socket's buffers. See Note [No deadlock] in `longspan.comm.sockets`."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
 
 
 def own_host_id() -> str:
-    """The same for processes that can reach each other's Unix sockets, for no others."""
+    """Text that is equal for two processes if and only if they can reach each other's Unix sockets."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{platform.node()} {boot_id} {os.readlink('/proc/self/ns/net')}"
 
@@ -239,7 +239,7 @@ def interface_address(interface: str) -> str:
     """IPv4 address of a network interface.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the interface does not exist or has no IPv4 address.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -256,7 +256,7 @@ def address_towards(host: str) -> str:
     """IPv4 address from which this machine reaches a host.
 
     Raises:
-        CommunicationError: there is no way to it.
+        CommunicationError: the host cannot be reached.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

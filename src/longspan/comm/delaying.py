@@ -1,6 +1,6 @@
-"""A slower network than the real one: holds messages between nodes back. For tests and benchmarks only.
+"""Simulation of a slow network by delaying messages between nodes, for tests and benchmarks only.
 
-Holds the wrapper and the nodes' send clocks. Must not change what is sent, and never holds up a sender.
+Holds the wrapper and the nodes' send clocks. Must not change what is sent, nor make a sender wait.
 Read next: `longspan.simulation`, which says what can be simulated.
 
 Note [Simulated links]
@@ -12,9 +12,9 @@ whichever rank they go to, each `bytes / bytes_per_s` long; what a node receives
     link       first 0..1 ms, second 1..2 ms
     receiver   first at 11 ms, second at 12 ms
 
-Before each such message its sender sends the time of its arrival. The receiver's `wait` takes in both, and then sleeps
-until that time, which the kernel overshoots by about 0.06 ms. Times are those of one machine's monotonic clock, so all
-ranks must be on one machine (network namespaces share its clock).
+Before each message between nodes the sender sends the time of its arrival. The receiver's `wait` receives both, and
+then sleeps until that time, which the kernel overshoots by about 0.06 ms. Times are those of one machine's monotonic
+clock, so all ranks must be on one machine (network namespaces share its clock).
 """
 
 import fcntl
@@ -35,13 +35,13 @@ _PATH_LEN = 64
 
 
 class NodeClock:
-    """When a node's link is free again; shared by the node's ranks, processes or threads, through memory."""
+    """Time at which a node's link is free again, in memory shared by the node's ranks (processes or threads)."""
 
     def __init__(self, path: str | None = None) -> None:
         """Make a clock, or open that of another rank.
 
         Args:
-            path: the other clock's file; None makes one.
+            path: file of the other rank's clock; None makes a new clock.
         """
         if path is None:  # a file without a name; it is gone with the last process that has it open
             self._file = os.memfd_create("longspan-simulated-node")
@@ -52,11 +52,11 @@ class NodeClock:
 
     @property
     def path(self) -> str:
-        """Where other processes of this machine and user find it."""
+        """Path of the clock's file for other processes of this machine and user."""
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
     def reserve(self, seconds: float) -> float:
-        """Occupy the link for so long, after all that occupy it already. Returns the end, on the monotonic clock."""
+        """Occupy the link for `seconds` after all earlier messages; return the end on the monotonic clock."""
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             (free_at_s,) = _TIME.unpack(self._memory[:])
@@ -72,16 +72,16 @@ class NodeClock:
 
 
 class DelayingCommunicator:
-    """Wraps a communicator and holds back what comes from other nodes. See Note [Simulated links]."""
+    """Communicator that delays messages from other nodes. See Note [Simulated links]."""
 
     def __init__(self, inner: Communicator, links: SimulatedLinks) -> None:
-        """Wrap.
+        """Wrap a communicator.
 
         Args:
-            inner: moves the messages.
-            links: one node per rank.
+            inner: communicator that moves the messages.
+            links: simulated links, with one node per rank.
 
-        Collective: all ranks do it; if they are not processes or threads of their own, in the order of ranks.
+        Collective: all ranks; if one thread makes several, in the order of ranks.
         """
         assert inner.size == len(links.nodes), "one node per rank"
         self._inner, self._links = inner, links
@@ -90,7 +90,7 @@ class DelayingCommunicator:
         self._clock = self._join_clock([rank for rank, node in enumerate(links.nodes) if node == self._node])
 
     def _join_clock(self, ranks: Sequence[int]) -> NodeClock:
-        """The clock that the first of a node's ranks makes, and shows to the others."""
+        """Return the clock of this rank's node, which the node's first rank makes."""
         path = torch.zeros(_PATH_LEN, dtype=torch.uint8)
         if self.rank == ranks[0]:
             clock = NodeClock()
@@ -119,7 +119,7 @@ class DelayingCommunicator:
         return self._links.nodes[peer] != self._node
 
     def _arrival_s(self, num_bytes: int) -> float:
-        """When a message sent now arrives."""
+        """Time at which a message sent now arrives, on the monotonic clock."""
         rate = self._links.bytes_per_s
         left_s = time.monotonic() if rate is None else self._clock.reserve(num_bytes / rate)
         return left_s + self._links.latency_s

@@ -1,4 +1,4 @@
-"""Ranks as processes, over `torch.distributed` (gloo; `longspan.comm.nccl` for GPUs).
+"""Communicators of ranks that are processes, over `torch.distributed` (gloo; `longspan.comm.nccl` for GPUs).
 
 Holds the wrapper of point-to-point sends and receives. Must not know attention, pages or plans.
 Read next: `longspan.comm.recording`.
@@ -17,18 +17,18 @@ from longspan.comm.base import Pending
 from longspan.errors import CommunicationError
 
 JOIN_TIMEOUT_S = 300.0
-"""Shortest wait for all ranks to come: they load their weights before, and not at the same speed."""
+"""Shortest wait for all ranks to join: they load their weights before, at different speeds."""
 
 
 class GroupCommunicator:
-    """One rank of a `torch.distributed` process group that a host has made and will end."""
+    """One rank of a `torch.distributed` process group that the caller made and will destroy."""
 
     def __init__(self, group: dist.ProcessGroup, store: Any, *, timeout_s: float = 300.0) -> None:
-        """Use the group.
+        """Wrap a process group.
 
         Args:
-            group: this process is in it.
-            store: what the group's ranks write down for each other.
+            group: process group that this process belongs to.
+            store: key-value store of the group.
             timeout_s: longest wait for a peer in every exchange.
         """
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -52,11 +52,11 @@ class GroupCommunicator:
         return _PendingWorks(self.rank, works, self._timeout_s)
 
     def close(self) -> None:
-        """Leaves the group as it is: it is its maker's."""
+        """Do nothing: the caller destroys the process group."""
 
 
 class DistributedCommunicator(GroupCommunicator):
-    """One rank of the default process group, which it makes and ends."""
+    """One rank of the default process group, which this communicator makes and destroys."""
 
     def __init__(
         self,
@@ -71,16 +71,16 @@ class DistributedCommunicator(GroupCommunicator):
         """Join the group.
 
         Args:
-            rank: the position of this process's rank.
-            size: ranks in the group.
-            init_method: where the ranks meet, as torch.distributed takes it (`file:///...`, `tcp://host:port`, `env://`).
-            timeout_s: longest wait for a peer in every exchange; joining may take `JOIN_TIMEOUT_S` at least.
-            backend: of torch.distributed.
-            device: this process's, of a backend whose exchanges have no other deadline: a GPU is connected at once, and
-                `timeout_s` holds for the whole group. None for a backend that waits with a deadline each time.
+            rank: position of this process's rank.
+            size: number of ranks in the group.
+            init_method: where the ranks meet, for torch.distributed (`file:///...`, `tcp://host:port`, `env://`).
+            timeout_s: longest wait for a peer in every exchange; joining may take at least `JOIN_TIMEOUT_S`.
+            backend: backend of torch.distributed.
+            device: this process's device, for a backend whose waits have no deadline of their own: `timeout_s` then is
+                the group's, and a GPU is connected at once. None for a backend that waits with a deadline each time.
 
         Raises:
-            CommunicationError: not all ranks came.
+            CommunicationError: not all ranks joined.
 
         Collective: all `size` ranks must join.
         """

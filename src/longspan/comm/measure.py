@@ -1,14 +1,14 @@
-"""How fast messages are: latency, bandwidth, and what they cost the ranks themselves.
+"""Measurements of messages: latency, bandwidth, and the ranks' own time.
 
-Holds measurements through the communicator alone, so that they see whatever it does (sockets, networks, simulated
-links). Must not know kernels, or what is predicted from the numbers.
+Holds measurements through the communicator, so that they include all that it does (sockets, networks, simulated
+links). Must not know kernels, or the predictions made from the numbers.
 Read next: `longspan.costmodel.parameters`, which says what the numbers mean; `longspan.attention.measure`.
 
-Note: everybody at once
-    Ranks form rings, one per node, and one through the nodes for the first ranks of all nodes, one for the second
-    ones, and so on. All rings run at the same time, and every rank sends to the next and receives from the one before,
-    which is what the strategies do. So a rank's bandwidth is what is left of a link that others use as well. Short
-    messages go to and fro between neighbours, all pairs at the same time.
+Note: all ranks at once
+    Ranks form rings: one inside each node, and rings through all nodes, one for the nodes' first ranks, one for their
+    second ranks, and so on. All rings of a kind run at the same time, and every rank sends to its successor and
+    receives from its predecessor, as the strategies do. So a rank's bandwidth is its share of a link that other ranks
+    use as well. Short messages go to and fro between neighbours, all pairs at the same time.
 """
 
 import statistics
@@ -25,26 +25,29 @@ from longspan.costmodel.measured import LinkMeasurement
 from longspan.costmodel.parameters import Link
 
 SIZES = ((2 << 10, 32), (8 << 10, 24), (32 << 10, 16), (64 << 10, 24), (256 << 10, 12), (1 << 20, 6), (3 << 20, 5))
-"""(bytes of a message, how often it is sent): short ones for latency, the last two for bandwidth."""
+"""(bytes of a message, number of times it is sent): short messages for latency, the last two for bandwidth."""
 
 NUM_SHORT = 2
-"""How many of these sizes are sent to and fro."""
+"""How many of `SIZES`, from the shortest on, are sent to and fro between two ranks."""
 
 WARM_UP = 3
-"""Messages before those that count: connections and buffers are made on first use."""
+"""Uncounted messages sent first: connections and buffers are made on first use."""
 
 OVERLAP_BYTES, OVERLAP_REPEATS = 2 << 20, 5
-"""The message that moves beside a computation."""
+"""Size of the message that moves beside a computation, and how often it is sent."""
 
 BUSY_SIZE, BUSY_CALLS, MAX_BUSY_S = 192, 40, 0.05
-"""Side of the matrices that are multiplied meanwhile, how often to learn its time, and the longest computation."""
+"""Side of the matrices multiplied beside a message, products for timing one of them, and the longest computation."""
 
 SIGNIFICANT_LATENCY = 0.15
-"""Share of the latency that long messages must have in addition to be taken for another kind."""
+"""Smallest extra latency of long messages, as a share of the latency, for which they are told apart from short ones."""
 
 
 def barrier(comm: Communicator) -> None:
-    """Return when all ranks have come. Collective: all ranks, two messages of a byte each but for rank 0."""
+    """Return when all ranks have called this.
+
+    Collective: all ranks; each one but rank 0 sends and receives a message of one byte.
+    """
     token = torch.zeros(1, dtype=torch.uint8)
     others = [rank for rank in range(comm.size) if rank != 0]
     if comm.rank:
@@ -59,8 +62,8 @@ def measure_links(comm: Communicator, nodes: Sequence[int]) -> LinkMeasurement:
     """Measure this rank's links.
 
     Args:
-        comm: the ranks' communicator; nothing else may be under way on it.
-        nodes: per rank, its node, from 0.
+        comm: the ranks' communicator, without an exchange under way.
+        nodes: node of every rank, counted from 0.
 
     Collective: all ranks, with the same `nodes`; about 100 exchanges of up to 3 MiB per ring. A lone rank has no link.
     """
@@ -93,20 +96,20 @@ class _Ring(NamedTuple):
     successor: int
     predecessor: int
     partner: int | None
-    """Neighbours in pairs; None for the odd one."""
+    """Neighbour with which this rank forms a pair; None for the last rank of an odd number."""
     is_first: bool
-    """Of its pair."""
+    """Whether this rank is the first of its pair."""
 
 
 class RingTimes(NamedTuple):
     message_s: list[tuple[int, float]]
     """(bytes, seconds of one message)."""
     own_s: float
-    """Of the rank's own time for a short one, sent or received."""
+    """Seconds of the rank's own time for a short message, sent or received."""
 
 
 def _rings(rank: int, nodes: Sequence[int]) -> tuple[_Ring | None, _Ring | None, _Ring | None]:
-    """This rank's place inside its node, among the ranks of the same place in other nodes, and among first ranks."""
+    """Rings of this rank: inside its node; through the nodes; through the nodes if it is its node's first rank."""
     members = [[r for r, node in enumerate(nodes) if node == n] for n in range(max(nodes) + 1)]
     own = members[nodes[rank]]
     place = own.index(rank)
@@ -123,7 +126,7 @@ def _ring(rank: int, members: Sequence[int]) -> _Ring | None:
 
 
 def _exchanges(comm: Communicator, ring: _Ring, num_bytes: int, repeats: int) -> list[float]:
-    """Seconds of each of some messages round the ring."""
+    """Send messages round the ring, and return the seconds of each."""
     outgoing, incoming = torch.zeros(num_bytes, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
     times: list[float] = []
     for _ in range(repeats):
@@ -134,7 +137,7 @@ def _exchanges(comm: Communicator, ring: _Ring, num_bytes: int, repeats: int) ->
 
 
 def _measure_ring(comm: Communicator, ring: _Ring) -> RingTimes | None:
-    """All messages of one ring; None for a rank without a partner, who only takes part."""
+    """Measure all messages of one ring; None for a rank without a partner, which only takes part."""
     short_s: list[tuple[int, float]] = []
     own_s: list[float] = []
     for num_bytes, repeats in SIZES[:NUM_SHORT] if ring.partner is not None else ():
@@ -152,7 +155,7 @@ def _measure_ring(comm: Communicator, ring: _Ring) -> RingTimes | None:
 
 
 def _ping_pong(comm: Communicator, ring: _Ring, num_bytes: int, repeats: int) -> list[float]:
-    """Seconds of one short message, half of there and back: the receiver sleeps until it comes, as in a real step."""
+    """Seconds of short messages, as half a round trip: the receiver sleeps until one comes, as in a real step."""
     assert ring.partner is not None
     outgoing, incoming = _buffers(num_bytes)
     times: list[float] = []
@@ -168,8 +171,7 @@ def _ping_pong(comm: Communicator, ring: _Ring, num_bytes: int, repeats: int) ->
 
 
 def _typical(times: Sequence[float]) -> float:
-    """Mean without the longest tenth: ranks take turns at waiting, and threads now and then wake late, which a median
-    would count as never or always."""
+    """Mean without the longest tenth: threads now and then wake late, which a median counts as never or always."""
     ordered = sorted(times)
     return statistics.fmean(ordered[: len(ordered) - -(-len(ordered) // 10)])
 
@@ -183,13 +185,13 @@ def _bandwidth(comm: Communicator, ring: _Ring) -> float:
 
 
 def _slope(short: tuple[int, float], long: tuple[int, float]) -> float:
-    """Bytes per second between two messages; of the longer one alone where noise leaves nothing between them."""
+    """Bytes per second from the difference of two messages, or from the longer one alone where noise hides it."""
     more_s = long[1] - short[1]
     return (long[0] - short[0]) / more_s if more_s > 0.2 * long[1] else long[0] / long[1]
 
 
 def fitted_link(times: RingTimes) -> Link:
-    """Fit latency and bandwidth, and the size from which on messages go another way, if they do."""
+    """Fit latency and bandwidth, and the size above which messages have another latency, if there is one."""
     message_s = times.message_s
     bytes_per_s = _slope(message_s[-3], message_s[-1])
     # The rank's own time is counted apart, as `exchange_s`.
@@ -203,7 +205,7 @@ def fitted_link(times: RingTimes) -> Link:
 
 
 def _moved_byte_s(comm: Communicator, ring: _Ring | None) -> float:
-    """What a byte that moves takes from the computation beside it. All ranks compute, in a ring or not."""
+    """Seconds that a moving byte takes from the computation beside it. All ranks compute, in a ring or not."""
     a = torch.ones(BUSY_SIZE, BUSY_SIZE)
     busy = _repeat(lambda: torch.mm(a, a))
     busy(BUSY_CALLS)
@@ -232,7 +234,7 @@ def _buffers(num_bytes: int) -> tuple[Tensor, Tensor]:
 
 
 def _repeat(call: Callable[[], object]) -> Callable[[int], float]:
-    """A function that makes so many calls, and returns their seconds."""
+    """Return a function that makes a given number of calls, and returns their seconds."""
 
     def run(count: int) -> float:
         started = time.perf_counter()

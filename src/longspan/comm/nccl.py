@@ -1,8 +1,8 @@
-"""Ranks on GPUs of their own, over NCCL.
+"""Communicator of ranks with a GPU each, over NCCL.
 
-Holds what is NCCL's own: messages that start together, waits that hold a stream up and not the process, and who ends a
-rank that hangs. Must not know attention, pages or plans. No GPU has run it yet; its messages are tested over gloo.
-Read next: `longspan.comm.distributed`, the group that it is.
+Holds what is specific to NCCL: messages that start together, waits that block a stream and not the process, and the end
+of a rank that hangs. Must not know attention, pages or plans. No GPU has run it yet; its messages are tested over gloo.
+Read next: `longspan.comm.distributed`, its base class.
 
 Note [Waiting on a GPU]
     `wait` makes the current stream wait for what has arrived, and returns at once; kernels of other streams, and what
@@ -30,7 +30,7 @@ from longspan.errors import CommunicationError
 
 
 class NCCLCommunicator(DistributedCommunicator):
-    """One rank of the default process group, which it makes and ends. See Note [Waiting on a GPU]."""
+    """One rank of the default process group, which it makes and destroys. See Note [Waiting on a GPU]."""
 
     def __init__(
         self,
@@ -45,12 +45,12 @@ class NCCLCommunicator(DistributedCommunicator):
         """Join the group.
 
         Args:
-            rank: the position of this process's rank.
-            size: ranks in the group.
-            init_method: where the ranks meet, as torch.distributed takes it (`file:///...`, `tcp://host:port`, `env://`).
-            device: this process's GPU, no other's.
+            rank: position of this process's rank.
+            size: number of ranks in the group.
+            init_method: where the ranks meet, for torch.distributed (`file:///...`, `tcp://host:port`, `env://`).
+            device: this process's GPU, used by no other process.
             timeout_s: longest time of an exchange, from its launch.
-            backend: of torch.distributed; another one is for tests.
+            backend: backend of torch.distributed; others than `nccl` are for tests.
 
         Raises:
             CommunicationError: not all ranks came.

@@ -1,7 +1,7 @@
-"""Counts what another communicator sends.
+"""Counts of the messages that another communicator sends.
 
 Holds counters only. Must not change what is sent.
-Read next: `longspan.worker.runner`, which reports them.
+Read next: `longspan.worker.runner`, which reports the counts.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from longspan.comm.base import Communicator, Pending
 
 
 class Traffic(NamedTuple):
-    """What a rank sends."""
+    """Counts of a rank's exchanges, of the messages it sent, and of their bytes."""
 
     num_exchanges: int
     messages_sent: int
     bytes_sent: int
 
     def since(self, before: Traffic) -> Traffic:
-        """What has been added to an earlier count."""
+        """Difference to an earlier count."""
         return Traffic(*(now - then for now, then in zip(self, before, strict=True)))
 
     def plus(self, more: Traffic) -> Traffic:
-        """Both together."""
+        """Sum of two counts."""
         return Traffic(*(some + others for some, others in zip(self, more, strict=True)))
 
 
 class RecordingCommunicator:
-    """Wraps a communicator and counts calls, messages and bytes."""
+    """Communicator that counts the calls, messages and bytes of another one."""
 
     def __init__(self, inner: Communicator) -> None:
         self.inner = inner
         self.rank, self.size = inner.rank, inner.size
         self.num_exchanges = 0
-        """Calls of `exchange`."""
+        """Number of calls of `exchange`."""
         self.messages_sent = 0
         self.bytes_sent = 0
 
@@ -51,7 +51,7 @@ class RecordingCommunicator:
 
     @property
     def traffic(self) -> Traffic:
-        """All counters."""
+        """All counts so far."""
         return Traffic(self.num_exchanges, self.messages_sent, self.bytes_sent)
 
     @traffic.setter

@@ -1,6 +1,6 @@
-"""The secret that all processes of a group on several hosts share, and the keys that come from it.
+"""The secret that all processes of a group on several hosts share, and the keys derived from it.
 
-Holds where it is read, and its use in HMAC. The secret itself is never sent, printed or put on a command line.
+Holds the reading of the secret, and its use in HMAC. The secret is never sent, printed or put on a command line.
 Read next: `longspan.comm.sockets` and `longspan.group.zmq_auth`, which use the keys.
 """
 
@@ -12,28 +12,28 @@ from pathlib import Path
 from longspan.errors import ConfigError
 
 VARIABLE = "LONGSPAN_SECRET"
-"""Environment variable that may hold it."""
+"""Environment variable that may hold the secret."""
 
 MIN_LEN = 16
-"""Fewest characters: a key can be tried on a recorded handshake as fast as a hash is computed."""
+"""Fewest bytes of a secret: an attacker with a recorded handshake can try secrets as fast as hashes are computed."""
 
 
 class Secret:
-    """A shared secret. Its text form shows nothing."""
+    """Shared secret, whose text form shows nothing of it."""
 
     def __init__(self, value: bytes) -> None:
         self._value = value
 
     def key(self, purpose: str) -> bytes:
-        """32 bytes for one purpose; nothing follows from one key about another, or about the secret."""
+        """Derive a key of 32 bytes for one purpose; a key tells nothing about other keys or the secret."""
         return hmac.new(self._value, f"longspan {purpose}".encode(), hashlib.sha256).digest()
 
 
 def read_secret(secret_file: str | None) -> Secret | None:
-    """The secret in a file, else in the environment; None if there is neither. White space around it is dropped.
+    """Read the secret from a file, else from the environment; None without both. White space around it is dropped.
 
     Raises:
-        ConfigError: it cannot be read, or is too short.
+        ConfigError: the secret cannot be read, or is too short.
     """
     if secret_file is not None:
         source, value = f"secret_file: got {secret_file!r}", _read(secret_file)
@@ -47,10 +47,10 @@ def read_secret(secret_file: str | None) -> Secret | None:
 
 
 def require_secret(secret_file: str | None, why: str) -> Secret:
-    """The secret.
+    """Read the secret, which must be there.
 
     Raises:
-        ConfigError: there is none, it cannot be read, or is too short.
+        ConfigError: there is no secret, it cannot be read, or it is too short.
     """
     secret = read_secret(secret_file)
     if secret is None:

@@ -1,20 +1,20 @@
-"""Ranks as processes: small messages over sockets, large ones over `torch.distributed`.
+"""Communicator of ranks that are processes: small messages over sockets, large ones over `torch.distributed`.
 
 Holds the messages and the choice between the two. Must not know attention, pages or plans, or which ranks share a host.
 Read next: `longspan.comm.connect`, which makes the sockets; `longspan.comm.recording`.
 
 Note [Two ways]
-A round trip of a few kilobytes takes gloo about 0.3 ms, mostly to wake its threads, and a Unix socket 0.01 to 0.02 ms.
-Between hosts a TCP socket takes a Unix socket's place.
-A decode step makes two in every layer. Large messages stay with gloo, whose threads move them while this one computes.
-Both sides know every message's size, so both choose the same way, and each way keeps the order of its messages.
+A round trip of a few kilobytes takes gloo about 0.3 ms, mostly to wake its threads, and a Unix socket 0.01 to 0.02 ms;
+a decode step makes two in every layer. Between hosts a TCP socket takes a Unix socket's place. Large messages stay with
+gloo, whose threads move them while this one computes. Both sides know every message's size, so both choose the same
+way, and each way keeps the order of its messages.
 
 Note [No deadlock]
 A send never blocks: what a socket's buffer does not take waits in a queue, and a rank that waits for small messages
-goes on sending from all queues. Only a wait for a large message does not; `SMALL_BYTES` keeps the queues empty then.
-Where it does not (a `tree` over many nodes), the order does: every rank waits for exchanges in the order in which all
-of them start them (`longspan.cp.pass_q`, Note: order), and takes in an exchange's small messages before it waits for
-the large.
+goes on sending from all queues. Only a wait for a large message sends nothing; `SMALL_BYTES` is so small that the
+queues are empty then. Where they are not (a `tree` over many nodes), the order prevents a deadlock: every rank waits
+for exchanges in the order in which all ranks start them (`longspan.cp.pass_q`, Note: order), and receives an exchange's
+small messages before it waits for the large ones.
 """
 
 import os
@@ -32,12 +32,12 @@ from longspan.comm.distributed import DistributedCommunicator, GroupCommunicator
 from longspan.errors import CommunicationError
 
 SMALL_BYTES = 32 * 1024
-"""Largest message that goes over a socket. The few that a strategy has under way to one peer fit into the socket's
-buffer of about 200 KiB (`BUFFER_BYTES` for TCP); where a `tree` has more, see Note [No deadlock]."""
+"""Largest message that goes over a socket. The few messages that a strategy has under way to one peer fit into the
+socket's buffer of about 200 KiB (`BUFFER_BYTES` for TCP); where a `tree` has more, see Note [No deadlock]."""
 
 
 LOOK_S = 400e-6
-"""How long a rank with a core of its own should look for a small message before it sleeps."""
+"""Seconds for which a rank with a core of its own should poll for a small message before it sleeps."""
 
 
 class SocketCommunicator:
@@ -56,13 +56,13 @@ class SocketCommunicator:
         """Join the group.
 
         Args:
-            rank: the position of this process's rank.
-            size: ranks in the group.
+            rank: position of this process's rank.
+            size: number of ranks in the group.
             meeting: where the ranks meet.
             timeout_s: longest wait for a peer in every exchange.
-            look_s: how long a wait for small messages looks for them before it sleeps. Who sleeps takes 30 to 60 us to
-                wake up; who looks keeps a core busy, so every rank should have one of its own.
-            large: for the large messages; None makes a default process group for them.
+            look_s: seconds for which a wait for small messages polls before it sleeps. Waking up takes 30 to 60 us;
+                polling keeps a core busy, so it is for ranks with a core of their own.
+            large: communicator of the large messages; None makes a default process group for them.
 
         Raises:
             CommunicationError: not all ranks came.
@@ -71,7 +71,7 @@ class SocketCommunicator:
         """
         self.rank, self.size = rank, size
         self._timeout_s, self._look_s = timeout_s, look_s
-        # Returns when all ranks have come.
+        # Returns when all ranks have joined.
         self._large = large or DistributedCommunicator(rank, size, meeting.init_method, timeout_s=timeout_s)
         try:
             self._sockets = connect_all(rank, size, self._large.store, meeting, timeout_s=timeout_s)
@@ -102,7 +102,7 @@ class SocketCommunicator:
         """Return when the small messages of an exchange have been sent and received.
 
         Args:
-            num_sent: per peer, how many small messages its socket has taken by then, since the start.
+            num_sent: per peer, the number of small messages since the start that its socket has taken by then.
             unread: (peer, message) pairs to fill, in order.
 
         Raises:
@@ -119,7 +119,7 @@ class SocketCommunicator:
                 self._wait_for([peer for peer, _ in unread], started + self._timeout_s)
 
     def _receive_all(self, unread: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
-        """Read what has come. Returns what has not, in order."""
+        """Read the bytes that have arrived; return what is still missing, in order."""
         rest: list[tuple[int, memoryview]] = []
         blocked: set[int] = set()  # a peer's second message is behind its first
         for peer, message in unread:
@@ -130,7 +130,7 @@ class SocketCommunicator:
         return rest
 
     def _send(self, peer: int) -> None:
-        """Give the socket what it takes now of the messages to a peer."""
+        """Hand the socket as many bytes of the messages to a peer as it takes now."""
         queue = self._unsent[peer]
         try:
             while queue:
@@ -146,7 +146,7 @@ class SocketCommunicator:
             raise CommunicationError(f"rank {self.rank}: send to rank {peer} failed: {error}") from error
 
     def _receive(self, peer: int, message: memoryview) -> int:
-        """Read what has come of a message from a peer. Returns how many bytes of it."""
+        """Read the bytes of a peer's message that have arrived; return their number."""
         try:
             count = self._sockets[peer].recv_into(message)
         except BlockingIOError:
@@ -158,7 +158,7 @@ class SocketCommunicator:
         return count
 
     def _wait_for(self, readers: Sequence[int], deadline: float) -> None:
-        """Sleep until one of the `readers` has sent something, or any peer can take more."""
+        """Sleep until one of the `readers` has sent something, or a peer can take more."""
         poller = select.poll()
         events = dict.fromkeys(readers, select.POLLIN)
         for peer, queue in self._unsent.items():
@@ -177,7 +177,7 @@ class SocketCommunicator:
 
 
 class _PendingMessages:
-    """An exchange of which some messages may be large and some small."""
+    """Exchange that has been started, with large messages, small ones, or both."""
 
     def __init__(
         self,
@@ -195,5 +195,5 @@ class _PendingMessages:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's memory."""
+    """Memory of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: for tests, debugging and machines with one device.
+"""Communicators of ranks that are threads of one process: for tests, debugging and machines with one device.
 
 Holds queues between threads. Must not know attention, pages or plans.
 Read next: `longspan.comm.distributed`, the same interface between processes.
@@ -47,7 +47,7 @@ class ThreadCommunicator:
         tensor.copy_(message.view(tensor.shape))
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""
 
 
 class _PendingReceive:
@@ -61,6 +61,6 @@ class _PendingReceive:
 
 
 def thread_group(size: int, *, timeout_s: float = 300.0) -> list[Communicator]:
-    """Communicators of `size` ranks, one for each thread."""
+    """Make the communicators of `size` ranks, one for each thread."""
     mailboxes: list[list[_Mailbox]] = [[queue.SimpleQueue() for _ in range(size)] for _ in range(size)]
     return [ThreadCommunicator(rank, mailboxes, timeout_s) for rank in range(size)]
