@@ -1,4 +1,4 @@
-"""What a movement strategy is given, and what it must do.
+"""Interface of movement strategies, and what they are given.
 
 Holds the protocol and small helpers that several strategies share. Must not know which strategy is chosen, models or
 schedulers.
@@ -31,9 +31,9 @@ class RankStep:
     group: KVGroup
     step: GroupStep
     query_runs: Sequence[QueryRun]
-    """Of all ranks, in plan order."""
+    """Query runs of all ranks, in plan order."""
     tables: Mapping[int, PageTable]
-    """Page table per request of this group."""
+    """Page table of every request in this KV group, by request id."""
 
     @property
     def rank(self) -> int:
@@ -41,7 +41,7 @@ class RankStep:
 
     @property
     def pool_layout(self) -> PoolLayout:
-        """Where this rank's own keys lie."""
+        """Places of this rank's keys in its pool."""
         return PoolLayout(self.tables, self.rank)
 
     def local_query_rows(self) -> dict[Range, int]:
@@ -50,15 +50,15 @@ class RankStep:
 
 
 class MovementStrategy(Protocol):
-    """Brings the queries of a step and their keys together. Made once per step and KV group."""
+    """Strategy that brings the queries of a step and their keys together. Made once per step and KV group."""
 
     def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
-        """Attention of this rank's queries over all their keys, wherever these lie.
+        """Compute attention of this rank's queries over all their keys, on whichever rank the keys lie.
 
         Args:
             q: [T, H, D] this rank's packed queries, T may be 0.
             k: [Hkv, rows, D] this rank's pool of the layer, this step's tokens included.
-            v: [Hkv, rows, Dv] likewise.
+            v: [Hkv, rows, Dv] this rank's pool of the layer, this step's tokens included.
             params: the layer's attention parameters.
 
         Returns:
@@ -69,13 +69,13 @@ class MovementStrategy(Protocol):
 
 
 class KeyShare:
-    """Some of the keys that this rank's queries see, which all lie in one tensor."""
+    """Keys in one tensor that this rank's queries see."""
 
     def __init__(self, segments: Sequence[RowSegment]) -> None:
         """Take the segments.
 
         Args:
-            segments: query rows are this rank's packed rows.
+            segments: segments over the tensor's keys; their query rows are this rank's packed rows.
         """
         self._first = min((s.query_row for s in segments), default=0)
         self._last = max((s.query_row + s.num_queries for s in segments), default=0)
@@ -91,9 +91,9 @@ class KeyShare:
 
 
 class KVBlock:
-    """A buffer for what up to `capacity` tokens cache in one layer, sent as one message.
+    """Buffer for the KV of up to `capacity` tokens in one layer, sent as one message.
 
-    A message holds one component behind the other, as they are stored: [heads, rows, width] of each.
+    A message holds the layout's components one after the other, each as [heads, rows, width].
     """
 
     def __init__(self, layout: KVLayout, capacity: int, device: torch.device) -> None:
@@ -102,7 +102,7 @@ class KVBlock:
         self._flat = torch.empty(capacity * layout.token_elements, dtype=getattr(torch, dtype), device=device)
 
     def message(self, num_rows: int) -> Tensor:
-        """[elements] the part of the buffer that `num_rows` tokens take."""
+        """Part of the buffer [elements] that `num_rows` tokens take."""
         return self._flat[: num_rows * self._layout.token_elements]
 
     def views(self, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ class KVBlock:
         return stored[0], stored[1] if width is None else stored[0][:, :, :width]
 
     def _stored(self, num_rows: int) -> list[Tensor]:
-        """Per component: [heads, num_rows, width] in the buffer."""
+        """Views [heads, num_rows, width] of the buffer, one per component."""
         stored: list[Tensor] = []
         start = 0
         for component in self._layout.components:

@@ -1,7 +1,7 @@
-"""Attention of any step: rows of any number, every strategy, one launch after the other.
+"""Attention of any step: any number of rows, every strategy, one launch after the other.
 
-Holds the table of strategies, and what surrounds them in a layer: new keys and values to the pool before, attention
-sinks behind. Must not know models, schedulers or processes.
+Holds the table of strategies, and the steps around them in a layer: store new keys and values before, merge attention
+sinks after. Must not know models, schedulers or processes.
 Read next: `longspan.cp.base`, the protocol of strategies; `longspan.worker.forward`, which calls this from a model.
 """
 
@@ -42,20 +42,20 @@ SCATTER_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What layers of one KV group do alike."""
+    """Step data that the layers of one KV group share."""
 
     pool: PagePool
     strategy: MovementStrategy
     name: str
     stores: Sequence[StoreRun]
     scattered: Tensor | None
-    """[T] int64 pool row of every new token where `is_scattered`, else None."""
+    """[T] int64 pool row of every new token if `is_scattered` holds, else None."""
     read_rows: Tensor | None = None
     """[n] int64 packed rows that the strategy runs for; None for all."""
 
 
 class EagerStepAttention:
-    """A `StepAttention` that runs the plan's strategies."""
+    """`StepAttention` that runs the plan's strategies."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class EagerStepAttention:
             pools: this rank's pool per KV group.
             comm: this rank's communicator.
             backend: this rank's kernels.
-            layer_params: per layer of the model; every rank needs them, also one that computes only for others.
+            layer_params: attention parameters of every layer, also on a rank that computes only for others.
         """
         self.rank = comm.rank
         self.num_rows = sum(run.num_tokens for run in plan.query_runs if run.compute_rank == self.rank)
@@ -122,7 +122,7 @@ class EagerStepAttention:
         self._run_strategy(layer, q)
 
     def _run_strategy(self, layer: int, q: Tensor) -> PartialAttention:
-        """One layer by its group's strategy, without sinks.
+        """Run one layer by its group's strategy, without sinks.
 
         Args:
             layer: layer of the model.
@@ -131,7 +131,7 @@ class EagerStepAttention:
         Returns:
             One partial over all visible keys.
 
-        Collective: as `attend`, which calls it.
+        Collective: like `attend`, which calls it.
         """
         part, before = self._parts[layer], self._comm.bytes_sent
         partial = part.strategy.run_layer(q, part.pool.k[layer], part.pool.v[layer], self._layer_params[layer])
@@ -140,12 +140,12 @@ class EagerStepAttention:
 
 
 def is_scattered(stores: Sequence[StoreRun]) -> bool:
-    """Whether new tokens are stored by one indexed copy: their runs are many and short."""
+    """Whether new tokens are stored by one indexed copy, because their runs are many and short."""
     return len(stores) >= 4 and sum(run.num_tokens for run in stores) <= SCATTER_TOKENS * len(stores)
 
 
 def _packed_rows(step: RankStep, reading: RankStep) -> list[int]:
-    """The packed rows of `step` that are the rows of `reading`, in its order."""
+    """Packed rows of `step` that `reading` keeps, in the order of `reading`."""
     first_row = {(request_id, start): row for (request_id, start, _), row in step.local_query_rows().items()}
     starts = sorted(first_row)
     rows: list[int] = []
@@ -157,5 +157,5 @@ def _packed_rows(step: RankStep, reading: RankStep) -> list[int]:
 
 
 def _indices(rows: Sequence[int], device: torch.device) -> Tensor:
-    """[n] int64."""
+    """Tensor [n] int64 of rows on the device."""
     return torch.tensor(rows, dtype=torch.long, device=device)

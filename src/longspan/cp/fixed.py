@@ -1,9 +1,9 @@
 """Attention of a decode step in fixed shapes, so that a CUDA graph can repeat it.
 
-Holds what a plan comes to in persistent buffers, and the launches that read nothing else. Must not know models or
+Holds the way of a plan into persistent buffers, and the launches that read only these. Must not know models or
 graphs. Runs on the `triton` backend's kernels alone.
 Read next: `longspan.plan.fixed_shape`, Note [Fixed shapes]; `longspan.worker.graphs`, which captures steps;
-`longspan.cp.pass_q`, the same without padding.
+`longspan.cp.pass_q`, the same exchanges without padding.
 
 Attention reads tile tables in buffers (Note [Tables] in `longspan.triton_kernels.attention`): tables change with the
 plan, addresses and grids do not.
@@ -30,11 +30,11 @@ from longspan.triton_kernels.store import store
 from longspan.types import AttentionParams
 
 MIN_FIXED_SPLITS = 4
-"""Even where rows alone fill the GPU: one of them may be a long context beside short ones."""
+"""Fewest splits, even where rows alone fill the GPU: one row may have a long context and the others short ones."""
 
 
 class FixedStepAttention:
-    """A `StepAttention` of all steps of one shape, one after the other: `fill` begins each."""
+    """`StepAttention` of all steps of one shape, one after the other: `fill` begins each."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class FixedStepAttention:
         """Allocate messages.
 
         Args:
-            shape: of the steps.
+            shape: shape of the steps.
             inputs: this rank's buffers, shared by all shapes.
-            pools: this rank's, per KV group.
+            pools: this rank's pool of every KV group.
             comm: this rank's communicator.
-            layer_params: per layer of the model.
+            layer_params: attention parameters of every layer.
         """
         self.shape, self.rank = shape, comm.rank
         self.num_rows = shape.num_rows if comm.rank in shape.homes else 0
@@ -66,12 +66,12 @@ class FixedStepAttention:
         """Put a plan into the buffers.
 
         Args:
-            plan: of this shape.
+            plan: a plan of this shape.
             tables: per KV group, the page table of every request in the plan.
-            token_ids: of this rank's rows.
+            token_ids: input tokens of this rank's rows.
 
         Returns:
-            Whether the buffers are those of a captured graph; False where key tiles had no room in them, so that this
+            Whether a captured graph may run: False if key tiles had no room in the persistent buffers, so that this
             step reads others.
         """
         rows_of = {home: query_rows(plan.query_runs, home) for home in {self.rank, *self.shape.homes}}
@@ -95,7 +95,7 @@ class FixedStepAttention:
     def _tiles(
         self, plan: Plan, group_idx: int, home: int, rows: Mapping[Range, int], layout: PoolLayout, first_row: int
     ) -> PlacedTiles:
-        """What one home's rows see of this rank's keys: a tile for each."""
+        """Tables of the keys on this rank that one home's rows see, with a tile of queries for every row."""
         pool = self._pools[group_idx]
         window = pool.group.spec.window
         seen = [s for s in plan.groups[group_idx].segments if s.query_rank == home and s.key_rank == self.rank]
@@ -141,7 +141,7 @@ class FixedStepAttention:
         self._answer(layer)
 
     def _answer(self, layer: int) -> None:
-        """Partials of other homes' queries to them, and those of this rank's queries home."""
+        """Send partials of other homes' queries to these homes, and receive those of this rank's queries."""
         messages = self._messages[self._group_of_layer[layer]]
         if messages.other_homes:
             queries = messages.queries.flatten(0, 1)  # [homes * rows, H, D]
@@ -152,7 +152,7 @@ class FixedStepAttention:
         ).wait()
 
     def _split_partials(self, layer: int, q: Tensor, *, is_remote: bool) -> tuple[Tensor, Tensor]:
-        """Every split's partial: [splits, T, H, Dv] and [splits, T, H]."""
+        """Compute every split's partial: [splits, T, H, Dv] and [splits, T, H]."""
         group_idx, params = self._group_of_layer[layer], self._layer_params[layer]
         pool = self._pools[group_idx]
         layout = pool.group.spec.layout
@@ -177,10 +177,10 @@ class FixedStepAttention:
 
 
 def fixed_splits(programs: int, processors: int) -> int:
-    """Splits of every row's keys, however many keys there are.
+    """Number of splits of every row's keys, however many keys there are.
 
     Args:
-        programs: of a launch without splits.
-        processors: of the GPU.
+        programs: programs of a launch without splits.
+        processors: multiprocessors of the GPU.
     """
     return power_of_two(max(MIN_FIXED_SPLITS, min(MAX_SPLITS, WAVES * processors // programs)))

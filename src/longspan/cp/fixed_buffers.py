@@ -1,4 +1,4 @@
-"""Persistent buffers of fixed steps: what a plan puts into them, and the messages.
+"""Persistent buffers of fixed steps: for a plan's tables, and for messages.
 
 Holds memory whose address never changes, and the copies into it. Must not know plans or launches.
 Read next: `longspan.cp.fixed`, which fills and reads them.
@@ -24,32 +24,32 @@ class PlacedTiles(NamedTuple):
     """Tables of one rank's rows, and where these rows lie."""
 
     first_row: int
-    """In the tensor of queries that the launch takes."""
+    """First of these rows in the launch's tensor of queries."""
     tables: TileTables
-    """A tile of queries for every row."""
+    """Tables with one tile of queries for every row."""
 
 
 class FixedInputs:
-    """Buffers that every step of a rank reads, whatever its shape; large enough for the largest."""
+    """Buffers that steps of all shapes read on a rank, large enough for the largest shape."""
 
     def __init__(self, pools: Sequence[PagePool], num_ranks: int) -> None:
-        """Allocate them.
+        """Allocate the buffers.
 
         Args:
-            pools: this rank's, per KV group.
-            num_ranks: of the cp_group.
+            pools: this rank's pool of every KV group.
+            num_ranks: ranks in the cp_group.
         """
         device, rows = pools[0].device, BUCKETS[-1]
         self.token_ids = torch.zeros(rows, dtype=torch.int32, device=device)
-        """[rows]"""
+        """[rows] int32 input tokens."""
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
-        """[rows], global."""
+        """[rows] int32 global positions."""
         self.stores = [torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in pools]
-        """Per KV group: [rows] pool row of every token, or -1."""
+        """[rows] int32 pool row of every token, or -1, per KV group."""
         self.query_tiles = [torch.zeros(num_ranks * rows, 7, dtype=torch.int32, device=device) for _ in pools]
-        """Per KV group: [num_ranks * rows, 7] this rank's rows, then those of other homes in rank order."""
+        """[num_ranks * rows, 7] tiles of this rank's rows, then of other homes' rows in rank order, per KV group."""
         self.key_tiles = [torch.zeros(most_key_tiles(pool), 4, dtype=torch.int32, device=device) for pool in pools]
-        """Per KV group: [tiles, 4] of all these rows, in their order."""
+        """[tiles, 4] key tiles of all rows in `query_tiles`, in their order, per KV group."""
 
     def put_tokens(self, token_ids: Sequence[int], positions: Sequence[int]) -> None:
         """Copy a step's tokens and their positions."""
@@ -61,10 +61,10 @@ class FixedInputs:
         _put(self.stores[group_idx], rows)
 
     def put_tiles(self, group_idx: int, placed: Sequence[PlacedTiles]) -> Tensor:
-        """Copy the tables of several ranks' rows behind each other.
+        """Copy the tables of several ranks' rows one after the other.
 
         Returns:
-            [tiles, 4] key tiles: this object's buffer, or another tensor where they have no room in it.
+            [tiles, 4] key tiles: this object's buffer, or a new tensor if the buffer is too small.
         """
         queries: list[Table] = []
         num_keys = 0
@@ -86,24 +86,24 @@ class FixedInputs:
 
 
 class FixedMessages:
-    """One KV group's messages in steps of one shape on one rank."""
+    """Message buffers of one KV group on one rank, for steps of one shape."""
 
     def __init__(self, shape: FixedShape, group_idx: int, pool: PagePool, rank: int) -> None:
-        """Allocate them.
+        """Allocate the buffers.
 
         Args:
-            shape: of the steps.
-            group_idx: the KV group.
-            pool: this rank's pool of it.
-            rank: this one.
+            shape: shape of the steps.
+            group_idx: index of the KV group.
+            pool: this rank's pool of the KV group.
+            rank: this rank.
         """
         group, num_rows, has_rows = pool.group, shape.num_rows, rank in shape.homes
         participants = shape.participants[group_idx]
         others = [peer for peer in participants if peer != rank] if rank in participants else []
         self.owners = others if has_rows else []
-        """All other participants: they get this rank's queries, and answer for the keys that they have, or for none."""
+        """Other participants, all of which get this rank's queries and send partials back, empty ones if need be."""
         self.other_homes = [peer for peer in others if peer in shape.homes]
-        """Ranks of whose queries this one computes partials."""
+        """Ranks for whose queries this rank computes partials."""
         self.queries = torch.zeros(
             len(self.other_homes),
             num_rows,
@@ -112,7 +112,7 @@ class FixedMessages:
             dtype=getattr(torch, group.wire_dtype),
             device=pool.device,
         )
-        """[other homes, rows, H, D] received."""
+        """[other homes, rows, H, D] queries received from other homes."""
         form = PartialFormat.of(group)
 
         def partials(count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,27 +120,29 @@ class FixedMessages:
             return data, *partial_views(data, form, count, num_rows)
 
         self.sent, self.sent_lse, self.sent_out = partials(len(self.other_homes))
-        """[other homes, bytes] to them; what is in it: [other homes, rows, H] and [other homes, rows, H, Dv]."""
+        """[other homes, bytes] messages to other homes; `sent_lse` [other homes, rows, H] and `sent_out` [other homes,
+        rows, H, Dv] are views of them."""
         self.home, self.home_lse, self.home_out = partials(1 + len(self.owners))
-        """[1 + owners, bytes] this rank's own partial, then those of owners; what is in it, likewise."""
+        """[1 + owners, bytes] this rank's own partial, then messages from owners; `home_lse` [1 + owners, rows, H] and
+        `home_out` [1 + owners, rows, H, Dv] are views of them."""
         self.layer_bytes = num_rows * (
             len(self.owners) * row_bytes("query", group) + len(self.other_homes) * row_bytes("partial", group)
         )
-        """What this rank sends in one layer."""
+        """Bytes that this rank sends in one layer."""
 
 
 def most_key_tiles(pool: PagePool) -> int:
-    """Room for every page of a pool twice: requests may share some."""
+    """Key tiles that the buffer has room for: every page of the pool twice, since requests may share pages."""
     return 2 * (pool.num_rows // pool.page_size) * -(-pool.page_size // keys_per_tile(pool)) + BUCKETS[-1]
 
 
 def keys_per_tile(pool: PagePool) -> int:
-    """Most keys of a tile."""
+    """Most keys of a key tile."""
     spec = pool.group.spec
     return tiling(max(spec.layout.k_width, spec.layout.v_width), getattr(torch, spec.compute_dtype)).keys
 
 
 def _put(buffer: Tensor, values: Sequence[int] | Table) -> None:
-    """Copy into the first rows of a buffer; no rank waits for it."""
+    """Copy into the first rows of a buffer, asynchronously."""
     tensor = staged(np.asarray(values, dtype=np.int32), buffer.device)
     buffer[: len(tensor)].copy_(tensor, non_blocking=True)

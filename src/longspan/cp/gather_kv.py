@@ -1,14 +1,14 @@
 """`gather_kv`: every rank fetches the K and V rows that its queries see, at once.
 
 Good for short chunks on fast links and for sliding windows, where only the rows in the window move. Peak memory grows
-with what is visible.
+with the number of visible keys.
 
 Note: traffic of one layer
     N ranks, R rows on each that the queries of each other rank see: a rank sends (N - 1) R rows of K and V, in one
     exchange of N - 1 messages.
 
-Holds the strategy. Must not know the others but `local`.
-Read next: `longspan.cp.pass_kv`, the same with bounded memory.
+Holds the strategy. Must not know other strategies but `local`.
+Read next: `longspan.cp.pass_kv`, which moves the same rows with bounded memory.
 """
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from longspan.types import AttentionParams
 
 
 class GatherKV:
-    """Rows travel while the local part is computed."""
+    """Strategy that fetches rows while the local part is computed."""
 
     def __init__(self, step: RankStep) -> None:
         self._step, self._local = step, Local(step)

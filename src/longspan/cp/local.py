@@ -1,6 +1,6 @@
 """`local`: nothing moves, every key that a query sees is on its own rank.
 
-Holds the strategy. Must not know the others.
+Holds the strategy. Must not know other strategies.
 Read next: `longspan.cp.gather_kv`.
 """
 
@@ -13,7 +13,7 @@ from longspan.types import AttentionParams
 
 
 class Local:
-    """This rank's queries against this rank's keys; also the first part of every other strategy."""
+    """Attention of this rank's queries over this rank's keys; also the first part of every other strategy."""
 
     def __init__(self, step: RankStep) -> None:
         rank = step.rank

@@ -1,4 +1,4 @@
-"""What a partial's way through a message costs the ranks at both ends, beside its bytes.
+"""Measurement of the time that a message of partials takes of the ranks at both ends, beside moving its bytes.
 
 Holds one measurement. Must not know links or kernels.
 Read next: `longspan.costmodel.parameters`, which says what the numbers mean; `longspan.comm.measure`.
@@ -22,20 +22,20 @@ REPEATS = 60
 
 
 class MessageTimes(NamedTuple):
-    """Of a partial of one row."""
+    """Seconds for a partial of one row."""
 
     pack_s: float
-    """Making the message, and filling it."""
+    """Seconds to allocate and fill the message."""
     merge_s: float
-    """Merging it at home."""
+    """Seconds to merge the message into the home's partial."""
 
     def add_to(self, rates: KernelRates) -> KernelRates:
-        """Rates that count the work at a message's ends; what sending takes of a rank joins `exchange_s` later."""
+        """Return rates that include these times; `exchange_s` gets the time of sending elsewhere."""
         return msgspec.structs.replace(rates, exchange_s=self.pack_s / 2, merge_s=self.merge_s)
 
 
 def measure_messages(group: KVGroup, device: torch.device) -> MessageTimes:
-    """Measure this rank; others may do the same at the same time."""
+    """Measure this rank; other ranks may measure at the same time."""
     heads, width = group.num_query_heads, group.spec.layout.v_width
     partial = PartialAttention(torch.randn(1, heads, width, device=device), torch.randn(1, heads, device=device))
     form = PartialFormat.of(group)
@@ -49,7 +49,7 @@ def measure_messages(group: KVGroup, device: torch.device) -> MessageTimes:
 
 
 def _mean_s(call: Callable[[], object]) -> float:
-    """Seconds of a call: the mean without the longest tenth, as ranks may take turns on a core."""
+    """Seconds of a call: the mean without the longest tenth, since ranks may take turns on a core."""
     times: list[float] = []
     for _ in range(REPEATS):
         started = time.perf_counter()

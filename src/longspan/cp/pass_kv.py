@@ -3,7 +3,7 @@
 Good for long chunks with little cached prefix. Temporary memory is three blocks, whatever the number of ranks and the
 context. Source: ring attention (2310.01889); pass-KV (2411.01783).
 
-Holds the strategy. Must not know the others but `local`.
+Holds the strategy. Must not know other strategies but `local`.
 Read next: `longspan.cp.pass_q`.
 
 Note: three ranks, two rounds
@@ -20,7 +20,7 @@ Note: three ranks, two rounds
 
 Note: traffic of one layer
     N ranks that contribute R rows each, seen by any other rank, in blocks of B: a rank sends (N - 1) R rows of K and V
-    (its own, and all others' but those of its successor), in (N - 1) R / B exchanges, rounded up, of one message each.
+    (its own, and all others' but its successor's), in (N - 1) R / B exchanges, rounded up, of one message each.
 """
 
 from torch import Tensor
@@ -35,7 +35,7 @@ from longspan.types import AttentionParams
 
 
 class PassKV:
-    """Ring of all participants."""
+    """Strategy that passes blocks of K and V round a ring of all participants."""
 
     def __init__(self, step: RankStep) -> None:
         self._step, self._local = step, Local(step)
@@ -48,7 +48,7 @@ class PassKV:
         self._me = ring.participants.index(rank)
         self._num_rounds = -(-max(ring.num_rows) // ring.block_len)
         self._blocks = cut_blocks(message_runs(step.pool_layout, moved_keys(segments, rank)), ring.block_len)
-        self._seen: dict[tuple[int, int], KeyShare] = {}  # (origin, round): what of the block I compute
+        self._seen: dict[tuple[int, int], KeyShare] = {}  # (origin, round): the keys of the block seen here
         for origin, peer in enumerate(ring.participants):
             if peer == rank:
                 continue
@@ -60,7 +60,7 @@ class PassKV:
                 self._seen[origin, index] = KeyShare(resolve(mine, query_rows, layout, step.group.spec.window))
 
     def _block_rows(self, origin: int, index: int) -> int:
-        """Rows of a participant's block of one round."""
+        """Number of rows of a participant's block in one round."""
         left = self._ring.num_rows[origin] - index * self._ring.block_len
         return max(0, min(self._ring.block_len, left))
 

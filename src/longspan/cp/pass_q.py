@@ -3,8 +3,8 @@
 Good for decode, and for chunks that are small against their cached prefix. Source: pass-Q (2411.01783); tree attention
 (2408.04093); merging partials by log-sum-exp (2305.19370 section 3).
 
-Holds both strategies: `pass_q` is the `tree` in which every rank is a node of its own. Must not know the others but
-`local`. Who sends what to whom, and why, is in `longspan.plan.query_units`.
+Holds both strategies: `pass_q` is the `tree` in which every rank is a node of its own. Must not know other strategies
+but `local`. `longspan.plan.query_units` decides the messages and says why.
 Read next: `longspan.cp.eager`, which calls the strategies.
 
 Note: traffic of one layer
@@ -20,10 +20,10 @@ Note: traffic of one layer
 
 Note: order
     All ranks run the same units, and every rank starts and ends the messages of all units in the same order, a first
-    in, first out queue: what is waited for first was started first. So no two ranks can wait for each other, and the
-    messages of a pair arrive in the order in which they are expected. How far queries are sent ahead, two blocks,
-    depends on the units alone. While partials of one unit are computed, queries of the next two and partials of the
-    last travel:
+    in, first out queue: the exchange that is waited for first was started first. So no two ranks can wait for each
+    other, and the messages of a pair arrive in the order in which they are expected. How far queries are sent ahead,
+    two blocks, depends on the units alone. While partials of one unit are computed, queries of the next two and
+    partials of the last one are in flight:
 
         start Q0 Q1  local  wait Q0  start Q2  compute 0  start P0  wait Q1  start Q3  compute 1  start P1  wait Q2 ..
 """
@@ -49,7 +49,7 @@ from longspan.plan.types import Range, Segment
 from longspan.types import AttentionParams
 
 RowRuns = list[tuple[int, int]]
-"""(first row, rows) runs of a tensor, in the order of a message."""
+"""Runs (first row, rows) of a tensor, in the order of a message."""
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class _Arrival:
     peer: int
     num_rows: int
     segments: RowSegments
-    """What this rank computes for them."""
+    """Segments of these queries over this rank's keys."""
 
 
 @dataclass(slots=True)
@@ -67,21 +67,21 @@ class _Unit:
     """One rank's part of a `QueryUnit`."""
 
     num_rows: int
-    """The most of any rank."""
+    """Most query rows of a rank in the unit."""
     has_relays: bool
-    """On any rank: all of them then start and end the same exchanges."""
+    """Whether any rank relays queries: then all ranks start and end the exchanges of relays."""
     sends: dict[int, RowRuns] = field(default_factory=dict)
-    """Owner or leader to rows of this rank's queries; partials of the same rows come back."""
+    """Rows of this rank's queries that go to an owner or leader, by its rank; partials of the same rows come back."""
     arrivals: list[_Arrival] = field(default_factory=list)
-    """From homes."""
+    """Queries that come from homes."""
     relays: list[tuple[int, list[tuple[int, int, int]]]] = field(default_factory=list)
-    """Owner of this node, and what is passed on to it: (index in `arrivals`, first row in it, rows)."""
+    """Owners in this node, each with the runs that are passed on: (index in `arrivals`, first row in it, rows)."""
     relayed: list[_Arrival] = field(default_factory=list)
-    """From leaders of this node."""
+    """Queries that come from leaders of this node."""
 
 
 class PassQ:
-    """Runs the units of a step."""
+    """Strategy that runs the query units of a step."""
 
     def __init__(self, step: RankStep) -> None:
         self._step, self._local, self._format = step, Local(step), PartialFormat.of(step.group)
@@ -91,7 +91,7 @@ class PassQ:
         if step.rank not in {rank for node in group_step.nodes for rank in node}:
             return
         own_rows = step.local_query_rows()
-        seen: dict[Range, list[Segment]] = {}  # other ranks' runs: what of their keys lies here
+        seen: dict[Range, list[Segment]] = {}  # other ranks' runs: segments over keys on this rank
         for s in group_step.segments:
             if s.key_rank == step.rank != s.query_rank:
                 seen.setdefault((s.request_id, s.query_start, s.query_end), []).append(s)
@@ -102,7 +102,7 @@ class PassQ:
     def _own_part(
         self, unit: QueryUnit, own_rows: Mapping[Range, int], seen: Mapping[Range, Sequence[Segment]]
     ) -> _Unit:
-        """What of a unit concerns this rank."""
+        """This rank's part of a unit."""
         rank, part = self._step.rank, _Unit(unit.num_rows, bool(unit.relayed))
         places: dict[Range, tuple[int, int]] = {}  # runs that came from homes: index in `arrivals`, first row
         for (home, to), runs in unit.queries.items():
@@ -157,10 +157,10 @@ class PassQ:
     def _run(
         self, unit: _Unit, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, own: list[PartialAttention]
     ) -> Iterator[Pending]:
-        """One unit in one layer. Yields what was started, and is resumed when that has ended.
+        """Run one unit in one layer: yield every exchange that is started, and resume when it has ended.
 
         Args:
-            own: holds this rank's own partial before the first unit goes on; what comes home is merged into it.
+            own: this rank's own partial, ready before the first unit resumes; partials that come home join it.
         """
         exchange, message = self._step.comm.exchange, self._message
 
@@ -206,12 +206,12 @@ class PassQ:
             answer.merge_into_(own, [(0, row, n) for row, n in rows])
 
     def _message(self, num_rows: int, like: Tensor) -> PartialMessage:
-        """An empty message of partials."""
+        """Make an empty message of partials."""
         return PartialMessage(self._format, num_rows, like.device)
 
 
 def _gathered(rows: Tensor, runs: RowRuns) -> Tensor:
-    """Runs of rows [T, H, D] behind each other; a view where they follow each other already."""
+    """Gather runs of rows [T, H, D]; a view if they follow each other already."""
     first, last = runs[0][0], runs[-1][0] + runs[-1][1]
     if all(a + n == b for (a, n), (b, _) in pairwise(runs)):
         return rows[first:last]
@@ -219,7 +219,7 @@ def _gathered(rows: Tensor, runs: RowRuns) -> Tensor:
 
 
 def _first_rows(runs: Iterable[Range]) -> dict[Range, int]:
-    """The first row of every run in a message."""
+    """First row of every run in a message."""
     rows: dict[Range, int] = {}
     row = 0
     for run in runs:

@@ -1,4 +1,4 @@
-"""From positions to rows: which rows of which tensor a rank's kernels read and write in one step.
+"""Rows for positions: which rows of which tensor a rank's kernels read and write in one step.
 
 Holds integer bookkeeping, done once per step and KV group, not per layer. Must not know how rows move.
 Read next: `longspan.cp.local`, the simplest strategy.
@@ -16,13 +16,13 @@ from longspan.sharding.visibility import Visibility, visibility
 
 
 class KeyLayout(Protocol):
-    """Where the keys of requests lie in one tensor."""
+    """Places of requests' keys in one tensor."""
 
     def key_runs(self, request_id: int, start: int, end: int) -> list[KeyRun]:
         """Runs that hold tokens of positions `[start, end)`, clipped to them, in sequence order."""
 
     def row_runs(self, request_id: int, start: int, end: int) -> list[tuple[int, int]]:
-        """(row, tokens) runs of the same tokens, as few as consecutive rows admit."""
+        """Runs (row, tokens) of positions `[start, end)`, as few as consecutive rows admit."""
 
 
 class PoolLayout:
@@ -39,7 +39,7 @@ class PoolLayout:
 
 
 class BufferLayout:
-    """Keys in a message: the sender's runs, one behind the other."""
+    """Keys in a message: the sender's runs, one after the other."""
 
     def __init__(self, runs: Iterable[tuple[int, KeyRun]]) -> None:
         """Lay the runs out.
@@ -75,12 +75,12 @@ class BufferLayout:
 
 
 class StoreRun(NamedTuple):
-    """Consecutive new tokens of a rank, and where their keys and values go."""
+    """Consecutive new tokens of a rank, and the pool rows for their keys and values."""
 
     token: int
-    """The first one, of the rank's packed rows."""
+    """First packed row of these tokens."""
     row: int
-    """Its row in the pool."""
+    """Row in the pool of the first token."""
     num_tokens: int
 
 
@@ -96,11 +96,11 @@ def query_rows(query_runs: Iterable[QueryRun], rank: int) -> dict[Range, int]:
 
 
 def store_runs(rows: Mapping[Range, int], pool_layout: PoolLayout) -> list[StoreRun]:
-    """Where the new tokens of a rank are stored.
+    """Return the pool rows in which the new tokens of a rank are stored.
 
     Args:
-        rows: first packed row of every query run, as `query_rows` has them.
-        pool_layout: of this rank.
+        rows: first packed row of every query run, from `query_rows`.
+        pool_layout: places in this rank's pool.
     """
     stores: list[StoreRun] = []
     for (request_id, start, end), token in rows.items():
@@ -111,10 +111,10 @@ def store_runs(rows: Mapping[Range, int], pool_layout: PoolLayout) -> list[Store
 
 
 def store_rows(stores: Iterable[StoreRun], num_rows: int) -> list[int]:
-    """The pool row of every packed row, or -1 for a row that is stored nowhere.
+    """Return the pool row of every packed row, or -1 for a row that is not stored.
 
     Args:
-        stores: of the rank's new tokens.
+        stores: pool rows of the rank's new tokens.
         num_rows: packed rows of the rank, fillers of a fixed shape included.
     """
     rows = [-1] * num_rows
@@ -124,7 +124,7 @@ def store_rows(stores: Iterable[StoreRun], num_rows: int) -> list[int]:
 
 
 def message_runs(layout: KeyLayout, ranges: Iterable[Range]) -> list[tuple[int, KeyRun]]:
-    """(request_id, run) of all tokens that a rank stores of some ranges, in the order they travel."""
+    """Return (request_id, run) of all stored tokens in some ranges, in the order of a message."""
     return [(request_id, run) for request_id, start, end in ranges for run in layout.key_runs(request_id, start, end)]
 
 
@@ -147,16 +147,16 @@ def cut_blocks(runs: Sequence[tuple[int, KeyRun]], block_len: int) -> list[list[
 def resolve(
     segments: Iterable[Segment], query_rows: Mapping[Range, int], keys: KeyLayout, window: int | None
 ) -> RowSegments:
-    """Rows for the kernels.
+    """Turn a step's segments into segments of rows for the kernels.
 
     Full segments merge wherever rows follow each other, whatever the positions: all stripes that a query run sees
     whole are one kernel call if they lie in consecutive slots.
 
     Args:
-        segments: those to compute, all with keys in the tensor that `keys` describes.
+        segments: segments to compute, all with keys in the tensor that `keys` describes.
         query_rows: first row of every query run in the packed query tensor.
-        keys: where the keys lie.
-        window: the group's sliding window.
+        keys: places of the keys.
+        window: the group's sliding window in tokens, or None.
     """
     resolved: list[RowSegment] = []
     for s in segments:
@@ -176,7 +176,7 @@ def resolve(
 
 
 def _merged(resolved: Iterable[RowSegment]) -> RowSegments:
-    """Neighbours that continue each other as one."""
+    """Merge neighbouring segments that continue each other."""
     merged: list[RowSegment] = []
     for s in resolved:
         last = merged[-1] if merged else None

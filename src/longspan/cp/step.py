@@ -1,4 +1,4 @@
-"""The attention of one step on one rank, as a host sees it: our engine, or vLLM.
+"""Interface of one step's attention on one rank, for its host: our engine, or vLLM.
 
 Holds the protocol. Must not know models, schedulers or processes.
 Read next: `longspan.cp.eager`, which runs any step; `longspan.cp.fixed`, which runs decode steps that a CUDA graph can
@@ -12,31 +12,31 @@ from torch import Tensor
 
 
 class StepAttention(Protocol):
-    """The attention of all layers in one step on one rank."""
+    """Attention of all layers in one step on one rank."""
 
     @property
     def rank(self) -> int:
-        """This rank."""
+        """Position of this rank in the cp_group."""
 
     @property
     def num_rows(self) -> int:
-        """Rows that this rank's model computes; 0 on a rank that only joins."""
+        """Number of rows that this rank's model computes; 0 on a rank that only joins."""
 
     @property
     def read_rows(self) -> Tensor | None:
-        """[n] int64 rows whose output of the last layer is needed, or None for all."""
+        """Rows [n] int64 whose output of the last layer is needed, or None for all."""
 
     @property
     def bytes_sent(self) -> Mapping[str, int]:
         """Bytes that this rank sends in this step, per strategy; complete when all layers have run."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
-        """Attention of this rank's new tokens in one layer, which stores their keys and values first.
+        """Store the keys and values of this rank's new tokens in one layer, and compute their attention.
 
         Args:
             layer: layer of the model.
             q: [T, H, D] queries after RoPE; T is `num_rows`, in the plan's order.
-            k: [Hkv, T, D] keys after RoPE of the same tokens.
+            k: [Hkv, T, D] keys of the same tokens, after RoPE.
             v: [Hkv, T, Dv] values.
             sinks: [H] attention sinks, natural-log logits, or None.
 
@@ -47,4 +47,7 @@ class StepAttention(Protocol):
         """
 
     def join(self, layer: int) -> None:
-        """Take part in one layer's exchanges, on a rank without rows. Collective: as `attend`."""
+        """Take part in one layer's exchanges, on a rank without rows.
+
+        Collective: all ranks of the plan call `attend` or this for every layer in ascending order.
+        """

@@ -1,7 +1,7 @@
-"""Partials on the wire: messages as tensors.
+"""Messages of partials as tensors.
 
-Holds the views of a message and how partials get in and out. Must not know who sends it, or why.
-Read next: `longspan.plan.message_format`, which says what lies where; `longspan.cp.pass_q`.
+Holds the views of a message, and the copies of partials into it and out of it. Must not know its sender or purpose.
+Read next: `longspan.plan.message_format`, the layout of a message; `longspan.cp.pass_q`.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from longspan.plan.message_format import PartialFormat
 
 
 def partial_views(data: Tensor, form: PartialFormat, *rows: int) -> tuple[Tensor, Tensor]:
-    """What lies in messages.
+    """Return views of the partials in messages.
 
     Args:
         data: [bytes] uint8 of one message, or [count, bytes] of several.
-        form: of the messages.
-        rows: n of one message; or how many there are, and n of each.
+        form: format of the messages.
+        rows: number of rows n of one message; or the number of messages, and n of each.
 
     Returns:
         `lse` [n, H] and `out` [n, H, Dv], or [count, n, H] and [count, n, H, Dv]: views of `data`.
@@ -34,15 +34,15 @@ def partial_views(data: Tensor, form: PartialFormat, *rows: int) -> tuple[Tensor
 
 
 class PartialMessage:
-    """One message of partials."""
+    """Message of partials."""
 
     def __init__(self, form: PartialFormat, num_rows: int, device: torch.device) -> None:
         self.data = torch.empty(num_rows * form.row_bytes, dtype=torch.uint8, device=device)
-        """[bytes] what travels."""
+        """[bytes] uint8 content of the message."""
         self._lse, self._out = partial_views(self.data, form, num_rows)
 
     def pack(self, partial: PartialAttention) -> Tensor:
-        """Fill the message from a partial; returns what travels."""
+        """Fill the message from a partial; return its content."""
         self._out.copy_(partial.out)
         self._lse.copy_(partial.lse)
         return self.data
@@ -51,7 +51,7 @@ class PartialMessage:
         """Merge the message's rows into partials.
 
         Args:
-            partials: changed in place.
+            partials: partials that are changed in place.
             runs: (index of the partial, first row in it, rows), in the order of the message.
         """
         row = 0
