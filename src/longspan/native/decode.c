@@ -39,7 +39,7 @@ struct matrix {
 
 INLINE vec part_of(struct matrix m, long row, long c) { return load(m.base, row * m.stride + c, m.is_bf16); }
 
-/* Ask for what lies AHEAD of `count` elements from (row, c) on: it is read next where rows follow each other. */
+/* Prefetch the memory AHEAD of `count` elements from (row, c) on: it is read next where rows follow each other. */
 INLINE void prefetch(struct matrix m, long row, long c, long count)
 {
     const long item = m.is_bf16 ? 2 : 4;
@@ -85,11 +85,11 @@ INLINE void score(const float *q, struct matrix k, long first, long keys, long r
         scores[i] = -__builtin_inff();
 }
 
-/* Of the keys so far. Lane i is of row i % padded. */
+/* Softmax of the keys so far. Lane i is of row i % padded. */
 struct softmax {
     float top[LANES];
-    float sum[LANES];    /* a row's is the sum of its lanes */
-    float shrink[LANES]; /* what the last block has made of a weight 1 of the blocks before */
+    float sum[LANES];    /* the sum of a row is that of its lanes */
+    float shrink[LANES]; /* factor of the last block on weights of the blocks before */
 };
 
 /* scores [num] to weights. A function of its own, lest its constants take registers from the tiles around it. */
@@ -144,7 +144,8 @@ INLINE void add_tile(struct matrix v, long first, long keys, long row, long num_
             put(acc + r * width + i * LANES, sum[r * num + i]);
 }
 
-/* The same for all rows and columns. Whole rows of V first: memory is read as it lies, the next rows find it in cache. */
+/* Update acc for all rows and columns. Whole rows of V first: memory is read as it lies, the next rows find it in
+ * cache. */
 INLINE void add_values(struct matrix v, long first, long keys, long rows, long padded, long width, long tile,
                        const float *weights, const float *shrink, float *acc)
 {
@@ -164,7 +165,7 @@ INLINE void add_values(struct matrix v, long first, long keys, long rows, long p
     COLUMNS(1)
 }
 
-/* One KV head: rows x the keys of all runs, a run being consecutive keys. out [rows, width] and lse [rows] are float32. */
+/* Attention of one KV head's rows over runs of consecutive keys. out [rows, width] and lse [rows] are float32. */
 INLINE void attend(const float *q, struct matrix k, struct matrix v, const long *starts, const long *lengths,
                    long num_runs, long rows, long width, long tile, float *out, float *lse)
 {

@@ -1,24 +1,24 @@
-"""How the C library keeps the memory of a step's temporaries.
+"""Setting of the C library that keeps the memory of a step's temporaries.
 
-Holds one setting. Must not know what is computed.
+Holds that one setting. Must not know what is computed.
 Read next: `longspan.worker.serve`, which sets it in our ranks.
 
-glibc gives a large block back to the operating system when it is freed, and gets it again zeroed, page by page: a
-quarter of the time of a prompt of 1,024 tokens. Kept, the same memory serves the next layer.
+By default glibc returns a freed large block to the operating system, and gets it back zeroed page by page, which takes
+a quarter of the time of a prompt of 1,024 tokens. With this setting the same memory serves the next layer.
 """
 
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""As in malloc.h."""
+"""Values of malloc.h."""
 LARGEST_KEPT = 32 << 20
-"""Bytes of the largest block that is not mapped by itself; glibc takes no more."""
+"""Largest block in bytes that is not mapped by itself; glibc admits no larger value."""
 MOST_KEPT = 64 << 20
-"""Bytes of free memory at the end of the heap that a process keeps; there lie the temporaries of one layer."""
+"""Free bytes that a process keeps at the end of the heap: enough for the temporaries of one layer."""
 
 
 def keep_freed_memory() -> bool:
-    """Let this process reuse what it frees from now on. Returns whether the C library can do that."""
+    """Let this process reuse memory that it frees from now on; return whether the C library can do that."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
     if mallopt is None:
         return False

@@ -1,13 +1,13 @@
-"""Our compiled kernels for a CPU: found and loaded; `decode.c`, `prefill.c`, `merge.c` and `linear.c` called.
+"""Binding of our compiled CPU kernels `decode.c`, `prefill.c`, `merge.c` and `linear.c`.
 
-Holds the binding. Must not know pages, masks, models or when a kernel is worth calling.
+Holds their loading and calls. Must not know pages, masks, models or when a kernel is worth calling.
 Read next: `longspan.native.layer`, for `layer.c`; `longspan.attention.native_cpu` and `longspan.models.linear`, which
 call them; `docs/decisions/0004-decode-kernel.md` for why they exist.
 
-They are compiled when the package is installed, if there is a C compiler; else everything works, and decode is
+The kernels are compiled when the package is installed, if there is a C compiler; else everything works, and decode is
 slower. They are plain C behind ctypes, so they need no headers of Python or torch: one binary fits every version of
-both. Their parallel loops run on the OpenMP threads that torch already has: the library leaves OpenMP's symbols open,
-and the runtime that torch brought answers them. A second runtime would bring a second set of spinning threads.
+both. Their parallel loops run on torch's own OpenMP threads: the library leaves OpenMP's symbols open, and torch's
+runtime resolves them. A second runtime would bring a second set of spinning threads.
 """
 
 import ctypes
@@ -24,27 +24,27 @@ import torch
 from torch import Tensor
 
 MAX_ROWS, MAX_WIDTH, LANES = 8, 256, 16
-"""As in decode.c, linear.h (FEW_ROWS) and lanes.h."""
+"""Limits of decode.c and linear.h (FEW_ROWS), and the vector width of lanes.h."""
 
 MAX_LINEAR_ROWS = 128
-"""As in linear.h (MAX_ROWS). Behind it oneDNN is as fast: what it spends on rearranging weights is spread over more."""
+"""MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
 FAR = 1 << 40
-"""Further than any key lies from a query."""
+"""Distance in tokens that is larger than any between a key and a query."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 @cache
 def _binary() -> Path | None:
-    """The file that was compiled when the package was installed, or None where that was not possible."""
+    """Path of the library that was compiled when the package was installed, or None where that was not possible."""
     paths = (Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded kernels, or None where they were not compiled or there is no OpenMP runtime for them."""
+    """Load the kernels; None where they were not compiled or there is no OpenMP runtime for them."""
     binary = _binary()
     if binary is None:
         return None
@@ -89,7 +89,7 @@ def is_available() -> bool:
 
 @cache
 def fingerprint() -> str:
-    """Changes when the compiled kernels do: what was measured with others says nothing. Empty without them."""
+    """Hash of the compiled kernels, empty without them: measurements made with other kernels do not count."""
     binary = _binary()
     if binary is None or not is_available():
         return ""
@@ -97,19 +97,19 @@ def fingerprint() -> str:
 
 
 def can_decode(num_rows: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether `decode` takes so many query rows per KV head, this head size and this dtype."""
+    """Whether `decode` takes this number of query rows per KV head, this head size and this dtype."""
     return 1 <= num_rows <= MAX_ROWS and width % LANES == 0 and 0 < width <= MAX_WIDTH and dtype in _DTYPES
 
 
 def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> tuple[Tensor, Tensor]:
-    """Every query row over every key of its KV head.
+    """Compute attention of every query row over every key of its KV head.
 
     Args:
         rows: [Hkv, r, D], of a shape and dtype that `can_decode` admits.
         k: [Hkv, s, D], contiguous in the last dimension, s >= 1.
-        v: [Hkv, s, D], likewise.
+        v: [Hkv, s, D], contiguous in the last dimension.
         scale: factor on the dot products.
-        num_runs: into how many runs the keys are cut, for more parallel work; no run may be empty.
+        num_runs: number of runs that the keys are cut into, for more parallel work; no run may be empty.
 
     Returns:
         out [num_runs, Hkv, r, D] and lse [num_runs, Hkv, r], float32: one partial per run.
@@ -131,10 +131,14 @@ def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> t
 
 
 class DecodeBatch:
-    """Which keys every query of a batch sees, as the kernel reads it. Made once per step, used in every layer."""
+    """Table for the kernel of the keys that every query of a batch sees. Made once per step, used in every layer."""
 
     def __init__(self, keys_of: Mapping[int, Sequence[tuple[int, int]]]) -> None:
-        """Args: `keys_of`: packed query row to (first key row, number of keys) runs, at least one, none empty."""
+        """Build the table.
+
+        Args:
+            keys_of: runs (first key row, number of keys) by packed query row; at least one run, none empty.
+        """
         self.num_queries = len(keys_of)
         runs = [run for runs in keys_of.values() for run in runs]
         ends = accumulate((len(runs) for runs in keys_of.values()), initial=0)
@@ -146,14 +150,14 @@ class DecodeBatch:
 
 
 def decode_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: DecodeBatch, out: Tensor, lse: Tensor) -> None:
-    """Every query of a batch over its own keys; other rows of `out` and `lse` are left alone.
+    """Compute attention of every query of a batch over its own keys; other rows of `out` and `lse` are left alone.
 
     Args:
         q: [T, H, D] of k's dtype, contiguous; H / Hkv, D and dtype such that `can_decode` admits them.
         k: [Hkv, rows, D], contiguous in the last dimension.
-        v: [Hkv, rows, D], likewise.
+        v: [Hkv, rows, D], contiguous in the last dimension.
         scale: factor on the dot products.
-        batch: what each query sees.
+        batch: keys that each query sees.
         out: [T, H, D] float32, contiguous, written.
         lse: [T, H] float32, contiguous, written.
     """
@@ -179,29 +183,29 @@ def _has_wide_registers() -> bool:
 
 
 def can_prefill(width: int, v_width: int, dtype: torch.dtype) -> bool:
-    """Whether `prefill` takes these head sizes and this dtype, and this CPU has what it is made for."""
+    """Whether `prefill` takes these head sizes and this dtype, and this CPU has 512-bit registers."""
     fits = all(size % LANES == 0 and 0 < size <= MAX_WIDTH for size in (width, v_width))
     return fits and dtype in _DTYPES and is_available() and _has_wide_registers()
 
 
 class SeenKeys(NamedTuple):
-    """Consecutive keys, and which of them consecutive queries see: all, unless said otherwise."""
+    """Consecutive keys, and which of them consecutive queries see; by default all of them."""
 
     row: int
     num_keys: int
     lead: int = FAR
-    """Query i sees keys up to i + lead,"""
+    """Index offset, in tokens: query i sees keys up to `i + lead`."""
     span: int = 2 * FAR
-    """and of these the last `span`."""
+    """Window in tokens: query i sees the last `span` keys of those up to `i + lead`."""
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKeys], out: Tensor, lse: Tensor) -> None:
-    """Consecutive queries over several runs of keys, all at once.
+    """Compute attention of consecutive queries over several runs of keys in one call.
 
     Args:
         q: [t, H, D] of k's dtype, contiguous in the last dimension; sizes and dtype that `can_prefill` admits.
         k: [Hkv, rows, D], contiguous in the last dimension.
-        v: [Hkv, rows, Dv], likewise.
+        v: [Hkv, rows, Dv], contiguous in the last dimension.
         scale: factor on the dot products.
         seen: disjoint runs of keys.
         out: [t, H, Dv] float32, contiguous, written; 0 for a query that sees nothing.
@@ -232,10 +236,10 @@ def merge_rows(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> No
     """Merge a partial into another one of the same shape, in place.
 
     Args:
-        acc_out: [T, H, Dv], like all of them as `can_merge` admits; 0 in rows that stay empty.
+        acc_out: [T, H, Dv]; `can_merge` holds for all four tensors. Rows that stay empty become 0.
         acc_lse: [T, H] natural logarithm, -inf in empty rows.
         out: [T, H, Dv]; anything in empty rows.
-        lse: [T, H]
+        lse: [T, H] natural logarithm, -inf in empty rows.
     """
     found = library()
     assert found is not None
@@ -248,13 +252,13 @@ def merge_rows(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> No
 
 
 def can_multiply(num_rows: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether `linear` takes so many rows, this number of inputs and this dtype."""
+    """Whether `linear` takes this number of rows, this number of inputs and this dtype."""
     most = MAX_LINEAR_ROWS if dtype is torch.float32 else MAX_ROWS
     return 1 <= num_rows <= most and width % LANES == 0 and width > 0 and dtype in _DTYPES
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """A few rows times the transpose of a weight matrix, accumulated in float32.
+    """Multiply a few rows by the transpose of a weight matrix, accumulating in float32.
 
     Args:
         x: [..., width] of weight's dtype, with as many rows as `can_multiply` admits.

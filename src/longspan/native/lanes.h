@@ -1,4 +1,4 @@
-/* Sixteen floats at once: what the kernels share.
+/* Vectors of sixteen floats, which all kernels use.
  *
  * Plain C with vector extensions (GCC 12 or newer, or clang). Must not know what a kernel computes.
  */
@@ -85,7 +85,7 @@ INLINE vec4 quarter(vec x)
     return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
 }
 
-/* The same for 4 vectors. */
+/* Lane i: the lanes of x[i] added up, for 4 vectors. */
 INLINE vec4 sum_4(const vec *x)
 {
     const vec4 y[4] = {quarter(x[0]), quarter(x[1]), quarter(x[2]), quarter(x[3])};

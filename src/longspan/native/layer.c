@@ -1,9 +1,9 @@
 /* A decoder layer around its attention: all of it for up to MAX_ROWS rows, what lies between its products for more.
  *
- * Holds two kernels for CPUs that take up to MAX_ROWS rows: what comes before attention (norm, projections, rotary embedding) and
- * what comes behind it (projection, residual, norm, gated MLP, residual). And the same without the products, in five
- * steps, for many rows, whose products a BLAS computes faster. Must not know Python, torch or attention. Called from
- * longspan/native/layer.py.
+ * Holds two kernels for CPUs that take up to MAX_ROWS rows: the part before attention (norm, projections, rotary
+ * embedding) and the part behind it (projection, residual, norm, gated MLP, residual). For more rows, whose products a
+ * BLAS computes faster, it holds the five steps between the products. Must not know Python, torch or attention. Called
+ * from longspan/native/layer.py.
  *
  * A decode step spends more time between its operators than in them: some forty small ones a layer, at 5 us each. Here
  * they are two calls. Everything is float32. Norms are root mean square norms; a weight that a layer lacks is NULL.
@@ -121,7 +121,7 @@ static void finish_one(const longspan_layer *l, const projected_rows *from, long
                     NULL, NULL, width, v + own * kv_head_stride + r * width);
 }
 
-/* sum: the projection of a row's attention, to what the MLP's output is added to; normed: what the MLP gets. */
+/* sum: the projection of a row's attention on entry, with the residual on return; normed: the MLP's input. */
 static void add_attention(const longspan_layer *l, const float *x, float *sum, float *normed)
 {
     if (l->o_bias)
@@ -132,7 +132,7 @@ static void add_attention(const longspan_layer *l, const float *x, float *sum, f
     rms_norm(sum, l->before_mlp, l->hidden, l->epsilon, normed);
 }
 
-/* The MLP's output of a row to the layer's, y; they may be one. */
+/* From the MLP's output of a row to the layer's output y, which may be the same memory. */
 static void add_mlp(const longspan_layer *l, const float *mlp, const float *added, float *y)
 {
     if (l->behind_mlp)
@@ -146,7 +146,7 @@ static int is_supported(const longspan_layer *l, long rows, int num_threads)
            l->inner > 0 && l->inner % LANES == 0 && l->width > 0 && l->width % LANES == 0;
 }
 
-/* The outputs of one matrix that lie in [first, last) of several put behind each other, this one's from `offset`. */
+/* Outputs of one matrix in [first, last) of the outputs of several matrices, where this one's begin at `offset`. */
 static void some_outputs(const float *x, const float *w, long width, int rows, long offset, long num_out, long first,
                          long last, float *y, long y_stride)
 {
@@ -156,7 +156,7 @@ static void some_outputs(const float *x, const float *w, long width, int rows, l
         longspan_outputs(x, w, width, rows, from, to, 0, y + offset, y_stride);
 }
 
-/* How many of num_out outputs each of num_threads threads computes: whole vectors. */
+/* Number of num_out outputs that each of num_threads threads computes, in whole vectors. */
 static long share_of(long num_out, int num_threads)
 {
     return ((num_out + num_threads - 1) / num_threads + LANES - 1) / LANES * LANES;
@@ -195,7 +195,7 @@ int longspan_before_attention(const longspan_layer *l, const float *x, const flo
     return 0;
 }
 
-/* attended [rows, heads * width] and x [rows, hidden], what the layer was given, to y [rows, hidden].
+/* From attended [rows, heads * width] and the layer's input x [rows, hidden] to y [rows, hidden].
  *
  * scratch: rows * (2 * hidden + 2 * inner) floats. All contiguous.
  * Returns 0, or 1 when a size is not supported (nothing is written then).
@@ -240,10 +240,10 @@ int longspan_behind_attention(const longspan_layer *l, const float *attended, co
     return 0;
 }
 
-/* From here on: between the products of many rows. x, normed, projected, mlp, added and y are [rows, hidden], gate and up
- * [rows, inner], all contiguous. Return 0, or 1 when a size is not supported. */
+/* Steps between the products of many rows follow. x, normed, projected, mlp, added and y are [rows, hidden], gate and
+ * up [rows, inner], all contiguous. They return 0, or 1 when a size is not supported. */
 
-/* Before q, k and v. */
+/* Step before the products with q, k and v: the norm. */
 int longspan_norm_rows(const longspan_layer *l, const float *x, long rows, int num_threads, float *normed)
 {
     if (!is_supported(l, rows, num_threads))
@@ -254,8 +254,8 @@ int longspan_norm_rows(const longspan_layer *l, const float *x, long rows, int n
     return 0;
 }
 
-/* Behind q, k and v: products [rows, heads * width] and twice [rows, kv_heads * width] to q [rows, heads, width], k and v
- * [kv_heads, rows, width], whose heads are kv_head_stride apart; cos and sin [rows, width]. */
+/* Step after the products with q, k and v: products [rows, heads * width] and twice [rows, kv_heads * width] to q [rows,
+ * heads, width], k and v [kv_heads, rows, width], whose heads are kv_head_stride apart; cos and sin [rows, width]. */
 int longspan_finish_rows(const longspan_layer *l, const float *q_product, const float *k_product, const float *v_product,
                          const float *cos, const float *sin, long rows, int num_threads, float *q, float *k, float *v,
                          long kv_head_stride)
@@ -271,7 +271,7 @@ int longspan_finish_rows(const longspan_layer *l, const float *q_product, const 
     return 0;
 }
 
-/* Behind the projection of attention, in place: what the MLP's output is added to. normed: what the MLP gets. */
+/* Step after the output projection: adds the residual in place; normed: the MLP's input. */
 int longspan_add_attention_rows(const longspan_layer *l, const float *x, long rows, int num_threads, float *projected,
                                 float *normed)
 {
@@ -294,7 +294,7 @@ int longspan_gate_rows(const longspan_layer *l, const float *up, long rows, int 
     return 0;
 }
 
-/* Behind the MLP: its output and what it is added to, to the layer's, y. */
+/* Step after the MLP: adds its output to the residual, into the layer's output y. */
 int longspan_add_mlp_rows(const longspan_layer *l, const float *mlp, const float *added, long rows, int num_threads,
                           float *y)
 {

@@ -1,8 +1,8 @@
-"""A decoder layer around its attention, as compiled kernels (`layer.c`): the binding.
+"""Binding of the compiled kernels in `layer.c`: a decoder layer around its attention.
 
 Holds the layer as the kernels see it. Must not know Transformers, attention or when a kernel is worth calling.
-Read next: `longspan.models.fused_layer`, which makes and calls them;
-`longspan.models.fused_layer_gemm`, for the steps.
+Read next: `longspan.models.fused_layer`, which makes fused layers; `longspan.models.fused_layer_gemm`, which calls the
+steps.
 """
 
 import ctypes
@@ -16,10 +16,10 @@ from longspan.native.kernels import LANES, MAX_LINEAR_ROWS, library
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """What a layer is made of: float32, contiguous, on the CPU; None where it lacks something."""
+    """Weights of a layer: float32, contiguous, on the CPU; None for those that the layer lacks."""
 
     before_attention: Tensor
-    """[hidden] scale of the norm."""
+    """[hidden] scale of the norm before attention."""
     q: Tensor
     """[H * D, hidden]"""
     k: Tensor
@@ -30,13 +30,13 @@ class LayerWeights:
     k_bias: Tensor | None
     v_bias: Tensor | None
     q_norm: Tensor | None
-    """[D] scale of a norm per head."""
+    """[D] scale of the norm of each query head."""
     k_norm: Tensor | None
     o: Tensor
     """[hidden, H * D]"""
     o_bias: Tensor | None
     behind_attention: Tensor | None
-    """[hidden] scale of the norm of what attention adds."""
+    """[hidden] scale of the norm of the output projection's result."""
     before_mlp: Tensor
     gate: Tensor
     """[inner, hidden]"""
@@ -51,7 +51,7 @@ _NUMBERS = ("hidden", "inner", "heads", "kv_heads", "width", "has_rope", "activa
 
 
 class _Layer(ctypes.Structure):
-    """As in layer.c."""
+    """Layer as `layer.c` declares it."""
 
     _fields_ = [
         *((field.name, ctypes.c_void_p) for field in fields(LayerWeights)),
@@ -62,11 +62,11 @@ class _Layer(ctypes.Structure):
 
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-"""In the order of layer.c."""
+"""Activation functions, in the order of layer.c."""
 
 
 class FusedLayer:
-    """A layer that the kernels can run."""
+    """Layer that the kernels can run."""
 
     def __init__(
         self,
@@ -81,15 +81,15 @@ class FusedLayer:
         """Take a layer.
 
         Args:
-            weights: kept, and not to be changed.
-            width: D, of a head.
+            weights: the layer's weights, which this object keeps and which must not change.
+            width: head size D.
             has_rope: whether queries and keys are rotated.
             activation: one of `ACTIVATIONS`.
-            epsilon: of the norms over `hidden`.
-            head_epsilon: of those per head.
+            epsilon: epsilon of the norms over `hidden`.
+            head_epsilon: epsilon of the norms per head.
 
-        Raises:
-            ValueError: the kernels are not there, or do not take this layer.
+            Raises:
+            ValueError: the kernels are not available, or do not take this layer.
         """
         self.weights = weights  # the kernels have their addresses
         self.num_heads, self.num_kv_heads, self.width = weights.q.shape[0] // width, weights.k.shape[0] // width, width
@@ -124,12 +124,12 @@ class FusedLayer:
         self._gate = found.longspan_gate_rows
 
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Norm, projections, rotary embedding.
+        """Compute norm, projections and rotary embedding.
 
         Args:
             x: [T, hidden] float32, contiguous; 1 <= T <= MAX_LINEAR_ROWS.
             cos: [T, D] float32, contiguous.
-            sin: likewise.
+            sin: [T, D] float32, contiguous.
 
         Returns:
             q [T, H, D], k [Hkv, T, D], v [Hkv, T, D].
@@ -147,11 +147,11 @@ class FusedLayer:
         return q, k, v
 
     def behind_attention(self, attended: Tensor, x: Tensor) -> Tensor:
-        """Output projection and MLP, both added to what the layer was given.
+        """Compute output projection and MLP, each with its residual.
 
         Args:
             attended: [T, H, D] float32, contiguous.
-            x: [T, hidden], as `before_attention` got it.
+            x: [T, hidden] input of the layer, as in `before_attention`.
 
         Returns:
             [T, hidden].
@@ -169,7 +169,7 @@ class FusedLayer:
     # The steps between the products of many rows. All tensors are float32 and contiguous, and T is at least 1.
 
     def norm(self, x: Tensor) -> Tensor:
-        """What the products with q, k and v get: [T, hidden] of [T, hidden]."""
+        """Compute the norm before attention, [T, hidden], of the layer's input `x` [T, hidden]."""
         normed = torch.empty_like(x)
         self._done(self._norm(self._address, x.data_ptr(), *self._rows_of(x), normed.data_ptr()))
         return normed
@@ -177,15 +177,15 @@ class FusedLayer:
     def finish_heads(
         self, products: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor
     ) -> None:
-        """Bias, norm and rotary embedding of queries and keys, bias of values.
+        """Apply bias, norm and rotary embedding to queries and keys, and bias to values.
 
         Args:
-            products: [T, H * D], [T, Hkv * D] twice.
+            products: products of the rows with q [T, H * D], k [T, Hkv * D] and v [T, Hkv * D].
             cos: [T, D].
             sin: [T, D].
             q: [T, H, D], written.
             k: [Hkv, T, D], written; each head contiguous.
-            v: [Hkv, T, D], likewise, with k's strides.
+            v: [Hkv, T, D], written; with k's strides.
         """
         assert k.stride() == v.stride(), "one stride for keys and values"
         inputs = (tensor.data_ptr() for tensor in (*products, cos, sin))
@@ -193,14 +193,14 @@ class FusedLayer:
         self._done(self._finish(self._address, *inputs, *self._rows_of(q), *outputs, k.stride(0)))
 
     def add_attention_(self, projected: Tensor, x: Tensor) -> Tensor:
-        """Add what attention adds to what the layer was given.
+        """Add the output projection's result to the layer's input.
 
         Args:
             projected: [T, hidden], the output projection's product; becomes the sum.
-            x: [T, hidden].
+            x: [T, hidden], the layer's input.
 
         Returns:
-            [T, hidden], what the MLP gets.
+            [T, hidden], the MLP's input: the norm of the sum.
         """
         normed = torch.empty_like(x)
         addresses = (projected.data_ptr(), normed.data_ptr())
@@ -208,7 +208,7 @@ class FusedLayer:
         return normed
 
     def gate_(self, gate: Tensor, up: Tensor) -> None:
-        """Of the MLP's products, both [T, inner]: gate becomes activation(gate) * up."""
+        """Compute `activation(gate) * up` of the MLP's products, both [T, inner], into `gate`."""
         self._done(self._gate(self._address, up.data_ptr(), *self._rows_of(gate), gate.data_ptr()))
 
     def add_mlp(self, mlp: Tensor, added: Tensor, y: Tensor) -> None:
@@ -232,5 +232,5 @@ class FusedLayer:
 
 
 def takes(num_rows: int) -> bool:
-    """Whether the kernels take so many rows."""
+    """Whether the kernels take this number of rows."""
     return 1 <= num_rows <= MAX_LINEAR_ROWS

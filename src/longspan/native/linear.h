@@ -1,4 +1,4 @@
-/* Rows times some rows of a weight matrix: what kernels that hold several linear layers share. */
+/* Product of rows with some rows of a weight matrix, for kernels that hold several linear layers. */
 
 #ifndef LONGSPAN_LINEAR_H
 #define LONGSPAN_LINEAR_H

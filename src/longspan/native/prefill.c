@@ -22,7 +22,7 @@
 #define ROWS (MAX_VECTORS * LANES)
 #define MOST_QUERIES (1 << 29)
 #define BLOCK 128        /* keys per block: the scores of ROWS rows take 24 KiB of the first-level cache */
-#define STATE_BYTES (384 << 10) /* of the rows that meet a block of keys while it is in the second-level cache */
+#define STATE_BYTES (384 << 10) /* states of the rows that meet a block of keys while it is in the second-level cache */
 
 #ifdef WIDE
 /* GCC takes vectors apart that a function's own target does not have. */
@@ -37,13 +37,13 @@ struct span {
 struct rows {
     float *queries; /* [width, ROWS], scaled for powers of 2 */
     float *values;  /* [v_width, ROWS] */
-    float *top;     /* [ROWS] of the scores so far, -inf before the first */
+    float *top;     /* [ROWS] maximum of the scores so far, -inf before the first */
     float *sum;     /* [ROWS] */
     veci query[MAX_VECTORS]; /* index of the query */
     long first, last;        /* smallest and largest index */
 };
 
-/* Of a query; no index comes near the ends. */
+/* Index of a query; no index comes near the ends. */
 WIDE_INLINE int near(long query) { return (int)(query < -MOST_QUERIES ? -MOST_QUERIES : query > MOST_QUERIES ? MOST_QUERIES : query); }
 WIDE_INLINE vec at(const float *base) { return load(base, 0, 0); }
 WIDE_INLINE void put(float *base, vec value) { memcpy(base, &value, sizeof value); }
