@@ -1,20 +1,20 @@
 """Attention of packed queries over keys in a page pool, in one launch, for decode and prefill.
 
-Holds the kernel and its launch. Must not know segments, pages, ranks or who made the tables.
+Holds the kernel and its launch. Must not know segments, pages, ranks or how tables are made.
 Read next: `longspan.attention.tiles`, which makes the tables; `longspan.triton_kernels.merge`, which merges splits.
 
 Note [Tables]
     Queries are rows of `q` [T, H, D]. A query tile is a run of them that sees the same keys, up to the mask; all of its
     heads that share a KV head are computed together. Keys are cut into key tiles of at most BLOCK_N consecutive rows of
-    the pool. Two int32 tables say what meets what, by global position, so that stripes, holes and pages in any order
-    are all the same to the kernel:
+    the pool. Two int32 tables say which query tiles meet which key tiles, by global position, so that stripes, holes
+    and pages in any order make no difference to the kernel:
 
         key_tiles    [n, 4]  first row, rows, position of the first key, visibility (0 all, 1 causal, 2 band)
         query_tiles  [m, 7]  first row, rows, position of the first query, a, b, c, d: key tiles [a, d) are looked at;
                              those of [b, c) are whole and seen by every query of the tile, so need no mask
 
     A split is an equal share of the key tiles of every query tile, found in the kernel: neither grid nor arguments
-    depend on how many keys there are, as CUDA graphs want it. Every split writes a partial of its own.
+    depend on the number of keys, as CUDA graphs require. Every split writes a partial of its own.
     Source: split-KV decoding, and the online softmax of 2307.08691, in base 2; `lse` leaves in base e.
 """
 
@@ -70,7 +70,7 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
         count = BLOCK_N
         if MASKED:
             count = tl.load(tile + 1)
-        # What is behind a tile's last row may be another request's, or hold NaN: it must not be read.
+        # Rows after a tile's last one may be another request's, or hold NaN: they must not be read.
         if MASKED:
             k = tl.load(k_offsets, mask=(columns < count)[:, None] & (k_lanes < K_WIDTH)[None, :], other=0.0)
         elif K_WIDTH == K_BLOCK:
@@ -151,7 +151,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """One query tile, KV head and split. See Note [Tables]."""
+    """Compute one query tile, KV head and split. See Note [Tables]."""
     program = tl.program_id(0)
     split = program % NUM_SPLITS
     kv_head = (program // NUM_SPLITS) % NUM_KV_HEADS
@@ -225,27 +225,27 @@ class Tiling(NamedTuple):
     """Sizes that fit into registers and shared memory; see docs/decisions/0021-triton-kernels.md."""
 
     most_rows: int
-    """Of a query tile: its queries, times the heads that share a KV head."""
+    """Most rows of a query tile: its queries times the heads that share a KV head."""
     keys: int
-    """Of a key tile. Pages of a multiple of it make no shorter ones."""
+    """Most keys of a key tile; page sizes that are multiples of it avoid shorter tiles."""
     num_stages: int
-    """Key tiles that are loaded ahead, and one."""
+    """Stages of the load pipeline: the key tiles that are loaded ahead, plus one."""
 
 
 def tiling(width: int, dtype: torch.dtype) -> Tiling:
-    """Sizes for a head size, of keys or values whichever is wider, and the dtype of queries, keys and values."""
+    """Sizes for the larger of the head sizes of keys and values, and for the dtype of queries, keys and values."""
     if dtype is torch.float32:
         return Tiling(64, 32, 2) if width <= 64 else Tiling(16, 32 if width <= 128 else 16, 1)
     return Tiling(128, 64, 3) if width <= 128 else Tiling(64, 64, 2)
 
 
 def most_queries(group_size: int, num_queries: int, most_rows: int) -> int:
-    """How many queries a tile may have: times the heads of a group they are rows of one matrix.
+    """Most queries of a tile, whose rows are the queries times the heads of a group.
 
     Args:
         group_size: query heads per KV head.
-        num_queries: of the longest run of queries.
-        most_rows: as `tiling` says.
+        num_queries: length of the longest run of queries.
+        most_rows: `Tiling.most_rows`.
     """
     rows: int = min(most_rows, triton.next_power_of_2(group_size * num_queries))
     return max(1, rows // group_size)
@@ -265,20 +265,20 @@ def attention(
     softcap: float | None,
     window: int | None,
 ) -> None:
-    """Attention of all query tiles, every split of the keys apart.
+    """Compute attention of all query tiles, with a partial per split of the keys.
 
     Args:
         q: [T, H, D] bfloat16, float16 or float32; contiguous in the last dimension.
         k: [Hkv, rows, D], dtype of `q`; contiguous in the last dimension.
-        v: [Hkv, rows, Dv], likewise.
-        query_tiles: [m, 7] int32, see Note [Tables]; of at most `queries_per_tile` queries each.
-        key_tiles: [n, 4] int32; of at most as many keys as `tiling` says.
+        v: [Hkv, rows, Dv], dtype of `q`; contiguous in the last dimension.
+        query_tiles: [m, 7] int32, see Note [Tables]; at most `queries_per_tile` queries each.
+        key_tiles: [n, 4] int32, see Note [Tables]; at most `Tiling.keys` keys each.
         out: [splits, T, H, Dv] float32, written in the rows of query tiles: 0 where a split saw no key.
-        lse: [splits, T, H] float32, natural log, written likewise: -inf where a split saw no key.
-        queries_per_tile: times H / Hkv it fits into 16 rows, or a larger power of two.
-        scale: of the scores.
-        softcap: or None.
-        window: tokens of a band, for key tiles of BAND.
+        lse: [splits, T, H] float32, natural log, written in the rows of query tiles: -inf where a split saw no key.
+        queries_per_tile: most queries of a tile; times H / Hkv and rounded up to a power of two, rows of a program.
+        scale: factor of the scores.
+        softcap: bound of the scores, or None.
+        window: window in tokens, for BAND key tiles, or None.
     """
     num_splits, _, num_heads, v_width = out.shape
     num_kv_heads, _, k_width = k.shape
@@ -325,7 +325,14 @@ def attention(
 
 
 def compile_options(queries_per_tile: int, group_size: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time choices of a launch. Args: as `attention` and `tiling` take them."""
+    """Compile-time options of a launch: block sizes, precision, stages and warps.
+
+    Args:
+        queries_per_tile: most queries of a query tile.
+        group_size: query heads per KV head.
+        width: larger of the head sizes of keys and values.
+        dtype: dtype of queries, keys and values.
+    """
     sizes = tiling(width, dtype)
     rows = max(16, triton.next_power_of_2(queries_per_tile * group_size))
     return {

@@ -1,4 +1,4 @@
-"""How kernels are launched: on a GPU, or, for tests, in Triton's interpreter on a CPU.
+"""Launches of kernels: on a GPU, or, for tests, in Triton's interpreter on a CPU.
 
 Holds the difference between the two. Must not know what the kernels compute.
 Read next: `longspan.triton_kernels.attention`.
@@ -24,7 +24,7 @@ _TURN = threading.Lock()
 
 @contextmanager
 def on_device(tensor: torch.Tensor) -> Iterator[None]:
-    """Around every launch: makes the tensor's GPU the current one, which is where Triton launches."""
+    """Make the tensor's GPU the current one, where Triton launches. Surrounds every launch."""
     if INTERPRETED:
         with _TURN:
             yield

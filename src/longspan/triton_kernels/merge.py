@@ -13,7 +13,7 @@ from longspan.triton_kernels.launch import on_device
 
 
 def _block(width: int) -> tuple[int, int]:
-    """Padded width, and rows of one program: 2,048 elements, if a row has no more."""
+    """Padded width, and rows of one program: together 2,048 elements, or one row if that has more."""
     width_block = triton.next_power_of_2(width)
     return width_block, max(1, 2048 // width_block)
 
@@ -38,7 +38,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """Some rows; a row is a query and a head."""
+    """Merge the rows of one program; a row is a query and a head."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = rows < num_rows
     lanes = tl.arange(0, WIDTH_BLOCK)
@@ -77,15 +77,16 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 
 
 def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None = None) -> None:
-    """Attention over the union of disjoint key sets.
+    """Merge partials over disjoint key sets into attention over their union.
 
     Args:
         parts: [n, T, H, Dv] of any floating dtype; each [T, H, Dv] contiguous. NaN in empty rows is harmless.
         part_lses: [n, T, H] float32, natural log, -inf for empty rows; each [T, H] contiguous.
         out: [T, H, Dv], or [g, T / g, H, Dv] whose groups may lie apart, of any floating dtype: written; 0 in rows that
             are empty everywhere.
-        lse: [T, H] or [g, T / g, H] float32, likewise; -inf in such rows.
-        sinks: [H] logits in natural log, merged once more, or None.
+        lse: [T, H], or [g, T / g, H] whose groups may lie apart, float32: written; -inf in rows that are empty
+            everywhere.
+        sinks: [H] sink logits in natural log, merged once into every row, or None.
     """
     num_parts, num_queries, num_heads, width = parts.shape
     num_groups = out.shape[0] if out.dim() == 4 else 1
@@ -130,7 +131,7 @@ def accumulate_kernel(  # type: ignore[no-untyped-def]
     WIDTH_BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Some rows; a row is a query and a head."""
+    """Merge the rows of one program; a row is a query and a head."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = rows < num_rows
     lanes = tl.arange(0, WIDTH_BLOCK)

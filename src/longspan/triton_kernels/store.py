@@ -1,4 +1,4 @@
-"""Keys and values of new tokens to their rows of the page pool, in one launch.
+"""Store of new tokens' keys and values into their rows of the page pool, in one launch.
 
 Holds the kernel and its launch. Must not know pages or requests.
 Read next: `longspan.kv.pool`.
@@ -31,7 +31,7 @@ def store_kernel(  # type: ignore[no-untyped-def]
     V_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One token and KV head."""
+    """Store one token's K and V of one KV head."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     row = tl.load(rows_ptr + token).to(tl.int64)
@@ -50,9 +50,9 @@ def store(pool_k: Tensor, pool_v: Tensor, k: Tensor, v: Tensor, rows: Tensor) ->
     Args:
         pool_k: [Hkv, pool rows, D], written.
         pool_v: [Hkv, pool rows, Dv], written.
-        k: [Hkv, T, D], dtype of `pool_k`; contiguous in the last dimension, as all four are.
+        k: [Hkv, T, D], dtype of `pool_k`; contiguous in the last dimension, like the other three tensors.
         v: [Hkv, T, Dv].
-        rows: [T] int32 or int64, the pool row of every token; a token of a negative one is not written.
+        rows: [T] int32 or int64, the pool row of every token; a token with a negative row is not written.
     """
     num_heads, num_tokens, k_width = k.shape
     assert rows.dtype in (torch.int32, torch.int64)
