@@ -1,6 +1,6 @@
 """`torch.compile` for what a layer does between its matrix products, on GPUs.
 
-Holds the choice of modules. Must not know attention or plans.
+Holds the choice of modules to compile. Must not know attention or plans.
 Read next: `longspan.worker.graphs`: compiled kernels are captured like any others.
 """
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 def compile_dense_(model: nn.Module) -> int:
-    """Let norms and MLPs of a loaded model run compiled, each for any number of rows; returns how many.
+    """Compile norms and MLPs of a loaded model, each for any number of rows; return how many modules.
 
-    Modules whose forward was replaced stay as they are. Compilation takes place in the first steps, and takes seconds.
+    Modules whose forward was replaced stay as they are. Compilation happens in the first steps, and takes seconds.
     """
     count = 0
     for name, module in model.named_modules():

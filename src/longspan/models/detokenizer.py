@@ -1,4 +1,4 @@
-"""Between text and token ids: prompts in, generated text out.
+"""Conversion between text and token ids: prompts to ids, generated ids to text.
 
 Holds the use of a tokenizer. Must not know requests, stop strings or plans.
 Read next: `longspan.engine.output_reader`, which reads text with this.
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONTEXT_TOKENS = 8
-"""Prompt tokens that the first generated token is decoded with: some tokenizers drop a leading space otherwise."""
+"""Prompt tokens decoded together with the first generated token: without them some tokenizers drop a leading space."""
 
 _CHARACTER_TOKENS = 4
 """Most tokens of one character: bytes in UTF-8."""
@@ -22,11 +22,11 @@ _MAX_PENDING = 2 * _CHARACTER_TOKENS
 """Most tokens that wait for a character to become whole."""
 
 _INCOMPLETE = "\ufffd"
-"""What an unfinished UTF-8 sequence decodes to."""
+"""Character to which an unfinished UTF-8 sequence decodes."""
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of a prompt, with the special tokens that the tokenizer adds by itself, or without.
+    """Return the token ids of a prompt, with or without the special tokens that the tokenizer adds.
 
     Raises:
         ConfigError: the text is empty, or not valid Unicode.
@@ -42,9 +42,9 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, add_specia
 
 
 class Detokenizer:
-    """Turns tokens into text as they arrive, whole characters only.
+    """Incremental decoder that turns tokens into text, whole characters only.
 
-    Why `tokenizers.decoders.DecodeStream` does not do: decision 0027.
+    Decision 0027 says why `tokenizers.decoders.DecodeStream` is not used.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ class Detokenizer:
         self._prefix, self._read = 0, len(self._ids)  # ids [prefix, read) are decoded; the rest is not
 
     def add(self, token_id: int) -> str:
-        """Take the next token; returns the text that it completes, which may be empty."""
+        """Take the next token; return the text that it completes, which may be empty."""
         self._ids.append(token_id)
         known, both = self._decode(self._prefix, self._read), self._decode(self._prefix)
         if len(both) > len(known) and not both.endswith(_INCOMPLETE):
@@ -64,13 +64,13 @@ class Detokenizer:
         return ""
 
     def finish(self) -> str:
-        """No more tokens come; returns what was held back: replacement characters for an unfinished character."""
+        """End the output; return the text held back, with replacement characters for an unfinished character."""
         rest = self._decode(self._prefix)[len(self._decode(self._prefix, self._read)) :]
         self._prefix = self._read = len(self._ids)
         return rest
 
     def _give_up_waiting(self, known: str, both: str) -> str:
-        """Returns the text of tokens that become no character: all but the last ones, up to the end of a character.
+        """Return the text of tokens that become no character: all but the last ones, up to the end of a character.
 
         Without this, text would wait, and decoding take longer with every token, until the output ends.
         """

@@ -1,8 +1,8 @@
-"""Decoder layers that take a few kernel calls instead of forty small operators, for float32 on a CPU.
+"""Fused decoder layers for float32 on a CPU: a few kernel calls instead of forty small operators.
 
 Holds the replacement of a layer's forward. Must not know plans, ranks or strategies.
 Read next: `longspan.native.layer`, for few rows; `longspan.models.fused_layer_gemm`, for more;
-`docs/decisions/0014-fused-layers.md` for what it gives.
+`docs/decisions/0014-fused-layers.md` for the gain.
 
 Note: nothing is assumed
     A layer is read by the names of its modules, and every guess (what scales a norm, which activation, whether there is
@@ -29,7 +29,7 @@ from longspan.native.layer import FusedLayer, LayerWeights, takes
 _log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5
-"""Most by which both forms of a layer may differ, relative to the largest output: float32 sums in another order."""
+"""Largest difference between both forms of a layer, relative to the largest output: float32 sums in another order."""
 
 KNOWN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -38,13 +38,13 @@ KNOWN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def fuse_layers_(model: nn.Module) -> int:
-    """Let a loaded model's decoder layers use the kernels, where they are proven to compute the same.
+    """Let a loaded model's decoder layers use the kernels, if these are proven to compute the same.
 
     Args:
-        model: with the `longspan` attention function, evaluating, its weights in place.
+        model: model in evaluation mode, with the `longspan` attention function and its weights in place.
 
     Returns:
-        How many do: all layers or none.
+        Number of layers that use the kernels: all or none.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -63,11 +63,11 @@ def fuse_layers_(model: nn.Module) -> int:
 
 
 class _UnknownLayerError(Exception):
-    """A layer that is not proven."""
+    """A layer for which the kernels are not proven."""
 
 
 def _fused_forward(layer: nn.Module, *, is_last: bool) -> Callable[..., Tensor]:
-    """A forward of the layer that gives its rows to the kernels."""
+    """Make a forward of the layer that gives its rows to the kernels."""
     fused = _fused(layer)
     call = _prove(layer, fused)
     own_forward: Callable[..., Tensor] = layer.forward
@@ -112,7 +112,12 @@ def _behind_attention(fused: FusedLayer, attended: Tensor, x: Tensor) -> Tensor:
 
 
 def _fused(layer: Any) -> FusedLayer:
-    """The layer as the kernels take it. Raises: _UnknownLayerError, ValueError."""
+    """Convert a layer for the kernels.
+
+    Raises:
+        _UnknownLayerError: the layer is built in an unknown way.
+        ValueError: the kernels do not take its weights.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     is_sandwich = hasattr(layer, "pre_feedforward_layernorm")  # norms before and behind both halves
     norms = {"input_layernorm", "post_attention_layernorm"}
@@ -158,14 +163,14 @@ def _fused(layer: Any) -> FusedLayer:
 
 
 def _only(module: nn.Module, known: set[str]) -> None:
-    """Raises: _UnknownLayerError, if a module has a part whose name is not known."""
+    """Raise `_UnknownLayerError` if a module has a part with an unknown name."""
     unknown = {name for name, _ in module.named_children()} - known
     if unknown:
         raise _UnknownLayerError(f"{type(module).__name__} with {sorted(unknown)}")
 
 
 def _epsilon(norms: Sequence[Any]) -> float:
-    """What keeps norms from dividing by 0."""
+    """Return the epsilon of norms, which keeps them from dividing by 0."""
     found = {norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps for norm in norms}
     if len(found) > 1:
         raise _UnknownLayerError(f"norms with {sorted(found)}")
@@ -173,7 +178,7 @@ def _epsilon(norms: Sequence[Any]) -> float:
 
 
 def _scale(norm: Any) -> Tensor:
-    """What a root mean square norm multiplies by: its weight, or one more."""
+    """Return the factor of an RMS norm: its weight, or its weight plus one."""
     x = _random(2, norm.weight.shape[0])
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + _epsilon([norm]))
     scale: Tensor
@@ -192,13 +197,13 @@ def _activation(function: Callable[[Tensor], Tensor]) -> str:
 
 
 def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
-    """Compute random rows in all ways.
+    """Compare all forms of the layer on random rows.
 
     Returns:
-        The layer's attention call, all but q, k and v of which is the same every time.
+        The layer's attention call, in which everything but q, k and v is the same every time.
 
     Raises:
-        _UnknownLayerError: they disagree.
+        _UnknownLayerError: the forms disagree.
     """
     calls: list[AttentionCall] = []
 
@@ -228,11 +233,11 @@ def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
 
 
 def _agree(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two results are the same but for rounding."""
+    """Whether two results are equal up to rounding."""
     largest = max(1.0, float(wanted.abs().max()))
     return found.shape == wanted.shape and float((found - wanted).abs().max()) <= TOLERANCE * largest
 
 
 def _random(*shape: int) -> Tensor:
-    """Numbers that are the same in every process."""
+    """Random numbers that are the same in every process."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,10 @@
-"""A decoder layer around its attention for many rows on a CPU: products by oneDNN, all between them by kernels.
+"""Decoder layer around its attention for many rows on a CPU: products by oneDNN, the steps between them by kernels.
 
 Holds the order of the steps. Must not know Transformers or attention.
 Read next: `longspan.models.fused_layer`, which proves and calls this; `longspan.native.layer`, the steps.
 
 Norms, rotary embedding, activation and residuals of Transformers are thirty operators a layer, each of which reads and
-writes all rows in memory. Here they are five, and a long chunk's rows come in blocks.
+writes all rows in memory. Here they are five, and the rows of a long chunk are processed in blocks.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ prepares its weights in every call: 512 rows at a time took 3 % longer than 1,02
 
 
 def before_attention(layer: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `FusedLayer.before_attention`, for any number of rows."""
+    """Compute norm, projections and rotary embedding like `FusedLayer.before_attention`, for any number of rows."""
     num_rows = x.shape[0]
     q = torch.empty(num_rows, layer.num_heads, layer.width)
     k = torch.empty(layer.num_kv_heads, num_rows, layer.width)
@@ -37,7 +37,7 @@ def before_attention(layer: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor) -> 
 
 
 def behind_attention(layer: FusedLayer, attended: Tensor, x: Tensor) -> Tensor:
-    """As `FusedLayer.behind_attention`, for any number of rows."""
+    """Compute output projection and MLP like `FusedLayer.behind_attention`, for any number of rows."""
     y = torch.empty_like(x)
     weights = layer.weights
     for rows in _blocks(x.shape[0]):
@@ -50,7 +50,7 @@ def behind_attention(layer: FusedLayer, attended: Tensor, x: Tensor) -> Tensor:
 
 
 def _blocks(num_rows: int) -> Iterator[slice]:
-    """All rows, in few blocks of about one size."""
+    """Cut all rows into few blocks of about equal size."""
     num_blocks = -(-num_rows // BLOCK_ROWS)
     for i in range(num_blocks):
         yield slice(num_rows * i // num_blocks, num_rows * (i + 1) // num_blocks)

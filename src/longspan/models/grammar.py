@@ -1,13 +1,13 @@
-"""From a JSON schema to the tokens that may come next.
+"""Grammars that turn a JSON schema into the tokens that may come next.
 
 Holds the use of llguidance, and the map from token ids to bytes that it needs. Must not know requests in flight,
 plans or weights.
-Read next: `longspan.scheduler.request`, whose `Constraint` is fulfilled here.
+Read next: `longspan.scheduler.request`, whose `Constraint` is implemented here.
 
 Note: what a token stands for
-    The grammar is about bytes, so every token id needs the bytes that it adds to the text. Tokenizers do not say. To
-    decode a single token is not enough: some drop a space at the start of a text, some add spaces between tokens. So
-    a token is decoded between two others that stand for "a":
+    The grammar is about bytes, so every token id needs the bytes that it adds to the text, which tokenizers do not
+    tell. Decoding a single token is not enough: some tokenizers drop a space at the start of a text, some add spaces
+    between tokens. So a token is decoded between two others that stand for "a":
 
         byte-level     a Ġwas a        -> "a wasa"     the bytes " was"
         SentencePiece  a ▁was a        -> "a wasa"     the bytes " was"
@@ -18,9 +18,9 @@ Note: what a token stands for
     nothing, and are never allowed. End tokens are allowed exactly when the output is complete.
 
 Note: which schemas
-    What llguidance implements of JSON Schema 2020-12, which is most of what is used. A keyword that it knows and does
-    not implement (`not`, `if`, `uniqueItems`, ...), an unknown `format`, a remote `$ref` or a schema that nothing
-    satisfies is refused. Properties come in the schema's order. A key that the schema does not name may occur twice.
+    llguidance implements the commonly used part of JSON Schema 2020-12. A keyword that it knows and does not implement
+    (`not`, `if`, `uniqueItems`, ...), an unknown `format`, a remote `$ref` or a schema that nothing satisfies is
+    refused. Properties come in the schema's order. A key that the schema does not name may occur twice.
     White space between elements is free, up to a length: small models would fill the context with it.
 """
 
@@ -39,32 +39,32 @@ from longspan.errors import ConfigError, LongspanError
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 _ANCHOR = "a"
 _INCOMPLETE = "\ufffd"
-"""What a part of a character decodes to."""
+"""Character to which part of a character decodes."""
 _NEEDED = {bytes([byte]) for byte in (*range(0x20, 0x7F), *range(0x80, 0xF5)) if byte not in (0xC0, 0xC1)}
-"""Bytes that JSON in UTF-8 may hold. With a token for each, whatever the grammar allows can be written."""
+"""Bytes that JSON in UTF-8 may hold. With a token for each of them, every allowed text can be written."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class GrammarConstraint:
-    """The grammar of one request, as far as its output has come."""
+    """Grammar of one request, at the current end of its output."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
         self._allowed = self._next()
 
     def allowed(self) -> bytes:
-        """Bit mask of the tokens that may come next: bit i % 8 of byte i // 8. There is always one."""
+        """Bit mask of the tokens that may come next, at least one: bit i % 8 of byte i // 8 is token i."""
         return self._allowed
 
     def copy(self) -> "GrammarConstraint":
-        """Another one at the same place; the compiled grammar is shared."""
+        """Copy the state; the compiled grammar is shared."""
         return GrammarConstraint(self._matcher.deep_copy())
 
     def accept(self, token_id: int) -> None:
         """Take the token that came next.
 
         Raises:
-            LongspanError: it was not allowed, or the grammar has become too complex to go on.
+            LongspanError: the token was not allowed, or the grammar has become too complex to go on.
         """
         if not self._matcher.consume_token(token_id):
             raise LongspanError(f"json_schema: token {token_id} cannot follow: {_reason(self._matcher)}")
@@ -78,22 +78,22 @@ class GrammarConstraint:
 
 
 def _check_version(found: str) -> None:
-    """vLLM 0.32 wants an older llguidance than ours, which does not keep to `_WHITE_SPACE`.
+    """Refuse an old llguidance, such as vLLM 0.32 requires, which ignores `_WHITE_SPACE`.
 
     Raises:
-        ConfigError: it is such a version.
+        ConfigError: the version is too old.
     """
     if tuple(int(part) for part in found.split(".")[:2]) < (1, 9):
         raise ConfigError(f"json_schema: got llguidance {found}, legal is 1.9 or newer (or vLLM's structured output)")
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """What llguidance says went wrong, in one line."""
+    """Return llguidance's error in one line."""
     return " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())[:300]
 
 
 class Grammars:
-    """Makes the grammars of one model. Any thread may use it."""
+    """Compiler of schemas for one model. Any thread may use it."""
 
     def __init__(self, tokenizer: LLTokenizer) -> None:
         """See `make_grammars`."""
@@ -101,13 +101,13 @@ class Grammars:
         self._version = importlib.metadata.version("llguidance")
 
     def compile(self, json_schema: str) -> GrammarConstraint:
-        """The constraint of one request. Most schemas take a millisecond, large ones seconds, without the GIL.
+        """Compile the constraint of one request. Most schemas take a millisecond, large ones seconds, without the GIL.
 
         Args:
             json_schema: JSON text of a schema.
 
         Raises:
-            ConfigError: the schema means nothing, asks for what cannot be enforced, or cannot be satisfied.
+            ConfigError: the schema is invalid, cannot be enforced, or cannot be satisfied.
         """
         _check_version(self._version)
         try:
@@ -129,10 +129,10 @@ class Grammars:
 
 
 def make_grammars(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Sequence[int]) -> Grammars:
-    """What turns schemas into constraints for one model. Takes about a second per 100,000 tokens; make it once.
+    """Make the grammar compiler of one model. Takes about a second per 100,000 tokens of vocabulary; call it once.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         vocab_size: width of the model's logits, which may exceed the tokenizer's vocabulary.
         eos_token_ids: tokens that end a request.
 
@@ -163,7 +163,7 @@ def _unmapped(tokenizer: PreTrainedTokenizerBase, reason: str) -> ConfigError:
 
 
 def _private_copy(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A tokenizer that no other thread reconfigures, and to which special tokens in a text are text."""
+    """Copy a tokenizer, so that no other thread reconfigures it; the copy reads special tokens in a text as text."""
     try:
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # the library raises nothing more precise where a part is written in Python
@@ -175,7 +175,7 @@ def _private_copy(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _token_bytes(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, vocab_size: int) -> list[bytes]:
-    """The bytes of every id, empty for those that stand for none. See "what a token stands for" above."""
+    """Bytes of every token id, empty for ids without bytes. See "what a token stands for" above."""
     anchor = backend.token_to_id(_ANCHOR)
     if anchor is None or backend.decode([anchor] * 3) != _ANCHOR * 3:
         raise _unmapped(tokenizer, f"it has no token {_ANCHOR!r}, or adds something between tokens")
@@ -210,7 +210,7 @@ def _bytes_of(name: str, text: str) -> bytes:
 
 
 class _Vocabulary(TokenizerWrapper):
-    """What llguidance wants to know of a tokenizer: bytes of all tokens, and how it writes a text that is forced."""
+    """Tokenizer interface of llguidance: bytes of all tokens, and the tokens of a forced text."""
 
     mapped: LLTokenizer
 

@@ -1,8 +1,8 @@
-"""The seam to Transformers: an attention function and a mask builder named `longspan`.
+"""Connection to Transformers: an attention function and a mask builder named `longspan`.
 
-Holds the registration and the record of one attention call. Must not know plans, ranks or strategies: whoever runs the
+Holds the registration and the record of one attention call. Must not know plans, ranks or strategies: the caller of the
 model passes a callable as the forward keyword argument `longspan_attend`, and every layer calls it.
-Read next: `longspan.models.inspect`, which passes a recorder; `longspan.worker.forward`, which passes the real thing.
+Read next: `longspan.models.inspect`, which passes a recorder; `longspan.worker.forward`, which passes real attention.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,15 +33,15 @@ HARMLESS_ARGUMENTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class MaskRule:
-    """Stands where a mask would be: the rule that the model asked for, not the mask."""
+    """Mask rule that the model asked for, passed in place of a mask."""
 
     mask_function: Callable[..., Any]
-    """(batch, head, query position, key position) -> whether the key is seen; 0-dim integer tensors."""
+    """Function of (batch, head, query position, key position), 0-dim integer tensors: whether the key is seen."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One layer's call of the attention function."""
+    """Call of the attention function by one layer."""
 
     layer: int
     q: Tensor
@@ -54,7 +54,7 @@ class AttentionCall:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
-    """[H] or None."""
+    """[H] attention sinks, natural-log logits, or None."""
     mask: MaskRule | None
     is_causal: bool
     other_arguments: Mapping[str, object]
@@ -62,7 +62,7 @@ class AttentionCall:
 
 
 AttendFunction = Callable[[AttentionCall], Tensor]
-"""Takes a call, returns [T, H, Dv]."""
+"""Function that computes attention [T, H, Dv] of a call."""
 
 
 def _attention(
@@ -81,7 +81,7 @@ def _attention(
     is_causal: bool | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Attention function in Transformers' shape: q, k, v are [1, heads, T, D], the output is [1, T, H, Dv]."""
+    """Attention function for Transformers: q, k, v are [1, heads, T, D], the output is [1, T, H, Dv]."""
     if longspan_attend is None:
         raise UnsupportedModelError(f"{type(module).__name__} does not pass forward keyword arguments to its attention")
     call = AttentionCall(
@@ -105,7 +105,7 @@ def _attention(
 
 
 def _mask(*, mask_function: Callable[..., Any], **_: object) -> MaskRule:
-    """Mask builder in Transformers' shape. Builds nothing: attention masks by true positions."""
+    """Mask builder for Transformers. It builds no mask, since our attention masks by global positions."""
     return MaskRule(mask_function)
 
 

@@ -1,7 +1,7 @@
-"""What a model is, found by running it on the meta device: KV specs, windows, scales.
+"""Facts of a model, found by running it on the meta device: KV specs, windows, scales.
 
-Reads the facts off the model's own attention calls instead of guessing them from config fields, and refuses what is
-not proven exact. Allocates no weights. Must not know ranks or plans.
+Reads the facts off the model's own attention calls instead of guessing them from config fields, and refuses models
+that are not proven exact. Allocates no weights. Must not know ranks or plans.
 Read next: `longspan.models.loader`.
 """
 
@@ -18,10 +18,10 @@ from longspan.models.hook import ATTENTION_NAME, AttentionCall, MaskRule
 from longspan.types import AttentionParams, ModelSpec
 
 PROVEN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
-"""Greedy tokens of these are compared with Transformers in the tests, over ranks, strategies and placements."""
+"""Model types whose greedy tokens the tests compare with Transformers, over ranks, strategies and placements."""
 
 PROVEN_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""`dynamic` and `longrope` look at the whole row, which is wrong for packed rows of several requests."""
+"""RoPE types of these models. `dynamic` and `longrope` depend on the whole row, which may pack several requests."""
 
 MAX_SIZES = {
     "num_hidden_layers": 10_000,
@@ -33,14 +33,14 @@ MAX_SIZES = {
     "vocab_size": 2**31,
     "max_position_embeddings": 2**48,
 }
-"""More than any model has. A config may hold any number, and a model of a billion layers takes for ever to build."""
+"""Upper bounds of config fields, above those of any model: building one of a billion layers would never end."""
 
 TRANSFORMERS_VERSIONS = ("5.16", "6")
-"""From the first, below the second."""
+"""Supported versions of Transformers: from the first, below the second."""
 
 
 def _rope_types(config: PreTrainedConfig) -> set[str]:
-    """All rope types a config names, also one per layer type."""
+    """Return all RoPE types that a config names, those per layer type included."""
     found: set[str] = set()
 
     def walk(value: object) -> None:
@@ -60,7 +60,7 @@ def check_proven(config: PreTrainedConfig) -> None:
     """Refuse a model that is not proven exact.
 
     Raises:
-        UnsupportedModelError: names the field, its value and the proven values.
+        UnsupportedModelError: the model is not proven; the message names the field, its value and the proven values.
     """
 
     def refuse(field: str, value: object, legal: str) -> None:
@@ -82,7 +82,7 @@ def check_proven(config: PreTrainedConfig) -> None:
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:
-    """Refuse numbers of which no model can be made. Raises: UnsupportedModelError."""
+    """Raise `UnsupportedModelError` for sizes with which no model can be built."""
     for field, most in MAX_SIZES.items():
         value = getattr(config, field, None)
         for size in value if isinstance(value, (list, tuple)) else [value]:  # some families have one per layer
@@ -91,7 +91,7 @@ def _check_sizes(config: PreTrainedConfig) -> None:
 
 
 def _check_mask(call: AttentionCall) -> None:
-    """The mask rule that the model asked for must be the causal rule, with the window that the layer was given."""
+    """Check that the model's mask rule is the causal rule, with the window that the layer was given."""
     if not isinstance(call.mask, MaskRule):
         raise UnsupportedModelError(
             f"attention mask of layer {call.layer}: got {type(call.mask).__name__}, proven is a rule made by "
@@ -113,7 +113,7 @@ def _check_mask(call: AttentionCall) -> None:
 
 
 class _Recorder:
-    """Answers attention calls with tensors of the right shape, and keeps the calls."""
+    """Attention function that records its calls, and returns tensors of the right shape."""
 
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
@@ -127,14 +127,14 @@ class _Recorder:
 def inspect_model(
     config: PreTrainedConfig, generation_config: GenerationConfig | None, dtype: torch.dtype
 ) -> ModelSpec:
-    """Find what the engine must know of a model.
+    """Find the facts of a model that the engine needs.
 
     Args:
         config: the model's config.
         generation_config: for the end tokens; None takes those of `config`.
-        dtype: of weights and KV.
+        dtype: dtype of weights and KV.
 
-    Returns:
+        Returns:
         The model's facts. Layers that share KV widths and window form one KV group.
 
     Raises:
@@ -153,9 +153,9 @@ def inspect_model(
 def trace_model(
     config: PreTrainedConfig, generation_config: GenerationConfig | None, dtype: torch.dtype
 ) -> tuple[ModelSpec, nn.Module]:
-    """The facts of a model whose family need not be proven, and the model itself on the meta device.
+    """Find the facts of a model of any family, and return them with the model on the meta device.
 
-    Args, Raises: as in `inspect_model`; also an unproven model must call attention as the proven ones do.
+    See `inspect_model` for arguments and errors; a model that calls attention in an unknown way is refused.
     """
     _check_sizes(config)
     with torch.device("meta"), torch.inference_mode():
@@ -206,7 +206,7 @@ def trace_model(
 
 
 def _count_parameters(model: Any) -> int:
-    """Weights that every token meets: all but those between token ids and the layers."""
+    """Count the weights of the model without its input and output embeddings."""
     ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
     skipped = {id(weight) for module in ends for weight in module.parameters()}
     return sum(weight.numel() for weight in model.parameters() if id(weight) not in skipped)

@@ -1,10 +1,10 @@
-"""The last layer computes only rows that somebody reads.
+"""Restriction of the last layer to the rows whose output is read.
 
 Holds the replacement of two modules' forward. Must not know attention, plans or ranks.
-Read next: `longspan.plan.read_runs`, which says who reads what; `longspan.worker.forward`, which passes the rows.
+Read next: `longspan.plan.read_runs`, which rows are read; `longspan.worker.forward`, which passes the rows.
 
-What comes behind the last layer's attention (its output projection and MLP) serves the row's own logits and nothing
-else, so for a prompt's inner tokens it is not computed. Keys and values of all rows are.
+The last layer's output projection and MLP serve the row's own logits and nothing else, so they are not computed for a
+prompt's inner tokens. Keys and values are computed for all rows.
 """
 
 import threading
@@ -18,16 +18,16 @@ READ_ROWS = "longspan_read_rows"
 
 
 class _CurrentRows(threading.local):
-    """What the layer's caller passed, until its modules run. Ranks that are threads share the modules."""
+    """Rows that the layer's caller passed, for its modules; per thread, as ranks that are threads share the modules."""
 
     rows: Tensor | None = None
 
 
 def skip_unread_rows_(model: nn.Module) -> int:
-    """Let the last layer leave rows out that `READ_ROWS` does not name; their output is 0.
+    """Let the last layer skip rows that `READ_ROWS` does not name; their output is 0.
 
     Returns:
-        How many modules do; 0 if the last layer has no such parts.
+        Number of changed modules; 0 if the last layer has no such parts.
     """
     base: Any = getattr(model, "model", None)
     layers = getattr(base, "layers", None)
@@ -50,7 +50,7 @@ def skip_unread_rows_(model: nn.Module) -> int:
 
 
 def _of_read_rows(forward: Callable[[Tensor], Tensor], current: _CurrentRows) -> Callable[[Tensor], Tensor]:
-    """`forward` of [1, T, width], computed for the rows that are read, 0 for the others."""
+    """Wrap a `forward` of [1, T, width]: rows that are read are computed, the others are 0."""
 
     def some_rows(hidden: Tensor) -> Tensor:
         rows = current.rows

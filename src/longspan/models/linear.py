@@ -1,10 +1,10 @@
-"""Linear layers that are fast on a CPU, for few rows and for many.
+"""Fast linear layers on a CPU, for few rows and for many.
 
 Holds the replacement of `nn.Linear`. Must not know attention, pages or plans.
 Read next: `longspan.native.kernels` for few rows, `longspan.models.onednn` for many.
 
-A decode step multiplies every weight by one row per request, and BLAS reads weights at a third of the memory bandwidth
-then: 88 MB of a 22 M parameter model took 8 ms on one thread and on two, and take 3.2 and 2.5 with the kernel.
+A decode step multiplies every weight by one row per request, for which BLAS reads weights at a third of the memory
+bandwidth: 88 MB of a 22 M parameter model took 8 ms on one thread and on two, and take 3.2 and 2.5 with the kernel.
 """
 
 import torch
@@ -16,7 +16,7 @@ from longspan.native import kernels
 
 
 class CPULinear(nn.Linear):
-    """`nn.Linear` that gives the rows that `kernels.can_multiply` to the compiled kernel, more of float32 to oneDNN."""
+    """`nn.Linear` that uses the compiled kernel if `kernels.can_multiply` holds, and oneDNN for more float32 rows."""
 
     def forward(self, input: Tensor) -> Tensor:  # the argument's name is that of nn.Linear
         weight = self.weight
@@ -31,7 +31,7 @@ class CPULinear(nn.Linear):
 
 
 def replace_linears_(model: nn.Module) -> int:
-    """Let linear layers of a model on a CPU use the compiled kernel and oneDNN where these apply; returns how many.
+    """Let linear layers of a model on a CPU use the compiled kernel and oneDNN; return how many layers.
 
     Weights stay as they are. Layers of another class, or whose weights are no plain contiguous tensors, are left alone.
     """

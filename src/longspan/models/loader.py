@@ -1,7 +1,7 @@
-"""From a model's name to its config, tokenizer and weights.
+"""Loaders of a model's config, tokenizer and weights, by its name.
 
-Holds the calls into Transformers' loaders, and turns their errors into ours. Must not know ranks or plans.
-Read next: `longspan.models.inspect`, `longspan.models.recall`; `longspan.models.speedups`, what comes after loading.
+Holds the calls of Transformers' loaders, and turns their errors into ours. Must not know ranks or plans.
+Read next: `longspan.models.inspect`, `longspan.models.recall`; `longspan.models.speedups`, applied after loading.
 """
 
 import functools
@@ -29,20 +29,20 @@ from longspan.models.recall import recall_path
 CPU = torch.device("cpu")
 
 RECALL = "recall"
-"""Name of the bundled model, everywhere a model is named."""
+"""Name of the bundled model wherever a user names a model."""
 
 
 def quiet_transformers() -> None:
-    """Keep Transformers' own remarks from standard error, for processes that are ours (workers, the command line)."""
+    """Keep Transformers' own messages off standard error, in our own processes (workers, the command line)."""
     transformers_logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
 
 
 def resolve_model(model: str) -> str:
-    """Directory or Hub id that Transformers can load.
+    """Return the directory or Hub id that Transformers can load.
 
     Raises:
-        ConfigError: it looks like a path, and there is no model directory there.
+        ConfigError: the name looks like a path, and there is no model directory there.
     """
     if model == RECALL:
         return str(recall_path())
@@ -59,24 +59,24 @@ def resolve_model(model: str) -> str:
 
 @functools.cache
 def _hub_answers() -> bool:
-    """Whether the Hub can be reached, asked once per process: Transformers would ask six times for every file."""
+    """Whether the Hub can be reached, tried once per process: Transformers would try six times for every file."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
-    except Exception:  # whatever the HTTP library of the day raises; what is in the cache can still be used
+    except Exception:  # any error of the HTTP library; cached files can still be used
         return False
     return True
 
 
 def _source(model: str) -> tuple[str, bool]:
-    """Directory or Hub id, and whether `from_pretrained` must not ask the Hub."""
+    """Return the directory or Hub id, and whether `from_pretrained` must not ask the Hub."""
     name = resolve_model(model)
     return name, Path(name).is_dir() or not _hub_answers()
 
 
 def _loading(model: str, what: str, error: Exception) -> ConfigError:
-    """One line that says what could not be loaded."""
+    """Make an error of one line that says what could not be loaded."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return ConfigError(
         f"model: got {model!r}, legal is a model directory, 'recall' or a Hub id that can be reached or is in the "
@@ -85,7 +85,7 @@ def _loading(model: str, what: str, error: Exception) -> ConfigError:
 
 
 def load_config(model: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """Config and generation config.
+    """Load a model's config and generation config.
 
     Raises:
         ConfigError: there is no such model, or its files are broken.
@@ -108,7 +108,7 @@ def load_config(model: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
 
 
 def load_config_file(path: Path) -> PreTrainedConfig:
-    """A config alone, from a JSON file of any name.
+    """Load a config from a JSON file of any name.
 
     Raises:
         ConfigError: the file is broken.
@@ -121,10 +121,10 @@ def load_config_file(path: Path) -> PreTrainedConfig:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """Load the model's tokenizer.
 
     Raises:
-        ConfigError: the model has none.
+        ConfigError: the model has no tokenizer.
     """
     name, is_offline = _source(model)
     try:
@@ -135,7 +135,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a name; auto is float32 on a CPU, where bfloat16 matmuls are slower, else bfloat16."""
+    """Return the torch dtype of a name; auto is float32 on a CPU, where bfloat16 matmuls are slower, else bfloat16."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     resolved: torch.dtype = getattr(torch, dtype)
@@ -146,10 +146,10 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool, device: t
     """Load weights from safetensors, memory-mapped where file and model agree on the dtype.
 
     Args:
-        model: as the user named it.
-        dtype: of weights and activations.
-        show_progress: whether to draw a bar on standard error.
-        device: where they go.
+        model: model as the user named it.
+        dtype: dtype of weights and activations.
+        show_progress: whether to draw a progress bar on standard error.
+        device: device of the weights.
 
     Raises:
         ConfigError: the weights are missing or broken; pickled weights are never loaded.

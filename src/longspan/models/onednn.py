@@ -1,11 +1,11 @@
-"""Matrix products of float32 by oneDNN.
+"""Float32 matrix products by oneDNN.
 
 Holds one call. Must not know attention, pages or plans.
 Read next: `longspan.models.linear`, which calls it.
 
 PyTorch gives float32 products on a CPU to MKL, which uses 256 of the 512 bits of an AMD core's registers: 105 to 110
-GFLOP/s on one core of a Zen 5, where oneDNN reaches 230 to 250. It is as fast from 9 rows on as from 2048, and wants
-no other layout of the weights.
+GFLOP/s on one core of a Zen 5, where oneDNN reaches 230 to 250. It is as fast from 9 rows on as from 2048, and takes
+the weights as they lie.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @cache
 def is_available() -> bool:
-    """Whether this torch has oneDNN, and this CPU registers that it may use better than MKL."""
+    """Whether this torch has oneDNN, and this CPU has registers that oneDNN uses better than MKL."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -25,7 +25,7 @@ def is_available() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of float32 on a CPU.
+    """Compute `F.linear` in float32 on a CPU.
 
     Args:
         x: [..., width].

@@ -1,12 +1,12 @@
-"""The bundled model: an exact k-gram copier, so that longspan can show that it is right without downloading anything.
+"""The bundled model: an exact k-gram copier, with which longspan can prove its output correct without a download.
 
 If the last k bytes of a context occurred once before, anywhere in it, the model continues with what followed there,
 byte by byte. The output can be checked at any length, and one wrong position, page or merge makes it wrong.
-`recall_path` is the model's directory, built on first use; `build_recall` writes one where you like. Both are ordinary
-Transformers models. Must not know how longspan runs a model. Read next: Note [How recall works] in
+`recall_path` is the model's directory, built on first use; `build_recall` writes one to any directory. Both are
+ordinary Transformers models. Must not know how longspan runs a model. Read next: Note [How recall works] in
 `longspan.models.recall_weights`.
 
-What it cannot do: without a match it says confident nonsense and never end-of-sequence, so use a maximum number of
+Limits: without a match the model continues with arbitrary bytes and never end-of-sequence, so use a maximum number of
 tokens or a stop string; the question must end exactly as the needle did, a trailing space included; after a tie
 (followed by A as often as by B) the answer is unspecified.
 """
@@ -41,9 +41,9 @@ _FILES = (
 
 
 def recall_path(variant: str = "smollm3") -> Path:
-    """Returns the bundled model's directory, in the user's cache directory; builds it on first use (4 MB, float32).
+    """Return the bundled model's directory, in the user's cache directory; build it on first use (4 MB, float32).
 
-    The directory's name holds a digest of the builder's source: a longspan with another builder has its own. Several
+    The directory's name holds a digest of the builder's source, so that other builders have other directories. Several
     processes may call this at once.
 
     Args:
@@ -61,7 +61,7 @@ def recall_path(variant: str = "smollm3") -> Path:
 
 
 def build_recall(path: Path, *, variant: str = "smollm3", dtype: torch.dtype = torch.float32) -> None:
-    """Writes the model and its tokenizer as a Transformers model directory.
+    """Write the model and its tokenizer as a Transformers model directory.
 
     The directory appears complete or not at all. If it exists already, its files of these names are replaced, one by
     one, and others stay.
@@ -69,7 +69,7 @@ def build_recall(path: Path, *, variant: str = "smollm3", dtype: torch.dtype = t
     Args:
         path: The directory; its parents are created.
         variant: One of `RECALL_VARIANTS`.
-        dtype: Of the weights, one of `RECALL_DTYPES`.
+        dtype: Dtype of the weights, one of `RECALL_DTYPES`.
 
     Raises:
         ConfigError: Unknown variant or dtype.
@@ -98,13 +98,13 @@ def build_recall(path: Path, *, variant: str = "smollm3", dtype: torch.dtype = t
 
 
 def _publish(draft: Path, path: Path) -> None:
-    """Moves a finished draft to its place. Readers of `path` never meet half a file, nor a file gone missing."""
+    """Move a finished draft to its place. Readers of `path` never find half a file, nor miss a file."""
     try:
         draft.rename(path)
     except OSError:
         if not path.is_dir():
             raise
-        # Somebody else's directory is there: complete (another builder was faster), or with files deleted from it. Two
+        # Another process's directory is there: complete (it was faster), or with files deleted from it. Two
         # builders of one name write the same bytes, so replacing file by file is safe in both cases.
         for name in _FILES:
             os.replace(draft / name, path / name)
@@ -117,7 +117,7 @@ def _find_variant(name: str) -> RecallVariant:
 
 
 def builder_digest() -> str:
-    """Changes with the source of what builds the model."""
+    """Digest of the source that builds the model."""
     sources = [Path(__file__), Path(recall_weights.__file__), Path(recall_tokenizer.__file__)]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 

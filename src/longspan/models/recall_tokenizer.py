@@ -8,9 +8,9 @@ The contract, for any text that has a UTF-8 form:
     encode(text) == [BOS_ID, *text.encode("utf-8")]        decode(encode(text), skip_special_tokens=True) == text
 
 Special tokens exist as ids only. The *characters* `<|eos|>` in a text are seven bytes like any others, so no document
-can end a generation or fake the start of a context; whoever wants the token puts `EOS_ID` among the ids. This rests on
-`split_special_tokens` in tokenizer_config.json, so load the tokenizer with Transformers: tokenizer.json alone, read by
-the `tokenizers` library, would match the characters.
+can end a generation or fake the start of a context; a caller that wants the token puts `EOS_ID` among the ids. This
+relies on `split_special_tokens` in tokenizer_config.json, so load the tokenizer with Transformers: tokenizer.json
+alone, read by the `tokenizers` library, would match the characters.
 
 The chat template concatenates the messages' contents and adds nothing, not even the beginning-of-sequence token, whose
 characters would be split into bytes too. The model does without it, and the prompt of the next turn starts with this
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 NUM_BYTES = 256
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|sep|>")
-"""Ids 256 and up. The last one has no meaning: tests use it as a token that no text contains."""
+"""Special tokens, with ids from 256 on. The last one has no meaning: tests use it as a token that no text contains."""
 BOS_ID, EOS_ID, PAD_ID, SEP_ID = range(NUM_BYTES, NUM_BYTES + len(SPECIAL_TOKENS))
 VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS)
 
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 
 def build_tokenizer(model_max_len: int) -> PreTrainedTokenizerFast:
-    """Builds the tokenizer; `save_pretrained` writes its files.
+    """Build the tokenizer; `save_pretrained` writes its files.
 
     Args:
         model_max_len: Longest context of the model, in tokens; Transformers warns about longer texts.
@@ -62,7 +62,7 @@ def build_tokenizer(model_max_len: int) -> PreTrainedTokenizerFast:
 
 
 def _byte_names() -> dict[int, str]:
-    """The printable character that ByteLevel tokenizers write for each byte.
+    """Return the printable character that ByteLevel tokenizers write for each byte.
 
     Visible Latin-1 characters stand for themselves; the others, in order, are moved to U+0100 and up.
 

@@ -1,7 +1,7 @@
 """The weights of the bundled model, an exact k-gram copier: computed, not trained, without randomness.
 
-Holds the architectures that the same idea is written in and the function that computes each one's parameters. Must not
-know files, tokenizers or how longspan runs a model. Read next: `longspan.models.recall`, which writes it all to disk.
+Holds the architectures of the model and the function that computes the parameters of each. Must not know files,
+tokenizers or how longspan runs a model. Read next: `longspan.models.recall`, which writes the model to disk.
 
 
 Note [How recall works]
@@ -33,8 +33,8 @@ All scores are so far apart that softmax is 0 or 1 (`_LOCAL_GAP_NATS`; a wrong b
 while ln(1 M keys) is 13.8), except that keys that match equally well share equally: a k-gram that occurred several
 times gives the mean of the answer codes that followed it. The MLPs are zero, and all norms but the last the identity.
 
-Before the start of the context there is more of the same: a head that looks past it finds about the first token there
-is. With the tokenizer's beginning-of-sequence token in front, no k-gram of bytes matches there.
+A head that looks past the start of the context finds about the first token. With the tokenizer's beginning-of-sequence
+token in front, no k-gram of bytes matches there.
 """
 
 import math
@@ -47,13 +47,13 @@ from torch import Tensor
 from longspan.models.recall_tokenizer import NUM_BYTES, SPECIAL_TOKENS, VOCAB_SIZE
 
 MAX_CONTEXT_LEN = 2**21
-"""In tokens. RoPE's fastest pair turns by one radian a token; float32 still tells such angles apart here."""
+"""Longest context in tokens. RoPE's fastest pair turns by one radian a token; float32 still tells such angles apart."""
 HIDDEN_SIZE = 256
 HEAD_DIM = 128
 INTERMEDIATE_SIZE = 16
 RMS_NORM_EPS = 1e-6
 VOTE_GAIN = 16.0
-"""Weight of the answer in the residual; the code of the last byte, which is there too, weighs 1."""
+"""Weight of the answer in the residual, where the code of the last byte has weight 1."""
 LOGIT_GAIN = 0.5
 """lm_head is this times the answer codes: a logit of about 64 for the right byte, about 8 at most for others."""
 
@@ -67,12 +67,12 @@ _LOCAL_GAP_NATS = 40.0
 
 @dataclass(frozen=True)
 class RecallVariant:
-    """One architecture that the same idea is written in."""
+    """Architecture of the model."""
 
     model_type: str
     architecture: str
     match_len: int
-    """k, in tokens: how much of the end of the context must have occurred before."""
+    """k in tokens: length of the end of the context that must have occurred before."""
     rope_theta: float
     """A power of two, so that each RoPE pair p turns by a known 2^-(something * p) radians a token."""
     num_position_pairs: int
@@ -87,7 +87,7 @@ class RecallVariant:
     """Sliding window of the local layers, in tokens, or None; the recall layer never has one."""
 
     def local_layers(self) -> list[tuple[int, list[int]]]:
-        """What each local layer does: (blocks known before it, distance in tokens that each head looks back)."""
+        """Local layers as (blocks known before the layer, distance in tokens that each head looks back)."""
         layers: list[tuple[int, list[int]]] = []
         num_known = 1
         while num_known <= self.match_len:
@@ -109,7 +109,7 @@ _SMOLLM3 = RecallVariant(
 RECALL_VARIANTS = {
     # Layers with RoPE and a sliding window, then one with neither: two KV groups.
     "smollm3": _SMOLLM3,
-    # The same with 4 query heads on 2 KV heads, which differ in what they carry and where.
+    # 4 query heads on 2 KV heads, which differ in the bytes they carry and in their places.
     "smollm3-gqa": replace(_SMOLLM3, num_query_heads=4, num_kv_heads=2),
     # RoPE and full attention everywhere; pairs 0..12 carry position, 16..63 (at most 2^-30 radians a token) bytes.
     "llama": RecallVariant(
@@ -133,7 +133,7 @@ RECALL_VARIANTS = {
 
 
 def answer_codes() -> Tensor:
-    """The code in which a token is stored as an answer.
+    """Return the codes in which tokens are stored as answers.
 
     Bytes are the vectors of 4 mutually unbiased bases of R^64 (256 in all): orthogonal within a basis, |cos| = 1/8
     between bases. Byte b has the entries (-1)^(Tr(a x1 x2) + u.x) with a = b >> 6, u = b & 63 and x = (x1, x2) over
@@ -183,7 +183,7 @@ def _gf8_trace(a: int) -> int:
 
 @dataclass(frozen=True)
 class _Residual:
-    """Which dimensions hold what; see Note [How recall works]."""
+    """Dimensions of the residual stream. See Note [How recall works]."""
 
     match_len: int
 
@@ -200,15 +200,15 @@ class _Residual:
         return self.code.stop
 
     def mean_square(self, num_known_blocks: int) -> float:
-        """Of the hidden state once that many blocks are filled: every token has the same."""
+        """Mean square of the hidden state, equal for all tokens, once that many blocks are filled."""
         return (_BITS * num_known_blocks + _CODE_LEN + 1) / HIDDEN_SIZE
 
 
 def compute_weights(spec: RecallVariant) -> dict[str, Tensor]:
-    """Computes the model.
+    """Compute the model's parameters.
 
     Returns:
-        Parameter name in Transformers to float32 tensor.
+        Float32 tensors by their parameter names in Transformers.
     """
     residual = _Residual(spec.match_len)
     codes = answer_codes()  # [VOCAB_SIZE, 64]
@@ -235,7 +235,7 @@ def compute_weights(spec: RecallVariant) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Attention:
-    """An attention layer's weights, one index per head. Starts as zeros."""
+    """Weights of an attention layer, with an index per head. Starts as zeros."""
 
     q: Tensor
     """[H, D, hidden]"""
@@ -246,7 +246,7 @@ class _Attention:
     o: Tensor
     """[hidden, H, D]"""
     qk_mean_square: float | None
-    """Of every head's query and key, for the QK norms; None if there are none."""
+    """Mean square of every head's query and key, for the QK norms; None without these norms."""
 
     @classmethod
     def zeros(cls, spec: RecallVariant, qk_mean_square: float) -> "_Attention":
@@ -260,7 +260,7 @@ class _Attention:
 
 
 def _local_attention(spec: RecallVariant, residual: _Residual, num_known: int, distances: list[int]) -> _Attention:
-    """Head h looks `distances[h]` tokens back and copies what is known there; heads left over do nothing.
+    """Make a layer whose head h copies the blocks known `distances[h]` tokens back; heads without a distance are zero.
 
     In each position pair, whose frequency is w, the key at j points at angle w j and the query at i, for distance d, at
     w (i - d): their product is A^2 cos(w (i - d - j)), largest where j = i - d in all pairs at once.
@@ -288,10 +288,10 @@ def _local_attention(spec: RecallVariant, residual: _Residual, num_known: int, d
 
 
 def _recall_attention(spec: RecallVariant, residual: _Residual) -> _Attention:
-    """Compares the last k bytes with the k bytes before every token and fetches that token's answer code.
+    """Make a layer that compares the last k bytes with the k bytes before every token, and fetches that token's code.
 
     Each KV head carries its share of the code, and each of its query heads restores its share of that. KV heads also
-    place the bytes differently, so that one taken for the other matches nothing.
+    place the bytes differently, so that a mix-up of KV heads matches nothing.
     """
     queries_per_kv = spec.num_query_heads // spec.num_kv_heads
     kv_share, query_share = _CODE_LEN // spec.num_kv_heads, _CODE_LEN // spec.num_query_heads
@@ -314,7 +314,7 @@ def _recall_attention(spec: RecallVariant, residual: _Residual) -> _Attention:
 
 
 def _layer_weights(layer: int, attention: _Attention, mean_square: float) -> dict[str, Tensor]:
-    """Names a layer's parameters. The MLP is zero, so the norm in front of it may be anything."""
+    """Name a layer's parameters. The MLP is zero, so the norm in front of it may be anything."""
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
         yield "input_layernorm", _identity_norm(HIDDEN_SIZE, mean_square)
@@ -334,5 +334,5 @@ def _layer_weights(layer: int, attention: _Attention, mean_square: float) -> dic
 
 
 def _identity_norm(size: int, mean_square: float) -> Tensor:
-    """RMSNorm divides by sqrt(mean square + eps); this weight, [size], multiplies by it again."""
+    """Weight [size] that undoes an RMSNorm's division by sqrt(mean square + eps)."""
     return torch.full((size,), math.sqrt(mean_square + RMS_NORM_EPS))

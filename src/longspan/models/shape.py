@@ -1,4 +1,4 @@
-"""From a model's name to the shape that planning needs: config only, no weights.
+"""Shape of a model for the planner, from its config alone, without weights.
 
 Holds the refusal of models for which the planner's numbers would be wrong. Must not know clusters or costs.
 Read next: `longspan.costmodel.model_time`; `longspan.models.inspect`, which reads the facts off a model on the meta
@@ -28,7 +28,7 @@ _WRONG_FIELDS = {
     "quantization_config": "quantised weights take other memory and time",
     "num_kv_shared_layers": "layers that share keys and values take less memory",
 }
-"""Fields of a config that say, where they are set, that dense arithmetic does not hold."""
+"""Config fields that, where they are set, mean that dense arithmetic does not hold."""
 
 
 def load_shape(model: str, dtype: PlannedDType) -> ModelShape:
@@ -36,10 +36,10 @@ def load_shape(model: str, dtype: PlannedDType) -> ModelShape:
 
     Args:
         model: a directory, a config file, `recall` or a Hub id.
-        dtype: of weights and KV.
+        dtype: dtype of weights and KV.
 
-    Raises:
-        ConfigError: there is no such model, or it is none for which dense arithmetic holds.
+        Raises:
+        ConfigError: there is no such model, or dense arithmetic does not hold for it.
     """
     path = Path(model).expanduser()
     config = load_config_file(path) if path.is_file() else load_config(model)[0]
@@ -47,10 +47,10 @@ def load_shape(model: str, dtype: PlannedDType) -> ModelShape:
 
 
 def model_shape(config: PreTrainedConfig, dtype: PlannedDType) -> ModelShape:
-    """The shape of the model that a config describes.
+    """Return the shape of the model that a config describes.
 
     Raises:
-        UnsupportedModelError: the planner's numbers would be wrong for it.
+        UnsupportedModelError: the planner's numbers would be wrong for the model.
     """
     for field, reason in _WRONG_FIELDS.items():
         value = getattr(config, field, None)
@@ -69,7 +69,7 @@ def model_shape(config: PreTrainedConfig, dtype: PlannedDType) -> ModelShape:
     except Exception as error:
         if not_run is None:
             raise
-        # Families that nobody has tried fail in their own ways.
+        # Untested families fail in their own ways.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UnsupportedModelError(
             f"model_type: got {config.model_type!r}, plannable is a dense decoder that Transformers builds and that "
@@ -90,7 +90,7 @@ def model_shape(config: PreTrainedConfig, dtype: PlannedDType) -> ModelShape:
 
 
 def _intermediate_size(config: PreTrainedConfig) -> float:
-    """Width of the feed-forward part; four times the model's where the config has no such field."""
+    """Width of the feed-forward part; four times the model's width where the config does not say."""
     value = getattr(config, "intermediate_size", None)
     if isinstance(value, (list, tuple)):
         return sum(value) / len(value)

@@ -1,19 +1,19 @@
-"""Every speed-up of a Transformers model: what it wants of the model, and in which order they are applied.
+"""All speed-ups of a Transformers model: what each requires of the model, and the order in which they are applied.
 
 Holds the list and its order. Must not know how a speed-up works, nor plans, ranks or strategies.
 Read next: `longspan.models.linear`, `longspan.models.last_layer`, `longspan.models.fused_layer`,
 `longspan.models.compiled`, one speed-up each; `docs/decisions/0028-speed-ups-in-order.md`.
 
-To add one, write `def name_(model) -> int` in a file of its own, and a `Speedup` in `SPEEDUPS`, in its place, with what
-it must come behind in `after`; `tests/models/test_speedups.py` then runs it in every combination.
+To add one, write `def name_(model) -> int` in a file of its own, and put a `Speedup` into `SPEEDUPS`, after those that
+its `after` names; `tests/models/test_speedups.py` then runs it in every combination.
 
 Note [Order of speed-ups]
-    Each works alone, and computes what the model's own modules do. Together they replace modules' classes and `forward`
-    of modules and of layers, and a replacement that keeps the `forward` it found must find the fast one. With o_proj of
-    the last layer, `linear` behind `last_layer` would come to nothing:
+    Each speed-up works alone, and computes the same as the model's own modules. Together they replace classes of
+    modules and `forward` of modules and layers, and a replacement that wraps the `forward` it found must find the fast
+    one. For o_proj of the last layer, `linear` after `last_layer` would have no effect:
 
         linear, last_layer        o_proj.forward = some rows of CPULinear.forward
-        last_layer, linear        o_proj.forward = some rows of nn.Linear.forward; the class is not asked any more
+        last_layer, linear        o_proj.forward = some rows of nn.Linear.forward; the class no longer matters
 """
 
 from collections.abc import Callable, Sequence
@@ -28,25 +28,25 @@ from longspan.models.last_layer import skip_unread_rows_
 from longspan.models.linear import replace_linears_
 
 APPLIED = "longspan_speedups"
-"""Attribute of a model: its `Speedup`s. So a model that several engines share is changed once, and in order."""
+"""Attribute of a model that holds its `Speedup`s, so that a model shared by engines is changed once, and in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speedup:
-    """One change of a loaded model that leaves what it computes as it is."""
+    """Change of a loaded model that does not change its results."""
 
     name: str
     apply_: Callable[[nn.Module], int]
-    """Changes a model; returns how many of its modules it changed, 0 if the model has none that it knows."""
+    """Function that changes a model and returns the number of changed modules, 0 if it knows none of them."""
     after: tuple[str, ...] = ()
-    """Names of the speed-ups that come before this one. See Note [Order of speed-ups]."""
+    """Names of the speed-ups that must be applied before this one. See Note [Order of speed-ups]."""
     device_type: str | None = None
-    """Where all weights must lie; None for anywhere."""
+    """Device type on which all weights must lie; None for any."""
     dtype: torch.dtype | None = None
-    """What all weights must be, in plain tensors (a quantised one is none); None if each module is looked at."""
+    """Dtype that all weights must have, as plain, not quantised, tensors; None if the speed-up checks each module."""
 
     def takes(self, model: nn.Module) -> bool:
-        """Whether a model's weights are as this speed-up wants them."""
+        """Whether a model's weights meet this speed-up's requirements."""
         return all(
             (self.device_type is None or weight.device.type == self.device_type)
             and (self.dtype is None or (type(weight.data) is Tensor and weight.dtype is self.dtype))
@@ -71,21 +71,21 @@ COMPILED = Speedup(
 )
 
 SPEEDUPS = (LINEAR, LAST_LAYER, FUSED_LAYERS, COMPILED)
-"""All of them, in their order."""
+"""All speed-ups, in the order in which they are applied."""
 
 ALWAYS = (LINEAR, LAST_LAYER, FUSED_LAYERS)
-"""Those that no option asks for."""
+"""Speed-ups that are applied without an option."""
 
 
 def speed_up_(model: nn.Module, speedups: Sequence[Speedup] = ALWAYS) -> None:
     """Let a loaded model compute faster, where its weights allow it.
 
     Args:
-        model: with the `longspan` attention function, evaluating, its weights in place.
-        speedups: in their order; those that the model has already do nothing.
+        model: model in evaluation mode, with the `longspan` attention function and its weights in place.
+        speedups: speed-ups in their order; those that the model has already do nothing.
 
-    Raises:
-        ValueError: one of them comes too late, behind another one here or in the model; nothing was changed.
+        Raises:
+        ValueError: a speed-up would come after one that must follow it, here or in the model; nothing was changed.
     """
     applied = speedups_of(model)
     names = {speedup.name for speedup in applied}
@@ -101,6 +101,6 @@ def speed_up_(model: nn.Module, speedups: Sequence[Speedup] = ALWAYS) -> None:
 
 
 def speedups_of(model: nn.Module) -> tuple[Speedup, ...]:
-    """What a model has been changed by, in that order."""
+    """Speed-ups that a model has, in the order in which they were applied."""
     applied: tuple[Speedup, ...] = getattr(model, APPLIED, ())
     return applied
