@@ -22,7 +22,7 @@ from longspan.worker.remote import read_place, run_remote
 @click.option("--interface", metavar="NAME", help="Network interface for messages between ranks, such as eth0.")
 @click.option("--connect-timeout-s", type=click.FloatRange(0, 10**6, min_open=True), default=120.0, show_default=True)
 def main(driver: str, secret_file: str | None, interface: str | None, connect_timeout_s: float) -> None:
-    """Be one rank of a group of several hosts.
+    """Run one rank of a group of several hosts.
 
     RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment, as torchrun sets them.
     """

@@ -1,6 +1,6 @@
-"""Builds a `ModelRunner` from the driver's start message: for a process of a rank, or a thread that is one.
+"""Construction of a `ModelRunner` from the driver's start message, for a rank that is a process or a thread.
 
-Holds the order of construction. Must not know which of the two it is.
+Holds the order of construction. Must not know which of the two the rank is.
 Read next: `longspan.worker.runner`.
 """
 
@@ -27,23 +27,23 @@ from longspan.worker.runner import GraphMode, ModelRunner
 
 
 class DeviceTools(NamedTuple):
-    """What a process computes on and with."""
+    """Device and attention kernels of a process."""
 
     device: torch.device
     backend: AttentionBackend
 
 
 def open_device(start: Start, process: ProcessId, *, ranks_on_device: int = 1, is_loaded: bool = False) -> DeviceTools:
-    """A process's device and attention kernels, checked. The group's first process says which, if it is a GPU.
+    """Open and check a process's device and attention kernels. The group's first process logs a GPU's name.
 
     Args:
-        start: what the driver said.
-        process: this one.
-        ranks_on_device: how many ranks share the device, and one set of weights; more than one where they are threads.
-        is_loaded: whether the weights are there.
+        start: the driver's start message.
+        process: this process.
+        ranks_on_device: ranks that share the device and one set of weights; more than one if ranks are threads.
+        is_loaded: whether the weights are loaded already.
 
     Raises:
-        ConfigError: they are not there, or do not take the model, or memory is too small.
+        ConfigError: there is no such device or kernel, the kernels do not take the model, or memory is too small.
         LongspanError: the kernels are wrong on this GPU.
     """
     config, shape = start.config, GroupShape.of(start.config)
@@ -58,7 +58,7 @@ def open_device(start: Start, process: ProcessId, *, ranks_on_device: int = 1, i
 
 
 def load_weights(start: Start, device: torch.device, *, show_progress: bool) -> torch.nn.Module:
-    """The model, with weights and speed-ups."""
+    """Load the model, with weights and speed-ups."""
     dtype = resolve_dtype(start.config.dtype, device)
     model = load_model(start.config.model, dtype, show_progress=show_progress, device=device)
     speed_up_(model, SPEEDUPS if start.config.compile_dense else ALWAYS)
@@ -66,11 +66,11 @@ def load_weights(start: Start, device: torch.device, *, show_progress: bool) -> 
 
 
 def with_options(comm: Communicator, start: Start) -> Communicator:
-    """The communicator, with checks, and slowed down, if the user asked for it; rank 0 says the latter.
+    """Wrap the communicator to check messages or simulate slow links, if the user asked for it; rank 0 logs the latter.
 
     Args:
-        comm: to be wrapped.
-        start: what the driver said.
+        comm: communicator to wrap.
+        start: the driver's start message.
     """
     links = start.config.simulation
     if start.config.check_messages:
@@ -92,7 +92,7 @@ def build_runner(
     progress: ProcessProgress | None = None,
     faults: Injector | None = None,
 ) -> ModelRunner:
-    """A runner that is ready for plans. Arguments as `ModelRunner` takes them."""
+    """Build a runner that is ready for plans. See `ModelRunner` for the arguments."""
     return ModelRunner(
         model,
         start.spec,
@@ -108,7 +108,7 @@ def build_runner(
 
 
 def _graph_mode(start: Start, backend: AttentionBackend) -> GraphMode:
-    """Fixed shapes need our kernels, and a capture ranks that do not wait for each other in Python."""
+    """Choose how decode steps run: fixed shapes need our kernels, graphs need ranks that do not wait in Python."""
     config = start.config
     if config.cuda_graphs == "never" or backend.name not in ("triton", "flashinfer"):
         return "never"

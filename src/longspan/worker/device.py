@@ -1,7 +1,7 @@
-"""The device that a process computes on, and what must hold before it loads gigabytes.
+"""Device of a process, and the checks before it loads gigabytes.
 
 Holds the checks. Must not know plans, schedulers or how ranks start.
-Read next: `longspan.worker.build`, which calls them; `longspan.engine.gpus`, what the driver looks at.
+Read next: `longspan.worker.build`, which calls them; `longspan.engine.gpus`, the driver's checks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from longspan.types import ModelSpec
 def process_device(
     config: EngineConfig, shape: GroupShape, process: ProcessId, environment: Mapping[str, str]
 ) -> torch.device:
-    """A process's device, no other's; its GPU becomes the process's current one.
+    """Return a process's own device; a GPU becomes the process's current one.
 
-    Processes of one machine take its GPUs in their order, those that torchrun starts the one of their LOCAL_RANK, and
-    those that see one GPU alone, as Ray's actors do, that one. Ranks that are threads share the first.
+    Processes of one machine take its GPUs in their order; a process that torchrun started takes the GPU of its
+    LOCAL_RANK, and one that sees a single GPU, as Ray's actors do, takes that. Ranks that are threads share the first.
 
     Args:
-        config: says whether it is a GPU.
-        shape: of the group.
-        process: this one.
-        environment: what torchrun has set.
+        config: engine options, which name the device.
+        shape: ranks and processes of the group.
+        process: this process.
+        environment: environment variables, torchrun's among them.
 
     Raises:
         ConfigError: there is no such GPU, or it is too old.
@@ -59,10 +59,10 @@ def process_device(
 
 
 def check_capability(name: str, capability: tuple[int, int]) -> None:
-    """Whether a GPU is new enough.
+    """Check that a GPU is new enough.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the GPU is too old.
     """
     if capability < MIN_CAPABILITY:
         needed = ".".join(map(str, MIN_CAPABILITY))
@@ -73,11 +73,11 @@ def check_capability(name: str, capability: tuple[int, int]) -> None:
 
 
 def device_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> AttentionBackend:
-    """A device's attention kernels, which take the model, and on a GPU have just shown that they are right.
+    """Return a device's attention kernels, checked for the model, and on a GPU against the reference.
 
     Raises:
-        ConfigError: they do not take the model's dtype, head size or kind of attention.
-        LongspanError: they are wrong on this GPU.
+        ConfigError: the kernels do not take the model's dtype, head size or kind of attention.
+        LongspanError: the kernels are wrong on this GPU.
     """
     backend = make_backend(config.attention_backend, device)
     kinds = {(group, spec.layer_params[layer]) for group in spec.kv_groups for layer in group.layers}
@@ -95,17 +95,17 @@ def device_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) 
 def check_memory(
     spec: ModelSpec, weight_bytes: int, num_pages: Sequence[int], page_size: int, device: torch.device
 ) -> None:
-    """Whether weights and pools have room on a GPU.
+    """Check that weights and pools fit into a GPU's memory.
 
     Args:
         spec: the model's facts.
-        weight_bytes: that are to be loaded.
-        num_pages: per KV group, of all ranks that share the device.
+        weight_bytes: bytes of weights that are still to be loaded.
+        num_pages: pages per KV group, of all ranks that share the device.
         page_size: tokens per page.
-        device: that they are for.
+        device: the device.
 
     Raises:
-        ConfigError: they have not.
+        ConfigError: they do not fit.
     """
     if device.type != "cuda":
         return

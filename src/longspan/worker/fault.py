@@ -7,8 +7,8 @@ Read next: `longspan.worker.runner`, which asks before every layer; docs/reliabi
 
 `plan` counts the plans that the rank has run, from 0, since its process started, and -1 is its start; `layer` the
 model's layers. The fault comes once in the life of the rank's process. Ranks that replace it are a generation of their
-own, and have the fault too: each generation fails at its own plan 5, unless `generation` names one (the first is 0), or
-`since` the first that does. Read by ranks that are processes.
+own, and have the fault too: each generation fails at its own plan 5, unless `generation` names the only one to fail
+(the first is 0), or `since` the first one. Only ranks that are processes read the variable.
 """
 
 import os
@@ -25,54 +25,54 @@ from longspan.errors import ConfigError
 VARIABLE = "LONGSPAN_FAULT"
 
 START = -1
-"""Instead of a plan: when the rank starts."""
+"""Value of `plan` that stands for the start of the rank."""
 
 Kind = Literal["die", "stall", "raise", "corrupt"]
-"""Killed as by the kernel; alive, but never done; an exception; one bit of the next message turned over."""
+"""Kinds of faults: killed as by the kernel; alive but never done; an exception; a bit of the next message flipped."""
 
 
 class InjectedFaultError(RuntimeError):
-    """What a rank raises for `kind=raise`."""
+    """Error that a rank raises for `kind=raise`."""
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """Where it comes, and what it is."""
+    """Place and kind of a fault."""
 
     rank: int
     plan: int
     kind: Kind
     layer: int = 0
     generation: int | None = None
-    """None is every one"""
+    """Only generation that has the fault; None: all."""
     since: int = 0
-    """from this one on."""
+    """First generation that has the fault."""
 
 
 class Injector:
-    """A rank's fault, if it is to have one."""
+    """Switch that triggers a rank's fault."""
 
     def __init__(self, fault: Fault | None, comm: DamagingCommunicator | None = None) -> None:
-        """A rank's fault, or None.
+        """Arm a fault.
 
         Args:
-            fault: what is to come.
-            comm: damages messages, for `kind=corrupt`.
+            fault: fault of this rank, or None.
+            comm: communicator that damages messages, for `kind=corrupt`.
         """
         self._fault, self._comm = fault, comm
 
     def before_layer(self, num_plans: int, layer: int) -> None:
-        """The rank is about to compute a layer.
+        """Trigger the fault if it is due before a layer.
 
         Args:
-            num_plans: that it has run before this one.
-            layer: which one.
+            num_plans: plans that the rank has run before this one.
+            layer: layer that the rank is about to compute.
         """
         fault = self._fault
         if fault is not None and (fault.plan, fault.layer) == (num_plans, layer):
             self._strike(fault)
 
     def at_start(self) -> None:
-        """The rank is about to say that it is ready."""
+        """Trigger the fault if it is due at the start, before the rank reports that it is ready."""
         self.before_layer(START, 0)
 
     def _strike(self, fault: Fault) -> None:
@@ -87,10 +87,10 @@ class Injector:
 
 
 def read_fault(environment: Mapping[str, str], rank: int, generation: int) -> Fault | None:
-    """The fault that a rank is to have, if any.
+    """Read a rank's fault from the environment; None if it has none.
 
     Raises:
-        ConfigError: the variable is not as it must be.
+        ConfigError: the variable is malformed.
     """
     text = environment.get(VARIABLE)
     if not text:

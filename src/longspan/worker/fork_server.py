@@ -1,16 +1,15 @@
-"""The parent of the workers on the driver's machine: it imports once what all of them need, and forks them.
+"""The parent of the workers on the driver's machine: it imports the workers' modules once, and forks the workers.
 
 Started by `longspan.engine.processes` as `python -m longspan.worker.fork_server DIRECTORY`. Holds the start and end of
-the workers. Must not know what a worker does, or to which rank it belongs, and imports torch only when all that ends it
-is in place.
+the workers. Must not know what a worker does, or to which rank it belongs, and imports torch only when all ways to end
+this process are in place.
 Read next: `longspan.worker.process`, a worker's life.
 
-Its standard input is a pipe that only the driver holds. A line says what the driver wants (`longspan.group.messages`):
-that so many workers are forked now, or that all of them are killed; workers that are lost are followed by new ones,
-which need no imports. The pipe's end says that the driver is gone. On its standard output the driver hears of every
-worker, when it is there and when it has ended. A worker never outlives this process, and this process never outlives
-the driver. Ctrl-C reaches the whole process group of a terminal; the driver alone decides what it means, so all of them
-ignore it.
+Its standard input is a pipe that only the driver holds. A line is an order of the driver (`longspan.group.messages`):
+to fork workers, or to kill all of them; new workers that replace lost ones need no imports. The pipe's end means that
+the driver is gone. On standard output this process reports the start and the end of every worker. A worker never
+outlives this process, and this process never outlives the driver. Ctrl-C reaches the whole process group of a
+terminal; the driver alone decides what it means, so this process and the workers ignore it.
 
 Note [Fork before threads]
     A fork copies the thread that calls it and no other. So nothing here may ever start one: no ZeroMQ context, no
@@ -36,27 +35,27 @@ from longspan.imports import quick_imports
 from longspan.worker.process import run_local
 
 LOOK_EVERY_S = 0.5
-"""How often it is looked whether the driver is there."""
+"""Seconds between two checks that the driver is alive."""
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 class ForkServer:
-    """This process."""
+    """State and main loop of this process."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._driver = os.getppid()
         self._workers: dict[int, tuple[int, int]] = {}  # those that run: descriptor to number and process id
         self._driver_pipe = select.poll()
-        self._driver_pipe.register(_STDIN, 0)  # its end is told unasked
+        self._driver_pipe.register(_STDIN, 0)  # poll reports its end without being asked
         self._heard = b""
         self._reports = os.dup(_STDOUT)
-        os.dup2(_STDERR, _STDOUT)  # whatever is written there from now on is for people
+        os.dup2(_STDERR, _STDOUT)  # from now on, prints go to standard error
 
     def run(self) -> NoReturn:
-        """Import, then do what the driver says until it ends."""
+        """Import, then follow the driver's orders until the driver ends."""
         self._watch_driver()
         with quick_imports(for_good=True):
             importlib.import_module("longspan.worker.serve")
@@ -73,7 +72,7 @@ class ForkServer:
                             poller.register(new, select.POLLIN)
 
     def _hear(self) -> list[bytes]:
-        """What the driver has said since; ends this process if it is gone."""
+        """Read the driver's new orders; end this process if the driver is gone."""
         said = os.read(_STDIN, 2**16)
         if not said:
             self._end()
@@ -81,7 +80,7 @@ class ForkServer:
         return lines
 
     def _obey(self, words: bytes) -> list[int]:
-        """Returns descriptors of the processes that are new."""
+        """Follow an order; return descriptors of the new processes."""
         order = msgspec.json.decode(words, type=Order)
         if isinstance(order, ForkWorkers):
             return [self._fork(number, order) for number in range(order.world_size)]
@@ -95,7 +94,7 @@ class ForkServer:
         self._report(ForkedWorker(number, pid, os.waitstatus_to_exitcode(status)))
 
     def _watch_driver(self) -> None:
-        """A timer, not a thread: see Note [Fork before threads]. The workers do not inherit it."""
+        """Start a timer, which workers do not inherit, that checks the driver. See Note [Fork before threads]."""
         signal.signal(signal.SIGALRM, self._look)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         signal.setitimer(signal.ITIMER_REAL, LOOK_EVERY_S, LOOK_EVERY_S)
@@ -106,7 +105,7 @@ class ForkServer:
             self._end()
 
     def _end(self) -> NoReturn:
-        """The driver could not clean up, or has done so."""
+        """End the workers, clean up if the driver did not, and end this process."""
         self._kill_workers()
         shutil.rmtree(self._directory, ignore_errors=True)
         os._exit(0)  # to take an interpreter with torch down would take half a second
@@ -117,7 +116,7 @@ class ForkServer:
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
 
     def _fork(self, number: int, order: ForkWorkers) -> int:
-        """Returns a descriptor of the new process, readable when it has ended."""
+        """Fork a worker; return a descriptor of its process, readable when it has ended."""
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
             try:
@@ -139,7 +138,7 @@ class ForkServer:
 
 
 def _become(number: int, parent: int) -> None:
-    """Take a worker's name, for `ps` and `top`, and end when the parent does, whatever this process is busy with."""
+    """Take a worker's name, for `ps` and `top`, and let the kernel end this process when the parent ends."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_NAME, f"longspan-{number}".encode())

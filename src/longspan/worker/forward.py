@@ -1,6 +1,6 @@
-"""One rank's model, called with a step's attention.
+"""Call of one rank's model with a step's attention.
 
-Holds the call of a Transformers model: what it is given, and what its layers ask for. Must not know plans, sampling or
+Holds the call of a Transformers model: its inputs, and the attention of its layers. Must not know plans, sampling or
 graphs.
 Read next: `longspan.models.hook`, through which layers call attention; `longspan.worker.runner` and
 `longspan.worker.graphs`, which call this.
@@ -19,17 +19,17 @@ from longspan.types import AttentionParams
 
 
 class StepOutput(NamedTuple):
-    """What came of a step on one rank."""
+    """Result of a step on one rank."""
 
     logits: Tensor | None
-    """[n, vocab] of the rows that the plan reads, which may be overwritten by the next step; None on a rank without
+    """[n, vocab] logits of the rows that the plan reads, which the next step may overwrite; None on a rank without
     rows."""
     bytes_sent: Mapping[str, int]
-    """As `StepAttention.bytes_sent`."""
+    """Bytes that this rank sent in the step, per strategy."""
 
 
 class ModelForward:
-    """Runs the layers of a step: those of the model, or on a rank without rows attention alone."""
+    """Runner of a step's layers: the model's, or on a rank without rows those of attention alone."""
 
     def __init__(
         self, model: nn.Module, layer_params: Sequence[AttentionParams], before_layer: Callable[[int], None]
@@ -37,9 +37,9 @@ class ModelForward:
         """Take a model.
 
         Args:
-            model: loaded with the `longspan` attention function.
-            layer_params: per layer, what the model was found to ask of attention.
-            before_layer: called with the layer's index before every layer.
+            model: model with the `longspan` attention function.
+            layer_params: attention parameters of every layer.
+            before_layer: function called with the layer's index before every layer.
         """
         self._model: Any = model
         self._before_layer = before_layer
@@ -60,7 +60,7 @@ class ModelForward:
         """Run the model over a rank's packed rows.
 
         Args:
-            attention: of the step.
+            attention: attention of the step.
             token_ids: [T] input tokens.
             positions: [T] global positions.
             logit_rows: [n] int64 packed rows that need logits.
@@ -106,12 +106,15 @@ class ModelForward:
         return logits
 
     def join(self, attention: StepAttention) -> None:
-        """Take part in all layers of a step on a rank without rows. Collective: as `run`."""
+        """Take part in all layers of a step on a rank without rows.
+
+        Collective: all ranks of the step call `run` or this.
+        """
         for layer in range(len(self.layer_params)):
             self._before_layer(layer)
             attention.join(layer)
 
     def begin_layers(self) -> None:
-        """Begin all layers at once: for a launch that repeats a whole step."""
+        """Call `before_layer` for all layers at once, for a launch that repeats a whole step."""
         for layer in range(len(self.layer_params)):
             self._before_layer(layer)

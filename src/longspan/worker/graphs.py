@@ -1,13 +1,13 @@
-"""Decode steps in fixed shapes, each captured as a CUDA graph the second time that it comes.
+"""Decode steps in fixed shapes, each captured as a CUDA graph the second time that its shape comes.
 
-Holds when a step is launched, captured or replayed, and what is kept of its shape. Must not know how plans are made, or
-what their rows are sampled with. No GPU has captured one yet; what they repeat is tested without graphs.
-Read next: `longspan.cp.fixed`, the attention of such steps; `longspan.worker.forward`, what is launched.
+Holds the choice to launch, capture or replay a step, and the state of its shape. Must not know how plans are made, or
+how rows are sampled. No GPU has captured a step yet; the launches are tested without graphs.
+Read next: `longspan.cp.fixed`, the attention of such steps; `longspan.worker.forward`, the model's call.
 
 Note [Capture]
-    A decode step of a model of 32 layers is several hundred launches. A graph repeats them with one. The first of a
-    shape runs as it is: kernels are compiled then, and NCCL sets up its channels, neither of which may happen in a
-    capture. Ranks of one plan may disagree on whether they replay, launch or capture: the messages are the same.
+    A decode step of a model of 32 layers is several hundred launches. A graph repeats them with one. The first step of
+    a shape runs without a graph: kernels are compiled then, and NCCL sets up its channels, neither of which may happen
+    in a capture. Ranks of one plan may differ in whether they replay, launch or capture: the messages are the same.
 """
 
 from collections import OrderedDict
@@ -28,35 +28,35 @@ from longspan.sharding.pages import PageTable
 from longspan.worker.forward import ModelForward, StepOutput
 
 MAX_SHAPES = 48
-"""Shapes whose buffers and graphs are kept; the one that was not used for longest goes first."""
+"""Most shapes whose buffers and graphs are kept; the least recently used one is dropped first."""
 
 Launch = Callable[[], Tensor | None]
-"""All kernels of a step; returns its logits."""
+"""Function that launches all kernels of a step and returns its logits."""
 
 
 class Graph(Protocol):
     """Launches that are repeated as one."""
 
     def capture(self, launch: Launch) -> None:
-        """Take down what `launch` launches, without running it."""
+        """Record the launches of `launch`, without running them."""
 
     def replay(self) -> Tensor | None:
-        """Run it; returns what `launch` returned, which every replay writes again."""
+        """Run the recorded launches; return the result of `launch`, which every replay overwrites."""
 
 
 class CUDAGraphs:
-    """Makes graphs that share one pool of memory."""
+    """Maker of graphs that share one pool of memory."""
 
     def __init__(self) -> None:
         self._memory = torch.cuda.graph_pool_handle()
 
     def __call__(self) -> Graph:
-        """A new one."""
+        """Make a graph."""
         return _CUDAGraph(self._memory)
 
 
 class _CUDAGraph:
-    """CUDA's."""
+    """CUDA graph."""
 
     def __init__(self, memory: Any) -> None:
         self._graph, self._memory = torch.cuda.CUDAGraph(), memory
@@ -74,16 +74,16 @@ class _CUDAGraph:
 
 @dataclass(slots=True)
 class _Step:
-    """What is kept of one shape."""
+    """State of one shape."""
 
     attention: FixedStepAttention
     sent: Traffic | None = None
-    """What one step adds to the communicator's counters; None before the first."""
+    """Traffic of one step in the communicator's counters; None before the first step."""
     graph: Graph | None = None
 
 
 class FixedSteps:
-    """One rank's decode steps of fixed shapes."""
+    """Runner of one rank's decode steps of fixed shapes."""
 
     def __init__(
         self,
@@ -96,20 +96,20 @@ class FixedSteps:
 
         Args:
             forward: this rank's model.
-            pools: this rank's, per KV group.
+            pools: this rank's pool of every KV group.
             comm: this rank's communicator.
-            make_graph: where device and communicator take part in graphs; None launches every step.
+            make_graph: maker of graphs, if device and communicator can be captured; None launches every step.
         """
         self._forward, self._pools, self._comm, self._make_graph = forward, pools, comm, make_graph
         self._inputs = FixedInputs(pools, comm.size)
         self._all_rows = torch.arange(BUCKETS[-1], device=pools[0].device)
         self._steps: OrderedDict[FixedShape, _Step] = OrderedDict()
         self.num_replays = 0
-        """Steps that were one launch: they show whether graphs are in use."""
+        """Number of steps that ran as a graph."""
 
     @property
     def num_shapes(self) -> int:
-        """Shapes whose buffers are kept."""
+        """Number of shapes whose buffers are kept."""
         return len(self._steps)
 
     def run(
@@ -120,14 +120,14 @@ class FixedSteps:
         token_ids: Sequence[int],
         read: Sequence[int],
     ) -> StepOutput:
-        """Run a plan of some shape.
+        """Run a plan of a fixed shape.
 
         Args:
-            shape: of the plan.
-            plan: what to run.
+            shape: shape of the plan.
+            plan: plan to run.
             tables: per KV group, the page table of every request in the plan.
-            token_ids: of this rank's rows.
-            read: the rows whose logits are needed.
+            token_ids: input tokens of this rank's rows.
+            read: rows whose logits are needed.
 
         Collective: all ranks of the plan, with the same plan.
         """
@@ -151,7 +151,7 @@ class FixedSteps:
         return self._steps[shape]
 
     def _launch(self, attention: FixedStepAttention) -> Tensor | None:
-        """All kernels of a step, as they are captured. Nothing in here may look at the device's data."""
+        """Launch all kernels of a step. As it may be captured, it must not read the device's data."""
         if not attention.num_rows:
             self._forward.join(attention)
             return None
@@ -161,7 +161,7 @@ class FixedSteps:
         )
 
     def _replay(self, step: _Step, sent: Traffic, make_graph: Callable[[], Graph]) -> Tensor | None:
-        """All kernels of a step as one launch, captured before if this is the first time."""
+        """Run all kernels of a step as one launch, captured first if the shape has no graph yet."""
         before = self._comm.traffic
         if step.graph is None:
             step.graph = make_graph()
@@ -170,12 +170,12 @@ class FixedSteps:
             self._forward.begin_layers()
         logits = step.graph.replay()
         self.num_replays += 1
-        self._comm.traffic = before.plus(sent)  # a capture sends nothing; what a replay sends passes by the counters
+        self._comm.traffic = before.plus(sent)  # a capture sends nothing; a replay's messages bypass the counters
         return logits
 
 
 def _some(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows of logits; a view where they are the first ones."""
+    """Return some rows of logits; a view if they are the first ones."""
     if list(rows) == list(range(len(rows))):
         return logits[: len(rows)]
     return logits[torch.tensor(rows, dtype=torch.long, device=logits.device)]

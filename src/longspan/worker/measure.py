@@ -1,6 +1,6 @@
-"""Measures one rank: kernels at the model's shapes, links, and what a layer takes outside attention.
+"""Measurements of one rank: kernels at the model's shapes, links, and a layer's time outside attention.
 
-Holds the order of measurements. Must not know what is predicted from them.
+Holds the order of measurements. Must not know the predictions made from them.
 Read next: `longspan.attention.measure`, `longspan.comm.measure`; `longspan.costmodel.measured`.
 """
 
@@ -21,21 +21,22 @@ from longspan.worker.forward import ModelForward
 from longspan.worker.runner import ModelRunner
 
 MOST_WEIGHT_BYTES = 1 << 30
-"""Models with more are not run to learn what else a layer takes: reading them would take seconds, and hide it."""
+"""Most bytes of weights of a model that is run to time its layers: reading more takes seconds, and hides the rest."""
 
 REPEATS = 5
 
 MOST_TOKENS, FEWEST_TOKENS, TOKENS_FLOPS = 256, 32, 16e9
-"""Of the step that shows what a token takes beside matrix products; a model is not asked where it would have fewer."""
+"""Tokens of the step that shows a token's time beside matrix products, limited by TOKENS_FLOPS operations; a model is
+not measured with fewer than FEWEST_TOKENS."""
 
 
 @torch.inference_mode()
 def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
-    """All numbers of this rank.
+    """Measure this rank.
 
     Collective: all ranks, with the same message, while no plan is under way.
     """
-    comm, group = runner.comm.inner, runner.spec.kv_groups[0]  # the inner one: what is measured is no traffic of plans
+    comm, group = runner.comm.inner, runner.spec.kv_groups[0]  # the inner one: measurements are no traffic of plans
 
     num_ranks = message.machines.count(message.machines[runner.rank])  # of this machine
 
@@ -61,7 +62,7 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
 
 
 def _layer_s(runner: ModelRunner, read_bytes_per_s: float) -> float:
-    """What a layer of one token takes beside attention and reading its weights."""
+    """Seconds of a layer for one token, without attention and reading its weights."""
     weights = [p for name, p in runner.model.named_parameters() if "embed" not in name]
     num_bytes = sum(p.numel() * p.element_size() for p in weights)
     if num_bytes > MOST_WEIGHT_BYTES:
@@ -71,7 +72,7 @@ def _layer_s(runner: ModelRunner, read_bytes_per_s: float) -> float:
 
 
 def _token_s(runner: ModelRunner, matmul_flops_per_s: float, layer_s: float) -> float | None:
-    """What a token takes in a layer beside attention and matrix products."""
+    """Seconds of a token in a layer, without attention and matrix products; None if it is not measured."""
     spec = runner.spec
     flops = 2.0 * max(1, spec.num_parameters)
     num_tokens = min(MOST_TOKENS, int(TOKENS_FLOPS / flops))
@@ -83,7 +84,7 @@ def _token_s(runner: ModelRunner, matmul_flops_per_s: float, layer_s: float) -> 
 
 
 class _NoAttention:
-    """A `StepAttention` that computes nothing, of one rank's rows."""
+    """`StepAttention` of one rank's rows that computes nothing."""
 
     rank = 0
     read_rows = None
@@ -96,11 +97,11 @@ class _NoAttention:
         return q.new_zeros(*q.shape[:2], v.shape[2])
 
     def join(self, layer: int) -> None:
-        """Nothing is exchanged."""
+        """Do nothing: no message is exchanged."""
 
 
 def _model_s(runner: ModelRunner, num_tokens: int, repeats: int) -> list[float]:
-    """Times of a step without attention."""
+    """Seconds of steps without attention."""
     forward = ModelForward(runner.model, runner.spec.layer_params, lambda layer: None)
     tokens = torch.zeros(num_tokens, dtype=torch.long, device=runner.device)
     times: list[float] = []

@@ -1,7 +1,7 @@
-"""The life of a worker, a process of a rank: it introduces itself, works, and says why it cannot go on.
+"""Life of a worker, a process of a rank: it introduces itself, works, and says why it cannot go on.
 
-Holds what workers have in common, and those on the driver's machine. Must not know schedulers, requests or models, and
-imports torch only when all below is in place.
+Holds the life of all workers, and of those on the driver's machine. Must not know schedulers, requests or models, and
+imports torch only when link and heartbeat are in place.
 Read next: `longspan.worker.serve`; `longspan.worker.fork_server`, the parent; `longspan.worker.remote`, workers
 elsewhere.
 """
@@ -23,12 +23,12 @@ from longspan.imports import quick_imports
 
 
 def own_hello(number: int, world_size: int) -> Hello:
-    """How this process introduces itself."""
+    """Make the introduction of this process."""
     return Hello(number, world_size, platform.node(), os.getpid(), own_versions())
 
 
 def last_words(process: ProcessId, error: Exception) -> Failed:
-    """Why this process cannot go on."""
+    """Make the message that says why this process cannot go on."""
     notes = " ".join(getattr(error, "__notes__", []))
     text = " ".join(str(error).split()) or "no message"
     reason = text if isinstance(error, LongspanError) else f"{type(error).__name__}: {text}"
@@ -41,7 +41,7 @@ def last_words(process: ProcessId, error: Exception) -> Failed:
 def run(
     process: ProcessId, start: Start, link: WorkerLink, meeting: Meeting, num_threads: int, progress: ProcessProgress
 ) -> Failed | None:
-    """Load, and run plans until told to stop. Returns why not, after telling the driver; None if all went well."""
+    """Load, and run plans until told to stop; return None, or the failure after telling the driver."""
     failed = None
     try:
         with quick_imports(for_good=True):
@@ -56,12 +56,12 @@ def run(
 
 
 def run_local(number: int, world_size: int, address: str) -> int:
-    """Be a worker on the driver's machine until the driver ends the group. Returns the exit code.
+    """Run a worker on the driver's machine until the driver ends the group; return the exit code.
 
     Args:
-        number: of this process.
-        world_size: number of processes.
-        address: of the driver's link.
+        number: number of this process.
+        world_size: number of processes in the group.
+        address: address of the driver's link.
     """
     hello, progress = own_hello(number, world_size), ProcessProgress()
     HeartbeatThread(hello, f"process {number}", progress, address, None, silence_limit_s=None).start()

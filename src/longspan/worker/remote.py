@@ -1,7 +1,8 @@
-"""A worker process that the driver's machine cannot see: on another host, or started by another program.
+"""Worker that the driver did not start: on another host, or started by another program.
 
-Holds what such a worker is told, and its life and death. Must not know who started it, schedulers or requests.
-Read next: `longspan.worker.process`, the same on the driver's machine; `longspan.worker.__main__`.
+Holds the settings of such a worker, its life and its end. Must not know the program that started it, schedulers or
+requests.
+Read next: `longspan.worker.process`, workers on the driver's machine; `longspan.worker.__main__`.
 """
 
 import os
@@ -22,23 +23,23 @@ from longspan.worker.process import own_hello, run
 
 
 class Place(NamedTuple):
-    """A worker's place in its group, as torchrun and its like put it into the environment."""
+    """Place of a worker in its group, from the environment variables of torchrun and similar launchers."""
 
     number: int
-    """RANK: of this process among all."""
+    """Number of this process in the group (RANK)."""
     world_size: int
-    """Number of processes."""
+    """Number of processes in the group (WORLD_SIZE)."""
     processes_on_host: int
-    """The same on this host."""
+    """Number of the group's processes on this host (LOCAL_WORLD_SIZE)."""
     master_address: str
-    """Host of process 0, where torch.distributed meets."""
+    """Host of process 0, where torch.distributed meets (MASTER_ADDR)."""
 
 
 def read_place(environment: Mapping[str, str]) -> Place:
-    """From RANK, WORLD_SIZE, LOCAL_WORLD_SIZE (1 if not there), MASTER_ADDR and MASTER_PORT.
+    """Read RANK, WORLD_SIZE, LOCAL_WORLD_SIZE (1 if not set), MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        ConfigError: one is missing, or is no number.
+        ConfigError: a variable is missing, or is not a number.
     """
     number = _number(environment, "RANK", 0)
     world_size = _number(environment, "WORLD_SIZE", 1)
@@ -63,18 +64,18 @@ def _number(environment: Mapping[str, str], name: str, least: int) -> int:
 
 
 def run_remote(place: Place, driver: str, secret: Secret, interface: str | None, connect_timeout_s: float) -> int:
-    """Be a worker until the driver ends the group. What went wrong is said on standard error.
+    """Run a worker until the driver ends the group; report errors on standard error.
 
     Args:
-        place: of this worker.
-        driver: address of its link.
-        secret: shared with all.
-        interface: the network interface for messages between ranks; None takes the one towards process 0's host, and
+        place: this worker's place in the group.
+        driver: address of the driver's link.
+        secret: the group's secret.
+        interface: network interface for messages between ranks; None takes the one towards process 0's host, and
             leaves gloo its choice.
         connect_timeout_s: longest wait for the driver.
 
     Returns:
-        The exit code: 0, 1 for failure, 2 for what the user asked for.
+        The exit code: 0 for success, 1 for a failure, 2 for an impossible request of the user.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started this

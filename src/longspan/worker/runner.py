@@ -1,6 +1,6 @@
-"""Runs plans on one rank: model, page pools and communicator.
+"""Execution of plans on one rank: model, page pools and communicator.
 
-Holds the mirrored page tables and the step. Must not know how plans are made, how they arrive, or what a request's
+Holds the copies of page tables and the step. Must not know how plans are made, how they arrive, or what a request's
 text is.
 Read next: `longspan.worker.forward`, the model; `longspan.cp.step`, its attention; `longspan.worker.process`, the
 process around it.
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     from longspan.worker.graphs import FixedSteps
 
 GraphMode = Literal["never", "launched", "captured"]
-"""Decode steps of any shape; of fixed shapes, launched kernel by kernel; or of fixed shapes, as CUDA graphs."""
+"""How decode steps run: in any shape; in fixed shapes, launched kernel by kernel; in fixed shapes, as CUDA graphs."""
 
 
 class _Answer(NamedTuple):
-    """What came of a rank's rows that need logits."""
+    """Results of a rank's rows that need logits."""
 
     sampled: tuple[SampledToken, ...] = ()
     scored: tuple[ScoredRun, ...] = ()
@@ -58,23 +58,23 @@ class _Answer(NamedTuple):
 
 
 class _PackedStep(NamedTuple):
-    """A rank's packed rows, and which of them need logits."""
+    """Packed rows of a rank, and those that need logits."""
 
     token_ids: list[int]
     positions: list[int]
     samples: list[SampleRow]
     scores: list[ScoreRun]
     read: list[int]
-    """The rows of `samples`, then those of `scores`."""
+    """Packed rows that need logits: those of `samples`, then those of `scores`."""
 
 
 class _LayerStart:
-    """Happens before every layer: progress is counted, and a fault comes that is due."""
+    """Function called before every layer: it counts progress, and triggers a fault that is due."""
 
     def __init__(self, progress: ProcessProgress, faults: Injector) -> None:
         self._progress, self._faults = progress, faults
         self.num_plans = 0
-        """Plans that the rank has run before this one."""
+        """Number of plans that the rank has run before this one."""
 
     def __call__(self, layer: int) -> None:
         self._progress.count += 1
@@ -82,7 +82,7 @@ class _LayerStart:
 
 
 class ModelRunner:
-    """One rank."""
+    """Runner of plans on one rank."""
 
     def __init__(
         self,
@@ -101,16 +101,16 @@ class ModelRunner:
         """Allocate the pools.
 
         Args:
-            model: loaded with the `longspan` attention function.
+            model: model with the `longspan` attention function.
             spec: the model's facts.
-            num_pages: per KV group.
+            num_pages: pages of the pool per KV group.
             page_size: tokens per page.
             comm: this rank's communicator.
             backend: this rank's attention kernels.
-            dense_threads: (plan, rank) to threads for all but attention and exchanges; None: as everywhere.
+            dense_threads: function from (plan, rank) to threads for all but attention and exchanges; None: no change.
             graphs: whether decode steps have fixed shapes, and are captured as CUDA graphs.
-            progress: counts on while this process gets further; None where nothing reads it.
-            faults: what is to go wrong here, for tests; None is nothing.
+            progress: counter of this process's progress; None if no thread reads it.
+            faults: faults of this rank, for tests; None for none.
         """
         self.model: Any = model
         self._dense_threads = dense_threads
@@ -123,13 +123,13 @@ class ModelRunner:
             PagePool(group, pages, page_size, self.device)
             for group, pages in zip(spec.kv_groups, num_pages, strict=True)
         ]
-        """Per KV group."""
+        """This rank's pool of every KV group."""
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
         self._progress = progress or ProcessProgress()
         self._layer_start = _LayerStart(self._progress, faults or Injector(None))
         self._forward = ModelForward(model, spec.layer_params, self._layer_start)
         self.fixed = None if graphs == "never" else self._fixed_steps(graphs)
-        """Decode steps of fixed shapes, or None where they are run like all others."""
+        """Runner of decode steps in fixed shapes; None if all steps run in any shape."""
         self._sampled_by = -1  # the last plan that sampled here
         self._sampled: dict[int, int] = {}  # request to its token of that plan
         self._tokens_computed = 0
@@ -149,13 +149,13 @@ class ModelRunner:
 
         Raises:
             CommunicationError: a peer did not answer.
-            LongspanError: the model's output is not a number, or the plan asks for something unknown.
+            LongspanError: the model's output is NaN, or the plan refers to something unknown.
         """
         started = time.perf_counter()
         self._progress.count += 1
         try:
             answer = self._run(plan)
-            if self.device.type == "cuda":  # what a plan wrote is there when its answer says so, on every rank
+            if self.device.type == "cuda":  # a plan's writes are complete when its answer is sent, on every rank
                 torch.cuda.current_stream(self.device).synchronize()
         finally:
             step_s = time.perf_counter() - started
@@ -191,7 +191,7 @@ class ModelRunner:
         return _Answer() if output.logits is None else self._read(plan, rows, output.logits)
 
     def _copy_pages(self, plan: Plan) -> None:
-        """Copy pages within this rank, and exchange those that go to other ranks or come from them."""
+        """Copy pages within this rank, and send and receive pages of other ranks."""
         sends: list[tuple[int, Tensor]] = []
         recvs: list[tuple[int, Tensor]] = []
         arriving: list[tuple[Tensor, Tensor]] = []  # (received, where it belongs)
@@ -220,7 +220,7 @@ class ModelRunner:
         table.apply(list(delta.added))
 
     def _rows(self, plan: Plan) -> _PackedStep:
-        """This rank's share of a plan."""
+        """Pack this rank's rows of a plan."""
         runs = [run for run in plan.query_runs if run.compute_rank == self.rank]
         token_ids: list[int] = []
         positions: list[int] = []
@@ -238,7 +238,7 @@ class ModelRunner:
         return _PackedStep(token_ids, positions, samples, scores, rows)
 
     def _run_eagerly(self, plan: Plan, rows: _PackedStep) -> StepOutput:
-        """A plan of any shape."""
+        """Run a plan of any shape."""
         attention = EagerStepAttention(plan, self._tables, self.pools, self.comm, self.backend, self.spec.layer_params)
         if not attention.num_rows:
             self._forward.join(attention)
@@ -253,12 +253,12 @@ class ModelRunner:
         return StepOutput(logits, attention.bytes_sent)
 
     def _read(self, plan: Plan, rows: _PackedStep, logits: Tensor) -> _Answer:
-        """Sampling and scoring.
+        """Sample and score.
 
         Args:
-            plan: the step.
-            rows: this rank's share of it.
-            logits: [len(rows.read), vocab]
+            plan: plan of the step.
+            rows: this rank's rows of the plan.
+            logits: [n, vocab] logits of `rows.read`.
         """
         samples, scores = rows.samples, rows.scores
         self._tokens_computed += len(rows.token_ids)
@@ -285,7 +285,7 @@ class ModelRunner:
         return _Answer(tuple(sampled), tuple(scored), tuple(failed))
 
     def _tokens(self, plan: Plan, run: QueryRun) -> Sequence[int]:
-        """The input tokens of a run."""
+        """Input tokens of a run."""
         if isinstance(run.tokens, Literals):
             return run.tokens.token_ids
         if run.tokens.plan_id != self._sampled_by or run.num_tokens != 1:
@@ -293,7 +293,7 @@ class ModelRunner:
                 f"plan {plan.plan_id}: needs {run.num_tokens} tokens of plan {run.tokens.plan_id}, rank {self.rank} "
                 f"has sampled for plan {self._sampled_by} last"
             )
-        return [self._sampled.get(run.request_id, 0)]  # whose row could not be sampled has ended: nobody reads the rest
+        return [self._sampled.get(run.request_id, 0)]  # a request whose row failed has ended: its rows are not read
 
     def _ids(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

@@ -1,12 +1,12 @@
-"""From logits to tokens and log-probabilities.
+"""Sampling: tokens and log-probabilities from logits.
 
 Holds pure functions of one row of logits. Must not know requests, plans in flight or ranks: the random number for a
 token depends on the request's seed and the token's position only, so a request that is computed again, on other ranks
-or in other batches, draws the same numbers. What happened before is in the row: a worker remembers nothing.
+or in other batches, draws the same numbers. The row holds all earlier state: a worker remembers nothing.
 Read next: `longspan.scheduler.sampling`, which makes the rows; `longspan.worker.runner`.
 
 Note: the order of the rules
-    As vLLM's sampler has it:
+    The order is that of vLLM's sampler:
 
         1. what the grammar, or `min_tokens`, forbids       logit = -inf
         2. logit_bias                                       logit += bias
@@ -16,9 +16,9 @@ Note: the order of the rules
         6. min_p, top_k, top_p                              each keeps the most probable token
         7. draw
 
-    So a bias counts for the sign that the repetition penalty looks at, greedy feels 1 to 4, and nothing brings a
-    forbidden token back. The code forbids after step 4 instead of before, which is the same: no finite number added
-    to -inf, and no positive factor, changes it.
+    So a bias counts for the sign that the repetition penalty looks at, rules 1 to 4 apply to greedy, and no rule allows
+    a forbidden token again. The code forbids after step 4 instead of before, which is equivalent: no finite number
+    added to -inf, and no positive factor, changes it.
 """
 
 from collections.abc import Sequence
@@ -33,23 +33,23 @@ from longspan.types import TokenLogprobs
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) of a request's token at a position, from a counter-based generator (Philox)."""
+    """Random number in [0, 1) of a request's token at a position, from a counter-based generator (Philox)."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, 0])).random())
 
 
 _LARGEST_LOGIT = 1e300
-"""An extreme repetition penalty stops here, short of infinity."""
+"""Bound that keeps logits finite under an extreme repetition penalty."""
 
 
 def sample_all(logits: Tensor, rows: Sequence[SampleRow]) -> list[int | LongspanError]:
-    """`sample` of every row; plain greedy ones, the usual batch, at once.
+    """Sample every row; plain greedy rows, the usual batch, are sampled at once.
 
     Args:
         logits: [n, vocab] float; not changed.
         rows: n sampling parameters.
 
     Returns:
-        Per row the token, or why there is none: what is wrong with one request must not end the others.
+        The token of every row, or the error: a failing request must not end the others.
     """
     plain = [i for i, row in enumerate(rows) if _is_plain_greedy(row)]
     best: dict[int, int] = {}
@@ -70,7 +70,7 @@ def _sample_or_error(logits: Tensor, row: SampleRow) -> int | LongspanError:
 
 
 def _is_plain_greedy(row: SampleRow) -> bool:
-    """Whether nothing but the largest logit counts."""
+    """Whether the token is that of the largest unchanged logit."""
     return (
         row.temperature == 0
         and row.allowed is None
@@ -112,7 +112,7 @@ def sample(logits: Tensor, row: SampleRow) -> int:
         keep[row.top_k :] = False
     if row.top_p < 1:
         kept = probs * keep
-        before = kept.cumsum(-1) - kept  # probability of all that is more likely
+        before = kept.cumsum(-1) - kept  # probability of all more likely tokens
         keep &= before < row.top_p * kept.sum()
     keep[0] = True  # an extreme top_p or min_p may round to 0
     cumulative = (probs * keep).cumsum(-1)
@@ -121,7 +121,7 @@ def sample(logits: Tensor, row: SampleRow) -> int:
 
 
 def _adjusted(logits: Tensor, row: SampleRow) -> Tensor:
-    """Logits [vocab] float64 with bias and penalties."""
+    """Apply bias and penalties to logits; return [vocab] float64."""
     device = logits.device
     if row.logit_bias:
         ids, biases = zip(*row.logit_bias, strict=True)
@@ -140,7 +140,7 @@ def _adjusted(logits: Tensor, row: SampleRow) -> Tensor:
 
 
 def _restricted(logits: Tensor, row: SampleRow) -> Tensor:
-    """Logits [vocab] with -inf where a token is forbidden."""
+    """Return the logits [vocab] with -inf where a token is forbidden."""
     if row.banned_token_ids:
         logits = logits.index_fill(0, torch.tensor(row.banned_token_ids, device=logits.device), -torch.inf)
     if row.allowed is not None:
@@ -149,18 +149,18 @@ def _restricted(logits: Tensor, row: SampleRow) -> Tensor:
 
 
 def _bits(mask: bytes, size: int) -> Tensor:
-    """[size] bool on the CPU: bit i % 8 of byte i // 8, False past the end of `mask`."""
+    """Unpack a bit mask to [size] bool on the CPU: bit i % 8 of byte i // 8, False past the end of `mask`."""
     padded = mask.ljust((size + 7) // 8, b"\0")  # NumPy would pad too, but an empty mask with whatever is in memory
     return torch.from_numpy(np.unpackbits(np.frombuffer(padded, np.uint8), count=size, bitorder="little")).bool()
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> list[TokenLogprobs]:
-    """Log-probabilities of given tokens and of the most probable ones.
+    """Compute log-probabilities of given tokens and of the most probable ones.
 
     Args:
         logits: [n, vocab] float, before any sampling parameter.
         token_ids: [n] int64, one token per row.
-        num_top: how many of the most probable tokens to report.
+        num_top: number of most probable tokens to report.
     """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(1, token_ids[:, None])

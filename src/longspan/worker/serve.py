@@ -1,6 +1,6 @@
-"""What a worker does between its start and its end: load, join the group, run plans.
+"""Work of a worker between its start and its end: load, join the group, run plans.
 
-Holds the loop. Must not know schedulers or requests, or how the process lives and dies.
+Holds the loop. Must not know schedulers or requests, or how the process starts and ends.
 Read next: `longspan.worker.runner`.
 """
 
@@ -37,12 +37,12 @@ def serve(
     """Start up, then run plans until told to stop.
 
     Args:
-        process: this one.
-        start: what the driver said.
-        link: to the driver.
+        process: this process.
+        start: the driver's start message.
+        link: link to the driver.
         meeting: where the processes meet.
-        num_threads: for computing.
-        progress: counts on while this process gets further.
+        num_threads: threads for computing.
+        progress: counter of this process's progress.
     """
     quiet_transformers()
     torch.set_num_threads(num_threads)
@@ -63,14 +63,14 @@ def serve(
     comm, faults = with_options(damaging or comm, start), Injector(fault, damaging)
     threads = borrowed_threads if is_lent else None
     runner = build_runner(start, model, comm, tools.backend, threads, progress=progress, faults=faults)
-    keep_freed_memory()  # behind weights and pools: what loading frees goes back
+    keep_freed_memory()  # after loading, whose freed memory goes back to the system
     faults.at_start()
     link.send(Ready(process))
     _answer(process, runner, link)
 
 
 def _answer(process: ProcessId, runner: ModelRunner, link: WorkerLink) -> None:
-    """Do what the driver says until it says stop. All processes of a rank do it, and the first one answers."""
+    """Follow the driver's messages until `Stop`, in all processes of a rank; the first process answers."""
     speaks = process.speaks_for_rank
     while isinstance(message := link.receive(), (RunPlan, Measure)):
         if isinstance(message, Measure):
@@ -92,15 +92,15 @@ def _answer(process: ProcessId, runner: ModelRunner, link: WorkerLink) -> None:
 def _join_column(
     rank: int, start: Start, shape: GroupShape, meeting: Meeting, device: torch.device, *, look_s: float
 ) -> Communicator:
-    """The communicator of this process with one of every other rank.
+    """Join the communicator of this process with one process of every other rank.
 
     Args:
-        rank: of this process.
-        start: what the driver said.
-        shape: of the group.
-        meeting: where they meet.
-        device: of this process.
-        look_s: how long to look for a message before sleeping, where every process has a core of its own.
+        rank: rank of this process.
+        start: the driver's start message.
+        shape: ranks and processes of the group.
+        meeting: where the processes meet.
+        device: device of this process.
+        look_s: seconds to poll for a message before sleeping, for processes with a core of their own.
     """
     config, size = start.config, shape.num_ranks
     timeout_s = config.exchange_timeout_s

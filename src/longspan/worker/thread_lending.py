@@ -1,4 +1,4 @@
-"""Whose threads compute the dense part of a step: also those of ranks that wait for it.
+"""Lending of threads: ranks that wait lend theirs to the rank that computes the dense part of a step.
 
 Holds the rule. Must not know attention, or how kernels divide their work.
 Read next: `longspan.worker.runner`, which sets the threads; docs/decisions/0018-waiting-ranks.md.
@@ -11,20 +11,20 @@ from longspan.plan.types import Plan
 from longspan.types import ModelSpec, Phase
 
 MIN_LAYER_BYTES = 32 * 2**20
-"""Weights of a layer from which on more threads pay. Below it, waking them takes as long as they save."""
+"""Fewest bytes of a layer's weights for which more threads pay: below, waking threads takes as long as they save."""
 
 
 def lends(own_threads: int, model: nn.Module, spec: ModelSpec) -> bool:
     """Whether ranks of one machine, with `own_threads` each, lend their threads while they wait.
 
-    Ranks with several threads do not: theirs would have to stop spinning for their next piece of work.
+    Ranks with several threads do not lend, since their threads spin while they wait for their next piece of work.
     """
     layer_bytes = sum(weight.nbytes for weight in model.parameters()) / spec.num_layers
     return own_threads == 1 and layer_bytes >= MIN_LAYER_BYTES
 
 
 def borrowed_threads(plan: Plan, rank: int) -> int:
-    """Threads for the dense part of a plan on a rank that others lend theirs to.
+    """Number of threads for the dense part of a plan on a rank, borrowed ones included.
 
     In a decode whose tokens are all computed by one rank, the plan's other ranks only answer queries, so they sleep
     while the dense part of a layer is computed.
