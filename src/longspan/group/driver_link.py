@@ -1,12 +1,12 @@
-"""The driver's end of its link to all workers: one socket, wherever they run.
+"""The driver's end of its link to all workers: one socket, on whichever hosts they run.
 
-Holds the socket, its lock, and who may connect. Must not know what messages mean.
+Holds the socket, its lock, and the admission of peers. Must not know what messages mean.
 Read next: `longspan.engine.workers`, which speaks over it; `longspan.group.worker_link`, the other end.
 
 Note [One socket, two threads]
 The caller's thread sends plans while the watcher waits for answers. A ZeroMQ socket may be used by one thread at a
 time, so every use is under a lock, but not the wait: that watches the socket's file descriptor. The descriptor tells
-each change only once, and a send may use that up; so a sender looks whether something has come, and wakes the watcher
+each change only once, and a send may use that up; so a sender checks whether a message has come, and wakes the watcher
 by another descriptor. No third thread and no copy of a plan lies between the engine and the network.
 """
 
@@ -22,19 +22,19 @@ from longspan.errors import ConfigError
 from longspan.group.zmq_auth import answer_admission, listen_with
 
 LINGER_MS = 1000
-"""How long a closed link goes on sending its last words."""
+"""Longest time in milliseconds that a closed link goes on sending queued messages."""
 
 
 class DriverLink:
-    """A bound socket. `send` may be called by any thread, all else by one."""
+    """Bound socket for all workers. Any thread may call `send`; one thread calls all other methods."""
 
     def __init__(self, address: str, secret: Secret | None = None) -> None:
-        """Bind.
+        """Bind the socket.
 
         Args:
-            address: of ZeroMQ; port `*` takes a free one.
-            secret: a peer must know it to connect, and everything is encrypted; None is for sockets that only this
-                user can reach.
+            address: ZeroMQ address; port `*` takes a free port.
+            secret: secret that a peer must know to connect, and that encrypts all messages; None is for sockets that
+                only this user can reach.
 
         Raises:
             ConfigError: the address cannot be bound.
@@ -53,9 +53,9 @@ class DriverLink:
         self._peers: dict[int, str | None] = {}  # file descriptor of a connection: address at its other end
         self._handshake_failed = False
         self.num_strangers = 0
-        """How many connections were tried without the secret."""
+        """Number of connections that were tried without the secret."""
         self.strangers: set[str] = set()
-        """Their addresses, as far as they could be seen before they were gone."""
+        """Addresses of peers without the secret, as far as they could be read before the connection ended."""
         if secret is not None:
             self._admission.bind("inproc://zeromq.zap.01")
             listen_with(self._socket, secret)
@@ -67,13 +67,13 @@ class DriverLink:
                 f"listen: got {address!r}, legal is HOST:PORT with an address of this host and a free port: {error}"
             ) from error
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        """Where workers connect."""
+        """Address at which workers connect."""
         self._poller = zmq.Poller()
         for readable in (self._wake, self._socket.fd, self._admission, self._monitor):
             self._poller.register(readable, zmq.POLLIN)
 
     def send(self, peer: bytes, message: bytes) -> bool:
-        """Send to one connection, at once and without blocking. Returns False if it is gone."""
+        """Send a message to one connection without blocking; return False if the connection is gone."""
         with self._lock:
             if self._is_closed:
                 return False
@@ -91,11 +91,11 @@ class DriverLink:
         return bool(events & zmq.POLLIN)
 
     def wake(self) -> None:
-        """End a wait in `receive`."""
+        """End a wait of another thread in `receive`."""
         os.eventfd_write(self._wake, 1)
 
     def receive(self, timeout_ms: int) -> list[tuple[bytes, bytes]]:
-        """Returns (connection, message) pairs, after `timeout_ms` at most; possibly none, and sooner."""
+        """Wait up to `timeout_ms` for messages and return (connection, message) pairs; may return none early."""
         if received := self._drain():
             return received
         ready = dict(self._poller.poll(timeout_ms))
@@ -120,7 +120,7 @@ class DriverLink:
                 received.append((peer, b"".join(frames)))
 
     def _note(self, kind: int, descriptor: int) -> None:
-        """Remember a peer that was refused: a failed handshake is followed by the end of its connection."""
+        """Note a refused peer: its failed handshake is followed by the end of its connection."""
         if kind == zmq.EVENT_ACCEPTED:
             self._peers[descriptor] = _peer_address(descriptor)
         elif kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_AUTH):
@@ -134,7 +134,7 @@ class DriverLink:
                 self._handshake_failed = False
 
     def close(self) -> None:
-        """Send what is to be sent, for a second at most, and unbind. No thread may be in `receive`."""
+        """Send queued messages, for at most `LINGER_MS`, and unbind. No thread may be in `receive`."""
         with self._lock:
             if self._is_closed:
                 return
@@ -148,7 +148,7 @@ class DriverLink:
 
 
 def _peer_address(descriptor: int) -> str | None:
-    """Address at the other end of a connection, if it still is one."""
+    """Address at the other end of a connection; None if the connection has ended."""
     try:
         with sockets.socket(fileno=os.dup(descriptor)) as connection:
             name = connection.getpeername()

@@ -1,12 +1,12 @@
-"""Signs of life between a worker and its driver, and the worker's end when the driver's stop.
+"""Heartbeats between a worker and its driver, and the worker's end when the driver's heartbeats stop.
 
 Holds one thread with a connection of its own, and the limits of both sides. Must not know plans, and imports nothing
-heavy: it runs before torch does.
+heavy: it runs before torch is imported.
 Read next: `longspan.group.liveness`, the driver's side; `longspan.worker.process` and `longspan.worker.remote`, which
 start the thread.
 
-A worker never outlives its driver. On the driver's machine its parent sees to that (`longspan.worker.fork_server`);
-elsewhere it notices that the connection has closed, or that the driver's heartbeat does not come any more.
+A worker never outlives its driver. On the driver's machine its parent process ends it (`longspan.worker.fork_server`);
+elsewhere it notices that the connection has closed, or that the driver's heartbeats have stopped.
 """
 
 import os
@@ -22,36 +22,36 @@ from longspan.group.messages import Alive, Heartbeat, Hello, Refused, Stop, deco
 from longspan.group.zmq_auth import connect_with
 
 ALIVE_EVERY_S = 1.0
-"""How often the driver hears that the process runs."""
+"""Seconds between two signs of life of a process."""
 
 SILENCE_S = 30.0
-"""Longest silence between the driver and a process that is ready, or on another machine."""
+"""Longest silence in seconds between the driver and a process that is ready, or on another machine."""
 
 MARGIN_S = 5.0
-"""How much longer than an exchange a process may give no sign of life, or make no progress: a peer that waits for it
-can say more."""
+"""Seconds beyond an exchange's timeout for which a process may be silent or make no progress: a peer that waits for it
+then reports first, and knows more."""
 
 
 def silence_limit_s(exchange_timeout_s: float) -> float:
-    """How long the driver and a process may hear nothing of each other."""
+    """Longest silence in seconds between the driver and a process."""
     return min(stuck_limit_s(exchange_timeout_s), SILENCE_S)
 
 
 def stuck_limit_s(exchange_timeout_s: float) -> float:
-    """How long a process that has a plan to run may get no further."""
+    """Longest time in seconds without progress for a process that has a plan to run."""
     return exchange_timeout_s + MARGIN_S
 
 
 class ProcessProgress:
-    """How far a process has come. Written by the thread that computes, read by the one that tells the driver."""
+    """Progress of a process, written by the thread that computes and read by the heartbeat's thread."""
 
     count = 0
-    """Layers and plans that it has begun since it started."""
+    """Layers and plans begun since the process started."""
 
 
 class HeartbeatThread(threading.Thread):
-    """Tells the driver every second that this process runs, and how far it is; ends it when the driver is gone, or says
-    so."""
+    """Thread that sends the driver a sign of life with the progress every second, and ends the process when the driver
+    is gone or demands it."""
 
     def __init__(
         self,
@@ -65,19 +65,20 @@ class HeartbeatThread(threading.Thread):
         """Make the thread; `start` it.
 
         Args:
-            hello: as this process introduces itself.
+            hello: this process's introduction.
             who: this process in words, for the user.
-            progress: of this process.
-            address: of the driver's link.
-            secret: as the driver's link.
-            silence_limit_s: how long the driver may be silent or unconnected; None where the parent process watches.
+            progress: this process's progress.
+            address: address of the driver's link.
+            secret: secret of the driver's link, or None.
+            silence_limit_s: longest time for which the driver may be silent or unconnected; None where the parent
+                process watches the driver.
         """
         super().__init__(name="longspan-heartbeat", daemon=True)
         self._hello, self._who, self._progress = hello, who, progress
         self._address, self._secret, self._silence_limit_s = address, secret, silence_limit_s
 
     def run(self) -> None:
-        socket = zmq.Context().socket(zmq.DEALER)  # its own context: nothing ever waits for this thread
+        socket = zmq.Context().socket(zmq.DEALER)  # its own context, so that no other thread waits for this one
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         if self._secret is not None:
             connect_with(socket, self._secret)
@@ -97,7 +98,7 @@ class HeartbeatThread(threading.Thread):
                 heard_s = time.monotonic()
                 self._hear(socket)
             if monitor in ready:
-                if not socket.poll(200):  # its last words may be on the way
+                if not socket.poll(200):  # the driver's last message may be on the way
                     self._end("its connection to the driver has closed", 1)
                 self._hear(socket)
                 self._end("its connection to the driver has closed", 1)
@@ -130,6 +131,6 @@ _said = threading.Lock()
 
 
 def say_last(text: str) -> None:
-    """Tell standard error why this process ends; the first reason counts, whichever thread has it."""
+    """Print on standard error why this process ends; only the first call of any thread counts."""
     if _said.acquire(blocking=False):
         print(f"longspan: {' '.join(text.split())}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""Which processes of a group have come, whether they fit together, and which of them can run plans.
+"""Membership of a group: the processes that the driver admitted, and which of them can run plans.
 
-Holds what the driver knows of every process. Must not know sockets (a connection is a name here), time, or how a
+Holds the driver's knowledge of every process. Must not know sockets (a connection is a name here), time, or how a
 process is started.
-Read next: `longspan.group.shape`; `longspan.engine.watch`, which asks and tells.
+Read next: `longspan.group.shape`; `longspan.engine.watch`, which uses this.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,34 +15,34 @@ from longspan.group.shape import GroupShape, ProcessId, speaker
 
 @dataclass(slots=True)
 class Member:
-    """A process that was admitted."""
+    """Process that was admitted."""
 
     hello: Hello
-    """How it introduced itself."""
+    """Introduction of the process."""
     voice: bytes
-    """Its connection for plans and answers."""
+    """Connection for plans and answers."""
     heartbeat: bytes | None = None
-    """Its connection for signs of life; None until the first one comes."""
+    """Connection for signs of life; None until the first one comes."""
     fingerprint: str | None = None
-    """Of the model's files as its host has them; None until it tells."""
+    """Fingerprint of the model's files on the process's host; None until the process sends it."""
     is_ready: bool = False
-    """Whether it can run plans."""
+    """Whether the process can run plans."""
 
     @property
     def urgent(self) -> bytes:
-        """Its connection for what it must hear whatever it is busy with: its heartbeat's, as soon as there is one."""
+        """Connection that the process hears while it computes: the heartbeat's; before its first sign, the voice."""
         return self.heartbeat or self.voice
 
 
 class Membership:
-    """The processes of one group, as they come and get ready."""
+    """Processes of one group, from their admission on."""
 
     def __init__(self, shape: GroupShape, versions: Versions) -> None:
-        """No process has come.
+        """Start without a member.
 
         Args:
-            shape: the ranks and processes that are expected.
-            versions: the driver's own.
+            shape: ranks and processes that are expected.
+            versions: the driver's own versions.
         """
         self._shape, self._versions = shape, versions
         self._members: dict[ProcessId, Member] = {}
@@ -51,10 +51,10 @@ class Membership:
         self._speakers: dict[bytes, ProcessId] = {}
 
     def admit(self, hello: Hello, voice: bytes) -> ProcessId:
-        """A process introduces itself over a connection. Returns which one it is.
+        """Admit a process that introduces itself over a connection; return its id.
 
         Raises:
-            ConfigError: it cannot be in this group.
+            ConfigError: the process cannot be in this group.
         """
         shape = self._shape
         who = self._described(hello)
@@ -81,10 +81,10 @@ class Membership:
         return process
 
     def compare_files(self, process: ProcessId, fingerprint: str) -> None:
-        """A process tells which files its host has of the model.
+        """Note the fingerprint of the model's files on a process's host.
 
         Raises:
-            ConfigError: another process has others.
+            ConfigError: another process has different files.
         """
         self._members[process].fingerprint = fingerprint
         for other, member in sorted(self._members.items()):
@@ -96,14 +96,14 @@ class Membership:
                 )
 
     def note_ready(self, process: ProcessId) -> bool:
-        """A process can run plans. Returns whether now all can, for the first time."""
+        """Note that a process can run plans; return True once, when all processes can."""
         if self._members[process].is_ready:
             return False
         self._members[process].is_ready = True
         return all(self.is_ready(rank) for rank in range(self._shape.num_ranks))
 
     def note_alive(self, alive: Alive, heartbeat: bytes) -> ProcessId | None:
-        """A sign of life has come over a connection. Returns whose it is; None if that process was not admitted."""
+        """Note a sign of life that came over a connection; return its process, None if that was not admitted."""
         process = self._shape.process(alive.number)
         member = self._members.get(process)
         if member is None or (member.hello.host, member.hello.pid) != (alive.host, alive.pid):
@@ -113,7 +113,7 @@ class Membership:
         return process
 
     def get(self, process: ProcessId) -> Member | None:
-        """What is known of a process; None if it has not come."""
+        """Return the member of an id; None if the process has not been admitted."""
         return self._members.get(process)
 
     def at(self, voice: bytes) -> ProcessId | None:
@@ -122,7 +122,7 @@ class Membership:
 
     @property
     def members(self) -> Collection[Member]:
-        """All that have come."""
+        """All admitted processes."""
         return self._members.values()
 
     def is_ready(self, rank: int) -> bool:
@@ -131,21 +131,21 @@ class Membership:
         return all(member is not None and member.is_ready for member in found)
 
     def voices(self, rank: int) -> Sequence[bytes]:
-        """The connections for plans of a rank's processes."""
+        """Connections for plans of a rank's processes."""
         return self._voices[rank]
 
     @property
     def missing(self) -> list[ProcessId]:
-        """Processes that have not come."""
+        """Processes that have not been admitted yet."""
         return [process for process in self._shape.processes if process not in self._members]
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Per rank, the host of the process that answers for it; all must have come."""
+        """Host of every rank's first process; all of them must have been admitted."""
         return tuple(self._members[speaker(rank)].hello.host for rank in range(self._shape.num_ranks))
 
     def name(self, process: ProcessId) -> str:
-        """A process in words, with its id and host if it has come."""
+        """Name of a process for the user, with its operating-system id and host if it has been admitted."""
         member = self._members.get(process)
         return self._shape.name(process) if member is None else self._described(member.hello)
 

@@ -1,12 +1,12 @@
-"""What the driver and the processes that it works with say to each other.
+"""Messages between the driver and the workers, and between the driver and the workers' parent.
 
 Holds message types and their encoding (MessagePack, never pickle). Must not know sockets, or how a process is started.
-Read next: `longspan.group.shape`, who is meant; `longspan.group.worker_link` and `longspan.group.driver_link`.
+Read next: `longspan.group.shape`, ranks and processes; `longspan.group.worker_link` and `longspan.group.driver_link`.
 
-A worker is a process of a rank. It has two connections. One, its voice, says `Hello` first and carries plans and
-answers. The other, its heartbeat, says `Alive` every second, and hears `Heartbeat`, or that all is over, whatever the
-worker is busy with. `Hello` and `Alive` name a process by its number, since what it belongs to is the driver's to say;
-what is about a rank's work names the rank, and the rank's first process says it.
+A worker is a process of a rank. It has two connections. One, its voice, sends `Hello` first and carries plans and
+answers. The other, its heartbeat, sends `Alive` every second, and receives `Heartbeat`, `Stop` and `Refused` even while
+the worker computes. `Hello` and `Alive` name a process by its number, since only the driver knows how many processes a
+rank has; messages about a rank's work name the rank, and the rank's first process sends them.
 """
 
 from typing import Literal
@@ -21,11 +21,11 @@ from longspan.types import ModelSpec
 
 
 class Versions(msgspec.Struct, frozen=True):
-    """What must be the same in all processes; each without what follows a plus sign."""
+    """Versions that must be equal in all processes; each without the part after a plus sign."""
 
     longspan: str
     python: str
-    """Major and minor."""
+    """Major and minor version of Python."""
     torch: str
     transformers: str
 
@@ -34,7 +34,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """Worker to driver, first message."""
 
     number: int
-    """Of this process among all of the group, from 0: RANK, where something like torchrun has started it."""
+    """Number of this process in the group, from 0: RANK, where torchrun or a similar launcher has started it."""
     world_size: int
     """Number of processes in the group, as the worker was told when it was started."""
     host: str
@@ -48,11 +48,11 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     config: EngineConfig
     spec: ModelSpec
     num_pages: tuple[int, ...]
-    """Per KV group."""
+    """Pages of the pool per KV group."""
     directory: str | None
-    """Where processes on the driver's machine meet, theirs alone; None: they meet as their environment says."""
+    """Directory where processes on the driver's machine meet, theirs alone; None: their environment says where."""
     generation: int = 0
-    """How often ranks were started before for the same engine: they are started again after a loss."""
+    """How often the ranks of this engine were started before: they are started again after a loss."""
 
 
 class RunPlan(msgspec.Struct, frozen=True, gc=False, tag=True):
@@ -62,58 +62,58 @@ class RunPlan(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Measure(msgspec.Struct, frozen=True, tag=True):
-    """Driver to worker: measure kernels and links. All processes get it, and nothing else until all ranks have
+    """Driver to worker: measure kernels and links. All processes get this, and no other message until all ranks have
     answered."""
 
     nodes: tuple[int, ...]
-    """Per rank, its node."""
+    """Node of every rank."""
     machines: tuple[int, ...]
-    """Per rank, the machine whose cores it shares."""
+    """Machine of every rank; ranks on one machine share its cores."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Driver to worker: end now, all is well."""
+    """Driver to worker: end, without an error."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """Driver to worker: end now, the group has failed, or this worker cannot be in it."""
+    """Driver to worker: end, because the group has failed or this worker cannot be in it."""
 
     reason: str
     """One line for the user."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """Driver to worker, twice a second: the driver runs."""
+    """Driver to worker, twice a second: the driver is alive."""
 
 
 class Files(msgspec.Struct, frozen=True, tag=True):
-    """Worker to driver: the model's files as this host has them."""
+    """Worker to driver: fingerprint of the model's files on this host."""
 
     process: ProcessId
     fingerprint: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Worker to driver: weights are loaded, the group is joined, pools are there."""
+    """Worker to driver: weights are loaded, the group is joined, pools are allocated."""
 
     process: ProcessId
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
-    """Worker to driver, every second: the process runs, whatever it is busy with."""
+    """Worker to driver, every second, even while it computes: the process is alive."""
 
     number: int
-    """As in the worker's `Hello`."""
+    """Number of the process, equal to `Hello.number`."""
     host: str
-    """As in the worker's `Hello`: host and process id tell it from one that was not admitted."""
+    """Host, equal to `Hello.host`; it tells the process from one that was not admitted."""
     pid: int
-    """As in the worker's `Hello`."""
+    """Operating-system id, equal to `Hello.pid`."""
     progress: int
-    """Layers and plans that it has begun since it started."""
+    """Layers and plans that the process has begun since it started."""
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """Worker to driver, once per rank: a plan is done."""
+    """Worker to driver, once per rank: result of a plan."""
 
     result: RankResult
 
@@ -125,7 +125,7 @@ class Measured(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Worker to driver: the worker cannot go on and ends."""
+    """Worker to driver: the worker cannot go on, and ends."""
 
     process: ProcessId
     reason: str
@@ -133,30 +133,29 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     details: str
     """Traceback."""
     blames: Literal["user", "peer", "process"]
-    """Where the reason lies: in what the user asked for (ConfigError), another process (CommunicationError), or this
-    one."""
+    """Where the reason lies: in the user's request (ConfigError), another process (CommunicationError), or this one."""
 
 
 class ForkWorkers(msgspec.Struct, frozen=True, tag=True):
-    """The driver to the parent of workers, a line of JSON: fork so many. None of those before may run."""
+    """Driver to the parent of workers, a line of JSON: fork workers. No earlier worker may still run."""
 
     world_size: int
-    """Number of processes; each is told its own, from 0."""
+    """Number of processes to fork; they are numbered from 0."""
     address: str
-    """Where they find the driver."""
+    """Address of the driver's link."""
 
 
 class KillWorkers(msgspec.Struct, frozen=True, tag=True):
-    """The driver to the parent of workers, a line of JSON: end those that run, at once, whatever they do."""
+    """Driver to the parent of workers, a line of JSON: kill all running workers."""
 
 
 class ForkedWorker(msgspec.Struct, frozen=True):
-    """The parent of workers to the driver, a line of JSON: a process has started or ended."""
+    """Parent of workers to the driver, a line of JSON: a worker has started or ended."""
 
     number: int
     pid: int
     returncode: int | None = None
-    """How it ended, as `subprocess` counts; None when it has just started."""
+    """Return code of the worker, as in `subprocess`; None when it has just started."""
 
 
 Order = ForkWorkers | KillWorkers

@@ -1,7 +1,7 @@
-"""Versions that must be the same on every host: another one could answer with other bits, or other messages.
+"""Versions that must be equal on every host, since other versions may compute other bits or send other messages.
 
-Holds the look-up. Must not import what it looks up: that takes seconds.
-Read next: `longspan.group.membership`, which compares.
+Holds the look-up. Must not import the packages it looks up: that takes seconds.
+Read next: `longspan.group.membership`, which compares them.
 """
 
 import sys
@@ -11,7 +11,7 @@ from longspan.group.messages import Versions
 
 
 def own_versions() -> Versions:
-    """Of this process."""
+    """Versions in this process."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     longspan, torch, transformers = (version(name).partition("+")[0] for name in ("longspan", "torch", "transformers"))
     return Versions(longspan, python, torch, transformers)

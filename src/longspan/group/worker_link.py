@@ -1,6 +1,6 @@
-"""A worker's end of its link to the driver: introduce itself, hear plans, answer.
+"""A worker's end of its link to the driver: introduction, plans, answers.
 
-Holds one connection, and why it does not come about. Must not know what happens between the messages.
+Holds one connection, and the reasons why it fails. Must not know what happens between the messages.
 Read next: `longspan.group.heartbeat`, the worker's other connection; `longspan.group.driver_link`, the driver's end.
 """
 
@@ -15,37 +15,41 @@ from longspan.group.messages import Hello, Refused, Start, ToDriver, ToWorker, d
 from longspan.group.zmq_auth import connect_with
 
 LINGER_MS = 2000
-"""How long a closed connection goes on sending a worker's last words."""
+"""Longest time in milliseconds that a closed connection goes on sending queued messages."""
 
 MAX_REFUSALS = 3
-"""Handshakes that fail one after another until it must be the secret; a driver that ends may break off one."""
+"""Failed handshakes in a row that prove a wrong secret; a driver that ends may break off one."""
 
 
 class WorkerLink:
-    """The connection for plans and answers. For one thread."""
+    """Connection for plans and answers, for one thread."""
 
     def __init__(self, address: str, secret: Secret | None) -> None:
         """Connect, now or as soon as there is a driver.
 
         Args:
-            address: of the driver's link.
-            secret: the driver's, or None if it has none.
+            address: address of the driver's link.
+            secret: the driver's secret, or None if it has none.
         """
         self.address, self.secret = address, secret
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._socket.linger = 0  # but in `close`: before that, a worker must not wait for a driver that is gone
+        self._socket.linger = 0  # except in `close`: until then a worker must not wait for a driver that is gone
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket()
         if secret is not None:
             connect_with(self._socket, secret)
         self._socket.connect(address)
 
     def introduce(self, hello: Hello, timeout_s: float | None) -> Start:
-        """Say who this is, and wait for the driver's answer.
+        """Introduce this process, and wait for the driver's answer.
+
+        Args:
+            hello: this process's introduction.
+            timeout_s: longest wait for the answer; None waits for ever.
 
         Raises:
-            ConfigError: the driver has another secret, or does not want this worker.
-            CommunicationError: no answer within `timeout_s`; None waits for ever.
+            ConfigError: the driver has another secret, or refuses this worker.
+            CommunicationError: no answer came within `timeout_s`.
         """
         self.send(hello)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -64,9 +68,7 @@ class WorkerLink:
             while self._monitor.poll(0):
                 kind = recv_monitor_message(self._monitor)["event"]
                 if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    if (
-                        has_reached
-                    ):  # the driver before has ended, perhaps to start again, and has taken the first along
+                    if has_reached:  # an earlier driver has ended, perhaps to restart, with the first `Hello`
                         self.send(hello)
                     num_refusals, has_reached = 0, True
                 elif kind in (
@@ -84,7 +86,7 @@ class WorkerLink:
         raise CommunicationError(f"{_name(hello)}: the driver at {self.address} {what} (within {timeout_s:g} s)")
 
     def send(self, message: ToDriver) -> None:
-        """Hand a message to the connection."""
+        """Send a message to the driver."""
         self._socket.send(encode(message))
 
     def receive(self) -> ToWorker:
@@ -96,7 +98,7 @@ class WorkerLink:
         """Disconnect.
 
         Args:
-            linger_ms: how long to go on sending what is to be sent.
+            linger_ms: longest time to go on sending queued messages.
         """
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
@@ -105,5 +107,5 @@ class WorkerLink:
 
 
 def _name(hello: Hello) -> str:
-    """A worker in words while it knows its number alone, and not yet how many processes a rank has."""
+    """Name of a worker for the user, while it does not know yet how many processes a rank has."""
     return f"rank {hello.number} on {hello.host}"

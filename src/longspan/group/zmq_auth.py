@@ -1,10 +1,10 @@
 """Encryption and authentication of the link between driver and workers (CURVE of ZeroMQ).
 
-Holds key pairs and their way into sockets. Must not know messages.
+Holds key pairs and their use in sockets. Must not know messages.
 Read next: `longspan.comm.secret`.
 
-Both key pairs, the driver's and the workers', come from the shared secret. Without it one knows neither the driver's
-public key, without which no handshake begins, nor a key that the driver admits.
+Both key pairs, the driver's and the workers', come from the shared secret. A peer without the secret knows neither the
+driver's public key, without which no handshake begins, nor a key that the driver admits.
 """
 
 from typing import NamedTuple
@@ -19,19 +19,19 @@ DOMAIN = b"longspan"
 
 
 class KeyPair(NamedTuple):
-    """In ZeroMQ's text form."""
+    """Pair of keys in ZeroMQ's text form."""
 
     public: bytes
     private: bytes
 
 
 def driver_keys(secret: Secret) -> KeyPair:
-    """The driver's pair."""
+    """Derive the driver's key pair."""
     return _pair(secret.key("driver link 1"))
 
 
 def worker_keys(secret: Secret) -> KeyPair:
-    """The pair of every worker."""
+    """Derive the key pair that all workers share."""
     return _pair(secret.key("worker link 1"))
 
 
@@ -41,7 +41,7 @@ def _pair(key: bytes) -> KeyPair:
 
 
 def listen_with(socket: "zmq.Socket[bytes]", secret: Secret) -> None:
-    """Make a driver's socket speak to those who know the secret only. Before it is bound."""
+    """Make a driver's socket, not bound yet, accept only peers that know the secret."""
     keys = driver_keys(secret)
     socket.curve_server = True
     socket.curve_publickey, socket.curve_secretkey = keys
@@ -49,14 +49,14 @@ def listen_with(socket: "zmq.Socket[bytes]", secret: Secret) -> None:
 
 
 def connect_with(socket: "zmq.Socket[bytes]", secret: Secret) -> None:
-    """Make a worker's socket speak to a driver who knows the secret only. Before it is connected."""
+    """Make a worker's socket, not connected yet, accept only a driver that knows the secret."""
     keys = worker_keys(secret)
     socket.curve_serverkey = driver_keys(secret).public
     socket.curve_publickey, socket.curve_secretkey = keys
 
 
 def answer_admission(socket: "zmq.Socket[bytes]", secret: Secret) -> None:
-    """Take one question from `inproc://zeromq.zap.01` and admit the workers' key alone (ZeroMQ RFC 27)."""
+    """Answer one request on `inproc://zeromq.zap.01`, admitting only the workers' key (ZeroMQ RFC 27)."""
     version, request_id, _domain, _address, _identity, mechanism, *credentials = socket.recv_multipart()
     is_worker = mechanism == b"CURVE" and z85.encode(credentials[0]) == worker_keys(secret).public
     status = (b"200", b"OK") if is_worker else (b"400", b"unknown key")
