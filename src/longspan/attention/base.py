@@ -1,4 +1,4 @@
-"""What an attention kernel must do for the rest of the package.
+"""Interface of attention kernels.
 
 Holds the protocol and its argument types. Must not know pages, ranks, models or any particular kernel.
 Read next: `longspan.attention.reference` for the meaning, `longspan.attention.cpu` for speed.
@@ -41,7 +41,7 @@ class RowSegment:
     key_position: int | None
     """Global position of the first key, the others following; None where only FULL or NONE makes sense of the rows."""
     visibility: Visibility
-    """How the queries see the keys; FULL ignores positions, so that its rows may be in any order."""
+    """Mask between queries and keys; FULL ignores positions, so that its rows may be in any order."""
 
     def __post_init__(self) -> None:
         if self.key_position is None and self.visibility in (Visibility.CAUSAL, Visibility.BAND):

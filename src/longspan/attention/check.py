@@ -23,7 +23,7 @@ NUM_KEYS = 1100
 def check_against_reference(
     backend: AttentionBackend, group: KVGroup, params: AttentionParams, device: torch.device | str
 ) -> None:
-    """Compare a kernel with the reference on random tokens, once at start, since this GPU may be one without tests.
+    """Compare a kernel with the reference on random tokens, once at start, since no test may have run on this GPU.
 
     Args:
         backend: this rank's attention kernel.

@@ -28,7 +28,7 @@ SIZES = ((2 << 10, 32), (8 << 10, 24), (32 << 10, 16), (64 << 10, 24), (256 << 1
 """(bytes of a message, number of times it is sent): short messages for latency, the last two for bandwidth."""
 
 NUM_SHORT = 2
-"""How many of `SIZES`, from the shortest on, are sent to and fro between two ranks."""
+"""Number of `SIZES`, from the shortest on, that are sent to and fro between two ranks."""
 
 WARM_UP = 3
 """Uncounted messages sent first: connections and buffers are made on first use."""

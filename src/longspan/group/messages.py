@@ -52,7 +52,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     directory: str | None
     """Directory where processes on the driver's machine meet, theirs alone; None: their environment says where."""
     generation: int = 0
-    """How often the ranks of this engine were started before: they are started again after a loss."""
+    """Number of earlier starts of this engine's ranks, which are started again after a loss."""
 
 
 class RunPlan(msgspec.Struct, frozen=True, gc=False, tag=True):
@@ -133,7 +133,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     details: str
     """Traceback."""
     blames: Literal["user", "peer", "process"]
-    """Where the reason lies: in the user's request (ConfigError), another process (CommunicationError), or this one."""
+    """Origin of the failure: the user's request (ConfigError), another process (CommunicationError), or this one."""
 
 
 class ForkWorkers(msgspec.Struct, frozen=True, tag=True):

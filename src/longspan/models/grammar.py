@@ -96,7 +96,7 @@ class Grammars:
     """Compiler of schemas for one model. Any thread may use it."""
 
     def __init__(self, tokenizer: LLTokenizer) -> None:
-        """See `make_grammars`."""
+        """Take a prepared tokenizer; `make_grammars` makes one."""
         self._tokenizer = tokenizer
         self._version = importlib.metadata.version("llguidance")
 

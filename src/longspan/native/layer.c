@@ -254,8 +254,9 @@ int longspan_norm_rows(const longspan_layer *l, const float *x, long rows, int n
     return 0;
 }
 
-/* Step after the products with q, k and v: products [rows, heads * width] and twice [rows, kv_heads * width] to q [rows,
- * heads, width], k and v [kv_heads, rows, width], whose heads are kv_head_stride apart; cos and sin [rows, width]. */
+/* Step after the products with q, k and v: products [rows, heads * width] and twice [rows, kv_heads * width] to q
+ * [rows, heads, width], k and v [kv_heads, rows, width], whose heads are kv_head_stride apart. cos and sin are
+ * [rows, width]. */
 int longspan_finish_rows(const longspan_layer *l, const float *q_product, const float *k_product, const float *v_product,
                          const float *cos, const float *sin, long rows, int num_threads, float *q, float *k, float *v,
                          long kv_head_stride)

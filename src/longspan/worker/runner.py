@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from longspan.worker.graphs import FixedSteps
 
 GraphMode = Literal["never", "launched", "captured"]
-"""How decode steps run: in any shape; in fixed shapes, launched kernel by kernel; in fixed shapes, as CUDA graphs."""
+"""Way to run decode steps: in any shape; in fixed shapes, kernel by kernel; in fixed shapes, as CUDA graphs."""
 
 
 class _Answer(NamedTuple):
