@@ -32,7 +32,7 @@ class TokenTexts:
         return self.bytes_of(token_id).decode("utf-8", errors="replace")
 
     def name_of(self, token_id: int) -> str:
-        r"""Return a token as text, or `bytes:\xe2\x80` if it is no text alone: different tokens have different names."""
+        r"""Return a token as text, or `bytes:\xe2\x80` if it is no text alone: names differ between tokens."""
         found = self.bytes_of(token_id)
         try:
             return found.decode()
