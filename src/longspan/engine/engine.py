@@ -92,7 +92,7 @@ class Engine:
         self.ranks = Ranks(Start(config, self.spec, num_pages, None), model, launcher, use)
         """The ranks, and the means to start new ones."""
         self.restarts = self.ranks.restarts
-        """How often ranks that were lost have been replaced."""
+        """Record of the replacements of lost ranks."""
         self.executor = self.ranks.start()
         """Executor of the ranks; replaced after a loss."""
 

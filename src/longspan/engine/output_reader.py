@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class OutputDelta(msgspec.Struct, frozen=True):
-    """What one update adds to a request's output."""
+    """Addition of one update to a request's output."""
 
     text: str
     """New text that no stop string can take back any more."""
@@ -44,7 +44,7 @@ class OutputDelta(msgspec.Struct, frozen=True):
 
 
 class PrefillProgress(msgspec.Struct, frozen=True):
-    """How much of a request's prompt is computed."""
+    """Progress of a request's prefill, in tokens and seconds."""
 
     total: int
     cached: int

@@ -49,7 +49,7 @@ class Ranks:
         self.costs = file_costs(start.config, start.spec)
         """Costs of ranks and links; None where they are unknown."""
         self.restarts = Restarts(start.config.max_restarts)
-        """How often ranks that were lost have been replaced."""
+        """Record of the replacements of lost ranks."""
         self.failure: BaseException | None = None
         """Why lost ranks are not replaced any more; None while they may be."""
 

@@ -22,7 +22,7 @@ MAX_RANKS = 128
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How requests are split over ranks."""
+    """Options of the plugin, which say how requests are split over ranks."""
 
     context_parallel_size: int
     """Ranks that share a sequence; each is `tensor_parallel_size` processes."""
@@ -33,7 +33,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     stripe_size: int = 512
     """Most tokens per stripe; rounded up to whole blocks."""
     strategy: StrategyName = "auto"
-    """What moves where queries and keys are on different ranks; `auto` takes what is predicted to be fastest."""
+    """Tensors that move where queries and keys are on different ranks; `auto` takes the fastest by prediction."""
     measure: MeasureName = "auto"
     """Whether ranks measure kernels and links at start, to predict times; `never` makes them compare bytes."""
     untested_cuda: bool = False
