@@ -7,7 +7,7 @@
         print(output.outputs[0].text)
 
 Holds outputs, timing and the loop over steps. Must not know how steps run, nor how tokens become text, and imports
-torch only when the ranks do so too.
+torch only while the ranks import it too.
 Read next: `longspan.engine.output_reader`, `longspan.engine.engine`.
 """
 
@@ -45,10 +45,10 @@ class CompletionOutput:
     """All generated tokens, an end token included."""
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None
-    """One per token, if asked for."""
+    """One entry per token, if asked for."""
     index: int = 0
     error: str | None = None
-    """What happened, if `finish_reason` is `ERROR`; the text may then be of no use."""
+    """Message of the error if `finish_reason` is `ERROR`; the text may then be of no use."""
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None
-    """One per prompt token, the first one None, if asked for."""
+    """One entry per prompt token, the first one None, if asked for."""
     ttft_s: float | None
     """Seconds from the call of `generate` to the first token; None if an error came before it."""
     tpot_s: float | None
@@ -72,21 +72,21 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class Progress:
-    """How far one request is."""
+    """Progress of one request."""
 
     request_idx: int
-    """Place of the prompt in the call of `generate`."""
+    """Index of the prompt in the call of `generate`."""
     prompt_tokens: int
     prefilled_tokens: int
     generated_tokens: int
     elapsed_s: float
-    """Since the call of `generate`."""
+    """Seconds since the call of `generate`."""
     prefill_left_s: float | None
-    """Estimate of the seconds until the prompt is computed; None when there is nothing to go by."""
+    """Estimate of the seconds until the prompt is computed; None when there is nothing to estimate from."""
 
 
 class _Running:
-    """What `generate` keeps of a request beside the engine's own state."""
+    """State that `generate` keeps of a request beside the engine's own."""
 
     def __init__(self, request_idx: int, prompt: str | None, request: Request, reader: OutputReader) -> None:
         self.request_idx, self.prompt, self.request, self.reader = request_idx, prompt, request, reader
@@ -94,19 +94,19 @@ class _Running:
         self._last_s = 0.0
 
     def read(self, now_s: float) -> None:
-        """Take in the request's new tokens. Args: seconds since the call of `generate`."""
+        """Take in the request's new tokens, `now_s` seconds after the call of `generate`."""
         delta = self.reader.read(update_of(self.request, self.reader.num_generated, now_s))
         if delta.offsets:
             self._first_s, self._last_s = now_s if self._first_s is None else self._first_s, now_s
 
     def progress(self, now_s: float) -> Progress:
-        """How far the request is. Args: seconds since the call of `generate`."""
+        """Return how far the request is, `now_s` seconds after the call of `generate`."""
         prefill = self.reader.prefill_progress()
         generated = self.reader.num_generated
         return Progress(self.request_idx, prefill.total, prefill.processed, generated, now_s, prefill.left_s)
 
     def output(self) -> RequestOutput:
-        """Everything about the request, which has ended."""
+        """Return the output of the request, which has ended."""
         request, params, num_generated = self.request, self.request.params, self.reader.num_generated
         reason = self.reader.finish_reason
         assert reason is not None
@@ -160,7 +160,7 @@ class LLM:
             check_proven(load_config(model)[0])  # before anything that an unproven model may lack
             self.tokenizer = load_tokenizer(model)
             self.engine = Engine(config, launcher=launcher)
-            """What runs the requests, for tools and tests that look deeper than text."""
+            """Engine that runs the requests, for tools and tests that look deeper than text."""
         self.load_s = time.perf_counter() - started
         """Seconds until the ranks were ready."""
 
@@ -175,7 +175,7 @@ class LLM:
 
         Args:
             prompts: one prompt or several. Text is used raw: nothing stripped, no chat template.
-            sampling_params: for all, or one per prompt.
+            sampling_params: one for all prompts, or one per prompt; None takes the defaults.
             on_progress: called after every step for every request that advanced.
 
         Returns:
@@ -183,7 +183,7 @@ class LLM:
 
         Raises:
             ConfigError: a prompt or a parameter is illegal; nothing was run.
-            WorkerError: a worker died or failed; the LLM is of no more use.
+            WorkerError: a worker died or failed; the LLM cannot be used any more.
         """
         several = _as_prompts(prompts)
         if sampling_params is None:
@@ -236,7 +236,7 @@ class LLM:
         return None, [int(token_id) for token_id in prompt]
 
     def _constraint(self, params: SamplingParams) -> "GrammarConstraint | None":
-        """What `json_schema` asks for."""
+        """Return the constraint that `json_schema` asks for, or None."""
         if params.json_schema is None:
             return None
         if self._grammars is None:
@@ -247,15 +247,15 @@ class LLM:
         return self._grammars.compile(params.json_schema)
 
     def rank_stats(self) -> "list[RankStats]":
-        """What every rank holds and has done, since the LLM was made."""
+        """Return what every rank holds and has done since the LLM was made."""
         return self.engine.rank_stats()
 
     def strategy_counts(self) -> dict[str, int]:
-        """(plan, KV group) pairs per strategy, since the LLM was made."""
+        """Return the number of (plan, KV group) pairs per strategy since the LLM was made."""
         return dict(self.engine.strategy_counts)
 
     def explain(self) -> list[StrategyChoice]:
-        """Which strategies were chosen so far, per phase and KV group, and each candidate's predicted time."""
+        """Return the strategies chosen so far, per phase and KV group, and each candidate's predicted time."""
         return self.engine.choices.all
 
     def close(self) -> None:
@@ -272,7 +272,7 @@ class LLM:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list."""
+    """Return one prompt or several as a list."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if not _is_list(prompts):
@@ -283,7 +283,7 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _as_params(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
-    """One for all prompts, or those given."""
+    """Return the parameters as a list, a single one repeated for every prompt."""
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
     if not _is_list(params) or not all(isinstance(one, SamplingParams) for one in params):
@@ -294,5 +294,5 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams], num_prompts: i
 
 
 def _is_list(value: object) -> bool:
-    """A sequence that is not text; bytes are neither text nor token ids."""
+    """Whether a value is a sequence other than text or bytes."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))

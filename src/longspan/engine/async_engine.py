@@ -1,12 +1,13 @@
 """The engine behind an event loop: requests come in at any moment, tokens go out as they come.
 
-Holds one thread that steps the engine, and what it is asked meanwhile. Must not know text or HTTP.
+Holds the thread that steps the engine, and the calls that it is asked to make. Must not know text or HTTP.
 Read next: `longspan.server`, which uses it; `longspan.engine.engine`, whose `step` is the loop;
-`longspan.engine.request_stream`, the way back.
+`longspan.engine.request_stream`, which carries tokens back.
 
-Note: one bell
-    The engine's thread sleeps in `Engine.step` alone. A plan that ends rings there, and so does a request or a cancel
-    that arrives. So a request that arrives while ranks 0 and 1 run a long chunk starts at once on an idle rank 2.
+Note: one place to sleep
+    The engine's thread sleeps only in `Engine.step`. A plan that ends wakes it there, and so does a request or a
+    cancellation that arrives. So a request that arrives while ranks 0 and 1 run a long chunk starts at once on an idle
+    rank 2.
 """
 
 import asyncio
@@ -25,18 +26,18 @@ from longspan.scheduler.request import Constraint, Request
 from longspan.types import ModelSpec, SamplingParams
 
 CHECK_INLINE_TOKENS = 10_000
-"""Prompts longer than this are checked and hashed in a thread: a million tokens take more than 100 ms."""
+"""Tokens above which a prompt is checked and hashed in a thread: a million take more than 100 ms."""
 
 
 class QueueFullError(LongspanError):
-    """As many requests wait as may."""
+    """The queue of waiting requests is full."""
 
     def __init__(self, num_waiting: int, limit: int) -> None:
         super().__init__(f"{num_waiting} requests wait, legal is at most {limit}; try again later")
 
 
 class AsyncEngine:
-    """Requests from an event loop to an `Engine`, which it owns. `submit` and `close` belong to the event loop."""
+    """Runs an `Engine`, which it owns, for an event loop. Only the event loop may call `submit` and `close`."""
 
     def __init__(
         self,
@@ -48,10 +49,10 @@ class AsyncEngine:
         """Start the engine's thread.
 
         Args:
-            engine: from now on used by this object alone.
+            engine: engine that only this object uses from now on.
             max_queued_requests: most requests that wait; None admits any number. A request waits if `max_num_seqs`
-                others have not ended, or if the engine's thread, when it last looked, found no pages for it. One that
-                it has not looked at yet takes a place that may be free.
+                others have not ended, or if the engine's thread, when it last looked, found no pages for it. A
+                request that the thread has not looked at yet counts as one that finds pages.
             on_failure: called once, from the engine's thread, when the ranks have failed for good and no request can be
                 served.
         """
@@ -59,17 +60,17 @@ class AsyncEngine:
         self._max_queued_requests = max_queued_requests
         self._on_failure = on_failure
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # for the engine's thread to run
-        self._streams = OpenStreams()  # the engine thread's own
+        self._streams = OpenStreams()  # only for the engine's thread
         self._num_waiting = 0  # when the engine's thread last tried to let requests in
         self._num_arriving = 0  # submitted, not yet seen by the engine's thread; guarded by _lock
-        self._is_open = True  # until `close`; the engine thread's own
+        self._is_open = True  # until `close`; only for the engine's thread
         self._takes_requests = True  # guarded by _lock
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
-        """What made the ranks fail for good."""
+        """Error that made the ranks fail for good, or None."""
         self.is_recovering = False
-        """The ranks are lost, and new ones are on their way."""
-        self._reason = LongspanError("the engine is closed")  # what requests are told that can't be answered any more
+        """Whether the ranks are lost, and new ones are starting."""
+        self._reason = LongspanError("the engine is closed")  # error of requests that can't be answered any more
         self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
         self._thread.start()
 
@@ -77,7 +78,7 @@ class AsyncEngine:
 
     @property
     def config(self) -> EngineConfig:
-        """The engine's options; those of fewer ranks after a loss."""
+        """The engine's options; after a loss, those of the ranks that are left."""
         return self.engine.config
 
     @property
@@ -87,7 +88,7 @@ class AsyncEngine:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         scheduler = self.engine.scheduler
         return self._num_arriving + len(scheduler.waiting) + len(scheduler.running)
 
@@ -97,7 +98,7 @@ class AsyncEngine:
         """Queue a request.
 
         Raises:
-            ConfigError, CapacityError: as `Scheduler.check_request`.
+            ConfigError, CapacityError: as in `Scheduler.check_request`.
             QueueFullError: too many requests wait.
             LongspanError: the engine has failed or is closed.
         """
@@ -133,28 +134,31 @@ class AsyncEngine:
             raise LongspanError("the engine is closed")
 
     def capacity(self) -> Capacity:
-        """What the ranks can hold. May be called from any thread."""
+        """Return what the ranks can hold. Any thread may call it."""
         return self.engine.capacity()
 
     def check_fits(self, prompt_len: int, max_tokens: int) -> None:
-        """As `Engine.check_fits`. May be called from any thread."""
+        """Refuse a request that would not fit even on empty ranks. Any thread may call it.
+
+        Raises:
+            CapacityError: says what would fit.
+        """
         self.engine.check_fits(prompt_len, max_tokens)
 
     def stats(self) -> EngineStats:
-        """What the engine is doing and has done. May be called from any thread."""
+        """Return what the engine is doing and has done. Any thread may call it."""
         stats = self.engine.stats()
         return replace(stats, num_waiting=stats.num_waiting + self._num_arriving)
 
     def close(self) -> None:
-        """End all requests and the ranks, new ones that start included. Blocks until they are gone. May be called
-        twice."""
+        """End all requests and ranks, and wait until they are gone. May be called twice, and while new ranks start."""
         self.engine.give_up()
         self._call(self._stop)
         self._thread.join()
         self.engine.close()
 
     def _call(self, call: Callable[[], None]) -> None:
-        """Let the engine's thread do something before it makes the next plans. May be called from any thread."""
+        """Let the engine's thread call something before it makes the next plans. Any thread may call it."""
         self._calls.put(call)
         self.engine.wake()
 
@@ -164,7 +168,7 @@ class AsyncEngine:
         try:
             while self._is_open:
                 self._streams.take(self.engine.step(meanwhile=self._tell, on_loss=self._pause))
-                self.is_recovering = False  # and not where it raised: `failure` takes over, with no moment of health
+                self.is_recovering = False  # not if `step` raised: no health check may succeed before `failure` is set
                 self._run_calls()
         except Exception as failure:
             self.failure = failure
@@ -186,14 +190,14 @@ class AsyncEngine:
         self._is_open = False
 
     def _tell(self) -> None:
-        """The ranks have work again: now the event loops may want the interpreter."""
+        """Deliver updates, at a moment when the ranks have work and the event loops may take the interpreter."""
         for request in self._streams.deliver():
             self.engine.abort(request)
         self._streams.note_starts()
         self._num_waiting = len(self.engine.scheduler.waiting)
 
     def _pause(self) -> None:
-        """Tell streams that the ranks are lost, if they are replaced."""
+        """Tell streams that the ranks are lost, if new ones will replace them."""
         self.is_recovering = self.config.max_restarts > 0
         if self.is_recovering:
             self._streams.pause()

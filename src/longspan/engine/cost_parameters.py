@@ -1,4 +1,4 @@
-"""Where the numbers of the cost model come from: a file, an earlier start's measurement, or the ranks now.
+"""Sources of the cost model's numbers: a file, the measurement of an earlier start, or a new measurement.
 
 Holds the order of sources, and the cache in the user's cache directory. Must not know what is measured, or how.
 Read next: `longspan.worker.measure`; `longspan.costmodel.parameters`.
@@ -30,29 +30,29 @@ from longspan.native import kernels
 from longspan.types import ModelSpec
 
 MEASURE = "LONGSPAN_MEASURE"
-"""Environment variable: `never` is what the option `measure` means with `auto`."""
+"""Environment variable; `never` makes the option `measure` mean `never` where it is `auto`."""
 
 
 class MeasuredOn(msgspec.Struct, frozen=True):
-    """All that measured numbers depend on: a cache's key."""
+    """Everything that measured numbers depend on: the key of the cache."""
 
     hosts: tuple[str, ...]
-    """Per rank."""
+    """Host name of every rank."""
     nodes: tuple[int, ...]
     cpu: str
     num_cores: int
     num_threads: int
     attention: str
-    """Heads, widths, dtype and kernels."""
+    """Heads, widths, dtype and kernels, as text."""
     num_parameters: int
     simulated_links: str | None
     executor: str
-    """And the interface that it was told to use."""
+    """Executor, and the network interface that it was told to use."""
     versions: tuple[str, ...]
 
     @property
     def path(self) -> Path:
-        """Of the cache's file."""
+        """Path of the cache's file."""
         digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
         return platformdirs.user_cache_path("longspan") / f"measured-{digest}.json"
 
@@ -63,10 +63,10 @@ class _Cached(msgspec.Struct, frozen=True):
 
 
 def nodes_of(config: EngineConfig, hosts: Sequence[str]) -> tuple[int, ...]:
-    """Per rank, its node: as configured, or one per host.
+    """Return the node of every rank: as configured, or one node per host.
 
     Args:
-        config: may name the nodes.
+        config: options, which may name the nodes.
         hosts: name of every rank's host.
     """
     if config.known_nodes is not None:
@@ -76,10 +76,10 @@ def nodes_of(config: EngineConfig, hosts: Sequence[str]) -> tuple[int, ...]:
 
 
 def file_costs(config: EngineConfig, model: ModelSpec) -> Costs | None:
-    """What the option `topology` names, or None if it names nothing.
+    """Return the costs in the file that the option `topology` names, or None without a file.
 
     Raises:
-        ConfigError: the file is not as it must be, or contradicts the option `nodes`.
+        ConfigError: the file is malformed, or contradicts the option `nodes`.
     """
     if config.topology is None:
         return None
@@ -93,26 +93,26 @@ def file_costs(config: EngineConfig, model: ModelSpec) -> Costs | None:
 
 
 def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts: Sequence[str]) -> Costs | None:
-    """The numbers for ranks that have started, and have no plan yet.
+    """Return the costs of ranks that have started and run no plan yet.
 
     Args:
-        config: says whether to measure.
-        model: whose shapes are measured.
-        executor: the ranks.
+        config: options, which say whether to measure.
+        model: model whose shapes are measured.
+        executor: executor of the ranks.
         hosts: name of every rank's host.
 
     Returns:
         None where nothing is measured: one rank (unless asked to measure again), ranks that are threads or on GPUs, or
-        as the user wants it.
+        `measure` is `never`.
 
     Raises:
-        LongspanError: as `Executor.measure`.
+        LongspanError: as in `Executor.measure`.
     """
     nodes = nodes_of(config, hosts)
     asked = config.measure
     if asked == "auto" and os.environ.get(MEASURE) == "never":
         asked = "never"
-    is_alone = config.context_parallel_size == 1 and asked != "again"  # and has nothing to choose
+    is_alone = config.context_parallel_size == 1 and asked != "again"  # one rank has nothing to choose
     if is_alone or config.executor == "threads" or config.device == "cuda" or asked == "never":
         return None
     measured_on = _measured_on(config, model, hosts, nodes)
@@ -125,14 +125,23 @@ def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts
 
 
 def measure_costs(executor: Executor, nodes: tuple[int, ...], hosts: Sequence[str]) -> Costs:
-    """Let the ranks measure, whatever is known. Arguments and errors as in `find_costs`; `nodes` per rank."""
+    """Let the ranks measure, even if an earlier measurement is known.
+
+    Args:
+        executor: executor of the ranks, which run no plan yet.
+        nodes: node of every rank.
+        hosts: name of every rank's host.
+
+    Raises:
+        LongspanError: as in `Executor.measure`.
+    """
     names = list(dict.fromkeys(hosts))
     machines = tuple(names.index(host) for host in hosts)
     return combine(executor.measure(nodes, machines), nodes, machines)
 
 
 def step_options(config: EngineConfig) -> StepOptions:
-    """What of a config shapes the steps of a striped request."""
+    """Return the options that shape the steps of a striped request."""
     return StepOptions(
         page_size=config.page_size,
         stripe_size=config.stripe_size,
@@ -143,17 +152,17 @@ def step_options(config: EngineConfig) -> StepOptions:
 def striped_from(
     config: EngineConfig, model: ModelSpec, costs: Costs, hidden_size: int, num_pages: Sequence[int]
 ) -> int | None:
-    """Length from which on a prompt is predicted to be sooner done on all ranks.
+    """Return the prompt length from which all ranks are predicted to be faster than one.
 
     Args:
-        config: may say it.
-        model: whose prompts.
-        costs: of the ranks.
-        hidden_size: of the model.
-        num_pages: of every rank, per KV group.
+        config: options, which may set the length.
+        model: the model's facts.
+        costs: costs of the ranks.
+        hidden_size: width of the model's hidden states.
+        num_pages: pages of every rank, per KV group.
 
     Returns:
-        Tokens; None where the user has said it, or there is one rank.
+        Tokens; None where the user has set the length, or there is one rank.
     """
     if config.min_striped_len is not None or config.context_parallel_size == 1:
         return None
@@ -196,7 +205,7 @@ def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], n
 
 
 def _cpu_name() -> str:
-    """The model of this machine's processor."""
+    """Return the model name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -205,7 +214,7 @@ def _cpu_name() -> str:
 
 
 def _load(measured_on: MeasuredOn) -> Costs | None:
-    """What was measured before; None if nothing was, or the file is not ours to read."""
+    """Return an earlier measurement; None if there is none, or its file cannot be read."""
     try:
         cached = msgspec.json.decode(measured_on.path.read_bytes(), type=_Cached)
     except (OSError, msgspec.DecodeError, ConfigError):
@@ -223,4 +232,4 @@ def _store(measured_on: MeasuredOn, costs: Costs) -> None:
         draft.write_bytes(msgspec.json.encode(_Cached(measured_on, costs)))
         os.replace(draft, path)
     with contextlib.suppress(OSError):
-        draft.unlink()  # if it could not take its place
+        draft.unlink()  # left over if it could not replace the file

@@ -1,7 +1,7 @@
 """The engine: schedule, run, update, until no request is left.
 
-Holds the loop, its one copy: `Engine.step`, which `LLM` calls and the thread of `AsyncEngine`. Must not know text:
-prompts and outputs are token ids here.
+Holds the only loop, `Engine.step`, which `LLM` and the thread of `AsyncEngine` call. Must not know text: prompts and
+outputs are token ids here.
 Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`; `longspan.engine.ranks`.
 """
 
@@ -38,11 +38,11 @@ from longspan.sharding.capacity import pool_pages
 from longspan.types import FinishReason, ModelSpec, SamplingParams
 
 IDLE_CHECK_S = 0.5
-"""How often ranks that have nothing to do are looked at: one that died must not go unnoticed until the next request."""
+"""Seconds between checks of idle ranks: the death of one must be noticed before the next request."""
 
 
 class Engine:
-    """Runs requests on the ranks of one cp_group. Not safe to use from several threads, but for what says so."""
+    """Runs requests on the ranks of one cp_group. One thread may use it, except for methods that say otherwise."""
 
     def __init__(
         self, config: EngineConfig, model: torch.nn.Module | None = None, launcher: Launcher | None = None
@@ -52,7 +52,7 @@ class Engine:
         Args:
             config: what to run, and how.
             model: with the `threads` executor, a loaded module with the `longspan` attention function.
-            launcher: of ranks that start already, as `early_ranks` has them; None starts them here.
+            launcher: launcher of ranks that are starting, as `early_ranks` yields it; None starts them here.
 
         Raises:
             ConfigError: something in the config is illegal or not proven.
@@ -74,27 +74,27 @@ class Engine:
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
         self.choices = self.scheduler.writer.choices
-        """Which strategies were chosen so far, and why."""
+        """Strategies that were chosen so far, and why."""
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""
         self.in_flight = PlansInFlight()
         """Plans that the ranks have not answered."""
         self._work = WorkDone()
         self._num_unchecked = 0  # plans since the books were checked
-        self._lost: BaseException | None = None  # why a plan failed; the ranks are to be replaced
+        self._lost: BaseException | None = None  # why a plan failed, until the ranks are replaced
         self._recovery_began_s: float | None = None
-        self._recovered: list[Request] = []  # what `recover` has to tell, once it is done
+        self._recovered: list[Request] = []  # requests that `recover` returns, once it is done
 
         def use(costs: Costs) -> None:
             shortest = striped_from(self.config, self.spec, costs, hidden_size, num_pages)
             self.scheduler.use_costs(costs, shortest)
 
         self.ranks = Ranks(Start(config, self.spec, num_pages, None), model, launcher, use)
-        """The ranks, and what starts new ones."""
+        """The ranks, and the means to start new ones."""
         self.restarts = self.ranks.restarts
-        """How often ranks that were lost have been replaced."""
+        """Record of the replacements of lost ranks."""
         self.executor = self.ranks.start()
-        """Runs plans on the ranks; another one after a loss."""
+        """Executor of the ranks; replaced after a loss."""
 
     def add_request(
         self,
@@ -104,7 +104,12 @@ class Engine:
         constraint: Constraint | None = None,
         page_hashes: list[bytes] | None = None,
     ) -> Request:
-        """Queue a request. Raises: as `Scheduler.add_request`, and what made the ranks fail before."""
+        """Queue a request.
+
+        Raises:
+            ConfigError, CapacityError: as in `Scheduler.add_request`.
+            BaseException: what made the ranks fail for good.
+        """
         if self.ranks.failure is not None:
             raise self.ranks.failure
         return self.scheduler.add_request(prompt_token_ids, params, constraint=constraint, page_hashes=page_hashes)
@@ -114,13 +119,13 @@ class Engine:
         self.scheduler.finish(request, reason)
 
     def abort(self, request: Request) -> None:
-        """End a request that nobody waits for any more, in flight or not. `step` does not return it again."""
+        """End a request that its client no longer wants, in flight or not. `step` does not return it again."""
         if self.ranks.failure is None:
             self.scheduler.cancel(request)
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the ranks are lost, also while none of them had anything to do; `recover` replaces them."""
+        """Why the ranks are lost, idle ones included, until `recover` replaces them; None while they run."""
         return self.ranks.failure or self._lost or self.executor.failure
 
     @property
@@ -133,18 +138,18 @@ class Engine:
     ) -> list[Request]:
         """Submit what can run, wait until a plan ends, and take in all that have ended.
 
-        If the ranks are lost, replace them, once all that was done before is taken in, and no more. Without a request
-        it waits for `wake`.
+        If the ranks are lost, take in the plans that ended before; if there are none, replace the ranks. Without a
+        request, wait for `wake`.
 
         Args:
-            meanwhile: called when the ranks have their work, or are lost, and before the wait.
-            on_loss: called before ranks that are lost are replaced.
+            meanwhile: called before the wait, when the ranks have their work, or are lost.
+            on_loss: called before lost ranks are replaced.
 
         Returns:
-            The requests that advanced; after a loss as `recover` returns them.
+            The requests that advanced; after a loss, those that `recover` returns.
 
         Raises:
-            WorkerError: a worker died or failed, too often; the engine is of no more use.
+            WorkerError: workers died or failed too often; the engine cannot be used any more.
         """
         is_lost = self.failure is not None
         if not is_lost:
@@ -164,11 +169,15 @@ class Engine:
             return self.take_in(self.in_flight.ended())
 
     def wake(self) -> None:
-        """End the wait of a `step`, or of the next one. Any thread may call it."""
+        """End the wait of the current `step`, or else of the next one. Any thread may call it."""
         self.in_flight.wake()
 
     def submit_plans(self) -> int:
-        """Submit all plans that can start now; returns their number. Raises: what made the ranks fail for good."""
+        """Submit all plans that can start now; return their number.
+
+        Raises:
+            BaseException: what made the ranks fail for good.
+        """
         if self.ranks.failure is not None:
             raise self.ranks.failure
         num_plans = 0
@@ -179,23 +188,22 @@ class Engine:
         return num_plans
 
     def take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
-        """Hand results to the scheduler. A plan that failed leaves a `failure`; results of lost ranks change nothing.
+        """Hand results to the scheduler. A failed plan sets `failure`; results of replaced ranks are ignored.
 
         Returns:
-            The requests that advanced and were not aborted meanwhile, each once. A plan and the one that stood behind
-            it take a request two tokens further.
+            The requests that advanced and were not aborted meanwhile, each once, even if two plans advanced it.
         """
         advanced: dict[Request, None] = {}
         results: list[PlanResult] = []
         for future in done:
             if not self.in_flight.remove(future):
-                continue  # of ranks that were lost, and replaced meanwhile
+                continue  # its ranks were lost, and replaced meanwhile
             error = future.exception()
             if error is None:
                 results.append(future.result())
             else:
                 self._lost = self._lost or error
-        for result in sorted(results, key=lambda result: result.plan_id):  # one may stand behind another
+        for result in sorted(results, key=lambda result: result.plan_id):  # one may be queued behind another
             self._work.note(result.ranks)
             advanced.update(dict.fromkeys(self.scheduler.update(result)))
         self._num_unchecked += len(results)
@@ -205,21 +213,21 @@ class Engine:
             try:
                 check_books(self.scheduler)
             except AssertionError as broken:
-                self.ranks.failure = broken  # no token of theirs can be trusted
+                self.ranks.failure = broken  # no token of these ranks can be trusted
                 raise
         return list(advanced)
 
     def recover(self) -> list[Request]:
-        """Replace ranks that were lost: end what is left of them, start new ones, and compute again what ran.
+        """Replace ranks that were lost: end what is left of them, start new ones, and restart the requests that ran.
 
         Blocks until the new ranks are ready, or `give_up` is called. If it is interrupted, it may be called again.
 
         Returns:
-            The requests that advanced by plans that were done before the loss, and, with a `finish_reason`, those that
-            seem to be its reason, or that fewer ranks cannot hold.
+            The requests that plans finished before the loss have advanced, and, with a `finish_reason`, those that seem
+            to cause the losses or that fewer ranks cannot hold.
 
         Raises:
-            BaseException: what made the ranks fail, if they are not replaced; the engine is of no more use.
+            BaseException: what made the ranks fail, if they are not replaced; the engine cannot be used any more.
         """
         cause = self.failure
         assert cause is not None, "no rank is lost"
@@ -241,27 +249,31 @@ class Engine:
         return recovered
 
     def _lose_rank(self, config: EngineConfig) -> None:
-        """Go on with one rank less. Args: the options for those that are left."""
+        """Go on with one rank less, and the options for the ranks that are left."""
         before, self.config = self.scheduler, config
         self.scheduler = Scheduler(self.spec, config, self.ranks.told.num_pages)
         self.scheduler.take_over(before)
         self._recovered += fail_unfit(self.scheduler)
 
-    # -- questions, which any thread may ask -------------------------------------------------------------------------
+    # -- state, which any thread may read ----------------------------------------------------------------------------
 
     def capacity(self) -> Capacity:
-        """What the ranks can hold."""
+        """Return what the ranks can hold."""
         num_pages = self.ranks.told.num_pages
         unbounded = [n for n, group in zip(num_pages, self.spec.kv_groups, strict=True) if group.spec.window is None]
         pages_per_rank = min(unbounded) if unbounded else num_pages[0]
         return Capacity(self.config.context_parallel_size, self.config.page_size, pages_per_rank)
 
     def check_fits(self, prompt_len: int, max_tokens: int) -> None:
-        """Refuse a request that would not fit even on empty ranks. Raises: CapacityError, with what would fit."""
+        """Refuse a request that would not fit even on empty ranks.
+
+        Raises:
+            CapacityError: says what would fit.
+        """
         self.scheduler.memory.placer.check_fits(prompt_len, max_tokens)
 
     def stats(self) -> EngineStats:
-        """What the engine is doing and has done."""
+        """Return what the engine is doing and has done."""
         scheduler, memory, restarts = self.scheduler, self.scheduler.memory, self.restarts
         ranks = self.rank_stats()
         return EngineStats(
@@ -282,7 +294,7 @@ class Engine:
         )
 
     def rank_stats(self) -> list[RankStats]:
-        """What every rank holds and has done."""
+        """Return what every rank holds and has done."""
         stats: list[RankStats] = []
         done = self._work.per_rank()
         for rank, allocators in enumerate(self.scheduler.memory.allocators):
@@ -306,7 +318,7 @@ class Engine:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def give_up(self) -> None:
-        """Do not wait for new ranks any more: `recover` raises. Any thread may call it."""
+        """Stop waiting for new ranks, so that `recover` raises. Any thread may call it."""
         self.ranks.give_up()
 
     def close(self) -> None:

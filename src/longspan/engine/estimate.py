@@ -1,4 +1,4 @@
-"""How long a prefill will still take.
+"""Estimate of the time that a prefill still takes.
 
 Holds one function of numbers. Must not know displays, requests or ranks.
 Read next: `longspan.cli.progress` and `longspan.server.generation`, which show it.
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 
 def time_left_s(samples: Sequence[tuple[int, float]], total: int) -> float | None:
-    """Seconds until `total` tokens are done, from a least-squares fit of a n + b n^2 with a and b not negative.
+    """Estimate the seconds until `total` tokens are done, by a least-squares fit of a n + b n^2 with a, b >= 0.
 
     Args:
         samples: (tokens done, seconds since the start), both growing.
         total: tokens in all.
 
     Returns:
-        Seconds after the last sample; None while there is no sample with a token and time.
+        Seconds after the last sample; None while no sample has both tokens and time.
     """
     points = [(num_tokens / total, seconds) for num_tokens, seconds in samples if num_tokens > 0 and seconds > 0]
     if not points:

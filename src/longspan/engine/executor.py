@@ -1,7 +1,7 @@
-"""What runs plans: the protocol of executors, and the bookkeeping they share.
+"""Protocol of executors, which run plans, and the bookkeeping that they share.
 
 Holds futures of plans. Must not know sockets, threads or models.
-Read next: `longspan.engine.start`, which chooses one.
+Read next: `longspan.engine.start`, which chooses an executor.
 """
 
 import threading
@@ -22,36 +22,37 @@ class Executor(Protocol):
         Plans on disjoint ranks run at the same time; per rank they run in the order submitted.
 
         Returns:
-            The answers of all its ranks, or a LongspanError: WorkerError, or ConfigError for what the user asked for.
+            Future of the answers of the plan's ranks. It fails with a ConfigError where the ranks cannot do what the
+            options ask for, and else with a WorkerError.
         """
 
     def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:
-        """Let all ranks measure themselves and their links. Only before the first plan.
+        """Let all ranks measure their kernels and links. Must come before the first plan.
 
         Args:
-            nodes: per rank, its node.
-            machines: per rank, the machine whose cores it shares.
+            nodes: node of every rank.
+            machines: machine of every rank; ranks of one machine share its cores.
 
         Returns:
-            One per rank, in order.
+            One measurement per rank, in the order of ranks.
 
         Raises:
-            LongspanError: as for plans.
+            LongspanError: the ranks have failed.
         """
 
     @property
     def failure(self) -> BaseException | None:
-        """Why no plan can run any more; None while all is well."""
+        """Error that made the ranks fail; None while they run."""
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Per rank, the name of the host that it runs on."""
+        """Name of every rank's host."""
 
     def close(self) -> None:
-        """End all ranks; returns when they are gone. Plans in flight fail. May be called twice."""
+        """End all ranks, and wait until they are gone. Plans in flight fail. May be called twice."""
 
     def replace(self) -> Launcher | None:
-        """The same, but keep what can start new ranks sooner, for the executor that comes next; None if nothing can."""
+        """End all ranks; return the launcher that can start new ones sooner, or None if there is none."""
 
 
 class PendingPlans:
@@ -66,11 +67,11 @@ class PendingPlans:
 
     @property
     def error(self) -> BaseException | None:
-        """What every plan fails with; None while all is well."""
+        """Error that every plan fails with; None while the ranks run."""
         return self._error
 
     def add(self, plan: Plan) -> "Future[PlanResult]":
-        """A future for a plan; it has failed already if the ranks have."""
+        """Return a future for a plan; the future has failed already if the ranks have."""
         future: Future[PlanResult] = Future()
         with self._lock:
             if self._error is None:
@@ -85,7 +86,7 @@ class PendingPlans:
             return {rank for plan, _, got in self._futures.values() for rank in plan.ranks if rank not in got}
 
     def answer(self, result: RankResult) -> None:
-        """Note one rank's answer; the last one completes the future. After the ranks failed it changes nothing."""
+        """Note one rank's answer; the last one completes the future. Answers after a failure are ignored."""
         with self._lock:
             if result.plan_id not in self._futures:
                 return
@@ -97,7 +98,7 @@ class PendingPlans:
         future.set_result(PlanResult(plan.plan_id, tuple(results[rank] for rank in plan.ranks)))
 
     def fail(self, error: BaseException) -> None:
-        """Fail all plans in flight, and all to come. The first error counts."""
+        """Fail all plans in flight and all later ones, with the first error that was given."""
         with self._lock:
             if self._error is None:
                 self._error = error
@@ -114,15 +115,15 @@ class PendingMeasurements:
         self._num_ranks = num_ranks
         self._found: dict[int, RankMeasurement] = {}
         self.all: Future[list[RankMeasurement]] = Future()
-        """Of all ranks, in order; or what made the ranks fail."""
+        """Future of all ranks' measurements, in the order of ranks; fails with the ranks."""
 
     def answer(self, measurement: RankMeasurement) -> None:
-        """Note one rank's."""
+        """Note one rank's measurement."""
         self._found[measurement.rank] = measurement
         if len(self._found) == self._num_ranks:
             self.all.set_result([self._found[rank] for rank in range(self._num_ranks)])
 
     def fail(self, error: BaseException) -> None:
-        """No more will come."""
+        """Fail `all`, unless every rank has answered."""
         if not self.all.done():
             self.all.set_exception(error)

@@ -1,7 +1,7 @@
 """Workers that another program starts and ends, such as torchrun on every host.
 
-Holds where the driver listens for them. Must not know messages or plans.
-Read next: `longspan.worker.remote`, what is started.
+Holds the address at which the driver listens for them. Must not know messages or plans.
+Read next: `longspan.worker.remote`, which runs in such a worker.
 """
 
 import socket
@@ -15,7 +15,7 @@ from longspan.quantities import parse_listen
 
 
 class ExternalLauncher:
-    """Starts nothing: says where the driver is, and the link waits."""
+    """Launcher that starts nothing: it prints the driver's address, and the link waits for workers."""
 
     is_remote = True
     directory: str | None = None
@@ -40,17 +40,17 @@ class ExternalLauncher:
         return None
 
     def kill(self) -> None:
-        """Nothing that could be: the link tells them."""
+        """Do nothing: no signal reaches the workers, and the link tells them to end."""
 
     def renew(self) -> bool:
         return False
 
     def release(self, patience_s: float) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""
 
 
 def tcp_address(listen: str) -> str:
-    """HOST:PORT in ZeroMQ's words, with the host as a number.
+    """Convert HOST:PORT to a ZeroMQ address with the host's IPv4 address.
 
     Raises:
         ConfigError: the host has no address.

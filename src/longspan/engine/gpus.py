@@ -1,8 +1,8 @@
-"""What the driver must know of this machine's GPUs before it starts processes on them.
+"""Facts about this machine's GPUs, which the driver needs before it starts processes on them.
 
-Holds the look at them, from a process of its own: the driver makes no CUDA context, which would take memory of the
-first GPU for as long as it runs. Must not know models.
-Read next: `longspan.engine.memory`; `longspan.worker.device`, what every rank checks of its own GPU.
+Holds the query of the GPUs, in a process of its own: a CUDA context in the driver would take memory of the first GPU
+for as long as the driver runs. Must not know models.
+Read next: `longspan.engine.memory`; `longspan.worker.device`, which checks every rank's own GPU.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ from longspan.group.shape import GroupShape
 from longspan.worker.device import check_capability
 
 LOOK_S = 120.0
-"""Longest look. A driver that is loaded for the first time takes seconds, torch's libraries from a cold disk more."""
+"""Seconds that the query may take: a CUDA driver's first load takes some, torch's libraries on a cold disk more."""
 
 _SCRIPT = """
 import json, torch
@@ -31,7 +31,7 @@ print(json.dumps(facts))
 
 
 class GPU(msgspec.Struct, frozen=True, array_like=True):
-    """One of them."""
+    """One GPU, as PyTorch reports it."""
 
     name: str
     capability: tuple[int, int]
@@ -41,18 +41,18 @@ class GPU(msgspec.Struct, frozen=True, array_like=True):
 
 
 def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) -> tuple[str, list[GPU]]:
-    """What ranks compute on.
+    """Choose the device that ranks compute on.
 
     Args:
         config: with `auto`, ranks go where a loaded model is, or else on this machine's GPUs, if there is one for each
             process, none is too old, and the config asks for nothing that only a CPU does.
-        model: that is loaded already, or None.
+        model: a loaded model, or None.
 
     Returns:
-        `cpu` or `cuda`, and the GPUs that processes of this machine take, in their order.
+        `cpu` or `cuda`, and the GPUs that processes of this machine use, in the order of processes.
 
     Raises:
-        ConfigError: GPUs were asked for, and are not there, or the model is elsewhere.
+        ConfigError: GPUs were asked for and are not there, or the model is on another device.
     """
     if model is not None:
         holds = next(model.parameters()).device.type
@@ -64,7 +64,7 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
     is_remote = config.executor in REMOTE_EXECUTORS
     if is_remote or config.device == "cpu":
         return ("cuda" if config.device == "cuda" else "cpu"), []
-    needed = 1 if config.executor == "threads" else GroupShape.of(config).world_size  # threads share the first
+    needed = 1 if config.executor == "threads" else GroupShape.of(config).world_size  # threads share the first GPU
     if config.device == "auto":
         only_on_a_cpu = (
             config.attention_backend == "cpu"
@@ -72,12 +72,12 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
             or config.simulated_links is not None
             or config.measure == "again"
         )
-        # NVML counts without a context; a build for CPUs has none to count.
+        # NVML counts GPUs without a CUDA context; a PyTorch build for CPUs sees none.
         if only_on_a_cpu or torch.version.cuda is None or torch.cuda.device_count() < needed:
             return "cpu", []
         try:
             gpus = find_gpus()[:needed]
-        except ConfigError:  # they are counted, and cannot be used
+        except ConfigError:  # the GPUs were counted, and cannot be used
             return "cpu", []
         are_fit = len(gpus) == needed and all(gpu.capability >= MIN_CAPABILITY for gpu in gpus)
         return ("cuda", gpus) if are_fit else ("cpu", [])
@@ -97,13 +97,13 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
 
 
 def find_gpus(script: str = _SCRIPT) -> list[GPU]:
-    """This machine's GPUs, as a process that starts now sees them.
+    """Return this machine's GPUs, as a new process sees them.
 
     Args:
-        script: looks at them, and prints their facts as JSON.
+        script: Python program that prints the GPUs' facts as JSON.
 
     Raises:
-        ConfigError: they cannot be looked at.
+        ConfigError: the GPUs cannot be queried.
     """
     try:
         look = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LOOK_S)

@@ -1,6 +1,6 @@
-"""Plans that ranks compute now, and the wait for one of them to end.
+"""Plans that ranks are running, and the wait for one of them to end.
 
-Holds futures and a bell. Must not know what plans say, nor requests.
+Holds futures, and the queue that wakes the wait. Must not know what plans say, nor requests.
 Read next: `longspan.engine.engine`, which waits here once per step.
 """
 
@@ -12,7 +12,7 @@ from longspan.plan.types import PlanResult
 
 
 class PlansInFlight:
-    """Futures of plans, in the order submitted. `wake` may be called by any thread, all else by one."""
+    """Futures of plans, in the order submitted. Any thread may call `wake`; one thread calls the rest."""
 
     def __init__(self) -> None:
         self._futures: dict[Future[PlanResult], None] = {}
@@ -30,7 +30,7 @@ class PlansInFlight:
         future.add_done_callback(self._bell.put)
 
     def remove(self, future: Future[PlanResult]) -> bool:
-        """Forget a plan; returns whether it was known: those of ranks that were lost and replaced are not."""
+        """Forget a plan; return whether it was known, unlike plans of ranks that were replaced."""
         if future not in self._futures:
             return False
         del self._futures[future]
@@ -41,24 +41,24 @@ class PlansInFlight:
         self._futures.clear()
 
     def ended(self) -> list[Future[PlanResult]]:
-        """The plans that have ended, the newest first.
+        """Return the plans that have ended, newest first.
 
-        A plan ends after the one that it stands behind. So the newest is asked first: the other is then found too.
+        A plan that is queued behind another ends after it, so asking for the newest first never misses the other.
         """
         return [future for future in reversed(self._futures) if future.done()]
 
     def wait(self, timeout_s: float) -> bool:
-        """Returns when a plan has ended or `wake` was called; False if neither came in time."""
+        """Wait until a plan has ended or `wake` was called; return False if neither came in time."""
         while not self.ended():
             try:
                 if self._bell.get(timeout=timeout_s) is None:
                     break
             except queue.Empty:
                 return False
-        while not self._bell.empty():  # whoever woke us has its answer, and `ended` finds the rest
+        while not self._bell.empty():  # one wake-up is enough: `ended` finds all plans
             self._bell.get_nowait()
         return True
 
     def wake(self) -> None:
-        """End a wait, or the next one."""
+        """End the current wait, or else the next one."""
         self._bell.put(None)

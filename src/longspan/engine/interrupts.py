@@ -1,7 +1,7 @@
-"""Ctrl-C at a bad moment waits for a good one.
+"""Delay of Ctrl-C while the engine must not be interrupted.
 
 Holds one context manager. Must not know engines.
-Read next: `longspan.engine.engine`, which must not be left between a plan that is made and a plan that is submitted.
+Read next: `longspan.engine.engine`, which must not stop between making a plan and submitting it.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from types import FrameType
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """A KeyboardInterrupt that comes inside is raised at the end.
+    """Raise a KeyboardInterrupt that comes inside the block only at its end.
 
-    Elsewhere than in the main thread nothing needs to be done: Python raises KeyboardInterrupt only there. A program's
-    own handler of SIGINT is left alone.
+    Does nothing outside the main thread, where Python raises no KeyboardInterrupt, nor where the program has its own
+    handler of SIGINT.
     """
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if threading.current_thread() is not threading.main_thread() or not is_default:

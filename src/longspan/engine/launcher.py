@@ -1,4 +1,4 @@
-"""What starts and ends the processes of a group: the protocol of launchers.
+"""Protocol of launchers, which start and end the processes of a group.
 
 Holds the protocol. Must not know messages or plans.
 Read next: `longspan.engine.processes`, `longspan.engine.external`, `longspan.engine.ray_cluster`.
@@ -11,36 +11,36 @@ from longspan.group.shape import GroupShape, ProcessId
 
 
 class Launcher(Protocol):
-    """Starts the processes of a group, somewhere, and ends them."""
+    """Starts the processes of a group, on any machines, and ends them."""
 
     bind_address: str
-    """Where the driver's link listens, as ZeroMQ writes it."""
+    """ZeroMQ address at which the driver's link listens."""
     secret: Secret | None
-    """What a process must know to connect; None where only this user can."""
+    """Secret that a process must know to connect; None where only this user's processes can connect."""
     directory: str | None
-    """Where the processes meet, on this machine; None: as their environment says."""
+    """Directory on this machine where the processes meet; None where their environment names a meeting point."""
     is_remote: bool
-    """Whether processes may be out of reach of signals: then they are told to end, and told why."""
+    """Whether processes may be out of reach of signals, so that messages tell them to end, and why."""
 
     def start(self, address: str, shape: GroupShape) -> None:
         """Start all processes.
 
         Args:
-            address: where they find the driver.
-            shape: of the group.
+            address: address at which they find the driver.
+            shape: shape of the group.
         """
 
     def name(self, process: ProcessId) -> str | None:
-        """A process in words before it has introduced itself, or None."""
+        """Return a name for a process that has not introduced itself, or None if none is known."""
 
     def ended(self, process: ProcessId) -> str | None:
-        """How a process ended, in words; None while it runs, or if that cannot be known."""
+        """Return how a process ended, in words; None while it runs, or where that cannot be known."""
 
     def kill(self) -> None:
-        """End all processes that this launcher can end, at once. Any thread may call it."""
+        """Kill all processes that this launcher can reach. Any thread may call it."""
 
     def renew(self) -> bool:
-        """End all processes, and make ready to start new ones. Returns False where another launcher must do that."""
+        """Kill all processes and prepare to start new ones; return False where only a new launcher can do that."""
 
     def release(self, patience_s: float) -> None:
-        """Wait so long for processes that were asked to end, kill the rest, and leave nothing behind."""
+        """Wait `patience_s` seconds for processes that were asked to end, kill the others, and clean up."""

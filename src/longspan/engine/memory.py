@@ -1,7 +1,7 @@
-"""How much memory ranks on this machine may take for KV.
+"""Memory that ranks on this machine may use for KV.
 
-Holds the look at the machine. Must not know pages.
-Read next: `longspan.sharding.capacity`, which cuts the memory into pages.
+Holds the query of the machine's memory. Must not know pages.
+Read next: `longspan.sharding.capacity`, which divides the memory into pages.
 """
 
 import os
@@ -20,17 +20,17 @@ DEFAULT_KV_CACHE_MEMORY = 4 * 2**30
 def rank_cache_memory(
     config: EngineConfig, gpus: Sequence[GPU], spec: ModelSpec, hidden_size: int, *, is_loaded: bool
 ) -> int:
-    """Bytes of KV per rank.
+    """Return the bytes for KV per rank.
 
     Args:
         config: what the user asked for, with the device that was chosen.
-        gpus: those that ranks take.
+        gpus: GPUs that ranks use.
         spec: the model's facts.
-        hidden_size: of the model.
+        hidden_size: width of the model's hidden states.
         is_loaded: whether the weights are in memory already.
 
     Raises:
-        ConfigError: there is not so much, or it cannot be known.
+        ConfigError: there is not enough memory, or its size cannot be known.
     """
     asked, size = config.kv_cache_memory, config.context_parallel_size
     if config.device == "cpu":
@@ -42,7 +42,7 @@ def rank_cache_memory(
                 "the GPUs are elsewhere"
             )
         return asked
-    sharing = size // len(gpus)  # threads share one
+    sharing = size // len(gpus)  # threads share one GPU
     weight_bytes = 0 if is_loaded else spec.weight_bytes
     together = None if asked is None else asked * sharing
     tokens = config.max_num_batched_tokens * sharing
@@ -50,7 +50,7 @@ def rank_cache_memory(
 
 
 def kv_cache_memory(asked: int | None, num_ranks: int) -> int:
-    """Bytes of one rank: what was asked for, or 4 GiB, or an equal share of half the memory that is free now.
+    """Return the bytes for KV per rank: those asked for, or at most 4 GiB and an equal share of half the free memory.
 
     Raises:
         ConfigError: all ranks together would take more than the machine has.
@@ -67,25 +67,25 @@ def kv_cache_memory(asked: int | None, num_ranks: int) -> int:
 
 
 GPU_SHARE = 0.9
-"""Of a GPU's free memory that weights, pools and a step's tensors may take: allocators leave gaps."""
+"""Share of a GPU's free memory for weights, pools and a step's tensors: allocators leave gaps."""
 CONTEXT_BYTES = 2**30
-"""Of a rank's CUDA context, libraries, and their workspaces."""
+"""Bytes of a rank's CUDA context, libraries, and their workspaces."""
 STEP_WIDTHS = 16
-"""A step holds about so many tensors of the model's width for every token at its peak: an MLP's inner values are four
-or so, attention in float32 and its queries as many, and what is exchanged the rest."""
+"""Tensors of the model's width that a step holds per token at its peak, about: four for an MLP's inner values, four
+for queries and attention in float32, and the rest for messages."""
 
 
 def gpu_cache_memory(
     asked: int | None, gpus: Sequence[GPU], spec: ModelSpec, weight_bytes: int, hidden_size: int, num_tokens: int
 ) -> int:
-    """Bytes of KV on a GPU, for all ranks that share it.
+    """Return the bytes for KV on a GPU, for all ranks that share it.
 
     Args:
-        asked: by the user; None takes what is left of the GPU with the least free memory.
-        gpus: those that ranks take.
+        asked: bytes that the user asked for; None takes what is left of the GPU with the least free memory.
+        gpus: GPUs that ranks use.
         spec: the model's facts.
-        weight_bytes: that are to be loaded.
-        hidden_size: of the model.
+        weight_bytes: bytes of the weights to load.
+        hidden_size: width of the model's hidden states.
         num_tokens: most tokens of a step.
 
     Raises:
@@ -105,7 +105,7 @@ def gpu_cache_memory(
 
 
 def _memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """All memory that this process may use, and what is free of it now; memory that only caches files is free."""
+    """Return the bytes that this process may use, and those that are free now; file caches count as free."""
     page = os.sysconf("SC_PAGE_SIZE")
     total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
     try:

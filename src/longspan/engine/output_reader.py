@@ -1,12 +1,12 @@
-"""One request's output, read as it comes: text, stop strings, the end, and how far the prompt is.
+"""Reader of one request's output: text, stop strings, finish reason, and progress of the prompt.
 
-Holds what has been read of one request. Must not know engines, threads, or who reads: `LLM` and the server alike.
-Read next: `longspan.models.detokenizer`, which turns tokens into text; `longspan.engine.update`, what it reads.
+Holds what has been read of one request. Must not know engines, threads, or its users, `LLM` and the server.
+Read next: `longspan.models.detokenizer`, which turns tokens into text; `longspan.engine.update`, which is read here.
 
 Note: who ends a request
     The engine knows tokens, so it ends requests at end tokens, `stop_token_ids` and `max_tokens`. Stop strings are
-    text, which only the reader knows. When `finish_reason` is set here and the update had none, the host ends the
-    request in the engine. Tokens that were computed behind the stop string meanwhile do not count.
+    text, which only the reader knows. When `finish_reason` is set here and the update had none, the caller ends the
+    request in the engine. Tokens that were computed after the stop string meanwhile do not count.
 """
 
 from collections.abc import Sequence
@@ -24,43 +24,43 @@ if TYPE_CHECKING:
 
 
 class OutputDelta(msgspec.Struct, frozen=True):
-    """What one update adds to a request's output."""
+    """Addition of one update to a request's output."""
 
     text: str
     """New text that no stop string can take back any more."""
     offsets: list[int]
-    """Per new token, where in the output's text it begins."""
+    """Start of each new token, in characters of the output's text."""
     logprobs: list[TokenLogprobs]
-    """One per new token, if asked for."""
+    """One entry per new token, if asked for."""
     has_prefilled: bool
     """Whether `prefill_progress` has something new to tell."""
     finish_reason: FinishReason | None
-    """Set in the last one."""
+    """Why the request ended; None in all deltas but the last."""
 
     @property
     def is_output(self) -> bool:
-        """Whether there is more to tell than progress."""
+        """Whether the delta has text, log-probabilities or the end, not just progress."""
         return bool(self.text or self.logprobs) or self.finish_reason is not None
 
 
 class PrefillProgress(msgspec.Struct, frozen=True):
-    """How much of a request's prompt is computed."""
+    """Progress of a request's prefill, in tokens and seconds."""
 
     total: int
     cached: int
-    """Tokens found in the prefix cache."""
+    """Prompt tokens found in the prefix cache."""
     processed: int
-    """Tokens computed or found."""
+    """Prompt tokens computed or found in the prefix cache."""
     elapsed_s: float
-    """Since the request began."""
+    """Seconds since the request began."""
     left_s: float | None
-    """Estimate of what is left; None when there is nothing to go by."""
+    """Estimate of the seconds until the prompt is computed; None when there is nothing to estimate from."""
     is_recovering: bool
-    """The ranks were lost: all is computed again when new ones are ready."""
+    """Whether the ranks were lost, so that the prompt is computed again when new ones are ready."""
 
 
 class OutputReader:
-    """Puts one request's updates together. Wants all of them, in order."""
+    """Puts one request's updates together. Needs all of them, in order."""
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Sequence[int], params: SamplingParams
@@ -71,11 +71,11 @@ class OutputReader:
         """Text so far, cut before a stop string, without an unfinished character at its end."""
         self.finish_reason: FinishReason | None = None
         self.num_generated = 0
-        """Tokens that count: none behind a stop string."""
+        """Generated tokens, without those after a stop string."""
         self.num_cached = 0
         """Prompt tokens that were found in the prefix cache."""
         self.prompt_logprobs: list[TokenLogprobs] | None = None
-        """From the first token on, if asked for: one per prompt token but the first."""
+        """One entry per prompt token but the first, if asked for; None before the first generated token."""
         self._is_stopped = False  # the text was cut before a stop string
         self._num_searched = 0  # characters in which no stop string begins and ends
         self._num_told = 0  # characters that deltas have carried
@@ -86,7 +86,7 @@ class OutputReader:
         self._progress: PrefillProgress | None = None  # made when asked for: its estimate takes all samples
 
     def read(self, update: Update) -> OutputDelta:
-        """Take in what a step did; returns what that adds."""
+        """Take in one update; return what it adds."""
         self.num_cached = update.num_cached
         if update.prompt_logprobs is not None:
             self.prompt_logprobs = update.prompt_logprobs
@@ -105,11 +105,11 @@ class OutputReader:
         return OutputDelta(self._untold(), offsets, logprobs, has_prefilled, self.finish_reason)
 
     def end(self, reason: FinishReason) -> None:
-        """No more is read, for a reason that the engine does not know."""
+        """End reading, for a reason that the engine does not know."""
         self.finish_reason = reason
 
     def prefill_progress(self) -> PrefillProgress:
-        """How much of the prompt is computed, as of the last update."""
+        """Return how much of the prompt is computed, as of the last update."""
         if self._progress is None:
             total, cached, left_s = self._prompt_len, self.num_cached, None
             if not self._is_recovering:
@@ -119,7 +119,7 @@ class OutputReader:
         return self._progress
 
     def _read_prefill(self, update: Update) -> bool:
-        """Returns whether something has changed."""
+        """Take in the prompt's progress; return whether it has changed."""
         before, done = self._num_prefilled, update.num_prefilled
         if done == before and not update.is_recovering:
             return False
@@ -155,7 +155,7 @@ class OutputReader:
         self._num_searched = len(self.text)
 
     def _untold(self) -> str:
-        """Text that may be told and has not been."""
+        """Return the text that is final and has not been in a delta."""
         end = len(self.text)
         if self._params.stop and self.finish_reason is None:
             end -= held_back(self.text, self._params.stop)
@@ -164,7 +164,7 @@ class OutputReader:
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
-    """Characters at the end of a text that may be the beginning of a stop string."""
+    """Return the number of characters at a text's end that may be the beginning of a stop string."""
     longest = 0
     for stop in stops:
         for length in range(min(len(stop) - 1, len(text)), longest, -1):

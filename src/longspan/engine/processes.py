@@ -1,7 +1,7 @@
-"""Worker processes on this machine.
+"""Launcher of worker processes on this machine.
 
-Holds their start and end. Must not know messages, schedulers or requests, nor import torch.
-Read next: `longspan.worker.fork_server`, what is started.
+Holds the start and end of the processes. Must not know messages, schedulers or requests, nor import torch.
+Read next: `longspan.worker.fork_server`, the program that forks the processes.
 """
 
 import contextlib
@@ -30,25 +30,25 @@ MAX_DIRECTORY_BYTES = 90
 """Most bytes in the path of the sockets' directory: a socket's whole path has at most 107."""
 
 GONE_S = 1.0
-"""How long processes that were killed may take to be gone."""
+"""Seconds that killed processes may take to be gone."""
 
 
 class LocalLauncher:
-    """A child that imports what workers need, and forks the processes of a group; again, if they are lost."""
+    """Launcher whose child process imports what workers need, and forks the group, and a new one after a loss."""
 
     is_remote = False
 
     def __init__(self, config: EngineConfig) -> None:
-        """Make the directory of the group's sockets, and start to import.
+        """Make the directory of the group's sockets, and start the child process.
 
         Raises:
             ConfigError: the directory for temporary files has too long a name for sockets.
-            WorkerError: the machine is short of something.
+            WorkerError: the directory or the child process cannot be made.
         """
         self._directory = _socket_directory()
         self._generation = 0
         self.secret: Secret | None = None
-        self._shape = GroupShape(0, 1)  # of the group that the parent was asked for
+        self._shape = GroupShape(0, 1)  # of the group that the parent was asked to fork
         self._forked: dict[int, ForkedWorker] = {}  # by number
         self._unread = b""
         self._all_gone = False
@@ -71,7 +71,7 @@ class LocalLauncher:
         os.set_blocking(self._reports.fileno(), False)
 
     def _meet(self) -> None:
-        """A directory of their own for the processes that are started next: nothing of lost ones is in it."""
+        """Make a directory for the processes that are started next, without files of lost ones."""
         directory = self._directory / str(self._generation)
         directory.mkdir()
         self.directory: str | None = str(directory)
@@ -91,7 +91,7 @@ class LocalLauncher:
         parents_code = self._parent.poll()  # before its last reports are read
         self._read_reports()
         forked = self._forked.get(self._shape.number(process))
-        code = parents_code if forked is None or forked.returncode is None else forked.returncode  # none outlives it
+        code = parents_code if forked is None or forked.returncode is None else forked.returncode  # no rank outlives it
         return None if code is None else describe_end(code)
 
     def kill(self) -> None:
@@ -106,7 +106,7 @@ class LocalLauncher:
         self._generation += 1
         try:
             self._meet()
-        except OSError:  # a full disk, which the start of the next ranks says
+        except OSError:  # a full disk, which the next start reports
             return False
         return True
 
@@ -114,7 +114,7 @@ class LocalLauncher:
         if self._reports.closed:
             return
         self._wait_until_gone(patience_s)
-        self._parent.kill()  # and all that it has forked with it
+        self._parent.kill()  # which ends all processes that it has forked
         while not self._all_gone and self._wait_for_reports(GONE_S):
             self._read_reports()
         self._parent.wait()
@@ -129,7 +129,7 @@ class LocalLauncher:
         return not self._all_gone and ended < self._shape.world_size
 
     def _order(self, order: Order) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the parent has ended, which `ended` tells; or it is released
+        with contextlib.suppress(OSError, ValueError):  # the parent has ended, which `ended` reports, or is released
             self._orders.write(msgspec.json.encode(order) + b"\n")
 
     def _read_reports(self) -> None:
@@ -138,10 +138,10 @@ class LocalLauncher:
             for line in lines:
                 forked = msgspec.json.decode(line, type=ForkedWorker)
                 self._forked[forked.number] = forked
-        self._all_gone = data is not None  # the parent and all it has forked hold the pipe's other end
+        self._all_gone = data is not None  # the parent and all processes it has forked hold the other end
 
     def _wait_for_reports(self, timeout_s: float) -> bool:
-        """Returns whether there are any, or none will come."""
+        """Wait for reports; return whether one has come, or the pipe is closed."""
         poller = select.poll()
         poller.register(self._reports, select.POLLIN)
         return bool(poller.poll(max(0.0, timeout_s) * 1e3))
@@ -154,10 +154,10 @@ class LocalLauncher:
 
 @contextlib.contextmanager
 def early_ranks(config: EngineConfig) -> Iterator[LocalLauncher | None]:
-    """Ranks on this machine import what they need while the caller does so too; they end if the caller fails.
+    """Let ranks on this machine import what they need while the caller does the same; end them if the caller fails.
 
     Yields:
-        Their launcher; None where ranks start otherwise.
+        Launcher of the ranks; None where ranks start in another way.
     """
     if config.executor != "processes" or sys.platform != "linux":
         yield None
@@ -171,11 +171,11 @@ def early_ranks(config: EngineConfig) -> Iterator[LocalLauncher | None]:
 
 
 def _socket_directory() -> Path:
-    """A new directory for sockets, that only this user may enter.
+    """Make a directory for sockets that only this user may enter.
 
     Raises:
         ConfigError: the directory for temporary files has too long a name for sockets.
-        WorkerError: it cannot be made.
+        WorkerError: the directory cannot be made.
     """
     try:
         directory = Path(tempfile.mkdtemp(prefix="longspan-"))
@@ -192,7 +192,7 @@ def _socket_directory() -> Path:
 
 @contextlib.contextmanager
 def _interrupt_blocked() -> Iterator[None]:
-    """Processes started in here never hear Ctrl-C: they inherit the mask. The driver hears it afterwards."""
+    """Block SIGINT, so that processes started inside never get Ctrl-C; the driver gets it afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -201,15 +201,15 @@ def _interrupt_blocked() -> Iterator[None]:
 
 
 def worker_environment(num_threads: int) -> dict[str, str]:
-    """Environment of workers: compute threads, gloo and NCCL on the loopback interface, nothing said but errors."""
+    """Return workers' environment: compute threads, gloo and NCCL on the loopback interface, only errors logged."""
     threads = str(num_threads)
     defaults = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     defaults["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a question for GPUs before the fork must not start CUDA
     if not os.environ.get("LONGSPAN_DEBUG"):
         defaults["PYTHONWARNINGS"] = "ignore"
     forced = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    forced["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own, which ranks do not use: it would start when it is imported
+    forced["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads, which ranks do not use, would start with its import
     if num_threads == 1:  # threads that a process borrows give the core back when they have nothing to do
         defaults["GOMP_SPINCOUNT"] = "3000"
-    inherited = {name: value for name, value in os.environ.items() if name != SECRET_VARIABLE}  # of no use to them
+    inherited = {name: value for name, value in os.environ.items() if name != SECRET_VARIABLE}  # not needed here
     return {**defaults, **inherited, **forced}

@@ -1,6 +1,6 @@
-"""The ranks of one engine: started, and replaced when they are lost, by fewer if need be.
+"""Ranks of one engine: their start, and their replacement after a loss, by fewer ranks if need be.
 
-Holds what starts ranks, and whether they may be started again. Must not know requests or plans.
+Holds the means to start ranks, and whether they may be started again. Must not know requests or plans.
 Read next: `longspan.engine.start`, which starts one generation; `longspan.engine.recovery`, the budget of restarts.
 """
 
@@ -23,7 +23,7 @@ from longspan.group.messages import Start
 
 
 class Ranks:
-    """One generation of ranks after another. `give_up` may be called by any thread, all else by one."""
+    """Successive generations of ranks. Any thread may call `give_up`; one thread calls the rest."""
 
     def __init__(
         self,
@@ -32,36 +32,36 @@ class Ranks:
         launcher: Launcher | None,
         use_costs: Callable[[Costs], None],
     ) -> None:
-        """Start nothing yet.
+        """Prepare the first generation, and start nothing yet.
 
         Args:
-            start: what the first generation is told.
+            start: message that the first generation is told.
             model: a loaded module, for ranks that are threads; else None.
-            launcher: of ranks that start already, as `early_ranks` has them; None starts them here.
-            use_costs: called with what the ranks can do, where that is known, once they are there.
+            launcher: launcher of ranks that are starting, as `early_ranks` yields it; None starts them here.
+            use_costs: called with the costs of the ranks, where they are known, once the ranks have started.
         """
         self.told = start
-        """What the ranks are told: options, model, pages."""
+        """Message that the ranks are told: options, model, pages."""
         self._model, self._use_costs = model, use_costs
-        self._launcher = launcher  # of ranks that are lost, or start: until an executor starts them with it
+        self._launcher = launcher  # for the next start, until an executor takes it
         self._given_up = threading.Event()
         self._executor: Executor | None = None
         self.costs = file_costs(start.config, start.spec)
-        """What ranks and links can do; None where nothing says it."""
+        """Costs of ranks and links; None where they are unknown."""
         self.restarts = Restarts(start.config.max_restarts)
-        """How often ranks that were lost have been replaced."""
+        """Record of the replacements of lost ranks."""
         self.failure: BaseException | None = None
-        """Why ranks that are lost are not replaced any more."""
+        """Why lost ranks are not replaced any more; None while they may be."""
 
     def start(self, lose_rank: Callable[[EngineConfig], None] | None = None) -> Executor:
-        """Start ranks, and again if they fail to.
+        """Start ranks, and try again if the start fails.
 
         Args:
             lose_rank: called with the options of one rank less, where starts have failed so often that fewer are tried
                 from now on; None keeps trying with all of them.
 
         Raises:
-            LongspanError: why there are none, and will be none.
+            LongspanError: the ranks cannot be started, and no try is left.
         """
         num_failed = 0
         while True:
@@ -100,7 +100,11 @@ class Ranks:
         self.told = structs.replace(self.told, generation=self.told.generation + 1)
 
     def take_restart(self, cause: BaseException) -> None:
-        """Use up one restart. Raises: why there is none left, as `Restarts.take`; the `failure` from now on."""
+        """Use up one restart.
+
+        Raises:
+            BaseException: no restart is left, as in `Restarts.take`; also the `failure` from now on.
+        """
         try:
             self.restarts.take(cause)
         except BaseException as final:
@@ -108,18 +112,18 @@ class Ranks:
             raise
 
     def end_lost(self) -> None:
-        """End what is left of ranks that are lost. `start` is next."""
+        """End what is left of lost ranks, before the next `start`."""
         assert self._executor is not None
         self._launcher = self._executor.replace() or self._launcher
         self._next_generation()
 
     def check_wanted(self, cause: BaseException) -> None:
-        """Raises: the cause of a loss, where new ranks will not come or are not waited for."""
+        """Raise the cause of a loss, if lost ranks are not replaced or the caller has given up waiting."""
         if self.failure is not None or self._given_up.is_set():
             raise cause
 
     def give_up(self) -> None:
-        """Do not wait for new ranks any more."""
+        """Stop waiting for new ranks."""
         self._given_up.set()
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Worker processes on a Ray cluster: one actor per process.
 
-Holds all that is Ray's, and is the only file that imports it. Must not know messages or plans.
+Holds all use of Ray, and is the only file that imports it. Must not know messages or plans.
 Read next: `longspan.worker.remote`, what every actor runs.
 
 Ray starts the actors, says on which node each is, brings their standard error to the driver's, and reports their
@@ -31,20 +31,20 @@ from longspan.group.shape import GroupShape, ProcessId
 from longspan.worker.remote import Place, run_remote
 
 RAY_ADDRESS = "RAY_ADDRESS"
-"""Environment variable: Ray's own way to name a cluster."""
+"""Environment variable in which Ray itself looks for a cluster's address."""
 
 OWN_CLUSTER = "local"
-"""Ray's word for a cluster of this machine alone that ends with the driver."""
+"""Ray's address of a new cluster on this machine alone, which ends with the driver."""
 
 
 class _WorkerActor:
-    """One process of the group, that Ray starts."""
+    """Ray actor that is one process of the group."""
 
     def __init__(self, name: str) -> None:
         """Send what the process prints to standard error.
 
         Args:
-            name: of the process, for the user.
+            name: the process's name in messages to the user.
         """
         self._name = name
         os.dup2(2, 1)  # the driver's standard output is the user's alone
@@ -53,18 +53,18 @@ class _WorkerActor:
         return self._name  # Ray puts this before every line that the actor writes
 
     def node(self) -> str:
-        """Address of the node that this actor is on."""
+        """Return the address of the node that this actor is on."""
         return str(ray.util.get_node_ip_address())
 
     def meeting_point(self, interface: str | None) -> tuple[str, int]:
-        """Address of this node's interface, and a port that is free on it."""
+        """Return the address of this node's interface, and a port that is free on it."""
         address = self.node() if interface is None else interface_address(interface)
         with socket.socket() as probe:
             probe.bind((address, 0))
             return address, int(probe.getsockname()[1])
 
     def run(self, place: Place, port: int, driver: str, secret: Secret, interface: str | None, timeout_s: float) -> int:
-        """Be a worker until the driver ends the group. Returns its exit code."""
+        """Run as a worker until the driver ends the group; return the exit code."""
         os.environ.update(
             RANK=str(place.number),
             WORLD_SIZE=str(place.world_size),
@@ -75,7 +75,7 @@ class _WorkerActor:
 
 
 class RayLauncher:
-    """One actor per process, in a placement group with one bundle for each."""
+    """Launcher of one Ray actor per process, in a placement group with one bundle for each."""
 
     is_remote = True
     directory: str | None = None
@@ -84,18 +84,18 @@ class RayLauncher:
         """Connect to the cluster, or start one on this machine.
 
         Raises:
-            ConfigError: there is no such cluster, or no way for it to reach this driver.
+            ConfigError: the cluster is not there, or cannot reach this driver.
         """
         self._config = config
         self._shape = GroupShape.of(config)
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._nodes: list[str] = []
-        self._runs: list[Any] = []  # per process, what becomes its exit code
+        self._runs: list[Any] = []  # per process, the future of its exit code
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
             self._connect()
-        # Ray carries it to the actors, so without one from the user it can be a new one.
+        # Ray carries the secret to the actors, so it may be a new one where the user gave none.
         self.secret: Secret | None = read_secret(config.secret_file) or Secret(secrets.token_bytes(32))
         try:
             self.bind_address = self._bind_address()
@@ -107,7 +107,7 @@ class RayLauncher:
         address = self._config.ray_address or os.environ.get(RAY_ADDRESS) or OWN_CLUSTER
         options: dict[str, Any] = {}
         if address == OWN_CLUSTER:
-            # It must hold all processes, however small it is.
+            # The cluster must hold all processes, however few cores the machine has.
             cpus = max(num_cores(), self._shape.world_size * self._config.num_threads)
             options = {"num_cpus": cpus, "include_dashboard": False}
         try:
@@ -122,7 +122,7 @@ class RayLauncher:
             ) from error
 
     def _bind_address(self) -> str:
-        """Where the driver listens: as the user says; else on the loopback interface, if there is one node."""
+        """Return where the driver listens: the option `listen`, or loopback on a cluster of one node."""
         if self._config.listen is not None:
             return tcp_address(self._config.listen)
         num_nodes = sum(bool(node["Alive"]) for node in ray.nodes())
@@ -178,7 +178,7 @@ class RayLauncher:
 
     def kill(self) -> None:
         for actor in self._actors:
-            with contextlib.suppress(RayError, ConnectionError):  # the cluster may be gone, and they with it
+            with contextlib.suppress(RayError, ConnectionError):  # the cluster may be gone, and its actors with it
                 ray.kill(actor)
 
     def renew(self) -> bool:
@@ -198,7 +198,7 @@ class RayLauncher:
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray takes SIGTERM for itself; what it means is the program's business."""
+    """Restore the program's own SIGTERM handler, which `ray.init` replaces."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -206,6 +206,6 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _first_line(error: RayError) -> str:
-    """What Ray says, without a remote traceback."""
+    """Return the first line of Ray's message, without the remote traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

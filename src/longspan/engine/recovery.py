@@ -1,13 +1,14 @@
-"""Ranks that were lost are replaced: how often, which requests are to blame, and what it took.
+"""Replacement of lost ranks: how often it is tried, which requests are to blame, and how long it took.
 
-Holds the budget, the verdict and the books. Must not know how ranks run, nor streams.
+Holds the budget of restarts, the choice of requests to give up, and totals over restarts. Must not know how ranks run,
+nor streams.
 Read next: `longspan.engine.engine`, whose `recover` uses this; Note: lost ranks in `longspan.scheduler.scheduler`.
 
 Note [What may be lost]
     KV is a cache of what the driver knows: token ids, seeds, grammar states. So when a rank dies, all ranks end, new
     ones start, and every request that ran is computed again from its prompt and the tokens that it has. Tokens are not
-    drawn again, and the next one depends on seed and position alone. What the user asked for and cannot be done
-    (`ConfigError`) is no reason to try again.
+    drawn again, and the next one depends on seed and position alone. A `ConfigError` is not tried again: options that
+    cannot be done would fail again.
 """
 
 import logging
@@ -25,35 +26,34 @@ from longspan.scheduler.scheduler import Scheduler
 from longspan.types import FinishReason
 
 RESTART_WINDOW_S = 600.0
-"""`max_restarts` counts the restarts of so many seconds."""
+"""Seconds within which `max_restarts` limits the restarts."""
 
 STARTS = 2
-"""Times that a start of new ranks may fail before one rank less is tried, and again so many for the next."""
+"""Failed starts after which one rank less is tried; counted anew for every rank less."""
 
 POISON_CRASHES = 4
-"""A request during which the ranks were lost so often, one after another, is not tried again; the last two times it ran
-alone."""
+"""Losses in a row during one request after which it is not tried again; it ran alone during the last two."""
 
 log = logging.getLogger(__name__)
 
 
 class Restarts:
-    """How often ranks were replaced, and whether they may be once more."""
+    """Record of restarts, and whether one more is allowed."""
 
     def __init__(self, most: int) -> None:
-        """No rank has been lost.
+        """Make an empty record.
 
         Args:
-            most: restarts within `RESTART_WINDOW_S`; 0 never replaces any rank.
+            most: restarts allowed within `RESTART_WINDOW_S` seconds.
         """
         self._most = most
         self._at_s: deque[float] = deque()
         self.num_done = 0
         """Times that new ranks were ready."""
         self.total_s = 0.0
-        """Seconds from the notice that ranks were lost until new ones were ready, all times together."""
+        """Seconds from the notice that ranks were lost until new ones were ready, summed over restarts."""
         self.last_s: float | None = None
-        """The same, the last time."""
+        """Seconds that the last restart took; None if there was none."""
 
     def take(self, cause: BaseException) -> None:
         """Use up one restart.
@@ -62,8 +62,8 @@ class Restarts:
             cause: why the ranks are lost.
 
         Raises:
-            BaseException: the cause, where a restart would not help, or none is allowed.
-            WorkerError: with the cause, if there were too many.
+            BaseException: the cause, if a restart would not help or none is allowed.
+            WorkerError: there were too many restarts; names the cause.
         """
         if not self._most or not isinstance(cause, LongspanError) or isinstance(cause, ConfigError):
             raise cause
@@ -79,11 +79,11 @@ class Restarts:
         log.warning("longspan: the ranks are lost: %s; new ones start", cause)
 
     def note_ready(self, seconds: float, num_requests: int) -> None:
-        """New ranks are ready.
+        """Note that new ranks are ready.
 
         Args:
-            seconds: what it took.
-            num_requests: how many go on or wait.
+            seconds: time that the restart took.
+            num_requests: requests that go on or wait.
         """
         self.num_done += 1
         self.total_s += seconds
@@ -92,7 +92,7 @@ class Restarts:
 
 
 def fail_poison(scheduler: Scheduler, cause: BaseException) -> list[Request]:
-    """End the requests that the ranks were lost with too often. Call it after `Scheduler.restart`; returns them."""
+    """End and return the requests during which the ranks were lost too often. Call it after `Scheduler.restart`."""
     poison = [request for request in scheduler.waiting if request.num_crashes >= POISON_CRASHES]
     for request in poison:
         request.fail(
@@ -105,7 +105,7 @@ def fail_poison(scheduler: Scheduler, cause: BaseException) -> list[Request]:
 
 
 def fewer_ranks(config: EngineConfig) -> EngineConfig | None:
-    """The same with one rank less; None if that would be too few, or if what is known holds for all together."""
+    """Return the options with one rank less; None if that would be too few, or an option describes all ranks."""
     size = config.context_parallel_size - 1
     if not config.may_lose_ranks or size < (config.min_ranks or 1):
         return None
@@ -118,7 +118,7 @@ def fewer_ranks(config: EngineConfig) -> EngineConfig | None:
 
 
 def fail_unfit(scheduler: Scheduler) -> list[Request]:
-    """End the requests that fewer ranks cannot hold. Call it after `Scheduler.take_over`; returns them."""
+    """End and return the requests that fewer ranks cannot hold. Call it after `Scheduler.take_over`."""
     unfit: list[Request] = []
     for request in list(scheduler.waiting):
         try:
@@ -131,7 +131,7 @@ def fail_unfit(scheduler: Scheduler) -> list[Request]:
 
 
 def add_totals(earlier: dict[int, RankResult], last: Iterable[RankResult]) -> dict[int, RankResult]:
-    """Per rank, what it did until now: totals of ranks that are gone, and of those that run."""
+    """Return the totals of every rank: those of lost ranks plus those of the ranks that run."""
     found = dict(earlier)
     for result in last:
         before = found.get(result.rank)

@@ -1,7 +1,7 @@
 """Updates of requests on their way from the engine's thread to the event loops that submitted them.
 
-Holds a stream per request, and the engine thread's books of all of them. Must not know text or HTTP.
-Read next: `longspan.engine.async_engine`, which fills streams; `longspan.engine.update`, what they carry.
+Holds a stream per request, and the engine thread's record of the open ones. Must not know text or HTTP.
+Read next: `longspan.engine.async_engine`, which fills streams; `longspan.engine.update`, which they carry.
 """
 
 import asyncio
@@ -18,22 +18,22 @@ class RequestStream:
     """The updates of one request, in order. Read it from the event loop that submitted the request."""
 
     def __init__(self, cancel: "Callable[[RequestStream], None]") -> None:
-        """Nothing has come yet.
+        """Make a stream without updates.
 
         Args:
-            cancel: called with this stream when the rest is not wanted; any thread may call it.
+            cancel: called with this stream, from any thread, when the client wants no more of it.
         """
         self._cancel = cancel
         self._updates: asyncio.Queue[Update | LongspanError] = asyncio.Queue()
         self._is_ended = False
         self.loop = asyncio.get_running_loop()
-        """Where it is read."""
+        """Event loop that reads the stream."""
 
     def __aiter__(self) -> AsyncIterator[Update]:
         return self
 
     async def __anext__(self) -> Update:
-        """The next update; the one with a `finish_reason` is the last.
+        """Return the next update; the one with a `finish_reason` is the last.
 
         Raises:
             LongspanError: the engine failed or was closed before the request ended, or this request cannot go on.
@@ -48,19 +48,19 @@ class RequestStream:
         return update
 
     def cancel(self) -> None:
-        """The rest is not wanted: free its pages before the next step that would have computed it.
+        """End the request, and free its pages before the next step that would have computed it.
 
-        May be called at any time and from any thread; after the end it does nothing.
+        May be called from any thread; after the request's end it does nothing.
         """
         self._is_ended = True
         self._cancel(self)
 
     def put(self, update: Update | LongspanError) -> None:
-        """Tell the reader; an error is the last that it hears. For the event loop's thread."""
+        """Hand the reader an update, or an error, which is the last. Only the event loop may call it."""
         self._updates.put_nowait(update)
 
     def put_soon(self, error: LongspanError) -> None:
-        """As `put`, from any thread."""
+        """Hand the reader an error, from any thread."""
         try:
             self.loop.call_soon_threadsafe(self.put, error)
         except RuntimeError:  # the loop has closed
@@ -68,13 +68,13 @@ class RequestStream:
 
 
 class _Open:
-    """A request that has not ended, and who hears of it."""
+    """A request that has not ended, and its stream."""
 
     __slots__ = ("num_read", "request", "started_s", "stream")
 
     def __init__(self, request: Request, stream: RequestStream) -> None:
         self.request, self.stream = request, stream
-        self.num_read = 0  # tokens that updates have told of
+        self.num_read = 0  # tokens that updates have carried
         self.started_s: float | None = None
 
     @property
@@ -87,22 +87,22 @@ class _Open:
 
 
 class OpenStreams:
-    """Streams of requests that have not ended, and what they are to hear next. For the engine's thread alone."""
+    """Streams of requests that have not ended, and updates to deliver. Only the engine's thread may use it."""
 
     def __init__(self) -> None:
-        self._open: dict[int, _Open] = {}  # by request id, as the next one
+        self._open: dict[int, _Open] = {}  # by request id, as is `_not_started`
         self._not_started: dict[int, _Open] = {}
         self._ids: dict[RequestStream, int] = {}
         self._untold: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Update | LongspanError]]] = {}
 
     def add(self, request: Request, stream: RequestStream) -> None:
-        """A request was queued."""
+        """Note a request that was queued."""
         request_id = request.request_id
         self._open[request_id] = self._not_started[request_id] = _Open(request, stream)
         self._ids[stream] = request_id
 
     def remove(self, stream: RequestStream) -> Request | None:
-        """Forget a stream; returns its request, or None if that has ended."""
+        """Forget a stream; return its request, or None if the request has ended."""
         request_id = self._ids.pop(stream, None)
         if request_id is None:
             return None
@@ -110,13 +110,13 @@ class OpenStreams:
         return self._open.pop(request_id).request
 
     def note_starts(self) -> None:
-        """Plans have been submitted: the time of the requests in them begins."""
+        """Start the clock of requests whose first plan has been submitted."""
         started = [request_id for request_id, found in self._not_started.items() if found.has_started]
         for request_id in started:
             self._not_started.pop(request_id).started_s = time.perf_counter()
 
     def take(self, advanced: Iterable[Request]) -> None:
-        """Note what streams are to hear of requests that have advanced."""
+        """Queue an update for the stream of every request that has advanced."""
         for request in advanced:
             found = self._open.get(request.request_id)
             if found is None:
@@ -131,7 +131,7 @@ class OpenStreams:
                 self.remove(stream)
 
     def pause(self) -> None:
-        """Note for the streams of requests that have to be computed again that the ranks are lost."""
+        """Queue the news that the ranks are lost, for streams of requests that must be computed again."""
         for found in self._open.values():
             if found.has_started:
                 cached = found.request.num_cached
@@ -141,10 +141,10 @@ class OpenStreams:
         self._untold.setdefault(stream.loop, []).append((stream, update))
 
     def deliver(self) -> list[Request]:
-        """Tell streams all that was noted, in one call into every event loop, whatever the number of requests.
+        """Deliver the queued updates, with one call into each event loop.
 
         Returns:
-            Requests that have lost their readers: their loops have closed.
+            Requests whose event loop has closed, so that nothing reads them any more.
         """
         lost: list[Request] = []
         untold, self._untold = self._untold, {}
@@ -156,7 +156,7 @@ class OpenStreams:
         return lost
 
     def end_all(self, reason: LongspanError) -> None:
-        """No request can be answered any more: tell all streams why."""
+        """End all streams with an error."""
         for found in self._open.values():
             found.stream.put_soon(reason)
         self._open.clear()

@@ -1,6 +1,6 @@
-"""Chooses and starts the executor that the user asked for.
+"""Choice and start of the executor that the user asked for.
 
-Holds the choice. Must not know how any of them works.
+Holds the choice. Must not know how an executor works.
 Read next: `longspan.engine.threads`, `longspan.engine.workers`.
 """
 
@@ -24,13 +24,13 @@ from longspan.group.shape import GroupShape
 def start_executor(
     start: Start, model: torch.nn.Module | None, launcher: Launcher | None, given_up: threading.Event
 ) -> Executor:
-    """All ranks, ready for plans.
+    """Start all ranks; return their executor when they are ready for plans.
 
     Args:
         start: what every process is told.
         model: a loaded module, for ranks that are threads; else None.
-        launcher: of processes that start already; None makes one.
-        given_up: set when nothing waits for the ranks any more.
+        launcher: launcher whose processes are starting already; None makes one.
+        given_up: event that is set when the caller no longer waits for the ranks.
 
     Raises:
         ConfigError: something that the user asked for cannot be done.

@@ -1,7 +1,7 @@
-"""What an engine can hold, is doing and has done, in numbers.
+"""Numbers of an engine: what it can hold, is doing and has done.
 
-Holds frozen answers, and the books of what ranks have done. Must not know how they are shown.
-Read next: `longspan.engine.engine`, which answers; `longspan.server.metrics`, which shows them to Prometheus.
+Holds frozen structs, and the totals of what ranks have done. Must not know how they are shown.
+Read next: `longspan.engine.engine`, which fills them; `longspan.server.metrics`, which shows them to Prometheus.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from longspan.plan.types import RankResult
 
 
 class Capacity(msgspec.Struct, frozen=True):
-    """What an engine's ranks can hold."""
+    """Capacity of an engine's ranks for KV."""
 
     num_ranks: int
     page_size: int
@@ -49,59 +49,59 @@ class RankStats(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One moment of an engine. Lists have one entry per rank; whatever is called a total counts from the start."""
+    """Snapshot of an engine. Tuples have one entry per rank; counts and seconds are totals since the start."""
 
     num_running: int
     """Requests that hold pages."""
     num_waiting: int
     """Requests that wait for admission."""
     kv_pages_used: tuple[int, ...]
-    """Pages in use, summed over KV groups."""
+    """Pages in use per rank, summed over KV groups."""
     kv_pages_total: tuple[int, ...]
-    """Pages there are."""
+    """Pages per rank, in use or free, summed over KV groups."""
     busy_s: tuple[float, ...]
     """Seconds that each rank spent on plans."""
     tokens_computed: tuple[int, ...]
     """Tokens that each rank computed."""
     steps_per_strategy: Mapping[str, int] = field(default_factory=dict)
-    """(plan, KV group) pairs."""
+    """(plan, KV group) pairs that used each strategy."""
     bytes_per_strategy: Mapping[str, int] = field(default_factory=dict)
-    """Bytes that ranks sent each other."""
+    """Bytes that ranks sent each other, by strategy."""
     num_preemptions: int = 0
     """Times that a running request gave its pages back and started again later."""
     prefix_queries_tokens: int = 0
     """Prompt tokens that were looked up in the prefix cache."""
     prefix_hit_tokens: int = 0
-    """Prompt tokens that were found there."""
+    """Prompt tokens that were found in the prefix cache."""
     num_restarts: int = 0
     """Times that ranks were lost and replaced."""
     recovery_s: float = 0.0
-    """Seconds that this took, all times together, from the notice of the loss until new ranks were ready."""
+    """Seconds from the notice that ranks were lost until new ones were ready, summed over restarts."""
     last_recovery_s: float | None = None
-    """The same, the last time; None if there was none."""
+    """Seconds of the last restart, from the notice of the loss until new ranks were ready; None if there was none."""
 
 
 class WorkDone:
-    """What every rank has done since the start, ranks that were lost included. Any thread may ask."""
+    """Totals of what every rank has done since the start, lost ranks included. Any thread may read them."""
 
     def __init__(self) -> None:
-        self._last: dict[int, RankResult] = {}  # per rank; its totals count from the start of these ranks
-        self._earlier: dict[int, RankResult] = {}  # the same, of ranks that were lost
+        self._last: dict[int, RankResult] = {}  # last answer per rank, with totals since these ranks' start
+        self._earlier: dict[int, RankResult] = {}  # totals per rank, of ranks that were lost
 
     def note(self, results: Iterable[RankResult]) -> None:
-        """Take in what ranks answered; the last answer of each counts."""
+        """Take in answers of ranks; the last answer of each rank counts."""
         self._last.update({result.rank: result for result in results})
 
     def lose_ranks(self) -> None:
-        """The ranks are lost; those that come next count from zero."""
+        """Keep the totals of ranks that are lost; the next ones count from zero."""
         self._earlier, self._last = add_totals(self._earlier, self._last.values()), {}
 
     def per_rank(self) -> dict[int, RankResult]:
-        """By rank, the totals; ranks that have done nothing are missing."""
+        """Return the totals by rank; a rank that has done nothing is missing."""
         return add_totals(self._earlier, list(self._last.values()))
 
     def bytes_per_strategy(self) -> dict[str, int]:
-        """Bytes that ranks sent each other."""
+        """Return the bytes that ranks sent each other, by strategy."""
         total: Counter[str] = Counter()
         for done in self.per_rank().values():
             total.update(done.strategy_bytes)

@@ -1,7 +1,7 @@
 """Ranks as threads of this process, sharing one set of weights: for tests, debugging, and one rank without a process.
 
 Holds threads and queues. Must not know schedulers or requests.
-Read next: `longspan.engine.workers`, the same between processes.
+Read next: `longspan.engine.workers`, the executor whose ranks are processes.
 """
 
 import platform
@@ -25,11 +25,11 @@ from longspan.worker.measure import measure
 from longspan.worker.runner import ModelRunner
 
 STOP_S = 1.0
-"""How long `close` waits for the ranks; one that waits for a failed peer gives up later, by its own deadline."""
+"""Seconds that `close` waits for the ranks; a rank that waits for a failed peer ends later, at its own timeout."""
 
 
 class ThreadExecutor:
-    """One thread per rank. `threads_per_rank` sets the compute threads of the whole process."""
+    """Executor with one thread per rank. `threads_per_rank` sets the compute threads of the whole process."""
 
     def __init__(self, start: Start, model: torch.nn.Module | None = None) -> None:
         """Load the model (or take one that is loaded) and start the ranks."""
@@ -96,7 +96,7 @@ class ThreadExecutor:
         deadline = time.monotonic() + STOP_S
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
-        self.runners.clear()  # and with them the pools, which may be most of a GPU
+        self.runners.clear()  # frees the page pools, which may be most of a GPU
 
     def replace(self) -> None:
         self.close()

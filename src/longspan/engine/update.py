@@ -1,6 +1,6 @@
-"""What a step did for one request: the message from the thread that drives the engine to the one that reads text.
+"""Result of a step for one request: the message from the thread that drives the engine to the one that reads text.
 
-Holds one frozen value and how it is made. Must not know text.
+Holds one frozen struct, and how it is made. Must not know text.
 Read next: `longspan.engine.output_reader`, which puts updates together.
 """
 
@@ -11,32 +11,32 @@ from longspan.types import FinishReason, TokenLogprobs
 
 
 class Update(msgspec.Struct, frozen=True):
-    """What one step did for one request."""
+    """Result of one step for one request."""
 
     token_ids: list[int]
     """New tokens; empty while the prompt is being computed."""
     logprobs: list[TokenLogprobs]
-    """One per new token, if asked for."""
+    """One entry per new token, if asked for."""
     num_prefilled: int
     """Prompt tokens computed or found in the cache so far."""
     num_cached: int
     """Prompt tokens that were found in the cache."""
     since_start_s: float
-    """Seconds since the request began; the maker says what counts as that."""
+    """Seconds since the call of `generate` in `LLM`; since the request's first plan in `AsyncEngine`."""
     finish_reason: FinishReason | None
     prompt_logprobs: list[TokenLogprobs] | None
-    """With the first token, if asked for: one per prompt token but the first."""
+    """One entry per prompt token but the first, if asked for; None except with the first generated token."""
     is_recovering: bool = False
-    """The ranks are lost; when new ones are ready, prompt and tokens are computed again before the next token."""
+    """Whether the ranks are lost, so that new ones compute prompt and tokens again before the next token."""
 
 
 def update_of(request: Request, num_read: int, since_start_s: float) -> Update:
-    """What is new of a request that has advanced.
+    """Make the update of a request that has advanced.
 
     Args:
-        request: as the step left it.
-        num_read: how many of its tokens earlier updates have told of.
-        since_start_s: seconds since it began.
+        request: the request after the step.
+        num_read: number of generated tokens in earlier updates.
+        since_start_s: seconds since the request began.
     """
     return Update(
         token_ids=request.token_ids[request.prompt_len + num_read :],

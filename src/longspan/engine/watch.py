@@ -1,8 +1,8 @@
-"""The watch over the processes of a group: what they say, and whether they live.
+"""Watch over the processes of a group: their messages, and whether they are alive.
 
-Holds the thread that hears them, and what follows from each message and each sign of failure. Must not know how
+Holds the thread that receives messages, and the reaction to each message and sign of failure. Must not know how
 processes are started, schedulers, or requests.
-Read next: `longspan.engine.workers`, which plans go through; `longspan.group.failures`, why a group failed.
+Read next: `longspan.engine.workers`, which sends plans; `longspan.group.failures`, which finds the cause of a failure.
 """
 
 import threading
@@ -38,32 +38,32 @@ from longspan.group.shape import GroupShape, ProcessId, speaker
 from longspan.group.versions import own_versions
 
 POLL_MS = 100
-"""How often dead processes are looked for while nothing arrives."""
+"""Milliseconds between checks for dead processes while no message arrives."""
 
 HEARTBEAT_EVERY_S = 0.5
-"""How often workers hear that the driver runs, and connections that are gone are noticed."""
+"""Seconds between heartbeats to workers, which also reveal connections that are gone."""
 
 LATECOMERS_S = 2.0
-"""How long a group that cannot start tells workers on other hosts so, who come a little later than the first."""
+"""Seconds that a group that cannot start goes on telling so to workers that connect a little later."""
 
 GRACE_S = 0.5
-"""How long the driver listens after a first sign of failure, to tell the cause from its consequences."""
+"""Seconds that the driver listens after a first sign of failure, to tell the cause from its consequences."""
 
 
 class Watch:
-    """Hears the processes of one group, in a thread of its own, until it is ended or the group has failed."""
+    """Receives the messages of one group's processes, in its own thread, until it is ended or the group has failed."""
 
     def __init__(
         self, start: Start, shape: GroupShape, launcher: Launcher, link: DriverLink, given_up: threading.Event
     ) -> None:
-        """Make the watch; `begin` it when the processes are being started.
+        """Make the watch; call `begin` when the processes are being started.
 
         Args:
             start: what every process is told.
-            shape: of the group.
-            launcher: of its processes.
-            link: to them.
-            given_up: set when nothing waits for the processes any more.
+            shape: shape of the group.
+            launcher: launcher of the group's processes.
+            link: link to the processes.
+            given_up: event that is set when the caller no longer waits for the processes.
         """
         self._shape, self._launcher, self._link, self._given_up = shape, launcher, link, given_up
         self._is_first = start.generation == 0
@@ -72,31 +72,31 @@ class Watch:
         self._failures = Failures(shape)
         self._liveness = Liveness(shape.processes, start.config.exchange_timeout_s)
         self.membership = Membership(shape, own_versions())
-        """Which processes have come."""
+        """Processes that have connected."""
         self.pending = PendingPlans()
         """Plans in flight."""
         self.measurements = PendingMeasurements(shape.num_ranks)
-        """What ranks say of themselves when they are asked to measure."""
+        """Measurements that the ranks were asked for."""
         self.ready: Future[None] = Future()
-        """Done when all processes can run plans; or what made the group fail before."""
+        """Future that is done when all processes can run plans; fails if the group fails before."""
         self._is_ended = False
         self._thread = threading.Thread(target=self._run, name="longspan-watch", daemon=True)
 
     # -- the caller's thread -----------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start to listen."""
+        """Start the thread."""
         self._thread.start()
 
     def end(self) -> None:
-        """Listen no more; returns when the thread has ended."""
+        """End the thread, and wait for its end."""
         self._is_ended = True
         if self._thread.ident is not None:
             self._link.wake()
             self._thread.join()
 
     def tell_all(self, message: Stop | Refused) -> None:
-        """Say it to processes that no signal reaches, busy or not. Any thread may call it when the watch has ended."""
+        """Send a message to processes that no signal reaches, busy or not. After `end` any thread may call it."""
         if self._launcher.is_remote:
             for member in self.membership.members:
                 self._link.send(member.urgent, encode(message))
@@ -104,7 +104,7 @@ class Watch:
     # -- the thread of the watch -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """Take in what the processes say, and notice when one is gone; after a failure, end all of them."""
+        """Receive messages and notice processes that are gone; after a failure, end all of them."""
         error: Exception | None
         try:
             error = self._listen()
@@ -115,14 +115,14 @@ class Watch:
                 self._wait_for_latecomers(error)
                 self.tell_all(Refused(" ".join(str(error).split())))
                 self._launcher.kill()
-            finally:  # whatever happens to the processes, nothing waits for them any more
+            finally:  # whatever happens to the processes, no caller may go on waiting for them
                 self.pending.fail(error)
                 self.measurements.fail(error)
                 if not self.ready.done():
                     self.ready.set_exception(error)
 
     def _listen(self) -> Exception | None:
-        """Returns why the group failed, or None when the watch is ended."""
+        """Return why the group failed, or None when the watch is ended."""
         began = now = time.monotonic()
         told = began - HEARTBEAT_EVERY_S
         while not self._is_ended:
@@ -146,14 +146,14 @@ class Watch:
                     self._failures.stuck(process, self._name(process), self._liveness.stuck_limit_s, now)
             first_s = self._failures.first_s
             if first_s is not None and (now - first_s > GRACE_S or self._failures.is_complete):
-                self._take_in_all(0)  # last words that came behind a process's end
+                self._take_in_all(0)  # last messages, which arrive after a process's end
                 return self._failures.cause()
             if self.membership.missing and now - began > self._connect_timeout_s:
                 return self._missing()
         return None
 
     def _take_in_all(self, timeout_ms: int) -> ConfigError | None:
-        """What has come, or comes in time. Returns why the group cannot be started, if a message shows that."""
+        """Take in messages; return why the group cannot be started, if a message shows that."""
         for peer, frame in self._link.receive(timeout_ms):
             try:
                 self.take_in(peer, frame)
@@ -168,11 +168,11 @@ class Watch:
         """Take in one message.
 
         Args:
-            peer: the connection that it came over.
-            frame: its bytes.
+            peer: connection that the message came over.
+            frame: bytes of the message.
 
         Raises:
-            ConfigError: its sender cannot be in this group.
+            ConfigError: the sender cannot be in this group.
         """
         try:
             message: ToDriver = decode_to_driver(frame)
@@ -192,23 +192,23 @@ class Watch:
                 self._hear(process, message)
 
     def _welcome(self, hello: Hello, peer: bytes) -> None:
-        """A process introduces itself.
+        """Admit a process that introduces itself.
 
         Raises:
-            ConfigError: it cannot be in this group.
+            ConfigError: the process cannot be in this group.
         """
-        is_early = self._failures.first_s is not None and self.ready.done()  # for the group that comes next
+        is_early = self._failures.first_s is not None and self.ready.done()  # it belongs to the group that comes next
         known = self.membership.get(self._shape.process(hello.number))
-        if is_early or (known is not None and known.voice == peer):  # or said twice, over a connection made twice
+        if is_early or (known is not None and known.voice == peer):  # or it came twice, over a connection made twice
             return
         self._liveness.got_further(self.membership.admit(hello, peer))
         self._link.send(peer, self._start)
 
     def _hear(self, process: ProcessId, message: Answer | Measured | Files | Ready | Failed) -> None:
-        """A process of the group speaks.
+        """Take in a message of a process of the group.
 
         Raises:
-            ConfigError: it shows that it cannot be in this group.
+            ConfigError: the message shows that its sender cannot be in this group.
         """
         if isinstance(message, Answer):
             self._liveness.got_further(process)
@@ -227,7 +227,7 @@ class Watch:
             self._failures.said(message, time.monotonic())
 
     def _look_for(self, process: ProcessId, is_gone: bool, step_s: float, now: float) -> None:
-        """Look for the end of a process, and for its signs of life."""
+        """Check whether a process has ended, or has been silent for too long."""
         is_remote = self._launcher.is_remote
         member = self.membership.get(process)
         if (how := self._launcher.ended(process)) is not None:
@@ -242,7 +242,7 @@ class Watch:
                 self._failures.silent(process, self._name(process), silence_s, why, now)
 
     def _wait_for_latecomers(self, error: Exception) -> None:
-        """A process that comes while a group fails to start must not wait for a driver that is gone."""
+        """Refuse processes that connect while the group fails to start: they would wait for a driver that is gone."""
         if not self._launcher.is_remote or self.ready.done():
             return
         deadline = time.monotonic() + LATECOMERS_S
@@ -258,7 +258,7 @@ class Watch:
                 return
 
     def _send_heartbeats(self) -> set[ProcessId]:
-        """Tell the processes that the driver runs. Returns those whose connection is gone."""
+        """Tell the processes that the driver runs; return those whose connection is gone."""
         message = encode(Heartbeat())
         gone: set[ProcessId] = set()
         for process in self._shape.processes:
@@ -268,7 +268,7 @@ class Watch:
         return gone
 
     def _missing(self) -> WorkerError:
-        """Which processes never came."""
+        """Return the error that names the processes that never connected."""
         link = self._link
         who = self._shape.names(self.membership.missing)
         text = f"{who} did not connect to {link.address} within {self._connect_timeout_s:g} s (connect_timeout_s)"
@@ -282,7 +282,7 @@ class Watch:
 
 
 def _may_say(process: ProcessId, message: Answer | Measured | Files | Ready | Failed) -> bool:
-    """Whether a process may say this: what is about a rank's work, the rank's first process says."""
+    """Whether a process may send a message; answers and measurements come only from a rank's first process."""
     if isinstance(message, Answer):
         return process.speaks_for_rank and process.rank == message.result.rank
     return process == (speaker(message.measurement.rank) if isinstance(message, Measured) else message.process)

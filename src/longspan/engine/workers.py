@@ -1,9 +1,9 @@
-"""Ranks as worker processes, wherever they run: what all launchers share.
+"""Executor whose ranks are worker processes, whatever launcher starts them.
 
-Holds the way of plans to the processes, and the end of the group. Must not know how processes are started, schedulers,
-or requests.
-Read next: `longspan.engine.watch`, what comes back; `longspan.engine.launcher`; `longspan.worker.process`, the other
-end.
+Holds the sending of plans to the processes, and the end of the group. Must not know how processes are started,
+schedulers, or requests.
+Read next: `longspan.engine.watch`, which receives answers; `longspan.engine.launcher`; `longspan.worker.process`, which
+runs in every process.
 """
 
 import threading
@@ -20,24 +20,24 @@ from longspan.group.shape import GroupShape
 from longspan.plan.types import Plan, PlanResult
 
 STOP_S = 1.0
-"""How long idle workers may take to end when asked; then they are killed."""
+"""Seconds that idle workers may take to end when asked; then they are killed."""
 
 
 class WorkerExecutor:
-    """A group whose processes are workers."""
+    """Executor of a group of worker processes."""
 
     def __init__(self, start: Start, shape: GroupShape, launcher: Launcher, given_up: threading.Event) -> None:
         """Start all processes and wait until they are ready.
 
         Args:
             start: what every process is told.
-            shape: of the group.
-            launcher: starts them; released when this executor closes.
-            given_up: set when nothing waits for them any more.
+            shape: shape of the group.
+            launcher: starts the processes; released when this executor closes.
+            given_up: event that is set when the caller no longer waits for the processes.
 
         Raises:
-            WorkerError: a worker died, failed while starting, or never came.
-            ConfigError: a worker refused what the user asked for, or does not fit to the others.
+            WorkerError: a worker died, failed while starting, or never connected.
+            ConfigError: a worker refused what the user asked for, or differs from the others.
             LongspanError: the start was given up.
         """
         self._launcher = launcher
@@ -86,7 +86,7 @@ class WorkerExecutor:
 
     @property
     def address(self) -> str:
-        """Where workers find this driver."""
+        """Address at which workers find this driver."""
         return self._link.address
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class WorkerExecutor:
         return None
 
     def _end(self) -> bool:
-        """End the watch, and tell the processes to end. Returns whether they were idle, and will."""
+        """End the watch, and tell the processes to end; return whether they were idle, and so end at once."""
         self._is_closed = True
         watch = self._watch
         watch.pending.fail(LongspanError("the engine is closed"))
@@ -115,6 +115,6 @@ class WorkerExecutor:
             for member in self.membership.members:
                 self._link.send(member.voice, encode(Stop()))
         else:
-            # To wait for one that starts, or is busy with a plan of no use any more, would only cost the user a second.
+            # Waiting for processes that start, or run a plan of no use any more, would only cost the user a second.
             watch.tell_all(Stop())
         return is_idle

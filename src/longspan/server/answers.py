@@ -1,4 +1,4 @@
-"""What completions and chat answers have in common: an id, one response or many chunks, usage, progress, errors.
+"""Common part of completions and chat answers: id, one response or many chunks, usage, progress, errors.
 
 Holds the frame of an answer. Must not know what is inside a choice.
 Read next: `longspan.server.completions`, `longspan.server.chat`.
@@ -26,7 +26,7 @@ from longspan.server.token_texts import TokenTexts
 Result = TypeVar("Result")
 
 INLINE_SIZE = 2_000
-"""Tokens from which an answer is put together in a thread: 2,000 with log-probabilities took 20 ms."""
+"""Tokens from which an answer is built in a thread: 2,000 with log-probabilities took 20 ms."""
 
 
 class Answer(ABC):
@@ -48,24 +48,24 @@ class Answer(ABC):
 
     @abstractmethod
     def choice(self, choice: AnswerChoice, deltas: Sequence[OutputDelta], texts: TokenTexts) -> dict[str, Any]:
-        """A finished choice."""
+        """Return the JSON of a finished choice."""
 
     @abstractmethod
     def chunks(self, choice: AnswerChoice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
-        """What a delta adds to its choice, as the choices of as many chunks."""
+        """Return what a delta adds to its choice: the JSON of one choice per chunk."""
 
     def size(self, choice: AnswerChoice) -> int:
-        """Tokens that an answer has to tell of for one choice."""
+        """Return the number of tokens that the answer has for one choice."""
         return choice.reader.num_generated
 
     def usage(self) -> dict[str, Any]:
-        """Tokens counted."""
+        """Return the token counts."""
         return self.generation.usage()
 
     # -- at once -----------------------------------------------------------------------------------------------------
 
     async def whole(self) -> Response:
-        """One response, when all choices have ended."""
+        """Return one response, when all choices have ended."""
         deltas = await self.generation.finish()
 
         def build(texts: TokenTexts) -> Response:
@@ -84,7 +84,7 @@ class Answer(ABC):
     # -- as it comes -------------------------------------------------------------------------------------------------
 
     def stream(self) -> Response:
-        """Chunks while the choices are made."""
+        """Return a response that sends chunks while the choices are being made."""
         return EventStream(self._chunks(), self.generation.cancel)
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
@@ -116,7 +116,7 @@ class Answer(ABC):
 
 
 def _progress(choice: AnswerChoice) -> dict[str, Any]:
-    """As llama.cpp's server gives it, and beside it the choice and what is left; `recovering` only while it is so."""
+    """Return the progress as llama.cpp's server does, and also the choice, the time left, and `recovering` if so."""
     progress = choice.reader.prefill_progress()
     recovering = {"recovering": True} if progress.is_recovering else {}
     return {

@@ -1,7 +1,7 @@
-"""The web application: every address, and what it answers.
+"""The web application: every route, and its handler.
 
 Holds routes. Must not know how requests run.
-Read next: `longspan.server.completions`, `longspan.server.chat`; `longspan.server.run`, which starts all this.
+Read next: `longspan.server.completions`, `longspan.server.chat`; `longspan.server.run`, which starts the server.
 """
 
 from collections.abc import Callable, Coroutine
@@ -28,7 +28,7 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def _json_route(state: ServerState) -> type[APIRoute]:
-    """Routes whose bodies are read by `read_body`; the framework finds a request that is checked already."""
+    """Make a route class that reads and checks bodies by `read_body` instead of by FastAPI."""
 
     class JsonRoute(APIRoute):
         def get_route_handler(self) -> _Handler:
@@ -45,7 +45,7 @@ def _json_route(state: ServerState) -> type[APIRoute]:
                             return read_body(raw, kind, state)
                         return await state.tokenizers.run(lambda _tokenizer: read_body(raw, kind, state), len(raw))
                     except LongspanError as error:
-                        raise as_api_error(error) from None  # the framework lets nothing else through
+                        raise as_api_error(error) from None  # FastAPI lets no other exception through
 
             async def handle_json(request: Request) -> Response:
                 return await handle(JsonRequest(request.scope, request.receive))
@@ -56,11 +56,11 @@ def _json_route(state: ServerState) -> type[APIRoute]:
 
 
 def make_app(state: ServerState) -> FastAPI:
-    """The application around one server's state."""
+    """Make the application around one server's state."""
     app = FastAPI(
         title="longspan",
         version=version("longspan"),
-        docs_url=None,  # they would load scripts from elsewhere
+        docs_url=None,  # the pages would load scripts from other hosts
         redoc_url=None,
         exception_handlers=error_handlers(),
         responses={"4XX": {"description": "Refused; see `error`"}, "5XX": {"description": "Failed; see `error`"}},
@@ -75,7 +75,7 @@ def make_app(state: ServerState) -> FastAPI:
 
 
 def _add_text_routes(router: APIRouter, state: ServerState) -> None:
-    """Text and tokens."""
+    """Add the routes for text and tokens."""
 
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -91,34 +91,34 @@ def _add_text_routes(router: APIRouter, state: ServerState) -> None:
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        """Token ids of a text or a conversation."""
+        """Return the token ids of a text or a conversation."""
         state.check_model(body.model)
         return await unless_gone(request, _tokenize(state, body))
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        """The text of token ids, special ones left out."""
+        """Return the text of token ids, special ones left out."""
         state.check_model(body.model)
         return await unless_gone(request, _detokenize(state, body))
 
 
 def _add_server_routes(router: APIRouter, state: ServerState) -> None:
-    """The server itself."""
+    """Add the routes about the server itself."""
 
     @router.get("/v1/models")
     async def models() -> Response:
-        """The one model that there is."""
+        """List the only model."""
         return json_response({"object": "list", "data": [_model(state)]})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        """The one model that there is, by name."""
+        """Describe the only model, by name."""
         state.check_model(name)
         return json_response(_model(state))
 
     @router.get(HEALTH_PATH)
     async def health() -> Response:
-        """200 while requests can be served."""
+        """Answer 200 while requests can be served."""
         if state.engine.failure is not None:
             raise ApiError(503, f"the ranks have failed: {state.engine.failure}", code="engine_error")
         if state.engine.is_recovering:
@@ -130,7 +130,7 @@ def _add_server_routes(router: APIRouter, state: ServerState) -> None:
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        """Numbers for Prometheus."""
+        """Return metrics for Prometheus."""
         return Response(state.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

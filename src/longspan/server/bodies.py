@@ -1,6 +1,6 @@
-"""From the bytes of a body to a request: long ones in a thread, in pieces, and refused by length before all else.
+"""Parsing of bodies to requests: long bodies in a thread, in pieces, and refused by length before all else.
 
-Holds the order in which a long body is looked at. Must not know what fields mean, nor routes.
+Holds the order in which a long body is checked. Must not know what fields mean, nor routes.
 Read next: `longspan.server.protocol`; `longspan.server.app`, which calls this.
 
 Note: why in pieces
@@ -24,11 +24,11 @@ LONG_BODY = 2**16
 """Bytes from which a body is read in a thread."""
 
 MAX_FIELD = 2**18
-"""Bytes of JSON that one field may take, in a long body, if it is not one of the next two."""
+"""Most bytes of JSON of one field of a long body, unless `MAX_FIELDS` or `UNLIMITED` has the field."""
 
 MAX_FIELDS = {"response_format": 2**20, "logit_bias": 2**22}
 UNLIMITED = ("prompt", "messages", "tokens", "content", "text")
-"""Only the body's own limit holds for them."""
+"""Fields that only the limit of the whole body bounds."""
 
 _HOLDS_PROMPTS = re.compile(rb'\[\s*["\[]')
 _PIECE = 2**18
@@ -36,12 +36,12 @@ _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def read_body(raw: bytes, kind: type[Body], state: ServerState) -> Any:
-    """The request in a body; what is no JSON object comes back as it is, for the framework to refuse.
+    """Parse a body to a request; JSON that is no object is returned as it is, for FastAPI to refuse.
 
     Args:
         raw: the whole body.
-        kind: of request.
-        state: the server's, for its limits.
+        kind: type of the request.
+        state: state of the server, for its limits.
 
     Raises:
         LongspanError, ApiError: the body is not JSON, or no legal request.
@@ -73,14 +73,14 @@ def _check_count(name: str, count: int, state: ServerState) -> None:
 
 
 class _LongBody:
-    """One long body."""
+    """Parser of one long body."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._max_tokens = 1
 
     def fields(self, raw: "bytes | msgspec.Raw", kind: type[Body]) -> dict[str, Any]:
-        """A JSON object of one kind."""
+        """Return the fields of a JSON object, cut by the fields of a request type."""
         try:
             cut = msgspec.json.decode(raw, type=_cut(kind))
         except msgspec.ValidationError as error:
@@ -141,7 +141,7 @@ class _LongBody:
 
 
 def _entries(name: str, text: bytes, most: int, rule: str) -> list[msgspec.Raw]:
-    """The raw entries of a list; too many are refused without a look at the rest."""
+    """Return the raw entries of a list; too many are refused without reading the rest."""
     try:
         cut = msgspec.json.decode(text, type=_list_of(most))
     except msgspec.ValidationError:
@@ -151,7 +151,7 @@ def _entries(name: str, text: bytes, most: int, rule: str) -> list[msgspec.Raw]:
 
 @functools.cache
 def _cut(kind: type[Body]) -> Any:
-    """A type that keeps the raw text of each field and refuses fields that are not there."""
+    """Make a type that keeps the raw text of each field and refuses fields that are not there."""
     names = {field.alias or name for name, field in kind.model_fields.items()} | set(kind.REFUSED)
     fields: Any = [(name, msgspec.Raw, msgspec.UNSET) for name in sorted(names)]
     return msgspec.defstruct(f"Cut{kind.__name__}", fields, forbid_unknown_fields=True)
@@ -159,12 +159,12 @@ def _cut(kind: type[Body]) -> Any:
 
 @functools.cache
 def _list_of(most: int) -> Any:
-    """A type that keeps the raw text of each entry of a list, and stops at one too many."""
+    """Make a type that keeps the raw text of each entry of a list, and stops at one too many."""
     fields: Any = [(f"entry{i}", msgspec.Raw, msgspec.UNSET) for i in range(most)]
     return msgspec.defstruct(f"ListOf{most}", fields, array_like=True, forbid_unknown_fields=True)
 
 
 def kind_of(field: Any) -> type[Body] | None:
-    """The request type of a route's body."""
+    """Return the request type of a route's body, or None."""
     kind = None if field is None else field.field_info.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Body) else None

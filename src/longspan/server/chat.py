@@ -1,7 +1,7 @@
-"""`/v1/chat/completions`: continues conversations, by the model's own chat template.
+"""Answers of `/v1/chat/completions`, which continues conversations, by the model's own chat template.
 
-Holds the template's use and the shape of choices. Must not know how anything runs.
-Read next: `longspan.server.answers`, the frame; `longspan.server.completions`, the other kind.
+Holds the use of the template, and the shape of choices. Must not know how requests run.
+Read next: `longspan.server.answers`, the base class; `longspan.server.completions`, for plain prompts.
 """
 
 import asyncio
@@ -22,13 +22,17 @@ from longspan.server.state import ServerState
 from longspan.server.token_texts import TokenTexts
 
 _TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
-"""What a template raises about messages that it was not written for."""
+"""Errors that a template raises for messages that it was not written for."""
 
 
 async def chat(state: ServerState, body: ChatRequest) -> Response:
-    """Answer a request. Raises: LongspanError, ApiError."""
+    """Answer a request.
+
+    Raises:
+        LongspanError, ApiError: the request is refused.
+    """
     least = body.asked_max_tokens or body.min_tokens or 1
-    await body.in_thread_if_long(lambda: body.sampling_params(least))  # what is wrong with it, before any work
+    await body.in_thread_if_long(lambda: body.sampling_params(least))  # refuses wrong values before any work
     token_ids = await encode_messages(state, body.messages)
     max_tokens = body.asked_max_tokens
     if max_tokens is None:
@@ -42,13 +46,13 @@ async def chat(state: ServerState, body: ChatRequest) -> Response:
 async def encode_messages(
     state: ServerState, messages: Sequence[Message], *, wants_answer: bool = True, add_special_tokens: bool = False
 ) -> list[int]:
-    """Token ids of a conversation.
+    """Return the token ids of a conversation.
 
     Args:
-        state: the server's.
+        state: state of the server.
         messages: the conversation.
-        wants_answer: whether the template shall end where the model is to go on.
-        add_special_tokens: whether the tokenizer adds its own; templates write them out.
+        wants_answer: whether the template ends where the model's answer begins.
+        add_special_tokens: whether the tokenizer adds special tokens; templates have their own.
 
     Raises:
         ApiError: the model has no template, or the template refuses the messages.

@@ -1,7 +1,7 @@
-"""`/v1/completions`: continues prompts as they are.
+"""Answers of `/v1/completions`, which continues prompts as they are.
 
-Holds the prompts' way to token ids and the shape of choices. Must not know how anything runs.
-Read next: `longspan.server.answers`, the frame; `longspan.server.chat`, the other kind.
+Holds the tokenization of prompts, and the shape of choices. Must not know how requests run.
+Read next: `longspan.server.answers`, the base class; `longspan.server.chat`, for conversations.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,11 @@ from longspan.server.token_texts import TokenTexts
 
 
 async def complete(state: ServerState, body: CompletionRequest) -> Response:
-    """Answer a request. Raises: LongspanError, ApiError."""
+    """Answer a request.
+
+    Raises:
+        LongspanError, ApiError: the request is refused.
+    """
     params = await body.in_thread_if_long(body.sampling_params)
     prompts = [await _prompt(state, prompt, needs_text=bool(body.echo)) for prompt in body.prompts]
     generation = await Generation.start(state, prompts, params, body.num_choices)
@@ -68,7 +72,7 @@ class _Completion(Answer):
         return [self._shape(choice, front or "", self._logprobs(choice, [], texts, is_first))]
 
     def _front(self, choice: AnswerChoice) -> str | None:
-        """The prompt, if the answer repeats it."""
+        """Return the prompt's text if the answer repeats it, else None."""
         return choice.prompt.text if self._echo else None
 
     def _logprobs(

@@ -1,7 +1,7 @@
 """Options of the server, checked once.
 
 Holds values and their legal ranges. Must not import what a server needs: `longspan serve --help` answers at once.
-Read next: `longspan.cli.serve`, which sets these; `longspan.server.run`, which obeys them.
+Read next: `longspan.cli.serve`, which sets these; `longspan.server.run`, which uses them.
 """
 
 from typing import Annotated
@@ -14,7 +14,7 @@ from longspan.quantities import MAX_COUNT, parse_size
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Who may ask, for how much, and where.
+    """Address, API key and limits of a server.
 
     Raises:
         ConfigError: a value is illegal.

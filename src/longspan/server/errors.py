@@ -1,6 +1,6 @@
-"""Every way to say no, in the shape that OpenAI's clients read.
+"""Error responses, in the shape that OpenAI's clients read.
 
-Holds `ApiError`, its JSON, and how other errors become one. Must not know engines or streams.
+Holds `ApiError`, its JSON, and the conversion of other errors to it. Must not know engines or streams.
 Read next: `longspan.server.app`, which installs the handlers.
 
     {"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": null}}
@@ -19,13 +19,13 @@ from longspan.engine.async_engine import QueueFullError
 from longspan.errors import CapacityError, ConfigError, LongspanError
 
 RETRY_AFTER_S = 1
-"""What a client is told to wait when the queue is full: a place gets free with the next request that ends."""
+"""Seconds that a client is told to wait when the queue is full."""
 
 TOO_LONG = "context_length_exceeded"
 
 
 class ApiError(HTTPException):
-    """An answer that is an error."""
+    """Error that is the answer to a request."""
 
     def __init__(
         self,
@@ -41,24 +41,24 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON object that says so."""
+        """JSON object of the error."""
         kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
         if self.status_code == 429:
             kind = "rate_limit_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The whole HTTP response."""
+        """Return the error as an HTTP response."""
         return json_response(self.body, self.status_code, self.headers)
 
 
 def json_response(body: object, status: int = 200, headers: Any = None) -> Response:
-    """A JSON response."""
+    """Return a JSON response."""
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about an error of the engine."""
+    """Convert an error of the engine to the one that the client gets."""
     text = str(error)
     if isinstance(error, ApiError):
         return error
@@ -71,7 +71,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _param(message: str) -> str | None:
-    """The field that a `ConfigError` names."""
+    """Return the field that a `ConfigError` names, or None."""
     found = re.match(r"(\w+)(: | needs | goes )", message)
     return found[1] if found else None
 
@@ -80,7 +80,7 @@ def _param(message: str) -> str | None:
 
 
 def describe(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """A message and the field's name, from what pydantic found wrong with a request."""
+    """Return a message, and a field's name or None, for what pydantic found wrong with a request."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "path", "query")]
     name = ".".join(place) or None
@@ -100,7 +100,7 @@ def describe(errors: Sequence[Any]) -> tuple[str, str | None]:
 
 
 def _shown(value: object) -> str:
-    """A value in a message, if it is short."""
+    """Return a value as text for a message, or only its type or length."""
     if isinstance(value, str) and len(value) > 60:
         return f"a text of {len(value)} characters"
     return repr(value) if isinstance(value, (str, int, float, bool)) or value is None else f"a {type(value).__name__}"
@@ -134,7 +134,7 @@ async def _on_any_error(_request: Request, error: Exception) -> Response:
 
 
 def error_handlers() -> dict[Any, Any]:
-    """For the constructor of the app."""
+    """Return the handlers for the app's constructor."""
     return {
         RequestValidationError: _on_validation_error,
         StarletteHTTPException: _on_http_error,

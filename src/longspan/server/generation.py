@@ -1,8 +1,8 @@
-"""One HTTP request's answers: submits them to the engine, and merges what comes of them.
+"""Answers to one HTTP request: their submission to the engine, and the merge of their updates.
 
 Holds choices while they run. Must not know HTTP, the shape of answers, or how tokens become text.
-Read next: `longspan.engine.output_reader`, `longspan.engine.async_engine`; `longspan.server.completions`, which shows
-the deltas.
+Read next: `longspan.engine.output_reader`, `longspan.engine.async_engine`; `longspan.server.completions`, which turns
+deltas into JSON.
 
     prompts x n  -->  RequestStream per choice  --(pump task per choice)-->  one queue  -->  deltas, in order
 """
@@ -27,16 +27,16 @@ MAX_BEHIND = 4096
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """What to continue."""
+    """Prompt to continue."""
 
     text: str | None
-    """As the client sent it; None for token ids, unless the answer repeats them."""
+    """Text of the prompt; None if the client sent token ids, unless the answer repeats the prompt."""
     token_ids: list[int]
 
 
 @dataclass(slots=True)
 class AnswerChoice:
-    """One answer while it is made."""
+    """One answer while it is being made."""
 
     index: int
     prompt: EncodedPrompt
@@ -62,9 +62,9 @@ class Generation:
         """Submit all choices, or none.
 
         Args:
-            state: the server's.
-            prompts: each gets `num_choices` answers.
-            params: of every prompt's first choice.
+            state: state of the server.
+            prompts: prompts, each of which gets `num_choices` answers.
+            params: sampling parameters of every prompt's first choice.
             num_choices: answers per prompt.
 
         Raises:
@@ -92,7 +92,7 @@ class Generation:
                     stream = await state.engine.submit(prompt.token_ids, one, constraint=constraint())
                     reader = OutputReader(state.tokenizers.tokenizer, prompt.token_ids, one)
                     generation.choices.append(AnswerChoice(len(generation.choices), prompt, stream, reader))
-                    await asyncio.sleep(0)  # a thousand choices must not hold up everybody else
+                    await asyncio.sleep(0)  # a thousand choices must not hold up other requests
         except BaseException:
             generation.cancel()
             raise
@@ -100,7 +100,7 @@ class Generation:
         return generation
 
     def begin(self) -> None:
-        """Let what comes of the choices queue up."""
+        """Start to collect the updates of the choices."""
         self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self.choices]
 
     async def _pump(self, choice: AnswerChoice) -> None:
@@ -114,13 +114,13 @@ class Generation:
             self._queue.put_nowait((choice, error))
 
     async def deltas(self, silence_s: float | None = None) -> AsyncIterator[tuple[AnswerChoice, OutputDelta] | None]:
-        """What is added to which choice, until all choices have ended.
+        """Yield every choice's deltas until all choices have ended.
 
         Args:
-            silence_s: after so many seconds without a delta comes None; None waits for ever.
+            silence_s: seconds without a delta after which None is yielded; with None, it never is.
 
         Raises:
-            LongspanError: the engine failed; all choices are over.
+            LongspanError: the engine failed; all choices have ended.
         """
         num_running = len(self.choices)
         try:
@@ -135,7 +135,7 @@ class Generation:
                     self.cancel(FinishReason.ERROR)
                     raise update
                 if choice.reader.finish_reason is not None:
-                    continue  # it ended at a stop string; this was under way
+                    continue  # the choice ended at a stop string before this update came
                 delta = choice.reader.read(update)
                 self._metrics.advanced(choice.index, len(choice.prompt.token_ids), len(update.token_ids))
                 if delta.finish_reason is not None:
@@ -148,7 +148,7 @@ class Generation:
             self.cancel()
 
     async def finish(self) -> list[list[OutputDelta]]:
-        """Wait for all choices to end; returns each one's deltas."""
+        """Wait for all choices to end; return the deltas of each."""
         found: list[list[OutputDelta]] = [[] for _ in self.choices]
         async for one in self.deltas():
             assert one is not None
@@ -157,7 +157,7 @@ class Generation:
         return found
 
     def cancel(self, reason: FinishReason = FinishReason.ABORT) -> None:
-        """Nobody waits any more: end what still runs and free its pages. After the end it does nothing."""
+        """End the choices that still run, and free their pages. After the end it does nothing."""
         for pump in self._pumps:
             pump.cancel()
         for choice in self.choices:
@@ -167,7 +167,7 @@ class Generation:
                 self._metrics.ended(reason)
 
     def usage(self) -> dict[str, object]:
-        """Tokens of all choices, as OpenAI counts: a prompt once, however many answers it got."""
+        """Return the token counts of all choices, as OpenAI counts: a prompt once, however many answers it has."""
         per_prompt = max(1, len(self.choices) // self.num_prompts)
         first = self.choices[::per_prompt]
         num_prompt = sum(len(choice.prompt.token_ids) for choice in first)

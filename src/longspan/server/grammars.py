@@ -1,4 +1,4 @@
-"""Structured output: JSON schemas become constraints.
+"""Structured output: conversion of JSON schemas to constraints.
 
 Holds the one `Grammars` of a model, made when it is first asked for. Must not know requests.
 Read next: `longspan.models.grammar`.
@@ -19,15 +19,19 @@ class LazyGrammars:
     """Compiles schemas in threads. Reading a large vocabulary takes seconds, and many servers never need it."""
 
     def __init__(self, make: Callable[[], Grammars]) -> None:
-        """Args: `make` is called once; if it raises a ConfigError, structured output is refused with its message."""
+        """Compile nothing yet.
+
+        Args:
+            make: called once, for the first schema; its ConfigError refuses all structured output.
+        """
         self._make = make
         self._lock = threading.Lock()
         self._made: Grammars | ConfigError | None = None
 
     async def constraints(self, params: SamplingParams) -> Callable[[], Constraint | None]:
-        """What makes each answer to a request follow its schema: compiled once, a copy of it per call.
+        """Compile a request's schema once; return a function that gives each answer its own constraint.
 
-        A call gives None if no schema was asked for.
+        The function returns None if no schema was asked for.
 
         Raises:
             ApiError: the schema cannot be followed.

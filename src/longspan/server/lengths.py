@@ -1,4 +1,4 @@
-"""How long a request may be: what the model, the options and the ranks' memory admit.
+"""Limits on the length of a request, by the model, the options and the ranks' memory.
 
 Holds limits and their refusals. Must not know HTTP routes, nor how tokens are counted.
 Read next: `longspan.server.state`, which every route has; `Engine.check_fits` in `longspan.engine.engine`.
@@ -13,14 +13,14 @@ from longspan.server.errors import TOO_LONG, ApiError
 
 
 class Lengths:
-    """Limits of one server. Any thread may ask."""
+    """Length limits of one server. Any thread may use them."""
 
     def __init__(self, engine: AsyncEngine, max_model_len: int | None) -> None:
         """Find the longest request that can run.
 
         Args:
-            engine: that runs requests.
-            max_model_len: most tokens that the user of the command admits; None leaves it to the model.
+            engine: engine that runs requests.
+            max_model_len: the option of that name; None leaves the limit to the model.
         """
         self._engine, self._max_model_len = engine, max_model_len
         limits = [max_model_len, engine.model.max_position]
@@ -30,7 +30,11 @@ class Lengths:
         """Tokens of the longest request that can run, prompt and answer together; found at the start."""
 
     def check(self, prompt_len: int, max_tokens: int) -> None:
-        """Raises: ApiError if that is more than `max_len`."""
+        """Refuse a request that is longer than `max_len`.
+
+        Raises:
+            ApiError: says what would fit.
+        """
         limit, total = self.max_len, prompt_len + max_tokens
         if limit is None or total <= limit:
             return
@@ -46,10 +50,10 @@ class Lengths:
         )
 
     def refuse(self, name: str, num_tokens: int, max_tokens: int) -> NoReturn:
-        """Refuse token ids of which there are more than `longest_request`, by their number alone.
+        """Refuse more than `longest_request` token ids, by their number alone.
 
         Raises:
-            ApiError, CapacityError: always; says what would fit them, if anything would.
+            ApiError, CapacityError: always; says what would fit, if anything would.
         """
         self.check(num_tokens, max_tokens)
         self._engine.check_fits(num_tokens, max_tokens)
@@ -57,11 +61,11 @@ class Lengths:
         raise ApiError(400, f"{name}: got {num_tokens} token ids, legal is at most {limit}", param=name, code=TOO_LONG)
 
     def find_room(self, prompt_len: int) -> int:
-        """Most tokens that can follow a prompt; at least 1, so that submitting it says what is wrong."""
+        """Return the most tokens that can follow a prompt; at least 1, so that submitting it says what is wrong."""
         return _largest(self._most_tokens() - prompt_len, lambda max_tokens: self._fits(prompt_len, max_tokens))
 
     def _most_tokens(self) -> int:
-        """No request is longer."""
+        """Return a length that no request exceeds."""
         return self._engine.capacity().num_tokens + 1 if self.max_len is None else self.max_len
 
     def _fits(self, prompt_len: int, max_tokens: int) -> bool:
@@ -73,7 +77,7 @@ class Lengths:
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `most` that fits, if all below it do; 1 if none does."""
+    """Return the largest number from 1 to `most` that fits, if all below it do; 1 if none does."""
     least, most = 1, max(1, most)
     if fits(most):
         return most
@@ -84,7 +88,11 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
 
 
 def check_max_model_len(max_model_len: int | None, max_position: int | None) -> None:
-    """Raises: ConfigError if the user asks for more than the model can do."""
+    """Refuse a `max_model_len` that is longer than the model admits.
+
+    Raises:
+        ConfigError: names both numbers.
+    """
     if max_model_len is not None and max_position is not None and max_model_len > max_position:
         raise ConfigError(
             f"max_model_len: got {max_model_len}, legal is at most {max_position} (max_position_embeddings of "

@@ -1,4 +1,4 @@
-"""The gate in front of all routes: who may enter, how much they may bring, and whether anybody may enter at all.
+"""Checks in front of all routes: API key, size and time of bodies, and whether the server still takes requests.
 
 Holds the ASGI middleware. Must not know what routes do.
 Read next: `longspan.server.app`.
@@ -16,11 +16,11 @@ from longspan.server.state import ServerState
 HEALTH_PATH = "/health"
 
 BODY_S = 60.0
-"""How long a body may take to arrive."""
+"""Seconds that a body may take to arrive."""
 
 
 class Gate:
-    """Checks the key, counts open requests, refuses new work while draining, and bodies that are too long."""
+    """Middleware that checks API keys, counts open requests, and refuses long bodies and, while draining, new work."""
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app, self._state = app, state
@@ -32,7 +32,7 @@ class Gate:
         state = self._state
         error = self._refusal(scope)
         if error is None and scope["method"] == "POST":
-            # Not open before its body is there: a client that stops half way must not keep a server from ending.
+            # A request is open once its body is there: a client that stops half way must not keep a server from ending.
             try:
                 body = await self._read(receive)
             except ApiError as refusal:
@@ -84,10 +84,10 @@ class Gate:
         return ApiError(413, f"body: legal is at most {limit} bytes (--max-body-size)", code="body_too_long")
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body, counted as it comes: in pieces it does not say its length. None if the client has gone.
+        """Return the whole body, or None if the client has gone. Counts bytes: a chunked body does not say its length.
 
         Raises:
-            ApiError: it is too long, or takes too long.
+            ApiError: the body is too long, or takes too long.
         """
         pieces: list[bytes] = []
         left = self._state.config.max_body_bytes
@@ -109,7 +109,7 @@ class Gate:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read already, then what else comes."""
+    """Return a `receive` that gives a body that was read already, and then the client's next messages."""
     is_read = False
 
     async def replay() -> Message:

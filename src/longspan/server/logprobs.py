@@ -1,6 +1,6 @@
 """Log-probabilities in the two shapes of OpenAI's API.
 
-Holds shapes. Must not know requests or streams.
+Holds the two shapes. Must not know requests or streams.
 Read next: `longspan.types` (`TokenLogprobs`).
 """
 
@@ -14,11 +14,11 @@ from longspan.server.token_texts import TokenTexts
 from longspan.types import TokenLogprobs
 
 LEAST = -9999.0
-"""Instead of minus infinity, which JSON cannot say."""
+"""Log-probability in place of minus infinity, which JSON does not have."""
 
 
 def chat_logprobs(texts: TokenTexts, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-    """Of a chat's choice or delta."""
+    """Return the log-probabilities of a chat's choice or delta."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         found = texts.bytes_of(token_id)
@@ -32,19 +32,19 @@ def chat_logprobs(texts: TokenTexts, logprobs: Sequence[TokenLogprobs]) -> dict[
 
 
 class LegacyLogprobs:
-    """Of a completion's choice: lists of equal length."""
+    """Log-probabilities of a completion's choice: lists of equal length."""
 
     def __init__(self, texts: TokenTexts) -> None:
         self._texts = texts
         self.json: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def add_prompt(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], offsets: Sequence[int]) -> None:
-        """Tokens of an echoed prompt; nothing comes before the first one, so it has no probability."""
+        """Add the tokens of an echoed prompt; nothing comes before the first one, so it has no probability."""
         self._append(self._texts.name_of(token_ids[0]), None, None, offsets[0])
         self.add(logprobs, offsets[1:])
 
     def add(self, logprobs: Sequence[TokenLogprobs], offsets: Sequence[int], base: int = 0) -> None:
-        """Tokens, each with the place in the text where it begins, counted from `base`."""
+        """Add tokens, each with the place in the text where it begins, counted from `base`."""
         for one, offset in zip(logprobs, offsets, strict=True):
             top: dict[str, float] = {}
             for token_id, logprob in (*one.top, (one.token_id, one.logprob)):
@@ -57,7 +57,7 @@ class LegacyLogprobs:
 
 
 def prompt_offsets(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
-    """Per token of a prompt, where in its text it begins."""
+    """Return where each token of a prompt begins, in characters of the prompt's text."""
     detokenizer = Detokenizer(tokenizer, [])
     offsets: list[int] = []
     text_len = 0

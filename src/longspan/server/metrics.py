@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, under vLLM's names where they mean the same.
+"""Metrics for Prometheus, under vLLM's names where they mean the same.
 
 Holds counters, histograms, and the reading of the engine's snapshot. Must not know HTTP.
 Read next: `longspan.engine.stats`.
@@ -22,10 +22,15 @@ _MODEL = "model_name"
 
 
 class Metrics:
-    """All numbers of one server."""
+    """All metrics of one server."""
 
     def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
-        """Args: `stats` takes a snapshot of the engine; it is called for every scrape."""
+        """Register all metrics.
+
+        Args:
+            model_name: label of every metric.
+            stats: takes a snapshot of the engine; called for every scrape.
+        """
         self._registry = CollectorRegistry()
         self._model_name = model_name
 
@@ -56,11 +61,11 @@ class Metrics:
         self._registry.register(_EngineCollector(model_name, stats))
 
     def count_end(self, reason: FinishReason) -> None:
-        """A request has ended."""
+        """Count a request that has ended."""
         self._success.labels(self._model_name, reason.value).inc()
 
     def text(self) -> bytes:
-        """What a scrape is answered."""
+        """Return the answer to a scrape."""
         return generate_latest(self._registry)
 
 
@@ -73,7 +78,7 @@ class RequestMetrics:
         self._last_token_s: dict[int, float] = {}
 
     def advanced(self, choice_idx: int, prompt_len: int, num_tokens: int) -> None:
-        """A choice has `num_tokens` new tokens; several have come together, in equal times."""
+        """Count new tokens of a choice; several that come together divide the time equally."""
         if not num_tokens:
             return
         now, metrics = time.perf_counter(), self._metrics
@@ -88,7 +93,7 @@ class RequestMetrics:
         metrics.generation_tokens.inc(num_tokens)
 
     def ended(self, reason: FinishReason) -> None:
-        """A choice has ended."""
+        """Count a choice that has ended."""
         self._metrics.count_end(reason)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._metrics.request_s.observe(time.perf_counter() - self._started_s)

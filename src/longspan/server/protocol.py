@@ -1,12 +1,12 @@
-"""What clients send: OpenAI's requests, with the fields that vLLM adds and that are honoured here.
+"""Requests of clients: OpenAI's, with the fields that vLLM adds and that are honoured here.
 
-Holds the request types and what they say about sampling. Must not know engines, streams or answers.
+Holds the request types, and their conversion to sampling parameters. Must not know engines, streams or answers.
 Read next: `longspan.server.completions`, `longspan.server.chat`.
 
 Note: no field is ignored
-    A field is declared here and honoured, or stands in a class's `REFUSED` with the values that ask for nothing, or is
-    unknown; the last two are answered 400 by name. The exceptions are in `_Common`: fields about the account at
-    OpenAI's, which mean nothing to a server of one's own.
+    A field that is declared here is honoured. A field in a class's `REFUSED`, unless its value asks for nothing, and an
+    unknown field are answered 400 by name. The exceptions are fields in `_Common` about an account at OpenAI, which are
+    accepted and mean nothing here.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from longspan.types import SamplingParams
 Result = TypeVar("Result")
 
 LONG_LIST = 5_000
-"""Token ids in `logit_bias` and `stop_token_ids` from which they are looked at in a thread: 5,000 took 5 ms."""
+"""Token ids in `logit_bias` and `stop_token_ids` above which a thread checks them: 5,000 took 5 ms."""
 
 MAX_N = 128
 """Most answers to one prompt."""
@@ -37,11 +37,11 @@ MAX_MESSAGES, MAX_PARTS = 16_384, 2048
 """Most messages of a conversation, and most parts of one message."""
 
 MAX_STOPS, MAX_STOP_LEN = 16, 1000
-"""Stop strings and their characters: every new token is compared with all of them."""
+"""Most stop strings, and most characters of each: every new token is compared with all of them."""
 
 
 def _legal(rule: str) -> WrapValidator:
-    """One message for a field whose value may have several types; pydantic would give one for each."""
+    """Make a validator with one message for a field of several types; pydantic would give one for each."""
 
     def check(value: Any, inner: Callable[[Any], Any]) -> Any:
         try:
@@ -53,17 +53,17 @@ def _legal(rule: str) -> WrapValidator:
 
 
 class Body(BaseModel):
-    """Refuses what it does not know, and does not guess types."""
+    """Request type that refuses unknown fields and converts no types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     REFUSED: ClassVar[dict[str, tuple[object, ...]]] = {}
-    """Fields of the API that are not there, and their values beside null that ask for nothing."""
+    """Fields of the API that are not supported, with the values, beside null, that ask for nothing and are accepted."""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
-        """Drop refused fields that ask for nothing; the others stay, are unknown, and are refused."""
+        """Drop refused fields that ask for nothing; the others are refused here, or later as unknown fields."""
         if not isinstance(data, dict):
             return data
         kept = dict(data)
@@ -84,12 +84,12 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """How to stream."""
+    """Options of a stream."""
 
     REFUSED: ClassVar = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool | None = None
-    """Send `usage` in a last chunk without choices."""
+    """Whether a last chunk without choices has `usage`."""
 
 
 class JsonSchema(Body):
@@ -99,11 +99,11 @@ class JsonSchema(Body):
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
-    """The answer follows the schema whatever is said here."""
+    """Accepted without effect: the answer always follows the schema."""
 
 
 class ResponseFormat(Body):
-    """What the answer must look like."""
+    """Form that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -115,7 +115,7 @@ class ResponseFormat(Body):
         return self
 
     def schema_text(self) -> str | None:
-        """The JSON schema that the answer must follow, as JSON."""
+        """Return the JSON schema that the answer must follow, as JSON; None for plain text."""
         if self.type == "text":
             return None
         schema = {"type": "object"} if self.json_schema is None else self.json_schema.schema_
@@ -127,7 +127,7 @@ _STOP_RULE = f"a text of 1 to {MAX_STOP_LEN} characters, or a list of up to {MAX
 
 
 class _Common(Body):
-    """Fields of both kinds of request."""
+    """Fields that completions and chats share."""
 
     model: str | None = None
     """The served model's name; may be left out."""
@@ -151,7 +151,7 @@ class _Common(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = None
-    """With `stream`: chunks that say how much of the prompt is computed."""
+    """Whether a stream has chunks that say how much of the prompt is computed."""
 
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -169,11 +169,11 @@ class _Common(Body):
 
     @property
     def num_choices(self) -> int:
-        """Answers to each prompt."""
+        """Number of answers to each prompt."""
         return self.n or 1
 
     async def in_thread_if_long(self, make: Callable[[], Result]) -> Result:
-        """Call something that looks at every entry of the lists here."""
+        """Call a function that reads every entry of this request's lists, in a thread if they are long."""
         if len(self.logit_bias or ()) + len(self.stop_token_ids or ()) > LONG_LIST:
             return await asyncio.to_thread(make)
         return make()
@@ -184,7 +184,7 @@ class _Common(Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _sampling(self, **more: Any) -> SamplingParams:
-        """Sampling parameters of the first choice.
+        """Return the sampling parameters of the first choice.
 
         Raises:
             ConfigError: a value is outside its legal range.
@@ -205,9 +205,9 @@ _TOKEN_ID = re.compile("0|[1-9][0-9]{0,18}")
 
 
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:
-    """Keys of a JSON object are text."""
+    """Convert the keys of `logit_bias` from text, as JSON has them, to token ids."""
     wrong = [key for key in biases if not _TOKEN_ID.fullmatch(key)]
-    if wrong:  # two names for one token would be two biases, of which one got lost
+    if wrong:  # with two spellings of one token, one of the two biases would be lost
         shown = [key[:20] for key in wrong[:5]]
         raise ConfigError(
             f'logit_bias: got the keys {shown}, legal is token ids as text, without leading zeros, such as "42"'
@@ -216,7 +216,7 @@ def _token_biases(biases: dict[str, float]) -> dict[int, float]:
 
 
 def nth_choice(params: SamplingParams, choice_idx: int) -> SamplingParams:
-    """The first choice draws as a request alone would; the others draw from seeds derived from its seed."""
+    """Return a choice's parameters: the first choice keeps the seed, the others get seeds derived from it."""
     if params.seed is None or choice_idx == 0:
         return params
     digest = hashlib.blake2b(f"{params.seed} {choice_idx}".encode(), digest_size=8).digest()
@@ -226,7 +226,7 @@ def nth_choice(params: SamplingParams, choice_idx: int) -> SamplingParams:
 # -- /v1/completions ---------------------------------------------------------------------------------------------------
 
 DEFAULT_MAX_TOKENS = 16
-"""Of a completion; OpenAI's."""
+"""Most tokens of a completion that asks for no number, as in OpenAI's API."""
 
 PROMPT_RULE = f"a text, a list of token ids, or a list of either with 1 to {MAX_PROMPTS} entries"
 
@@ -235,7 +235,7 @@ _Prompt = str | list[int] | list[str] | list[list[int]]
 
 
 def pieces_of(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """A long list in pieces: one call over ten million values would hold the GIL for a third of a second."""
+    """Yield a long list in pieces: one call over ten million values would hold the GIL for a third of a second."""
     return (values[start : start + 2**16] for start in range(0, len(values), 2**16))
 
 
@@ -244,7 +244,7 @@ def _has_only(kind: type, values: list[Any]) -> bool:
 
 
 def _check_prompt(prompt: Any) -> Any:
-    """The first entry says what all must be: a union would try each of its members on millions of entries."""
+    """Check that all entries have the first one's type: a pydantic union would try every type on millions of them."""
     kind = type(prompt[0]) if isinstance(prompt, list) and prompt else None
     legal = isinstance(prompt, str) and prompt != ""
     if kind is int:
@@ -264,20 +264,20 @@ def _check_token_ids(value: Any) -> Any:
 
 
 class CompletionRequest(_Common):
-    """`POST /v1/completions`"""
+    """Body of `POST /v1/completions`."""
 
     REFUSED: ClassVar = {"suffix": ("",), "best_of": (1,), "use_beam_search": (False,)}
 
     prompt: Annotated[_Prompt, PlainValidator(_check_prompt, json_schema_input_type=_Prompt)]
     max_tokens: int | None = None
-    """With `echo` 0 is legal: nothing is generated."""
+    """Most tokens to generate; 0, which generates none, is legal with `echo`."""
     echo: bool | None = None
-    """The text starts with the prompt."""
+    """Whether the text starts with the prompt."""
     logprobs: int | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several."""
+        """The prompts, one or several, as a list."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -286,11 +286,15 @@ class CompletionRequest(_Common):
 
     @property
     def is_only_echo(self) -> bool:
-        """Nothing but the prompt is asked for."""
+        """Whether only the prompt is asked for."""
         return bool(self.echo) and self.max_tokens == 0
 
     def sampling_params(self) -> SamplingParams:
-        """Sampling parameters of every prompt's first choice. Raises: ConfigError."""
+        """Return the sampling parameters of every prompt's first choice.
+
+        Raises:
+            ConfigError: a value is outside its legal range.
+        """
         max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         more: dict[str, Any] = {"max_tokens": 1 if self.is_only_echo else max_tokens}
         if self.echo and self.logprobs is not None:
@@ -304,7 +308,7 @@ MAX_TOP_LOGPROBS = 20
 
 
 class TextPart(Body):
-    """A piece of a message."""
+    """Text part of a message."""
 
     type: Literal["text"]
     text: str
@@ -330,14 +334,14 @@ class Message(Body):
     name: str | None = None
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates read it."""
+        """Return the message in the form that chat templates read."""
         text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
 
 
 class ChatRequest(_Common):
-    """`POST /v1/chat/completions`"""
+    """Body of `POST /v1/chat/completions`."""
 
     REFUSED: ClassVar = {
         "tools": ([],),
@@ -359,7 +363,7 @@ class ChatRequest(_Common):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    """The newer name of `max_tokens`; absent, the answer may take all that is left."""
+    """Newer name of `max_tokens`; without both, the answer may have all tokens that fit."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -373,11 +377,15 @@ class ChatRequest(_Common):
 
     @property
     def asked_max_tokens(self) -> int | None:
-        """None asks for all that fits."""
+        """Most tokens to generate; None asks for all that fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def sampling_params(self, max_tokens: int) -> SamplingParams:
-        """Sampling parameters of the first choice. Raises: ConfigError."""
+        """Return the sampling parameters of the first choice.
+
+        Raises:
+            ConfigError: a value is outside its legal range.
+        """
         return self._sampling(max_tokens=max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
@@ -385,15 +393,15 @@ class ChatRequest(_Common):
 
 
 class TokenizeRequest(Body):
-    """`POST /tokenize`: a text, or messages through the chat template."""
+    """Body of `POST /tokenize`: a text, or messages for the chat template."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
-    """Absent: true for a prompt; a chat template brings its own."""
+    """Whether the tokenizer adds special tokens; by default only for a prompt, as chat templates have their own."""
     add_generation_prompt: bool | None = None
-    """With `messages`: whether an answer is to follow; absent: true."""
+    """Whether the template of `messages` ends where an answer begins; true by default."""
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -406,7 +414,7 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    """`POST /detokenize`"""
+    """Body of `POST /detokenize`."""
 
     model: str | None = None
     tokens: Annotated[list[int], PlainValidator(_check_token_ids, json_schema_input_type=list[int])]

@@ -1,4 +1,4 @@
-"""`longspan serve`, from the first check to the exit code.
+"""Run of `longspan serve`, from the first check to the exit code.
 
 Holds start, signals and end. Must not know routes.
 Read next: `longspan.server.app`; `longspan.engine.async_engine`.
@@ -44,16 +44,16 @@ from longspan.server.token_texts import TokenTexts
 from longspan.server.tokenizers import TokenizerPool
 
 ANSWER_S = 5.0
-"""How long open requests may take to be told that the server ends."""
+"""Seconds that open requests may take to get an error when the server ends."""
 
 AT_ONCE_S = 0.5
-"""How long a server may take to end after a second signal."""
+"""Seconds that a server may take to end after a second signal."""
 
 BACKLOG = 2048
 
 
 def make_state(engine: AsyncEngine, tokenizer: PreTrainedTokenizerBase, config: ServerConfig) -> ServerState:
-    """A server's state around an engine that runs."""
+    """Make a server's state around an engine that runs."""
     spec = engine.model
     name = config.served_model_name or engine.config.model
     return ServerState(
@@ -70,18 +70,18 @@ def make_state(engine: AsyncEngine, tokenizer: PreTrainedTokenizerBase, config: 
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig, launcher: Launcher | None) -> int:
-    """Serve until a signal comes; returns the exit code.
+    """Serve until a signal comes; return the exit code.
 
     Args:
         engine_config: what to run, and how.
         config: how to serve it.
-        launcher: of ranks that start already, or None.
+        launcher: launcher of ranks that are starting, or None.
 
     Raises:
         ConfigError: something is illegal, or the port is in use.
         LongspanError: the ranks died.
     """
-    _listen(config).close()  # before minutes of loading; opened again when ready, so that nobody connects before
+    _listen(config).close()  # checked before loading; opened when ready, so that no client waits
     model_config, _ = load_config(engine_config.model)
     check_proven(model_config)
     tokenizer = load_tokenizer(engine_config.model)
@@ -91,7 +91,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, launcher: Launcher 
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to us: uvicorn would close the port at the first one, and end by the signal, not with 0."""
+    """uvicorn's server without its signal handlers, which close the port at once and end by the signal, not with 0."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -103,7 +103,7 @@ async def _serve(engine: Engine, tokenizer: PreTrainedTokenizerBase, config: Ser
     failed = asyncio.Event()
     signals: asyncio.Queue[int] = asyncio.Queue()
     for handled in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(handled) is not signal.SIG_IGN:  # else a shell has put us in the background
+        if signal.getsignal(handled) is not signal.SIG_IGN:  # else a shell has put this process in the background
             loop.add_signal_handler(handled, signals.put_nowait, handled)
 
     def on_failure(_error: BaseException) -> None:
@@ -140,7 +140,7 @@ async def _serve(engine: Engine, tokenizer: PreTrainedTokenizerBase, config: Ser
             _exit_soon(128 + number)
     finally:
         state.is_draining = True
-        await asyncio.to_thread(async_engine.close)  # whatever still runs is told so
+        await asyncio.to_thread(async_engine.close)  # open requests get an error
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(state.idle.wait(), ANSWER_S)
         server.should_exit = True
@@ -155,9 +155,9 @@ async def _serve(engine: Engine, tokenizer: PreTrainedTokenizerBase, config: Ser
 
 
 def _exit_soon(code: int) -> None:
-    """End the process `AT_ONCE_S` from now, whatever a thread still tokenizes or a client does not read.
+    """End the process in `AT_ONCE_S` seconds, even if a thread still tokenizes or a client does not read.
 
-    Workers that could not be told notice that their driver is gone.
+    Workers that get no message notice that their driver is gone.
     """
     timer = threading.Timer(AT_ONCE_S, os._exit, (code,))
     timer.daemon = True
@@ -165,7 +165,7 @@ def _exit_soon(code: int) -> None:
 
 
 async def _next(signals: "asyncio.Queue[int]", *events: asyncio.Event) -> int | None:
-    """The next signal, or None if one of the events is first."""
+    """Return the next signal, or None if one of the events comes first."""
     tasks: list[asyncio.Task[Any]] = [asyncio.create_task(event.wait()) for event in events]
     signalled = asyncio.create_task(signals.get())
     try:
@@ -177,7 +177,11 @@ async def _next(signals: "asyncio.Queue[int]", *events: asyncio.Event) -> int | 
 
 
 def _listen(config: ServerConfig) -> socket.socket:
-    """A socket that listens where the user wants it. Raises: ConfigError if that cannot be."""
+    """Open a socket that listens where the user wants it.
+
+    Raises:
+        ConfigError: the address is not this machine's, or the port is in use.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -1,6 +1,6 @@
 """Server-sent events, and clients that go away.
 
-Holds the response that streams, and the watch over the connection. Must not know what is streamed.
+Holds the streaming response, and the watch over the connection. Must not know what is streamed.
 Read next: `longspan.server.answers`.
 """
 
@@ -14,25 +14,25 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 KEEP_ALIVE = b": keep-alive\n\n"
-"""A comment: clients skip it, and nothing between us and them takes the connection for dead."""
+"""Comment that clients skip, and that keeps proxies from closing a silent connection."""
 
 DONE = b"data: [DONE]\n\n"
 
 SEND_S = 60.0
-"""How long a client may read nothing of a stream that has something to tell; then it counts as gone."""
+"""Seconds that a client may leave an event of a stream unread; then it counts as gone."""
 
 ABORT = "longspan.abort"
-"""In an ASGI scope: a function that drops the connection, with whatever the client has not read."""
+"""Key in an ASGI scope of a function that drops the connection, unread data included."""
 
 _UNICODE_LINE_ENDS = [(char.encode(), b"\\u%04x" % ord(char)) for char in "\x85\u2028\u2029"]
-"""Characters legal in JSON at which clients that split text as Python's `str.splitlines` does end a line, escaped."""
+"""Characters legal in JSON at which some clients, like Python's `str.splitlines`, end a line; and their escapes."""
 
 CLIENT_GONE = 499
-"""Status of an answer that nobody reads."""
+"""Status of an answer whose client has gone."""
 
 
 def event(data: object) -> bytes:
-    """One event with a JSON object, on what every client takes for one line."""
+    """Return one event with a JSON object, in what every client takes for one line."""
     line = msgspec.json.encode(data)
     for end, escape in _UNICODE_LINE_ENDS:
         line = line.replace(end, escape)
@@ -40,12 +40,17 @@ def event(data: object) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come; ends when they end or the client goes, whichever is first."""
+    """Response that sends events as they come; ends with the events, or when the client goes."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None]) -> None:
-        """Args: `on_end` is called in any case, also if no event was ever asked for."""
+        """Send nothing yet.
+
+        Args:
+            events: encoded events.
+            on_end: called in any case, even if no event was read.
+        """
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._on_end = events, on_end
@@ -75,11 +80,11 @@ class EventStream(Response):
 
 
 def _nothing() -> None:
-    """Where the server gives no way to drop a connection."""
+    """Do nothing, where the server gives no way to drop a connection."""
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's, whose `close` waits until the client has read everything; so streams get an `abort`."""
+    """uvicorn's protocol with an `abort` for streams: its `close` waits until the client has read everything."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -93,7 +98,7 @@ class HttpProtocol(H11Protocol):
 
 
 async def unless_gone(request: Request, making: Coroutine[Any, Any, Response]) -> Response:
-    """Make a response; stop making it when the client goes."""
+    """Make a response, but stop when the client goes."""
     task = asyncio.create_task(making)
     try:
         await _first(task, request.receive)
@@ -108,7 +113,7 @@ async def unless_gone(request: Request, making: Coroutine[Any, Any, Response]) -
 
 
 async def _first(task: "asyncio.Task[Any]", receive: Receive) -> None:
-    """Returns when a task is done or the client has gone."""
+    """Wait until a task is done or the client has gone."""
     watching = asyncio.create_task(_wait_until_gone(receive))
     try:
         await asyncio.wait({task, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -117,6 +122,6 @@ async def _first(task: "asyncio.Task[Any]", receive: Receive) -> None:
 
 
 async def _wait_until_gone(receive: Receive) -> None:
-    """The request's body has been read, so all that can still come is the end of the connection."""
+    """Wait for the end of the connection; the request's body has been read, so nothing else can come."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""What every request of one server shares. No globals: `make_app` gets it, and tests make several.
+"""State that all requests of one server share. `make_app` gets it, and tests make several.
 
 Holds the engine, the tokenizers, the limits, and whether requests are still taken. Must not know HTTP.
 Read next: `longspan.server.app`; `longspan.server.lengths`.
@@ -23,7 +23,7 @@ from longspan.server.tokenizers import TokenizerPool
 
 @dataclass(slots=True)
 class ServerState:
-    """One server."""
+    """State of one server."""
 
     engine: AsyncEngine
     tokenizers: TokenizerPool
@@ -34,19 +34,23 @@ class ServerState:
     token_texts: TokenTexts
     model_name: str
     created: int
-    """When the model was loaded, seconds since 1970."""
+    """Unix time at which the model was loaded, in seconds."""
     num_open: int = 0
-    """HTTP requests being answered."""
+    """Number of HTTP requests that are being answered."""
     is_draining: bool = False
-    """No new requests; those that run may end."""
+    """Whether new requests are refused, while those that run may end."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while no HTTP request is being answered."""
+    """Event that is set while no HTTP request is being answered."""
 
     def __post_init__(self) -> None:
         self.idle.set()
 
     def check_model(self, name: str | None) -> None:
-        """Raises: ApiError if a client asks for another model."""
+        """Refuse a request for another model.
+
+        Raises:
+            ApiError: the name is not this server's.
+        """
         if name is not None and name != self.model_name:
             raise ApiError(
                 404,
@@ -56,7 +60,11 @@ class ServerState:
             )
 
     async def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
-        """Raises: ApiError for ids that the model does not know."""
+        """Refuse token ids that the model does not know, and an empty list.
+
+        Raises:
+            ApiError: there is such an id, or none.
+        """
         if len(token_ids) > CHECK_INLINE_TOKENS:
             await asyncio.to_thread(self._check_token_ids, name, token_ids)
         else:
@@ -72,7 +80,7 @@ class ServerState:
             raise ApiError(400, f"{name}: got {got}, legal is at least one token id from 0 to {size - 1}", param=name)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """Return the text of tokens, special ones left out."""
 
         def decode(tokenizer: PreTrainedTokenizerBase) -> str:
             text = tokenizer.decode([*token_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)

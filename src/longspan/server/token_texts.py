@@ -1,6 +1,6 @@
 """Texts and bytes of single tokens, for log-probabilities.
 
-Holds how a token is written. Must not know requests.
+Holds the conversion of token ids. Must not know requests.
 Read next: `longspan.server.logprobs`.
 """
 
@@ -13,7 +13,7 @@ _INCOMPLETE = "\ufffd"
 
 
 class TokenTexts:
-    """What each token stands for. Used from one thread."""
+    """Text and bytes of tokens. Only one thread may use it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -21,18 +21,18 @@ class TokenTexts:
         self._byte_of_char = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that a token adds to a text; special tokens by their names."""
+        """Return the UTF-8 bytes that a token adds to a text; a special token's are its name."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._find(token_id)
         return known
 
     def text_of(self, token_id: int) -> str:
-        """A token as text; bytes that are no text alone become replacement characters."""
+        """Return a token as text; bytes that are no text alone become replacement characters."""
         return self.bytes_of(token_id).decode("utf-8", errors="replace")
 
     def name_of(self, token_id: int) -> str:
-        r"""A token as text, or `bytes:\xe2\x80` if it is no text alone: different tokens have different names."""
+        r"""Return a token as text, or `bytes:\xe2\x80` if it is no text alone: names differ between tokens."""
         found = self.bytes_of(token_id)
         try:
             return found.decode()

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 Result = TypeVar("Result")
 
 LONG_TEXT = 50_000
-"""Characters (or tokens) from which work counts as long: it took 30 ms, and must not stand before short work."""
+"""Characters or tokens from which work is long, and must not delay short work: 50,000 took 30 ms."""
 
 NUM_LONG_THREADS = 2
 
@@ -31,7 +31,7 @@ class TokenizerPool:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        """For the event loop alone."""
+        """Tokenizer that only the event loop may use."""
         self._local = threading.local()
         self._copies: queue.SimpleQueue[PreTrainedTokenizerBase] = queue.SimpleQueue()
         for _ in range(1 + NUM_LONG_THREADS):
@@ -49,8 +49,8 @@ class TokenizerPool:
         """Call `work` with a tokenizer of its own, in a thread.
 
         Args:
-            work: what to do.
-            size: of the work, in characters or tokens.
+            work: function of a tokenizer.
+            size: size of the work, in characters or tokens.
         """
         threads = self._long if size >= LONG_TEXT else self._short
         return await asyncio.get_running_loop().run_in_executor(threads, lambda: work(self._local.tokenizer))

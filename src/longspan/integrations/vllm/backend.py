@@ -1,4 +1,4 @@
-"""vLLM's attention layers, answered by our core.
+"""Attention backend that runs longspan's attention in vLLM's layers.
 
 Holds the backend that vLLM's model classes ask for on a CPU. Must not know schedulers, requests or communicators: a
 step arrives as vLLM's "attention metadata".
@@ -21,19 +21,19 @@ from longspan.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class StepMetadata:
-    """What vLLM carries to every attention layer of a step."""
+    """Attention metadata that vLLM hands to every attention layer of a step."""
 
     attention: StepAttention
     index_of_layer: dict[str, int]
-    """vLLM's layer names, counted from 0 in the model's order."""
+    """Index of every layer, from 0 in the model's order, by vLLM's layer name."""
 
 
 class WarmUp:
-    """In place of `StepMetadata` while a model is compiled: no tokens are stored, and attention gives zeros."""
+    """Metadata in place of `StepMetadata` while a model is compiled: no KV is stored, and attention gives zeros."""
 
 
 class StepAttentionImpl(AttentionImpl[StepMetadata | WarmUp]):
-    """One layer: hands queries, keys and values to the step."""
+    """Attention of one layer, which hands queries, keys and values to the step."""
 
     def __init__(
         self,
@@ -49,7 +49,11 @@ class StepAttentionImpl(AttentionImpl[StepMetadata | WarmUp]):
         kv_sharing_target_layer_name: str | None = None,
         **others: Any,
     ) -> None:
-        """Raises: UnsupportedModelError, if the layer needs more than causal attention with a scale and a softcap."""
+        """Check that the layer is causal attention with at most a scale and a softcap.
+
+        Raises:
+            UnsupportedModelError: the layer needs more.
+        """
         needed = sorted(name for name, value in others.items() if value is not None)
         for wrong, what in (
             (alibi_slopes is not None, "ALiBi"),
@@ -78,7 +82,7 @@ class StepAttentionImpl(AttentionImpl[StepMetadata | WarmUp]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Args: `query` [T, H, D], `key` and `value` [T, Hkv, D] after RoPE; `output` [T, H, Dv] is written."""
+        """Write attention of `query` [T, H, D], `key` and `value` [T, Hkv, D], after RoPE, to `output` [T, H, Dv]."""
         assert output_scale is None, "no fused quantisation of outputs"
         assert output_block_scale is None, "no fused quantisation of outputs"
         if isinstance(attn_metadata, WarmUp):
@@ -100,7 +104,7 @@ class StepAttentionBackend(CPUAttentionBackend):
 
 
 def install_backend(device_type: str) -> None:
-    """Let vLLM's model classes of this process use our backend. The CPU platform takes no other name for one."""
+    """Register our backend for this process; under vLLM's own names, as its CPU platform takes no other."""
     if device_type == "cpu":
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{StepAttentionBackend.__qualname__}")
     else:
@@ -108,11 +112,11 @@ def install_backend(device_type: str) -> None:
 
 
 def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:
-    """The model's attention layers, in the order in which it runs them.
+    """Return the model's attention layers by name, in the order in which it runs them.
 
     Raises:
-        UnsupportedModelError: a layer keeps state that is not ours, or is a subclass of vLLM's `Attention`: chunked,
-            prefix and other masks are subclasses, which share our backend and would be computed as causal.
+        UnsupportedModelError: a layer is not vLLM's `Attention` itself. Chunked, prefix and other masks are subclasses,
+            which share our backend and would be computed as causal.
     """
     found: dict[int, tuple[str, Any]] = {}
     for name, layer in static_forward_context.items():

@@ -1,7 +1,7 @@
-"""What the ranks can do, in numbers that all of them agree on: every rank chooses strategies by itself.
+"""Costs that all ranks agree on, since every rank chooses strategies by itself.
 
-Holds the measurement at start. Must not know vLLM, or what is predicted from the numbers.
-Read next: `longspan.costmodel.measured`, which makes one set of numbers of all; `longspan.integrations.vllm.planning`.
+Holds the measurement at start. Must not know vLLM, or what is predicted from the costs.
+Read next: `longspan.costmodel.measured`, which combines measurements; `longspan.integrations.vllm.planning`.
 """
 
 import os
@@ -30,20 +30,20 @@ def agree_on_costs(
     comm: Communicator,
     device: torch.device,
 ) -> Costs:
-    """Measure all processes at the same time, on one machine; the slowest counts.
+    """Measure all processes of this machine at the same time, and take the slowest's numbers.
 
-    Bytes alone count where there is nothing to choose, on GPUs, and where the user wants it.
+    Strategies are chosen by bytes, without a measurement, with one rank, a forced strategy, `measure: never`, or GPUs.
 
     Args:
-        options: the user's.
+        options: the user's options.
         backend: this process's kernels.
         group: the model's KV group, as this process holds it.
-        params: of one of its layers.
-        comm: the cp_group's communicator; nothing is under way on it.
+        params: attention parameters of one layer.
+        comm: the cp_group's communicator, without an exchange under way.
         device: where the model runs.
 
     Returns:
-        The same numbers in every process, to the bit: all get all measurements, in one order.
+        Costs that are equal in every process, to the bit: each gets all measurements, in one order.
 
     Collective: every process of the default group, once, before the first step; half a second to a second.
     """

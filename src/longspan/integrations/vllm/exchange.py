@@ -1,6 +1,6 @@
-"""What ranks tell each other beside attention: hidden states to the rank that samples, tokens from it.
+"""Messages between ranks beside attention: hidden states to the rank that samples, and its tokens to the others.
 
-Holds two messages per step, and neither where it is not needed. Must not know plans, models or vLLM.
+Holds the two messages of a step, each left out where it is not needed. Must not know plans, models or vLLM.
 Read next: `longspan.integrations.vllm.worker`, Note: who samples.
 """
 
@@ -15,14 +15,14 @@ from longspan.integrations.vllm.requests import RequestState
 
 
 class StepExchange:
-    """One rank's part. cp_rank 0 samples."""
+    """One rank's side of the messages; cp_rank 0 samples."""
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
         self._arriving: tuple[Pending, Tensor, list[RequestState]] | None = None
 
     def gather(self, hidden: Tensor, wanted: Sequence[Row]) -> Tensor | None:
-        """[len(wanted), hidden] rows of all ranks on cp_rank 0, None elsewhere.
+        """Return the wanted rows of all ranks, [len(wanted), hidden], on cp_rank 0, and None on other ranks.
 
         Collective: once per step, cp_rank 0 and the ranks with wanted rows.
         """
@@ -43,18 +43,24 @@ class StepExchange:
         return rows
 
     def tell_tokens(self, token_ids: list[int]) -> None:
-        """Tell all ranks what cp_rank 0 has sampled. Collective: as `expect_tokens`."""
+        """Send the other ranks what cp_rank 0 has sampled.
+
+        Collective: once per step that samples, cp_rank 0, while the others call `expect_tokens`.
+        """
         tokens = torch.tensor(token_ids)
         self._comm.exchange([(peer, tokens) for peer in range(1, self._comm.size)], []).wait()
 
     def expect_tokens(self, states: list[RequestState]) -> None:
-        """Let `hear_tokens` add a token to each of these requests. Collective: once per step that samples any."""
+        """Let `hear_tokens` add a token to each of these requests.
+
+        Collective: once per step that samples, all ranks but cp_rank 0.
+        """
         if states:
             tokens = torch.empty(len(states), dtype=torch.int64)
             self._arriving = (self._comm.exchange([], [(0, tokens)]), tokens, states)
 
     def hear_tokens(self) -> None:
-        """Take in what the last step has sampled: with the next one, or at once by a rank that has no other work."""
+        """Take in the tokens of the last step; called with the next step, or at once by a rank without other work."""
         if self._arriving is not None:
             (pending, tokens, states), self._arriving = self._arriving, None
             pending.wait()

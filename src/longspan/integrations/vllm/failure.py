@@ -1,6 +1,6 @@
-"""What a process does that fails in a step.
+"""Reaction of a process to its own failure in a step.
 
-Holds one context. Must not know what a step does.
+Holds one context manager. Must not know what a step does.
 Read next: `longspan.integrations.vllm.worker`.
 
 Note: who fails
@@ -22,8 +22,8 @@ def telling_peers(comm: Communicator, process: int) -> Iterator[None]:
     """Let no process wait for one that failed. See Note: who fails.
 
     Args:
-        comm: the process's communicator; closed where something fails.
-        process: its number; 0 raises what failed, the others end.
+        comm: the process's communicator, which is closed on failure.
+        process: number of the process; process 0 raises the error, the others end.
     """
     try:
         yield

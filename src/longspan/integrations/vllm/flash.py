@@ -1,6 +1,6 @@
-"""Partial attention on a GPU, by vLLM's own FlashAttention. No GPU has run it: see `docs/vllm.md`.
+"""Partial attention on a GPU, by vLLM's own FlashAttention. Not tried on any GPU: see `docs/vllm.md`.
 
-Holds the kernel's edges, and the backend that vLLM's model classes ask for there. Must not know plans, ranks or
+Holds the calls of the kernel, and the backend that vLLM's model classes ask for on a GPU. Must not know plans, ranks or
 requests.
 Read next: `longspan.attention.dense`, which cuts segments into calls; `longspan.integrations.vllm.staging`.
 
@@ -26,7 +26,7 @@ from longspan.kv.layout import KVSpec
 from longspan.types import AttentionParams
 
 DTYPES = ("bfloat16", "float16")
-"""What the kernel computes in."""
+"""Dtypes that the kernel computes in."""
 
 
 class FlashStepBackend(FlashAttentionBackend):
@@ -40,16 +40,21 @@ class FlashStepBackend(FlashAttentionBackend):
 
 
 class VLLMFlash:
-    """`longspan.attention.dense.DenseKernel`."""
+    """vLLM's FlashAttention as a `longspan.attention.dense.DenseKernel`."""
 
     name = "vllm_flash_attention"
 
     def __init__(self, flash_attn_varlen_func: Callable[..., Any], fa_version: int) -> None:
-        """Args: vLLM's function and the version of FlashAttention that it shall take."""
+        """Keep the kernel.
+
+        Args:
+            flash_attn_varlen_func: vLLM's function.
+            fa_version: version of FlashAttention that the function shall use.
+        """
         self._flash, self._version = flash_attn_varlen_func, fa_version
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> None:
-        """`make_flash_backend` has asked vLLM."""
+        """Return None: `make_flash_backend` has asked vLLM already."""
 
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, softcap: float | None
@@ -74,7 +79,7 @@ class VLLMFlash:
 
 
 def make_flash_backend(spec: KVSpec, has_softcap: bool) -> AttentionBackend:
-    """The backend of this process's GPU.
+    """Make the backend of this process's GPU.
 
     Raises:
         UnsupportedModelError: vLLM has no FlashAttention for this model on this GPU.

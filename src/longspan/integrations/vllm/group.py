@@ -1,6 +1,6 @@
-"""The cp_group's communicator, beside vLLM's own process groups.
+"""Communicator of the cp_group, beside vLLM's own process groups.
 
-Holds how the ranks with equal tensor parallel rank find each other. Must not know plans.
+Holds how processes of equal tensor parallel rank find each other. Must not know plans.
 Read next: `longspan.comm.sockets`.
 """
 
@@ -20,10 +20,10 @@ from longspan.comm.sockets import LOOK_S, SocketCommunicator
 
 
 def join_group(rank: int, cp_size: int, tp_size: int) -> SocketCommunicator:
-    """This process's place among the processes that hold the same part of every head.
+    """Connect this process with the processes that hold the same part of every head.
 
     Args:
-        rank: of the process, `cp_rank * tp_size + tp_rank`.
+        rank: number of the process, `cp_rank * tp_size + tp_rank`.
         cp_size: ranks that share a sequence.
         tp_size: processes per rank.
 
@@ -44,7 +44,7 @@ def join_group(rank: int, cp_size: int, tp_size: int) -> SocketCommunicator:
     store = FileStore(str(directory / "store"), cp_size)
     timeout_s = float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)  # as long as vLLM waits for a step
     large = GroupCommunicator(mine, store, timeout_s=timeout_s)
-    num_cores = os.cpu_count() or 1  # of the machine: vLLM has bound this process to its own
+    num_cores = os.cpu_count() or 1  # cores of the machine, not those that vLLM binds this process to
     look_s = LOOK_S if cp_size * tp_size * torch.get_num_threads() <= num_cores else 0.0
     meeting = local_meeting(directory)
     comm = SocketCommunicator(cp_rank, cp_size, meeting, timeout_s=timeout_s, look_s=look_s, large=large)

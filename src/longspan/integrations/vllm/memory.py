@@ -1,6 +1,6 @@
-"""How much memory a rank has for keys and values.
+"""Memory of a rank for keys and values.
 
-Holds what one process finds, and what all of them have. Must not know models.
+Holds the amount that one process finds, and the one that all processes have. Must not know models.
 Read next: `longspan.integrations.vllm.worker`.
 """
 
@@ -15,14 +15,14 @@ from longspan.errors import ConfigError
 
 
 def local_kv_bytes(cache_config: Any, num_processes: int, device: torch.device) -> int:
-    """Bytes for keys and values in this process.
+    """Return the bytes for keys and values in this process.
 
-    The user's number (`--kv-cache-memory-bytes`, or VLLM_CPU_KVCACHE_SPACE), which is per process, as in vLLM; or this
-    process's share of the part of the machine's memory that vLLM may use, less what the process has already. A GPU is
-    not shared with other processes.
+    This is the user's number (`--kv-cache-memory-bytes` or VLLM_CPU_KVCACHE_SPACE), which is per process, as in vLLM;
+    else this process's share of the memory that vLLM may use, less what the process has already. A GPU is not shared
+    with other processes.
 
     Returns:
-        0 where nothing is left. All ranks refuse that together: one that raised here would leave the others waiting.
+        Bytes; 0 if none are left, which all ranks refuse together: a rank that raised here would let the others wait.
     """
     explicit: int | None = cache_config.kv_cache_memory_bytes
     if explicit is not None:
@@ -37,10 +37,10 @@ def local_kv_bytes(cache_config: Any, num_processes: int, device: torch.device) 
 
 
 def common_kv_bytes(cache_config: Any, num_processes: int, block_bytes: int, device: torch.device) -> int:
-    """Bytes that every process has for keys and values, in whole blocks.
+    """Return the bytes that every process has for keys and values, in whole blocks.
 
     Raises:
-        ConfigError: in all processes, if one of them has no room for a block.
+        ConfigError: a process has no room for a block; raised in all processes.
 
     Collective: every process of the default group.
     """

@@ -1,4 +1,4 @@
-"""What a user says under `longspan` in vLLM's `additional_config`, checked once.
+"""Options under `longspan` in vLLM's `additional_config`, checked once.
 
 Holds values and their legal ranges. Must not know vLLM.
 Read next: `longspan.integrations.vllm.plugin`, which looks for them; `docs/vllm.md`.
@@ -22,31 +22,31 @@ MAX_RANKS = 128
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How requests are split over ranks."""
+    """Options of the plugin, which say how requests are split over ranks."""
 
     context_parallel_size: int
     """Ranks that share a sequence; each is `tensor_parallel_size` processes."""
     placement: PlacementName = "auto"
-    """`auto` keeps a prompt on one rank while it is shorter than `min_striped_len` and one rank has room."""
+    """Ranks of a prompt: one, all, or with `auto` one if it is shorter than `min_striped_len` and one rank has room."""
     min_striped_len: int = 2048
-    """Tokens of the shortest prompt that is striped over all ranks where placement is auto."""
+    """Tokens of the shortest prompt that is striped over all ranks where `placement` is `auto`."""
     stripe_size: int = 512
     """Most tokens per stripe; rounded up to whole blocks."""
     strategy: StrategyName = "auto"
-    """What moves where queries and keys are on different ranks; auto takes what is predicted to be the fastest."""
+    """Tensors that move where queries and keys are on different ranks; `auto` takes the fastest by prediction."""
     measure: MeasureName = "auto"
-    """Whether ranks measure their kernels and links at start, for those predictions; `never` counts bytes alone."""
+    """Whether ranks measure kernels and links at start, to predict times; `never` makes them compare bytes."""
     untested_cuda: bool = False
-    """Run on GPUs, which nobody has tried; without it they are refused."""
+    """Whether to run on GPUs, which is untested; without this option GPUs are refused."""
 
     @property
     def forced_strategy(self) -> Strategy | None:
-        """The strategy that the user wants wherever something moves."""
+        """Strategy that the user wants wherever something moves; None for `auto`."""
         return None if self.strategy == "auto" else Strategy(self.strategy)
 
 
 def parse_options(additional_config: Mapping[str, Any]) -> Options | None:
-    """The user's options, or None where the user does not ask for context parallelism.
+    """Return the user's options, or None where the user does not ask for context parallelism.
 
     Raises:
         ConfigError: an option is unknown, or its value is illegal.

@@ -1,7 +1,7 @@
-"""On which rank every block of a request lies, decided when its first block is allocated.
+"""Choice of the rank of every block of a request, made when the first block is allocated.
 
-Holds integers. Must not know vLLM.
-Read next: `longspan.integrations.vllm.spec`, which asks; `longspan.sharding.geometry`, where stripes come from.
+Holds arithmetic on block numbers. Must not know vLLM.
+Read next: `longspan.integrations.vllm.spec`, which uses it; `longspan.sharding.geometry`, where stripes come from.
 """
 
 from bisect import bisect_right
@@ -15,28 +15,28 @@ from longspan.sharding.placement import snake_rank
 
 @dataclass(frozen=True)
 class Striping:
-    """How prompts are cut, and which."""
+    """Sizes of the stripes that long prompts are cut into, and the prompts that are long."""
 
     geometry: StepGeometry
-    """A page is one of vLLM's blocks."""
+    """Sizes of steps, whose pages are vLLM's blocks."""
     min_striped_blocks: int
     """Requests with fewer blocks of prompt are packed where one rank has room; 0 packs none."""
 
 
 def block_rank(block_id: int, num_blocks: int, num_ranks: int) -> tuple[int, int]:
-    """(rank, slot) of a global block id: every rank has a contiguous range of ids, the same number of each."""
+    """Return (rank, slot) of a global block id: every rank has a contiguous range of ids, the same number of each."""
     per_rank = -(-num_blocks // num_ranks)
     return divmod(block_id, per_rank)
 
 
 class RequestPlacement:
-    """The wanted rank of every block of one request."""
+    """Wanted rank of every block of one request."""
 
     def __init__(self, striping: Striping, num_prompt_blocks: int, first_block: int, room: Sequence[int], home: int):
         """Choose packed or striped.
 
         Args:
-            striping: of the engine.
+            striping: stripe sizes of the engine.
             num_prompt_blocks: blocks of the prompt, those found in the prefix cache included.
             first_block: blocks found in the prefix cache.
             room: free blocks per rank.
@@ -46,12 +46,12 @@ class RequestPlacement:
         new_blocks = max(0, num_prompt_blocks - first_block)
         is_short = num_prompt_blocks < striping.min_striped_blocks
         self.is_packed = striping.geometry.num_ranks == 1 or (is_short and new_blocks < room[home])
-        self._ends: list[int] = []  # of the prompt's stripes, in blocks after the first
+        self._ends: list[int] = []  # ends of the prompt's stripes, in blocks after the cached ones
         if not self.is_packed:
             self._ends = list(accumulate(striping.geometry.stripes(new_blocks)))
 
     def rank_of(self, block_idx: int) -> int:
-        """Where a block of the sequence should lie; what has no room there goes to the next rank that has."""
+        """Return the rank where a block should lie; if that is full, `RankedFreeQueue` takes the one with most room."""
         if self.is_packed:
             return self._home
         offset = block_idx - self._first
@@ -64,10 +64,10 @@ class RequestPlacement:
 
 
 def choose_home(room: Sequence[int], last_rank: int | None, needed: int) -> int:
-    """Rank to start on: that of the last cached block if it has room, else the one with most room.
+    """Return the rank to start on: that of the last cached block if it has room, else the one with most room.
 
-    Rank 0 goes first where others have one block more: it lacks vLLM's null block, and it samples, so that a lone
-    request on it has nothing to exchange.
+    Rank 0 is taken even if another rank has one block more: vLLM's null block lies on it, and it samples, so that a
+    lone request on it has nothing to exchange.
 
     Args:
         room: free blocks per rank.

@@ -1,4 +1,4 @@
-"""From vLLM's schedule to a plan of the core. Every rank does it, from the same integers.
+"""Conversion of vLLM's schedule to a plan of the core. Every rank makes the same plan from the same integers.
 
 Holds pure functions of the mirrored requests. Must not know vLLM, tensors or clocks.
 Read next: `longspan.plan.build`, which puts the plan together; `longspan.integrations.vllm.worker`, which runs plans.
@@ -20,7 +20,7 @@ class Row:
 
     rank: int
     row: int
-    """In the rank's packed rows."""
+    """Index among the rank's packed rows."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class ScoredPrompt:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step computes, and which rows are read."""
+    """Plan of one step, and the rows that the sampling rank reads."""
 
     plan: Plan
     tables: Mapping[int, PageTable]
     samples: Mapping[str, Row]
-    """Per request that gets a token in this step."""
+    """Row of every request that gets a token in this step, by request id."""
     scores: tuple[ScoredPrompt, ...]
 
     @property
     def read_rows(self) -> list[Row]:
-        """What the sampling rank needs: rows that are scored, then rows that are sampled from."""
+        """Rows that the sampling rank needs: those that are scored, then those that are sampled from."""
         return [*(row for score in self.scores for row in score.rows), *self.samples.values()]
 
 
@@ -57,15 +57,15 @@ def plan_step(
     num_ranks: int,
     choose: ChooseGroupStep,
 ) -> StepPlan:
-    """Write down a step.
+    """Make the plan of a step.
 
     Args:
-        plan_id: of the step.
-        num_scheduled: tokens per request.
-        requests: after `update`.
+        plan_id: id of the plan.
+        num_scheduled: tokens to compute per request.
+        requests: the mirrored requests, after `update`.
         group: the model's only KV group.
-        num_ranks: of the cp_group.
-        choose: the strategy, the same on every rank.
+        num_ranks: size of the cp_group.
+        choose: chooses strategies, the same on every rank.
     """
     states = [requests[req_id] for req_id in num_scheduled]
     steps = [_request_step(state, num_scheduled[state.req_id]) for state in states]
@@ -85,7 +85,7 @@ def plan_step(
 
 
 def _request_step(state: RequestState, count: int) -> RequestStep:
-    """What a step that computes so many of a request's tokens computes."""
+    """Return the part of a step that computes a request's next `count` tokens."""
     start, end = state.num_computed, state.num_computed + count
     scores: list[ScoreRun] = []
     if not state.has_prompt_logprobs:
@@ -104,12 +104,12 @@ def _request_step(state: RequestState, count: int) -> RequestStep:
 
 
 def _sample_row(number: int, position: int) -> SampleRow:
-    """Name the row that a token is sampled from. How it is sampled, vLLM's own sampler knows."""
+    """Return the row that a token is sampled from, without sampling parameters: vLLM's own sampler has them."""
     return SampleRow(number, position, 0.0, 1.0, top_k=0, min_p=0.0, seed=0, num_logprobs=None, banned_token_ids=())
 
 
 class _PackedRows:
-    """Where a step's positions stand among the packed rows of the ranks that compute them."""
+    """Places of a step's positions among the packed rows of the ranks that compute them."""
 
     def __init__(self, query_runs: Iterable[QueryRun]) -> None:
         self._runs: dict[int, list[tuple[QueryRun, int]]] = {}  # per request, with the first row of each
@@ -120,7 +120,7 @@ class _PackedRows:
             num_rows[run.compute_rank] = first + run.num_tokens
 
     def rows(self, number: int, start: int, end: int) -> list[Row]:
-        """Those of a request's positions `[start, end)`."""
+        """Return the rows of a request's positions `[start, end)`."""
         return [
             Row(run.compute_rank, first + position - run.position)
             for run, first in self._runs[number]

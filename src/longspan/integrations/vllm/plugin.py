@@ -1,7 +1,7 @@
-"""The entry point: `--additional-config '{"longspan": {...}}'` selects our executor and worker, and nothing else does.
+"""Entry point of the plugin: only `--additional-config '{"longspan": {...}}'` selects our executor and worker.
 
 Holds the wrapper of `EngineArgs.create_engine_config`. Must stay cheap and harmless: vLLM calls `register` in every
-process, also where nobody asked for context parallelism, and under versions of vLLM that we do not support.
+process, also without context parallelism, and under versions of vLLM that we do not support.
 Read next: `longspan.integrations.vllm.refusals`, `longspan.integrations.vllm.worker`.
 """
 
@@ -34,13 +34,13 @@ def register() -> None:
 
         check_version()
         check_arguments(self, options)
-        # Our worker has what the V1 runner has. vLLM decides by this variable, at start and per request, so that it
-        # refuses by itself what a request may ask of the V2 runner alone.
+        # Our worker supports what vLLM's V1 runner does. With this variable vLLM itself refuses, at start and per
+        # request, what only its V2 runner supports.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         ours = copy.copy(self)
         ours.worker_cls, ours.distributed_executor_backend = WORKER, _executor()
         if options.untested_cuda:
-            # On GPUs, nothing but the plainest way of vLLM is written for.
+            # On GPUs, the plugin supports only eager steps, one after another.
             ours.enforce_eager, ours.async_scheduling = True, False
             ours.attention_backend = AttentionBackendEnum.FLASH_ATTN
         config = original(ours, *args, **kwargs)
@@ -52,7 +52,7 @@ def register() -> None:
 
 
 def _executor() -> type:
-    """Our executor, as a class: vLLM looks at its attributes."""
+    """Return our executor as a class: vLLM reads its attributes."""
     from longspan.integrations.vllm.executor import ContextParallelExecutor
 
     return ContextParallelExecutor

@@ -1,7 +1,7 @@
-"""vLLM's model in one process: what its attention layers are like, and how it runs on this rank's rows.
+"""vLLM's model in one process: the shape of its attention layers, and its run on this rank's rows.
 
 Holds the loaded module. Must not know requests, vLLM's scheduler, or which rows are read.
-Read next: `longspan.integrations.vllm.backend`, whose layers it has; `longspan.cp.step`.
+Read next: `longspan.integrations.vllm.backend`, which its layers use; `longspan.cp.step`.
 
 Note: what is patched
     `torch.accelerator.empty_cache`, which vLLM's loader calls and a CPU lacks, does nothing while a model is loaded.
@@ -33,19 +33,19 @@ from longspan.types import AttentionParams
 
 
 class RankModel:
-    """The model of one process, which has its tensor parallel part of every head."""
+    """Model of one process, with its tensor parallel part of every head."""
 
     def __init__(self, module: torch.nn.Module, layers: dict[str, Any], vllm_config: Any, device: torch.device) -> None:
         """Take a loaded model over.
 
         Args:
             module: the model.
-            layers: its attention layers by name, in the order in which it runs them.
+            layers: attention layers by name, in the order in which the model runs them.
             vllm_config: vLLM's configuration.
             device: where the model lies.
 
         Raises:
-            ConfigError: its layers differ in heads or widths.
+            ConfigError: the layers differ in heads or widths.
         """
         self.module, self.device = module, device
         self._config, self._layers = vllm_config, layers
@@ -61,7 +61,7 @@ class RankModel:
         self.layer_params = tuple(AttentionParams(a.impl.scale, a.impl.logits_soft_cap) for a in layers.values())
 
     def kv_cache_spec(self, striping: Striping) -> dict[str, PlacedSpec]:
-        """What vLLM's block manager must know of every layer.
+        """Return what vLLM's block manager must know of every layer.
 
         Raises:
             UnsupportedModelError: a layer asks for more than plain full attention.
@@ -82,10 +82,10 @@ class RankModel:
         return dict.fromkeys(self._layers, PlacedSpec(**fields, striping=striping))
 
     def make_attention(self) -> AttentionBackend:
-        """This process's kernels.
+        """Make the attention backend of this process.
 
         Raises:
-            LongspanError: on a GPU, they differ from the reference, or vLLM has none.
+            LongspanError: a GPU's kernels differ from the reference, or vLLM has none for this model.
         """
         if self.device.type == "cpu":
             return make_backend("auto", self.device)
@@ -99,19 +99,19 @@ class RankModel:
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
-        """Let vLLM compile the model, where it may, with as many rows as a rank can get in a step.
+        """Let vLLM compile the model, if allowed, with as many rows as a rank can get in a step.
 
         Collective: the processes of one rank, once.
         """
         if self._config.compilation_config.mode == CompilationMode.NONE and self.device.type == "cpu":
-            return  # on a GPU, for the memory that it takes
+            return  # a GPU runs it also to learn how much memory it takes
         with _no_accelerator_cache(self.device):
             # Position 0 for all: a model may have fewer positions than a step may have tokens.
             positions = torch.zeros(num_tokens, dtype=torch.int64)
             self._run(WarmUp(), torch.zeros(num_tokens, dtype=torch.int32), positions)
 
     def forward(self, plan: Plan, attention: StepAttention) -> Tensor:
-        """[T, hidden] of this rank's rows; those that the plan does not read hold anything.
+        """Return the hidden states of this rank's rows, [T, hidden]; rows that the plan does not read hold any values.
 
         Collective: every process of the plan's ranks, with the same plan.
         """
@@ -132,13 +132,16 @@ class RankModel:
         return self._run(metadata, torch.tensor(token_ids, dtype=torch.int32), torch.tensor(positions))
 
     def _run(self, metadata: StepMetadata | WarmUp, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """[T, hidden]. Args: `token_ids` [T] int32, `positions` [T] int64; T is not 0."""
+        """Return hidden states [T, hidden] of `token_ids` [T] int32 at `positions` [T] int64; T is not 0."""
         with set_forward_context(metadata, self._config, num_tokens=len(token_ids), slot_mapping={}):
             hidden: Tensor = self.module(input_ids=token_ids.to(self.device), positions=positions.to(self.device))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, vocab]. Args: `hidden` [n, hidden]. Collective: the processes of one rank."""
+        """Return logits [n, vocab] of hidden states [n, hidden].
+
+        Collective: the processes of one rank.
+        """
         logits: Tensor | None = self.module.compute_logits(hidden)  # type: ignore[operator]
         if logits is None:
             raise LongspanError("vLLM gathers logits on one tensor parallel rank, which longspan does not support")
@@ -149,7 +152,7 @@ def load_rank_model(vllm_config: Any, device: torch.device) -> RankModel:
     """Load the model that vLLM is configured for.
 
     Raises:
-        ConfigError: its layers differ in heads or widths.
+        ConfigError: the model's layers differ in heads or widths.
         UnsupportedModelError: a layer is not vLLM's plain attention.
     """
     with set_current_vllm_config(vllm_config), _no_accelerator_cache(device):
@@ -161,7 +164,7 @@ def load_rank_model(vllm_config: Any, device: torch.device) -> RankModel:
 
 @contextmanager
 def _no_accelerator_cache(device: torch.device) -> Iterator[None]:
-    """On a CPU, let `torch.accelerator.empty_cache` do nothing meanwhile."""
+    """On a CPU, let `torch.accelerator.empty_cache` do nothing inside the block."""
     if device.type != "cpu":
         yield
         return

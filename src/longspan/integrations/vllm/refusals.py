@@ -1,7 +1,7 @@
-"""What the plugin does not support, refused at start with the option's name.
+"""Refusals, at start and by the option's name, of what the plugin does not support.
 
 Holds checks of versions, arguments and configurations. Must not change anything.
-Read next: `longspan.integrations.vllm.backend`, which refuses what only a model's layers tell.
+Read next: `longspan.integrations.vllm.backend`, which refuses models by their layers.
 """
 
 from typing import Any
@@ -15,11 +15,15 @@ from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.integrations.vllm.options import KEY, Options
 
 SUPPORTED_MINORS = ((0, 32),)
-"""vLLM promises none of what the plugin builds on: only versions that the tests ran with are accepted."""
+"""Versions of vLLM that the tests ran with. Others are refused, as vLLM may change all that the plugin uses."""
 
 
 def check_version(version: str | None = None) -> None:
-    """Raises: ConfigError, if vLLM is of a version that was not tested. Args: None is the installed version."""
+    """Refuse a version of vLLM that was not tested; None is the installed one.
+
+    Raises:
+        ConfigError: names the tested versions.
+    """
     version = version or vllm.__version__
     found = tuple(int(part) if part.isdigit() else -1 for part in version.split(".")[:2])
     if found not in SUPPORTED_MINORS:
@@ -28,10 +32,14 @@ def check_version(version: str | None = None) -> None:
 
 
 def check_arguments(arguments: Any, options: Options) -> None:
-    """Refuse what the plugin would have to overrule. Args: `arguments` as the user gave them.
+    """Refuse arguments that the plugin would have to overrule.
+
+    Args:
+        arguments: vLLM's arguments, as the user gave them.
+        options: options of the plugin.
 
     Raises:
-        ConfigError: with the option's name.
+        ConfigError: names the argument.
     """
     if arguments.worker_cls != "auto":
         _refuse("worker_cls", arguments.worker_cls, "auto")
@@ -44,7 +52,7 @@ def check_arguments(arguments: Any, options: Options) -> None:
         _refuse("attention_backend", backend, "FLASH_ATTN")
     if envs.VLLM_USE_V2_MODEL_RUNNER:
         _refuse("VLLM_USE_V2_MODEL_RUNNER", "1", "0, or unset")
-    # Of vLLM's V2 model runner alone; its own checks speak of the runner rather than of the option.
+    # Only vLLM's V2 model runner has these; vLLM's own checks name the runner, not the option.
     for name, wrong in (
         ("return_sampling_mask", arguments.return_sampling_mask),
         ("enable_trace_replay", arguments.enable_trace_replay),
@@ -60,8 +68,8 @@ def check_config(config: Any, options: Options) -> None:
     """Refuse what does not work with context parallelism.
 
     Raises:
-        ConfigError: with the option's name.
-        UnsupportedModelError: the model.
+        ConfigError: names the option.
+        UnsupportedModelError: names the model.
     """
     parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
     device_type, device = config.device_config.device_type, "cpu, or cuda with untested_cuda: true"
@@ -113,7 +121,7 @@ def check_config(config: Any, options: Options) -> None:
 
 
 def _window_of(model: Any) -> int | None:
-    """Tokens of the model's sliding window, where some layer has one."""
+    """Return the tokens of the model's sliding window, or None if no layer has one."""
     window: int | None = model.get_sliding_window()
     kinds = getattr(model.hf_text_config, "layer_types", None)
     if window is not None and kinds is not None and "sliding_attention" not in kinds:

@@ -1,7 +1,7 @@
-"""The calls of vLLM to a worker that have nothing to do here, or ask for what the plugin does not support.
+"""Calls of vLLM to a worker that the plugin need not or cannot answer.
 
 Holds their answers. Must not know ranks, plans or models.
-Read next: `longspan.integrations.vllm.worker`; `longspan.integrations.vllm.refusals`, what is refused at start.
+Read next: `longspan.integrations.vllm.worker`; `longspan.integrations.vllm.refusals`, which refuses options.
 """
 
 from typing import Any
@@ -12,16 +12,16 @@ from longspan.errors import ConfigError
 
 
 class RefusedCalls(WorkerBase):
-    """A worker without drafts, encoders, profiles, sleep and LoRA."""
+    """Worker without drafts, encoders, profiles, sleep and LoRA."""
 
     def take_draft_token_ids(self) -> None:
         return None
 
     def execute_dummy_batch(self) -> None:
-        """Only data parallel engines need one."""
+        """Do nothing: only data parallel engines need dummy batches."""
 
     def reset_encoder_cache(self) -> None:
-        """There is none."""
+        """Do nothing: there is no encoder cache."""
 
     def profile(self, is_start: bool = True, profile_prefix: str | None = None, **options: Any) -> None:
         raise ConfigError("profile: longspan does not support it")

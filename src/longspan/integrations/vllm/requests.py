@@ -1,6 +1,6 @@
-"""What a worker remembers of every request: tokens, blocks, and how far it is computed.
+"""State of every request in a worker: its tokens and blocks, and how far it is computed.
 
-Holds the mirror of vLLM's scheduler, the same on every rank. Must not know tensors or plans.
+Holds a mirror of vLLM's scheduler, the same on every rank. Must not know tensors or plans.
 Read next: `longspan.integrations.vllm.planning`.
 """
 
@@ -15,30 +15,30 @@ from longspan.sharding.pages import PageTable
 
 @dataclass
 class RequestState:
-    """One request."""
+    """State of one request."""
 
     req_id: str
     number: int
-    """Name of the request in plans."""
+    """Id of the request in plans."""
     prompt_token_ids: list[int]
     output_token_ids: list[int]
     sampling_params: Any
     table: PageTable
     num_computed: int
     has_prompt_logprobs: bool = False
-    """They have been reported, or were not asked for."""
+    """Whether the prompt's log-probabilities have been reported, or were not asked for."""
     generator: Any = None
-    """On the sampling rank: the random generator of a request with a seed."""
+    """Random generator of a request with a seed; None on ranks that do not sample."""
     prompt_logprobs: Any = None
-    """On the sampling rank: the prompt's log-probabilities so far, until they are reported."""
+    """The prompt's log-probabilities so far, until they are reported; None on ranks that do not sample."""
 
     @property
     def num_tokens(self) -> int:
-        """Known tokens."""
+        """Number of known tokens."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """Known tokens at positions `[start, end)`."""
+        """Return the known tokens at positions `[start, end)`."""
         cut = len(self.prompt_token_ids)
         found = self.prompt_token_ids[start : min(end, cut)] if start < cut else []
         if end > cut:
@@ -65,10 +65,10 @@ class Requests:
         return iter(self._by_id)
 
     def update(self, step: Any) -> None:
-        """Take in a SchedulerOutput.
+        """Take in vLLM's SchedulerOutput of a step.
 
         Raises:
-            LongspanError: it asks for something that the plugin refuses at start.
+            LongspanError: the step asks for something that the plugin refuses at start.
         """
         for name in ("kv_cache_block_copies", "scheduled_spec_decode_tokens", "scheduled_encoder_inputs"):
             if getattr(step, name):
@@ -93,7 +93,7 @@ class Requests:
                 self._append(state.table, blocks)
 
     def _add(self, new: Any) -> None:
-        """A request that is new, or resumed in the dialect that sends it anew."""
+        """Add a request that is new, or that vLLM resumes by sending it as new."""
         if new.prompt_token_ids is None or new.sampling_params is None:
             raise LongspanError(f"request {new.req_id}: longspan needs a prompt of tokens, and sampling parameters")
         table = PageTable(self._block_size)

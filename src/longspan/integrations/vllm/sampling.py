@@ -1,4 +1,4 @@
-"""Tokens from logits, by vLLM's own sampler.
+"""Sampling of tokens from logits, by vLLM's own sampler.
 
 Holds the batch of requests that get a token, on the one rank that samples. Must not know ranks, blocks or plans.
 Read next: `vllm.v1.sample.sampler`.
@@ -20,7 +20,7 @@ from longspan.integrations.vllm.requests import RequestState
 
 
 class SamplingBatch:
-    """Requests that get a token in a step, as vLLM's sampler wants them."""
+    """Requests that get a token in a step, in the form that vLLM's sampler reads."""
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
@@ -33,7 +33,7 @@ class SamplingBatch:
             device=device,
             vocab_size=model.get_vocab_size(),
             block_sizes=[vllm_config.cache_config.block_size],
-            max_num_blocks_per_req=[1],  # blocks are not its business here
+            max_num_blocks_per_req=[1],  # unused: the sampler reads no blocks
             logitsprocs=build_logitsprocs(vllm_config, device, False, False, custom),
             logitsprocs_need_output_token_ids=bool(custom),
             reasoning_config=vllm_config.reasoning_config,
@@ -44,7 +44,7 @@ class SamplingBatch:
         """Make the batch hold exactly these requests.
 
         Returns:
-            Their ids, in the order in which `sample` wants rows.
+            Ids of the requests, in the order of the rows that `sample` takes.
         """
         batch = self._batch
         wanted = {state.req_id: state for state in states}
@@ -62,7 +62,13 @@ class SamplingBatch:
     def sample(
         self, logits: Tensor, scheduler_output: Any, grammar_output: Any
     ) -> tuple[list[int], LogprobsLists | None]:
-        """One token per request of the batch. Args: `logits` [requests, vocab], changed in place."""
+        """Sample one token per request of the batch, and return its log-probabilities if asked for.
+
+        Args:
+            logits: [requests, vocab]; changed in place.
+            scheduler_output: vLLM's schedule of the step.
+            grammar_output: vLLM's masks for structured output, or None.
+        """
         batch = self._batch
         if grammar_output is not None:
             apply_grammar_bitmask(scheduler_output, grammar_output, batch, logits)
@@ -72,7 +78,7 @@ class SamplingBatch:
         return tokens, None if logprobs is None else logprobs.tolists()
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """What was sampled has been appended to the requests' outputs; the batch's copy follows."""
+        """Append sampled tokens to the batch's copy of the requests' tokens."""
         batch = self._batch
         for index, token in enumerate(tokens):
             end = batch.num_tokens_no_spec[index]
@@ -81,7 +87,7 @@ class SamplingBatch:
             batch.num_tokens_no_spec[index] = end + 1
 
     def score_prompt(self, state: RequestState, start: int, logits: Tensor) -> None:
-        """Take in log-probabilities of the prompt's tokens from `start + 1` on. Args: `logits` [n, vocab]."""
+        """Take in the log-probabilities of n prompt tokens from `start + 1` on; `logits` are [n, vocab]."""
         count = self._num_prompt_logprobs(state)
         targets = torch.tensor(state.prompt_token_ids[start + 1 : start + 1 + len(logits)], device=logits.device)
         if self._config.model_config.logprobs_mode in ("raw_logits", "processed_logits"):
@@ -96,7 +102,7 @@ class SamplingBatch:
         kept.selected_token_ranks[part] = ranks
 
     def take_prompt_logprobs(self, state: RequestState) -> LogprobsTensors:
-        """All of a prompt's log-probabilities; they are not kept any longer."""
+        """Return all of a prompt's log-probabilities, and forget them."""
         kept = self._kept(state, self._num_prompt_logprobs(state))
         state.prompt_logprobs = None
         return kept

@@ -1,4 +1,4 @@
-"""Tells vLLM's scheduler which block to take: one free queue per rank, and a manager that names the ranks.
+"""Choice of blocks in vLLM's scheduler: one free queue per rank, and a manager that names the ranks.
 
 Holds a KV cache spec, its manager and the queue. Runs in the engine core, which imports this module when it unpickles a
 worker's spec; that registers the manager. Must not know models or tensors.
@@ -21,7 +21,13 @@ class RankedFreeQueue:
     """vLLM's queue of free blocks, with one queue per rank behind it."""
 
     def __init__(self, free: Sequence[KVCacheBlock], num_blocks: int, num_ranks: int) -> None:
-        """Args: `free` in eviction order; `num_blocks` in all."""
+        """Divide the free blocks among the ranks.
+
+        Args:
+            free: free blocks, in the order of eviction.
+            num_blocks: number of all blocks.
+            num_ranks: number of ranks.
+        """
         self._num_blocks, self._num_ranks = num_blocks, num_ranks
         self._queues = [
             FreeKVCacheBlockQueue([b for b in free if self.rank_of(b) == rank]) for rank in range(num_ranks)
@@ -29,12 +35,12 @@ class RankedFreeQueue:
         self._wanted: list[int] = []
 
     def rank_of(self, block: KVCacheBlock) -> int:
-        """Where a block lies."""
+        """Return the rank of a block."""
         return block_rank(block.block_id, self._num_blocks, self._num_ranks)[0]
 
     @property
     def room(self) -> list[int]:
-        """Free blocks per rank."""
+        """Number of free blocks per rank."""
         return [queue.num_free_blocks for queue in self._queues]
 
     @property
@@ -42,14 +48,14 @@ class RankedFreeQueue:
         return sum(self.room)
 
     def want(self, ranks: Sequence[int]) -> None:
-        """Ranks of the blocks that the next `popleft_n` takes."""
+        """Set the ranks of the blocks that the next `popleft_n` takes."""
         self._wanted = list(ranks)
 
     def popleft(self) -> KVCacheBlock:
         return self.popleft_n(1)[0]
 
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
-        """The blocks that lie longest in the queues of the wanted ranks, or of the ranks with most room."""
+        """Take the blocks that are free longest on the wanted ranks, or on the rank with most room."""
         assert self.num_free_blocks >= n
         wanted, self._wanted = self._wanted, []
         blocks: list[KVCacheBlock] = []
@@ -88,7 +94,7 @@ class RankedFreeQueue:
 
 
 class PlacingManager(FullAttentionManager):
-    """vLLM's block manager, choosing the rank of every new block."""
+    """vLLM's block manager, which also chooses the rank of every new block."""
 
     def __init__(self, kv_cache_spec: Any, block_pool: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, block_pool, *args, **kwargs)
@@ -150,7 +156,7 @@ class PlacedSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        """vLLM's merge, which drops fields that it does not know."""
+        """Merge specs as vLLM does, but keep `striping`, which vLLM would drop."""
         assert all(spec.striping == specs[0].striping for spec in specs), "all layers share one striping"
         merged = super().merge(specs)
         return replace(merged, striping=specs[0].striping)

@@ -1,7 +1,7 @@
-"""Messages of a GPU's tensors, through host memory.
+"""Messages of a GPU's tensors, sent through host memory.
 
-Holds the copies before and after another communicator. Slow beside NCCL, and of one order on all ranks by
-construction, which NCCL's queues per pair of ranks are not: whoever has GPUs to test on should replace it.
+Holds the copies before and after another communicator. This is slower than NCCL, but keeps one order of messages on all
+ranks, which NCCL's queues per pair of ranks do not. NCCL may replace it once it can be tested on several GPUs.
 Must not know plans.
 Read next: `longspan.comm.base`, the protocol; `longspan.integrations.vllm.group`.
 """
@@ -15,7 +15,7 @@ from longspan.comm.base import Communicator, Pending
 
 
 class StagingCommunicator:
-    """Wraps a communicator for tensors on the CPU."""
+    """Communicator for a GPU's tensors, around one for tensors on the CPU."""
 
     def __init__(self, inner: Communicator) -> None:
         self._inner = inner

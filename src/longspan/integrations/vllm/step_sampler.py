@@ -1,6 +1,6 @@
-"""The end of a step on the rank that samples: from rows of hidden states to vLLM's answer.
+"""End of a step on the rank that samples: from rows of hidden states to vLLM's answer.
 
-Holds the order of what is scored and sampled. Must not know ranks, or how a token is drawn.
+Holds the order of scoring and sampling. Must not know ranks, or how a token is drawn.
 Read next: `longspan.integrations.vllm.sampling`, which draws tokens by vLLM's own sampler.
 """
 
@@ -15,7 +15,7 @@ from longspan.integrations.vllm.requests import Requests
 from longspan.integrations.vllm.sampling import SamplingBatch
 
 SCORED_ROWS = 512
-"""Prompt rows whose logits exist at once."""
+"""Most prompt rows whose logits are in memory at once."""
 
 
 class StepSampler:
@@ -28,8 +28,8 @@ class StepSampler:
         """Append a token to every request that gets one, and write vLLM's answer.
 
         Args:
-            step: what was computed.
-            rows: [n, hidden], as `step.read_rows` names them.
+            step: plan of the step.
+            rows: hidden states [n, hidden], in the order of `step.read_rows`.
             scheduler_output: vLLM's schedule of the step.
             grammar_output: vLLM's masks for structured output, or None.
 
@@ -58,7 +58,7 @@ class StepSampler:
         return output
 
     def _score(self, step: StepPlan, rows: Tensor) -> dict[str, Any]:
-        """Prompt log-probabilities of the requests whose prompt ends in this step."""
+        """Return the prompt log-probabilities of requests whose prompt ends in this step."""
         found: dict[str, Any] = {}
         first = 0
         for score in step.scores:

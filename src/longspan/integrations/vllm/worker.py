@@ -4,8 +4,8 @@ Holds the calls that vLLM makes to a worker. Must not choose ranks or strategies
 Read next: `longspan.integrations.vllm.planning`, `longspan.integrations.vllm.rank_model`, `longspan.cp.eager`.
 
 Note: who samples
-    Rows are computed by their owners. The hidden states that are read travel to cp_rank 0, which alone has logits and
-    samples (all of its tensor parallel processes do, as in vLLM itself), and tells the others the tokens.
+    Every rank computes the rows that it owns, and sends the hidden states that are read to cp_rank 0. Only cp_rank 0
+    computes logits and samples (in all of its tensor parallel processes, as vLLM does), and sends the others tokens.
 """
 
 import os
@@ -45,7 +45,7 @@ from longspan.sharding.geometry import StepGeometry
 
 
 class Worker(RefusedCalls):
-    """One (cp_rank, tp_rank)."""
+    """vLLM worker of one (cp_rank, tp_rank)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -98,10 +98,10 @@ class Worker(RefusedCalls):
         return self._model.kv_cache_spec(striping)
 
     def determine_available_memory(self) -> int:
-        """Bytes of all ranks together, in whole blocks of each: vLLM sees one device with all of them.
+        """Return the KV bytes of all ranks together, in whole blocks: vLLM sees one device with all of them.
 
         Raises:
-            ConfigError: on all ranks, if one of them has no room for a block.
+            ConfigError: a rank has no room for a block; raised on all ranks.
 
         Collective: every process, once.
         """
@@ -126,7 +126,10 @@ class Worker(RefusedCalls):
             self._sampler = StepSampler(self._model, self._requests, batch)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Learn what strategies are chosen by. Collective: every process, once."""
+        """Measure the costs that strategies are chosen by.
+
+        Collective: every process, once.
+        """
         self.costs = agree_on_costs(
             self._options, self._backend, self._model.group, self._model.layer_params[0], self._comm.inner, self.device
         )
@@ -140,7 +143,10 @@ class Worker(RefusedCalls):
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def begin_step(self, scheduler_output: Any) -> None:
-        """As `execute_model`, without an answer: `sample_tokens` raises what fails here. Collective: likewise."""
+        """Run `execute_model` without an answer; `sample_tokens` raises what fails here.
+
+        Collective: every process, in the order of steps.
+        """
         try:
             self.execute_model(scheduler_output)
         except Exception as error:
@@ -148,7 +154,10 @@ class Worker(RefusedCalls):
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput | None:
-        """Compute this rank's rows. Collective: every process, in the order of steps."""
+        """Compute this rank's rows.
+
+        Collective: every process, in the order of steps.
+        """
         with telling_peers(self._comm, self.rank):
             self._exchange.hear_tokens()
             return self._execute(scheduler_output)
@@ -168,7 +177,10 @@ class Worker(RefusedCalls):
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
-        """One token for every request whose prompt is computed. Collective: as `execute_model`."""
+        """Sample one token for every request whose prompt is computed.
+
+        Collective: every process, in the order of steps.
+        """
         if self._failure is not None:
             raise self._failure
         if self._pending is None:
@@ -186,7 +198,7 @@ class Worker(RefusedCalls):
         if rows is None:
             self._exchange.expect_tokens(states)
             if not len(hidden):
-                # Asleep, which leaves the core to vLLM's own processes: 4.4 ms a token instead of 4.6.
+                # This rank sleeps, which leaves the core to vLLM's own processes: 4.4 ms a token instead of 4.6.
                 self._exchange.hear_tokens()
             return EMPTY_MODEL_RUNNER_OUTPUT  # vLLM reads the answer of process 0
         assert self._sampler is not None
