@@ -18,8 +18,11 @@ def deferred_interrupt() -> Iterator[None]:
     Does nothing outside the main thread, where Python raises no KeyboardInterrupt, nor where the program has its own
     handler of SIGINT.
     """
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or not is_default:
+    # The thread is asked first: `getsignal` formats a handler that it has no name for, which under asyncio is slow.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
         yield
         return
     came = False
