@@ -100,9 +100,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     """Movement strategy of decode; None takes that of `strategy`."""
     partial_dtype: Annotated[
-        PartialDTypeName, Option("How partials travel; auto: in the dtype of keys and values.", Group.RANKS)
+        PartialDTypeName, Option("How partials travel; auto: in the dtype of queries.", Group.RANKS)
     ] = "auto"
-    """Dtype in which partials travel. `auto` is the dtype of keys and values, to which they are rounded once."""
+    """Dtype in which partials travel. `auto` is the dtype in which queries travel, to which partials are rounded once
+    (`KVGroup.partial_dtype`)."""
     nodes: Annotated[
         tuple[int, ...] | None,
         Option(

@@ -1,10 +1,11 @@
 """One statement per option: type, default, legal values, help and group stand at the field that holds the value.
 
-Holds `Option`, the note at a field, and the checks and questions that every configuration shares. Must not know which
-options there are, nor how a command line or a document shows them.
+Holds `Option`, the note at a field, with the command line's name, variable and parser for it where they differ from the
+field's, and the checks that every configuration shares. Must not know which options there are, nor click, nor how help
+and documents are laid out.
 Read next: `longspan.config`, the engine's options; `longspan.cli.options`, their command line and their table.
 
-Note: a field with its option
+Note [A field with its option]
 
     page_size: Annotated[int, Option("Tokens per page.", Group.MEMORY, least=1, most=MAX_COUNT)] = 16
 

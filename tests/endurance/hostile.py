@@ -12,7 +12,7 @@ exit status 0 if
 - every answer to the known question was right, at any time,
 - afterwards no request runs, no page is held, no file descriptor or process is left.
 
-Note: seeds
+Note [Seeds]
     What a client sends depends on its seed alone (`--seed` plus its number); in which order the server sees the
     requests of several clients, on the machine.
 """

@@ -4,7 +4,7 @@ Holds measurements through the communicator, so that they include all that it do
 links). Must not know kernels, or the predictions made from the numbers.
 Read next: `longspan.costmodel.parameters`, which says what the numbers mean; `longspan.attention.measure`.
 
-Note: all ranks at once
+Note [All ranks at once]
     Ranks form rings: one inside each node, and rings through all nodes, one for the nodes' first ranks, one for their
     second ranks, and so on. All rings of a kind run at the same time, and every rank sends to its successor and
     receives from its predecessor, as the strategies do. So a rank's bandwidth is its share of a link that other ranks

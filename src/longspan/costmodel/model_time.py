@@ -5,7 +5,7 @@ know clocks, files, or how the cluster's costs were found.
 Read next: `longspan.costmodel.predict`, which predicts attention; `longspan.costmodel.prompt_time`, which adds up the
 steps of a prompt.
 
-Note: parts of a step's time
+Note [Parts of a step's time]
     step      fixed time of the driver
     layers    fixed time each; matrix products of the rank with most tokens, or reading the weights if that takes
               longer; norms, rotations and activations, which move bytes

@@ -5,7 +5,7 @@ this machine, or anything that ranks could see differently. `longspan.cp` has th
 Read next: `longspan.costmodel.choose`, which takes the strategy with the least time; `longspan.costmodel.timeline`,
 `longspan.costmodel.ring_time`, `longspan.costmodel.work`.
 
-Note: time of a layer
+Note [Time of a layer]
     Ranks start together. A rank packs its messages, computes on its own keys, and goes on when messages have arrived.
     Messages of one rank over one link leave one after the other, and arrive one after the other: the last one takes
     `latency + bytes of the longer queue / bandwidth`. Messages move while ranks compute, so they cost time only where a

@@ -3,7 +3,7 @@
 Holds which steps are predicted, and how they are added up. Must not know clocks, files, or what a step's parts cost.
 Read next: `longspan.costmodel.model_time`, which predicts a step.
 
-Note: sampled steps
+Note [Sampled steps]
     Between two chunks of a prompt only the context grows, so a step's time is nearly straight in it while the strategy
     stays the same. Of many chunks some are predicted, and those between them interpolated; where two neighbours choose
     different strategies the change is searched by halving. From about 100 ranks on stripes are taken to be longer than

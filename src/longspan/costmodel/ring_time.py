@@ -3,7 +3,7 @@
 Holds the time model of one strategy. Must not know the others.
 Read next: `longspan.cp.pass_kv`, which is modelled here; `longspan.costmodel.predict`.
 
-Note: ranks in step
+Note [Ranks in step]
     A rank starts no hop before its predecessor has finished the previous one, so after a few hops all ranks go at the
     pace of the slowest: a hop takes as long as its longest computation or message. Rounds of equal blocks take equal
     time, so each kind of round is computed twice at most: once behind another kind, once behind its own.

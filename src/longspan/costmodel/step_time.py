@@ -3,7 +3,7 @@
 Holds arithmetic, and a fit to finished steps. Must not know clocks: the runner of plans reports how long they took.
 Read next: `longspan.scheduler.chunks`, which cuts prompts by it.
 
-Note: time = overhead + flops / rate
+Note [Time = overhead + flops / rate]
     Flops are those of the weights for every token, and of attention for every (query, key) pair. Overhead and rate are
     fitted to the latest steps (least squares, weights halved every 7 steps), so they follow by themselves when
     attention, which runs at another rate than matrix products, takes over in a long prompt, or when other programs take

@@ -3,7 +3,7 @@
 Good for short chunks on fast links and for sliding windows, where only the rows in the window move. Peak memory grows
 with the number of visible keys.
 
-Note: traffic of one layer
+Note [Traffic of one layer]
     N ranks, R rows on each that the queries of each other rank see: a rank sends (N - 1) R rows of K and V, in one
     exchange of N - 1 messages.
 

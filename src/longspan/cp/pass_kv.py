@@ -6,7 +6,7 @@ context. Source: ring attention (2310.01889); pass-KV (2411.01783).
 Holds the strategy. Must not know other strategies but `local`.
 Read next: `longspan.cp.pass_q`.
 
-Note: three ranks, two rounds
+Note [Three ranks, two rounds]
     Rank 0 holds blocks a0 a1, rank 1 b0 b1, rank 2 c0. What rank 0 sends, receives and computes:
 
         step        1       2       3       4       (after)
@@ -18,7 +18,7 @@ Note: three ranks, two rounds
     most one block being sent, one being received and one being computed: three buffers. Rank 2 has no second block:
     its message of round 1 has no rows and is not sent, as every rank knows from the plan.
 
-Note: traffic of one layer
+Note [Traffic of one layer]
     N ranks that contribute R rows each, seen by any other rank, in blocks of B: a rank sends (N - 1) R rows of K and V
     (its own, and all others' but its successor's), in (N - 1) R / B exchanges, rounded up, of one message each.
 """

@@ -7,7 +7,7 @@ Holds both strategies: `pass_q` is the `tree` in which every rank is a node of i
 but `local`. `longspan.plan.query_units` decides the messages and says why.
 Read next: `longspan.cp.eager`, which calls the strategies.
 
-Note: traffic of one layer
+Note [Traffic of one layer]
     N ranks in M nodes of g = N / M, T query rows per rank that all ranks have keys for, whole blocks of B rows:
 
                   rows that a rank sends as queries, and    in units, with      exchanges
@@ -18,7 +18,7 @@ Note: traffic of one layer
 
     `pass_q` sends (N - g) T of its rows between nodes: g times as many as `tree`.
 
-Note: order
+Note [Order]
     All ranks run the same units, and every rank starts and ends the messages of all units in the same order, a first
     in, first out queue: the exchange that is waited for first was started first. So no two ranks can wait for each
     other, and the messages of a pair arrive in the order in which they are expected. How far queries are sent ahead,

@@ -4,7 +4,7 @@ Holds the thread that steps the engine, and the calls that it is asked to make. 
 Read next: `longspan.server`, which uses it; `longspan.engine.engine`, whose `step` is the loop;
 `longspan.engine.request_stream`, which carries tokens back.
 
-Note: one place to sleep
+Note [One place to sleep]
     The engine's thread sleeps only in `Engine.step`. A plan that ends wakes it there, and so does a request or a
     cancellation that arrives. So a request that arrives while ranks 0 and 1 run a long chunk starts at once on an idle
     rank 2.

@@ -3,7 +3,7 @@
 Holds one function of numbers. Must not know displays, requests or ranks.
 Read next: `longspan.cli.progress` and `longspan.server.generation`, which show it.
 
-Note: why not the rate so far
+Note [Why not the rate so far]
     A token attends to all tokens before it, so the n-th costs a + 2 b n seconds and n tokens take a n + b n^2. At
     100,000 tokens most of the time may lie in b, and half of the tokens are then done after a quarter of the time.
 """

@@ -3,7 +3,7 @@
 Holds what has been read of one request. Must not know engines, threads, or its users, `LLM` and the server.
 Read next: `longspan.models.detokenizer`, which turns tokens into text; `longspan.engine.update`, which is read here.
 
-Note: who ends a request
+Note [Who ends a request]
     The engine knows tokens, so it ends requests at end tokens, `stop_token_ids` and `max_tokens`. Stop strings are
     text, which only the reader knows. When `finish_reason` is set here and the update had none, the caller ends the
     request in the engine. Tokens that were computed after the stop string meanwhile do not count.

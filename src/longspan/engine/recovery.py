@@ -2,7 +2,7 @@
 
 Holds the budget of restarts, the choice of requests to give up, and totals over restarts. Must not know how ranks run,
 nor streams.
-Read next: `longspan.engine.engine`, whose `recover` uses this; Note: lost ranks in `longspan.scheduler.scheduler`.
+Read next: `longspan.engine.engine`, whose `recover` uses this; Note [Lost ranks] in `longspan.scheduler.scheduler`.
 
 Note [What may be lost]
     KV is a cache of what the driver knows: token ids, seeds, grammar states. So when a rank dies, all ranks end, new

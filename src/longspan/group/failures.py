@@ -3,7 +3,7 @@
 Holds the verdict. Must not know sockets, or how a process is started or ended.
 Read next: `longspan.engine.watch`, which notices the signs; `longspan.group.liveness`.
 
-Note: cause and consequence
+Note [Cause and consequence]
     When rank 1's process is killed, rank 0's exchange with it breaks, and rank 0 may report that before the driver sees
     that rank 1 is gone. So the driver listens a little longer after the first sign, and then reports the first of these
     that it has seen: the user asked for something impossible; a process ended without a message; a process failed by
@@ -83,7 +83,7 @@ class Failures:
         return len(self._said.keys() | (self._ended.keys() - self._lost)) == self._shape.world_size
 
     def cause(self) -> Exception:
-        """Return the error to report. See Note: cause and consequence."""
+        """Return the error to report. See Note [Cause and consequence]."""
         said = self._said.values()
         without_a_word = [error for process, error in self._ended.items() if process not in self._said]
         rules: tuple[Callable[[], list[Exception]], ...] = (

@@ -1,7 +1,7 @@
 """Layout of what a token caches: components, their dtypes, and every number of bytes that follows from them.
 
-Holds frozen data and arithmetic; all of it can travel between driver and workers. Must not know torch, pages, ranks
-or models.
+Holds frozen data and arithmetic; all of it can travel between driver and workers. Must not know torch, page tables,
+ranks or models; of pages it knows the bytes alone.
 Read next: `longspan.kv.pool`, which makes tensors of a layout; `longspan.sharding.capacity`, which makes pages of
 memory.
 
@@ -129,7 +129,7 @@ class KVSpec(msgspec.Struct, frozen=True):
 
 
 class KVGroup(msgspec.Struct, frozen=True, dict=True):
-    """Layers that share one spec and window, hence one page table and one pool per rank."""
+    """Layers that share one spec and number of query heads, hence one page table and one pool per rank."""
 
     layers: tuple[int, ...]
     """Layer indices of the model, ascending."""
@@ -169,7 +169,8 @@ class KVGroup(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def merged_row_bytes(self) -> int:
-        """Bytes of one token's `out` in one layer while partials are merged: float64 for float64, else float32."""
+        """Bytes of one token's `out` in one layer while partials are merged, in `accumulation_dtype` of the compute
+        dtype (`longspan.attention.partial`)."""
         return self.num_query_heads * self.spec.layout.v_width * max(4, DTYPE_BYTES[self.spec.compute_dtype])
 
     @property

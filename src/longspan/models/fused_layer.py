@@ -4,7 +4,7 @@ Holds the replacement of a layer's forward. Must not know plans, ranks or strate
 Read next: `longspan.native.layer`, for few rows; `longspan.models.fused_layer_gemm`, for more;
 `docs/decisions/0014-fused-layers.md` for the gain.
 
-Note: nothing is assumed
+Note [Nothing is assumed]
     A layer is read by the names of its modules, and every guess (what scales a norm, which activation, whether there is
     a rotary embedding) is held against the modules themselves. Then all forms of the layer compute random rows. Where
     anything is unknown, or they disagree, the model keeps its own layers. So a family that is built differently is

@@ -4,7 +4,7 @@ Holds the use of llguidance, and the map from token ids to bytes that it needs. 
 plans or weights.
 Read next: `longspan.scheduler.request`, whose `Constraint` is implemented here.
 
-Note: what a token stands for
+Note [What a token stands for]
     The grammar is about bytes, so every token id needs the bytes that it adds to the text, which tokenizers do not
     tell. Decoding a single token is not enough: some tokenizers drop a space at the start of a text, some add spaces
     between tokens. So a token is decoded between two others that stand for "a":
@@ -17,7 +17,7 @@ Note: what a token stands for
     Special tokens, ids that only pad the vocabulary of the model, and tokens whose bytes remain unknown stand for
     nothing, and are never allowed. End tokens are allowed exactly when the output is complete.
 
-Note: which schemas
+Note [Which schemas]
     llguidance implements the commonly used part of JSON Schema 2020-12. A keyword that it knows and does not implement
     (`not`, `if`, `uniqueItems`, ...), an unknown `format`, a remote `$ref` or a schema that nothing satisfies is
     refused. Properties come in the schema's order. A key that the schema does not name may occur twice.

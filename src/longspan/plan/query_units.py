@@ -4,7 +4,7 @@ Holds one pure function of segments. Must not know tensors, bytes or time. Maker
 follow it; both see the same segments, so they agree by construction.
 Read next: `longspan.cp.pass_q`, which runs the units.
 
-Note: hops
+Note [Hops]
     A query run goes from its *home* (the rank that computes it) to every *owner* (a rank with keys that it sees). In
     the home's own node it goes straight there. To another node it goes once, to a *leader*, which passes it on to the
     other owners of its node, merges their partials with its own, and sends one partial home:
@@ -16,7 +16,7 @@ Note: hops
     So one row crosses to a node, whatever its number of ranks. The homes of a node have different leaders: home i of
     its node takes owner i of the other one. With every rank a node of its own nothing is passed on: that is `pass_q`.
 
-Note: units
+Note [Units]
     One message per pair at once would need memory for a whole chunk's queries of every other rank. So the work is cut
     into units, the same list on every rank: first the shifts inside nodes (rank i to rank i + n), then the shifts
     between nodes (node i to node i + n), each in blocks of at most `block_len` rows. In one unit a rank sends its

@@ -4,7 +4,7 @@ Holds integers only; a plan is a message from the driver to the ranks it names. 
 made or run.
 Read next: `longspan.plan.build`, which makes plans; `longspan.worker.runner`, which runs them.
 
-Note: a plan by example
+Note [A plan by example]
     Two ranks, page size 4, positions 0..3 cached on rank 0 and 4..7 on rank 1; this step computes prompt tokens 8..11
     (rank 1) and 12..15 (rank 0), with `pass_q`:
 

@@ -3,7 +3,7 @@
 Holds a user's description, its checks, and its conversion to costs. Must not know files, models or predictions.
 Read next: `longspan.planner.gpus`, the known devices; `longspan.planner.cluster_file`; `longspan.costmodel.model_time`.
 
-Note: devices and ranks
+Note [Devices and ranks]
     A rank of context parallelism is `tensor_parallel_size` devices, neighbours of one node; each holds its part of the
     heads and weights. Rates and links are those of one device: a device sends the keys of its heads to the same part of
     other ranks over its own link. So a group of N devices is N / tensor_parallel_size ranks, each as fast as one

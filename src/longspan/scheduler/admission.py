@@ -3,7 +3,7 @@
 Holds pure functions of page counts. Must not know requests, hashes, slots or steps.
 Read next: `longspan.scheduler.page_placer`; `longspan.scheduler.memory`, which gives an admitted request its pages.
 
-Note: what to do with a hit
+Note [What to do with a hit]
     A short request belongs on one rank. For every rank, compare the tokens it would compute there with the work that
     already waits there; pages that only another rank has are copied, at `COPY_COST` of computing them. So short chats
     with a common system prompt stay packed, and the prompt ends up on every rank that serves them. A long request uses
@@ -48,7 +48,7 @@ def choose_packed(
     load: Sequence[float],
     room: Room,
 ) -> Admission | None:
-    """Put all pages on one rank: the one where the request is done first. See Note: what to do with a hit.
+    """Put all pages on one rank: the one where the request is done first. See Note [What to do with a hit].
 
     Args:
         pools: of every rank.

@@ -1,7 +1,8 @@
 """What the ranks were told of one request, and by which plan.
 
-Holds the books of one request's plans and table deltas. Only the plan writer makes entries; the scheduler says when a
-request waits or loses its ranks. Must not know pages' owners, queues or strategies.
+Holds the books of one request's plans and table deltas. The plan writer notes what ranks are told; the request forgets
+its tables and loses its ranks; the scheduler says from when it waits. Must not know pages' owners, queues or
+strategies.
 Read next: `longspan.scheduler.plan_writer`; `longspan.plan.types`, `TableDelta`.
 """
 
@@ -15,7 +16,7 @@ from longspan.sharding.pages import PageRun, PageTable
 
 @dataclass(slots=True)
 class Delivery:
-    """One request's."""
+    """Record of what ranks know of one request."""
 
     informed_ranks: set[int] = field(default_factory=set)
     """Ranks that know the page tables as of the last plan."""

@@ -59,7 +59,7 @@ class Request:
     """Of the full pages of `token_ids`, as far as they were needed (`hash_pages`)."""
     num_preemptions: int = 0
     delivery: Delivery = field(default_factory=Delivery)
-    """What the ranks were told of it. The plan writer's."""
+    """Record of what ranks know of the request: the plan writer notes it, the request forgets it."""
     num_crashes: int = 0
     """How often, one after another, the ranks were lost while they computed this request, and it got no further."""
     farthest: int = 0

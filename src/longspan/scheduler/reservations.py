@@ -3,7 +3,7 @@
 Holds counts per rank and KV group. Must not know which pages they are, tokens, or how ranks were chosen.
 Read next: `longspan.scheduler.memory`, which makes promises and keeps them.
 
-Note: promises
+Note [Promises]
     At admission the pages of all tokens that are known (the prompt; after a preemption also what was generated) are
     *placed* on ranks and *promised*; they are *allocated* when a step first writes them. So a prefill never runs out of
     pages. Pages for tokens yet to be generated are placed one at a time (`KVMemory.extend`), on any rank with room;

@@ -4,28 +4,29 @@ Holds the queues, and who takes part in a plan. Must not know torch, processes, 
 same plans.
 Read next: `longspan.scheduler.plan_writer`, which writes the plan; `longspan.engine.engine`, which drives this.
 
-Note: lanes
+Note [Lanes]
     A plan names its ranks, and plans on disjoint ranks run at the same time. `schedule` therefore returns plans until
     no request's ranks are all idle. A request that must wait for a busy rank claims its other ranks, so that a stream
     of requests on single ranks cannot starve one that needs several.
 
-Note: what a step mixes
+Note [What a step mixes]
     Tokens of many requests share the weights that a step reads, so a step takes all it can: every decode on its ranks,
     and chunks of prompts while token budgets and `max_step_ms` last. Only what moves must be of one kind, because a
     step has one strategy: decodes with keys on several ranks never share a step with such chunks. They take turns.
 
-Note: preemption
+Note [Preemption]
     When no rank has room for the next page of a decode, cached pages have gone first, then every rank was tried, and
     now the youngest running request gives all its pages back and waits at the head of the queue. Its tokens are kept:
     it is computed again, often from pages that are still cached. The oldest request is never preempted, so all end.
 
-Note: running ahead (`async_scheduling`)
-    A rank that has to wait for its next plan after every token waits longest where steps are shortest. So while a plan
-    of decodes is in flight and no request waits for its ranks, the next one is submitted behind it: the same requests,
-    one token further, each token `SampledBy` the plan before. Whoever ends meanwhile has computed one token for
-    nobody. Its pages are free at once all the same: a rank runs its plans in order, so whatever takes them comes later.
+Note [Running ahead]
+    A rank that has to wait for its next plan after every token waits longest where steps are shortest. So, with
+    `async_scheduling`, while a plan of decodes is in flight and no request waits for its ranks, the next one is
+    submitted behind it: the same requests, one token further, each token `SampledBy` the plan before. A request that
+    ends meanwhile has computed one token in vain. Its pages are free at once all the same: a rank runs its plans in
+    order, so whatever takes them comes later.
 
-Note: lost ranks
+Note [Lost ranks]
     When the ranks are lost (`restart`), every running request goes back to the queue, as after a preemption. Whoever
     was in flight may have been the reason. After two such losses since which it got no further, a request is a suspect:
     suspects run one at a time and nobody beside them, until they get further than before. So if the ranks are lost
@@ -235,7 +236,7 @@ class Scheduler:
     def restart(self) -> None:
         """The ranks were lost, and new ones hold nothing: compute all running requests again, with their tokens kept.
 
-        See Note: lost ranks. Plans in flight are forgotten; the caller hands in no result of theirs any more.
+        See Note [Lost ranks]. Plans in flight are forgotten; the caller hands in no result of theirs any more.
         """
         in_flight = {request.request_id for flight in self.in_flight.values() for request in flight.requests}
         self.in_flight.clear()
@@ -293,7 +294,7 @@ class Scheduler:
         return self._run_ahead()
 
     def _candidates(self) -> list[Request]:
-        """Running requests that plans may be made for now, the oldest first. See Note: lost ranks."""
+        """Running requests that plans may be made for now, the oldest first. See Note [Lost ranks]."""
         suspect = next((request for request in self.running if request.num_crashes >= SUSPECT_CRASHES), None)
         if suspect is None:
             return list(self.running)

@@ -1,6 +1,7 @@
 """Whose turn it is to lead the next step, of requests whose ranks are free or soon will be.
 
-Holds the order of turns, and which rank computed prompts when. Must not know budgets, pages or what else is in a step.
+Holds the order of turns, and every rank's last plan with a prompt. Must not know budgets, pages or what else is in a
+step.
 Read next: `longspan.scheduler.scheduler`, which asks.
 """
 
@@ -41,7 +42,7 @@ class Turns:
         self._last_prefill: dict[int, int] = {}  # rank to number of its last plan with a prompt
 
     def note_plan(self, plan: Plan) -> None:
-        """Take down which ranks a plan gives prompts to."""
+        """Take down that a plan with a prompt takes prefill's turn on all its ranks, those without tokens of it too."""
         if plan.phase is Phase.PREFILL:
             self._last_prefill.update(dict.fromkeys(plan.ranks, plan.plan_id))
 

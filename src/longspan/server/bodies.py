@@ -3,7 +3,7 @@
 Holds the order in which a long body is checked. Must not know what fields mean, nor routes.
 Read next: `longspan.server.protocol`; `longspan.server.app`, which calls this.
 
-Note: why in pieces
+Note [Why in pieces]
     A thread that decodes 30 MB in one call holds the GIL for the whole call, and the event loop waits: 15 million
     token ids took 0.4 s, 7 million lists 4 s. So a long body is first cut into the raw text of its fields (0.1 s at
     most), what is too much is refused by counting commas or brackets, and what remains is decoded a piece at a time.

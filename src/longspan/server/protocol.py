@@ -3,7 +3,7 @@
 Holds the request types, and their conversion to sampling parameters. Must not know engines, streams or answers.
 Read next: `longspan.server.completions`, `longspan.server.chat`.
 
-Note: no field is ignored
+Note [No field is ignored]
     A field that is declared here is honoured. A field in a class's `REFUSED`, unless its value asks for nothing, and an
     unknown field are answered 400 by name. The exceptions are fields in `_Common` about an account at OpenAI, which are
     accepted and mean nothing here.

@@ -3,7 +3,7 @@
 Holds start, signals and end. Must not know routes.
 Read next: `longspan.server.app`; `longspan.engine.async_engine`.
 
-Note: how a server ends
+Note [How a server ends]
     first SIGTERM or SIGINT    no new requests (503), those that run may end; exit code 0
     second one                 open requests get an error, and the process ends at once; exit code 128 + signal
     ranks died                 new ones start, and open requests go on (`longspan.engine.recovery`)

@@ -3,7 +3,7 @@
 Holds the threads and their copies of the tokenizer. Must not know requests or engines.
 Read next: `longspan.models.detokenizer`.
 
-Note: one copy per thread
+Note [One copy per thread]
     A fast tokenizer keeps its truncation and padding settings inside the Rust object. Used by two threads at once it
     may raise "Already borrowed". So every thread has a copy, and the event loop has its own for decoding a few tokens.
 """

@@ -3,7 +3,7 @@
 Holds pure functions of integers. Must not know slots, requests or time.
 Read next: `longspan.sharding.geometry`; `longspan.scheduler.page_placer`, which places a request's pages.
 
-Note: snake order
+Note [Snake order]
     Striped placement lays stripes on ranks 0, 1, .., N-1, N-1, .., 1, 0, 0, 1, .. so that early (cheap) and late
     (dear) stripes pair up. Causal attention work of stripe i grows as 2i + 1. With N = 2 and 4 equal stripes:
 

@@ -5,7 +5,7 @@ token depends on the request's seed and the token's position only, so a request 
 or in other batches, draws the same numbers. The row holds all earlier state: a worker remembers nothing.
 Read next: `longspan.scheduler.sampling`, which makes the rows; `longspan.worker.runner`.
 
-Note: the order of the rules
+Note [The order of the rules]
     The order is that of vLLM's sampler:
 
         1. what the grammar, or `min_tokens`, forbids       logit = -inf

@@ -1,7 +1,7 @@
 """Messages between ranks beside attention: hidden states to the rank that samples, and its tokens to the others.
 
 Holds the two messages of a step, each left out where it is not needed. Must not know plans, models or vLLM.
-Read next: `longspan.integrations.vllm.worker`, Note: who samples.
+Read next: `longspan.integrations.vllm.worker`, Note [Who samples].
 """
 
 from collections.abc import Sequence

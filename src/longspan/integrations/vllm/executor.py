@@ -4,7 +4,7 @@ Holds what differs from vLLM's own executor: the number of processes, which of t
 know models or plans.
 Read next: `longspan.integrations.vllm.worker`.
 
-Note: ranks
+Note [Ranks]
     Process `cp_rank * tp_size + tp_rank`. vLLM makes tensor parallel groups of `tp_size` consecutive processes; the
     processes with equal `tp_rank` are a cp_group. The first process samples, and answers for all.
 """

@@ -3,7 +3,7 @@
 Holds one context manager. Must not know what a step does.
 Read next: `longspan.integrations.vllm.worker`.
 
-Note: who fails
+Note [Who fails]
     vLLM reads the answers of process 0 alone. Another process that fails leaves its tensor parallel peers in a
     collective, so it ends: vLLM's monitor of processes then ends the engine.
 """
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def telling_peers(comm: Communicator, process: int) -> Iterator[None]:
-    """Let no process wait for one that failed. See Note: who fails.
+    """Let no process wait for one that failed. See Note [Who fails].
 
     Args:
         comm: the process's communicator, which is closed on failure.

@@ -4,7 +4,7 @@ Holds the calls of the kernel, and the backend that vLLM's model classes ask for
 requests.
 Read next: `longspan.attention.dense`, which cuts segments into calls; `longspan.integrations.vllm.staging`.
 
-Note: what FlashAttention does
+Note [What FlashAttention does]
     `causal` is aligned to the bottom right: the last query sees the last key. Queries that see no key are in no call:
     FlashAttention 2 gives them a log-sum-exp of +inf. The log-sum-exp is natural and [H, T]; K and V are
     [keys, Hkv, D] with any strides but the last.

@@ -3,7 +3,7 @@
 Holds the loaded module. Must not know requests, vLLM's scheduler, or which rows are read.
 Read next: `longspan.integrations.vllm.backend`, which its layers use; `longspan.cp.step`.
 
-Note: what is patched
+Note [What is patched]
     `torch.accelerator.empty_cache`, which vLLM's loader calls and a CPU lacks, does nothing while a model is loaded.
 """
 

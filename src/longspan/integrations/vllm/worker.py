@@ -3,7 +3,7 @@
 Holds the calls that vLLM makes to a worker. Must not choose ranks or strategies.
 Read next: `longspan.integrations.vllm.planning`, `longspan.integrations.vllm.rank_model`, `longspan.cp.eager`.
 
-Note: who samples
+Note [Who samples]
     Every rank computes the rows that it owns, and sends the hidden states that are read to cp_rank 0. Only cp_rank 0
     computes logits and samples (in all of its tensor parallel processes, as vLLM does), and sends the others tokens.
 """
