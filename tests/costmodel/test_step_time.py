@@ -247,7 +247,7 @@ def test_chunks_cut_by_time_end_where_snake_order_has_come_round(num_ranks):
         assert max(work) == pytest.approx(min(work))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_short_chunk_behind_a_long_context_is_cut_by_what_its_strategy_lets_each_rank_compute(num_ranks):
     """Its tokens have one owner. Where queries move, that rank computes its share of the keys and not all of them."""
     num_chunks = {}

@@ -155,7 +155,12 @@ def test_fixed_steps_give_the_tokens_of_transformers_all_pairs(case, steps):
 
 @pytest.mark.cover
 @pytest.mark.parametrize(
-    ("family", "size", "placement"), [("llama", 3, "striped"), ("gemma2", 2, "striped"), ("qwen2", 1, "packed")]
+    ("family", "size", "placement"),
+    [
+        pytest.param("llama", 3, "striped", marks=pytest.mark.slow),
+        ("gemma2", 2, "striped"),
+        ("qwen2", 1, "packed"),
+    ],
 )
 def test_replayed_steps_give_them_too_and_count_what_they_send(family, size, placement, captured):
     model = tiny_model(family)
@@ -276,7 +281,14 @@ def _swap_homes(monkeypatch):
 
 @pytest.mark.cover
 @pytest.mark.parametrize(
-    "mutate", [_drop_a_tile, _store_in_the_next_row, _ignore_lse, _keep_old_positions, _swap_homes]
+    "mutate",
+    [
+        _drop_a_tile,
+        *(
+            pytest.param(mutate, marks=pytest.mark.slow)  # each takes as long as all other tests of a room
+            for mutate in (_store_in_the_next_row, _ignore_lse, _keep_old_positions, _swap_homes)
+        ),
+    ],
 )
 def test_a_broken_fixed_step_changes_tokens(mutate, monkeypatch):
     mutate(monkeypatch)
