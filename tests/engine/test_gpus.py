@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from msgspec.structs import replace
 from tiny_models import load_reference, tiny_model
 
 from longspan.attention import select
@@ -19,9 +20,9 @@ from longspan.engine.engine import Engine
 from longspan.engine.gpus import GPU, choose_device, find_gpus
 from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
 from longspan.engine.processes import worker_environment
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.group.shape import GroupShape, speaker
-from longspan.kv.layout import KVGroup, KVSpec
+from longspan.kv.layout import KVComponent, KVGroup, KVLayout, KVSpec
 from longspan.models.compiled import compile_dense_
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config
@@ -266,6 +267,24 @@ def test_rejects_a_model_that_the_kernels_do_not_take():
     assert device_backend(config(attention_backend="triton"), spec_of(width=96), cpu).name == "triton"
     with pytest.raises(ConfigError, match="dtype: got float16, the cpu backend takes"):
         device_backend(config(), spec_of(dtype="float16"), cpu)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        KVLayout((KVComponent("k", 8, 64, "bfloat16"), KVComponent("v", 8, 64, "float32"))),
+        KVLayout((KVComponent("k", 8, 64, "float32"), KVComponent("v", 8, 64, "float32"))),
+        KVLayout((KVComponent("k", 8, 64, "bfloat16", "float32"), KVComponent("v", 8, 64, "bfloat16", "float32"))),
+        KVLayout((KVComponent("k", 8, 64, "bfloat16"),), v_width_in_k=48),
+    ],
+    ids=["mixed dtypes", "another dtype", "scales", "values in keys"],
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rejects_keys_and_values_that_no_kernel_reads_as_they_are_stored(layout, backend):
+    spec = spec_of()
+    group = replace(spec.kv_groups[0], spec=KVSpec(layout, "bfloat16"))
+    with pytest.raises(UnsupportedModelError, match=r"as KVLayout\(.*, legal is .* stored in bfloat16, without scales"):
+        device_backend(config(attention_backend=backend), replace(spec, kv_groups=(group,)), torch.device("cpu"))
 
 
 def test_backends_of_a_gpu(monkeypatch):
