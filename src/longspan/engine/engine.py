@@ -16,6 +16,7 @@ import torch
 from msgspec import structs
 
 from longspan.config import EngineConfig
+from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs
 from longspan.engine.cost_parameters import striped_from
 from longspan.engine.gpus import choose_device
@@ -73,8 +74,6 @@ class Engine:
         self.config = config = structs.replace(config, kv_cache_memory=memory)
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
-        self.choices = self.scheduler.writer.choices
-        """Strategies that were chosen so far, and why."""
         self.strategy_counts: Counter[str] = Counter()
         """(plan, KV group) pairs per strategy."""
         self.in_flight = PlansInFlight()
@@ -127,6 +126,11 @@ class Engine:
     def failure(self) -> BaseException | None:
         """Why the ranks are lost, idle ones included, until `recover` replaces them; None while they run."""
         return self.ranks.failure or self._lost or self.executor.failure
+
+    @property
+    def choices(self) -> StrategyChoices:
+        """Strategies that were chosen so far, and why."""
+        return self.scheduler.writer.choices
 
     @property
     def has_requests(self) -> bool:
@@ -213,7 +217,7 @@ class Engine:
             try:
                 check_books(self.scheduler)
             except AssertionError as broken:
-                self.ranks.failure = broken  # no token of these ranks can be trusted
+                self.ranks.fail(broken)  # no token of these ranks can be trusted
                 raise
         return list(advanced)
 
@@ -250,9 +254,9 @@ class Engine:
 
     def _lose_rank(self, config: EngineConfig) -> None:
         """Go on with one rank less, and the options for the ranks that are left."""
-        before, self.config = self.scheduler, config
-        self.scheduler = Scheduler(self.spec, config, self.ranks.told.num_pages)
-        self.scheduler.take_over(before)
+        scheduler = Scheduler(self.spec, config, self.ranks.told.num_pages)
+        scheduler.take_over(self.scheduler)
+        self.config, self.scheduler = config, scheduler  # at once, as other threads read the totals
         self._recovered += fail_unfit(self.scheduler)
 
     # -- state, which any thread may read ----------------------------------------------------------------------------

@@ -261,10 +261,10 @@ class Scheduler:
         """
         assert not other.running, "restart comes first"
         self.waiting, self.requests = other.waiting, other.requests
-        self.num_preemptions, self.writer.choices = other.num_preemptions, other.writer.choices
+        self.num_preemptions = other.num_preemptions
         self.next_plan_id, self.next_request_id = other.next_plan_id, other.next_request_id
-        self.memory.num_queried_tokens = other.memory.num_queried_tokens
-        self.memory.num_hit_tokens = other.memory.num_hit_tokens
+        self.writer.take_over(other.writer)
+        self.memory.take_over(other.memory)
 
     # -- plans -------------------------------------------------------------------------------------------------------
 
