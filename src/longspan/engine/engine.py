@@ -7,7 +7,6 @@ Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -74,8 +73,6 @@ class Engine:
         self.config = config = structs.replace(config, kv_cache_memory=memory)
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
-        self.strategy_counts: Counter[str] = Counter()
-        """(plan, KV group) pairs per strategy."""
         self.in_flight = PlansInFlight()
         """Plans that the ranks have not answered."""
         self._work = WorkDone()
@@ -133,6 +130,11 @@ class Engine:
         return self.scheduler.writer.choices
 
     @property
+    def strategy_counts(self) -> dict[str, int]:
+        """(plan, KV group) pairs per strategy."""
+        return self.choices.steps_per_strategy()
+
+    @property
     def has_requests(self) -> bool:
         """Whether any request has not ended."""
         return self.scheduler.has_requests
@@ -186,7 +188,6 @@ class Engine:
             raise self.ranks.failure
         num_plans = 0
         while (plan := self.scheduler.schedule()) is not None:
-            self.strategy_counts.update(group.strategy.value for group in plan.groups)
             self.in_flight.add(self.executor.submit(plan))
             num_plans += 1
         return num_plans
@@ -287,7 +288,7 @@ class Engine:
             kv_pages_total=tuple(rank.kv_pages_total for rank in ranks),
             busy_s=tuple(rank.busy_s for rank in ranks),
             tokens_computed=tuple(rank.tokens_computed for rank in ranks),
-            steps_per_strategy=dict(self.strategy_counts),
+            steps_per_strategy=self.strategy_counts,
             bytes_per_strategy=self._work.bytes_per_strategy(),
             num_preemptions=scheduler.num_preemptions,
             prefix_queries_tokens=memory.num_queried_tokens,
