@@ -30,7 +30,7 @@ from longspan.types import AttentionParams, ModelSpec
 from longspan.worker.device import check_capability, check_memory, device_backend, process_device
 
 GIB = 2**30
-H200 = GPU("NVIDIA H200", (9, 0), 140 * GIB, 141 * GIB)
+H200 = GPU("NVIDIA H200", (9, 0), 140 * GIB)
 
 
 def config(**options):
@@ -55,7 +55,7 @@ def visible(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "set_device", current.append)
-        found = [GPU("NVIDIA H200", capability, 140 * GIB, 141 * GIB)] * count
+        found = [GPU("NVIDIA H200", capability, 140 * GIB)] * count
         monkeypatch.setattr(gpus, "find_gpus", lambda: list(found))
         return current
 
@@ -192,7 +192,7 @@ def test_rejects_more_ranks_than_gpus_and_old_gpus(visible):
 
 def test_looks_at_gpus_in_a_process_of_its_own():
     assert find_gpus() == []  # what the real script says here
-    assert find_gpus("print('a warning'); print('[[\"H\", [9, 0], 5, 7]]')") == [GPU("H", (9, 0), 5, 7)]
+    assert find_gpus("print('a warning'); print('[[\"H\", [9, 0], 5]]')") == [GPU("H", (9, 0), 5)]
     with pytest.raises(ConfigError, match=r"device: got 'cuda', whose GPUs cannot be used \(RuntimeError: no driver\)"):
         find_gpus("raise RuntimeError('no driver')")
 
@@ -204,7 +204,7 @@ def test_gpus_that_do_not_answer_are_refused(monkeypatch):
 
 
 def test_kv_takes_what_a_gpu_has_left_beside_weights_and_a_step():
-    both = [H200, GPU("H", (9, 0), 100 * GIB, 141 * GIB)]
+    both = [H200, GPU("H", (9, 0), 100 * GIB)]
     memory = gpu_cache_memory(None, both, spec_of(), 16 * GIB, 4096, 8192)
     assert 0.9 * 100 * GIB - 16 * GIB - CONTEXT_BYTES - 2 * GIB < memory < 0.9 * 100 * GIB - 16 * GIB - CONTEXT_BYTES
     assert gpu_cache_memory(5 * GIB, [H200], spec_of(), 16 * GIB, 4096, 8192) == 5 * GIB
