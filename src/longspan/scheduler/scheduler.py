@@ -45,7 +45,6 @@ from longspan.costmodel.step_time import StepTime
 from longspan.errors import ConfigError
 from longspan.kv.prefix import extend_hashes
 from longspan.plan.types import Plan, PlanResult
-from longspan.scheduler.admission import DECODE_COST
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.chunks import Chunks
 from longspan.scheduler.memory import KVMemory
@@ -57,6 +56,9 @@ from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 SUSPECT_CRASHES = 2
 """Losses of the ranks, one after another, after which a request that was in flight each time runs alone."""
+
+DECODE_COST = 16
+"""Cost of a decoding request to its rank's next prefill, in tokens computed: it takes part in every step."""
 
 
 class InFlight(NamedTuple):
