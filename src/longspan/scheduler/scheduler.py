@@ -247,7 +247,7 @@ class Scheduler:
         for request in self.running:
             request.lose_ranks(was_in_flight=request.request_id in in_flight)
         for request in self.waiting:
-            request.delivery.lose_ranks()
+            request.forget_ranks()
         self.waiting = deque(sorted([*self.waiting, *self.running], key=lambda request: request.request_id))
         self.running = []
         self.memory.forget_all()
