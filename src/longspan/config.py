@@ -294,6 +294,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         self._check_device()
         if self.topology is not None and self.measure == "again":
             raise ConfigError("measure: got 'again' with a topology file, whose numbers hold, legal is auto or never")
+        if self.executor == "threads" and self.measure == "again":
+            raise ConfigError("measure: got 'again' with executor 'threads', legal there is auto or never")
         self._check_nodes()
         if self.stripe_size % self.page_size:
             raise ConfigError(

@@ -252,7 +252,7 @@ class LLM:
 
     def strategy_counts(self) -> dict[str, int]:
         """Return the number of (plan, KV group) pairs per strategy since the LLM was made."""
-        return dict(self.engine.strategy_counts)
+        return self.engine.strategy_counts
 
     def explain(self) -> list[StrategyChoice]:
         """Return the strategies chosen so far, per phase and KV group, and each candidate's predicted time."""

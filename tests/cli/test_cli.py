@@ -384,6 +384,7 @@ REFUSED = [
     (["--kv-cache-memory", "999999Gi"], ["kv_cache_memory", str(999999 * 2**30), "at most", "this machine"]),
     (["--context-parallel-size", "129"], ["context_parallel_size", "129", "1 to 128"]),
     (["--page-size", "16", "--stripe-size", "24"], ["stripe_size", "24", "multiple of page_size (16)"]),
+    (["--executor", "threads", "--measure", "again"], ["measure", "'again'", "'threads'", "auto or never"]),
     (["--unheard-of", "1"], ["--unheard-of"]),
 ]
 

@@ -6,12 +6,11 @@ Choices are pure functions of numbers; the last tests run the chosen exchanges o
 import random
 
 import pytest
-from cp_cases import Cluster, make_group, random_chunk, random_cluster
+from cp_cases import Cluster, attention_time, make_group, random_chunk, random_cluster
 from cp_ranks import Ranks, random_groups
 
 from longspan.costmodel.choose import exchange_bytes, plan_group
 from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology
-from longspan.costmodel.predict import attention_time
 from longspan.kv.layout import KVGroup
 from longspan.plan.group_step import BLOCK_LEN
 from longspan.plan.types import DirectExchange, GroupStep, RingExchange

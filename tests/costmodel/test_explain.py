@@ -33,6 +33,7 @@ def test_a_choice_is_noted_once_with_all_candidates_and_counted():
     assert (first.num_queries, first.num_keys) == (24, 64)
     assert (forced.strategy, forced.num_steps, forced.is_forced) == (PASS_KV, 3, True)
     assert (decode.phase, decode.num_steps, decode.num_queries) == (Phase.DECODE, 1, 1)
+    assert choices.steps_per_strategy() == {"pass_q": 4, "pass_kv": 3}
     for choice in choices.all:
         assert [c.strategy for c in choice.candidates] == [GATHER_KV, PASS_KV, PASS_Q]
         for candidate in choice.candidates:

@@ -4,13 +4,13 @@ import random
 
 import msgspec
 import pytest
-from cp_cases import Cluster, make_group, random_chunk, random_cluster
+from cp_cases import Cluster, attention_time, make_group, random_chunk, random_cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.costmodel.choose import plan_group
 from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology, costs_by_bytes
-from longspan.costmodel.predict import attention_time, predict_attention
+from longspan.costmodel.predict import predict_attention
 from longspan.errors import ConfigError
 from longspan.types import Strategy
 

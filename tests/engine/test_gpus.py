@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from msgspec.structs import replace
 from tiny_models import load_reference, tiny_model
 
 from longspan.attention import select
@@ -19,9 +20,9 @@ from longspan.engine.engine import Engine
 from longspan.engine.gpus import GPU, choose_device, find_gpus
 from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
 from longspan.engine.processes import worker_environment
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.group.shape import GroupShape, speaker
-from longspan.kv.layout import KVGroup, KVSpec
+from longspan.kv.layout import KVComponent, KVGroup, KVLayout, KVSpec
 from longspan.models.compiled import compile_dense_
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config
@@ -29,7 +30,7 @@ from longspan.types import AttentionParams, ModelSpec
 from longspan.worker.device import check_capability, check_memory, device_backend, process_device
 
 GIB = 2**30
-H200 = GPU("NVIDIA H200", (9, 0), 140 * GIB, 141 * GIB)
+H200 = GPU("NVIDIA H200", (9, 0), 140 * GIB)
 
 
 def config(**options):
@@ -54,7 +55,7 @@ def visible(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "set_device", current.append)
-        found = [GPU("NVIDIA H200", capability, 140 * GIB, 141 * GIB)] * count
+        found = [GPU("NVIDIA H200", capability, 140 * GIB)] * count
         monkeypatch.setattr(gpus, "find_gpus", lambda: list(found))
         return current
 
@@ -191,7 +192,7 @@ def test_rejects_more_ranks_than_gpus_and_old_gpus(visible):
 
 def test_looks_at_gpus_in_a_process_of_its_own():
     assert find_gpus() == []  # what the real script says here
-    assert find_gpus("print('a warning'); print('[[\"H\", [9, 0], 5, 7]]')") == [GPU("H", (9, 0), 5, 7)]
+    assert find_gpus("print('a warning'); print('[[\"H\", [9, 0], 5]]')") == [GPU("H", (9, 0), 5)]
     with pytest.raises(ConfigError, match=r"device: got 'cuda', whose GPUs cannot be used \(RuntimeError: no driver\)"):
         find_gpus("raise RuntimeError('no driver')")
 
@@ -203,7 +204,7 @@ def test_gpus_that_do_not_answer_are_refused(monkeypatch):
 
 
 def test_kv_takes_what_a_gpu_has_left_beside_weights_and_a_step():
-    both = [H200, GPU("H", (9, 0), 100 * GIB, 141 * GIB)]
+    both = [H200, GPU("H", (9, 0), 100 * GIB)]
     memory = gpu_cache_memory(None, both, spec_of(), 16 * GIB, 4096, 8192)
     assert 0.9 * 100 * GIB - 16 * GIB - CONTEXT_BYTES - 2 * GIB < memory < 0.9 * 100 * GIB - 16 * GIB - CONTEXT_BYTES
     assert gpu_cache_memory(5 * GIB, [H200], spec_of(), 16 * GIB, 4096, 8192) == 5 * GIB
@@ -266,6 +267,24 @@ def test_rejects_a_model_that_the_kernels_do_not_take():
     assert device_backend(config(attention_backend="triton"), spec_of(width=96), cpu).name == "triton"
     with pytest.raises(ConfigError, match="dtype: got float16, the cpu backend takes"):
         device_backend(config(), spec_of(dtype="float16"), cpu)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        KVLayout((KVComponent("k", 8, 64, "bfloat16"), KVComponent("v", 8, 64, "float32"))),
+        KVLayout((KVComponent("k", 8, 64, "float32"), KVComponent("v", 8, 64, "float32"))),
+        KVLayout((KVComponent("k", 8, 64, "bfloat16", "float32"), KVComponent("v", 8, 64, "bfloat16", "float32"))),
+        KVLayout((KVComponent("k", 8, 64, "bfloat16"),), v_width_in_k=48),
+    ],
+    ids=["mixed dtypes", "another dtype", "scales", "values in keys"],
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rejects_keys_and_values_that_no_kernel_reads_as_they_are_stored(layout, backend):
+    spec = spec_of()
+    group = replace(spec.kv_groups[0], spec=KVSpec(layout, "bfloat16"))
+    with pytest.raises(UnsupportedModelError, match=r"as KVLayout\(.*, legal is .* stored in bfloat16, without scales"):
+        device_backend(config(attention_backend=backend), replace(spec, kv_groups=(group,)), torch.device("cpu"))
 
 
 def test_backends_of_a_gpu(monkeypatch):

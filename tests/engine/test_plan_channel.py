@@ -163,7 +163,7 @@ def test_who_is_not_in_the_group_is_told_so(cache_home):
             stranger.connect(llm.engine.executor.address)
             for message, reason in (
                 (encode(ANSWER), "Answer came from a worker that is not in this group"),
-                (encode(Hello(1, 2, "here", 7, own_versions())), "legal is one process per rank"),
+                (encode(Hello(1, 2, "here", 7, own_versions())), "legal is each number once"),
                 (b"\xc1", "message: got one of another version of longspan"),
             ):
                 stranger.send(message)

@@ -61,7 +61,7 @@ def test_a_rank_of_two_processes_is_ready_when_both_have_come_and_are_ready():
     [
         ({"world_size": 3}, r"WORLD_SIZE: got 3 from rank 1 \(pid 7 on b\), legal is the driver's .*, 2"),
         ({"number": 2}, r"RANK: got 2 from rank 2 \(pid 7 on b\), legal is 0 to 1"),
-        ({"number": 0, "pid": 8}, r"RANK: got 0 from rank 0 \(pid 8 on b\) and from rank 0 \(pid 7 on a\), legal is o"),
+        ({"number": 0, "pid": 8}, r"RANK: got 0 from rank 0 \(pid 8 on b\) and from rank 0 \(pid 7 on a\), legal is e"),
         (
             {"versions": msgspec.structs.replace(VERSIONS, torch="2.12.0")},
             r"version of torch: got 2.12.0 from rank 1 \(pid 7 on b\), legal is the driver's, 2.11.0",

@@ -5,15 +5,22 @@ middle of a page, decode rows, ranks without a token. Must not know tensors.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from longspan.costmodel.parameters import Costs
+from longspan.costmodel.predict import predict_attention
 from longspan.kv.layout import KVGroup, KVSpec
-from longspan.plan.types import Literals, QueryRun
+from longspan.plan.types import GroupStep, Literals, QueryRun
 from longspan.sharding.pages import PageTable
 
 RANK_COUNTS = (1, 2, 3, 4, 5, 8)
 NODE_COUNTS = (1, 2, 4)
+
+
+def attention_time(step: GroupStep, tables: Mapping[int, PageTable], group: KVGroup, costs: Costs) -> float:
+    """Predicted seconds of one layer of a KV group, until the last rank is done."""
+    return predict_attention(step, tables, group, costs).total_s
 
 
 def spread(num_ranks: int, num_nodes: int) -> tuple[int, ...]:

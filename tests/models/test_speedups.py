@@ -23,6 +23,7 @@ from longspan.models.speedups import (
     speedups_of,
 )
 from longspan.native import kernels
+from longspan.native import layer as native_layer
 
 ANYWHERE = tuple(replace(speedup, device_type=None) if speedup is COMPILED else speedup for speedup in SPEEDUPS)
 """All speed-ups, with those for GPUs on the device of the tests."""
@@ -125,14 +126,27 @@ def test_a_model_that_several_engines_share_is_changed_once(monkeypatch, quick_c
     assert (speedups_of(model), model.model.layers[-1].mlp.forward, compiled) == (found, forward, [])
 
 
+def test_a_model_that_lacks_a_speed_up_takes_the_same_list_again(monkeypatch, quick_compiler):
+    monkeypatch.setattr(native_layer, "library", lambda: None)
+    model = tiny_model("llama").load()
+    speed_up_(model, ANYWHERE)
+    found = speedups_of(model)
+    assert FUSED_LAYERS.name not in names(found)
+    assert COMPILED.name in names(found)
+    for again in (ANYWHERE, ALWAYS):
+        speed_up_(model, again)
+        assert speedups_of(model) == found
+
+
 def test_weights_elsewhere_and_of_half_precision_keep_what_is_not_for_them():
     half = replace(tiny_model("llama"), dtype=torch.bfloat16).load()
     speed_up_(half)
     assert FUSED_LAYERS not in speedups_of(half)
     assert not any("forward" in layer.__dict__ for layer in half.model.layers)
     meta = tiny_model("llama").load().to("meta")
-    speed_up_(meta, SPEEDUPS)
-    assert speedups_of(meta) == (LAST_LAYER,)
+    for _ in range(2):
+        speed_up_(meta, SPEEDUPS)
+        assert speedups_of(meta) == (LAST_LAYER,)
 
 
 class Quantised(torch.Tensor):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.partial import PartialAttention, accumulation_dtype
+from longspan.errors import UnsupportedModelError
 from longspan.kv.layout import KVSpec
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
@@ -92,6 +93,20 @@ class AttentionBackend(Protocol):
             ValueError: shapes, dtypes or segments do not fit together.
         """
         ...
+
+
+def check_stored(spec: KVSpec) -> None:
+    """Check that keys and values are stored as every kernel, pool and message takes them; called once per rank.
+
+    Raises:
+        UnsupportedModelError: they have scales or another dtype than kernels compute in, or values lie inside of keys.
+    """
+    layout, dtype = spec.layout, spec.compute_dtype
+    has_scales = any(component.scale_dtype is not None for component in layout.components)
+    if has_scales or layout.dtypes != (dtype,) or layout.v_width_in_k is not None:
+        raise UnsupportedModelError(
+            f"model: got keys and values as {layout}, legal is both of them stored in {dtype}, without scales"
+        )
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams) -> None:

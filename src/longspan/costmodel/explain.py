@@ -5,6 +5,7 @@ Read next: `longspan.costmodel.choose`; `longspan.cli.explain`, which prints the
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 
 import msgspec
@@ -66,6 +67,13 @@ class StrategyChoices:
     def all(self) -> list[StrategyChoice]:
         """All choices, in the order of their first steps."""
         return list(self._found.values())
+
+    def steps_per_strategy(self) -> dict[str, int]:
+        """Steps that used each strategy, in all phases and KV groups."""
+        total: Counter[str] = Counter()
+        for choice in self.all:
+            total[choice.strategy.value] += choice.num_steps
+        return dict(total)
 
     def note(
         self,

@@ -48,11 +48,6 @@ class Prediction:
         return max(0.0, self.total_s - self.compute_s - self.copy_s)
 
 
-def attention_time(step: GroupStep, tables: Mapping[int, PageTable], group: KVGroup, costs: Costs) -> float:
-    """Seconds of one layer of a KV group until the last rank is done. Arguments: `predict_attention`."""
-    return predict_attention(step, tables, group, costs).total_s
-
-
 def predict_attention(
     step: GroupStep,
     tables: Mapping[int, PageTable],

@@ -7,7 +7,6 @@ Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -16,6 +15,7 @@ import torch
 from msgspec import structs
 
 from longspan.config import EngineConfig
+from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs
 from longspan.engine.cost_parameters import striped_from
 from longspan.engine.gpus import choose_device
@@ -73,10 +73,6 @@ class Engine:
         self.config = config = structs.replace(config, kv_cache_memory=memory)
         num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
-        self.choices = self.scheduler.writer.choices
-        """Strategies that were chosen so far, and why."""
-        self.strategy_counts: Counter[str] = Counter()
-        """(plan, KV group) pairs per strategy."""
         self.in_flight = PlansInFlight()
         """Plans that the ranks have not answered."""
         self._work = WorkDone()
@@ -127,6 +123,16 @@ class Engine:
     def failure(self) -> BaseException | None:
         """Why the ranks are lost, idle ones included, until `recover` replaces them; None while they run."""
         return self.ranks.failure or self._lost or self.executor.failure
+
+    @property
+    def choices(self) -> StrategyChoices:
+        """Strategies that were chosen so far, and why."""
+        return self.scheduler.writer.choices
+
+    @property
+    def strategy_counts(self) -> dict[str, int]:
+        """(plan, KV group) pairs per strategy."""
+        return self.choices.steps_per_strategy()
 
     @property
     def has_requests(self) -> bool:
@@ -182,7 +188,6 @@ class Engine:
             raise self.ranks.failure
         num_plans = 0
         while (plan := self.scheduler.schedule()) is not None:
-            self.strategy_counts.update(group.strategy.value for group in plan.groups)
             self.in_flight.add(self.executor.submit(plan))
             num_plans += 1
         return num_plans
@@ -213,7 +218,7 @@ class Engine:
             try:
                 check_books(self.scheduler)
             except AssertionError as broken:
-                self.ranks.failure = broken  # no token of these ranks can be trusted
+                self.ranks.fail(broken)  # no token of these ranks can be trusted
                 raise
         return list(advanced)
 
@@ -250,9 +255,9 @@ class Engine:
 
     def _lose_rank(self, config: EngineConfig) -> None:
         """Go on with one rank less, and the options for the ranks that are left."""
-        before, self.config = self.scheduler, config
-        self.scheduler = Scheduler(self.spec, config, self.ranks.told.num_pages)
-        self.scheduler.take_over(before)
+        scheduler = Scheduler(self.spec, config, self.ranks.told.num_pages)
+        scheduler.take_over(self.scheduler)
+        self.config, self.scheduler = config, scheduler  # at once, as other threads read the totals
         self._recovered += fail_unfit(self.scheduler)
 
     # -- state, which any thread may read ----------------------------------------------------------------------------
@@ -283,7 +288,7 @@ class Engine:
             kv_pages_total=tuple(rank.kv_pages_total for rank in ranks),
             busy_s=tuple(rank.busy_s for rank in ranks),
             tokens_computed=tuple(rank.tokens_computed for rank in ranks),
-            steps_per_strategy=dict(self.strategy_counts),
+            steps_per_strategy=self.strategy_counts,
             bytes_per_strategy=self._work.bytes_per_strategy(),
             num_preemptions=scheduler.num_preemptions,
             prefix_queries_tokens=memory.num_queried_tokens,

@@ -2,7 +2,7 @@
 
 Holds the query of the GPUs, in a process of its own: a CUDA context in the driver would take memory of the first GPU
 for as long as the driver runs. Must not know models.
-Read next: `longspan.engine.memory`; `longspan.worker.device`, which checks every rank's own GPU.
+Read next: `longspan.engine.memory`; `longspan.worker.device`, which checks every process's own GPU.
 """
 
 import subprocess
@@ -24,7 +24,7 @@ LOOK_S = 120.0
 _SCRIPT = """
 import json, torch
 gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-facts = [(torch.cuda.get_device_name(gpu), torch.cuda.get_device_capability(gpu), *torch.cuda.mem_get_info(gpu))
+facts = [(torch.cuda.get_device_name(gpu), torch.cuda.get_device_capability(gpu), torch.cuda.mem_get_info(gpu)[0])
          for gpu in gpus]
 print(json.dumps(facts))
 """
@@ -37,7 +37,6 @@ class GPU(msgspec.Struct, frozen=True, array_like=True):
     capability: tuple[int, int]
     """Compute capability, major and minor."""
     free_bytes: int
-    total_bytes: int
 
 
 def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) -> tuple[str, list[GPU]]:

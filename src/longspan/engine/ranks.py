@@ -122,6 +122,10 @@ class Ranks:
         if self.failure is not None or self._given_up.is_set():
             raise cause
 
+    def fail(self, cause: BaseException) -> None:
+        """Replace the ranks no more, whatever happens: from now on the cause is the `failure`."""
+        self.failure = cause
+
     def give_up(self) -> None:
         """Stop waiting for new ranks."""
         self._given_up.set()

@@ -69,7 +69,7 @@ class Membership:
         process = shape.process(hello.number)
         if process in self._members:
             raise ConfigError(
-                f"RANK: got {hello.number} from {who} and from {self.name(process)}, legal is one process per rank"
+                f"RANK: got {hello.number} from {who} and from {self.name(process)}, legal is each number once"
             )
         for package in Versions.__struct_fields__:
             theirs, ours = getattr(hello.versions, package), getattr(self._versions, package)

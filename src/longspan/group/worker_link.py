@@ -107,5 +107,5 @@ class WorkerLink:
 
 
 def _name(hello: Hello) -> str:
-    """Name of a worker for the user, while it does not know yet how many processes a rank has."""
+    """Name of a worker for the user, by its number: it does not know yet how many processes a rank has."""
     return f"rank {hello.number} on {hello.host}"

@@ -27,8 +27,9 @@ from longspan.models.fused_layer import fuse_layers_
 from longspan.models.last_layer import skip_unread_rows_
 from longspan.models.linear import replace_linears_
 
-APPLIED = "longspan_speedups"
-"""Attribute of a model that holds its `Speedup`s, so that a model shared by engines is changed once, and in order."""
+TRIED = "longspan_speedups"
+"""Attribute of a model that holds the `Speedup`s tried on it, each with whether it changed the model, so that a model
+shared by engines is changed once, and in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,25 +83,27 @@ def speed_up_(model: nn.Module, speedups: Sequence[Speedup] = ALWAYS) -> None:
 
     Args:
         model: model in evaluation mode, with the `longspan` attention function and its weights in place.
-        speedups: speed-ups in their order; those that the model has already do nothing.
+        speedups: speed-ups in their order; those that were tried on the model already do nothing.
 
-        Raises:
+    Raises:
         ValueError: a speed-up would come after one that must follow it, here or in the model; nothing was changed.
     """
-    applied = speedups_of(model)
-    names = {speedup.name for speedup in applied}
+    tried, applied = _tried(model), speedups_of(model)
+    names = {speedup.name for speedup in tried}
     new = [speedup for speedup in speedups if speedup.name not in names]
     for place, speedup in enumerate(new):
         for other in (*applied, *new[:place]):
             if speedup.name in other.after:
                 raise ValueError(f"speedups: got {speedup.name} behind {other.name}, legal is before it")
-    for speedup in new:
-        if speedup.takes(model) and speedup.apply_(model):
-            applied = (*applied, speedup)
-    setattr(model, APPLIED, applied)
+    changes = {speedup: speedup.takes(model) and speedup.apply_(model) > 0 for speedup in new}
+    setattr(model, TRIED, tried | changes)
 
 
 def speedups_of(model: nn.Module) -> tuple[Speedup, ...]:
     """Speed-ups that a model has, in the order in which they were applied."""
-    applied: tuple[Speedup, ...] = getattr(model, APPLIED, ())
-    return applied
+    return tuple(speedup for speedup, has_changed in _tried(model).items() if has_changed)
+
+
+def _tried(model: nn.Module) -> dict[Speedup, bool]:
+    tried: dict[Speedup, bool] = getattr(model, TRIED, {})
+    return tried

@@ -20,9 +20,6 @@ from longspan.types import Placement
 COPY_COST = 0.1
 """Cost of copying a token's KV from another rank, in tokens computed."""
 
-DECODE_COST = 16
-"""Cost of a decoding request to its rank's next prefill, in tokens computed: it takes part in every step."""
-
 Taken: TypeAlias = Callable[[Sequence[int], int | None], Room | None]
 """What a hit takes from the room of ranks (`PrefixLookup.taken`), given its rank per page, and the rank that pages of
 other ranks are copied to (None: they are used where they lie). None where a page that later tokens need is missing."""

@@ -258,6 +258,10 @@ class KVMemory:
             for allocator in allocators:
                 allocator.forget_all()
 
+    def take_over(self, other: "KVMemory") -> None:
+        """Go on with the counts of a memory of other ranks; its pages are lost with them."""
+        self.num_queried_tokens, self.num_hit_tokens = other.num_queried_tokens, other.num_hit_tokens
+
     def check_integrity(self) -> None:
         """Assert that the allocators are sound, and that every promise can be kept."""
         for allocators, promised in zip(self.allocators, self.reservations.promised, strict=True):

@@ -41,6 +41,10 @@ class PlanWriter:
         """Choose strategies by these numbers from now on."""
         self.costs = costs
 
+    def take_over(self, other: "PlanWriter") -> None:
+        """Go on with the notes of a writer for other ranks, which is not to be used any more."""
+        self.choices = other.choices
+
     def write(
         self,
         plan_id: int,

@@ -127,6 +127,10 @@ class Request:
         self.num_crashes += was_in_flight
         self.farthest = max(self.farthest, self.num_computed)
         self.preempt()
+        self.forget_ranks()
+
+    def forget_ranks(self) -> None:
+        """Take down that the ranks are gone, and new ones have heard nothing of the request."""
         self.delivery.lose_ranks()
 
     def note_planned(self, end: int) -> None:

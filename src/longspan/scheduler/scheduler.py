@@ -46,7 +46,6 @@ from longspan.costmodel.step_time import StepTime
 from longspan.errors import ConfigError
 from longspan.kv.prefix import extend_hashes
 from longspan.plan.types import Plan, PlanResult
-from longspan.scheduler.admission import DECODE_COST
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.chunks import Chunks
 from longspan.scheduler.memory import KVMemory
@@ -58,6 +57,9 @@ from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 SUSPECT_CRASHES = 2
 """Losses of the ranks, one after another, after which a request that was in flight each time runs alone."""
+
+DECODE_COST = 16
+"""Cost of a decoding request to its rank's next prefill, in tokens computed: it takes part in every step."""
 
 
 class InFlight(NamedTuple):
@@ -246,7 +248,7 @@ class Scheduler:
         for request in self.running:
             request.lose_ranks(was_in_flight=request.request_id in in_flight)
         for request in self.waiting:
-            request.delivery.lose_ranks()
+            request.forget_ranks()
         self.waiting = deque(sorted([*self.waiting, *self.running], key=lambda request: request.request_id))
         self.running = []
         self.memory.forget_all()
@@ -262,10 +264,10 @@ class Scheduler:
         """
         assert not other.running, "restart comes first"
         self.waiting, self.requests = other.waiting, other.requests
-        self.num_preemptions, self.writer.choices = other.num_preemptions, other.writer.choices
+        self.num_preemptions = other.num_preemptions
         self.next_plan_id, self.next_request_id = other.next_plan_id, other.next_request_id
-        self.memory.num_queried_tokens = other.memory.num_queried_tokens
-        self.memory.num_hit_tokens = other.memory.num_hit_tokens
+        self.writer.take_over(other.writer)
+        self.memory.take_over(other.memory)
 
     # -- plans -------------------------------------------------------------------------------------------------------
 

@@ -34,12 +34,10 @@ def snake_rank(stripe_idx: int, home: int, num_ranks: int) -> int:
 def chunk_len(max_tokens_per_rank: int, stripe_len: int, num_ranks: int) -> int:
     """Tokens of a full striped chunk: the most that keeps every rank at or under its budget.
 
-    The chunk is a multiple of `2 * num_ranks` stripes where the budget admits one, else of `num_ranks` stripes; where
-    not even one stripe per rank fits, it is one rank's budget.
+    The chunk is a multiple of `2 * num_ranks` stripes where the budget admits one, else of `num_ranks` stripes. The
+    budget holds a stripe at least.
     """
     per_rank = max_tokens_per_rank // stripe_len
-    if per_rank == 0:
-        return max_tokens_per_rank
     if per_rank > 1:
         per_rank -= per_rank % 2
     return per_rank * stripe_len * num_ranks

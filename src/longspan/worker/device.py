@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from longspan.attention.base import AttentionBackend
+from longspan.attention.base import AttentionBackend, check_stored
 from longspan.attention.check import check_against_reference
 from longspan.attention.select import MIN_CAPABILITY, make_backend
 from longspan.config import EngineConfig
@@ -76,12 +76,13 @@ def device_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) 
     """Return a device's attention kernels, checked for the model, and on a GPU against the reference.
 
     Raises:
-        ConfigError: the kernels do not take the model's dtype, head size or kind of attention.
+        ConfigError: the kernels do not take the model's dtype, head size, KV layout or kind of attention.
         LongspanError: the kernels are wrong on this GPU.
     """
     backend = make_backend(config.attention_backend, device)
     kinds = {(group, spec.layer_params[layer]) for group in spec.kv_groups for layer in group.layers}
     for group, params in kinds:
+        check_stored(group.spec)
         if (reason := backend.unsupported(group.spec, params)) is not None:
             raise ConfigError(
                 f"attention_backend: got {config.attention_backend!r}, legal is one that takes the model ({reason})"

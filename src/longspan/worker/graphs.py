@@ -107,11 +107,6 @@ class FixedSteps:
         self.num_replays = 0
         """Number of steps that ran as a graph."""
 
-    @property
-    def num_shapes(self) -> int:
-        """Number of shapes whose buffers are kept."""
-        return len(self._steps)
-
     def run(
         self,
         shape: FixedShape,
