@@ -14,11 +14,11 @@ Read next: `longspan.engine.output_reader`, `longspan.engine.engine`.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from longspan.config import EngineConfig
 from longspan.costmodel.explain import StrategyChoice
+from longspan.engine.closing import ClosedAtExit
 from longspan.engine.output_reader import OutputReader
 from longspan.engine.processes import early_ranks
 from longspan.engine.update import update_of
@@ -131,7 +131,7 @@ class _Running:
         )
 
 
-class LLM:
+class LLM(ClosedAtExit):
     """A model on one cp_group of ranks. Close it, or use it as a context manager: it owns processes."""
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -261,14 +261,6 @@ class LLM:
     def close(self) -> None:
         """End the ranks. May be called twice."""
         self.engine.close()
-
-    def __enter__(self) -> "LLM":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from types import TracebackType
 
 import torch
 from msgspec import structs
@@ -17,6 +16,7 @@ from msgspec import structs
 from longspan.config import EngineConfig
 from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs
+from longspan.engine.closing import ClosedAtExit
 from longspan.engine.cost_parameters import striped_from
 from longspan.engine.gpus import choose_device
 from longspan.engine.in_flight import PlansInFlight
@@ -41,7 +41,7 @@ IDLE_CHECK_S = 0.5
 """Seconds between checks of idle ranks: the death of one must be noticed before the next request."""
 
 
-class Engine:
+class Engine(ClosedAtExit):
     """Runs requests on the ranks of one cp_group. One thread may use it, except for methods that say otherwise."""
 
     def __init__(
@@ -329,11 +329,3 @@ class Engine:
     def close(self) -> None:
         """End the ranks. May be called twice."""
         self.ranks.close()
-
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
