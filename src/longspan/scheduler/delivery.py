@@ -1,8 +1,8 @@
 """What the ranks were told of one request, and by which plan.
 
 Holds the books of one request's plans and table deltas. The plan writer notes what ranks are told; the request forgets
-its tables and loses its ranks; the scheduler says from when it waits, and that ranks are lost while it does. Must not
-know pages' owners, queues or strategies.
+its tables and loses its ranks; the scheduler says from when it waits. Must not know pages' owners, queues or
+strategies.
 Read next: `longspan.scheduler.plan_writer`; `longspan.plan.types`, `TableDelta`.
 """
 
