@@ -117,12 +117,12 @@ def run_request(engine: Engine, prompt: list[int], num_tokens: int) -> Timing:
     """One request alone."""
     started = time.perf_counter()
     request = engine.add_request(prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
-    first = started
+    first, num_first = started, 0
     while engine.has_requests:
         engine.step()
-        if request.num_generated == 1:
-            first = time.perf_counter()
-    tpot_s = (time.perf_counter() - first) / max(1, num_tokens - 1)
+        if not num_first and request.num_generated:  # a step may take in two tokens
+            first, num_first = time.perf_counter(), request.num_generated
+    tpot_s = (time.perf_counter() - first) / max(1, num_tokens - num_first)
     return Timing(first - started, tpot_s, request.output_token_ids, request.num_cached)
 
 
