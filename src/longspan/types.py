@@ -80,6 +80,21 @@ class AttentionParams(msgspec.Struct, frozen=True):
             raise ConfigError(f"window: got {self.window}, legal is None or a positive number of tokens")
 
 
+class ExpertWeights(msgspec.Struct, frozen=True):
+    """Weights of a mixture of experts: a token meets some experts of each layer."""
+
+    num_parameters: int
+    """Weights of all experts of all layers."""
+    num_experts: int
+    """Experts of one layer."""
+    num_chosen: int
+    """Experts of one layer that a token meets."""
+
+    def divided(self, size: int) -> "ExpertWeights":
+        """One device's part where so many devices share every expert."""
+        return ExpertWeights(-(-self.num_parameters // size), self.num_experts, self.num_chosen)
+
+
 class ModelSpec(msgspec.Struct, frozen=True):
     """Facts of a model that driver and scheduler need; no weights, no torch."""
 
@@ -94,9 +109,24 @@ class ModelSpec(msgspec.Struct, frozen=True):
     layer_params: tuple[AttentionParams, ...]
     """Attention parameters of each layer."""
     num_parameters: int = 0
-    """Weights that every token meets, embeddings not counted."""
+    """All weights, embeddings not counted."""
     weight_bytes: int = 0
     """Bytes of all weights, embeddings included."""
+    experts: ExpertWeights | None = None
+    """Part of `num_parameters` that lies in experts; None where every token meets every weight."""
+
+    @property
+    def active_parameters(self) -> float:
+        """Weights that one token meets, embeddings not counted: what its flops follow from."""
+        return self.parameters_read(1)
+
+    def parameters_read(self, num_tokens: float) -> float:
+        """Weights that a step of so many tokens reads, embeddings not counted: at most, as tokens may share experts."""
+        if self.experts is None:
+            return self.num_parameters
+        experts = self.experts
+        read = min(1.0, num_tokens * experts.num_chosen / experts.num_experts)
+        return self.num_parameters - (1 - read) * experts.num_parameters
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

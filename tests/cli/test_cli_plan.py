@@ -20,17 +20,24 @@ from longspan.cli.plan_text import print_plan
 from longspan.errors import ConfigError
 from longspan.models.shape import load_shape
 from longspan.planner.report import make_plan
+from longspan.types import ExpertWeights
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "vocab_size": 100,
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
 }
-GRANITE = LLAMA_3_8B | {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "num_hidden_layers": 2}
+NOT_RUN = LLAMA_3_8B | {"model_type": "diffllama", "num_hidden_layers": 2}
 
 
 @pytest.fixture
@@ -81,6 +88,21 @@ def test_tied_weights_are_held_once_and_read_for_logits(tmp_path):
     assert shape.num_logit_weights == 128256 * 4096
 
 
+def test_a_mixture_of_experts_holds_all_weights_and_reads_those_that_its_tokens_meet(tmp_path):
+    shape = load_shape(write_config(tmp_path, QWEN3_30B_A3B), "bfloat16")
+    embeddings, expert = 2 * 151936 * 2048, 3 * 2048 * 768
+    layer = 2048 * 128 * (32 + 4 + 4) + 128 * 32 * 2048 + 128 * 2048 + 2 * 2048 + 2 * 128  # attention, router, norms
+    assert shape.num_weights == embeddings + 48 * (layer + 128 * expert) + 2048
+    assert round(shape.num_weights / 1e9, 1) == 30.5
+    assert shape.spec.experts == ExpertWeights(48 * 128 * expert, 128, 8)
+    assert shape.spec.active_parameters == 48 * (layer + 8 * expert) + 2048
+    assert shape.spec.parameters_read(3) == 48 * (layer + 24 * expert) + 2048
+    assert shape.spec.parameters_read(17) == shape.spec.num_parameters
+    assert shape.intermediate_size == 8 * 768
+    assert shape.divided(4).spec.active_parameters == pytest.approx(shape.spec.active_parameters / 4)
+    assert shape.not_run is None
+
+
 def test_a_directory_and_a_file_of_any_name_are_the_same_model(tmp_path):
     by_directory = load_shape(str(tmp_path) if write_config(tmp_path, LLAMA_3_8B) else "", "float32")
     assert by_directory == load_shape(write_config(tmp_path, LLAMA_3_8B, "llama.json"), "float32")
@@ -89,7 +111,6 @@ def test_a_directory_and_a_file_of_any_name_are_the_same_model(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MIXTRAL, "num_experts: got 4, plannable is a model without it: a token meets only some"),
         (LLAMA_3_8B | {"kv_lora_rank": 512}, "kv_lora_rank: got 512, plannable is"),
         (LLAMA_3_8B | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: got a value, plannable"),
         ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, "plannable is"),
@@ -173,8 +194,8 @@ def test_a_larger_cluster_is_named_where_one_would_do(plan, llama):
 
 
 def test_a_family_that_the_engine_does_not_run_is_planned_and_said_so(plan, tmp_path):
-    text = plan(write_config(tmp_path, GRANITE), "--gpu", "l4", "--context", "8k")
-    assert "The engine does not run this model yet (model_type: got 'granite', proven is llama" in text
+    text = plan(write_config(tmp_path, NOT_RUN), "--gpu", "l4", "--context", "8k")
+    assert "The engine does not run this model yet (model_type: got 'diffllama', proven is afmoe" in text
 
 
 def test_the_bundled_model_is_planned_with_its_windows(plan):

@@ -294,7 +294,7 @@ def test_floors_are_counted_pair_by_pair_and_byte_by_byte():
     inner, last = shape.spec.kv_groups  # of the last layer's attention and MLP nobody reads the prompt's rows
     assert last.layers == (1,)
     width = 4096 * (32 + 2 * 8) * 128
-    assert shape.num_unread_weights == shape.spec.num_parameters / 2 - width
+    assert shape.unread_weights() == shape.spec.num_parameters / 2 - width
     expected = 2 * (shape.spec.num_parameters / 2 + width) * 20 + 2 * shape.num_logit_weights
     expected += 4 * 32 * 128 * sum(i + 1 if inner.spec.window is None else min(i + 1, 7) for i in range(20))
     assert prefill_flops(shape, 20) == expected

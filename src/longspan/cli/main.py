@@ -17,6 +17,7 @@ import click
 
 from longspan import __version__
 from longspan.cli.generate import generate
+from longspan.cli.models import models
 from longspan.cli.plan import plan
 from longspan.cli.serve import serve
 from longspan.cli.topology import topology
@@ -36,6 +37,7 @@ def cli(context: click.Context) -> None:
 
 
 cli.add_command(generate)
+cli.add_command(models)
 cli.add_command(plan)
 cli.add_command(serve)
 cli.add_command(topology)

@@ -161,10 +161,17 @@ def _dense_s(
     """Seconds of a step outside attention, on the rank with most tokens."""
     rates, spec = costs.rates, shape.spec
     item = shape.itemsize_bytes
-    unread = 0.0 if are_all_read else shape.num_unread_weights
-    layers_s = _product_s(spec.num_parameters - unread, item, num_tokens, costs)
+    layers_s = _product_s(
+        spec.active_parameters - (0.0 if are_all_read else shape.unread_weights()),
+        spec.parameters_read(num_tokens) - (0.0 if are_all_read else shape.unread_weights(num_tokens)),
+        item,
+        num_tokens,
+        costs,
+    )
     if num_logit_rows:
-        layers_s += _product_s(shape.num_logit_weights + unread, item, num_logit_rows, costs)
+        met = shape.num_logit_weights + (0.0 if are_all_read else shape.unread_weights())
+        read = shape.num_logit_weights + (0.0 if are_all_read else shape.unread_weights(num_logit_rows))
+        layers_s += _product_s(met, read, item, num_logit_rows, costs)
     query_width = sum(len(group.layers) * group.query_elements for group in spec.kv_groups)  # of all layers
     per_layer = HIDDEN_WRITES * shape.hidden_size + INNER_WRITES * shape.intermediate_size
     written = HEAD_WRITES * query_width + spec.num_layers * per_layer
@@ -176,10 +183,10 @@ def _dense_s(
     return (layers_s + moved_s) * sharing / rates.ranks_per_device
 
 
-def _product_s(num_weights: float, itemsize_bytes: int, num_tokens: int, costs: Costs) -> float:
-    """Seconds of matrix products of tokens with weights, which are read once."""
-    by_flops = 2.0 * num_weights * num_tokens / costs.rates.matmul_flops_per_s
-    return max(by_flops, num_weights * itemsize_bytes / costs.rates.read_bytes_per_s)
+def _product_s(num_met: float, num_read: float, itemsize_bytes: int, num_tokens: int, costs: Costs) -> float:
+    """Seconds of matrix products, of which each token meets `num_met` weights; `num_read` are read, once."""
+    by_flops = 2.0 * num_met * num_tokens / costs.rates.matmul_flops_per_s
+    return max(by_flops, num_read * itemsize_bytes / costs.rates.read_bytes_per_s)
 
 
 def _sums_s(
@@ -204,8 +211,8 @@ def predict_last_row(shape: ModelShape, table: PageTable, prompt_len: int, costs
     """
     (last_group,) = [group for group in shape.spec.kv_groups if shape.spec.num_layers - 1 in group.layers]
     attention_s = _attention(step_runs(table, prompt_len - 1, prompt_len), table, last_group, costs)[1]
-    num_weights = shape.num_logit_weights + shape.num_unread_weights
-    return _product_s(num_weights, shape.itemsize_bytes, 1, costs) / costs.rates.ranks_per_device, attention_s
+    num_weights = shape.num_logit_weights + shape.unread_weights()
+    return _product_s(num_weights, num_weights, shape.itemsize_bytes, 1, costs) / costs.rates.ranks_per_device, attention_s
 
 
 def predict_decode(
@@ -240,10 +247,10 @@ def predict_decode(
 def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
     """Fewest flops of a prompt on the whole model `shape`.
 
-    2 per token and weight; 2 per query head, visible key and element of key and value; only keys and values of the last
+    2 per token and weight that it meets; 2 per query head, visible key and element of key and value; only keys and values of the last
     layer; logits of one row.
     """
-    total = 2.0 * (shape.spec.num_parameters - shape.num_unread_weights) * prompt_len + 2.0 * shape.num_logit_weights
+    total = 2.0 * (shape.spec.active_parameters - shape.unread_weights()) * prompt_len + 2.0 * shape.num_logit_weights
     for group in shape.spec.kv_groups:
         window = min(prompt_len, group.spec.window or prompt_len)
         pairs = window * (window + 1) / 2 + (prompt_len - window) * window
@@ -253,8 +260,8 @@ def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
 
 
 def decode_bytes(shape: ModelShape, context_len: int) -> float:
-    """Fewest bytes that an output token reads on all devices: every weight of the whole model, and the visible KV."""
-    weights = (shape.spec.num_parameters + shape.num_logit_weights) * shape.itemsize_bytes
+    """Fewest bytes that an output token reads on all devices: every weight that it meets, and the visible KV."""
+    weights = (shape.spec.active_parameters + shape.num_logit_weights) * shape.itemsize_bytes
     return weights + sum(
         group.token_bytes * min(context_len + 1, group.spec.window or context_len + 1) for group in shape.spec.kv_groups
     )

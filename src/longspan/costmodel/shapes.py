@@ -16,7 +16,7 @@ PlannedDType = Literal["bfloat16", "float32"]
 
 
 class ModelShape(msgspec.Struct, frozen=True):
-    """Shape of a dense attention model, or of one device's part of it."""
+    """Shape of an attention model, or of one device's part of it."""
 
     spec: ModelSpec
     dtype: PlannedDType
@@ -45,12 +45,15 @@ class ModelShape(msgspec.Struct, frozen=True):
         """Bytes of one token's KV in all layers."""
         return sum(group.token_bytes for group in self.spec.kv_groups)
 
-    @property
-    def num_unread_weights(self) -> float:
-        """Weights of the last layer that tokens without logits do not use: all but those of q, k and v."""
+    def unread_weights(self, num_tokens: int = 1) -> float:
+        """Weights of the last layer that tokens without logits do not read: all but those of q, k and v.
+
+        Args:
+            num_tokens: tokens of the step; only where there are experts the result depends on it.
+        """
         (last,) = [group for group in self.spec.kv_groups if self.spec.num_layers - 1 in group.layers]
         widths = last.query_elements + last.spec.layout.token_elements
-        return max(0.0, self.spec.num_parameters / self.spec.num_layers - self.hidden_size * widths)
+        return max(0.0, self.spec.parameters_read(num_tokens) / self.spec.num_layers - self.hidden_size * widths)
 
     def is_divisible(self, tensor_parallel_size: int) -> bool:
         """Whether `divided` accepts this size."""
@@ -78,10 +81,15 @@ class ModelShape(msgspec.Struct, frozen=True):
             layout = group.spec.layout.with_kv_heads(max(1, kv_heads // size))
             spec = msgspec.structs.replace(group.spec, layout=layout)
             groups.append(msgspec.structs.replace(group, spec=spec, num_query_heads=query_heads // size))
-        parameters = -(-self.spec.num_parameters // size)
+        spec = msgspec.structs.replace(
+            self.spec,
+            kv_groups=tuple(groups),
+            num_parameters=-(-self.spec.num_parameters // size),
+            experts=None if self.spec.experts is None else self.spec.experts.divided(size),
+        )
         return msgspec.structs.replace(
             self,
-            spec=msgspec.structs.replace(self.spec, kv_groups=tuple(groups), num_parameters=parameters),
+            spec=spec,
             intermediate_size=self.intermediate_size / size,
             num_weights=self.num_weights / size,
             num_logit_weights=self.num_logit_weights / size,

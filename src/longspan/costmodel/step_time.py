@@ -30,8 +30,8 @@ class StepTime:
     """Prediction of step times, fitted to finished steps."""
 
     def __init__(self, model: ModelSpec, num_threads: int) -> None:
-        self.token_flops = 2.0 * max(1, model.num_parameters)
-        """Flops of one token through all weights."""
+        self.token_flops = 2.0 * max(1, model.active_parameters)
+        """Flops of one token through all weights that it meets."""
         self._groups = [(group.spec.window, len(group.layers) * group.pair_flops) for group in model.kv_groups]
         windows = [window for window, _ in self._groups]
         self.longest_window = None if None in windows else max(window for window in windows if window is not None)

@@ -54,7 +54,7 @@ def fuse_layers_(model: nn.Module) -> int:
         for layer in layers:
             try:
                 forwards.append(_fused_forward(layer, is_last=layer is layers[-1]))
-            except (_UnknownLayerError, ValueError, AttributeError, TypeError) as error:
+            except (_UnknownLayerError, ValueError, AttributeError, TypeError, RuntimeError) as error:
                 _log.debug("layers are not fused: %s", error)
                 return 0
     for layer, forward in zip(layers, forwards, strict=True):

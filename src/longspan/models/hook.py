@@ -23,6 +23,7 @@ HARMLESS_ARGUMENTS = frozenset(
         "use_cache",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "return_dict",
         "cache_position",
         READ_ROWS,  # for what comes behind the last layer's attention

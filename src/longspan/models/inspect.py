@@ -8,19 +8,18 @@ Read next: `longspan.models.loader`.
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from longspan.errors import LongspanError, UnsupportedModelError
 from longspan.kv.layout import KVGroup, KVSpec
+from longspan.models.adaptations import adapt_
+from longspan.models.experts import ExpertRecorder
+from longspan.models.families import check_family
 from longspan.models.hook import ATTENTION_NAME, AttentionCall, MaskRule
 from longspan.types import AttentionParams, ModelSpec
 
-PROVEN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
-"""Model types whose greedy tokens the tests compare with Transformers, over ranks, strategies and placements."""
-
-PROVEN_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+PROVEN_ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
 """RoPE types of these models. `dynamic` and `longrope` depend on the whole row, which may pack several requests."""
 
 MAX_SIZES = {
@@ -35,8 +34,10 @@ MAX_SIZES = {
 }
 """Upper bounds of config fields, above those of any model: building one of a billion layers would never end."""
 
-TRANSFORMERS_VERSIONS = ("5.16", "6")
-"""Supported versions of Transformers: from the first, below the second."""
+
+TRACED_EXPERTS = "batched_mm"
+"""Transformers' computation of experts that runs on the meta device: others look at data, or refuse float32 there. It
+is far too slow to run."""
 
 
 def _rope_types(config: PreTrainedConfig) -> set[str]:
@@ -66,12 +67,7 @@ def check_proven(config: PreTrainedConfig) -> None:
     def refuse(field: str, value: object, legal: str) -> None:
         raise UnsupportedModelError(f"{field}: got {value!r}, proven is {legal}")
 
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    first, last = (tuple(int(part) for part in text.split(".")) for text in TRANSFORMERS_VERSIONS)
-    if not first <= version < last:
-        refuse("transformers", transformers.__version__, f">={TRANSFORMERS_VERSIONS[0]},<{TRANSFORMERS_VERSIONS[1]}")
-    if config.model_type not in PROVEN_MODEL_TYPES:
-        refuse("model_type", config.model_type, ", ".join(PROVEN_MODEL_TYPES))
+    check_family(config.model_type)
     for rope_type in sorted(_rope_types(config)):
         if rope_type not in PROVEN_ROPE_TYPES:
             refuse("rope_type", rope_type, ", ".join(PROVEN_ROPE_TYPES))
@@ -83,8 +79,9 @@ def check_proven(config: PreTrainedConfig) -> None:
 
 def _check_sizes(config: PreTrainedConfig) -> None:
     """Raise `UnsupportedModelError` for sizes with which no model can be built."""
+    values = config.to_dict()  # an attribute that differs per layer raises
     for field, most in MAX_SIZES.items():
-        value = getattr(config, field, None)
+        value = values.get(field)
         for size in value if isinstance(value, (list, tuple)) else [value]:  # some families have one per layer
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most):
                 raise UnsupportedModelError(f"{field}: got {size!r}, legal is an integer from 1 to {most}")
@@ -159,8 +156,15 @@ def trace_model(
     """
     _check_sizes(config)
     with torch.device("meta"), torch.inference_mode():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        model: Any = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            experts_implementation=TRACED_EXPERTS,
+        )
+        adapt_(model)
         recorder = _Recorder()
+        experts = ExpertRecorder(model)
         token = torch.zeros(1, 1, dtype=torch.long)
         model.eval()(
             input_ids=token,
@@ -201,6 +205,7 @@ def trace_model(
         layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
         num_parameters=_count_parameters(model),
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
+        experts=experts.weights(),
     )
     return facts, model
 

@@ -56,9 +56,10 @@ def _of_read_rows(forward: Callable[[Tensor], Tensor], current: _CurrentRows) ->
         rows = current.rows
         if rows is None:
             return forward(hidden)
-        computed = forward(hidden[:, rows])
+        result = forward(hidden[:, rows])
+        computed, *others = result if isinstance(result, tuple) else (result,)
         out = computed.new_zeros(1, hidden.shape[1], computed.shape[-1])
         out[:, rows] = computed
-        return out
+        return (out, *others) if others else out  # the router's scores of a mixture, which nothing reads
 
     return some_rows

@@ -23,6 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from longspan.errors import ConfigError
+from longspan.models.adaptations import adapt_
 from longspan.models.hook import ATTENTION_NAME
 from longspan.models.recall import recall_path
 
@@ -182,4 +183,5 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool, device: t
             f"and {len(unexpected)} that the config has no place for, such as {[*missing, *mismatched, *unexpected][0]}"
         )
     module: nn.Module = loaded.eval().requires_grad_(False).to(device)
+    adapt_(module)
     return module

@@ -15,13 +15,10 @@ from longspan.costmodel.shapes import ModelShape, PlannedDType
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.models.inspect import check_proven, trace_model
 from longspan.models.loader import load_config, load_config_file
+from longspan.types import ExpertWeights
 
 _WRONG_FIELDS = {
     "kv_lora_rank": "multi-head latent attention caches something else than keys and values",
-    "num_experts": "a token meets only some of a mixture's weights",
-    "num_local_experts": "a token meets only some of a mixture's weights",
-    "n_routed_experts": "a token meets only some of a mixture's weights",
-    "moe_num_experts": "a token meets only some of a mixture's weights",
     "mamba_d_state": "state space layers keep no keys and values",
     "ssm_state_size": "state space layers keep no keys and values",
     "state_size": "state space layers keep no keys and values",
@@ -72,7 +69,7 @@ def model_shape(config: PreTrainedConfig, dtype: PlannedDType) -> ModelShape:
         # Untested families fail in their own ways.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UnsupportedModelError(
-            f"model_type: got {config.model_type!r}, plannable is a dense decoder that Transformers builds and that "
+            f"model_type: got {config.model_type!r}, plannable is a decoder that Transformers builds and that "
             f"calls attention once per layer: {reason}"
         ) from error
     network: Any = model
@@ -82,16 +79,18 @@ def model_shape(config: PreTrainedConfig, dtype: PlannedDType) -> ModelShape:
         spec=spec,
         dtype=dtype,
         hidden_size=hidden_size,
-        intermediate_size=_intermediate_size(config),
+        intermediate_size=_intermediate_size(config, spec.experts),
         num_weights=sum(weight.numel() for weight in network.parameters()),
         num_logit_weights=hidden_size * spec.vocab_size if logits is None else logits.weight.numel(),
         not_run=not_run,
     )
 
 
-def _intermediate_size(config: PreTrainedConfig) -> float:
-    """Width of the feed-forward part; four times the model's width where the config does not say."""
+def _intermediate_size(config: PreTrainedConfig, experts: ExpertWeights | None) -> float:
+    """Width of the feed-forward part that a token meets; four times the model's width where the config says none."""
     value = getattr(config, "intermediate_size", None)
+    if experts is not None:
+        return float(experts.num_chosen * (getattr(config, "moe_intermediate_size", None) or value or 0))
     if isinstance(value, (list, tuple)):
         return sum(value) / len(value)
     return float(value) if value else 4.0 * config.hidden_size

@@ -74,7 +74,7 @@ def _layer_s(runner: ModelRunner, read_bytes_per_s: float) -> float:
 def _token_s(runner: ModelRunner, matmul_flops_per_s: float, layer_s: float) -> float | None:
     """Seconds of a token in a layer, without attention and matrix products; None if it is not measured."""
     spec = runner.spec
-    flops = 2.0 * max(1, spec.num_parameters)
+    flops = 2.0 * max(1, spec.active_parameters)
     num_tokens = min(MOST_TOKENS, int(TOKENS_FLOPS / flops))
     if num_tokens < FEWEST_TOKENS:
         return None

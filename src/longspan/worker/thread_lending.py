@@ -19,7 +19,8 @@ def lends(own_threads: int, model: nn.Module, spec: ModelSpec) -> bool:
 
     Ranks with several threads do not lend, since their threads spin while they wait for their next piece of work.
     """
-    layer_bytes = sum(weight.nbytes for weight in model.parameters()) / spec.num_layers
+    read = spec.active_parameters / max(1, spec.num_parameters)  # of a mixture's experts a token meets some
+    layer_bytes = read * sum(weight.nbytes for weight in model.parameters()) / spec.num_layers
     return own_threads == 1 and layer_bytes >= MIN_LAYER_BYTES
 
 

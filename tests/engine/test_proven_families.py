@@ -1,0 +1,109 @@
+"""Every family of the table gives Transformers' greedy tokens, and its log-probabilities up to rounding."""
+
+import pytest
+import transformers
+from proven_models import NUM_TOKENS, PROVEN_MODELS, proven_model
+from tiny_models import run_all
+
+from longspan.config import EngineConfig
+from longspan.engine.engine import Engine
+from longspan.models.families import PROVEN_FAMILIES, version_of
+from longspan.types import SamplingParams
+
+SPREADS = {
+    "one": {"context_parallel_size": 1},
+    "gather_kv": {
+        "context_parallel_size": 2,
+        "placement": "striped",
+        "strategy": "gather_kv",
+        "page_size": 4,
+        "stripe_size": 4,
+        "max_num_batched_tokens": 33,
+    },
+    "pass_q": {
+        "context_parallel_size": 2,
+        "placement": "striped",
+        "strategy": "pass_q",
+        "page_size": 16,
+        "stripe_size": 32,
+        "max_num_batched_tokens": 100,
+    },
+    "pass_kv": {
+        "context_parallel_size": 3,
+        "placement": "striped",
+        "strategy": "pass_kv",
+        "page_size": 4,
+        "stripe_size": 8,
+        "max_num_batched_tokens": 64,
+    },
+    "tree": {
+        "context_parallel_size": 3,
+        "placement": "striped",
+        "strategy": "tree",
+        "nodes": (0, 0, 1),
+        "page_size": 4,
+        "stripe_size": 4,
+        "max_num_batched_tokens": 50,
+    },
+    "packed": {"context_parallel_size": 3, "placement": "packed", "page_size": 16, "max_num_batched_tokens": 129},
+    "auto": {"context_parallel_size": 2, "placement": "striped", "page_size": 16, "stripe_size": 16},
+}
+"""Ways to spread all prompts at once."""
+
+FAST = ("gather_kv", "pass_q", "pass_kv", "tree", "auto")
+FAST_CASES = [(name, FAST[i % len(FAST)]) for i, name in enumerate(PROVEN_MODELS)]
+"""One case per family; every family's others are slow tests."""
+
+SLOW_CASES = [(name, spread) for name in PROVEN_MODELS for spread in SPREADS]
+
+
+def check(name: str, spread: str) -> None:
+    since = PROVEN_FAMILIES[PROVEN_MODELS[name][0]].since
+    if version_of(transformers.__version__) < version_of(since):
+        pytest.skip(f"proven from Transformers {since} on")
+    model = proven_model(name)
+    config = EngineConfig(
+        model=model.path,
+        executor="threads",
+        threads_per_rank=1,
+        exchange_timeout_s=60.0,
+        dtype="float32",
+        kv_cache_memory=2**25,
+        **SPREADS[spread],
+    )
+    params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
+    with Engine(config) as engine:
+        requests = [engine.add_request(reference.prompt, params) for reference in model.references]
+        run_all(engine)
+        counts = [stats.tokens_computed for stats in engine.rank_stats()]
+    for request, reference in zip(requests, model.references, strict=True):
+        assert request.output_token_ids == reference.token_ids
+        found = [one.logprob for one in request.logprobs]
+        error = max(abs(a - b) for a, b in zip(found, reference.logprobs, strict=True))
+        assert error <= 3 * model.eager_error + 2e-6, f"{error:.1e} beside Transformers' own {model.eager_error:.1e}"
+    assert all(counts), "every rank computed something"
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize(("name", "spread"), FAST_CASES)
+def test_a_proven_family_gives_the_tokens_and_log_probabilities_of_transformers(name, spread):
+    check(name, spread)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "spread"), SLOW_CASES)
+def test_a_proven_family_gives_the_tokens_and_log_probabilities_of_transformers_in_every_spread(name, spread):
+    check(name, spread)
+
+
+def test_every_row_of_the_table_has_a_model():
+    assert {model_type for model_type, _ in PROVEN_MODELS.values()} == set(PROVEN_FAMILIES)
+
+
+@pytest.mark.cover
+def test_no_more_than_some_families_repeat_themselves():
+    """A model that repeats one token proves little by its tokens; then the log-probabilities are what is proven."""
+    repeating = {
+        name for name in PROVEN_MODELS if len({token for r in proven_model(name).references for token in r.token_ids}) < 24
+    }
+    assert len(repeating) < len(PROVEN_MODELS) // 6, sorted(repeating)

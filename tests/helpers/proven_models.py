@@ -1,0 +1,244 @@
+"""A tiny model of every row of the table of proven families, and how far its log-probabilities are from exact ones.
+
+Unlike `tiny_models.FAMILIES`, which a few families share in covers of all pairs of options, each family here is run in
+a handful of spreads: the parts that spread a request know nothing of families, so what can differ is how a family calls
+them. Some families repeat themselves whatever the weights, so log-probabilities are compared as well: with float64, in
+units of the error that Transformers' own float32 has.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tiny_models import _COMMON, _root, random_prompt
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+DENSE, SPARSE = "dense", "sparse"
+MIXED = [SLIDING, FULL, SLIDING]
+WINDOW = {"sliding_window": 24}
+LAYERS = {"layer_types": MIXED, **WINDOW}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LOCAL_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+ROUTED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+}
+NO_HEAD_DIM = {"head_dim": None, "num_attention_heads": 4}
+PROMPT_LENS = (1, 31, 97, 330)
+NUM_TOKENS = 24
+
+PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
+    # name: model type, and what differs from the common sizes; None drops a field
+    "afmoe": ("afmoe", {**EXPERTS, **LAYERS}),
+    "apertus": ("apertus", {}),
+    "arcee": ("arcee", {}),
+    "bitnet": ("bitnet", NO_HEAD_DIM),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", LAYERS),
+    "cohere2_moe": ("cohere2_moe", {**EXPERTS, **LAYERS, "moe_intermediate_size": None}),
+    "cwm": ("cwm", LAYERS),
+    "dots1": ("dots1", {**ROUTED, **LAYERS, "first_k_dense_replace": 1}),
+    "ernie4_5": ("ernie4_5", {}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
+    ),
+    "exaone": ("exaone", {}),
+    "exaone4": ("exaone4", LAYERS),
+    "exaone_moe": ("exaone_moe", {**EXPERTS, **LAYERS, "n_group": 2, "topk_group": 1}),
+    "flex_olmo": ("flex_olmo", {**EXPERTS, "moe_intermediate_size": None}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {**WINDOW, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 24}),
+    "gemma3_text": ("gemma3_text", {**LAYERS, "query_pre_attn_scalar": 24}),
+    "gemma4_text": ("gemma4_text", {**LAYERS, "hidden_size_per_layer_input": 16, "global_head_dim": 32}),
+    "gemma4_text-shared": (
+        "gemma4_text",
+        {
+            **WINDOW,
+            "layer_types": [SLIDING, FULL, SLIDING, FULL],
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+    "glm": ("glm", {}),
+    "glm4": ("glm4", {}),
+    "glm4_moe": ("glm4_moe", {**ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True}),
+    "gpt2": ("gpt2", {"num_key_value_heads": None, "head_dim": None}),
+    "gpt_bigcode": ("gpt_bigcode", {"num_key_value_heads": None, "head_dim": None}),
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": None, "head_dim": None}),
+    "gpt_oss": ("gpt_oss", {**LOCAL_EXPERTS, **LAYERS, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 256,
+        "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}}),
+    "granite": ("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 2.0}),
+    "granite_swa": ("granite_swa", {**LAYERS, "attention_multiplier": 0.3}),
+    "granitemoe": ("granitemoe", {**LOCAL_EXPERTS, "attention_multiplier": 0.3}),
+    "granitemoe_swa": ("granitemoe_swa", {**LOCAL_EXPERTS, **LAYERS, "attention_multiplier": 0.3}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**LOCAL_EXPERTS, "shared_intermediate_size": 48, "attention_multiplier": 0.3},
+    ),
+    "helium": ("helium", {"head_dim": 8}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": 2}),
+    "hyperclovax": ("hyperclovax", {"attention_multiplier": 0.3}),
+    "internlm3": ("internlm3", {}),
+    "iquestcoder": ("iquestcoder", {}),
+    "jais2": ("jais2", {}),
+    "laguna": (
+        "laguna",
+        {**EXPERTS, **LAYERS, "shared_expert_intermediate_size": 32, "mlp_layer_types": [DENSE, SPARSE, SPARSE]},
+    ),
+    "llama": ("llama", {}),
+    "mellum": ("mellum", {**EXPERTS, **LAYERS}),
+    "mimo_v2_flash": ("mimo_v2_flash", {**ROUTED, **LAYERS, "v_head_dim": 12, "n_shared_experts": None}),
+    "minimax_m2": ("minimax_m2", LOCAL_EXPERTS),
+    "ministral": ("ministral", LAYERS),
+    "ministral3": ("ministral3", WINDOW),
+    "mistral": ("mistral", WINDOW),
+    "mixtral": ("mixtral", LOCAL_EXPERTS),
+    "mixtral-window": ("mixtral", {**LOCAL_EXPERTS, **WINDOW}),
+    "modernbert-decoder": (
+        "modernbert-decoder",
+        {"layer_types": MIXED, "local_attention": 24, "num_key_value_heads": None, "head_dim": None},
+    ),
+    "nanochat": ("nanochat", {}),
+    "nemotron": ("nemotron", {}),
+    "olmo": ("olmo", {"clip_qkv": 1.5}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", LAYERS),
+    "olmoe": ("olmoe", {**EXPERTS, "head_dim": None, "moe_intermediate_size": None}),
+    "persimmon": ("persimmon", {"num_key_value_heads": None, "head_dim": None}),
+    "phi": ("phi", {"head_dim": None}),
+    "phi3": ("phi3", {"head_dim": None}),
+    "phi3-window": ("phi3", {"head_dim": None, **WINDOW}),
+    "phimoe": ("phimoe", {**LOCAL_EXPERTS, "head_dim": None, **WINDOW}),
+    "qwen2": ("qwen2", {"head_dim": None}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**EXPERTS, "head_dim": None, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 2},
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe-mlp": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [1]}),
+    "seed_oss": ("seed_oss", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "solar_open": ("solar_open", ROUTED),
+    "stablelm": ("stablelm", {"head_dim": None}),
+    "stablelm-norm": ("stablelm", {"head_dim": None, "qk_layernorm": True, "use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", {"head_dim": None}),
+    "starcoder2-window": ("starcoder2", {"head_dim": None, **WINDOW}),
+    "vaultgemma": ("vaultgemma", {**LAYERS, "attn_logit_softcapping": 3.0}),
+}
+
+
+def randomize_(model: nn.Module, seed: int = 0) -> None:
+    """Give a model of any family weights with which attention and every expert matter to the next token.
+
+    Matrices keep the size of what they multiply, so that no layer drowns another; biases are small, since large ones
+    say the same whatever the input is. Embeddings are of the size at which layers add as much as they carry.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(model.get_input_embeddings().weight)}
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if id(parameter) in embeddings:
+            parameter.data = noise * 0.3
+        elif parameter.ndim >= 2:
+            parameter.data = noise * 1.6 / max(parameter.shape[-2:]) ** 0.5
+        elif "norm" in name or "ln_" in name:
+            is_offset = bool((parameter.data == 0).all()) and name.endswith("weight")  # a norm that adds one
+            around = 0.0 if is_offset or name.endswith("bias") else 1.0
+            parameter.data = noise * (0.05 if name.endswith("bias") else 0.2) + around
+        else:
+            parameter.data = parameter.data + noise * 0.05
+
+
+def make_config(name: str) -> object:
+    """Config of a tiny model."""
+    model_type, options = PROVEN_MODELS[name]
+    fields = {**_COMMON, **options}
+    return AutoConfig.for_model(model_type, **{key: value for key, value in fields.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Prompt, and what Transformers continues it with in float32 with eager attention."""
+
+    prompt: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    """Of each token, from float64 weights and arithmetic."""
+    eager_error: float
+    """Largest difference of Transformers' own float32 log-probabilities from these."""
+
+
+@dataclass(frozen=True)
+class ProvenModel:
+    name: str
+    path: str
+    references: Sequence[Exact]
+    """One per length in PROMPT_LENS."""
+
+    @property
+    def eager_error(self) -> float:
+        """Largest error of Transformers' float32 over all references."""
+        return max(reference.eager_error for reference in self.references)
+
+
+@functools.cache
+def proven_model(name: str) -> ProvenModel:
+    """Build a family's model and its references; shared by all callers of this process."""
+    path = _root() / f"proven-{name}"
+    config = make_config(name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize_(model)
+    model.tie_weights()
+    model.save_pretrained(path)
+    eager = _load(path, torch.float32)
+    exact = _load(path, torch.float64)
+    return ProvenModel(name, str(path), tuple(_reference(eager, exact, length) for length in PROMPT_LENS))
+
+
+def _load(path: object, dtype: torch.dtype) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+
+
+@torch.inference_mode()
+def _reference(eager: nn.Module, exact: nn.Module, length: int) -> Exact:
+    """Greedy tokens by one prefill per token from scratch would be slow, so Transformers' own `generate` does it."""
+    for seed in range(20):
+        prompt = random_prompt(length, seed)
+        output = eager.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, length, dtype=torch.long),
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        logits = torch.cat(output.logits)
+        top = logits.topk(2).values
+        if float((top[:, 0] - top[:, 1]).min()) > 1e-3:  # else two float32 evaluations may differ
+            break
+    else:
+        raise AssertionError("every prompt meets a near-tie")
+    tokens = output.sequences[0, length:]
+    rows = exact(output.sequences[:, :-1]).logits[0, length - 1 :].log_softmax(-1)
+    picked = rows.gather(1, tokens[:, None])[:, 0]
+    own = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    return Exact(prompt, tokens.tolist(), picked.tolist(), float((own - picked).abs().max()))
