@@ -31,6 +31,25 @@ ROUTED = {
     "topk_group": 1,
     "norm_topk_prob": True,
 }
+LATENTS = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 8,
+    "head_dim": None,
+}
+MSCALE_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.8,
+    "mscale_all_dim": 0.6,
+}
 NO_HEAD_DIM = {"head_dim": None, "num_attention_heads": 4}
 PROMPT_LENS = (1, 31, 97, 330)
 NUM_TOKENS = 24
@@ -40,11 +59,21 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "afmoe": ("afmoe", {**EXPERTS, **LAYERS}),
     "apertus": ("apertus", {}),
     "arcee": ("arcee", {}),
+    "axk1": ("axk1", {**ROUTED, **LATENTS, "mlp_layer_types": [DENSE, SPARSE, SPARSE]}),
     "bitnet": ("bitnet", NO_HEAD_DIM),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", LAYERS),
     "cohere2_moe": ("cohere2_moe", {**EXPERTS, **LAYERS, "moe_intermediate_size": None}),
     "cwm": ("cwm", LAYERS),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**ROUTED, **LATENTS, "q_lora_rank": None, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy"},
+    ),
+    "deepseek_v3": ("deepseek_v3", {**ROUTED, **LATENTS, "first_k_dense_replace": 1}),
+    "deepseek_v3-yarn": (
+        "deepseek_v3",
+        {**ROUTED, **LATENTS, "qk_rope_head_dim": 16, "v_head_dim": 16, "rope_parameters": MSCALE_YARN},
+    ),
     "dots1": ("dots1", {**ROUTED, **LAYERS, "first_k_dense_replace": 1}),
     "ernie4_5": ("ernie4_5", {}),
     "ernie4_5_moe": (
@@ -77,6 +106,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "glm": ("glm", {}),
     "glm4": ("glm4", {}),
     "glm4_moe": ("glm4_moe", {**ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True}),
+    "glm4_moe_lite": ("glm4_moe_lite", {**ROUTED, **LATENTS, "mlp_layer_types": [DENSE, SPARSE, SPARSE]}),
     "gpt2": ("gpt2", {"num_key_value_heads": None, "head_dim": None}),
     "gpt_bigcode": ("gpt_bigcode", {"num_key_value_heads": None, "head_dim": None}),
     "gpt_neox": ("gpt_neox", {"num_key_value_heads": None, "head_dim": None}),
@@ -106,6 +136,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "mellum": ("mellum", {**EXPERTS, **LAYERS}),
     "mimo_v2_flash": ("mimo_v2_flash", {**ROUTED, **LAYERS, "v_head_dim": 12, "n_shared_experts": None}),
     "minimax_m2": ("minimax_m2", LOCAL_EXPERTS),
+    "minicpm3": ("minicpm3", {**LATENTS, "dim_model_base": 32}),
     "ministral": ("ministral", LAYERS),
     "ministral3": ("ministral3", WINDOW),
     "mistral": ("mistral", WINDOW),
@@ -134,6 +165,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
     "qwen3_moe-mlp": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [1]}),
+    "sarvam_mla": ("sarvam_mla", {**ROUTED, **LATENTS, "q_lora_rank": None, "first_k_dense_replace": 1}),
     "seed_oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
     "solar_open": ("solar_open", ROUTED),
@@ -142,6 +174,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "starcoder2": ("starcoder2", {"head_dim": None}),
     "starcoder2-window": ("starcoder2", {"head_dim": None, **WINDOW}),
     "vaultgemma": ("vaultgemma", {**LAYERS, "attn_logit_softcapping": 3.0}),
+    "youtu": ("youtu", LATENTS),
 }
 
 

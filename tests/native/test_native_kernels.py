@@ -106,12 +106,14 @@ def test_decode_is_right_with_and_without_the_kernel(monkeypatch, available, dty
 
 
 def test_what_the_kernel_cannot_do_is_left_to_the_other_one():
-    assert not kernels.can_decode(9, 64, torch.float32)
-    assert not kernels.can_decode(0, 64, torch.float32)
-    assert not kernels.can_decode(4, 72, torch.float32)
-    assert not kernels.can_decode(4, 272, torch.float32)
-    assert not kernels.can_decode(4, 64, torch.float64)
-    assert kernels.can_decode(4, 64, torch.bfloat16)
+    assert not kernels.can_decode(9, 64, 64, torch.float32)
+    assert not kernels.can_decode(0, 64, 64, torch.float32)
+    assert not kernels.can_decode(4, 72, 64, torch.float32)
+    assert not kernels.can_decode(4, 64, 72, torch.float32)
+    assert not kernels.can_decode(4, 592, 512, torch.float32)
+    assert not kernels.can_decode(4, 64, 64, torch.float64)
+    assert kernels.can_decode(4, 64, 64, torch.bfloat16)
+    assert kernels.can_decode(4, 576, 512, torch.bfloat16)
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

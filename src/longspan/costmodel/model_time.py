@@ -255,7 +255,7 @@ def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
         window = min(prompt_len, group.spec.window or prompt_len)
         pairs = window * (window + 1) / 2 + (prompt_len - window) * window
         num_layers = len(group.layers) - (shape.spec.num_layers - 1 in group.layers)
-        total += pairs * num_layers * group.pair_flops
+        total += pairs * num_layers * group.pair_flops(pairs / prompt_len)
     return total
 
 

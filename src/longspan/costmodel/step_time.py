@@ -32,7 +32,7 @@ class StepTime:
     def __init__(self, model: ModelSpec, num_threads: int) -> None:
         self.token_flops = 2.0 * max(1, model.active_parameters)
         """Flops of one token through all weights that it meets."""
-        self._groups = [(group.spec.window, len(group.layers) * group.pair_flops) for group in model.kv_groups]
+        self._groups = [(group.spec.window, len(group.layers) * group.pair_flops()) for group in model.kv_groups]
         windows = [window for window, _ in self._groups]
         self.longest_window = None if None in windows else max(window for window in windows if window is not None)
         """Longest sliding window of a layer in tokens; None if a layer has full attention."""

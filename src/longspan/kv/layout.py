@@ -15,9 +15,26 @@ Note [Dtypes]
     partials on the wire  `KVGroup.partial_dtype`
 
     Models of today have one dtype for all (`KVSpec.uniform`), except partials where the user wants float32.
+
+Note [Latents]
+    Multi-head latent attention caches one latent c of `rank` elements per token, and a part r that carries the position.
+    Every head h has projections of its own: its key is (W_k c, r), its value W_v c. Both can be had without them:
+
+        q . (W_k c, r) = (W_k^T q, q_r) . (c, r)          sum_s p_s W_v c_s = W_v (sum_s p_s c_s)
+
+    So what is stored, and sent, is one key (c, r) of one head, whose first elements are the value. Queries and outputs
+    of a layer keep their own widths, on the wire too: whoever has the keys projects. For many queries per key it is
+    fewer flops to expand keys and values of the heads. DeepSeek V3, elements of one head:
+
+        stored     keys 576 = 512 + 64, values 512 of them       1088 products a pair
+        heads      queries 192 = 128 + 64, outputs 128            320 products a pair, 512 * (128 + 128) a key
+
+    131,072 / (1088 - 320) = 171 queries per key are as cheap either way (`KVSpec.min_expanded_queries`).
+    Source: DeepSeek-V2, 2405.04434 section 2.1.
 """
 
 from functools import cached_property
+from math import inf
 from typing import Literal
 
 import msgspec
@@ -75,12 +92,12 @@ class KVLayout(msgspec.Struct, frozen=True, dict=True):
 
     @property
     def k_width(self) -> int:
-        """Elements of one key head, and of one query head."""
+        """Elements of one key head, and of one query head that meets it."""
         return self.components[0].width
 
     @property
     def v_width(self) -> int:
-        """Elements of one value head, and of one output head."""
+        """Elements of one value head, and of one output head before it is projected."""
         return self.components[1].width if self.v_width_in_k is None else self.v_width_in_k
 
     @cached_property
@@ -104,14 +121,49 @@ class KVLayout(msgspec.Struct, frozen=True, dict=True):
         return msgspec.structs.replace(self, components=tuple(components))
 
 
+class LatentWidths(msgspec.Struct, frozen=True):
+    """Widths of one head outside of the latent space. See Note [Latents]."""
+
+    q_width: int
+    """Elements of one query head, and of one key head if it is expanded."""
+    out_width: int
+    """Elements of one output head, and of one value head if it is expanded."""
+
+
 class KVSpec(msgspec.Struct, frozen=True):
-    """Facts of one layer's attention: KV layout, compute dtype and sliding window."""
+    """Facts of one layer's attention: KV layout, compute dtype, sliding window, and projections of its heads."""
 
     layout: KVLayout
     compute_dtype: str
     """Name of the torch dtype of queries and outputs, in which kernels compute."""
     window: int | None = None
     """Sliding window in tokens (a query's own position counts), or None for full attention."""
+    latent: LatentWidths | None = None
+    """Widths of heads that project what is stored; None where keys and values are those of the heads."""
+
+    @property
+    def q_width(self) -> int:
+        """Elements of one query head, as a layer hands it over and as it travels."""
+        return self.layout.k_width if self.latent is None else self.latent.q_width
+
+    @property
+    def out_width(self) -> int:
+        """Elements of one output head, as a layer gets it and as partials travel."""
+        return self.layout.v_width if self.latent is None else self.latent.out_width
+
+    @property
+    def head_expansion_flops(self) -> float:
+        """Flops that expand one head's key and value from a latent, or project its query and output; 0 without."""
+        if self.latent is None:
+            return 0.0
+        rotated = self.layout.k_width - self.layout.v_width
+        return 2.0 * self.layout.v_width * (self.latent.q_width - rotated + self.latent.out_width)
+
+    @property
+    def min_expanded_queries(self) -> float:
+        """Queries per key from which expanding a key takes fewer flops than projecting queries; infinite if none are."""
+        saved = 2.0 * (self.layout.k_width + self.layout.v_width - self.q_width - self.out_width)
+        return self.head_expansion_flops / saved if saved > 0 else inf
 
     @classmethod
     def uniform(cls, num_kv_heads: int, k_width: int, v_width: int, dtype: str, window: int | None = None) -> "KVSpec":
@@ -126,6 +178,20 @@ class KVSpec(msgspec.Struct, frozen=True):
         """
         k, v = KVComponent("k", num_kv_heads, k_width, dtype), KVComponent("v", num_kv_heads, v_width, dtype)
         return cls(KVLayout((k, v)), dtype, window)
+
+    @classmethod
+    def latents(cls, rank: int, rotated: int, q_width: int, out_width: int, dtype: str) -> "KVSpec":
+        """Spec of latents that are stored once, for all heads. See Note [Latents].
+
+        Args:
+            rank: elements of a latent.
+            rotated: elements beside it that carry the position.
+            q_width: elements of one query head.
+            out_width: elements of one output head.
+            dtype: name of a torch dtype.
+        """
+        layout = KVLayout((KVComponent("k", 1, rank + rotated, dtype),), v_width_in_k=rank)
+        return cls(layout, dtype, None, LatentWidths(q_width, out_width))
 
 
 class KVGroup(msgspec.Struct, frozen=True, dict=True):
@@ -160,7 +226,7 @@ class KVGroup(msgspec.Struct, frozen=True, dict=True):
     @property
     def query_elements(self) -> int:
         """Elements of one token's queries in one layer."""
-        return self.num_query_heads * self.spec.layout.k_width
+        return self.num_query_heads * self.spec.q_width
 
     @cached_property
     def query_row_bytes(self) -> int:
@@ -171,9 +237,23 @@ class KVGroup(msgspec.Struct, frozen=True, dict=True):
     def merged_row_bytes(self) -> int:
         """Bytes of one token's `out` in one layer while partials are merged, in `accumulation_dtype` of the compute
         dtype (`longspan.attention.partial`)."""
-        return self.num_query_heads * self.spec.layout.v_width * max(4, DTYPE_BYTES[self.spec.compute_dtype])
+        return self.num_query_heads * self.spec.out_width * max(4, DTYPE_BYTES[self.spec.compute_dtype])
 
-    @property
-    def pair_flops(self) -> float:
-        """Flops of one token's queries over one key in one layer: two per element of the key and of the value."""
-        return 2.0 * self.num_query_heads * (self.spec.layout.k_width + self.spec.layout.v_width)
+    def pair_flops(self, num_queries: float = 1) -> float:
+        """Flops of one token's queries over one key in one layer: two per element of the key and of the value.
+
+        Args:
+            num_queries: tokens whose queries meet the key together; only where latents are expanded for many of them
+                the result depends on it.
+        """
+        spec = self.spec
+        if num_queries < spec.min_expanded_queries:
+            return 2.0 * self.num_query_heads * (spec.layout.k_width + spec.layout.v_width)
+        return self.num_query_heads * (2.0 * (spec.q_width + spec.out_width) + spec.head_expansion_flops / num_queries)
+
+    @cached_property
+    def expanded(self) -> "KVGroup":
+        """This group as kernels see it where latents are expanded: each head with a key and a value of its own."""
+        heads, spec = self.num_query_heads, self.spec
+        uniform = KVSpec.uniform(heads, spec.q_width, spec.out_width, spec.compute_dtype, spec.window)
+        return KVGroup(self.layers, uniform, heads, self.float32_partials)

@@ -2,7 +2,7 @@
 
 Holds the list. An adaptation changes how a model is called or what it caches, never its results; the trace on the meta
 device must see it, since the model's facts follow from the changed model. Must not know plans, ranks or strategies.
-Read next: `longspan.models.keywords`, one adaptation; `longspan.models.speedups`, which are applied later and to loaded
+Read next: `longspan.models.keywords` and `longspan.models.latent`, one adaptation each; `longspan.models.speedups`, which are applied later and to loaded
 models alone.
 """
 
@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from longspan.models.keywords import hand_on_keywords_
+from longspan.models.latent import hand_over_latents_
 
-ADAPTATIONS: tuple[Callable[[Any], int], ...] = (hand_on_keywords_,)
+ADAPTATIONS: tuple[Callable[[Any], int], ...] = (hand_on_keywords_, hand_over_latents_)
 """Functions that change a model in place, each if it knows the model, and return the number of changed modules."""
 
 

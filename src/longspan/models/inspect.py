@@ -17,6 +17,7 @@ from longspan.models.adaptations import adapt_
 from longspan.models.experts import ExpertRecorder
 from longspan.models.families import check_family
 from longspan.models.hook import ATTENTION_NAME, AttentionCall, MaskRule
+from longspan.models.latent import latent_spec
 from longspan.types import AttentionParams, ModelSpec
 
 PROVEN_ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
@@ -117,8 +118,7 @@ class _Recorder:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         self.calls.append(call)
-        num_tokens, num_heads, _ = call.q.shape
-        return call.q.new_empty(num_tokens, num_heads, call.v.shape[-1])
+        return call.q.new_empty(*call.q.shape[:2], call.out_width)
 
 
 def inspect_model(
@@ -191,8 +191,7 @@ def trace_model(
                 f"attention arguments: layer {call.layer} got {', '.join(sorted(call.other_arguments))}, which "
                 "longspan does not know"
             )
-        num_kv_heads, _, k_width = call.k.shape
-        spec = KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], str(dtype).removeprefix("torch."), call.window)
+        spec = _kv_spec(call, str(dtype).removeprefix("torch."))
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
     eos = (generation_config or config).eos_token_id
     facts = ModelSpec(
@@ -208,6 +207,19 @@ def trace_model(
         experts=experts.weights(),
     )
     return facts, model
+
+
+def _kv_spec(call: AttentionCall, dtype: str) -> KVSpec:
+    """Spec of a layer, from its attention call."""
+    if call.latent is None:
+        num_kv_heads, _, k_width = call.k.shape
+        return KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], dtype, call.window)
+    if call.window is not None or call.softcap is not None or call.sinks is not None:
+        raise UnsupportedModelError(
+            f"attention of layer {call.layer}: got latents with window {call.window}, softcap {call.softcap} and sinks "
+            f"{call.sinks is not None}, proven is latents without them"
+        )
+    return latent_spec(call.latent, call.q, call.k, dtype)
 
 
 def _count_parameters(model: Any) -> int:

@@ -18,7 +18,7 @@ from longspan.models.loader import load_config, load_config_file
 from longspan.types import ExpertWeights
 
 _WRONG_FIELDS = {
-    "kv_lora_rank": "multi-head latent attention caches something else than keys and values",
+    "index_topk": "sparse attention reads an index, and not all keys",
     "mamba_d_state": "state space layers keep no keys and values",
     "ssm_state_size": "state space layers keep no keys and values",
     "state_size": "state space layers keep no keys and values",
