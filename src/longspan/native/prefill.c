@@ -68,7 +68,7 @@ WIDE_INLINE vec exp2_lanes(vec x)
 /* Scores of up to TILE keys, and their maximum so far. Under a mask, queries [first, end) see the first of them, and
  * those one further on the next. `is_masked` and `vectors` are constants in every caller. */
 WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stride, int width, long count, int first,
-                       int end, int is_masked, int vectors, float *scores, vec *top)
+                       int end, int is_first, int is_masked, int vectors, float *scores, vec *top)
 {
     const vec unseen = (vec){0} - __builtin_inff();
     const float *keys[TILE];
@@ -78,14 +78,32 @@ WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stri
         for (int v = 0; v < vectors; v++)
             acc[i][v] = (vec){0};
     }
-    for (int d = 0; d < width; d++) {
-        vec q[MAX_VECTORS];
-        for (int v = 0; v < vectors; v++)
-            q[v] = at(rows->queries + d * ROWS + v * LANES);
-        for (int i = 0; i < TILE; i++)
+    if (vectors == MAX_VECTORS)
+        for (int d = 0; d < width; d++) {
+            vec q[MAX_VECTORS];
             for (int v = 0; v < vectors; v++)
-                acc[i][v] += q[v] * keys[i][d];
-    }
+                q[v] = at(rows->queries + d * ROWS + v * LANES);
+            for (int i = 0; i < TILE; i++)
+                for (int v = 0; v < vectors; v++)
+                    acc[i][v] += q[v] * keys[i][d];
+        }
+    else
+        for (int s = 0; s < TILE; s++) { /* a row of the next block is asked for, bit by bit, while this one is computed */
+            const float *next = k + (BLOCK + s) * k_stride;
+            for (int d = s * (width / TILE); d < (s + 1) * (width / TILE); d += 2) {
+                if (is_first)
+                    __builtin_prefetch(next, 0, 2);
+                next += LANES;
+                for (int e = d; e < d + 2; e++) {
+                    vec q[MAX_VECTORS];
+                    for (int v = 0; v < vectors; v++)
+                        q[v] = at(rows->queries + e * ROWS + v * LANES);
+                    for (int i = 0; i < TILE; i++)
+                        for (int v = 0; v < vectors; v++)
+                            acc[i][v] += q[v] * keys[i][e];
+                }
+            }
+        }
     for (int i = 0; i < TILE; i++) {
         const int key = i < count ? i : (int)count - 1;
         for (int v = 0; v < vectors; v++) {
@@ -117,11 +135,12 @@ WIDE_INLINE void meet(struct rows *rows, const float *k, long k_stride, const fl
     for (int j = 0; j < count; j += TILE) {
         if (is_first)
             for (int i = j + BLOCK; i < j + BLOCK + TILE; i++) {
-                prefetch(k + i * k_stride, width);
+                if (vectors == MAX_VECTORS)
+                    prefetch(k + i * k_stride, width);
                 if (v != k) /* else values are the first elements of keys */
                     prefetch(v + i * v_stride, v_width);
             }
-        score_tile(rows, k + j * k_stride, k_stride, width, count - j, first + j, end + j, is_masked, vectors,
+        score_tile(rows, k + j * k_stride, k_stride, width, count - j, first + j, end + j, is_first, is_masked, vectors,
                    scores + j * ROWS, top);
     }
     for (int x = 0; x < vectors; x++) {
