@@ -262,7 +262,8 @@ def _clip(segment: RowSegment, start: int, end: int, key_row: int, window: int |
         position += start - segment.key_row
         first, last = segment.query_position, segment.query_position + segment.num_queries
         if seen is not Visibility.FULL:
-            seen = visibility(first, last, position, position + end - start, window)
+            band = window if seen is Visibility.BAND else None
+            seen = visibility(first, last, position, position + end - start, band)
     if seen is not Visibility.NONE:
         yield replace(segment, key_row=key_row, num_keys=end - start, key_position=position, visibility=seen)
 
