@@ -123,6 +123,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, object]]] = {
             "qk_rope_head_dim": 16,
             "v_head_dim": 16,
             "rope_parameters": {**_YARN_ROPE, "mscale": 0.8, "mscale_all_dim": 0.6},
+            "seed": 1,
         },
     ),
 }
