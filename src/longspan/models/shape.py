@@ -72,6 +72,12 @@ def model_shape(config: PreTrainedConfig, dtype: PlannedDType) -> ModelShape:
             f"model_type: got {config.model_type!r}, plannable is a decoder that Transformers builds and that "
             f"calls attention once per layer: {reason}"
         ) from error
+    rank = getattr(config, "kv_lora_rank", None)
+    if rank and any(group.spec.latent is None for group in spec.kv_groups):
+        raise UnsupportedModelError(
+            f"kv_lora_rank: got {rank}, plannable is a model without it, or one whose layers hand over their latents: "
+            "those of this one cache something else than keys and values"
+        )
     network: Any = model
     logits = network.get_output_embeddings()
     hidden_size = int(config.hidden_size)

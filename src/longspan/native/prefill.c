@@ -21,6 +21,7 @@
 #define MAX_VECTORS 3
 #define ROWS (MAX_VECTORS * LANES)
 #define MOST_QUERIES (1 << 29)
+#define PART 192         /* elements of queries that stay in the first-level cache while a block of keys meets them */
 #define BLOCK 128        /* keys per block: the scores of ROWS rows take 24 KiB of the first-level cache */
 #define STATE_BYTES (384 << 10) /* states of the rows that meet a block of keys while it is in the second-level cache */
 
@@ -65,10 +66,12 @@ WIDE_INLINE vec exp2_lanes(vec x)
     return (vec)(((veci)p + ((veci)n << 23)) & ~(x <= -126.0f)); /* the low bits of n are an integer: added to the exponent */
 }
 
-/* Scores of up to TILE keys, and their maximum so far. Under a mask, queries [first, end) see the first of them, and
- * those one further on the next. `is_masked` and `vectors` are constants in every caller. */
-WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stride, int width, long count, int first,
-                       int end, int is_first, int is_masked, int vectors, float *scores, vec *top)
+/* Products of up to TILE keys with queries over elements [from, to), added to what `scores` holds of the elements before.
+ * After the last ones they are scores, which count for the maximum so far. Under a mask, queries [first, end) see the
+ * first of the keys, and those one further on the next. `is_masked` and `vectors` are constants in every caller. */
+WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stride, int from, int to, int width,
+                            long count, int first, int end, int is_first, int is_masked, int vectors, float *scores,
+                            vec *top)
 {
     const vec unseen = (vec){0} - __builtin_inff();
     const float *keys[TILE];
@@ -76,42 +79,35 @@ WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stri
     for (int i = 0; i < TILE; i++) {
         keys[i] = k + (i < count ? i : count - 1) * k_stride; /* a short tile repeats its last key */
         for (int v = 0; v < vectors; v++)
-            acc[i][v] = (vec){0};
+            acc[i][v] = from ? at(scores + i * ROWS + v * LANES) : (vec){0};
     }
-    if (vectors == MAX_VECTORS)
-        for (int d = 0; d < width; d++) {
-            vec q[MAX_VECTORS];
-            for (int v = 0; v < vectors; v++)
-                q[v] = at(rows->queries + d * ROWS + v * LANES);
-            for (int i = 0; i < TILE; i++)
+    const int part = (to - from) / TILE;
+    for (int s = 0; s < TILE; s++) {
+        const float *next = k + (BLOCK + s) * k_stride + from;
+        for (int d = from + s * part; d < from + (s + 1) * part; d += 2) {
+            if (is_first) /* a row of the next block is asked for bit by bit, while this one is computed */
+                __builtin_prefetch(next, 0, 2);
+            next += LANES;
+            for (int e = d; e < d + 2; e++) {
+                vec q[MAX_VECTORS];
                 for (int v = 0; v < vectors; v++)
-                    acc[i][v] += q[v] * keys[i][d];
-        }
-    else
-        for (int s = 0; s < TILE; s++) { /* a row of the next block is asked for, bit by bit, while this one is computed */
-            const float *next = k + (BLOCK + s) * k_stride;
-            for (int d = s * (width / TILE); d < (s + 1) * (width / TILE); d += 2) {
-                if (is_first)
-                    __builtin_prefetch(next, 0, 2);
-                next += LANES;
-                for (int e = d; e < d + 2; e++) {
-                    vec q[MAX_VECTORS];
+                    q[v] = at(rows->queries + e * ROWS + v * LANES);
+                for (int i = 0; i < TILE; i++)
                     for (int v = 0; v < vectors; v++)
-                        q[v] = at(rows->queries + e * ROWS + v * LANES);
-                    for (int i = 0; i < TILE; i++)
-                        for (int v = 0; v < vectors; v++)
-                            acc[i][v] += q[v] * keys[i][e];
-                }
+                        acc[i][v] += q[v] * keys[i][e];
             }
         }
+    }
     for (int i = 0; i < TILE; i++) {
         const int key = i < count ? i : (int)count - 1;
         for (int v = 0; v < vectors; v++) {
-            if (is_masked) {
-                const veci is_seen = (rows->query[v] >= first + key) & (rows->query[v] < end + key);
-                acc[i][v] = choose(is_seen, acc[i][v], unseen);
+            if (to == width) {
+                if (is_masked) {
+                    const veci is_seen = (rows->query[v] >= first + key) & (rows->query[v] < end + key);
+                    acc[i][v] = choose(is_seen, acc[i][v], unseen);
+                }
+                top[v] = larger(acc[i][v], top[v]);
             }
-            top[v] = larger(acc[i][v], top[v]);
             put(scores + i * ROWS + v * LANES, acc[i][v]);
         }
     }
@@ -132,16 +128,16 @@ WIDE_INLINE void meet(struct rows *rows, const float *k, long k_stride, const fl
     vec top[MAX_VECTORS], decay[MAX_VECTORS], sum[MAX_VECTORS];
     for (int x = 0; x < vectors; x++)
         top[x] = at(rows->top + x * LANES);
-    for (int j = 0; j < count; j += TILE) {
-        if (is_first)
-            for (int i = j + BLOCK; i < j + BLOCK + TILE; i++) {
-                if (vectors == MAX_VECTORS)
-                    prefetch(k + i * k_stride, width);
-                if (v != k) /* else values are the first elements of keys */
+    const int most = vectors == MAX_VECTORS ? PART : width; /* fewer rows leave the first-level cache to keys */
+    for (int from = 0; from < width; from += most) {
+        const int to = from + most < width ? from + most : width;
+        for (int j = 0; j < count; j += TILE) {
+            if (is_first && from == 0 && v != k) /* else values are the first elements of keys */
+                for (int i = j + BLOCK; i < j + BLOCK + TILE; i++)
                     prefetch(v + i * v_stride, v_width);
-            }
-        score_tile(rows, k + j * k_stride, k_stride, width, count - j, first + j, end + j, is_first, is_masked, vectors,
-                   scores + j * ROWS, top);
+            score_tile(rows, k + j * k_stride, k_stride, from, to, width, count - j, first + j, end + j, is_first,
+                       is_masked, vectors, scores + j * ROWS, top);
+        }
     }
     for (int x = 0; x < vectors; x++) {
         const vec before = at(rows->top + x * LANES);
