@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from common import median, parser, report
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
+from common import median, parser, report
 from longspan.attention.base import AttentionBackend, RowSegment, RowSegments
 from longspan.attention.cpu import CPUBackend
 from longspan.attention.latent import LatentBackend
@@ -48,9 +48,7 @@ class OneToken:
         self.attention_s = 0.0
         self._pool, self._backend, self._params = pool, backend, params
         self._store = [(0, context_len, 1)]
-        self._segments = RowSegments(
-            [RowSegment(0, 1, context_len, 0, context_len + 1, None, Visibility.FULL)]
-        )
+        self._segments = RowSegments([RowSegment(0, 1, context_len, 0, context_len + 1, None, Visibility.FULL)])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         started = time.thread_time()

@@ -137,7 +137,10 @@ def test_latent_attention_is_planned_with_what_it_stores(tmp_path):
     ("config", "message"),
     [
         (LLAMA_3_8B | {"kv_lora_rank": 512}, "kv_lora_rank: got 512, plannable is"),
-        ({"model_type": "deepseek_v32"}, "index_topk: got 2048, plannable is a model without it: sparse attention reads"),
+        (
+            {"model_type": "deepseek_v32"},
+            "index_topk: got 2048, plannable is a model without it: sparse attention reads",
+        ),
         (LLAMA_3_8B | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: got a value, plannable"),
         ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, "plannable is"),
         ({"model_type": "t5", "vocab_size": 100}, "plannable"),

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 import torch
-from proven_models import PROVEN_MODELS, make_config, proven_model
+from proven_models import PROVEN_MODELS, make_config
 from tiny_models import greedy, run_all, tiny_engine, tiny_model
 from transformers import DeepseekV3Config
 
@@ -13,7 +13,6 @@ from longspan.errors import UnsupportedModelError
 from longspan.kv.layout import KVSpec
 from longspan.kv.pool import PagePool
 from longspan.models import latent as model_latent
-from longspan.models.adaptations import adapt_
 from longspan.models.families import PROVEN_FAMILIES, REFUSED_FAMILIES, Need, check_family
 from longspan.models.inspect import inspect_model
 from longspan.models.shape import model_shape

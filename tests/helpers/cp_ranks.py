@@ -136,7 +136,9 @@ class Ranks:
         w_k = draw(spec.compute_dtype, heads, nope, rank) / rank**0.5
         w_v = draw(spec.compute_dtype, heads, spec.out_width, rank) / rank**0.5
         one = self.params[layer]
-        self.params[layer] = LatentParams(one.scale, one.softcap, one.window, weights=LatentWeights(w_k, w_v), spec=spec)
+        self.params[layer] = LatentParams(
+            one.scale, one.softcap, one.window, weights=LatentWeights(w_k, w_v), spec=spec
+        )
         if not isinstance(self.backend, LatentBackend):
             self.backend = LatentBackend(self.backend)
 

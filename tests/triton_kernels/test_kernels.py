@@ -91,7 +91,11 @@ def test_values_that_are_the_first_elements_of_their_keys(num_heads, width, v_wi
     past, own = RowSegment(0, 5, 80, 3, 50, None, FULL), RowSegment(0, 5, 80, 60, 20, 70, CAUSAL)
     hide_unread(q, k, v, [past, own])
     got = check(q, k, v, [past, own], AttentionParams(width**-0.5), atol=1e-5)
-    copied = TritonBackend().partial_attention(q, k, v.clone(), [past, own], AttentionParams(width**-0.5)) if width < 256 else got
+    copied = (
+        TritonBackend().partial_attention(q, k, v.clone(), [past, own], AttentionParams(width**-0.5))
+        if width < 256
+        else got
+    )
     torch.testing.assert_close(got.out, copied.out, atol=1e-5, rtol=0)
 
 
@@ -111,7 +115,8 @@ def test_latents_in_16_bits_have_at_most_twice_the_error_of_eager_attention(dtyp
 
 
 @pytest.mark.parametrize(
-    ("width", "v_width", "is_taken"), [(576, 512, True), (40, 32, True), (640, 576, False), (584, 512, False), (24, 8, False)]
+    ("width", "v_width", "is_taken"),
+    [(576, 512, True), (40, 32, True), (640, 576, False), (584, 512, False), (24, 8, False)],
 )
 def test_latents_of_other_sizes_are_refused(width, v_width, is_taken):
     spec = KVSpec.latents(v_width, width - v_width, 192, 128, "bfloat16")

@@ -31,8 +31,9 @@ from longspan.kv.layout import KVSpec
 from longspan.sharding.visibility import Visibility, visibility
 from longspan.types import AttentionParams
 
-EXPANDED_BYTES = 64 << 20
-"""Most bytes of keys and values that are expanded at a time, unless MIN_EXPANDED_KEYS take more."""
+EXPANDED_BYTES = 32 << 20
+"""Most bytes of keys and values that are expanded at a time, unless MIN_EXPANDED_KEYS take more. On a CPU 16 and 64 MiB
+are as fast, 4 MiB are a fifth slower."""
 MIN_EXPANDED_KEYS = 128
 
 

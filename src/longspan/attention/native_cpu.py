@@ -130,10 +130,10 @@ def decode_lone_queries(
         return pieces
     acc = merger.partial
     kernels.decode_batch(q.contiguous(), k, v, params.scale, kernels.DecodeBatch(keys_of), acc.out, acc.lse)
-    if len(lone) == len(pieces):
-        return ()
     for row in keys_of:
         merger.mark(row, row + 1)
+    if len(lone) == len(pieces):
+        return ()
     return [piece for piece in pieces if not _is_lone(piece)]
 
 

@@ -2,8 +2,8 @@
 
 Holds the list. An adaptation changes how a model is called or what it caches, never its results; the trace on the meta
 device must see it, since the model's facts follow from the changed model. Must not know plans, ranks or strategies.
-Read next: `longspan.models.keywords` and `longspan.models.latent`, one adaptation each; `longspan.models.speedups`, which are applied later and to loaded
-models alone.
+Read next: `longspan.models.keywords` and `longspan.models.latent`, one adaptation each; `longspan.models.speedups`,
+which are applied later and to loaded models alone.
 """
 
 from collections.abc import Callable

@@ -55,7 +55,7 @@ def _weights(module: Any) -> LatentWeights:
 
 
 def _hand_over(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-    """Stand in for `expand_kv`: latents [1, 1, T, rank] and rotated parts [1, 1, T, rotated] as one key and its value."""
+    """Stand in for `expand_kv`: latents [1, 1, T, rank] and rotated parts [1, 1, T, rotated] as one key and value."""
     keys = torch.cat((kv_nope, k_rot), dim=-1)
     return keys, keys[..., : kv_nope.shape[-1]]
 
@@ -78,12 +78,11 @@ def params_with_weights(spec: ModelSpec, model: nn.Module) -> Sequence[Attention
 
     A rank needs them also for layers that it only joins.
     """
-    found = {module.layer_idx: getattr(module, WEIGHTS) for module in model.modules() if hasattr(module, WEIGHTS)}
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, WEIGHTS)]
+    found: dict[int, LatentWeights] = {module.layer_idx: getattr(module, WEIGHTS) for module in modules}
     params: list[AttentionParams] = list(spec.layer_params)
     for group in spec.kv_groups:
         for layer in group.layers if group.spec.latent is not None else ():
             one = params[layer]
-            params[layer] = LatentParams(
-                one.scale, one.softcap, one.window, weights=found[layer], spec=group.spec
-            )
+            params[layer] = LatentParams(one.scale, one.softcap, one.window, weights=found[layer], spec=group.spec)
     return params

@@ -229,7 +229,9 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKe
     spans = np.array(seen, dtype=np.int64)  # [runs, 4]
     tasks = num_kv_heads * -(-num_queries * (num_heads // num_kv_heads) // STATE_ROWS)
     num_runs = max(1, min(num_threads // tasks, sum(run.num_keys for run in seen) // MIN_RUN_KEYS))
-    outs, lses = (out, lse) if num_runs == 1 else (out.new_empty(num_runs, *out.shape), lse.new_empty(num_runs, *lse.shape))
+    outs, lses = (
+        (out, lse) if num_runs == 1 else (out.new_empty(num_runs, *out.shape), lse.new_empty(num_runs, *lse.shape))
+    )
     status = found.longspan_prefill(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),

@@ -14,8 +14,8 @@ Note [Tables]
                              those of [b, c) are whole and seen by every query of the tile, so need no mask
 
     Where values are the first elements of their keys, in the same memory (VALUES_IN_KEYS, latent attention), a key tile
-    is read once: its values, and the rest of its keys. A KV head with more query heads than fit a program is computed by
-    several (HEAD_TILES).
+    is read once: its values, and the rest of its keys. A KV head with more query heads than fit a program is computed
+    by several (HEAD_TILES).
 
     A split is an equal share of the key tiles of every query tile, found in the kernel: neither grid nor arguments
     depend on the number of keys, as CUDA graphs require. Every split writes a partial of its own.
@@ -319,7 +319,8 @@ def attention(
         key_tiles: [n, 4] int32, see Note [Tables]; at most `Tiling.keys` keys each.
         out: [splits, T, H, Dv] float32, written in the rows of query tiles: 0 where a split saw no key.
         lse: [splits, T, H] float32, natural log, written in the rows of query tiles: -inf where a split saw no key.
-        queries_per_tile: most queries of a tile; times the query heads of a program and rounded up to a power of two, rows of a program.
+        queries_per_tile: most queries of a tile; times the query heads of a program and rounded up to a power of two,
+            rows of a program.
         scale: factor of the scores.
         softcap: bound of the scores, or None.
         window: window in tokens, for BAND key tiles, or None.
