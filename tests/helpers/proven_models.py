@@ -73,6 +73,21 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
         "deepseek_v2",
         {**ROUTED, **LATENTS, "q_lora_rank": None, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy"},
     ),
+    "deepseek_v2-real-sizes": (  # of one layer's attention, with which chunks of more than 239 tokens are expanded
+        "deepseek_v2",
+        {
+            **NO_GROUPS,
+            "num_hidden_layers": 2,
+            "first_k_dense_replace": 2,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
+    ),
     "deepseek_v3": ("deepseek_v3", {**ROUTED, **LATENTS, "first_k_dense_replace": 1}),
     "deepseek_v3-yarn": (
         "deepseek_v3",
