@@ -21,6 +21,7 @@
 #define MAX_VECTORS 3
 #define ROWS (MAX_VECTORS * LANES)
 #define MOST_QUERIES (1 << 29)
+#define AHEAD 16         /* keys between one that is computed and one that memory is asked for; 8 to 24 are as fast */
 #define PART 192         /* elements of queries that stay in the first-level cache while a block of keys meets them */
 #define BLOCK 128        /* keys per block: the scores of ROWS rows take 24 KiB of the first-level cache */
 #define STATE_BYTES (384 << 10) /* states of the rows that meet a block of keys while it is in the second-level cache */
@@ -83,9 +84,9 @@ WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stri
     }
     const int part = (to - from) / TILE;
     for (int s = 0; s < TILE; s++) {
-        const float *next = k + (BLOCK + s) * k_stride + from;
+        const float *next = k + (AHEAD + s) * k_stride + from;
         for (int d = from + s * part; d < from + (s + 1) * part; d += 2) {
-            if (is_first) /* a row of the next block is asked for bit by bit, while this one is computed */
+            if (is_first) /* a row ahead is asked for bit by bit, while this one is computed */
                 __builtin_prefetch(next, 0, 2);
             next += LANES;
             for (int e = d; e < d + 2; e++) {
