@@ -9,6 +9,8 @@ from transformers import DeepseekV3Config
 
 from longspan.attention import latent
 from longspan.attention.latent import LatentBackend, LatentParams, LatentWeights
+from longspan.config import EngineConfig
+from longspan.engine.engine import Engine
 from longspan.errors import UnsupportedModelError
 from longspan.kv.layout import KVSpec
 from longspan.kv.pool import PagePool
@@ -191,3 +193,16 @@ def test_queries_and_partials_travel_as_wide_as_the_heads():
     assert group.query_row_bytes == 8 * 32 * 4
     assert sent % row == 0
     assert 3 * 8 * row <= sent <= 3 * (8 + 4) * row  # 8 decodes, and the tail of the prompt behind its cached pages
+
+
+@pytest.mark.processes
+def test_ranks_that_are_processes_measure_and_attend_latents():
+    """They load the weights themselves, and measure kernels with them before `auto` chooses."""
+    model = tiny_model("youtu")
+    references = model.references[1:3]
+    config = EngineConfig(model=model.path, **OPTIONS, threads_per_rank=1, dtype="float32", kv_cache_memory=2**25)
+    with Engine(config) as engine:
+        requests = [engine.add_request(reference.prompt, greedy(24)) for reference in references]
+        run_all(engine)
+        assert all(stats.tokens_computed for stats in engine.rank_stats())
+    assert [request.output_token_ids for request in requests] == [r.token_ids[:24] for r in references]
