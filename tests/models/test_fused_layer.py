@@ -37,12 +37,8 @@ def logits(model: nn.Module, num_tokens: int, first: int = 0) -> torch.Tensor:
     return output.logits[0]
 
 
-FUSED = sorted(FAMILIES.keys() - {"youtu"})
-"""Layers of latent attention are of another build, and stay as they are."""
-
-
 @needs_kernel
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_proven_family_is_fused_and_computes_the_same(family, monkeypatch):
     model = tiny_model(family).load()
     monkeypatch.setattr(fused_layer_gemm, "BLOCK_ROWS", 16)

@@ -116,7 +116,7 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": _WINDOWS_EXPERTS,
     "qwen3": _WINDOWS,
     "qwen3_moe": _WINDOWS_EXPERTS,
-    "sarvam_mla": _LATENTS_EXPERTS,
+    "sarvam_mla": Family(since="5.24", needs=(Need.LATENTS, Need.EXPERTS)),
     "sarvam_moe": _EXPERTS,
     "seed_oss": Family(),
     "smollm3": _WINDOWS,
