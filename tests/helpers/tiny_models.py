@@ -92,6 +92,20 @@ FAMILIES: dict[str, tuple[str, Mapping[str, object]]] = {
             "layer_types": [_SLIDING, _FULL, _SLIDING],
         },
     ),
+    "llama4": (
+        "llama4_text",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 1, 1],
+            "attention_chunk_size": 22,
+            "floor_scale": 24,
+            "attn_scale": 0.4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_layers": [1, 2, 3],
+            "intermediate_size_mlp": 96,
+        },
+    ),
     "gemma2": (
         "gemma2",
         {
@@ -160,7 +174,7 @@ def _randomize_(model: nn.Module, *, is_gemma: bool, is_tied: bool, seed: int) -
     embedding_std = 0.03 if is_gemma else 0.05
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 2:
+        if parameter.ndim >= 2:  # three: the experts of a layer
             # Gemma multiplies embeddings by sqrt(hidden size); tied ones must not drown what the layers add.
             is_small = "embed_tokens" in name and (is_gemma or is_tied)
             parameter.data = noise * (embedding_std if is_small else 0.2 * (64 / parameter.shape[1]) ** 0.5)

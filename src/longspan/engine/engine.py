@@ -265,7 +265,7 @@ class Engine(ClosedAtExit):
     def capacity(self) -> Capacity:
         """Return what the ranks can hold."""
         num_pages = self.ranks.told.num_pages
-        unbounded = [n for n, group in zip(num_pages, self.spec.kv_groups, strict=True) if group.spec.window is None]
+        unbounded = [n for n, group in zip(num_pages, self.spec.kv_groups, strict=True) if group.spec.reach is None]
         pages_per_rank = min(unbounded) if unbounded else num_pages[0]
         return Capacity(self.config.context_parallel_size, self.config.page_size, pages_per_rank)
 

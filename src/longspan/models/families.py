@@ -20,6 +20,7 @@ class Need(StrEnum):
     """Property of a family beyond dense layers of full attention."""
 
     WINDOWS = "sliding windows"
+    CHUNKS = "chunked attention"
     SOFTCAP = "softcapped scores"
     SINKS = "attention sinks"
     EXPERTS = "mixture of experts"
@@ -80,6 +81,7 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "jais2": Family(),
     "laguna": _WINDOWS_EXPERTS,
     "llama": Family(),
+    "llama4_text": Family(needs=(Need.CHUNKS, Need.EXPERTS)),
     "mellum": _WINDOWS_EXPERTS,
     "mimo_v2_flash": Family(needs=(Need.WINDOWS, Need.SINKS, Need.EXPERTS)),
     "minimax_m2": _EXPERTS,

@@ -5,6 +5,7 @@ that are not proven exact. Allocates no weights. Must not know ranks or plans.
 Read next: `longspan.models.loader`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from longspan.kv.layout import KVGroup, KVSpec
 from longspan.models.adaptations import adapt_
 from longspan.models.experts import ExpertRecorder
 from longspan.models.families import check_family
-from longspan.models.hook import ATTENTION_NAME, AttentionCall, MaskRule
+from longspan.models.hook import ATTENTION_NAME, AttentionCall
+from longspan.models.mask_rule import check_mask, find_chunk
 from longspan.types import AttentionParams, ModelSpec
 
 PROVEN_ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
@@ -85,28 +87,6 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         for size in value if isinstance(value, (list, tuple)) else [value]:  # some families have one per layer
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most):
                 raise UnsupportedModelError(f"{field}: got {size!r}, legal is an integer from 1 to {most}")
-
-
-def _check_mask(call: AttentionCall) -> None:
-    """Check that the model's mask rule is the causal rule, with the window that the layer was given."""
-    if not isinstance(call.mask, MaskRule):
-        raise UnsupportedModelError(
-            f"attention mask of layer {call.layer}: got {type(call.mask).__name__}, proven is a rule made by "
-            "Transformers' mask functions"
-        )
-    query = 1_000_000
-    window = call.window
-    keys = {0, query - 2, query - 1, query, query + 1}
-    if window is not None:
-        keys |= {query - window - 1, query - window, query - window + 1}
-    zero = torch.tensor(0)
-    for key in sorted(keys):
-        expected = key <= query and (window is None or key > query - window)
-        if bool(call.mask.mask_function(zero, zero, torch.tensor(query), torch.tensor(key))) != expected:
-            raise UnsupportedModelError(
-                f"attention mask of layer {call.layer}: position {query} and key {key} break the rule 'causal, window "
-                f"{window}', the only one that is proven"
-            )
 
 
 class _Recorder:
@@ -183,7 +163,7 @@ def trace_model(
         )
     groups: dict[tuple[KVSpec, int], list[int]] = {}
     for call in calls:
-        _check_mask(call)
+        check_mask(call)
         if not call.is_causal:
             raise UnsupportedModelError(f"is_causal: got False in layer {call.layer}, proven is True")
         if call.other_arguments:
@@ -192,8 +172,10 @@ def trace_model(
                 "longspan does not know"
             )
         num_kv_heads, _, k_width = call.k.shape
-        spec = KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], str(dtype).removeprefix("torch."), call.window)
+        stored_as = str(dtype).removeprefix("torch.")
+        spec = KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], stored_as, call.window, find_chunk(call))
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
+    _check_reaches([spec for spec, _ in groups])
     eos = (generation_config or config).eos_token_id
     facts = ModelSpec(
         architecture=type(model).__name__,
@@ -208,6 +190,16 @@ def trace_model(
         experts=experts.weights(),
     )
     return facts, model
+
+
+def _check_reaches(specs: Sequence[KVSpec]) -> None:
+    """Refuse chunks of several sizes, or beside windows: prefix hits rely on an order of what groups still see."""
+    local = {(spec.window, spec.chunk) for spec in specs if spec.reach is not None}
+    if len(local) > 1 and any(chunk is not None for _, chunk in local):
+        found = ", ".join(
+            f"chunks of {chunk}" if window is None else f"a window of {window}" for window, chunk in local
+        )
+        raise UnsupportedModelError(f"attention_chunk_size: got layers with {found}, proven is one size for all layers")
 
 
 def _count_parameters(model: Any) -> int:
