@@ -64,7 +64,7 @@ class Engine(ClosedAtExit):
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
         device, gpus = choose_device(config, model)
         config = structs.replace(config, device=device)
-        model_config, generation_config = load_config(config.model)
+        model_config, generation_config = load_config(config.model, config.hf_overrides)
         spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, torch.device(device)))
         groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
         self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups))
