@@ -19,10 +19,8 @@ from longspan.models.experts import ExpertRecorder
 from longspan.models.families import check_family
 from longspan.models.hook import ATTENTION_NAME, AttentionCall
 from longspan.models.mask_rule import check_mask, find_chunk
+from longspan.models.rope import check_applied, check_rope, longest_request, rope_lengths
 from longspan.types import AttentionParams, ModelSpec
-
-PROVEN_ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
-"""RoPE types of these models. `dynamic` and `longrope` depend on the whole row, which may pack several requests."""
 
 MAX_SIZES = {
     "num_hidden_layers": 10_000,
@@ -42,23 +40,6 @@ TRACED_EXPERTS = "batched_mm"
 is far too slow to run."""
 
 
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    """Return all RoPE types that a config names, those per layer type included."""
-    found: set[str] = set()
-
-    def walk(value: object) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                if key in ("rope_type", "type") and isinstance(inner, str):
-                    found.add(inner)
-                else:
-                    walk(inner)
-
-    walk(getattr(config, "rope_parameters", None))
-    walk(getattr(config, "rope_scaling", None))
-    return found
-
-
 def check_proven(config: PreTrainedConfig) -> None:
     """Refuse a model that is not proven exact.
 
@@ -70,9 +51,7 @@ def check_proven(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(f"{field}: got {value!r}, proven is {legal}")
 
     check_family(config.model_type)
-    for rope_type in sorted(_rope_types(config)):
-        if rope_type not in PROVEN_ROPE_TYPES:
-            refuse("rope_type", rope_type, ", ".join(PROVEN_ROPE_TYPES))
+    check_rope(config)
     if getattr(config, "quantization_config", None) is not None:
         refuse("quantization_config", config.quantization_config.get("quant_method", "?"), "none")
     if getattr(config, "use_bidirectional_attention", None):
@@ -143,6 +122,7 @@ def trace_model(
             experts_implementation=TRACED_EXPERTS,
         )
         adapt_(model)
+        check_applied(config, model)
         recorder = _Recorder()
         experts = ExpertRecorder(model)
         token = torch.zeros(1, 1, dtype=torch.long)
@@ -181,13 +161,14 @@ def trace_model(
         architecture=type(model).__name__,
         num_layers=num_layers,
         vocab_size=config.vocab_size,
-        max_position=getattr(config, "max_position_embeddings", None),
+        max_position=longest_request(config),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
         kv_groups=tuple(KVGroup(tuple(layers), spec, heads) for (spec, heads), layers in groups.items()),
         layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
         num_parameters=_count_parameters(model),
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
         experts=experts.weights(),
+        rope_lengths=rope_lengths(config),
     )
     return facts, model
 
