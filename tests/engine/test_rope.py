@@ -218,6 +218,9 @@ def test_without_a_root_in_hashes_tokens_change(name, monkeypatch):
 # -- configs ---------------------------------------------------------------------------------------------------------
 
 
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
 def config(model_type="llama", **fields):
     common = {
         "vocab_size": 50,
@@ -244,13 +247,13 @@ def rope(rope_type, **fields):
         (rope("yarn", factor=4.0), 1024),
         (rope("yarn", factor=4.0, original_max_position_embeddings=256), 1024),
         (rope("yarn", factor=4.0, original_max_position_embeddings=64), 256),
-        (rope("longrope", factor=4.0, original_max_position_embeddings=64, short_factor=[1.0] * 8, long_factor=[2.0] * 8), 256),
+        (rope("longrope", factor=4.0, original_max_position_embeddings=64, **FACTORS), 256),
         (
             rope("llama3", factor=4.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0),
             256,
         ),
     ],
-)  # fmt: skip
+)
 def test_the_longest_request_is_what_stretched_positions_admit(fields, longest):
     assert inspect_model(config(**fields), None, torch.float32).max_position == longest
 
@@ -281,8 +284,7 @@ def test_rejects_frequencies_by_length_in_some_layers_alone():
 
 def test_rejects_a_family_that_does_more_with_the_length():
     fields = rope("longrope", original_max_position_embeddings=64, short_mscale=1.0, long_mscale=1.3)
-    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    fields["rope_parameters"] |= factors
+    fields["rope_parameters"] |= FACTORS
     with pytest.raises(
         UnsupportedModelError, match="rope_type: got 'longrope', which phimoe applies in a way of its own"
     ):
