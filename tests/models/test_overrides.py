@@ -40,6 +40,22 @@ def test_scaling_replaces_the_files_and_keeps_its_base(tmp_path, file, given):
     assert again.rope_parameters["rope_theta"] == 7.0
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"rope_theta": 5e5, "rope_scaling": YARN},
+        {"rope_theta": 5e5},
+        {"rope_parameters": {**YARN, "rope_theta": 5e5}},
+    ],
+)
+def test_another_base_keeps_the_files_scaling(tmp_path, file):
+    path = write(tmp_path, model_type="llama", max_position_embeddings=256, **file)
+    before, _ = load_config(path)
+    config, _ = load_config(path, {"rope_theta": 7.0})
+    assert config.rope_parameters == {**before.rope_parameters, "rope_theta": 7.0}
+    assert before.rope_parameters["rope_theta"] == 5e5
+
+
 def test_inner_configs_are_merged_field_by_field(tmp_path):
     path = write(tmp_path, **AutoConfig.for_model("gemma3").to_dict())
     before, _ = load_config(path)
@@ -62,6 +78,7 @@ def test_what_a_config_derives_follows(tmp_path):
             "hf_overrides: got the field 'rope_scalling', legal are fields of the model's config",
         ),
         ({"model_type": "qwen2"}, "hf_overrides: got model_type 'qwen2', legal is the model's own, 'llama'"),
+        ({"vision_config": {}}, "hf_overrides: got the field 'vision_config', legal are fields"),
         ({"hidden_size": "many"}, "its config cannot be loaded"),
     ],
 )
@@ -69,6 +86,25 @@ def test_rejects_overrides_that_fit_no_field(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         load_config(write(tmp_path, model_type="llama"), overrides)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("overrides", [{"rope_scaling": YARN}, {"hidden_size": 64}])
+def test_rejects_fields_of_a_text_part_outside_of_it(tmp_path, overrides):
+    path = write(tmp_path, **AutoConfig.for_model("gemma3").to_dict())
+    with pytest.raises(ConfigError, match="or of its text_config inside of that"):
+        load_config(path, overrides)
+
+
+def test_rejects_one_base_for_layers_that_differ(tmp_path):
+    path = write(tmp_path, **AutoConfig.for_model("gemma3_text").to_dict())
+    with pytest.raises(ConfigError, match="of layers that differ"):
+        load_config(path, {"rope_theta": 7.0})
+
+
+def test_rejects_a_value_that_the_config_does_not_keep(tmp_path):
+    path = write(tmp_path, model_type="gemma4_text", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    with pytest.raises(ConfigError, match=r"hf_overrides: got layer_types .*, which the model's config makes "):
+        load_config(path, {"layer_types": ["sliding_attention"] * 2})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "4", '{"a": NaN'])

@@ -4,6 +4,7 @@ Holds the calls of Transformers' loaders, and turns their errors into ours. Must
 Read next: `longspan.models.inspect`, `longspan.models.recall`; `longspan.models.speedups`, applied after loading.
 """
 
+import copy
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from longspan.errors import ConfigError
 from longspan.models.adaptations import adapt_
 from longspan.models.hook import ATTENTION_NAME
-from longspan.models.overrides import merge_overrides
+from longspan.models.overrides import check_overrides, merge_overrides
 from longspan.models.recall import recall_path
 from longspan.models.text_part import KEY_MAPPING, text_part, text_tensors
 
@@ -133,7 +134,9 @@ def _read_config(model: str, name: str, overrides: Mapping[str, Any] | None, *, 
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, local_files_only=is_offline)
         if overrides:
             fields, _ = PreTrainedConfig.get_config_dict(name, local_files_only=is_offline)
-            config = type(config).from_dict(merge_overrides(fields, overrides, config.to_dict()))
+            given = copy.deepcopy(dict(overrides))  # some configs change lists that they are given
+            config = type(config).from_dict(merge_overrides(fields, given, config.to_dict()))
+            check_overrides(overrides, config.to_dict())
     except ConfigError:
         raise
     except Exception as error:  # Hugging Face's own errors for a field of a wrong type derive from Exception alone
