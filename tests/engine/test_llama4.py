@@ -15,6 +15,7 @@ from tiny_models import (
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from longspan.models import chosen_experts, inspect
+from longspan.models.last_layer import skip_unread_rows_
 from longspan.models.row_positions import RowPositions
 
 pytestmark = pytest.mark.cover
@@ -130,6 +131,10 @@ def test_chosen_experts_compute_what_all_experts_do(num_tokens):
         wanted, wanted_logits = stock(hidden)
     assert torch.equal(logits, wanted_logits)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_unread_rows_of_the_last_layer_are_skipped():
+    assert skip_unread_rows_(tiny_model("llama4").load()) == 2
 
 
 def test_experts_are_counted():

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.models.families import proven_text_parts
 from longspan.models.inspect import check_proven
 from longspan.models.loader import load_config, load_config_file, load_model
 
@@ -92,7 +93,7 @@ def test_the_outer_config_says_that_weights_are_quantised(tmp_path):
     [
         (
             "qwen2_5_vl",
-            "model_type: got 'qwen2_5_vl', whose text model has no class of its own in Transformers; legal ",
+            "model_type: got 'qwen2_5_vl', whose text model has no class of its own in Transformers; proven ",
         ),
         ("paligemma", r"model_type: got 'paligemma', a multimodal model, whose text part \(gemma\) was never loaded"),
     ],
@@ -101,6 +102,10 @@ def test_rejects_a_multimodal_model_without_a_text_part_of_its_own(model_type, m
     with pytest.raises(UnsupportedModelError, match=message) as refusal:
         load_config(write(tmp_path, AutoConfig.for_model(model_type)))
     assert "\n" not in str(refusal.value)
+
+
+def test_every_proven_text_part_has_a_model():
+    assert list(TEXT_MODELS) == proven_text_parts()
 
 
 def test_rejects_a_text_part_of_a_family_that_is_not_proven(tmp_path):

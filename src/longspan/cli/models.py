@@ -8,7 +8,13 @@ import json
 
 import click
 
-from longspan.models.families import PROVEN_FAMILIES, TRANSFORMERS_VERSIONS, installed_version, version_of
+from longspan.models.families import (
+    PROVEN_FAMILIES,
+    TRANSFORMERS_VERSIONS,
+    installed_version,
+    proven_text_parts,
+    version_of,
+)
 
 
 @click.command()
@@ -26,10 +32,12 @@ def models(as_json: bool) -> None:
         for model_type, family in sorted(PROVEN_FAMILIES.items())
     ]
     if as_json:
-        click.echo(json.dumps({"installed_transformers": installed, "families": rows}))
+        found = {"installed_transformers": installed, "families": rows, "text_parts": proven_text_parts()}
+        click.echo(json.dumps(found))
         return
     width = max(map(len, PROVEN_FAMILIES))
     click.echo(f"{'model_type':<{width}}  transformers  beyond dense layers of full attention")
     for row in rows:
         needs = ", ".join(map(str, row["needs"])) + ("" if row["runs_here"] else f" (installed: {installed})")
         click.echo(f"{row['model_type']:<{width}}  {row['transformers']:<12}  {needs}".rstrip())
+    click.echo(f"\nand the text parts of multimodal repositories: {', '.join(proven_text_parts())}")

@@ -122,6 +122,21 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
 with Transformers, over ranks, strategies and placements."""
 
 
+TEXT_PARTS: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
+    "llama4": ("llama4_text",),
+    "mistral3": ("ministral3", "mistral"),
+    "qwen3_5": ("qwen3_5_text",),
+}
+"""Per `model_type` of a multimodal repository whose text part can be loaded alone: the families that this part has."""
+
+
+def proven_text_parts() -> list[str]:
+    """Return the multimodal repositories whose text part is of a proven family."""
+    return [name for name, families in TEXT_PARTS.items() if any(family in PROVEN_FAMILIES for family in families)]
+
+
 def version_of(text: str) -> tuple[int, ...]:
     """Return the first two numbers of a version, which can be compared."""
     return tuple(int(part) for part in text.split(".")[:2])

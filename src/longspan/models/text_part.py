@@ -1,7 +1,7 @@
 """Text model of a multimodal repository: its config, and which of the repository's tensors are its weights.
 
-Holds the table of such repositories. Must not know how weights are read, nor ranks or plans.
-Read next: `longspan.models.loader`, which loads text models; `longspan.models.families`, which says what is proven.
+Holds names of fields and tensors. Must not know how weights are read, nor ranks or plans.
+Read next: `longspan.models.loader`, which loads text models; `longspan.models.families`, which lists such repositories.
 
 A repository such as `gemma3` holds a text model of a family that also stands alone (`gemma3_text`), and towers for
 images or sound that feed it. Without images it computes what its text model computes.
@@ -14,9 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longspan.errors import UnsupportedModelError
-
-TEXT_PARTS = ("gemma3", "gemma4", "llama4", "mistral3", "qwen3_5")
-"""Multimodal `model_type`s whose text part is loaded alone. Whether that part is proven, the table of families says."""
+from longspan.models.families import TEXT_PARTS, proven_text_parts
 
 KEY_MAPPING: Mapping[str, str] = {
     r"^(model\.)?language_model\.model\.": "model.",
@@ -50,7 +48,8 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
             else f"a multimodal model, whose text part ({text.model_type}) was never loaded alone"
         )
         raise UnsupportedModelError(
-            f"model_type: got {config.model_type!r}, {reason}; legal are the text parts of {', '.join(TEXT_PARTS)}"
+            f"model_type: got {config.model_type!r}, {reason}; proven are the text parts of "
+            f"{', '.join(proven_text_parts())}"
         )
     for field in _OUTER_FIELDS:
         value = getattr(config, field, None)
