@@ -256,6 +256,8 @@ def rope(rope_type, **fields):
         (rope("yarn", factor=4.0), 1024),
         (rope("yarn", factor=4.0, original_max_position_embeddings=256), 1024),
         (rope("yarn", factor=4.0, original_max_position_embeddings=64), 256),
+        (rope("yarn", factor=4.0, original_max_position_embeddings=200), 800),  # Qwen3: 40960 of 4 x 32768
+        (rope("yarn", factor=None, original_max_position_embeddings=64), 256),
         (rope("longrope", factor=4.0, original_max_position_embeddings=64, **FACTORS), 256),
         (
             rope("llama3", factor=4.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0),

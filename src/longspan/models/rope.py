@@ -74,17 +74,17 @@ def check_applied(config: PreTrainedConfig, model: nn.Module) -> None:
 def longest_request(config: PreTrainedConfig) -> int | None:
     """Tokens of the longest request that a config admits, or None if it does not say.
 
-    Where RoPE stretches positions and `max_position_embeddings` is the length before, it admits so many times that
-    length, as vLLM has it.
+    Where RoPE stretches positions, `max_position_embeddings` may be the length before: requests may be `factor` times
+    as long as the original length, as vLLM has it.
     """
     longest: int | None = getattr(config, "max_position_embeddings", None)
     rope = _flat(config)
     if longest is None or rope is None:
         return longest
-    is_original = rope["rope_type"] in ("linear", "dynamic") or (
-        rope["rope_type"] == "yarn" and rope.get("original_max_position_embeddings", longest) == longest
-    )
-    return int(longest * (rope.get("factor") or 1.0)) if is_original else longest
+    if rope["rope_type"] not in ("linear", "dynamic", "yarn"):
+        return longest
+    original = longest if rope["rope_type"] != "yarn" else rope.get("original_max_position_embeddings") or longest
+    return max(longest, int(original * (rope.get("factor") or 1.0)))
 
 
 def rope_lengths(config: PreTrainedConfig) -> RopeLengths | None:
