@@ -11,7 +11,7 @@ import torch
 import transformers
 from msgspec.structs import replace
 from proven_models import PROVEN_MODELS
-from tiny_models import FAMILIES, TinyModel, _root, greedy, random_prompt, run_all, tiny_engine, write_model
+from tiny_models import FAMILIES, TinyModel, greedy, model_root, random_prompt, run_all, tiny_engine, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan.errors import ConfigError, UnsupportedModelError
@@ -76,7 +76,7 @@ def options(spread, budget=33):
 @functools.cache
 def rope_model(name):
     model_type, fields = MODELS[name]
-    path = write_model(_root() / f"rope-{name}", model_type, **fields)
+    path = write_model(model_root() / f"rope-{name}", model_type, **fields)
     return TinyModel(name, path, [])
 
 

@@ -47,7 +47,7 @@ def write(path, config):
 def test_a_text_part_gives_the_tokens_of_the_whole_model(model_type):
     model = multimodal_model(model_type)
     assert generate(model.path, model.prompts) == model.token_ids
-    assert len({token for tokens in model.token_ids for token in tokens}) > 20
+    assert len({token for tokens in model.token_ids for token in tokens}) > 15
 
 
 @pytest.mark.cover

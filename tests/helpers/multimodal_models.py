@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from proven_models import PROVEN_MODELS, randomize_
+from proven_models import PROVEN_MODELS
 from safetensors.torch import load_file, save_file
-from tiny_models import _COMMON, _root, random_prompt
+from tiny_models import COMMON, model_root, random_prompt, randomize_
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
@@ -46,7 +46,7 @@ class Multimodal:
 def multimodal_config(model_type: str, **text_fields: object) -> PreTrainedConfig:
     """Config of a tiny repository; `text_fields` replace some of the text model's."""
     text_type, options = PROVEN_MODELS[TEXT_MODELS[model_type]]
-    fields = {**_COMMON, **options, "model_type": text_type, **text_fields}
+    fields = {**COMMON, **options, "model_type": text_type, **text_fields}
     image_token = {"image_token_id" if model_type == "gemma4" else "image_token_index": IMAGE_TOKEN}
     return AutoConfig.for_model(
         model_type,
@@ -60,13 +60,10 @@ def multimodal_config(model_type: str, **text_fields: object) -> PreTrainedConfi
 @functools.cache
 def multimodal_model(model_type: str) -> Multimodal:
     """Write a tiny repository; shared by all callers of this process."""
-    path = _root() / f"multimodal-{model_type}"
+    path = model_root() / f"multimodal-{model_type}"
     more = {"use_bidirectional_attention": "vision"} if model_type == "gemma4" else {}
     model = AutoModelForImageTextToText.from_config(multimodal_config(model_type, **more), dtype=torch.float32)
     randomize_(model)
-    if model.config.tie_word_embeddings:  # they must not drown what the layers add
-        model.get_input_embeddings().weight.data *= 0.03
-        model.model.language_model.norm.weight.data += 20.0
     model.tie_weights()
     model.save_pretrained(path)
     whole = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
