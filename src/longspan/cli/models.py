@@ -5,6 +5,7 @@ Read next: `longspan.models.families`.
 """
 
 import json
+from typing import Any
 
 import click
 
@@ -22,7 +23,7 @@ from longspan.models.families import (
 def models(as_json: bool) -> None:
     """List the model families whose tokens are proven to be those of Transformers."""
     installed = installed_version()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "model_type": model_type,
             "transformers": f">={family.since},<{TRANSFORMERS_VERSIONS[1]}",

@@ -49,10 +49,10 @@ def skip_unread_rows_(model: nn.Module) -> int:
     return 2
 
 
-def _of_read_rows(forward: Callable[[Tensor], Tensor], current: _CurrentRows) -> Callable[[Tensor], Tensor]:
+def _of_read_rows(forward: Callable[[Tensor], Any], current: _CurrentRows) -> Callable[[Tensor], Any]:
     """Wrap a `forward` of [1, T, width]: rows that are read are computed, the others are 0."""
 
-    def some_rows(hidden: Tensor) -> Tensor:
+    def some_rows(hidden: Tensor) -> Any:
         rows = current.rows
         if rows is None:
             return forward(hidden)
