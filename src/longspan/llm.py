@@ -157,7 +157,7 @@ class LLM(ClosedAtExit):
                 from longspan.engine.engine import Engine
                 from longspan.models.inspect import check_proven
                 from longspan.models.loader import load_config, load_tokenizer
-            check_proven(load_config(model)[0])  # before anything that an unproven model may lack
+            check_proven(load_config(model, config.hf_overrides)[0])  # before anything that an unproven one may lack
             self.tokenizer = load_tokenizer(model)
             self.engine = Engine(config, launcher=launcher)
             """Engine that runs the requests, for tools and tests that look deeper than text."""

@@ -38,8 +38,8 @@ def logits(model: nn.Module, num_tokens: int, first: int = 0) -> torch.Tensor:
 
 
 @needs_kernel
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_proven_family_is_fused_and_computes_the_same(family, monkeypatch):
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama4"])  # it keeps its own layers
+def test_every_dense_family_is_fused_and_computes_the_same(family, monkeypatch):
     model = tiny_model(family).load()
     monkeypatch.setattr(fused_layer_gemm, "BLOCK_ROWS", 16)
     most = kernels.MAX_LINEAR_ROWS

@@ -64,7 +64,7 @@ class Engine(ClosedAtExit):
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
         device, gpus = choose_device(config, model)
         config = structs.replace(config, device=device)
-        model_config, generation_config = load_config(config.model)
+        model_config, generation_config = load_config(config.model, config.hf_overrides)
         spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, torch.device(device)))
         groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
         self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups))
@@ -265,7 +265,7 @@ class Engine(ClosedAtExit):
     def capacity(self) -> Capacity:
         """Return what the ranks can hold."""
         num_pages = self.ranks.told.num_pages
-        unbounded = [n for n, group in zip(num_pages, self.spec.kv_groups, strict=True) if group.spec.window is None]
+        unbounded = [n for n, group in zip(num_pages, self.spec.kv_groups, strict=True) if group.spec.reach is None]
         pages_per_rank = min(unbounded) if unbounded else num_pages[0]
         return Capacity(self.config.context_parallel_size, self.config.page_size, pages_per_rank)
 

@@ -20,6 +20,7 @@ class Need(StrEnum):
     """Property of a family beyond dense layers of full attention."""
 
     WINDOWS = "sliding windows"
+    CHUNKS = "chunked attention"
     SOFTCAP = "softcapped scores"
     SINKS = "attention sinks"
     EXPERTS = "mixture of experts"
@@ -85,6 +86,7 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "jais2": Family(),
     "laguna": _WINDOWS_EXPERTS,
     "llama": Family(),
+    "llama4_text": Family(needs=(Need.CHUNKS, Need.EXPERTS)),
     "mellum": _WINDOWS_EXPERTS,
     "mimo_v2_flash": Family(needs=(Need.WINDOWS, Need.SINKS, Need.EXPERTS)),
     "minimax_m2": _EXPERTS,
@@ -118,6 +120,21 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
 }
 """Per `model_type` of a config: what is proven. The tests compare greedy tokens and log-probabilities of every family
 with Transformers, over ranks, strategies and placements."""
+
+
+TEXT_PARTS: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
+    "llama4": ("llama4_text",),
+    "mistral3": ("ministral3", "mistral"),
+    "qwen3_5": ("qwen3_5_text",),
+}
+"""Per `model_type` of a multimodal repository whose text part can be loaded alone: the families that this part has."""
+
+
+def proven_text_parts() -> list[str]:
+    """Return the multimodal repositories whose text part is of a proven family."""
+    return [name for name, families in TEXT_PARTS.items() if any(family in PROVEN_FAMILIES for family in families)]
 
 
 def version_of(text: str) -> tuple[int, ...]:

@@ -4,7 +4,9 @@ Holds the calls of Transformers' loaders, and turns their errors into ours. Must
 Read next: `longspan.models.inspect`, `longspan.models.recall`; `longspan.models.speedups`, applied after loading.
 """
 
+import copy
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from transformers.utils import logging as transformers_logging
 from longspan.errors import ConfigError
 from longspan.models.adaptations import adapt_
 from longspan.models.hook import ATTENTION_NAME
+from longspan.models.overrides import check_overrides, merge_overrides
 from longspan.models.recall import recall_path
+from longspan.models.text_part import KEY_MAPPING, text_part, text_tensors
 
 CPU = torch.device("cpu")
 
@@ -85,17 +89,20 @@ def _loading(model: str, what: str, error: Exception) -> ConfigError:
     )
 
 
-def load_config(model: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """Load a model's config and generation config.
+def load_config(
+    model: str, overrides: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedConfig, GenerationConfig | None]:
+    """Load the config of a model, of a multimodal one that of its text part, and its generation config.
+
+    Args:
+        model: model as the user named it.
+        overrides: fields of the config that the user gives in place of the file's.
 
     Raises:
-        ConfigError: there is no such model, or its files are broken.
+        ConfigError: there is no such model, its files are broken, or an override is illegal.
     """
     name, is_offline = _source(model)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, local_files_only=is_offline)
-    except Exception as error:  # Hugging Face's own errors for a field of a wrong type derive from Exception alone
-        raise _loading(model, "config", error) from error
+    config = text_part(_read_config(model, name, overrides, is_offline=is_offline))
     if Path(name).is_dir() and not (Path(name) / GENERATION_CONFIG_NAME).is_file():
         return config, None
     try:
@@ -108,16 +115,32 @@ def load_config(model: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
         raise _loading(model, "generation config", error) from error
 
 
-def load_config_file(path: Path) -> PreTrainedConfig:
-    """Load a config from a JSON file of any name.
+def load_config_file(path: Path, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+    """Load a config, or the text part's, from a JSON file of any name.
+
+    Args:
+        path: the file.
+        overrides: as for `load_config`.
 
     Raises:
-        ConfigError: the file is broken.
+        ConfigError: the file is broken, or an override is illegal.
     """
+    return text_part(_read_config(str(path), str(path), overrides, is_offline=True))
+
+
+def _read_config(model: str, name: str, overrides: Mapping[str, Any] | None, *, is_offline: bool) -> PreTrainedConfig:
+    """Read the whole config of a file, a directory or a Hub id."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # as in `load_config`
-        raise _loading(str(path), "config", error) from error
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, local_files_only=is_offline)
+        if overrides:
+            fields, _ = PreTrainedConfig.get_config_dict(name, local_files_only=is_offline)
+            given = copy.deepcopy(dict(overrides))  # some configs change lists that they are given
+            config = type(config).from_dict(merge_overrides(fields, given, config.to_dict()))
+            check_overrides(overrides, config.to_dict())
+    except ConfigError:
+        raise
+    except Exception as error:  # Hugging Face's own errors for a field of a wrong type derive from Exception alone
+        raise _loading(model, "config", error) from error
     return config
 
 
@@ -143,14 +166,24 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return resolved
 
 
-def load_model(model: str, dtype: torch.dtype, *, show_progress: bool, device: torch.device = CPU) -> nn.Module:
+def load_model(
+    model: str,
+    dtype: torch.dtype,
+    *,
+    show_progress: bool,
+    device: torch.device = CPU,
+    overrides: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Load weights from safetensors, memory-mapped where file and model agree on the dtype.
+
+    Of a multimodal repository the text model is loaded, and tensors of images and sound are left out.
 
     Args:
         model: model as the user named it.
         dtype: dtype of weights and activations.
         show_progress: whether to draw a progress bar on standard error.
         device: device of the weights.
+        overrides: as for `load_config`.
 
     Raises:
         ConfigError: the weights are missing or broken; pickled weights are never loaded.
@@ -160,11 +193,15 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool, device: t
     else:
         transformers_logging.disable_progress_bar()
     name, is_offline = _source(model)
+    whole = _read_config(model, name, overrides, is_offline=is_offline)
+    config = text_part(whole)
     try:
         loaded: Any
         info: dict[str, Any]
         loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             name,
+            config=config,
+            key_mapping=None if config is whole else dict(KEY_MAPPING),
             local_files_only=is_offline,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
@@ -177,6 +214,8 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool, device: t
     missing = sorted(info["missing_keys"])
     mismatched = sorted(key for key, *_ in info["mismatched_keys"])
     unexpected = sorted(info["unexpected_keys"])  # say, a bias that the config switches off: the output would be wrong
+    if config is not whole:
+        unexpected = text_tensors(unexpected)
     if missing or mismatched or unexpected:
         raise ConfigError(
             f"model: got {model!r}, whose weights lack {len(missing)} tensors, have {len(mismatched)} of a wrong shape "

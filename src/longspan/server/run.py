@@ -82,7 +82,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, launcher: Launcher 
         LongspanError: the ranks died.
     """
     _listen(config).close()  # checked before loading; opened when ready, so that no client waits
-    model_config, _ = load_config(engine_config.model)
+    model_config, _ = load_config(engine_config.model, engine_config.hf_overrides)
     check_proven(model_config)
     tokenizer = load_tokenizer(engine_config.model)
     with Engine(engine_config, launcher=launcher) as engine:
