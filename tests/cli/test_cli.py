@@ -410,7 +410,9 @@ def test_rejects_commands_that_do_not_exist(longspan):
 def test_rejects_models_that_are_not_there(longspan, tmp_path):
     for name in (str(tmp_path / "missing"), "./missing", "a/b/c", "", " "):
         outcome = longspan("generate", name, *THREADS, "--prompt", "a")
-        assert_refused(outcome, "model", repr(name), "legal is a model directory, 'recall' or a Hub id")
+        assert_refused(
+            outcome, "model", repr(name), "legal is a model directory, a .gguf file, 'recall', 'smollm2' or a Hub id"
+        )
     (tmp_path / "file").touch()
     assert_refused(longspan("generate", str(tmp_path / "file"), "--prompt", "a"), "model", "legal is a model directory")
     assert_refused(longspan("generate", str(tmp_path), "--prompt", "a"), "model", str(tmp_path), "config.json")
@@ -419,7 +421,12 @@ def test_rejects_models_that_are_not_there(longspan, tmp_path):
 def test_rejects_a_hub_id_that_cannot_be_reached(longspan, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     outcome = longspan("generate", "nobody/nothing", *THREADS, "--prompt", "a")
-    assert_refused(outcome, "model", "'nobody/nothing'", "legal is a model directory, 'recall' or a Hub id")
+    assert_refused(
+        outcome,
+        "model",
+        "'nobody/nothing'",
+        "legal is a model directory, a .gguf file, 'recall', 'smollm2' or a Hub id",
+    )
 
 
 def test_rejects_unproven_families_and_rope_types(longspan, recall_copy):

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from longspan.costmodel.shapes import ModelShape, PlannedDType
 from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.models.gguf_files import SUFFIX
 from longspan.models.inspect import check_proven, trace_model
 from longspan.models.loader import load_config, load_config_file
 from longspan.types import ExpertWeights
@@ -32,14 +33,15 @@ def load_shape(model: str, dtype: PlannedDType) -> ModelShape:
     """Read a model's shape.
 
     Args:
-        model: a directory, a config file, `recall` or a Hub id.
+        model: a directory, a `.gguf` file, a config file, `recall`, `smollm2` or a Hub id.
         dtype: dtype of weights and KV.
 
         Raises:
         ConfigError: there is no such model, or dense arithmetic does not hold for it.
     """
     path = Path(model).expanduser()
-    config = load_config_file(path) if path.is_file() else load_config(model)[0]
+    is_config = path.is_file() and path.suffix != SUFFIX
+    config = load_config_file(path) if is_config else load_config(model)[0]
     return model_shape(config, dtype)
 
 
