@@ -45,7 +45,12 @@ class Engine(ClosedAtExit):
     """Runs requests on the ranks of one cp_group. One thread may use it, except for methods that say otherwise."""
 
     def __init__(
-        self, config: EngineConfig, model: torch.nn.Module | None = None, launcher: Launcher | None = None
+        self,
+        config: EngineConfig,
+        model: torch.nn.Module | None = None,
+        launcher: Launcher | None = None,
+        *,
+        end_token_ids: Sequence[int] = (),
     ) -> None:
         """Check everything that can be checked before weights are loaded, then start the ranks.
 
@@ -53,6 +58,7 @@ class Engine(ClosedAtExit):
             config: what to run, and how.
             model: with the `threads` executor, a loaded module with the `longspan` attention function.
             launcher: launcher of ranks that are starting, as `early_ranks` yields it; None starts them here.
+            end_token_ids: tokens that end a request beside those of the model's configs: its tokenizer's.
 
         Raises:
             ConfigError: something in the config is illegal or not proven.
@@ -67,7 +73,11 @@ class Engine(ClosedAtExit):
         model_config, generation_config = load_config(config.model)
         spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, torch.device(device)))
         groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
-        self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups))
+        ends = {*spec.eos_token_ids, *end_token_ids}
+        ends = {token_id for token_id in ends if token_id < spec.vocab_size}  # others can never come
+        if not ends:
+            print("longspan: the model names no end token: answers end by max_tokens or a stop text", file=sys.stderr)
+        self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups), eos_token_ids=tuple(sorted(ends)))
         hidden_size: int = model_config.get_text_config().hidden_size
         memory = rank_cache_memory(config, gpus, self.spec, hidden_size, is_loaded=model is not None)
         self.config = config = structs.replace(config, kv_cache_memory=memory)

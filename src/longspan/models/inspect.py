@@ -16,6 +16,7 @@ from longspan.kv.layout import KVGroup, KVSpec
 from longspan.models.adaptations import adapt_
 from longspan.models.experts import ExpertRecorder
 from longspan.models.families import check_family
+from longspan.models.generation import end_token_ids
 from longspan.models.hook import ATTENTION_NAME, AttentionCall, MaskRule
 from longspan.types import AttentionParams, ModelSpec
 
@@ -75,6 +76,8 @@ def check_proven(config: PreTrainedConfig) -> None:
         refuse("quantization_config", config.quantization_config.get("quant_method", "?"), "none")
     if getattr(config, "use_bidirectional_attention", None):
         refuse("use_bidirectional_attention", True, "false")
+    if (dual := getattr(config, "dual_chunk_attention_config", None)) is not None:
+        refuse("dual_chunk_attention_config", dual, "none: Transformers passes over it, and long texts come out wrong")
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:
@@ -128,7 +131,7 @@ def inspect_model(
 
     Args:
         config: the model's config.
-        generation_config: for the end tokens; None takes those of `config`.
+        generation_config: for the end tokens, beside those of `config`.
         dtype: dtype of weights and KV.
 
         Returns:
@@ -194,13 +197,12 @@ def trace_model(
         num_kv_heads, _, k_width = call.k.shape
         spec = KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], str(dtype).removeprefix("torch."), call.window)
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
-    eos = (generation_config or config).eos_token_id
     facts = ModelSpec(
         architecture=type(model).__name__,
         num_layers=num_layers,
         vocab_size=config.vocab_size,
         max_position=getattr(config, "max_position_embeddings", None),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        eos_token_ids=end_token_ids(config, generation_config),
         kv_groups=tuple(KVGroup(tuple(layers), spec, heads) for (spec, heads), layers in groups.items()),
         layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
         num_parameters=_count_parameters(model),
