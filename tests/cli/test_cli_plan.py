@@ -37,7 +37,7 @@ QWEN3_30B_A3B = {
     "tie_word_embeddings": False,
     "vocab_size": 151936,
 }
-NOT_RUN = LLAMA_3_8B | {"model_type": "diffllama", "num_hidden_layers": 2}
+NOT_RUN = LLAMA_3_8B | {"model_type": "beam", "num_hidden_layers": 2}
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_a_larger_cluster_is_named_where_one_would_do(plan, llama):
 
 def test_a_family_that_the_engine_does_not_run_is_planned_and_said_so(plan, tmp_path):
     text = plan(write_config(tmp_path, NOT_RUN), "--gpu", "l4", "--context", "8k")
-    assert "The engine does not run this model yet (model_type: got 'diffllama', proven is afmoe" in text
+    assert "The engine does not run this model yet (model_type: got 'beam', proven is afmoe" in text
 
 
 def test_the_bundled_model_is_planned_with_its_windows(plan):

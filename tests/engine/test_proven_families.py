@@ -104,6 +104,8 @@ def test_every_row_of_the_table_has_a_model():
 def test_no_more_than_some_families_repeat_themselves():
     """A model that repeats one token proves little by its tokens; then the log-probabilities are what is proven."""
     repeating = {
-        name for name in PROVEN_MODELS if len({token for r in proven_model(name).references for token in r.token_ids}) < 24
+        name
+        for name in PROVEN_MODELS
+        if len({token for r in proven_model(name).references for token in r.token_ids}) < 24
     }
     assert len(repeating) < len(PROVEN_MODELS) // 6, sorted(repeating)

@@ -31,6 +31,7 @@ ROUTED = {
     "topk_group": 1,
     "norm_topk_prob": True,
 }
+NO_GROUPS = {"num_key_value_heads": None, "head_dim": None}
 NO_HEAD_DIM = {"head_dim": None, "num_attention_heads": 4}
 PROMPT_LENS = (1, 31, 97, 330)
 NUM_TOKENS = 24
@@ -39,7 +40,10 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     # name: model type, and what differs from the common sizes; None drops a field
     "afmoe": ("afmoe", {**EXPERTS, **LAYERS}),
     "apertus": ("apertus", {}),
+    "apertus1p5_text": ("apertus1p5_text", {}),
     "arcee": ("arcee", {}),
+    "aria_text": ("aria_text", {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    "biogpt": ("biogpt", NO_GROUPS),
     "bitnet": ("bitnet", NO_HEAD_DIM),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", LAYERS),
@@ -63,6 +67,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
         "gemma4_text",
         {
             **WINDOW,
+            "global_head_dim": 32,
             "layer_types": [SLIDING, FULL, SLIDING, FULL],
             "num_hidden_layers": 4,
             "num_kv_shared_layers": 2,
@@ -77,12 +82,26 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "glm": ("glm", {}),
     "glm4": ("glm4", {}),
     "glm4_moe": ("glm4_moe", {**ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True}),
-    "gpt2": ("gpt2", {"num_key_value_heads": None, "head_dim": None}),
-    "gpt_bigcode": ("gpt_bigcode", {"num_key_value_heads": None, "head_dim": None}),
-    "gpt_neox": ("gpt_neox", {"num_key_value_heads": None, "head_dim": None}),
-    "gpt_oss": ("gpt_oss", {**LOCAL_EXPERTS, **LAYERS, "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 256,
-        "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}}),
+    "gpt-sw3": ("gpt-sw3", NO_GROUPS),
+    "gpt2": ("gpt2", NO_GROUPS),
+    "gpt_bigcode": ("gpt_bigcode", NO_GROUPS),
+    "gpt_neox": ("gpt_neox", NO_GROUPS),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **LOCAL_EXPERTS,
+            **LAYERS,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 256,
+                "truncate": False,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            },
+        },
+    ),
     "granite": ("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 2.0}),
     "granite_swa": ("granite_swa", {**LAYERS, "attention_multiplier": 0.3}),
     "granitemoe": ("granitemoe", {**LOCAL_EXPERTS, "attention_multiplier": 0.3}),
@@ -94,6 +113,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "helium": ("helium", {"head_dim": 8}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": 2}),
+    "hy_v3": ("hy_v3", EXPERTS),
     "hyperclovax": ("hyperclovax", {"attention_multiplier": 0.3}),
     "internlm3": ("internlm3", {}),
     "iquestcoder": ("iquestcoder", {}),
@@ -121,11 +141,12 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", LAYERS),
     "olmoe": ("olmoe", {**EXPERTS, "head_dim": None, "moe_intermediate_size": None}),
-    "persimmon": ("persimmon", {"num_key_value_heads": None, "head_dim": None}),
+    "opt": ("opt", {**NO_GROUPS, "word_embed_proj_dim": 64, "ffn_dim": 96}),
+    "persimmon": ("persimmon", NO_GROUPS),
     "phi": ("phi", {"head_dim": None}),
     "phi3": ("phi3", {"head_dim": None}),
     "phi3-window": ("phi3", {"head_dim": None, **WINDOW}),
-    "phimoe": ("phimoe", {**LOCAL_EXPERTS, "head_dim": None, **WINDOW}),
+    "phimoe": ("phimoe", {**LOCAL_EXPERTS, "head_dim": None}),
     "qwen2": ("qwen2", {"head_dim": None}),
     "qwen2_moe": (
         "qwen2_moe",
@@ -134,6 +155,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
     "qwen3_moe-mlp": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [1]}),
+    "sarvam_moe": ("sarvam_moe", EXPERTS),
     "seed_oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
     "solar_open": ("solar_open", ROUTED),
@@ -214,7 +236,9 @@ def proven_model(name: str) -> ProvenModel:
 
 
 def _load(path: object, dtype: torch.dtype) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
 
 
 @torch.inference_mode()

@@ -7,8 +7,6 @@ Read next: `longspan.models.families`.
 import json
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from longspan.models.families import PROVEN_FAMILIES, TRANSFORMERS_VERSIONS, installed_version, version_of
 
@@ -30,8 +28,8 @@ def models(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"installed_transformers": installed, "families": rows}))
         return
-    table = Table("model_type", "transformers", "beyond dense layers of full attention", box=None, pad_edge=False)
+    width = max(map(len, PROVEN_FAMILIES))
+    click.echo(f"{'model_type':<{width}}  transformers  beyond dense layers of full attention")
     for row in rows:
-        wanted = str(row["transformers"]) + ("" if row["runs_here"] else f" (installed: {installed})")
-        table.add_row(str(row["model_type"]), wanted, ", ".join(map(str, row["needs"])))
-    Console(highlight=False).print(table)
+        needs = ", ".join(map(str, row["needs"])) + ("" if row["runs_here"] else f" (installed: {installed})")
+        click.echo(f"{row['model_type']:<{width}}  {row['transformers']:<12}  {needs}".rstrip())

@@ -212,7 +212,9 @@ def predict_last_row(shape: ModelShape, table: PageTable, prompt_len: int, costs
     (last_group,) = [group for group in shape.spec.kv_groups if shape.spec.num_layers - 1 in group.layers]
     attention_s = _attention(step_runs(table, prompt_len - 1, prompt_len), table, last_group, costs)[1]
     num_weights = shape.num_logit_weights + shape.unread_weights()
-    return _product_s(num_weights, num_weights, shape.itemsize_bytes, 1, costs) / costs.rates.ranks_per_device, attention_s
+    return _product_s(
+        num_weights, num_weights, shape.itemsize_bytes, 1, costs
+    ) / costs.rates.ranks_per_device, attention_s
 
 
 def predict_decode(
@@ -247,8 +249,8 @@ def predict_decode(
 def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
     """Fewest flops of a prompt on the whole model `shape`.
 
-    2 per token and weight that it meets; 2 per query head, visible key and element of key and value; only keys and values of the last
-    layer; logits of one row.
+    2 per token and weight that it meets; 2 per query head, visible key and element of key and value; only keys and
+    values of the last layer; logits of one row.
     """
     total = 2.0 * (shape.spec.active_parameters - shape.unread_weights()) * prompt_len + 2.0 * shape.num_logit_weights
     for group in shape.spec.kv_groups:
