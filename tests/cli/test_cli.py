@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from tiny_models import write_model
 
 from longspan.cli.generate import read_prompt
 from longspan.config import EngineConfig
@@ -460,6 +462,45 @@ def test_rejects_models_with_missing_or_broken_parts(longspan, recall_copy):
     weights.write_bytes(whole)
     (recall_copy / "tokenizer.json").write_text("{")
     assert_refused(longspan(*arguments), "model", str(recall_copy), "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"tokenizer.json": "{"},
+        {"tokenizer.json": "[]"},
+        {"tokenizer.json": '{"model": {"type": "NeverHeardOf"}}'},
+        {"tokenizer.json": "", "tokenizer_config.json": "{"},
+        {"tokenizer_config.json": '{"tokenizer_class": "NoSuchTokenizer", "added_tokens_decoder": {"x": 1}}'},
+        {"tokenizer_config.json": "[1]"},
+    ],
+)
+def test_rejects_every_broken_tokenizer_in_one_line(longspan, recall_copy, broken):
+    for name, text in broken.items():
+        (recall_copy / name).write_text(text)
+    outcome = longspan("generate", str(recall_copy), *THREADS, "--prompt", "a")
+    assert_refused(outcome, "model", str(recall_copy), "its tokenizer cannot be loaded")
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "qwen2", "llama"])
+def test_rejects_models_without_a_tokenizer(longspan, tmp_path, model_type):
+    path = write_model(tmp_path / "model", model_type)
+    outcome = longspan("generate", path, *THREADS, "--prompt", "Hello there")
+    assert_refused(outcome, "model", path, "its tokenizer cannot be loaded")
+
+
+def test_rejects_attention_that_transformers_passes_over(longspan, recall_copy):
+    dual = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    change_json(recall_copy / "config.json", dual_chunk_attention_config=dual)
+    outcome = longspan("generate", str(recall_copy), *THREADS, "--prompt", "a")
+    assert_refused(outcome, "dual_chunk_attention_config: got {'chunk_size': 262144", "proven is none")
+
+
+def test_the_error_names_a_prefix_of_all_tensors(longspan, recall_copy):
+    file = recall_copy / "model.safetensors"
+    save_file({f"language_model.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    outcome = longspan("generate", str(recall_copy), *THREADS, "--prompt", "a")
+    assert_refused(outcome, "its tensors begin with 'language_model.', which this model's do not")
 
 
 # -- too long ----------------------------------------------------------------------------------------------------------
