@@ -127,12 +127,31 @@ def test_rules_differ_on_the_text_that_compares_them():
     assert len({tuple(tokenizer.encode(TEXT).ids) for tokenizer in PUBLISHED.values()}) == len(PUBLISHED)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_a_text_begins_with_the_token_that_the_file_asks_for(tmp_path, wanted):
+@pytest.mark.parametrize(
+    ("rule", "told", "begins"),
+    [
+        ("llama-bpe", True, True),
+        ("llama-bpe", False, False),
+        ("llama-bpe", None, True),
+        ("smollm", None, False),
+        ("smollm", True, True),
+    ],
+)
+def test_a_text_begins_with_the_token_that_the_file_asks_for(tmp_path, rule, told, begins):
     file = tmp_path / "tiny.gguf"
-    write_gguf(file, pre="llama-bpe", more={"tokenizer.ggml.add_bos_token": wanted})
-    ids = load_tokenizer(str(file))("the")["input_ids"]
-    assert (ids[0] == 1) == wanted
+    write_gguf(file, pre=rule, more={"tokenizer.ggml.add_bos_token": told})
+    tokenizer = load_tokenizer(str(file))
+    with_it, without = tokenizer("the 47")["input_ids"], tokenizer("the 47", add_special_tokens=False)["input_ids"]
+    assert with_it == ([1] if begins else []) + without
+    assert 1 not in without
+
+
+def test_special_tokens_are_those_that_the_file_names(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, more={"tokenizer.ggml.padding_token_id": 3, "tokenizer.ggml.unknown_token_id": None})
+    tokenizer = load_tokenizer(str(file))
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    assert named == (1, 2, 3, None)
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
@@ -183,6 +202,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, cache_home):
         ({"more": {"llama.attention.value_length": 8}}, "llama.attention.value_length: got 8, proven is 16"),
         ({"more": {"tokenizer.ggml.pre": "tekken"}}, "tokenizer.ggml.pre: got 'tekken', proven is gpt-2"),
         ({"more": {"tokenizer.ggml.pre": None}}, "tokenizer.ggml.pre: got None"),
+        ({"more": {"tokenizer.ggml.add_eos_token": True}}, "tokenizer.ggml.add_eos_token: got True, proven is False"),
         ({"more": {"tokenizer.ggml.model": "llama"}}, "tokenizer.ggml.model: got 'llama', proven"),
         ({"tensors": {"blk.0.attn_q.bias": np.zeros(128, np.float32)}}, "weights, for a model that has"),
     ],

@@ -1,15 +1,15 @@
 """Corrections to a tokenizer that Transformers builds from a GGUF file.
 
-Holds how text is cut into words before byte pairs are merged. A file names the rule (`tokenizer.ggml.pre`) and
-Transformers, depending on its version, does not know all of them, and takes GPT-2's without a word: tokens would
-differ. Must not know files or weights.
+Holds how text is cut into words before byte pairs are merged, which tokens are special, and whether a text begins with
+one. A file says all of it; Transformers, depending on its version, takes its own defaults for some of it without a
+word, and tokens would differ. Must not know files or weights.
 Read next: `longspan.models.gguf_files`.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import UnsupportedModelError
@@ -64,16 +64,45 @@ BYTE_LEVEL_RULES: Mapping[str, Callable[[Any], None]] = {
 """Change of a fast tokenizer per rule, as the tokenizers of these models have it in their own files."""
 
 
+BEGIN_WITH_BOS = ("llama-bpe",)
+"""Rules whose texts begin with a token of their own where the file does not say."""
+
+SPECIAL_TOKENS: Mapping[str, str] = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+"""Key below `tokenizer.ggml` per special token of a tokenizer."""
+
+
 def correct_(tokenizer: PreTrainedTokenizerBase, metadata: Metadata) -> None:
-    """Make a tokenizer cut text as the file says.
+    """Make a tokenizer do as the file says.
 
     Raises:
         UnsupportedModelError: the kind of tokenizer or the rule is not proven; the message names it.
     """
     kind, rule = metadata.get(MODEL), metadata.get(PRE)
+    add_bos, add_eos = (metadata.get(f"tokenizer.ggml.add_{end}_token") for end in ("bos", "eos"))
     if kind != "gpt2":
         raise UnsupportedModelError(f"{MODEL}: got {kind!r}, proven in GGUF files is 'gpt2' (byte-level pairs)")
     if rule not in BYTE_LEVEL_RULES:
         raise UnsupportedModelError(f"{PRE}: got {rule!r}, proven is {', '.join(BYTE_LEVEL_RULES)}")
+    if add_eos:
+        raise UnsupportedModelError(f"tokenizer.ggml.add_eos_token: got {add_eos}, proven is False")
     fast: Any = tokenizer
     BYTE_LEVEL_RULES[rule](fast.backend_tokenizer)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    for name, key in SPECIAL_TOKENS.items():
+        token_id = metadata.get(f"tokenizer.ggml.{key}")
+        setattr(fast, name, None if token_id is None else tokens[token_id])
+    if rule in BEGIN_WITH_BOS if add_bos is None else add_bos:
+        _begin_with_(fast.backend_tokenizer, fast.bos_token, fast.bos_token_id)
+    else:
+        fast.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+
+
+def _begin_with_(backend: Any, token: str, token_id: int) -> None:
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1", special_tokens=[(token, token_id)]
+    )
