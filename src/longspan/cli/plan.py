@@ -63,8 +63,8 @@ def plan(
 ) -> None:
     """Predict memory and time of MODEL on a cluster.
 
-    MODEL is a directory, a config file, a .gguf file, `recall`, `smollm2`, or a Hub id; its config only is read. What is
-    assumed stands in the output.
+    MODEL is a directory, a config file, a .gguf file, `recall`, `smollm2`, or a Hub id; its config only is read. What
+    is assumed stands in the output.
     """
     contexts = [parse_tokens(text) for text in context.split(",")]
     if len(set(contexts)) < len(contexts):

@@ -28,6 +28,7 @@ from longspan.engine.recovery import fail_poison, fail_unfit
 from longspan.engine.stats import Capacity, EngineStats, RankStats, WorkDone
 from longspan.errors import ConfigError
 from longspan.group.messages import Start
+from longspan.models.gguf_files import is_gguf
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.plan.types import PlanResult
@@ -75,6 +76,9 @@ class Engine(ClosedAtExit):
         groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
         ends = {*spec.eos_token_ids, *end_token_ids}
         ends = {token_id for token_id in ends if token_id < spec.vocab_size}  # others can never come
+        if is_gguf(config.model):
+            memory_gb, dtype = spec.weight_bytes / 1e9, resolve_dtype(config.dtype, torch.device(device))
+            print(f"longspan: {config.model}: dequantised weights take {memory_gb:.2f} GB ({dtype})", file=sys.stderr)
         if not ends:
             print("longspan: the model names no end token: answers end by max_tokens or a stop text", file=sys.stderr)
         self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups), eos_token_ids=tuple(sorted(ends)))

@@ -44,6 +44,12 @@ _HEAD_BYTES = 2**20
 """Bytes of a file that its fingerprint covers, beside its size and time of change."""
 
 
+def is_gguf(model: str) -> bool:
+    """Whether a model, as the user named it, is a GGUF file."""
+    path = Path(model).expanduser()
+    return path.suffix == SUFFIX and path.is_file()
+
+
 def gguf_path(file: Path) -> Path:
     """Return the model directory of a GGUF file; convert the file on first use.
 

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from longspan.errors import ConfigError
 from longspan.models.adaptations import adapt_
 from longspan.models.generation import EOS
-from longspan.models.gguf_files import SUFFIX, gguf_path
+from longspan.models.gguf_files import SUFFIX, gguf_path, is_gguf
 from longspan.models.hook import ATTENTION_NAME
 from longspan.models.recall import recall_path
 from longspan.models.smollm2 import smollm2_path
@@ -55,7 +55,7 @@ def resolve_model(model: str) -> str:
     if model in OWN_MODELS:
         return str(OWN_MODELS[model]())
     path = Path(model).expanduser()
-    if path.suffix == SUFFIX and path.is_file():
+    if is_gguf(model):
         return str(gguf_path(path))
     if path.is_dir() and (path / "config.json").is_file() and model:
         return str(path)

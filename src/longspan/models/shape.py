@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from longspan.costmodel.shapes import ModelShape, PlannedDType
 from longspan.errors import ConfigError, UnsupportedModelError
-from longspan.models.gguf_files import SUFFIX
+from longspan.models.gguf_files import is_gguf
 from longspan.models.inspect import check_proven, trace_model
 from longspan.models.loader import load_config, load_config_file
 from longspan.types import ExpertWeights
@@ -40,7 +40,7 @@ def load_shape(model: str, dtype: PlannedDType) -> ModelShape:
         ConfigError: there is no such model, or dense arithmetic does not hold for it.
     """
     path = Path(model).expanduser()
-    is_config = path.is_file() and path.suffix != SUFFIX
+    is_config = path.is_file() and not is_gguf(model)
     config = load_config_file(path) if is_config else load_config(model)[0]
     return model_shape(config, dtype)
 
