@@ -12,11 +12,14 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longspan.errors import ConfigError, LongspanError
+from longspan.llm import LLM
 from longspan.models import gguf_files, model_cache
 from longspan.models.gguf_files import gguf_path
 from longspan.models.gguf_metadata import LLAMA3_ROPE, llama3_factors
 from longspan.models.gguf_tokenizer import BYTE_LEVEL_RULES
 from longspan.models.loader import load_config, load_tokenizer, resolve_model
+from longspan.models.shape import load_shape
+from longspan.types import SamplingParams
 
 TEXT = "The 1947th day's end, 47 at 1 the in Ångström A\u030a  \n\n  'll <|im_end|>don't"
 
@@ -186,6 +189,35 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, cache_home):
     with pytest.raises(ConfigError, match=r"'tiny\.gguf', legal is a GGUF file that can be read"):
         gguf_path(file)
     assert list((cache_home / "longspan").iterdir()) == []
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
+def test_greedy_tokens_are_those_of_transformers_on_the_file(tmp_path, ranks, architecture, capfd):
+    file = tmp_path / "tiny.gguf"
+    expected = write_gguf(file, architecture, kind="Q8_0")
+    prompt = list(range(4, 101))
+    with torch.inference_mode():
+        ids = torch.tensor([prompt])
+        greedy = expected.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=[2, 3]
+        )
+    options = {"executor": "threads", "context_parallel_size": ranks, "page_size": 4, "stripe_size": 8}
+    placement = "striped" if ranks > 1 else "auto"
+    with LLM(str(file), kv_cache_memory=2**24, device="cpu", placement=placement, **options) as llm:
+        (output,) = llm.generate([prompt], SamplingParams(max_tokens=24))
+        assert llm.engine.spec.eos_token_ids == (2, 3)
+    assert output.outputs[0].token_ids == greedy[0, len(prompt) :].tolist()
+    assert f"longspan: {file}: dequantised weights take 0.00 GB (torch.float32)\n" in capfd.readouterr().err
+
+
+def test_a_file_can_be_planned(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    assert load_shape(str(file), "bfloat16").spec.num_layers == 3
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
