@@ -65,6 +65,7 @@ def test_digits_are_tokens_of_their_own(smollm2):
     assert tokenizer.convert_ids_to_tokens(tokenizer("in 1847!")["input_ids"]) == ["in", "Ġ", "1", "8", "4", "7", "!"]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("prompt", [CHAT, STORY], ids=["chat", "story"])
 def test_greedy_tokens_are_those_of_transformers(smollm2, ranks, prompt):

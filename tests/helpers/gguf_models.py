@@ -16,6 +16,18 @@ ARCHITECTURES = {
     # architecture: model type, and what differs from the common tiny config
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {"num_attention_heads": 4}),
+    "qwen2moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "num_attention_heads": 4,
+            "mlp_only_layers": [],
+            "decoder_sparse_step": 1,
+        },
+    ),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3moe": (
         "qwen3_moe",
@@ -86,7 +98,7 @@ def write_gguf(
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and tied:
             continue
-        is_matrix = weight.ndim > 1 and "mlp.gate.weight" not in name
+        is_matrix = weight.ndim > 1 and not name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
         for gguf_name, part in _stored(names, name, weight):
             data = part.numpy()
             used = quantised if is_matrix else gguf.GGMLQuantizationType.F32
@@ -127,6 +139,8 @@ def _stored(names, name: str, weight: torch.Tensor):
         yield f"blk.{block}.ffn_up_exps.weight", weight[:, half:]
     elif name.endswith("experts.down_proj"):
         yield f"blk.{name.split('.')[2]}.ffn_down_exps.weight", weight
+    elif name.endswith("shared_expert_gate.weight"):
+        yield f"blk.{name.split('.')[2]}.ffn_gate_inp_shexp.weight", weight[0]
     else:
         base, _, suffix = name.rpartition(".")
         yield f"{names.get_name(base)}.{suffix}", weight
@@ -148,7 +162,9 @@ def _metadata(architecture: str, config, pre: str) -> dict[str, object]:
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "rope.dimension_count": head_dim,
     }
-    if architecture == "qwen3moe":
+    if hasattr(config, "shared_expert_intermediate_size"):
+        below["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if hasattr(config, "num_experts"):
         below |= {
             "expert_count": config.num_experts,
             "expert_used_count": config.num_experts_per_tok,

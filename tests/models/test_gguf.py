@@ -226,7 +226,10 @@ def test_a_file_can_be_planned(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "falcon"}, "general.architecture: got 'falcon', proven in GGUF files is llama, qwen2"),
+        (
+            {"architecture": "falcon"},
+            "general.architecture: got 'falcon', proven in GGUF files is llama, qwen2, qwen2moe",
+        ),
         ({"more": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type: got 'yarn', proven is a GGUF file"),
         ({"more": {"llama.expert_count": 8}}, "llama.expert_count: got 8, proven is a GGUF file without it"),
         ({"more": {"llama.attention.sliding_window": 64}}, "llama.attention.sliding_window: got 64"),

@@ -17,12 +17,13 @@ import io
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from longspan.errors import ConfigError, LongspanError
@@ -191,27 +192,31 @@ def _convert_whole(whole: Path, draft: Path, name: str) -> None:
     config = metadata.complete(AutoConfig.from_pretrained(whole.parent, **given))
     tokenizer = AutoTokenizer.from_pretrained(whole.parent, **given)
     gguf_tokenizer.correct_(tokenizer, metadata)
-    load: Any = AutoModelForCausalLM.from_pretrained
     with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # progress bars
+        load: Any = AutoModelForCausalLM.from_pretrained
         model, info = load(
             whole.parent, config=config, dtype=torch.float32, output_loading_info=True, **_dequantize(), **given
         )
-    missing = sorted(info["missing_keys"]) or ["none"]
-    held = {id(weight): weight.numel() for weight in model.parameters()}  # tied ones once
-    held |= {id(value): value.numel() for key, value in model.named_buffers() if key in model.state_dict()}
-    if missing != ["none"] or sum(held.values()) != num_weights:
-        raise ConfigError(
-            f"model: got {name!r} with {num_weights} weights, for a model that has {sum(held.values())} in "
-            f"Transformers {transformers.__version__} (missing: {missing[0]}); legal is a file that it reads as a whole"
-        )
-    if hasattr(model.config, "quantization_config"):  # nothing is quantised any more
-        del model.config.quantization_config
-    model.save_pretrained(draft)
+        _check_weights(name, num_weights, model.state_dict(), sorted(info["missing_keys"]))
+        if hasattr(model.config, "quantization_config"):  # nothing is quantised any more
+            del model.config.quantization_config
+        model.save_pretrained(draft)
     ids = {field: getattr(config, field) for field in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(draft)
     tokenizer.save_pretrained(str(draft))
     for file in draft.glob("*.safetensors"):
         file.chmod(0o644)  # it was made for its owner alone
+
+
+def _check_weights(name: str, num_weights: int, weights: Mapping[str, Tensor], missing: Sequence[str]) -> None:
+    """Refuse a file of which Transformers left weights out, or that lacks some."""
+    num_loaded = sum({weight.data_ptr(): weight.numel() for weight in weights.values()}.values())  # tied ones once
+    if missing or num_loaded != num_weights:
+        raise ConfigError(
+            f"model: got {name!r} with {num_weights} weights, for a model that has {num_loaded} in Transformers "
+            f"{transformers.__version__} (missing: {missing[0] if missing else 'none'}); legal is a file that it reads "
+            "as a whole"
+        )
 
 
 def _dequantize() -> dict[str, Any]:

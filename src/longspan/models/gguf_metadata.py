@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "general.architecture"
 
-PROVEN_ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")
+PROVEN_ARCHITECTURES = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
 """Architectures of which tests compare a converted file with the model that it was made of."""
 
 _FIELDS: Mapping[str, str] = {
@@ -35,6 +35,7 @@ _FIELDS: Mapping[str, str] = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 """Field of the config per key below the architecture's name."""
 
