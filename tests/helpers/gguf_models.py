@@ -1,5 +1,6 @@
 """GGUF files of tiny models, written as llama.cpp's converter writes them, and the models that they must become."""
 
+import itertools
 from pathlib import Path
 
 import gguf
@@ -49,6 +50,41 @@ def vocabulary() -> list[str]:
     """Tokens of a byte-level tokenizer: special ones, bytes, merged pairs, and unused ones."""
     tokens = [*SPECIAL, *bytes_to_unicode().values(), *("".join(pair) for pair in MERGES)]
     return tokens + [f"[unused{i}]" for i in range(VOCAB_SIZE - len(tokens))]
+
+
+def sentencepiece_metadata() -> dict[str, object]:
+    """Metadata of a SentencePiece tokenizer: special tokens, bytes, pieces with scores."""
+    best = ["th", "▁th", "▁the", "in", "he", "▁a", "er", "▁▁", "the", "▁in", "and", "an", "nd", "▁and"]
+    letters = ["▁", *"etaoinshrdlu1."]
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *best, *letters]
+    tokens += [f"[unused{i}]" for i in range(VOCAB_SIZE - len(tokens))]
+    num_front = len(SPECIAL) + 256
+    kinds = [2, 3, 3, 3] + [6] * 256 + [5 if token.startswith("[unused") else 1 for token in tokens[num_front:]]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [0.0] * num_front + [-float(i) for i in range(len(tokens) - num_front)],
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.add_bos_token": None,
+    }
+
+
+def sentencepiece(text: str, *, prefix: bool = True) -> list[int]:
+    """Token ids by SentencePiece's rule as it is written: join the best-scored neighbours until none are a piece."""
+    metadata = sentencepiece_metadata()
+    tokens, scores, kinds = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+    ids = {token: i for i, token in enumerate(tokens) if kinds[i] == 1}
+    parts = [*("▁" * prefix + text.replace(" ", "▁"))]
+    while True:
+        joint = [(scores[ids[a + b]], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids]
+        if not joint:
+            break
+        i = -max(joint)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    bytes_of = {i: [tokens.index(f"<0x{byte:02X}>") for byte in part.encode()] for i, part in enumerate(parts)}
+    return [found for i, part in enumerate(parts) for found in ([ids[part]] if part in ids else bytes_of[i])]
 
 
 def byte_level(pre_tokenizer, normalizer=None, *, ignore_merges: bool = False) -> Tokenizer:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from gguf_models import ARCHITECTURES, TEMPLATE, byte_level, write_gguf
+from gguf_models import ARCHITECTURES, TEMPLATE, byte_level, sentencepiece, sentencepiece_metadata, write_gguf
 from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -149,6 +149,20 @@ def test_a_text_begins_with_the_token_that_the_file_asks_for(tmp_path, rule, tol
     assert 1 not in without
 
 
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_pieces_with_scores_are_joined_as_sentencepiece_joins_them(tmp_path, prefix):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, more={**sentencepiece_metadata(), "tokenizer.ggml.add_space_prefix": prefix})
+    tokenizer = load_tokenizer(str(file))
+    text = "the thing  and another, in the Ångström\n  hand 11.the"
+    expected = sentencepiece(text, prefix=prefix is not False)
+    assert tokenizer(text)["input_ids"] == [1, *expected]  # these texts begin with a token unless the file denies it
+    assert len(set(expected)) > 25
+    assert tokenizer.decode(expected) == text
+    turn = tokenizer(f"{text}<|im_end|>the", add_special_tokens=False)["input_ids"]
+    assert turn == [*expected, 3, *sentencepiece("the", prefix=prefix is not False)]
+
+
 def test_special_tokens_are_those_that_the_file_names(tmp_path):
     file = tmp_path / "tiny.gguf"
     write_gguf(file, more={"tokenizer.ggml.padding_token_id": 3, "tokenizer.ggml.unknown_token_id": None})
@@ -231,6 +245,7 @@ def test_a_file_can_be_planned(tmp_path):
             "general.architecture: got 'falcon', proven in GGUF files is llama, qwen2, qwen2moe",
         ),
         ({"more": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type: got 'yarn', proven is a GGUF file"),
+        ({"more": {"general.name": "mistral"}}, "general.name: got 'mistral', for which Transformers makes llama a"),
         ({"more": {"llama.expert_count": 8}}, "llama.expert_count: got 8, proven is a GGUF file without it"),
         ({"more": {"llama.attention.sliding_window": 64}}, "llama.attention.sliding_window: got 64"),
         ({"more": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count: got 8"),
@@ -238,7 +253,7 @@ def test_a_file_can_be_planned(tmp_path):
         ({"more": {"tokenizer.ggml.pre": "tekken"}}, "tokenizer.ggml.pre: got 'tekken', proven is gpt-2"),
         ({"more": {"tokenizer.ggml.pre": None}}, "tokenizer.ggml.pre: got None"),
         ({"more": {"tokenizer.ggml.add_eos_token": True}}, "tokenizer.ggml.add_eos_token: got True, proven is False"),
-        ({"more": {"tokenizer.ggml.model": "llama"}}, "tokenizer.ggml.model: got 'llama', proven"),
+        ({"more": {"tokenizer.ggml.model": "t5"}}, "tokenizer.ggml.model: got 't5', proven is gpt2"),
         ({"tensors": {"blk.0.attn_q.bias": np.zeros(128, np.float32)}}, "weights, for a model that has"),
     ],
 )

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from longspan.errors import ConfigError, LongspanError
-from longspan.models import gguf_metadata, gguf_tokenizer
+from longspan.models import gguf_metadata, gguf_sentencepiece, gguf_tokenizer
 from longspan.models.gguf_metadata import Metadata
 from longspan.models.model_cache import cache_path, draft_of
 
@@ -94,7 +94,8 @@ def find_parts(file: Path) -> list[Path]:
 
 def converter_digest() -> str:
     """Digest of what makes directories of files: the source here, and the version of Transformers."""
-    sources = [Path(module.__file__ or "") for module in (sys.modules[__name__], gguf_metadata, gguf_tokenizer)]
+    modules = (sys.modules[__name__], gguf_metadata, gguf_sentencepiece, gguf_tokenizer)
+    sources = [Path(module.__file__ or "") for module in modules]
     version = transformers.__version__.encode()
     return hashlib.sha256(version + b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
@@ -186,6 +187,7 @@ def _convert_whole(whole: Path, draft: Path, name: str) -> None:
     metadata = Metadata(reader)
     metadata.check_architecture()
     metadata.check_types()
+    gguf_tokenizer.check_tokenizer(metadata)
     num_weights = sum(int(tensor.n_elements) for tensor in metadata.weights())
     _announce(reader, name, num_weights, draft)
     given: dict[str, Any] = {"gguf_file": whole.name, "local_files_only": True}

@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "general.architecture"
 
-PROVEN_ARCHITECTURES = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
-"""Architectures of which tests compare a converted file with the model that it was made of."""
+PROVEN_ARCHITECTURES: Mapping[str, str] = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen2moe": "qwen2_moe",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+}
+"""Per architecture the `model_type` that it becomes. Tests compare converted files with what they were made of."""
 
 _FIELDS: Mapping[str, str] = {
     "block_count": "num_hidden_layers",
@@ -110,6 +116,11 @@ class Metadata:
             UnsupportedModelError: the file says something that the config has no place for, or no value that is proven.
         """
         check_family(config.model_type)
+        if config.model_type != PROVEN_ARCHITECTURES[self.architecture]:  # Transformers looks at the file's name, too
+            raise UnsupportedModelError(
+                f"general.name: got {self.get('general.name')!r}, for which Transformers makes {self.architecture} a "
+                f"{config.model_type}; proven is {PROVEN_ARCHITECTURES[self.architecture]}"
+            )
         known: Any = config
         prefix = f"{self.architecture}."
         told = {key.removeprefix(prefix): self.get(key) for key in self._reader.fields if key.startswith(prefix)}

@@ -3,7 +3,7 @@
 Holds how text is cut into words before byte pairs are merged, which tokens are special, and whether a text begins with
 one. A file says all of it; Transformers, depending on its version, takes its own defaults for some of it without a
 word, and tokens would differ. Must not know files or weights.
-Read next: `longspan.models.gguf_files`.
+Read next: `longspan.models.gguf_sentencepiece`, for the other kind of tokenizer; `longspan.models.gguf_files`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import UnsupportedModelError
 from longspan.models.gguf_metadata import Metadata
+from longspan.models.gguf_sentencepiece import make_sentencepiece_
 
 MODEL, PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+"""Kinds of tokenizers, as files name them."""
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -65,7 +69,7 @@ BYTE_LEVEL_RULES: Mapping[str, Callable[[Any], None]] = {
 
 
 BEGIN_WITH_BOS = ("llama-bpe",)
-"""Rules whose texts begin with a token of their own where the file does not say."""
+"""Rules whose texts begin with a token of their own where the file does not say; those of SentencePiece do so, too."""
 
 SPECIAL_TOKENS: Mapping[str, str] = {
     "bos_token": "bos_token_id",
@@ -76,30 +80,38 @@ SPECIAL_TOKENS: Mapping[str, str] = {
 """Key below `tokenizer.ggml` per special token of a tokenizer."""
 
 
-def correct_(tokenizer: PreTrainedTokenizerBase, metadata: Metadata) -> None:
-    """Make a tokenizer do as the file says.
+def check_tokenizer(metadata: Metadata) -> None:
+    """Refuse a tokenizer that is not proven.
 
     Raises:
-        UnsupportedModelError: the kind of tokenizer or the rule is not proven; the message names it.
+        UnsupportedModelError: names what is not.
     """
     kind, rule = metadata.get(MODEL), metadata.get(PRE)
-    add_bos, add_eos = (metadata.get(f"tokenizer.ggml.add_{end}_token") for end in ("bos", "eos"))
-    if kind != "gpt2":
-        raise UnsupportedModelError(f"{MODEL}: got {kind!r}, proven in GGUF files is 'gpt2' (byte-level pairs)")
-    if rule not in BYTE_LEVEL_RULES:
+    if kind not in (BYTE_LEVEL, SENTENCEPIECE):
+        raise UnsupportedModelError(
+            f"{MODEL}: got {kind!r}, proven is {BYTE_LEVEL} (byte-level pairs) and {SENTENCEPIECE} (SentencePiece)"
+        )
+    if kind == BYTE_LEVEL and rule not in BYTE_LEVEL_RULES:
         raise UnsupportedModelError(f"{PRE}: got {rule!r}, proven is {', '.join(BYTE_LEVEL_RULES)}")
-    if add_eos:
-        raise UnsupportedModelError(f"tokenizer.ggml.add_eos_token: got {add_eos}, proven is False")
+    if metadata.get("tokenizer.ggml.add_eos_token"):
+        raise UnsupportedModelError("tokenizer.ggml.add_eos_token: got True, proven is False")
+
+
+def correct_(tokenizer: PreTrainedTokenizerBase, metadata: Metadata) -> None:
+    """Make a tokenizer do as the file says, which `check_tokenizer` has admitted."""
+    kind, rule = metadata.get(MODEL), metadata.get(PRE)
     fast: Any = tokenizer
-    BYTE_LEVEL_RULES[rule](fast.backend_tokenizer)
+    if kind == SENTENCEPIECE:
+        make_sentencepiece_(fast.backend_tokenizer, metadata)
+    else:
+        BYTE_LEVEL_RULES[rule](fast.backend_tokenizer)
+        fast.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokens = metadata.get("tokenizer.ggml.tokens")
     for name, key in SPECIAL_TOKENS.items():
         token_id = metadata.get(f"tokenizer.ggml.{key}")
         setattr(fast, name, None if token_id is None else tokens[token_id])
-    if rule in BEGIN_WITH_BOS if add_bos is None else add_bos:
+    if metadata.get("tokenizer.ggml.add_bos_token", kind == SENTENCEPIECE or rule in BEGIN_WITH_BOS):
         _begin_with_(fast.backend_tokenizer, fast.bos_token, fast.bos_token_id)
-    else:
-        fast.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
 
 
 def _begin_with_(backend: Any, token: str, token_id: int) -> None:
