@@ -48,7 +48,12 @@ _FIELDS: Mapping[str, str] = {
 _HEAD_DIM = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 """Keys that must be the width of a head in these architectures."""
 
-_NEUTRAL: Mapping[str, object] = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
+_NEUTRAL: Mapping[str, object] = {
+    "rope.scaling.type": "none",
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "expert_shared_feed_forward_length": 0,
+}
 """Values that ask for nothing."""
 
 _ROPE_FACTORS = "rope_freqs.weight"
