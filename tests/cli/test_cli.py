@@ -410,7 +410,7 @@ def test_rejects_commands_that_do_not_exist(longspan):
 
 
 def test_rejects_models_that_are_not_there(longspan, tmp_path):
-    for name in (str(tmp_path / "missing"), "./missing", "a/b/c", "", " "):
+    for name in (str(tmp_path / "missing"), "./missing", "a/b/c", "missing.gguf", "", " "):
         outcome = longspan("generate", name, *THREADS, "--prompt", "a")
         assert_refused(
             outcome, "model", repr(name), "legal is a model directory, a .gguf file, 'recall', 'smollm2' or a Hub id"

@@ -127,24 +127,7 @@ def write_gguf(
     model = load_reference(write_model(path.with_name(f"{path.name}.source"), model_type, **options))
     config = model.config
     known = architecture if architecture in ARCHITECTURES else "llama"
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == known)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    quantised = gguf.GGMLQuantizationType[kind]
-    found: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] = {}
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and tied:
-            continue
-        is_matrix = weight.ndim > 1 and not name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
-        for gguf_name, part in _stored(names, name, weight):
-            data = part.numpy()
-            used = quantised if is_matrix else gguf.GGMLQuantizationType.F32
-            blocks = gguf.quantize(data, used)
-            part.copy_(torch.from_numpy(gguf.dequantize(blocks, used).reshape(data.shape)))
-            stored = blocks
-            if known == "llama" and (".attn_q." in gguf_name or ".attn_k." in gguf_name):
-                heads = config.num_attention_heads if ".attn_q." in gguf_name else config.num_key_value_heads
-                stored = blocks.reshape(heads, 2, -1, blocks.shape[-1]).swapaxes(1, 2).reshape(blocks.shape)
-            found[gguf_name] = (np.ascontiguousarray(stored), used)
+    found = _quantised_(model, known, gguf.GGMLQuantizationType[kind], tied=tied)
     for name, data in (tensors or {}).items():
         found[name] = (data, gguf.GGMLQuantizationType.F32)
     metadata = {**_metadata(architecture, config, pre), **(more or {})}
@@ -164,6 +147,31 @@ def write_gguf(
         writer.write_tensors_to_file()
         writer.close()
     return model
+
+
+def _quantised_(
+    model: torch.nn.Module, known: str, kind: gguf.GGMLQuantizationType, *, tied: bool
+) -> dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]:
+    """Return a file's tensors with their types, and give the model the weights that they hold."""
+    config = model.config
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == known)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    found: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and tied:
+            continue
+        is_matrix = weight.ndim > 1 and not name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
+        for gguf_name, part in _stored(names, name, weight):
+            data = part.numpy()
+            used = kind if is_matrix else gguf.GGMLQuantizationType.F32
+            blocks = gguf.quantize(data, used)
+            part.copy_(torch.from_numpy(gguf.dequantize(blocks, used).reshape(data.shape)))
+            stored = blocks
+            if known == "llama" and (".attn_q." in gguf_name or ".attn_k." in gguf_name):
+                heads = config.num_attention_heads if ".attn_q." in gguf_name else config.num_key_value_heads
+                stored = blocks.reshape(heads, 2, -1, blocks.shape[-1]).swapaxes(1, 2).reshape(blocks.shape)
+            found[gguf_name] = (np.ascontiguousarray(stored), used)
+    return found
 
 
 def _stored(names, name: str, weight: torch.Tensor):

@@ -59,7 +59,8 @@ def resolve_model(model: str) -> str:
         return str(gguf_path(path))
     if path.is_dir() and (path / "config.json").is_file() and model:
         return str(path)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+    is_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == SUFFIX
+    if is_path or not model.strip():
         raise ConfigError(
             f"model: got {model!r}, legal is {LEGAL_MODELS} such as 'org/name'"
             + "; this directory has no config.json" * (path.is_dir() and bool(model))
