@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from tiny_models import _COMMON, _root, random_prompt
+from tiny_models import COMMON, model_root, random_prompt, randomize_
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -167,32 +167,10 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
 }
 
 
-def randomize_(model: nn.Module, seed: int = 0) -> None:
-    """Give a model of any family weights with which attention and every expert matter to the next token.
-
-    Matrices keep the size of what they multiply, so that no layer drowns another; biases are small, since large ones
-    say the same whatever the input is. Embeddings are of the size at which layers add as much as they carry.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    embeddings = {id(model.get_input_embeddings().weight)}
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if id(parameter) in embeddings:
-            parameter.data = noise * 0.3
-        elif parameter.ndim >= 2:
-            parameter.data = noise * 1.6 / max(parameter.shape[-2:]) ** 0.5
-        elif "norm" in name or "ln_" in name:
-            is_offset = bool((parameter.data == 0).all()) and name.endswith("weight")  # a norm that adds one
-            around = 0.0 if is_offset or name.endswith("bias") else 1.0
-            parameter.data = noise * (0.05 if name.endswith("bias") else 0.2) + around
-        else:
-            parameter.data = parameter.data + noise * 0.05
-
-
 def make_config(name: str) -> object:
     """Config of a tiny model."""
     model_type, options = PROVEN_MODELS[name]
-    fields = {**_COMMON, **options}
+    fields = {**COMMON, **options}
     return AutoConfig.for_model(model_type, **{key: value for key, value in fields.items() if value is not None})
 
 
@@ -224,7 +202,7 @@ class ProvenModel:
 @functools.cache
 def proven_model(name: str) -> ProvenModel:
     """Build a family's model and its references; shared by all callers of this process."""
-    path = _root() / f"proven-{name}"
+    path = model_root() / f"proven-{name}"
     config = make_config(name)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize_(model)

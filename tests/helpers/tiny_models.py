@@ -34,7 +34,7 @@ NUM_TOKENS = 64
 NEAR_TIE = 5e-4
 """Two logits closer than this may change places between two float32 evaluations of the same model."""
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -57,10 +57,11 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 256,
 }
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 256}
+_EXPERTS = {"num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 32}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 FAMILIES: dict[str, tuple[str, Mapping[str, object]]] = {
-    # model type, and what differs from _COMMON; the head ratios 1, 4, 7 and 8 and one KV head all occur
+    # model type, and what differs from COMMON; the head ratios 1, 4, 7 and 8 and one KV head all occur
     "llama": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4}),
     "llama-one-kv-head": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True}),
     "llama-llama3-rope": ("llama", {"rope_parameters": _LLAMA3_ROPE}),
@@ -77,10 +78,10 @@ FAMILIES: dict[str, tuple[str, Mapping[str, object]]] = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
-    "qwen3": ("qwen3", {"num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 1, "seed": 1}),
     "qwen3-window-mix": (
         "qwen3",
-        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2, "seed": 1},
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2, "seed": 3},
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
     "smollm3-window": (
@@ -109,8 +110,17 @@ FAMILIES: dict[str, tuple[str, Mapping[str, object]]] = {
             "query_pre_attn_scalar": 24,
             "layer_types": [_SLIDING, _SLIDING, _FULL, _SLIDING],
             "num_hidden_layers": 4,
-            "tie_word_embeddings": True,
-            "seed": 5,
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 24,
+            "layer_types": [_SLIDING, _FULL, _SLIDING],
+            "rope_parameters": {**_YARN_ROPE, "truncate": False},
         },
     ),
 }
@@ -148,38 +158,41 @@ class TinyModel:
 
 
 @functools.cache
-def _root() -> Path:
+def model_root() -> Path:
     root = Path(tempfile.mkdtemp(prefix="longspan-tiny-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root
 
 
-def _randomize_(model: nn.Module, *, is_gemma: bool, is_tied: bool, seed: int) -> None:
-    """Weights with which every part of the model matters to the next token."""
+def randomize_(model: nn.Module, seed: int = 0) -> None:
+    """Give a model of any family weights with which attention and every expert matter to the next token.
+
+    Matrices keep the size of what they multiply, so that no layer drowns another; biases are small, since large ones
+    say the same whatever the input is. Embeddings are of the size at which layers add as much as they carry; those that
+    also make the logits are smaller, since a token would otherwise be its own most probable successor.
+    """
     generator = torch.Generator().manual_seed(seed)
-    embedding_std = 0.03 if is_gemma else 0.05
+    embeddings = {id(model.get_input_embeddings().weight)}
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 2:
-            # Gemma multiplies embeddings by sqrt(hidden size); tied ones must not drown what the layers add.
-            is_small = "embed_tokens" in name and (is_gemma or is_tied)
-            parameter.data = noise * (embedding_std if is_small else 0.2 * (64 / parameter.shape[1]) ** 0.5)
-        elif "norm" in name:
-            parameter.data = noise * 0.2 + (0.0 if is_gemma else 1.0)
-            if is_gemma and "post_attention" in name:
-                parameter.data -= 0.6  # else the last token is drowned by what was attended to
-            if is_tied and name.endswith("model.norm.weight"):
-                parameter.data += 0.2 / embedding_std
+        if id(parameter) in embeddings:
+            parameter.data = noise * (0.02 if model.config.tie_word_embeddings else 0.3)
+        elif parameter.ndim >= 2:
+            parameter.data = noise * 1.6 / max(parameter.shape[-2:]) ** 0.5
+        elif "norm" in name or "ln_" in name:
+            is_offset = bool((parameter.data == 0).all()) and name.endswith("weight")  # a norm that adds one
+            around = 0.0 if is_offset or name.endswith("bias") else 1.0
+            parameter.data = noise * (0.05 if name.endswith("bias") else 0.2) + around
         else:
-            parameter.data = noise * 0.5  # biases
+            parameter.data = parameter.data + noise * 0.05
 
 
 def write_model(path: Path, model_type: str, *, seed: int = 0, **options: object) -> str:
     """Write the directory of a model with random weights; returns its path."""
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **options})
+    config = AutoConfig.for_model(model_type, **{**COMMON, **options})
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _randomize_(model, is_gemma="gemma" in model_type, is_tied=config.tie_word_embeddings, seed=seed)
+    randomize_(model, seed)
     model.tie_weights()
     model.save_pretrained(path)
     return str(path)
@@ -188,7 +201,9 @@ def write_model(path: Path, model_type: str, *, seed: int = 0, **options: object
 @functools.cache
 def load_reference(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The same weights in stock Transformers with eager attention."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
 
 
 @torch.inference_mode()
@@ -216,7 +231,7 @@ def random_prompt(length: int, seed: int) -> list[int]:
 def tiny_model(name: str) -> TinyModel:
     """Build a family's model and its references. Callers share what this returns and must not change it."""
     model_type, options = FAMILIES[name]
-    path = write_model(_root() / name, model_type, **options)
+    path = write_model(model_root() / name, model_type, **options)
     references = []
     for length in PROMPT_LENS:
         # One prompt in ten meets a near-tie within 64 tokens; a comparison up to there would be shorter than promised.
