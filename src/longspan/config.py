@@ -69,7 +69,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str
-    """Model to run: a directory, `recall` (the bundled model), or a Hub id."""
+    """Model to run: a directory, a `.gguf` file, `recall` or `smollm2` (models that come with it), or a Hub id."""
     device: Annotated[
         DeviceName, Option("Processor of the ranks; auto: GPUs, if there is one for each rank.", Group.MODEL)
     ] = "auto"
@@ -317,7 +317,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str):
-            raise ConfigError(f"model: got {self.model!r}, legal is a text: a directory, 'recall' or a Hub id")
+            raise ConfigError(f"model: got {self.model!r}, legal is a text that names one")
         check_options(self)
         self._check_overrides()
         self._check_device()

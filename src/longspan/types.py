@@ -130,7 +130,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     max_position: int | None
     """Longest sequence that the model's config admits, in tokens, or None when it does not say."""
     eos_token_ids: tuple[int, ...]
-    """End tokens of generation_config, any of which ends a request."""
+    """Tokens any of which ends a request; see Note [End tokens] in `longspan.models.generation`."""
     kv_groups: tuple[KVGroup, ...]
     layer_params: tuple[AttentionParams, ...]
     """Attention parameters of each layer."""

@@ -64,9 +64,10 @@ def plan(
     as_json: bool,
     plot: str | None,
 ) -> None:
-    """Predict memory and time of MODEL (a directory, a config file, `recall`, or a Hub id) on a cluster.
+    """Predict memory and time of MODEL on a cluster.
 
-    Reads the model's config only. What is assumed stands in the output.
+    MODEL is a directory, a config file, a .gguf file, `recall`, `smollm2`, or a Hub id; its config only is read. What
+    is assumed stands in the output.
     """
     contexts = [parse_tokens(text) for text in context.split(",")]
     if len(set(contexts)) < len(contexts):

@@ -17,6 +17,7 @@ from longspan.kv.layout import KVGroup, KVSpec
 from longspan.models.adaptations import adapt_
 from longspan.models.experts import ExpertRecorder
 from longspan.models.families import check_family
+from longspan.models.generation import end_token_ids
 from longspan.models.hook import ATTENTION_NAME, AttentionCall
 from longspan.models.mask_rule import check_mask, find_chunk
 from longspan.models.rope import check_applied, check_rope, longest_request, rope_lengths
@@ -56,6 +57,8 @@ def check_proven(config: PreTrainedConfig) -> None:
         refuse("quantization_config", config.quantization_config.get("quant_method", "?"), "none")
     if getattr(config, "use_bidirectional_attention", None):
         refuse("use_bidirectional_attention", True, "false")
+    if (dual := getattr(config, "dual_chunk_attention_config", None)) is not None:
+        refuse("dual_chunk_attention_config", dual, "none: Transformers passes over it, and long texts come out wrong")
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:
@@ -87,7 +90,7 @@ def inspect_model(
 
     Args:
         config: the model's config.
-        generation_config: for the end tokens; None takes those of `config`.
+        generation_config: for the end tokens, beside those of `config`.
         dtype: dtype of weights and KV.
 
         Returns:
@@ -156,13 +159,12 @@ def trace_model(
         spec = KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], stored_as, call.window, find_chunk(call))
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
     _check_reaches([spec for spec, _ in groups])
-    eos = (generation_config or config).eos_token_id
     facts = ModelSpec(
         architecture=type(model).__name__,
         num_layers=num_layers,
         vocab_size=config.vocab_size,
         max_position=longest_request(config),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        eos_token_ids=end_token_ids(config, generation_config),
         kv_groups=tuple(KVGroup(tuple(layers), spec, heads) for (spec, heads), layers in groups.items()),
         layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
         num_parameters=_count_parameters(model),

@@ -6,7 +6,7 @@ Read next: `longspan.models.inspect`, `longspan.models.recall`; `longspan.models
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,21 @@ from transformers.utils import logging as transformers_logging
 
 from longspan.errors import ConfigError
 from longspan.models.adaptations import adapt_
+from longspan.models.generation import EOS
+from longspan.models.gguf_files import SUFFIX, gguf_path, is_gguf
 from longspan.models.hook import ATTENTION_NAME
 from longspan.models.overrides import check_overrides, merge_overrides
 from longspan.models.recall import recall_path
+from longspan.models.smollm2 import smollm2_path
 from longspan.models.text_part import KEY_MAPPING, text_part, text_tensors
 
 CPU = torch.device("cpu")
 
-RECALL = "recall"
-"""Name of the bundled model wherever a user names a model."""
+OWN_MODELS: Mapping[str, Callable[[], Path]] = {"recall": recall_path, "smollm2": smollm2_path}
+"""Directory of the models that have a name here, wherever a user names a model."""
+
+LEGAL_MODELS = f"a model directory, a {SUFFIX} file, {', '.join(map(repr, OWN_MODELS))} or a Hub id"
+"""What a user may name, in words."""
 
 
 def quiet_transformers() -> None:
@@ -47,16 +53,19 @@ def resolve_model(model: str) -> str:
     """Return the directory or Hub id that Transformers can load.
 
     Raises:
-        ConfigError: the name looks like a path, and there is no model directory there.
+        ConfigError: the name looks like a path, and there is no model there, or none that can be converted.
     """
-    if model == RECALL:
-        return str(recall_path())
+    if model in OWN_MODELS:
+        return str(OWN_MODELS[model]())
     path = Path(model).expanduser()
+    if is_gguf(model):
+        return str(gguf_path(path))
     if path.is_dir() and (path / "config.json").is_file() and model:
         return str(path)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+    is_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == SUFFIX
+    if is_path or not model.strip():
         raise ConfigError(
-            f"model: got {model!r}, legal is a model directory, 'recall' or a Hub id such as 'org/name'"
+            f"model: got {model!r}, legal is {LEGAL_MODELS} such as 'org/name'"
             + "; this directory has no config.json" * (path.is_dir() and bool(model))
         )
     return model
@@ -84,8 +93,8 @@ def _loading(model: str, what: str, error: Exception) -> ConfigError:
     """Make an error of one line that says what could not be loaded."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return ConfigError(
-        f"model: got {model!r}, legal is a model directory, 'recall' or a Hub id that can be reached or is in the "
-        f"cache; its {what} cannot be loaded: {reason[:300]}"
+        f"model: got {model!r}, legal is {LEGAL_MODELS} that can be reached or is in the cache; its {what} cannot be "
+        f"loaded: {reason[:300]}"
     )
 
 
@@ -106,13 +115,17 @@ def load_config(
     if Path(name).is_dir() and not (Path(name) / GENERATION_CONFIG_NAME).is_file():
         return config, None
     try:
-        return config, GenerationConfig.from_pretrained(name, local_files_only=is_offline)
+        generation_config = GenerationConfig.from_pretrained(name, local_files_only=is_offline)
     except OSError as error:
         if Path(name).is_dir():  # it is there, and broken
             raise _loading(model, "generation config", error) from error
         return config, None  # the Hub has none, or cannot be asked
     except Exception as error:  # as above: it was found, and is broken
         raise _loading(model, "generation config", error) from error
+    told, _ = PreTrainedConfig.get_config_dict(name, local_files_only=is_offline)
+    if not any(EOS in fields for fields in (told, told.get("text_config") or {}, overrides or {})):
+        config.eos_token_id = None  # see Note [End tokens]
+    return config, generation_config
 
 
 def load_config_file(path: Path, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
@@ -148,13 +161,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer.
 
     Raises:
-        ConfigError: the model has no tokenizer.
+        ConfigError: the model has no tokenizer, or one that knows no text.
     """
     name, is_offline = _source(model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, local_files_only=is_offline)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises a bare Exception for a file that it does not know
         raise _loading(model, "tokenizer", error) from error
+    if {*tokenizer.get_vocab().values()} <= {*tokenizer.all_special_ids}:
+        # Without a tokenizer's files Transformers makes an empty one for some families: every text would be no text.
+        raise _loading(model, "tokenizer", ValueError("its files are missing, or have no tokens but special ones"))
     return tokenizer
 
 
@@ -164,6 +180,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     resolved: torch.dtype = getattr(torch, dtype)
     return resolved
+
+
+def _foreign_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Say which prefix would make unexpected tensors the missing ones, if there is one."""
+    for name in missing:
+        prefix = next((key.removesuffix(name) for key in unexpected if key.endswith(f".{name}")), None)
+        if prefix is not None:
+            return f"; its tensors begin with {prefix!r}, which this model's do not"
+    return ""
 
 
 def load_model(
@@ -220,6 +245,7 @@ def load_model(
         raise ConfigError(
             f"model: got {model!r}, whose weights lack {len(missing)} tensors, have {len(mismatched)} of a wrong shape "
             f"and {len(unexpected)} that the config has no place for, such as {[*missing, *mismatched, *unexpected][0]}"
+            + _foreign_prefix(missing, unexpected)
         )
     module: nn.Module = loaded.eval().requires_grad_(False).to(device)
     adapt_(module)
