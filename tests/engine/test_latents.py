@@ -14,6 +14,7 @@ from longspan.engine.engine import Engine
 from longspan.errors import UnsupportedModelError
 from longspan.kv.layout import KVSpec
 from longspan.kv.pool import PagePool
+from longspan.models import hook
 from longspan.models import latent as model_latent
 from longspan.models.families import PROVEN_FAMILIES, REFUSED_FAMILIES, Need, check_family
 from longspan.models.inspect import inspect_model
@@ -82,6 +83,13 @@ def test_rejects_a_projection_whose_parts_cannot_be_taken():
             continue  # a plain matrix of numbers that cannot be multiplied is another refusal's
         with pytest.raises(UnsupportedModelError, match="kv_b_proj: got Linear with a weight"):
             model_latent.hand_over_latents_(module)
+
+
+def test_rejects_latents_with_what_no_family_has(monkeypatch):
+    honest = hook.AttentionCall
+    monkeypatch.setattr(hook, "AttentionCall", lambda **fields: honest(**{**fields, "softcap": 3.0}))
+    with pytest.raises(UnsupportedModelError, match=r"layer 0: got latents with .*softcap 3.0.*, proven"):
+        inspect_model(make_config("youtu"), None, torch.float32)
 
 
 # -- mutations ---------------------------------------------------------------------------------------------------------

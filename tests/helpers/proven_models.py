@@ -50,6 +50,17 @@ MSCALE_YARN = {
     "mscale": 0.8,
     "mscale_all_dim": 0.6,
 }
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "no_rope_layers": [1, 1, 0, 1],
+    "attention_chunk_size": 28,
+    "floor_scale": 40,
+    "attn_scale": 0.4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 1,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+}
 NO_GROUPS = {"num_key_value_heads": None, "head_dim": None}
 NO_HEAD_DIM = {"head_dim": None, "num_attention_heads": 4}
 PROMPT_LENS = (1, 31, 97, 330)
@@ -168,10 +179,35 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
         {**EXPERTS, **LAYERS, "shared_expert_intermediate_size": 32, "mlp_layer_types": [DENSE, SPARSE, SPARSE]},
     ),
     "llama": ("llama", {}),
+    "llama4_text": ("llama4_text", LLAMA4),
+    "llama4_text-interleaved": (
+        "llama4_text",
+        {
+            **LLAMA4,
+            "num_experts_per_tok": 2,
+            "moe_layers": [1, 3],
+            "use_qk_norm": False,
+            "no_rope_layers": [1, 0, 0, 1],
+        },
+    ),
     "mellum": ("mellum", {**EXPERTS, **LAYERS}),
     "mimo_v2_flash": ("mimo_v2_flash", {**ROUTED, **LAYERS, "v_head_dim": 12, "n_shared_experts": None}),
     "minimax_m2": ("minimax_m2", LOCAL_EXPERTS),
     "minicpm3": ("minicpm3", {**LATENTS, "dim_model_base": 32}),
+    "minicpm3-longrope": (
+        "minicpm3",
+        {
+            **LATENTS,
+            "dim_model_base": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.2, 1.5, 2.0],
+                "long_factor": [1.5, 2.5, 4.0, 8.0],
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
     "ministral": ("ministral", LAYERS),
     "ministral3": ("ministral3", WINDOW),
     "mistral": ("mistral", WINDOW),

@@ -35,7 +35,7 @@ def skip_unread_rows_(model: nn.Module) -> int:
         return 0
     last: Any = layers[-1]
     projection = getattr(getattr(last, "self_attn", None), "o_proj", None)
-    mlp = getattr(last, "mlp", None)
+    mlp = getattr(last, "mlp", None) or getattr(last, "feed_forward", None)  # two names for one thing
     if not isinstance(projection, nn.Module) or not isinstance(mlp, nn.Module):
         return 0
     current = _CurrentRows()
@@ -49,10 +49,10 @@ def skip_unread_rows_(model: nn.Module) -> int:
     return 2
 
 
-def _of_read_rows(forward: Callable[[Tensor], Tensor], current: _CurrentRows) -> Callable[[Tensor], Tensor]:
+def _of_read_rows(forward: Callable[[Tensor], Any], current: _CurrentRows) -> Callable[[Tensor], Any]:
     """Wrap a `forward` of [1, T, width]: rows that are read are computed, the others are 0."""
 
-    def some_rows(hidden: Tensor) -> Tensor:
+    def some_rows(hidden: Tensor) -> Any:
         rows = current.rows
         if rows is None:
             return forward(hidden)

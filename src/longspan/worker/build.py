@@ -60,7 +60,9 @@ def open_device(start: Start, process: ProcessId, *, ranks_on_device: int = 1, i
 def load_weights(start: Start, device: torch.device, *, show_progress: bool) -> torch.nn.Module:
     """Load the model, with weights and speed-ups."""
     dtype = resolve_dtype(start.config.dtype, device)
-    model = load_model(start.config.model, dtype, show_progress=show_progress, device=device)
+    model = load_model(
+        start.config.model, dtype, show_progress=show_progress, device=device, overrides=start.config.hf_overrides
+    )
     speed_up_(model, SPEEDUPS if start.config.compile_dense else ALWAYS)
     return model
 
