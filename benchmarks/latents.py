@@ -46,15 +46,15 @@ class OneToken:
     ) -> None:
         self.bytes_sent: Mapping[str, int] = {}
         self.attention_s = 0.0
-        self._pool, self._backend, self._params = pool, backend, params
-        self._store = [(0, context_len, 1)]
+        self.params, self.context_len = params, context_len
+        self._pool, self._backend = pool, backend
         self._segments = RowSegments([RowSegment(0, 1, context_len, 0, context_len + 1, None, Visibility.FULL)])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         started = time.thread_time()
         pool = self._pool
-        pool.write(layer, k, v, self._store)
-        partial = self._backend.partial_attention(q, pool.k[layer], pool.v[layer], self._segments, self._params[layer])
+        pool.write(layer, k, v, [(0, self.context_len, 1)])
+        partial = self._backend.partial_attention(q, pool.k[layer], pool.v[layer], self._segments, self.params[layer])
         self.attention_s += time.thread_time() - started
         return partial.out.to(q.dtype)
 
@@ -89,8 +89,8 @@ def random_pool(group: KVGroup, num_tokens: int) -> PagePool:
 
 def token_times(model: nn.Module, attention: OneToken) -> Callable[[], tuple[float, float]]:
     """Function that runs one token: seconds of all, and of attention with its projections."""
-    forward = ModelForward(model, attention._params, lambda layer: None)
-    token, position, row = torch.tensor([7]), torch.tensor([attention._store[0][1]]), torch.tensor([0])
+    forward = ModelForward(model, attention.params, lambda layer: None)
+    token, position, row = torch.tensor([7]), torch.tensor([attention.context_len]), torch.tensor([0])
 
     @torch.inference_mode()
     def run() -> tuple[float, float]:

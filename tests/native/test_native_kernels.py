@@ -129,6 +129,14 @@ def test_decode_is_right_with_and_without_the_kernel(monkeypatch, available, dty
     torch.testing.assert_close(got.lse.double(), want.lse, rtol=0, atol=1e-5)
 
 
+@needs_kernel
+def test_a_binary_of_other_signatures_is_not_called(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERFACE", kernels.INTERFACE + 1)
+    assert kernels.library.__wrapped__() is None
+    monkeypatch.undo()
+    assert kernels.library.__wrapped__() is not None
+
+
 def test_what_the_kernel_cannot_do_is_left_to_the_other_one():
     assert not kernels.can_decode(9, 64, 64, torch.float32)
     assert not kernels.can_decode(0, 64, 64, torch.float32)

@@ -180,8 +180,8 @@ def _kv_spec(call: AttentionCall, dtype: str) -> KVSpec:
         return KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], dtype, call.window, find_chunk(call))
     if any(value is not None for value in (call.window, find_chunk(call), call.softcap, call.sinks)):
         raise UnsupportedModelError(
-            f"attention of layer {call.layer}: got latents with window {call.window}, chunks, softcap {call.softcap} or "
-            "sinks, proven is latents without any"
+            f"attention of layer {call.layer}: got latents with window {call.window}, softcap {call.softcap}, sinks "
+            "or chunks, proven is latents without any"
         )
     return latent_spec(call.latent, call.q, call.k, dtype)
 

@@ -33,6 +33,9 @@ worth."""
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
+INTERFACE = 1
+"""Number of the signatures below, as in prefill.c; it changes with them, so that an older binary is not called."""
+
 FAR = 1 << 40
 """Distance in tokens that is larger than any between a key and a query."""
 
@@ -48,7 +51,7 @@ def _binary() -> Path | None:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Load the kernels; None where they were not compiled or there is no OpenMP runtime for them."""
+    """Load the kernels; None where they were not compiled from these sources or have no OpenMP runtime."""
     binary = _binary()
     if binary is None:
         return None
@@ -58,6 +61,8 @@ def library() -> ctypes.CDLL | None:
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
         kernels = ctypes.CDLL(str(binary))
     except (OSError, ValueError):
+        return None
+    if not hasattr(kernels, "longspan_interface") or kernels.longspan_interface() != INTERFACE:
         return None
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     kernels.longspan_decode.argtypes = [
