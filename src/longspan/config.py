@@ -26,6 +26,7 @@ REMOTE_EXECUTORS = ("external", "ray")
 RayPlacementName = Literal["pack", "spread"]
 AttentionName = Literal["auto", "cpu", "reference", "triton", "flashinfer", "torch"]
 GraphsName = Literal["auto", "never"]
+QuantizationName = Literal["none", "keep", "int8", "int4"]
 MeasureName = Literal["auto", "again", "never"]
 
 MAX_RANKS = 128
@@ -63,6 +64,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         DTypeName, Option("Of weights and KV; auto: float32 on a CPU, bfloat16 on a GPU.", Group.MODEL)
     ] = "auto"
     """Dtype of weights, activations and KV. `auto` is float32 on a CPU and bfloat16 on a GPU; float16 needs a GPU."""
+    quantization: Annotated[
+        QuantizationName,
+        Option("Small weights, on a CPU; keep: as the files have them; none: all dense.", Group.MODEL),
+    ] = "none"
+    """Linear layers whose weights stay small on a CPU. `none` dequantises whatever the files hold; `keep` keeps weights
+    of 8 or 4 bits that the kernels take, to which the answers are the same; `int8` and `int4` round dense weights."""
     attention_backend: Annotated[
         AttentionName, Option("Attention kernels; auto: cpu on a CPU, triton on a GPU.", Group.MODEL)
     ] = "auto"
@@ -326,6 +333,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("compile_dense: got true with device 'cpu', legal there is false")
         if self.device != "cuda":
             return
+        if self.quantization != "none":
+            raise ConfigError(f"quantization: got {self.quantization!r} with device 'cuda', legal there is none")
         if self.measure == "again":
             raise ConfigError("measure: got 'again' with device 'cuda', legal there is auto or never")
         if self.check_messages:

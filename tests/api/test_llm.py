@@ -312,8 +312,8 @@ ROPE = {"rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings"
         ),
         (
             "qwen2",
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "quantization_config: got 'gptq', proven is none",
+            {"quantization_config": {"quant_method": "gptq", "bits": 3}},
+            "quantization_config: got bits 3, proven is 4, 8",
         ),
         (
             "gemma3_text",

@@ -108,11 +108,19 @@ def test_a_directory_and_a_file_of_any_name_are_the_same_model(tmp_path):
     assert by_directory == load_shape(write_config(tmp_path, LLAMA_3_8B, "llama.json"), "float32")
 
 
+def test_quantised_weights_are_planned_as_they_are_loaded(tmp_path):
+    quantised = LLAMA_3_8B | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    paths = [write_config(tmp_path, config, f"{name}.json") for name, config in (("a", quantised), ("b", LLAMA_3_8B))]
+    found, dense = (load_shape(path, "bfloat16") for path in paths)
+    assert found == dense
+    unread = write_config(tmp_path, LLAMA_3_8B | {"quantization_config": {"quant_method": "hqq"}}, "c.json")
+    assert "got quant_method 'hqq'" in load_shape(unread, "bfloat16").not_run
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (LLAMA_3_8B | {"kv_lora_rank": 512}, "kv_lora_rank: got 512, plannable is"),
-        (LLAMA_3_8B | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: got a value, plannable"),
         ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, "plannable is"),
         ({"model_type": "t5", "vocab_size": 100}, "plannable"),
         ({"model_type": "nobody-knows"}, "its config cannot be loaded"),

@@ -30,6 +30,7 @@ from longspan.errors import ConfigError
 from longspan.group.messages import Start
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
+from longspan.models.small_weights import with_small_weights
 from longspan.plan.types import PlanResult
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Constraint, Request
@@ -62,10 +63,15 @@ class Engine(ClosedAtExit):
             raise ConfigError(f"platform: got {sys.platform!r}, legal is 'linux'")
         if model is not None and config.executor != "threads":
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
+        for field, value, legal in (("quantization", config.quantization, "none"),):
+            if model is not None and value != legal:
+                raise ConfigError(f"{field}: got {value!r} with a loaded model, legal is none")
         device, gpus = choose_device(config, model)
         config = structs.replace(config, device=device)
         model_config, generation_config = load_config(config.model)
-        spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, torch.device(device)))
+        dtype = resolve_dtype(config.dtype, torch.device(device))
+        spec = inspect_model(model_config, generation_config, dtype)
+        spec = with_small_weights(spec, config.model, model_config, dtype, config.quantization)
         groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
         self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups))
         hidden_size: int = model_config.get_text_config().hidden_size

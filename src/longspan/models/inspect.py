@@ -17,6 +17,7 @@ from longspan.models.adaptations import adapt_
 from longspan.models.experts import ExpertRecorder
 from longspan.models.families import check_family
 from longspan.models.hook import ATTENTION_NAME, AttentionCall, MaskRule
+from longspan.models.quantization import check_quantization, dense_config
 from longspan.types import AttentionParams, ModelSpec
 
 PROVEN_ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
@@ -71,8 +72,7 @@ def check_proven(config: PreTrainedConfig) -> None:
     for rope_type in sorted(_rope_types(config)):
         if rope_type not in PROVEN_ROPE_TYPES:
             refuse("rope_type", rope_type, ", ".join(PROVEN_ROPE_TYPES))
-    if getattr(config, "quantization_config", None) is not None:
-        refuse("quantization_config", config.quantization_config.get("quant_method", "?"), "none")
+    check_quantization(config)
     if getattr(config, "use_bidirectional_attention", None):
         refuse("use_bidirectional_attention", True, "false")
 
@@ -157,7 +157,7 @@ def trace_model(
     _check_sizes(config)
     with torch.device("meta"), torch.inference_mode():
         model: Any = AutoModelForCausalLM.from_config(
-            config,
+            dense_config(config),
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             experts_implementation=TRACED_EXPERTS,

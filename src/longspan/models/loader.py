@@ -5,6 +5,7 @@ Read next: `longspan.models.inspect`, `longspan.models.recall`; `longspan.models
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,21 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from longspan.config import QuantizationName
 from longspan.errors import ConfigError
 from longspan.models.adaptations import adapt_
+from longspan.models.checkpoint import find_checkpoint
 from longspan.models.hook import ATTENTION_NAME
+from longspan.models.leftovers import leftovers
+from longspan.models.packed_linear import Bits, linear_names, replace_, round_linears_
+from longspan.models.quantization import QuantizedCheckpoint, check_quantization, dense_config, quantization_of
 from longspan.models.recall import recall_path
+from longspan.native.packed import PackedMatrix
 
 CPU = torch.device("cpu")
+
+ROUNDED_BITS: Mapping[str, Bits] = {"int8": 8, "int4": 4}
+"""Bits to which linear layers are rounded, by the option `quantization`."""
 
 RECALL = "recall"
 """Name of the bundled model wherever a user names a model."""
@@ -143,14 +153,26 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return resolved
 
 
-def load_model(model: str, dtype: torch.dtype, *, show_progress: bool, device: torch.device = CPU) -> nn.Module:
+def load_model(
+    model: str,
+    dtype: torch.dtype,
+    *,
+    show_progress: bool,
+    device: torch.device = CPU,
+    quantization: QuantizationName = "none",
+    tell: Callable[[str], None] = lambda _line: None,
+) -> nn.Module:
     """Load weights from safetensors, memory-mapped where file and model agree on the dtype.
+
+    Quantised weights are dequantised, unless `quantization` keeps them.
 
     Args:
         model: model as the user named it.
         dtype: dtype of weights and activations.
         show_progress: whether to draw a progress bar on standard error.
         device: device of the weights.
+        quantization: which linear layers stay or become small.
+        tell: takes a line for the user, about tensors that are left out.
 
     Raises:
         ConfigError: the weights are missing or broken; pickled weights are never loaded.
@@ -159,29 +181,91 @@ def load_model(model: str, dtype: torch.dtype, *, show_progress: bool, device: t
         transformers_logging.enable_progress_bar()
     else:
         transformers_logging.disable_progress_bar()
-    name, is_offline = _source(model)
-    try:
-        loaded: Any
-        info: dict[str, Any]
-        loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            name,
-            local_files_only=is_offline,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below: its own error does not name the tensor
-        )
-    except Exception as error:  # safetensors raises a bare Exception subclass for a truncated file
-        raise _loading(model, "weights", error) from error
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(key for key, *_ in info["mismatched_keys"])
-    unexpected = sorted(info["unexpected_keys"])  # say, a bias that the config switches off: the output would be wrong
-    if missing or mismatched or unexpected:
-        raise ConfigError(
-            f"model: got {model!r}, whose weights lack {len(missing)} tensors, have {len(mismatched)} of a wrong shape "
-            f"and {len(unexpected)} that the config has no place for, such as {[*missing, *mismatched, *unexpected][0]}"
-        )
+    config = load_config(model)[0]
+    loaded, kept, info = _build(model, config, dtype, quantization)
+    _check_tensors(model, config, info, tell)
+    for module_name, matrix in kept.items():
+        replace_(loaded, module_name, matrix)
+    if (bits := ROUNDED_BITS.get(quantization)) is not None:
+        round_linears_(loaded, bits)
     module: nn.Module = loaded.eval().requires_grad_(False).to(device)
     adapt_(module)
     return module
+
+
+def _build(
+    model: str, config: PreTrainedConfig, dtype: torch.dtype, quantization: QuantizationName
+) -> tuple[Any, dict[str, PackedMatrix], dict[str, Any]]:
+    """Build a model with its weights, from dense or quantised files.
+
+    Returns:
+        The model; matrices that are to replace linear layers, which are zeros in it, by name; which tensors were
+        missing, unexpected or of another shape.
+    """
+    name, is_offline = _source(model)
+    stored = open_quantized(model, config)
+    kept: dict[str, PackedMatrix] = {}
+    options = {
+        "dtype": dtype,
+        "attn_implementation": ATTENTION_NAME,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported by the caller: its own error does not name the tensor
+    }
+    try:
+        if stored is None:
+            loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                name, local_files_only=is_offline, use_safetensors=True, **options
+            )
+        else:
+            empty: Any = model_on_meta(config, dtype)
+            if quantization == "keep":
+                kept = stored.packed(linear_names(empty))
+            tensors = stored.state_dict(kept, dtype)
+            loaded, info = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, **options)
+    except Exception as error:  # safetensors raises a bare Exception subclass for a truncated file
+        raise _loading(model, "weights", error) from error
+    return loaded, kept, info
+
+
+def open_quantized(model: str, config: PreTrainedConfig) -> QuantizedCheckpoint | None:
+    """Open the files of quantised weights, or return None if a model's weights are dense.
+
+    Raises:
+        ConfigError: the weights are missing or broken, or their method is not read.
+    """
+    options = quantization_of(config)
+    if options is None:
+        return None
+    check_quantization(config)
+    name, is_offline = _source(model)
+    try:
+        return QuantizedCheckpoint(find_checkpoint(name, is_offline=is_offline), options)
+    except Exception as error:  # as in `load_model`
+        raise _loading(model, "weights", error) from error
+
+
+def model_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """Build the model that a config describes, without weights."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(dense_config(config), dtype=dtype)
+    return model
+
+
+def _check_tensors(model: str, config: PreTrainedConfig, info: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Refuse weights that are not the config's, and tell which tensors are left out.
+
+    Raises:
+        ConfigError: a tensor is missing, of a wrong shape, or has no place.
+    """
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(key for key, *_ in info["mismatched_keys"])
+    left = leftovers(sorted(info["unexpected_keys"]), config)
+    unexpected = left.unknown  # say, a bias that the config switches off: the output would be wrong
+    if missing or mismatched or unexpected:
+        raise ConfigError(
+            f"model: got {model!r}, whose weights lack {len(missing)} tensors, have {len(mismatched)} of a wrong shape "
+            f"and {len(unexpected)} that the config has no place for, such as "
+            f"{[*missing, *mismatched, *unexpected][0]}{left.prefixes()}"
+        )
+    if left.ignored:
+        tell(f"{model}: {len(left.ignored)} tensors are left out: {left.reasons()}")

@@ -51,7 +51,7 @@ def serve(
     tools = open_device(start, process)  # before anything that takes minutes
     if (directory := local_directory(start.config.model)) is not None:  # before weights are read: that may take minutes
         link.send(Files(process, fingerprint(directory)))
-    model = load_weights(start, tools.device, show_progress=is_first and sys.stderr.isatty())
+    model = load_weights(start, tools.device, show_progress=is_first and sys.stderr.isatty(), tells=is_first)
     if directory is None and (directory := hub_directory(start.config.model)) is not None:
         link.send(Files(process, fingerprint(directory)))
     # Other executors may have ranks on other machines, which cannot lend their threads.
