@@ -70,6 +70,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = "none"
     """Linear layers whose weights stay small on a CPU. `none` dequantises whatever the files hold; `keep` keeps weights
     of 8 or 4 bits that the kernels take, to which the answers are the same; `int8` and `int4` round dense weights."""
+    lora: Annotated[str | None, Option("LoRA adapter that is merged into the weights.", Group.MODEL, metavar="DIR")] = (
+        None
+    )
+    """Directory of a LoRA adapter, which peft merges into the weights while they are loaded; on every host the same."""
     attention_backend: Annotated[
         AttentionName, Option("Attention kernels; auto: cpu on a CPU, triton on a GPU.", Group.MODEL)
     ] = "auto"
@@ -331,6 +335,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("dtype: got 'float16' with device 'cpu', legal there is auto, float32 or bfloat16")
         if self.device == "cpu" and self.compile_dense:
             raise ConfigError("compile_dense: got true with device 'cpu', legal there is false")
+        if self.lora is not None and self.quantization == "keep":
+            raise ConfigError(
+                "lora: got one with quantization 'keep', legal there is none: kept weights are not merged"
+            )
         if self.device != "cuda":
             return
         if self.quantization != "none":

@@ -30,6 +30,7 @@ from longspan.errors import ConfigError
 from longspan.group.messages import Start
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
+from longspan.models.lora import check_lora
 from longspan.models.small_weights import with_small_weights
 from longspan.plan.types import PlanResult
 from longspan.scheduler.invariants import check_books
@@ -63,9 +64,11 @@ class Engine(ClosedAtExit):
             raise ConfigError(f"platform: got {sys.platform!r}, legal is 'linux'")
         if model is not None and config.executor != "threads":
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
-        for field, value, legal in (("quantization", config.quantization, "none"),):
+        for field, value, legal in (("quantization", config.quantization, "none"), ("lora", config.lora, None)):
             if model is not None and value != legal:
                 raise ConfigError(f"{field}: got {value!r} with a loaded model, legal is none")
+        if config.lora is not None:
+            check_lora(config.lora)
         device, gpus = choose_device(config, model)
         config = structs.replace(config, device=device)
         model_config, generation_config = load_config(config.model)

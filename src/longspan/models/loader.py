@@ -29,6 +29,7 @@ from longspan.models.adaptations import adapt_
 from longspan.models.checkpoint import find_checkpoint
 from longspan.models.hook import ATTENTION_NAME
 from longspan.models.leftovers import leftovers
+from longspan.models.lora import ADAPTER_CONFIG, merge_lora
 from longspan.models.packed_linear import Bits, linear_names, replace_, round_linears_
 from longspan.models.quantization import QuantizedCheckpoint, check_quantization, dense_config, quantization_of
 from longspan.models.recall import recall_path
@@ -160,6 +161,7 @@ def load_model(
     show_progress: bool,
     device: torch.device = CPU,
     quantization: QuantizationName = "none",
+    lora: str | None = None,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> nn.Module:
     """Load weights from safetensors, memory-mapped where file and model agree on the dtype.
@@ -172,6 +174,7 @@ def load_model(
         show_progress: whether to draw a progress bar on standard error.
         device: device of the weights.
         quantization: which linear layers stay or become small.
+        lora: directory of an adapter that is merged into the weights, or None.
         tell: takes a line for the user, about tensors that are left out.
 
     Raises:
@@ -184,6 +187,8 @@ def load_model(
     config = load_config(model)[0]
     loaded, kept, info = _build(model, config, dtype, quantization)
     _check_tensors(model, config, info, tell)
+    if lora is not None:
+        loaded = merge_lora(loaded, lora)
     for module_name, matrix in kept.items():
         replace_(loaded, module_name, matrix)
     if (bits := ROUNDED_BITS.get(quantization)) is not None:
@@ -203,6 +208,7 @@ def _build(
         missing, unexpected or of another shape.
     """
     name, is_offline = _source(model)
+    _check_no_adapter(model, name)
     stored = open_quantized(model, config)
     kept: dict[str, PackedMatrix] = {}
     options = {
@@ -249,6 +255,15 @@ def model_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(dense_config(config), dtype=dtype)
     return model
+
+
+def _check_no_adapter(model: str, name: str) -> None:
+    """Refuse an adapter beside the weights, which Transformers would apply if it finds peft, and else ignore."""
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"model: got {model!r}, which has {ADAPTER_CONFIG} beside the weights; legal is an adapter in a directory "
+            "of its own, named by the option lora"
+        )
 
 
 def _check_tensors(model: str, config: PreTrainedConfig, info: dict[str, Any], tell: Callable[[str], None]) -> None:

@@ -72,6 +72,7 @@ def load_weights(start: Start, device: torch.device, *, show_progress: bool, tel
         show_progress=show_progress,
         device=device,
         quantization=start.config.quantization,
+        lora=start.config.lora,
         tell=_tell if tells else _ignore,
     )
     speed_up_(model, SPEEDUPS if start.config.compile_dense else ALWAYS)
