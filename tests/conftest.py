@@ -7,12 +7,15 @@ import signal
 import sys
 import types
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 
 import pytest
 
 from longspan.cli.main import run_command
 from longspan.engine.cost_parameters import MEASURE
 
+OWN_CACHE = os.environ.get("XDG_CACHE_HOME")
 os.environ[MEASURE] = "never"  # also in processes that tests start: choices must not depend on the machine
 if os.environ.get("LONGSPAN_TEST_DEVICE", "cpu") == "cpu":  # `make test-gpu` says cuda
     # Before Triton is imported, and CUDA looked at; in processes that tests start, too.
@@ -39,6 +42,33 @@ def cache_home(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def smollm2(cache_home):
+    """Directory of the real model. It is made in the user's own cache, where it stays, and linked into the tests'."""
+    from longspan.models.smollm2 import PACKAGE, smollm2_path  # imports torch
+
+    if find_spec("gguf") is None or find_spec("accelerate") is None or not is_installed(PACKAGE):
+        pytest.skip("the extra smollm2 is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        if OWN_CACHE is None:
+            patch.delenv("XDG_CACHE_HOME")
+        else:
+            patch.setenv("XDG_CACHE_HOME", OWN_CACHE)
+        path = smollm2_path()
+    link = cache_home / "longspan" / path.name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(path)
+    return path
+
+
+def is_installed(package):
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ Holds values and their legal ranges, each stated at its field. Must not know tor
 Read next: `longspan.option`, the statement at a field; `longspan.llm` and `longspan.cli`, the two ways to set options.
 """
 
+import json
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -46,6 +47,21 @@ def parse_nodes(text: str, field: str = "nodes") -> tuple[int, ...]:
         raise ConfigError(f"{field}: got {text!r}, legal is a node per rank such as 0,0,1,1") from None
 
 
+def parse_overrides(text: str, field: str = "hf_overrides") -> dict[str, Any]:
+    """Fields of a model's config, from a JSON object.
+
+    Raises:
+        ConfigError: the text is no JSON object.
+    """
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{field}: got {text[:200]!r}, legal is a JSON object: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f'{field}: got {text[:200]!r}, legal is a JSON object such as {{"rope_parameters": {{...}}}}')
+    return fields
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Options for splitting and running one model.
 
@@ -54,7 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str
-    """Model to run: a directory, `recall` (the bundled model), or a Hub id."""
+    """Model to run: a directory, a `.gguf` file, `recall` or `smollm2` (models that come with it), or a Hub id."""
     device: Annotated[
         DeviceName, Option("Processor of the ranks; auto: GPUs, if there is one for each rank.", Group.MODEL)
     ] = "auto"
@@ -64,6 +80,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         DTypeName, Option("Of weights and KV; auto: float32 on a CPU, bfloat16 on a GPU.", Group.MODEL)
     ] = "auto"
     """Dtype of weights, activations and KV. `auto` is float32 on a CPU and bfloat16 on a GPU; float16 needs a GPU."""
+    hf_overrides: Annotated[
+        dict[str, Any] | None,
+        Option(
+            "Fields of the model's config, in place of its file's.",
+            Group.MODEL,
+            metavar="JSON",
+            parse=parse_overrides,
+            unset="none",
+        ),
+    ] = None
+    """Fields of the model's config in place of those of its file, as in vLLM; inner configs are merged field by field.
+    Example: `{"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}`."""
     quantization: Annotated[
         QuantizationName,
         Option("Small weights, on a CPU; keep: as the files have them; none: all dense.", Group.MODEL),
@@ -300,8 +328,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str):
-            raise ConfigError(f"model: got {self.model!r}, legal is a text: a directory, 'recall' or a Hub id")
+            raise ConfigError(f"model: got {self.model!r}, legal is a text that names one")
         check_options(self)
+        self._check_overrides()
         self._check_device()
         if self.topology is not None and self.measure == "again":
             raise ConfigError("measure: got 'again' with a topology file, whose numbers hold, legal is auto or never")
@@ -319,6 +348,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.simulated_links is not None:
             parse_simulated_links(self.simulated_links, self.context_parallel_size)
         self._check_strategies()
+
+    def _check_overrides(self) -> None:
+        fields = self.hf_overrides
+        if fields is None:
+            return
+        try:
+            if isinstance(fields, dict) and all(isinstance(name, str) for name in fields):
+                json.dumps(fields)
+                return
+        except (TypeError, ValueError):
+            pass
+        raise ConfigError(f"hf_overrides: got {fields!r}, legal is a dict of fields of the model's config, as in JSON")
 
     def _check_strategies(self) -> None:
         if self.context_parallel_size == 1 or self.placement not in ("striped", "spill"):

@@ -138,7 +138,7 @@ class LLM(ClosedAtExit):
         """Load the model.
 
         Args:
-            model: a directory, `recall`, or a Hub id.
+            model: a directory, a `.gguf` file, `recall`, `smollm2`, or a Hub id.
             **options: fields of `longspan.config.EngineConfig`, for example `context_parallel_size=2`.
 
         Raises:
@@ -155,11 +155,12 @@ class LLM(ClosedAtExit):
         with early_ranks(config) as launcher:
             with quick_imports(for_good=False):
                 from longspan.engine.engine import Engine
+                from longspan.models.generation import tokenizer_end_ids
                 from longspan.models.inspect import check_proven
                 from longspan.models.loader import load_config, load_tokenizer
-            check_proven(load_config(model)[0])  # before anything that an unproven model may lack
+            check_proven(load_config(model, config.hf_overrides)[0])  # before anything that an unproven one may lack
             self.tokenizer = load_tokenizer(model)
-            self.engine = Engine(config, launcher=launcher)
+            self.engine = Engine(config, launcher=launcher, end_token_ids=tokenizer_end_ids(self.tokenizer))
             """Engine that runs the requests, for tools and tests that look deeper than text."""
         self.load_s = time.perf_counter() - started
         """Seconds until the ranks were ready."""

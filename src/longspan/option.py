@@ -76,7 +76,7 @@ class OptionField(NamedTuple):
     name: str
     option: Option
     kind: type
-    """Type of the value: int, float, bool, str or tuple."""
+    """Type of the value: int, float, bool, str, tuple or dict."""
     choices: tuple[str, ...]
     """Legal texts; empty if the annotation does not list them."""
     is_optional: bool

@@ -95,6 +95,32 @@ class ExpertWeights(msgspec.Struct, frozen=True):
         return ExpertWeights(-(-self.num_parameters // size), self.num_experts, self.num_chosen)
 
 
+class RopeLengths(msgspec.Struct, frozen=True):
+    """Dependence of RoPE's frequencies on the length of a request.
+
+    The length that counts for a row is the prompt's for a prompt token, and `position + 1` for a generated one, as on
+    one device, where a prompt is one pass and every generated token another.
+    """
+
+    same_up_to: int
+    """Length up to which all requests have the same frequencies."""
+    is_each_different: bool
+    """Whether every greater length has frequencies of its own; else all of them have the same."""
+    is_recomputed: bool
+    """Whether a request is computed again from its start, with the frequencies of greater lengths, once it exceeds
+    `same_up_to` by a generated token."""
+
+    def counted(self, length: int) -> int:
+        """A length for all lengths with the frequencies of this one."""
+        if length <= self.same_up_to:
+            return self.same_up_to
+        return length if self.is_each_different else self.same_up_to + 1
+
+    def hash_root(self, length: int) -> bytes:
+        """What page hashes of a request must begin with, whose rows count at least this length."""
+        return b"" if length <= self.same_up_to else self.counted(length).to_bytes(8, "little")
+
+
 class ModelSpec(msgspec.Struct, frozen=True):
     """Facts of a model that driver and scheduler need; no weights, no torch."""
 
@@ -104,7 +130,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     max_position: int | None
     """Longest sequence that the model's config admits, in tokens, or None when it does not say."""
     eos_token_ids: tuple[int, ...]
-    """End tokens of generation_config, any of which ends a request."""
+    """Tokens any of which ends a request; see Note [End tokens] in `longspan.models.generation`."""
     kv_groups: tuple[KVGroup, ...]
     layer_params: tuple[AttentionParams, ...]
     """Attention parameters of each layer."""
@@ -114,6 +140,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     """Bytes of all weights, embeddings included."""
     experts: ExpertWeights | None = None
     """Part of `num_parameters` that lies in experts; None where every token meets every weight."""
+    rope_lengths: RopeLengths | None = None
+    """How RoPE depends on a request's length; None where it does not."""
 
     @property
     def active_parameters(self) -> float:

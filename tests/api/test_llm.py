@@ -285,30 +285,15 @@ def write_config(path, model_type, **options):
     return str(path)
 
 
-ROPE = {"rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 1024}
-
-
 @pytest.mark.parametrize(
     ("model_type", "options", "message"),
     [
-        ("gpt2", {}, "model_type: got 'gpt2', proven is llama, mistral, "),
-        ("mixtral", {}, "model_type: got 'mixtral', proven is llama, mistral, "),
+        ("bloom", {}, "model_type: got 'bloom', proven is "),
+        ("falcon", {}, "model_type: got 'falcon', proven is "),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "dynamic", **ROPE}},
-            "rope_type: got 'dynamic', proven is default, linear, llama3, yarn",
-        ),
-        (
-            "llama",
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "short_factor": [1.0] * 64,
-                    "long_factor": [2.0] * 64,
-                    **ROPE,
-                }
-            },
-            "rope_type: got 'longrope', proven is default, linear, llama3, yarn",
+            {"rope_parameters": {"rope_type": "axial", "rope_theta": 10000.0}},
+            "rope_type: got 'axial', proven is default, dynamic, longrope, linear, llama3, proportional, yarn",
         ),
         (
             "qwen2",
@@ -321,7 +306,7 @@ ROPE = {"rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings"
             "use_bidirectional_attention: got True, proven is false",
         ),
     ],
-    ids=["gpt2", "mixtral", "dynamic", "longrope", "quantized", "bidirectional"],
+    ids=["bloom", "falcon", "axial", "quantized", "bidirectional"],
 )
 def test_rejects_models_that_are_not_proven_before_it_looks_for_weights(tmp_path, model_type, options, message):
     path = write_config(tmp_path, model_type, **options)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from tiny_models import write_model
 
 from longspan.cli.generate import read_prompt
 from longspan.config import EngineConfig
@@ -408,9 +410,11 @@ def test_rejects_commands_that_do_not_exist(longspan):
 
 
 def test_rejects_models_that_are_not_there(longspan, tmp_path):
-    for name in (str(tmp_path / "missing"), "./missing", "a/b/c", "", " "):
+    for name in (str(tmp_path / "missing"), "./missing", "a/b/c", "missing.gguf", "", " "):
         outcome = longspan("generate", name, *THREADS, "--prompt", "a")
-        assert_refused(outcome, "model", repr(name), "legal is a model directory, 'recall' or a Hub id")
+        assert_refused(
+            outcome, "model", repr(name), "legal is a model directory, a .gguf file, 'recall', 'smollm2' or a Hub id"
+        )
     (tmp_path / "file").touch()
     assert_refused(longspan("generate", str(tmp_path / "file"), "--prompt", "a"), "model", "legal is a model directory")
     assert_refused(longspan("generate", str(tmp_path), "--prompt", "a"), "model", str(tmp_path), "config.json")
@@ -419,19 +423,22 @@ def test_rejects_models_that_are_not_there(longspan, tmp_path):
 def test_rejects_a_hub_id_that_cannot_be_reached(longspan, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     outcome = longspan("generate", "nobody/nothing", *THREADS, "--prompt", "a")
-    assert_refused(outcome, "model", "'nobody/nothing'", "legal is a model directory, 'recall' or a Hub id")
+    assert_refused(
+        outcome,
+        "model",
+        "'nobody/nothing'",
+        "legal is a model directory, a .gguf file, 'recall', 'smollm2' or a Hub id",
+    )
 
 
 def test_rejects_unproven_families_and_rope_types(longspan, recall_copy):
     arguments = ("generate", str(recall_copy), *THREADS, "--prompt", "a")
     config = recall_copy / "config.json"
     whole = config.read_text()
-    for rope in ("dynamic", "longrope"):
-        extra = {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8, "original_max_position_embeddings": 64}
-        change_json(config, rope_parameters={"rope_type": rope, "rope_theta": 1e4, "factor": 2.0, **extra})
-        assert_refused(longspan(*arguments), "rope_type", repr(rope), "proven is default, linear, llama3, yarn")
-    config.write_text('{"model_type": "gpt2"}')
-    assert_refused(longspan(*arguments), "model_type", "'gpt2'", "proven is llama")
+    change_json(config, rope_parameters={"rope_type": "axial", "rope_theta": 1e4})
+    assert_refused(longspan(*arguments), "rope_type", "'axial'", "proven is default, dynamic, longrope, linear, llama3")
+    config.write_text('{"model_type": "bloom"}')
+    assert_refused(longspan(*arguments), "model_type", "'bloom'", "proven is ")
     config.write_text('{"model_type": "never-heard-of"}')
     assert_refused(longspan(*arguments), "model", str(recall_copy), "config")
     for broken in ("", "{", "[]"):
@@ -453,6 +460,45 @@ def test_rejects_models_with_missing_or_broken_parts(longspan, recall_copy):
     weights.write_bytes(whole)
     (recall_copy / "tokenizer.json").write_text("{")
     assert_refused(longspan(*arguments), "model", str(recall_copy), "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"tokenizer.json": "{"},
+        {"tokenizer.json": "[]"},
+        {"tokenizer.json": '{"model": {"type": "NeverHeardOf"}}'},
+        {"tokenizer.json": "", "tokenizer_config.json": "{"},
+        {"tokenizer_config.json": '{"tokenizer_class": "NoSuchTokenizer", "added_tokens_decoder": {"x": 1}}'},
+        {"tokenizer_config.json": "[1]"},
+    ],
+)
+def test_rejects_every_broken_tokenizer_in_one_line(longspan, recall_copy, broken):
+    for name, text in broken.items():
+        (recall_copy / name).write_text(text)
+    outcome = longspan("generate", str(recall_copy), *THREADS, "--prompt", "a")
+    assert_refused(outcome, "model", str(recall_copy), "its tokenizer cannot be loaded")
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "qwen2", "llama"])
+def test_rejects_models_without_a_tokenizer(longspan, tmp_path, model_type):
+    path = write_model(tmp_path / "model", model_type)
+    outcome = longspan("generate", path, *THREADS, "--prompt", "Hello there")
+    assert_refused(outcome, "model", path, "its tokenizer cannot be loaded")
+
+
+def test_rejects_attention_that_transformers_passes_over(longspan, recall_copy):
+    dual = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    change_json(recall_copy / "config.json", dual_chunk_attention_config=dual)
+    outcome = longspan("generate", str(recall_copy), *THREADS, "--prompt", "a")
+    assert_refused(outcome, "dual_chunk_attention_config: got {'chunk_size': 262144", "proven is none")
+
+
+def test_the_error_names_a_prefix_of_all_tensors(longspan, recall_copy):
+    file = recall_copy / "model.safetensors"
+    save_file({f"language_model.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    outcome = longspan("generate", str(recall_copy), *THREADS, "--prompt", "a")
+    assert_refused(outcome, "its tensors begin with 'language_model.', which this model's do not")
 
 
 # -- too long ----------------------------------------------------------------------------------------------------------

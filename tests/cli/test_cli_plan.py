@@ -17,8 +17,10 @@ from planned import (
 from longspan.cli.main import cli
 from longspan.cli.plan_plot import check_plot
 from longspan.cli.plan_text import print_plan
+from longspan.costmodel.model_time import StepOptions, decode_bytes, prefill_flops
 from longspan.errors import ConfigError
 from longspan.models.shape import load_shape
+from longspan.planner.memory_fit import request_kv_bytes
 from longspan.planner.report import make_plan
 from longspan.types import ExpertWeights
 
@@ -36,6 +38,47 @@ QWEN3_30B_A3B = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
     "vocab_size": 151936,
+}
+LLAMA_4_SCOUT = {
+    "model_type": "llama4",
+    "text_config": {
+        "model_type": "llama4_text",
+        "attention_chunk_size": 8192,
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "max_position_embeddings": 10485760,
+        "num_attention_heads": 40,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 1,
+        "rope_scaling": {
+            "factor": 16.0,
+            "high_freq_factor": 1.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "vocab_size": 202048,
+    },
+    "vision_config": {"model_type": "llama4_vision_model"},
+}
+GEMMA_3_27B = {
+    "model_type": "gemma3",
+    "text_config": {
+        "head_dim": 128,
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "model_type": "gemma3_text",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 62,
+        "num_key_value_heads": 16,
+        "query_pre_attn_scalar": 168,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"model_type": "siglip_vision_model"},
 }
 NOT_RUN = LLAMA_3_8B | {"model_type": "beam", "num_hidden_layers": 2}
 
@@ -101,6 +144,51 @@ def test_a_mixture_of_experts_holds_all_weights_and_reads_those_that_its_tokens_
     assert shape.intermediate_size == 8 * 768
     assert shape.divided(4).spec.active_parameters == pytest.approx(shape.spec.active_parameters / 4)
     assert shape.not_run is None
+
+
+def test_chunks_take_no_more_memory_than_a_chunk_and_a_step(tmp_path):
+    shape = load_shape(write_config(tmp_path, LLAMA_4_SCOUT), "bfloat16")
+    embeddings, expert, attention = 2 * 202048 * 5120, 3 * 5120 * 8192, 5120 * 128 * (40 + 8 + 8 + 40)
+    layer = attention + 5120 * 16 + 2 * 5120 + expert  # the shared expert
+    assert shape.num_weights == embeddings + 48 * (layer + 16 * expert) + 5120
+    assert shape.spec.experts == ExpertWeights(48 * 16 * expert, 16, 1)
+    assert shape.spec.max_position == 10485760
+    assert shape.not_run is None
+    assert {group.spec.chunk: len(group.layers) for group in shape.spec.kv_groups} == {8192: 36, None: 12}
+    options, million, layer_bytes = StepOptions(), 2**20, 2 * 8 * 128 * 2
+    held = request_kv_bytes(shape, million, 1, options)
+    assert held == layer_bytes * (12 * million + 36 * (8192 + options.max_num_batched_tokens + 2 * options.page_size))
+    pairs = 12 * million * (million + 1) / 2 + 36 * (million / 8192) * 8192 * 8193 / 2 - million * (million + 1) / 2
+    weights = shape.spec.active_parameters - shape.unread_weights()
+    assert prefill_flops(shape, million) == pytest.approx(
+        2 * weights * million + 2 * shape.num_logit_weights + pairs * 2 * 40 * 256, rel=1e-12
+    )
+    read = shape.spec.active_parameters + shape.num_logit_weights
+    assert decode_bytes(shape, million + 99) == 2 * read + layer_bytes * (12 * (million + 100) + 36 * 100)
+
+
+def test_a_million_tokens_of_llama_4_are_planned(plan, tmp_path):
+    text = plan(write_config(tmp_path, LLAMA_4_SCOUT), "--gpu", "h200", "--context", "1M")
+    assert "108 G weights in bfloat16" in text
+    assert "the model's config admits 10,485,760 tokens" in text
+    assert "1M " in text
+    assert "(!)" not in text
+
+
+def test_the_text_part_of_a_multimodal_model_is_planned(plan, tmp_path):
+    shape = load_shape(write_config(tmp_path, GEMMA_3_27B), "bfloat16")
+    assert round(shape.num_weights / 1e9, 1) == 27.0
+    assert {group.spec.window: len(group.layers) for group in shape.spec.kv_groups} == {1024: 52, None: 10}
+    assert shape.not_run is None
+    assert "27 G weights" in plan(write_config(tmp_path, GEMMA_3_27B), "--gpu", "h200", "--context", "128k")
+
+
+def test_overrides_stand_in_place_of_the_files_fields(plan, tmp_path):
+    overrides = {"text_config": {"num_hidden_layers": 6}}
+    shape = load_shape(write_config(tmp_path, GEMMA_3_27B), "bfloat16", overrides)
+    assert shape.spec.num_layers == 6
+    text = plan(write_config(tmp_path, GEMMA_3_27B), "--gpu", "h200", "--hf-overrides", json.dumps(overrides))
+    assert "3.89 G weights" in text
 
 
 def test_a_directory_and_a_file_of_any_name_are_the_same_model(tmp_path):

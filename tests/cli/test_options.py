@@ -63,7 +63,7 @@ def test_every_option_says_what_it_is_in_one_line():
         assert unsaid <= {"model"}
         for field in option_fields(config):
             assert re.fullmatch(r"[A-Za-z][^\n]*\.", field.option.help), field.name
-            assert field.rule or field.kind in (str, tuple), field.name
+            assert field.rule or field.kind in (str, tuple, dict), field.name
 
 
 def test_a_default_is_legal():

@@ -150,7 +150,7 @@ class World:
         with (
             mock.patch.multiple(
                 engine_module,
-                load_config=lambda _: (SimpleNamespace(get_text_config=lambda: text), None),
+                load_config=lambda *_: (SimpleNamespace(get_text_config=lambda: text), None),
                 inspect_model=lambda *_: model,
             ),
             self._simulated_ranks(),

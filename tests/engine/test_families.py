@@ -127,6 +127,8 @@ def test_every_head_ratio_occurs():
         ("gemma2", "pass_kv", "triton"),
         ("smollm3-window", "gather_kv", "reference"),
         ("smollm3-window", "gather_kv", "triton"),
+        ("llama4", "pass_kv", "reference"),
+        pytest.param("llama4", "pass_q", "triton", marks=pytest.mark.slow),
     ],
 )
 def test_other_backends_give_the_same_tokens(family, strategy, backend):

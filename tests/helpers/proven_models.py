@@ -31,6 +31,17 @@ ROUTED = {
     "topk_group": 1,
     "norm_topk_prob": True,
 }
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "no_rope_layers": [1, 1, 0, 1],
+    "attention_chunk_size": 28,
+    "floor_scale": 40,
+    "attn_scale": 0.4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 1,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+}
 NO_GROUPS = {"num_key_value_heads": None, "head_dim": None}
 NO_HEAD_DIM = {"head_dim": None, "num_attention_heads": 4}
 PROMPT_LENS = (1, 31, 97, 330)
@@ -123,6 +134,17 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
         {**EXPERTS, **LAYERS, "shared_expert_intermediate_size": 32, "mlp_layer_types": [DENSE, SPARSE, SPARSE]},
     ),
     "llama": ("llama", {}),
+    "llama4_text": ("llama4_text", LLAMA4),
+    "llama4_text-interleaved": (
+        "llama4_text",
+        {
+            **LLAMA4,
+            "num_experts_per_tok": 2,
+            "moe_layers": [1, 3],
+            "use_qk_norm": False,
+            "no_rope_layers": [1, 0, 0, 1],
+        },
+    ),
     "mellum": ("mellum", {**EXPERTS, **LAYERS}),
     "mimo_v2_flash": ("mimo_v2_flash", {**ROUTED, **LAYERS, "v_head_dim": 12, "n_shared_experts": None}),
     "minimax_m2": ("minimax_m2", LOCAL_EXPERTS),

@@ -38,10 +38,10 @@ class Command:
 
 
 @contextlib.contextmanager
-def command(*options):
+def command(*options, model="recall"):
     """A server that is ready; it and its workers are gone afterwards."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "longspan", "serve", "recall", "--port", "0", *options],
+        [sys.executable, "-m", "longspan", "serve", str(model), "--port", "0", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -103,12 +103,14 @@ def error_of(answer, status):
 
 
 @contextmanager
-def serving(model: TinyModel | None = None, *, config: ServerConfig | None = None, **options) -> Iterator[Served]:
+def serving(
+    model: TinyModel | None = None, *, config: ServerConfig | None = None, defaults=None, **options
+) -> Iterator[Served]:
     """A server in a thread; afterwards every page must be free again."""
     model = model or served_model()
     with tiny_engine(model, **options) as engine:
         async_engine = AsyncEngine(engine, max_queued_requests=(config or ServerConfig()).max_queued_requests)
-        state = make_state(async_engine, load_tokenizer(model.path), config or ServerConfig())
+        state = make_state(async_engine, load_tokenizer(model.path), config or ServerConfig(), defaults)
         server = uvicorn.Server(
             uvicorn.Config(make_app(state), port=0, http=HttpProtocol, lifespan="off", log_config=None)
         )

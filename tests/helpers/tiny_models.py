@@ -93,6 +93,20 @@ FAMILIES: dict[str, tuple[str, Mapping[str, object]]] = {
             "layer_types": [_SLIDING, _FULL, _SLIDING],
         },
     ),
+    "llama4": (
+        "llama4_text",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 1, 1],
+            "attention_chunk_size": 22,
+            "floor_scale": 24,
+            "attn_scale": 0.4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_layers": [1, 2, 3],
+            "intermediate_size_mlp": 96,
+        },
+    ),
     "gemma2": (
         "gemma2",
         {

@@ -37,15 +37,15 @@ def test_rejects_a_model_whose_mask_nobody_saw():
         AttentionMaskInterface.register(hook.ATTENTION_NAME, registered)
 
 
-@pytest.mark.parametrize("window", [7, 9, None])
-def test_rejects_a_mask_that_is_not_the_window_that_the_layer_was_given(monkeypatch, window):
+@pytest.mark.parametrize(("window", "rule"), [(7, "window 7"), (9, "window 9"), (None, "chunks of 8")])
+def test_rejects_a_mask_that_is_not_the_window_that_the_layer_was_given(monkeypatch, window, rule):
     honest = hook.AttentionCall
 
     def other_window(**fields):
         return honest(**{**fields, "window": window})
 
     monkeypatch.setattr(hook, "AttentionCall", other_window)
-    with pytest.raises(UnsupportedModelError, match=f"window {window}'"):
+    with pytest.raises(UnsupportedModelError, match=f"causal, {rule}'"):
         inspect.inspect_model(CONFIG, None, torch.float32)
 
 

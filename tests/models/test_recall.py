@@ -14,7 +14,7 @@ from recall_oracle import expected_logits, expected_next
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longspan.errors import ConfigError
-from longspan.models import recall
+from longspan.models import model_cache, recall
 from longspan.models.recall import build_recall, recall_path
 from longspan.models.recall_tokenizer import BOS_ID, EOS_ID, NUM_BYTES, SEP_ID, SPECIAL_TOKENS
 from longspan.models.recall_weights import HEAD_DIM, MAX_CONTEXT_LEN, RECALL_VARIANTS, answer_codes
@@ -43,7 +43,7 @@ def tokenizer(model_paths):
 def cache_home(tmp_path, monkeypatch):
     """An empty cache directory for `recall_path`, on every platform."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(recall.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(model_cache.platformdirs, "user_cache_path", lambda name: tmp_path / name)
     return tmp_path
 
 

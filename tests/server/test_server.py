@@ -105,6 +105,20 @@ def test_defaults_are_those_of_openai(server, llm):
     assert answer["model"] == server.state.model_name
 
 
+def test_a_models_own_defaults_hold_where_a_request_says_nothing(llm):
+    own = {"temperature": 0.3, "top_k": 5, "repetition_penalty": 1.3, "max_tokens": 9}
+    with serving(defaults=own) as server:
+        expected = alone(llm, **{**own, "seed": 3, "max_tokens": 16}).outputs[0]
+        assert server.ok(COMPLETIONS, prompt=PROMPT, seed=3)["choices"][0]["text"] == expected.text
+        expected = alone(llm, temperature=0, max_tokens=16, repetition_penalty=1.3, top_k=5).outputs[0]
+        assert server.ok(COMPLETIONS, prompt=PROMPT, temperature=0)["choices"][0]["text"] == expected.text
+        chats = [
+            server.ok(CHAT, messages=MESSAGES, logit_bias={"257": -100}, **fields)["usage"]["completion_tokens"]
+            for fields in ({}, {"max_tokens": 20}, {"min_tokens": 12}, {"temperature": None})
+        ]
+        assert chats == [9, 20, 12, 9]
+
+
 def test_an_answer_has_the_documented_shape(server):
     answers = [server.ok(COMPLETIONS, prompt=PROMPT, temperature=0) for _ in range(2)]
     assert len({answer["id"] for answer in answers}) == 2

@@ -5,9 +5,11 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -16,6 +18,8 @@ import openai
 import pydantic
 import pytest
 from served_command import FACT, FILLER, QUESTION, command
+
+from longspan.models.recall import recall_path
 
 pytestmark = pytest.mark.processes
 
@@ -317,3 +321,52 @@ def test_an_idle_server_notices_that_a_worker_died(cache_home):
         os.kill(second[0], signal.SIGKILL)
         assert served.process.wait(timeout=30) == 1
         assert "the ranks were started again once within 600 s before (max_restarts)" in served.said()
+
+
+# -- models of their own -----------------------------------------------------------------------------------------------
+
+
+def test_a_real_model_talks_to_openais_client(smollm2):
+    with (
+        command("--context-parallel-size", "2", "--kv-cache-memory", "128Mi", model="smollm2") as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        answer = client.chat.completions.create(model="smollm2", messages=messages, temperature=0)
+        assert "Paris" in answer.choices[0].message.content
+        assert answer.choices[0].finish_reason == "stop"
+        stream = client.chat.completions.create(model="smollm2", messages=messages, temperature=0, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer.choices[0].message.content
+
+
+@pytest.mark.parametrize("source", ["auto", "none"])
+def test_sampling_defaults_come_from_the_models_files(cache_home, tmp_path, source):
+    path = shutil.copytree(recall_path(), tmp_path / "model")
+    (path / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 1, "eos_token_id": 257}')
+    options = ("--generation-config", source, "--kv-cache-memory", "32Mi")
+    with command(*options, model=path) as served:
+        assert ("sampling defaults of generation_config.json: temperature 0.5, top_k 1\n" in served.said()) == (
+            source == "auto"
+        )
+        # One token is left to draw from, or all of them.
+        body = {"prompt": "abc", "max_tokens": 12, "temperature": 1000.0}
+        answers = [
+            httpx.post(f"{served.url}/v1/completions", json=body | {"seed": i}, timeout=60).json() for i in range(3)
+        ]
+    assert (len({answer["choices"][0]["text"] for answer in answers}) == 1) == (source == "auto")
+
+
+def test_rejects_sampling_defaults_that_are_illegal(cache_home, tmp_path):
+    path = shutil.copytree(recall_path(), tmp_path / "model")
+    (path / "generation_config.json").write_text('{"top_p": 3.0}')
+    done = subprocess.run(
+        [sys.executable, "-m", "longspan", "serve", str(path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "longspan: generation_config.json: top_p: got 3.0, legal is a number"
+    )

@@ -41,7 +41,10 @@ def test_who_computes_alone_borrows_from_the_plans_other_ranks(phase, num_ranks,
 
 
 def test_ranks_with_one_thread_and_large_layers_lend():
-    spec, large = SimpleNamespace(num_layers=2), nn.Linear(MIN_LAYER_BYTES // 4, 2, bias=False)
+    spec, large = (
+        SimpleNamespace(num_layers=2, num_parameters=1, active_parameters=1),
+        nn.Linear(MIN_LAYER_BYTES // 4, 2, bias=False),
+    )
     assert lends(1, large, spec)
     assert not lends(2, large, spec)
     assert not lends(1, nn.Linear(MIN_LAYER_BYTES // 4 - 1, 2, bias=False), spec)
@@ -77,7 +80,7 @@ def test_real_ranks_that_lend_their_threads_give_the_tokens_of_transformers(tmp_
     torch.manual_seed(0)
     shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 2, "vocab_size": 300}
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=8, num_key_value_heads=2, eos_token_id=0, **shape)).eval()
-    assert lends(1, model, SimpleNamespace(num_layers=2))
+    assert lends(1, model, SimpleNamespace(num_layers=2, num_parameters=1, active_parameters=1))
     model.save_pretrained(tmp_path)
     prompt = [(7 * i * i + 3) % 299 + 1 for i in range(200)]
     with torch.inference_mode():

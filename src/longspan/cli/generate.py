@@ -39,7 +39,7 @@ def generate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Continue one prompt with MODEL: a directory, `recall` (the bundled model), or a Hub id.
+    """Continue one prompt with MODEL: a directory, a .gguf file, `recall`, `smollm2`, or a Hub id.
 
     The text goes to standard output, progress to standard error.
     """

@@ -5,10 +5,17 @@ Read next: `longspan.models.families`.
 """
 
 import json
+from typing import Any
 
 import click
 
-from longspan.models.families import PROVEN_FAMILIES, TRANSFORMERS_VERSIONS, installed_version, version_of
+from longspan.models.families import (
+    PROVEN_FAMILIES,
+    TRANSFORMERS_VERSIONS,
+    installed_version,
+    proven_text_parts,
+    version_of,
+)
 
 
 @click.command()
@@ -16,7 +23,7 @@ from longspan.models.families import PROVEN_FAMILIES, TRANSFORMERS_VERSIONS, ins
 def models(as_json: bool) -> None:
     """List the model families whose tokens are proven to be those of Transformers."""
     installed = installed_version()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "model_type": model_type,
             "transformers": f">={family.since},<{TRANSFORMERS_VERSIONS[1]}",
@@ -26,10 +33,12 @@ def models(as_json: bool) -> None:
         for model_type, family in sorted(PROVEN_FAMILIES.items())
     ]
     if as_json:
-        click.echo(json.dumps({"installed_transformers": installed, "families": rows}))
+        found = {"installed_transformers": installed, "families": rows, "text_parts": proven_text_parts()}
+        click.echo(json.dumps(found))
         return
     width = max(map(len, PROVEN_FAMILIES))
     click.echo(f"{'model_type':<{width}}  transformers  beyond dense layers of full attention")
     for row in rows:
         needs = ", ".join(map(str, row["needs"])) + ("" if row["runs_here"] else f" (installed: {installed})")
         click.echo(f"{row['model_type']:<{width}}  {row['transformers']:<12}  {needs}".rstrip())
+    click.echo(f"\nand the text parts of multimodal repositories: {', '.join(proven_text_parts())}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast, get_args
 import click
 import msgspec
 
+from longspan.config import parse_overrides
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
 from longspan.quantities import parse_size, parse_tokens
@@ -44,6 +45,7 @@ def _dtypes() -> click.Choice[str]:
     "--memory-utilization", type=float, default=0.9, show_default=True, help="Share that weights and KV may take."
 )
 @click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step.")
+@click.option("--hf-overrides", metavar="JSON", help="Fields of the model's config, in place of its file's.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object on standard output.")
 @click.option("--plot", metavar="FILE.png", help="Write a picture of time and memory against the context.")
 def plan(
@@ -58,16 +60,19 @@ def plan(
     dtype: str | None,
     memory_utilization: float,
     max_num_batched_tokens: int,
+    hf_overrides: str | None,
     as_json: bool,
     plot: str | None,
 ) -> None:
-    """Predict memory and time of MODEL (a directory, a config file, `recall`, or a Hub id) on a cluster.
+    """Predict memory and time of MODEL on a cluster.
 
-    Reads the model's config only. What is assumed stands in the output.
+    MODEL is a directory, a config file, a .gguf file, `recall`, `smollm2`, or a Hub id; its config only is read. What
+    is assumed stands in the output.
     """
     contexts = [parse_tokens(text) for text in context.split(",")]
     if len(set(contexts)) < len(contexts):
         raise ConfigError(f"context: got {context!r} with a length twice, legal are different lengths")
+    overrides = None if hf_overrides is None else parse_overrides(hf_overrides)
     memory_bytes = None if memory is None else parse_size(memory, "memory")
     described = _cluster(gpu, gpus_per_node, nodes, cluster, memory_bytes)
     if plot is not None:
@@ -83,7 +88,7 @@ def plan(
         from longspan.planner.report import make_plan
 
     report = make_plan(
-        load_shape(model, planned_dtype),
+        load_shape(model, planned_dtype, overrides),
         described,
         sorted(contexts),
         model=model,

@@ -41,7 +41,7 @@ MAX_RESTARTS = 10
     },
 )
 def serve(model: str, **options: Any) -> None:
-    """Serve MODEL (a directory, `recall`, or a Hub id) to clients of OpenAI's API.
+    """Serve MODEL (a directory, a .gguf file, `recall`, `smollm2`, or a Hub id) to clients of OpenAI's API.
 
     SIGTERM or Ctrl-C: no new requests, the running ones end, exit code 0. A second one ends at once.
     """

@@ -160,7 +160,7 @@ def plan_group(
     node_of_rank: Sequence[int] | None = None,
 ) -> GroupStep:
     """One KV group's step for query runs. Other arguments: `choose_strategy`."""
-    segments = make_segments(query_runs, tables, group.spec.window)
+    segments = make_segments(query_runs, tables, group.spec.window, group.spec.chunk)
     return choose_strategy(
         segments, tables, group, costs, forced=forced, block_len=block_len, node_of_rank=node_of_rank
     )

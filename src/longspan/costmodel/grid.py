@@ -40,7 +40,8 @@ def predict_step_choice(
 ) -> StepChoice:
     """The policy's choice for a step of `chunk` tokens behind `context` others."""
     table = striped_table(context + chunk, options.geometry(costs.topology.num_ranks))
-    segments = make_segments(step_runs(table, context, context + chunk), {0: table}, group.spec.window)
+    runs = step_runs(table, context, context + chunk)
+    segments = make_segments(runs, {0: table}, group.spec.window, group.spec.chunk)
     phase = Phase.DECODE if chunk == 1 else Phase.PREFILL
     if all(s.query_rank == s.key_rank for s in segments):
         return StepChoice(phase, group_idx, chunk, context, Strategy.LOCAL, {})

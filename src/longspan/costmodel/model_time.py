@@ -151,7 +151,8 @@ def predict_step(
 def _attention(runs: Sequence[QueryRun], table: PageTable, group: KVGroup, costs: Costs) -> tuple[Strategy, float]:
     """Strategy and seconds of one layer's attention."""
     tables = {_REQUEST_ID: table}
-    step, prediction = best_candidate(make_segments(runs, tables, group.spec.window), tables, group, costs)
+    segments = make_segments(runs, tables, group.spec.window, group.spec.chunk)
+    step, prediction = best_candidate(segments, tables, group, costs)
     return step.strategy, prediction.total_s
 
 
@@ -254,10 +255,8 @@ def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
     """
     total = 2.0 * (shape.spec.active_parameters - shape.unread_weights()) * prompt_len + 2.0 * shape.num_logit_weights
     for group in shape.spec.kv_groups:
-        window = min(prompt_len, group.spec.window or prompt_len)
-        pairs = window * (window + 1) / 2 + (prompt_len - window) * window
         num_layers = len(group.layers) - (shape.spec.num_layers - 1 in group.layers)
-        total += pairs * num_layers * group.pair_flops
+        total += group.spec.num_pairs(0, prompt_len) * num_layers * group.pair_flops
     return total
 
 
@@ -265,5 +264,5 @@ def decode_bytes(shape: ModelShape, context_len: int) -> float:
     """Fewest bytes that an output token reads on all devices: every weight that it meets, and the visible KV."""
     weights = (shape.spec.active_parameters + shape.num_logit_weights) * shape.itemsize_bytes
     return weights + sum(
-        group.token_bytes * min(context_len + 1, group.spec.window or context_len + 1) for group in shape.spec.kv_groups
+        group.token_bytes * (context_len + 1 - group.spec.first_key(context_len)) for group in shape.spec.kv_groups
     )

@@ -79,8 +79,8 @@ class ModelShape(msgspec.Struct, frozen=True):
                     "divisor of the query heads that divides the KV heads or is a multiple of them"
                 )
             layout = group.spec.layout.with_kv_heads(max(1, kv_heads // size))
-            spec = msgspec.structs.replace(group.spec, layout=layout)
-            groups.append(msgspec.structs.replace(group, spec=spec, num_query_heads=query_heads // size))
+            divided = msgspec.structs.replace(group.spec, layout=layout)
+            groups.append(msgspec.structs.replace(group, spec=divided, num_query_heads=query_heads // size))
         spec = msgspec.structs.replace(
             self.spec,
             kv_groups=tuple(groups),

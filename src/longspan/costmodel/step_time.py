@@ -32,24 +32,14 @@ class StepTime:
     def __init__(self, model: ModelSpec, num_threads: int) -> None:
         self.token_flops = 2.0 * max(1, model.active_parameters)
         """Flops of one token through all weights that it meets."""
-        self._groups = [(group.spec.window, len(group.layers) * group.pair_flops) for group in model.kv_groups]
-        windows = [window for window, _ in self._groups]
-        self.longest_window = None if None in windows else max(window for window in windows if window is not None)
-        """Longest sliding window of a layer in tokens; None if a layer has full attention."""
+        self._groups = [(group.spec, len(group.layers) * group.pair_flops) for group in model.kv_groups]
         self.flops_per_s = FIRST_FLOPS_PER_S * num_threads
         self.overhead_s = 0.0
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # weighted sums of 1, flops, seconds, flops^2, flops * seconds
 
     def attention_flops(self, start: int, end: int) -> float:
         """Flops of queries at positions `[start, end)` over all keys that they see."""
-        total = 0.0
-        for window, pair_flops in self._groups:
-            full_from = end if window is None else max(start, min(end, window))  # from here on a query sees a window
-            pairs = (full_from - start) * (start + full_from + 1) / 2
-            if window is not None:
-                pairs += (end - full_from) * window
-            total += pairs * pair_flops
-        return total
+        return sum(spec.num_pairs(start, end) * pair_flops for spec, pair_flops in self._groups)
 
     def chunk_flops(self, start: int, end: int) -> float:
         """Flops of tokens `[start, end)`, on all ranks together."""
@@ -57,9 +47,7 @@ class StepTime:
 
     def first_key(self, position: int) -> int:
         """The first position whose key a query at `position` sees in some layer."""
-        if self.longest_window is None:
-            return 0
-        return max(0, position - self.longest_window + 1)
+        return min(spec.first_key(position) for spec, _ in self._groups)
 
     def flops_within(self, step_s: float) -> float:
         """Flops that a rank is predicted to do in a step of `step_s`, a fifth of which is compute at least."""

@@ -17,6 +17,7 @@ from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout, query_rows
 from longspan.kv.layout import KVGroup, KVLayout
+from longspan.plan.segments import cut_runs
 from longspan.plan.types import GroupStep, QueryRun, Range
 from longspan.sharding.pages import KeyRun, PageTable
 from longspan.types import AttentionParams
@@ -45,8 +46,8 @@ class RankStep:
         return PoolLayout(self.tables, self.rank)
 
     def local_query_rows(self) -> dict[Range, int]:
-        """First packed row of every query run that this rank computes."""
-        return query_rows(self.query_runs, self.rank)
+        """First packed row of every query run that this rank computes, runs being cut where chunks end."""
+        return query_rows(cut_runs(self.query_runs, self.group.spec.chunk), self.rank)
 
 
 class MovementStrategy(Protocol):

@@ -178,7 +178,7 @@ def striped_from(
     fitting = (
         pages * config.context_parallel_size * config.page_size
         for group, pages in zip(model.kv_groups, num_pages, strict=True)
-        if group.spec.window is None
+        if group.spec.reach is None
     )
     longest = min(*fitting, model.max_position or LONGEST_LEN, LONGEST_LEN)
     return shortest_striped_len(shape, costs, step_options(config), longest) or LONGEST_LEN

@@ -28,6 +28,7 @@ from longspan.engine.recovery import fail_poison, fail_unfit
 from longspan.engine.stats import Capacity, EngineStats, RankStats, WorkDone
 from longspan.errors import ConfigError
 from longspan.group.messages import Start
+from longspan.models.gguf_files import is_gguf
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.models.lora import check_lora
@@ -43,11 +44,29 @@ IDLE_CHECK_S = 0.5
 """Seconds between checks of idle ranks: the death of one must be noticed before the next request."""
 
 
+def _completed(spec: ModelSpec, config: EngineConfig, end_token_ids: Sequence[int]) -> ModelSpec:
+    """Return a model's facts with what options and tokenizer add, and say on standard error what a user should know."""
+    groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
+    ends = {*spec.eos_token_ids, *end_token_ids}
+    ends = {token_id for token_id in ends if token_id < spec.vocab_size}  # others can never come
+    if is_gguf(config.model):
+        memory_gb, dtype = spec.weight_bytes / 1e9, spec.kv_groups[0].spec.compute_dtype
+        print(f"longspan: {config.model}: dequantised weights take {memory_gb:.2f} GB of {dtype}", file=sys.stderr)
+    if not ends:
+        print("longspan: the model names no end token: answers end by max_tokens or a stop text", file=sys.stderr)
+    return structs.replace(spec, kv_groups=tuple(groups), eos_token_ids=tuple(sorted(ends)))
+
+
 class Engine(ClosedAtExit):
     """Runs requests on the ranks of one cp_group. One thread may use it, except for methods that say otherwise."""
 
     def __init__(
-        self, config: EngineConfig, model: torch.nn.Module | None = None, launcher: Launcher | None = None
+        self,
+        config: EngineConfig,
+        model: torch.nn.Module | None = None,
+        launcher: Launcher | None = None,
+        *,
+        end_token_ids: Sequence[int] = (),
     ) -> None:
         """Check everything that can be checked before weights are loaded, then start the ranks.
 
@@ -55,6 +74,7 @@ class Engine(ClosedAtExit):
             config: what to run, and how.
             model: with the `threads` executor, a loaded module with the `longspan` attention function.
             launcher: launcher of ranks that are starting, as `early_ranks` yields it; None starts them here.
+            end_token_ids: tokens that end a request beside those of the model's configs: its tokenizer's.
 
         Raises:
             ConfigError: something in the config is illegal or not proven.
@@ -71,12 +91,11 @@ class Engine(ClosedAtExit):
             check_lora(config.lora)
         device, gpus = choose_device(config, model)
         config = structs.replace(config, device=device)
-        model_config, generation_config = load_config(config.model)
+        model_config, generation_config = load_config(config.model, config.hf_overrides)
         dtype = resolve_dtype(config.dtype, torch.device(device))
         spec = inspect_model(model_config, generation_config, dtype)
         spec = with_small_weights(spec, config.model, model_config, dtype, config.quantization)
-        groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
-        self.spec: ModelSpec = structs.replace(spec, kv_groups=tuple(groups))
+        self.spec: ModelSpec = _completed(spec, config, end_token_ids)
         hidden_size: int = model_config.get_text_config().hidden_size
         memory = rank_cache_memory(config, gpus, self.spec, hidden_size, is_loaded=model is not None)
         self.config = config = structs.replace(config, kv_cache_memory=memory)
@@ -274,7 +293,7 @@ class Engine(ClosedAtExit):
     def capacity(self) -> Capacity:
         """Return what the ranks can hold."""
         num_pages = self.ranks.told.num_pages
-        unbounded = [n for n, group in zip(num_pages, self.spec.kv_groups, strict=True) if group.spec.window is None]
+        unbounded = [n for n, group in zip(num_pages, self.spec.kv_groups, strict=True) if group.spec.reach is None]
         pages_per_rank = min(unbounded) if unbounded else num_pages[0]
         return Capacity(self.config.context_parallel_size, self.config.page_size, pages_per_rank)
 

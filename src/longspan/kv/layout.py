@@ -105,16 +105,53 @@ class KVLayout(msgspec.Struct, frozen=True, dict=True):
 
 
 class KVSpec(msgspec.Struct, frozen=True):
-    """Facts of one layer's attention: KV layout, compute dtype and sliding window."""
+    """Facts of one layer's attention: KV layout, compute dtype, and which earlier keys a query sees."""
 
     layout: KVLayout
     compute_dtype: str
     """Name of the torch dtype of queries and outputs, in which kernels compute."""
     window: int | None = None
-    """Sliding window in tokens (a query's own position counts), or None for full attention."""
+    """Sliding window in tokens (a query's own position counts), or None."""
+    chunk: int | None = None
+    """Tokens of a chunk: a query sees the keys of its own chunk alone, chunks being cut at multiples of this; or None.
+    A layer has a window, chunks, or full attention."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.chunk is not None:
+            raise ValueError(f"chunk: got {self.chunk} with a window of {self.window}, legal is one of them")
+
+    @property
+    def reach(self) -> int | None:
+        """Most keys that a query sees; None where it sees all keys before it."""
+        return self.window if self.chunk is None else self.chunk
+
+    def first_key(self, position: int) -> int:
+        """First position whose key a query at `position` sees. It never falls as `position` rises."""
+        if self.chunk is not None:
+            return position // self.chunk * self.chunk
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
+    def num_pairs(self, start: int, end: int) -> int:
+        """Pairs of a query at a position in `[start, end)` and a key that it sees."""
+        return self._pairs_before(end) - self._pairs_before(start)
+
+    def _pairs_before(self, end: int) -> int:
+        if self.chunk is not None:
+            whole, rest = divmod(end, self.chunk)
+            return (whole * self.chunk * (self.chunk + 1) + rest * (rest + 1)) // 2
+        growing = end if self.window is None else min(end, self.window)  # queries that see all keys before them
+        return growing * (growing + 1) // 2 + (end - growing) * (self.window or 0)
 
     @classmethod
-    def uniform(cls, num_kv_heads: int, k_width: int, v_width: int, dtype: str, window: int | None = None) -> "KVSpec":
+    def uniform(
+        cls,
+        num_kv_heads: int,
+        k_width: int,
+        v_width: int,
+        dtype: str,
+        window: int | None = None,
+        chunk: int | None = None,
+    ) -> "KVSpec":
         """Spec of keys and values that are stored, computed with and sent in one dtype, as in all models of today.
 
         Args:
@@ -122,10 +159,11 @@ class KVSpec(msgspec.Struct, frozen=True):
             k_width: elements of one key head.
             v_width: elements of one value head.
             dtype: name of a torch dtype.
-            window: sliding window in tokens, or None for full attention.
+            window: sliding window in tokens, or None.
+            chunk: tokens of a chunk, or None.
         """
         k, v = KVComponent("k", num_kv_heads, k_width, dtype), KVComponent("v", num_kv_heads, v_width, dtype)
-        return cls(KVLayout((k, v)), dtype, window)
+        return cls(KVLayout((k, v)), dtype, window, chunk)
 
 
 class KVGroup(msgspec.Struct, frozen=True, dict=True):

@@ -24,17 +24,17 @@ EVICT_PAGES = 64
 """Most pages that an eviction frees beyond need, so that a growing request gets a run of slots, not single slots."""
 
 
-def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], page_size: int) -> None:
+def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], page_size: int, root: bytes = b"") -> None:
     """Append to `hashes`, in place, the hashes of the full pages of `token_ids` that it lacks.
 
-    Hashes are stable between processes and releases.
+    Hashes are stable between processes and releases. `root` is what KV depends on beside tokens, at most 64 bytes.
     """
     first, last = len(hashes), len(token_ids) // page_size
     if first == last:
         return
     values = array("I", token_ids[first * page_size : last * page_size])
     for i in range(last - first):
-        before = hashes[-1] if hashes else b""
+        before = hashes[-1] if hashes else root
         page = values[i * page_size : (i + 1) * page_size].tobytes()
         hashes.append(blake2b(page, key=before, digest_size=16).digest())
 

@@ -11,9 +11,17 @@ from typing import Any
 
 from torch import nn
 
+from longspan.models.chosen_experts import compute_chosen_experts_
 from longspan.models.keywords import hand_on_keywords_
+from longspan.models.row_positions import give_positions_
+from longspan.models.row_rope import choose_frequencies_by_row_
 
-ADAPTATIONS: tuple[Callable[[Any], int], ...] = (hand_on_keywords_,)
+ADAPTATIONS: tuple[Callable[[Any], int], ...] = (
+    hand_on_keywords_,
+    give_positions_,
+    compute_chosen_experts_,
+    choose_frequencies_by_row_,
+)
 """Functions that change a model in place, each if it knows the model, and return the number of changed modules."""
 
 

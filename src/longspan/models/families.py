@@ -20,6 +20,7 @@ class Need(StrEnum):
     """Property of a family beyond dense layers of full attention."""
 
     WINDOWS = "sliding windows"
+    CHUNKS = "chunked attention"
     SOFTCAP = "softcapped scores"
     SINKS = "attention sinks"
     EXPERTS = "mixture of experts"
@@ -42,9 +43,9 @@ _WINDOWS_EXPERTS = Family(needs=(Need.WINDOWS, Need.EXPERTS))
 PROVEN_FAMILIES: Mapping[str, Family] = {
     "afmoe": _WINDOWS_EXPERTS,
     "apertus": Family(),
-    "apertus1p5_text": Family(),
+    "apertus1p5_text": Family(since="5.24"),
     "arcee": Family(),
-    "aria_text": _EXPERTS,
+    "aria_text": Family(since="5.24", needs=(Need.EXPERTS,)),
     "biogpt": Family(),
     "bitnet": Family(),
     "cohere": Family(),
@@ -54,7 +55,7 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "dots1": _WINDOWS_EXPERTS,
     "ernie4_5": Family(),
     "ernie4_5_moe": _EXPERTS,
-    "exaone": Family(),
+    "exaone": Family(since="5.24"),
     "exaone4": _WINDOWS,
     "exaone_moe": _WINDOWS_EXPERTS,
     "flex_olmo": _EXPERTS,
@@ -80,11 +81,12 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "hunyuan_v1_moe": _EXPERTS,
     "hy_v3": _EXPERTS,
     "hyperclovax": Family(),
-    "internlm3": Family(),
-    "iquestcoder": Family(),
+    "internlm3": Family(since="5.24"),
+    "iquestcoder": Family(since="5.24"),
     "jais2": Family(),
     "laguna": _WINDOWS_EXPERTS,
     "llama": Family(),
+    "llama4_text": Family(needs=(Need.CHUNKS, Need.EXPERTS)),
     "mellum": _WINDOWS_EXPERTS,
     "mimo_v2_flash": Family(needs=(Need.WINDOWS, Need.SINKS, Need.EXPERTS)),
     "minimax_m2": _EXPERTS,
@@ -108,7 +110,7 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": _WINDOWS_EXPERTS,
     "qwen3": _WINDOWS,
     "qwen3_moe": _WINDOWS_EXPERTS,
-    "sarvam_moe": _EXPERTS,
+    "sarvam_moe": Family(since="5.24", needs=(Need.EXPERTS,)),
     "seed_oss": Family(),
     "smollm3": _WINDOWS,
     "solar_open": _EXPERTS,
@@ -118,6 +120,21 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
 }
 """Per `model_type` of a config: what is proven. The tests compare greedy tokens and log-probabilities of every family
 with Transformers, over ranks, strategies and placements."""
+
+
+TEXT_PARTS: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
+    "llama4": ("llama4_text",),
+    "mistral3": ("ministral3", "mistral"),
+    "qwen3_5": ("qwen3_5_text",),
+}
+"""Per `model_type` of a multimodal repository whose text part can be loaded alone: the families that this part has."""
+
+
+def proven_text_parts() -> list[str]:
+    """Return the multimodal repositories whose text part is of a proven family."""
+    return [name for name, families in TEXT_PARTS.items() if any(family in PROVEN_FAMILIES for family in families)]
 
 
 def version_of(text: str) -> tuple[int, ...]:

@@ -38,6 +38,8 @@ class MaskRule:
 
     mask_function: Callable[..., Any]
     """Function of (batch, head, query position, key position), 0-dim integer tensors: whether the key is seen."""
+    local_size: int | None = None
+    """Tokens of the window or chunk that whoever made the rule names, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +107,9 @@ def _attention(
     return longspan_attend(call)[None], None
 
 
-def _mask(*, mask_function: Callable[..., Any], **_: object) -> MaskRule:
+def _mask(*, mask_function: Callable[..., Any], local_size: int | None = None, **_: object) -> MaskRule:
     """Mask builder for Transformers. It builds no mask, since our attention masks by global positions."""
-    return MaskRule(mask_function)
+    return MaskRule(mask_function, local_size)
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -5,6 +5,7 @@ that are not proven exact. Allocates no weights. Must not know ranks or plans.
 Read next: `longspan.models.loader`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from longspan.kv.layout import KVGroup, KVSpec
 from longspan.models.adaptations import adapt_
 from longspan.models.experts import ExpertRecorder
 from longspan.models.families import check_family
-from longspan.models.hook import ATTENTION_NAME, AttentionCall, MaskRule
+from longspan.models.generation import end_token_ids
+from longspan.models.hook import ATTENTION_NAME, AttentionCall
+from longspan.models.mask_rule import check_mask, find_chunk
 from longspan.models.quantization import check_quantization, dense_config
+from longspan.models.rope import check_applied, check_rope, longest_request, rope_lengths
 from longspan.types import AttentionParams, ModelSpec
-
-PROVEN_ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
-"""RoPE types of these models. `dynamic` and `longrope` depend on the whole row, which may pack several requests."""
 
 MAX_SIZES = {
     "num_hidden_layers": 10_000,
@@ -41,23 +42,6 @@ TRACED_EXPERTS = "batched_mm"
 is far too slow to run."""
 
 
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    """Return all RoPE types that a config names, those per layer type included."""
-    found: set[str] = set()
-
-    def walk(value: object) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                if key in ("rope_type", "type") and isinstance(inner, str):
-                    found.add(inner)
-                else:
-                    walk(inner)
-
-    walk(getattr(config, "rope_parameters", None))
-    walk(getattr(config, "rope_scaling", None))
-    return found
-
-
 def check_proven(config: PreTrainedConfig) -> None:
     """Refuse a model that is not proven exact.
 
@@ -69,12 +53,12 @@ def check_proven(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(f"{field}: got {value!r}, proven is {legal}")
 
     check_family(config.model_type)
-    for rope_type in sorted(_rope_types(config)):
-        if rope_type not in PROVEN_ROPE_TYPES:
-            refuse("rope_type", rope_type, ", ".join(PROVEN_ROPE_TYPES))
+    check_rope(config)
     check_quantization(config)
     if getattr(config, "use_bidirectional_attention", None):
         refuse("use_bidirectional_attention", True, "false")
+    if (dual := getattr(config, "dual_chunk_attention_config", None)) is not None:
+        refuse("dual_chunk_attention_config", dual, "none: Transformers passes over it, and long texts come out wrong")
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:
@@ -85,28 +69,6 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         for size in value if isinstance(value, (list, tuple)) else [value]:  # some families have one per layer
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most):
                 raise UnsupportedModelError(f"{field}: got {size!r}, legal is an integer from 1 to {most}")
-
-
-def _check_mask(call: AttentionCall) -> None:
-    """Check that the model's mask rule is the causal rule, with the window that the layer was given."""
-    if not isinstance(call.mask, MaskRule):
-        raise UnsupportedModelError(
-            f"attention mask of layer {call.layer}: got {type(call.mask).__name__}, proven is a rule made by "
-            "Transformers' mask functions"
-        )
-    query = 1_000_000
-    window = call.window
-    keys = {0, query - 2, query - 1, query, query + 1}
-    if window is not None:
-        keys |= {query - window - 1, query - window, query - window + 1}
-    zero = torch.tensor(0)
-    for key in sorted(keys):
-        expected = key <= query and (window is None or key > query - window)
-        if bool(call.mask.mask_function(zero, zero, torch.tensor(query), torch.tensor(key))) != expected:
-            raise UnsupportedModelError(
-                f"attention mask of layer {call.layer}: position {query} and key {key} break the rule 'causal, window "
-                f"{window}', the only one that is proven"
-            )
 
 
 class _Recorder:
@@ -128,7 +90,7 @@ def inspect_model(
 
     Args:
         config: the model's config.
-        generation_config: for the end tokens; None takes those of `config`.
+        generation_config: for the end tokens, beside those of `config`.
         dtype: dtype of weights and KV.
 
         Returns:
@@ -163,6 +125,7 @@ def trace_model(
             experts_implementation=TRACED_EXPERTS,
         )
         adapt_(model)
+        check_applied(config, model)
         recorder = _Recorder()
         experts = ExpertRecorder(model)
         token = torch.zeros(1, 1, dtype=torch.long)
@@ -183,7 +146,7 @@ def trace_model(
         )
     groups: dict[tuple[KVSpec, int], list[int]] = {}
     for call in calls:
-        _check_mask(call)
+        check_mask(call)
         if not call.is_causal:
             raise UnsupportedModelError(f"is_causal: got False in layer {call.layer}, proven is True")
         if call.other_arguments:
@@ -192,22 +155,34 @@ def trace_model(
                 "longspan does not know"
             )
         num_kv_heads, _, k_width = call.k.shape
-        spec = KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], str(dtype).removeprefix("torch."), call.window)
+        stored_as = str(dtype).removeprefix("torch.")
+        spec = KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], stored_as, call.window, find_chunk(call))
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
-    eos = (generation_config or config).eos_token_id
+    _check_reaches([spec for spec, _ in groups])
     facts = ModelSpec(
         architecture=type(model).__name__,
         num_layers=num_layers,
         vocab_size=config.vocab_size,
-        max_position=getattr(config, "max_position_embeddings", None),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        max_position=longest_request(config),
+        eos_token_ids=end_token_ids(config, generation_config),
         kv_groups=tuple(KVGroup(tuple(layers), spec, heads) for (spec, heads), layers in groups.items()),
         layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
         num_parameters=_count_parameters(model),
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
         experts=experts.weights(),
+        rope_lengths=rope_lengths(config),
     )
     return facts, model
+
+
+def _check_reaches(specs: Sequence[KVSpec]) -> None:
+    """Refuse chunks of several sizes, or beside windows: prefix hits rely on an order of what groups still see."""
+    local = {(spec.window, spec.chunk) for spec in specs if spec.reach is not None}
+    if len(local) > 1 and any(chunk is not None for _, chunk in local):
+        found = ", ".join(
+            f"chunks of {chunk}" if window is None else f"a window of {window}" for window, chunk in local
+        )
+        raise UnsupportedModelError(f"attention_chunk_size: got layers with {found}, proven is one size for all layers")
 
 
 def _count_parameters(model: Any) -> int:

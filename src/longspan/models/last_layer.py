@@ -36,7 +36,7 @@ def skip_unread_rows_(model: nn.Module) -> int:
         return 0
     last: Any = layers[-1]
     projection = getattr(getattr(last, "self_attn", None), "o_proj", None)
-    mlp = getattr(last, "mlp", None)
+    mlp = getattr(last, "mlp", None) or getattr(last, "feed_forward", None)  # two names for one thing
     if not isinstance(projection, nn.Module) or not isinstance(mlp, nn.Module):
         return 0
     in_width: int | None = getattr(projection, "in_features", None)

@@ -4,8 +4,9 @@ Holds the calls of Transformers' loaders, and turns their errors into ours. Must
 Read next: `longspan.models.inspect`, `longspan.models.recall`; `longspan.models.speedups`, applied after loading.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,17 @@ from longspan.config import QuantizationName
 from longspan.errors import ConfigError
 from longspan.models.adaptations import adapt_
 from longspan.models.checkpoint import find_checkpoint
+from longspan.models.generation import EOS
+from longspan.models.gguf_files import SUFFIX, gguf_path, is_gguf
 from longspan.models.hook import ATTENTION_NAME
 from longspan.models.leftovers import leftovers
 from longspan.models.lora import ADAPTER_CONFIG, merge_lora
+from longspan.models.overrides import check_overrides, merge_overrides
 from longspan.models.packed_linear import Bits, linear_names, replace_, round_linears_
 from longspan.models.quantization import QuantizedCheckpoint, check_quantization, dense_config, quantization_of
 from longspan.models.recall import recall_path
+from longspan.models.smollm2 import smollm2_path
+from longspan.models.text_part import KEY_MAPPING, text_part, text_tensors
 from longspan.native.packed import PackedMatrix
 
 CPU = torch.device("cpu")
@@ -40,8 +46,11 @@ CPU = torch.device("cpu")
 ROUNDED_BITS: Mapping[str, Bits] = {"int8": 8, "int4": 4}
 """Bits to which linear layers are rounded, by the option `quantization`."""
 
-RECALL = "recall"
-"""Name of the bundled model wherever a user names a model."""
+OWN_MODELS: Mapping[str, Callable[[], Path]] = {"recall": recall_path, "smollm2": smollm2_path}
+"""Directory of the models that have a name here, wherever a user names a model."""
+
+LEGAL_MODELS = f"a model directory, a {SUFFIX} file, {', '.join(map(repr, OWN_MODELS))} or a Hub id"
+"""What a user may name, in words."""
 
 
 def quiet_transformers() -> None:
@@ -54,16 +63,19 @@ def resolve_model(model: str) -> str:
     """Return the directory or Hub id that Transformers can load.
 
     Raises:
-        ConfigError: the name looks like a path, and there is no model directory there.
+        ConfigError: the name looks like a path, and there is no model there, or none that can be converted.
     """
-    if model == RECALL:
-        return str(recall_path())
+    if model in OWN_MODELS:
+        return str(OWN_MODELS[model]())
     path = Path(model).expanduser()
+    if is_gguf(model):
+        return str(gguf_path(path))
     if path.is_dir() and (path / "config.json").is_file() and model:
         return str(path)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+    is_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == SUFFIX
+    if is_path or not model.strip():
         raise ConfigError(
-            f"model: got {model!r}, legal is a model directory, 'recall' or a Hub id such as 'org/name'"
+            f"model: got {model!r}, legal is {LEGAL_MODELS} such as 'org/name'"
             + "; this directory has no config.json" * (path.is_dir() and bool(model))
         )
     return model
@@ -91,44 +103,67 @@ def _loading(model: str, what: str, error: Exception) -> ConfigError:
     """Make an error of one line that says what could not be loaded."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return ConfigError(
-        f"model: got {model!r}, legal is a model directory, 'recall' or a Hub id that can be reached or is in the "
-        f"cache; its {what} cannot be loaded: {reason[:300]}"
+        f"model: got {model!r}, legal is {LEGAL_MODELS} that can be reached or is in the cache; its {what} cannot be "
+        f"loaded: {reason[:300]}"
     )
 
 
-def load_config(model: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """Load a model's config and generation config.
+def load_config(
+    model: str, overrides: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedConfig, GenerationConfig | None]:
+    """Load the config of a model, of a multimodal one that of its text part, and its generation config.
+
+    Args:
+        model: model as the user named it.
+        overrides: fields of the config that the user gives in place of the file's.
 
     Raises:
-        ConfigError: there is no such model, or its files are broken.
+        ConfigError: there is no such model, its files are broken, or an override is illegal.
     """
     name, is_offline = _source(model)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, local_files_only=is_offline)
-    except Exception as error:  # Hugging Face's own errors for a field of a wrong type derive from Exception alone
-        raise _loading(model, "config", error) from error
+    config = text_part(_read_config(model, name, overrides, is_offline=is_offline))
     if Path(name).is_dir() and not (Path(name) / GENERATION_CONFIG_NAME).is_file():
         return config, None
     try:
-        return config, GenerationConfig.from_pretrained(name, local_files_only=is_offline)
+        generation_config = GenerationConfig.from_pretrained(name, local_files_only=is_offline)
     except OSError as error:
         if Path(name).is_dir():  # it is there, and broken
             raise _loading(model, "generation config", error) from error
         return config, None  # the Hub has none, or cannot be asked
     except Exception as error:  # as above: it was found, and is broken
         raise _loading(model, "generation config", error) from error
+    told, _ = PreTrainedConfig.get_config_dict(name, local_files_only=is_offline)
+    if not any(EOS in fields for fields in (told, told.get("text_config") or {}, overrides or {})):
+        config.eos_token_id = None  # see Note [End tokens]
+    return config, generation_config
 
 
-def load_config_file(path: Path) -> PreTrainedConfig:
-    """Load a config from a JSON file of any name.
+def load_config_file(path: Path, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+    """Load a config, or the text part's, from a JSON file of any name.
+
+    Args:
+        path: the file.
+        overrides: as for `load_config`.
 
     Raises:
-        ConfigError: the file is broken.
+        ConfigError: the file is broken, or an override is illegal.
     """
+    return text_part(_read_config(str(path), str(path), overrides, is_offline=True))
+
+
+def _read_config(model: str, name: str, overrides: Mapping[str, Any] | None, *, is_offline: bool) -> PreTrainedConfig:
+    """Read the whole config of a file, a directory or a Hub id."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # as in `load_config`
-        raise _loading(str(path), "config", error) from error
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, local_files_only=is_offline)
+        if overrides:
+            fields, _ = PreTrainedConfig.get_config_dict(name, local_files_only=is_offline)
+            given = copy.deepcopy(dict(overrides))  # some configs change lists that they are given
+            config = type(config).from_dict(merge_overrides(fields, given, config.to_dict()))
+            check_overrides(overrides, config.to_dict())
+    except ConfigError:
+        raise
+    except Exception as error:  # Hugging Face's own errors for a field of a wrong type derive from Exception alone
+        raise _loading(model, "config", error) from error
     return config
 
 
@@ -136,13 +171,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer.
 
     Raises:
-        ConfigError: the model has no tokenizer.
+        ConfigError: the model has no tokenizer, or one that knows no text.
     """
     name, is_offline = _source(model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, local_files_only=is_offline)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises a bare Exception for a file that it does not know
         raise _loading(model, "tokenizer", error) from error
+    if {*tokenizer.get_vocab().values()} <= {*tokenizer.all_special_ids}:
+        # Without a tokenizer's files Transformers makes an empty one for some families: every text would be no text.
+        raise _loading(model, "tokenizer", ValueError("its files are missing, or have no tokens but special ones"))
     return tokenizer
 
 
@@ -154,25 +192,37 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return resolved
 
 
+def _foreign_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Say which prefix would make unexpected tensors the missing ones, if there is one."""
+    for name in missing:
+        prefix = next((key.removesuffix(name) for key in unexpected if key.endswith(f".{name}")), None)
+        if prefix is not None:
+            return f"; its tensors begin with {prefix!r}, which this model's do not"
+    return ""
+
+
 def load_model(
     model: str,
     dtype: torch.dtype,
     *,
     show_progress: bool,
     device: torch.device = CPU,
+    overrides: Mapping[str, Any] | None = None,
     quantization: QuantizationName = "none",
     lora: str | None = None,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> nn.Module:
     """Load weights from safetensors, memory-mapped where file and model agree on the dtype.
 
-    Quantised weights are dequantised, unless `quantization` keeps them.
+    Of a multimodal repository the text model is loaded, and tensors of images and sound are left out. Quantised weights
+    are dequantised, unless `quantization` keeps them.
 
     Args:
         model: model as the user named it.
         dtype: dtype of weights and activations.
         show_progress: whether to draw a progress bar on standard error.
         device: device of the weights.
+        overrides: as for `load_config`.
         quantization: which linear layers stay or become small.
         lora: directory of an adapter that is merged into the weights, or None.
         tell: takes a line for the user, about tensors that are left out.
@@ -184,8 +234,13 @@ def load_model(
         transformers_logging.enable_progress_bar()
     else:
         transformers_logging.disable_progress_bar()
-    config = load_config(model)[0]
-    loaded, kept, info = _build(model, config, dtype, quantization)
+    name, is_offline = _source(model)
+    whole = _read_config(model, name, overrides, is_offline=is_offline)
+    config = text_part(whole)
+    _check_no_adapter(model, name)
+    loaded, kept, info = _build(model, config, dtype, quantization, is_part=config is not whole)
+    if config is not whole:
+        info["unexpected_keys"] = text_tensors(info["unexpected_keys"])
     _check_tensors(model, config, info, tell)
     if lora is not None:
         loaded = merge_lora(loaded, lora)
@@ -199,19 +254,26 @@ def load_model(
 
 
 def _build(
-    model: str, config: PreTrainedConfig, dtype: torch.dtype, quantization: QuantizationName
+    model: str, config: PreTrainedConfig, dtype: torch.dtype, quantization: QuantizationName, *, is_part: bool
 ) -> tuple[Any, dict[str, PackedMatrix], dict[str, Any]]:
     """Build a model with its weights, from dense or quantised files.
+
+    Args:
+        model: model as the user named it.
+        config: config of the model, or of the text part.
+        dtype: dtype of dense weights.
+        quantization: as for `load_model`.
+        is_part: whether it is the text part of a multimodal repository.
 
     Returns:
         The model; matrices that are to replace linear layers, which are zeros in it, by name; which tensors were
         missing, unexpected or of another shape.
     """
     name, is_offline = _source(model)
-    _check_no_adapter(model, name)
     stored = open_quantized(model, config)
     kept: dict[str, PackedMatrix] = {}
     options = {
+        "key_mapping": dict(KEY_MAPPING) if is_part else None,
         "dtype": dtype,
         "attn_implementation": ATTENTION_NAME,
         "output_loading_info": True,
@@ -220,7 +282,7 @@ def _build(
     try:
         if stored is None:
             loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-                name, local_files_only=is_offline, use_safetensors=True, **options
+                name, config=config, local_files_only=is_offline, use_safetensors=True, **options
             )
         else:
             empty: Any = model_on_meta(config, dtype)
@@ -280,7 +342,7 @@ def _check_tensors(model: str, config: PreTrainedConfig, info: dict[str, Any], t
         raise ConfigError(
             f"model: got {model!r}, whose weights lack {len(missing)} tensors, have {len(mismatched)} of a wrong shape "
             f"and {len(unexpected)} that the config has no place for, such as "
-            f"{[*missing, *mismatched, *unexpected][0]}{left.prefixes()}"
+            f"{[*missing, *mismatched, *unexpected][0]}" + (_foreign_prefix(missing, unexpected) or left.prefixes())
         )
     if left.ignored:
         tell(f"{model}: {len(left.ignored)} tensors are left out: {left.reasons()}")

@@ -12,19 +12,16 @@ tokens or a stop string; the question must end exactly as the needle did, a trai
 """
 
 import hashlib
-import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from safetensors.torch import save
 from transformers import AutoConfig, GenerationConfig
 
 from longspan.errors import ConfigError
 from longspan.models import recall_tokenizer, recall_weights
+from longspan.models.model_cache import cache_path, draft_of
 from longspan.models.recall_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 from longspan.models.recall_weights import RECALL_VARIANTS, RecallVariant
 
@@ -54,7 +51,7 @@ def recall_path(variant: str = "smollm3") -> Path:
         OSError: The cache directory cannot be written; on Linux, XDG_CACHE_HOME names another one.
     """
     _find_variant(variant)
-    path = platformdirs.user_cache_path("longspan") / f"recall-{variant}-{builder_digest()}"
+    path = cache_path(f"recall-{variant}-{builder_digest()}")
     if not all((path / name).is_file() for name in _FILES):
         build_recall(path, variant=variant)
     return path
@@ -77,11 +74,7 @@ def build_recall(path: Path, *, variant: str = "smollm3", dtype: torch.dtype = t
     spec = _find_variant(variant)
     if dtype not in RECALL_DTYPES:
         raise ConfigError(f"dtype: got {dtype}, expected one of {', '.join(map(str, RECALL_DTYPES))}")
-    path = path.resolve()  # a link is followed, not replaced
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # beside it: a rename must not cross file systems
-    draft.mkdir()
-    try:
+    with draft_of(path) as draft:
         config = AutoConfig.for_model(**_config_fields(spec), dtype=str(dtype).removeprefix("torch."))
         config.save_pretrained(draft)
         special_ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
@@ -92,22 +85,6 @@ def build_recall(path: Path, *, variant: str = "smollm3", dtype: torch.dtype = t
         weights = {name: parameter.to(dtype).contiguous() for name, parameter in parameters.items()}
         # `save_file` would make a file that only its owner may read.
         (draft / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
-        _publish(draft, path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _publish(draft: Path, path: Path) -> None:
-    """Move a finished draft to its place. Readers of `path` never find half a file, nor miss a file."""
-    try:
-        draft.rename(path)
-    except OSError:
-        if not path.is_dir():
-            raise
-        # Another process's directory is there: complete (it was faster), or with files deleted from it. Two
-        # builders of one name write the same bytes, so replacing file by file is safe in both cases.
-        for name in _FILES:
-            os.replace(draft / name, path / name)
 
 
 def _find_variant(name: str) -> RecallVariant:

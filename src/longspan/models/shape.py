@@ -5,6 +5,7 @@ Read next: `longspan.costmodel.model_time`; `longspan.models.inspect`, which rea
 device.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from longspan.costmodel.shapes import ModelShape, PlannedDType
 from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.models.gguf_files import is_gguf
 from longspan.models.inspect import check_proven, trace_model
 from longspan.models.loader import load_config, load_config_file
 from longspan.types import ExpertWeights
@@ -27,18 +29,20 @@ _WRONG_FIELDS = {
 """Config fields that, where they are set, mean that dense arithmetic does not hold."""
 
 
-def load_shape(model: str, dtype: PlannedDType) -> ModelShape:
+def load_shape(model: str, dtype: PlannedDType, overrides: Mapping[str, Any] | None = None) -> ModelShape:
     """Read a model's shape.
 
     Args:
-        model: a directory, a config file, `recall` or a Hub id.
+        model: a directory, a `.gguf` file, a config file, `recall`, `smollm2` or a Hub id.
         dtype: dtype of weights and KV.
+        overrides: fields of the config that the user gives in place of the file's.
 
-        Raises:
+    Raises:
         ConfigError: there is no such model, or dense arithmetic does not hold for it.
     """
     path = Path(model).expanduser()
-    config = load_config_file(path) if path.is_file() else load_config(model)[0]
+    is_config = path.is_file() and not is_gguf(model)
+    config = load_config_file(path, overrides) if is_config else load_config(model, overrides)[0]
     return model_shape(config, dtype)
 
 

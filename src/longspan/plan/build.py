@@ -50,6 +50,8 @@ class RequestStep(msgspec.Struct, frozen=True, gc=False):
     """Row that the request's next token is sampled from; None if this step does not compute the last known token."""
     scores: Sequence[ScoreRun]
     """Rows whose next token is known and is scored."""
+    rope_len: int = 0
+    """See `QueryRun.rope_len`."""
 
 
 def build_plan(
@@ -141,7 +143,7 @@ def _add_runs(query_runs: list[QueryRun], request: RequestStep, table: PageTable
                 named: Literals | SampledBy = tokens
             else:
                 named = Literals(tuple(tokens[position - start : stop - start]))
-            query_runs.append(QueryRun(request.request_id, position, stop - position, rank, named))
+            query_runs.append(QueryRun(request.request_id, position, stop - position, rank, named, request.rope_len))
 
 
 def _num_tokens(runs: Iterable[QueryRun]) -> int:

@@ -9,14 +9,38 @@ exchange moves. Both sides see the same segments, so they agree by construction.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from longspan.plan.types import QueryRun, Range, Segment
 from longspan.sharding.pages import PageTable
 from longspan.sharding.visibility import split_visible_keys
 
 
+def cut_runs(query_runs: Sequence[QueryRun], chunk: int | None) -> Sequence[QueryRun]:
+    """Cut query runs where chunks end, so that all queries of a run see keys from the same position on.
+
+    Chunks of 4 tokens cut a run of positions 2..9:
+
+        2 3 | 4 5 6 7 | 8 9        which see keys from 0, 4 and 8 on
+
+    Args:
+        query_runs: a step's query runs.
+        chunk: tokens of a chunk, or None for a KV group without chunks.
+
+    Returns:
+        Runs that name the tokens of the run that they are a part of; `query_runs` itself if none is cut.
+    """
+    if chunk is None or all(run.position // chunk == (run.end - 1) // chunk for run in query_runs):
+        return query_runs
+    parts: list[QueryRun] = []
+    for run in query_runs:
+        starts = [run.position, *range((run.position // chunk + 1) * chunk, run.end, chunk), run.end]
+        parts += [QueryRun(run.request_id, a, b - a, run.compute_rank, run.tokens) for a, b in pairwise(starts)]
+    return parts
+
+
 def make_segments(
-    query_runs: Sequence[QueryRun], tables: Mapping[int, PageTable], window: int | None
+    query_runs: Sequence[QueryRun], tables: Mapping[int, PageTable], window: int | None, chunk: int | None = None
 ) -> tuple[Segment, ...]:
     """All pairs of query run and key range that attention needs, each key range on one rank.
 
@@ -24,11 +48,14 @@ def make_segments(
         query_runs: the step's query runs.
         tables: page table per request of one KV group, the step's own pages included.
         window: the group's sliding window in tokens, or None.
+        chunk: tokens of the group's chunks, or None.
     """
     return tuple(
         Segment(run.request_id, run.position, run.end, run.compute_rank, key_rank, start, end, visibility)
-        for run in query_runs
-        for start, end, visibility in split_visible_keys(run.position, run.end, window)
+        for run in cut_runs(query_runs, chunk)
+        for start, end, visibility in split_visible_keys(
+            run.position, run.end, window, 0 if chunk is None else run.position // chunk * chunk
+        )
         for key_rank in tables[run.request_id].ranks_with(start, end)
     )
 

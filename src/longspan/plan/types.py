@@ -60,6 +60,8 @@ class QueryRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     compute_rank: int
     """Rank that computes the tokens; the page table says where their KV is stored."""
     tokens: Literals | SampledBy
+    rope_len: int = 0
+    """Length that counts for RoPE in every row, but where `position + 1` is more; 0 where it does not matter."""
 
     @property
     def end(self) -> int:

@@ -29,9 +29,9 @@ class Fit(msgspec.Struct, frozen=True):
     num_pages: tuple[int, ...]
     """Pages on one rank, per KV group."""
     num_tokens: int
-    """Tokens whose KV fits all ranks together, in groups without a window if there are any."""
+    """Tokens whose KV fits all ranks together, in groups of full attention if there are any."""
     longest_request: int | None
-    """Most tokens of one request, prompt and output; None where windows admit any number."""
+    """Most tokens of one request, prompt and output; None where windows and chunks admit any number."""
 
 
 def fit(shape: ModelShape, num_ranks: int, memory_bytes: float, memory_utilization: float, options: StepOptions) -> Fit:
@@ -53,11 +53,11 @@ def fit(shape: ModelShape, num_ranks: int, memory_bytes: float, memory_utilizati
         num_pages = None
     if num_pages is None:
         return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, (0,) * len(spec.kv_groups), 0, 0)
-    full = [pages for pages, group in zip(num_pages, spec.kv_groups, strict=True) if group.spec.window is None]
+    full = [pages for pages, group in zip(num_pages, spec.kv_groups, strict=True) if group.spec.reach is None]
     limit = full[0] if full else num_pages[0]
     longest: int | None = num_ranks * limit * size + 1  # the last token needs no page
     if not full and all(
-        pages >= window_pages(group.spec.window or 0, size, budget)
+        pages >= window_pages(group.spec.reach or 0, size, budget)
         for pages, group in zip(num_pages, spec.kv_groups, strict=True)
     ):
         longest = None
@@ -76,8 +76,8 @@ def request_kv_bytes(shape: ModelShape, num_tokens: int, num_ranks: int, options
     here = -(-pages // num_ranks)
     held = 0
     for group in shape.spec.kv_groups:
-        window = group.spec.window
-        most = here if window is None else min(here, window_pages(window, size, options.max_num_batched_tokens))
+        reach = group.spec.reach
+        most = here if reach is None else min(here, window_pages(reach, size, options.max_num_batched_tokens))
         held += most * group.page_bytes(size)
     return held
 
@@ -88,8 +88,8 @@ def needed_bytes(
     """Least memory of one device, in bytes, with which a request of `num_tokens` fits `num_ranks` ranks."""
     size, budget = options.page_size, options.max_num_batched_tokens
     here = -(-max(1, num_tokens - 1) // (size * num_ranks))
-    if all(group.spec.window is not None for group in shape.spec.kv_groups):
-        here = min(here, max(window_pages(group.spec.window or 0, size, budget) for group in shape.spec.kv_groups))
+    if all(group.spec.reach is not None for group in shape.spec.kv_groups):
+        here = min(here, max(window_pages(group.spec.reach or 0, size, budget) for group in shape.spec.kv_groups))
     return (shape.weight_bytes + pool_bytes(shape.spec, here, size, budget)) / memory_utilization
 
 

@@ -36,7 +36,7 @@ def _check_owners(scheduler: Scheduler) -> None:
         assert 0 <= slot < allocator.num_pages
         assert not allocator.is_idle(slot), "a page with an owner is idle"
         assert allocator.references(slot) == count, "owners and references differ"
-        if memory.model.kv_groups[group_idx].spec.window is not None:
+        if memory.model.kv_groups[group_idx].spec.reach is not None:
             promised[rank][group_idx] += count - 1
     for allocation in allocations:
         for group_idx, table in enumerate(allocation.tables):

@@ -41,7 +41,7 @@ class KVMemory:
         self.placer = PagePlacer(model, config, self._pools)
         """Where new pages go."""
         self.lookup = PrefixLookup(model, config.page_size, self.allocators)
-        self._windows = [group.spec.window for group in model.kv_groups]
+        self._specs = [group.spec for group in model.kv_groups]
         self.refused: Request | None = None
         """The request that `admit` refused last, while no room was made and no more of it was cached. The head of the
         queue asks before every step; to look for a long prompt's pages each time would take longer than the step."""
@@ -109,8 +109,8 @@ class KVMemory:
     def _allocate(self, admission: Admission, hashes: Sequence[bytes]) -> Allocation:
         """Take references to an admitted request's cached pages, and promise it its new ones."""
         hit, runs, home = admission
-        allocation = Allocation(self.config.page_size, len(self._windows))
-        used = [self.lookup.runs(hashes, hit, group_idx) for group_idx in range(len(self._windows))]
+        allocation = Allocation(self.config.page_size, len(self._specs))
+        used = [self.lookup.runs(hashes, hit, group_idx) for group_idx in range(len(self._specs))]
         for group_idx, cached in enumerate(used):  # all of them, before copies ask for room
             for run in cached:
                 allocator = self.allocators[run.rank][group_idx]
@@ -216,12 +216,12 @@ class KVMemory:
         allocation.copies = []
 
     def slide(self, request: Request) -> None:
-        """Free the pages that no later token's window reaches."""
+        """Free the pages that no later token sees."""
         allocation = request.allocation
         assert allocation is not None
-        for group_idx, window in enumerate(self._windows):
-            if window is not None:
-                oldest = max(0, request.num_computed - window + 1)
+        for group_idx, spec in enumerate(self._specs):
+            if spec.reach is not None:
+                oldest = spec.first_key(request.num_computed)
                 freed = allocation.tables[group_idx].free_before(oldest // self.config.page_size)
                 self._release(allocation, group_idx, freed)
 

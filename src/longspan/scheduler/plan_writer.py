@@ -120,6 +120,7 @@ def _request_step(request: Request, allocation: Allocation, end: int, sampled: S
         tokens=sampled or request.token_ids[start:end],
         sample=None if end < num_known else sample_row(request, end - 1),
         scores=() if request.params.prompt_logprobs is None else _scores(request, allocation, start, end),
+        rope_len=request.rope_len,
     )
 
 

@@ -26,20 +26,19 @@ class PrefixLookup:
             allocators: [rank][KV group].
         """
         self._page_size, self._allocators = page_size, allocators
-        self._windows = [group.spec.window for group in model.kv_groups]
-        self._full_groups = [i for i, window in enumerate(self._windows) if window is None]
-        windows = [(window, i) for i, window in enumerate(self._windows) if window is not None]
-        self._groups_by_window = [group_idx for _, group_idx in sorted(windows, reverse=True)]  # widest first
+        self._specs = [group.spec for group in model.kv_groups]
+        self._full_groups = [i for i, spec in enumerate(self._specs) if spec.reach is None]
+        reaches = [(spec.reach, i) for i, spec in enumerate(self._specs) if spec.reach is not None]
+        self._groups_by_reach = [group_idx for _, group_idx in sorted(reaches, reverse=True)]  # widest first
         self._all_ranks = frozenset(range(len(allocators)))
         self._sets: dict[tuple[int, ...], frozenset[int]] = {}
 
     def first_needed_page(self, group_idx: int, num_pages: int) -> int:
         """The first of `num_pages` cached pages that later tokens still see; at least the last page counts as seen."""
-        window = self._windows[group_idx]
-        if window is None:
+        if self._specs[group_idx].reach is None:
             return 0
         size = self._page_size
-        return max(0, min(num_pages - 1, (num_pages * size - window + 1) // size))
+        return max(0, min(num_pages - 1, self._specs[group_idx].first_key(num_pages * size) // size))
 
     def find(self, hashes: Sequence[bytes]) -> list[frozenset[int]]:
         """Per page, the ranks where later tokens find all that they need of it; as many pages as are of use.
@@ -53,12 +52,12 @@ class PrefixLookup:
         # page that a narrow window reaches is reached by all wider ones.
         levels = [self._ranks_with(hashes, self._full_groups)]
         hashes = hashes[: next((i for i, ranks in enumerate(levels[0]) if not ranks), len(hashes))]
-        for group_idx in self._groups_by_window:
+        for group_idx in self._groups_by_reach:
             with_window = self._ranks_with(hashes, [group_idx])
             levels.append([a & b for a, b in zip(levels[-1], with_window, strict=False)])
         last_gap = [list(accumulate((i if not r else -1 for i, r in enumerate(ranks)), max)) for ranks in levels]
         for length in range(len(hashes), 0, -1):
-            firsts = [0, *(self.first_needed_page(g, length) for g in self._groups_by_window), length]
+            firsts = [0, *(self.first_needed_page(g, length) for g in self._groups_by_reach), length]
             spans = [(ranks, gap, a, b) for ranks, gap, (a, b) in zip(levels, last_gap, pairwise(firsts), strict=True)]
             if all(a == b or gap[b - 1] < a for _, gap, a, b in spans):
                 return [ranks for ranks_of, _, a, b in spans for ranks in ranks_of[a:b]]
@@ -75,15 +74,15 @@ class PrefixLookup:
         Returns:
             Pages, [rank][KV group]; None where a page is missing.
         """
-        taken = [[0] * len(self._windows) for _ in self._allocators]
-        for group_idx, window in enumerate(self._windows):
+        taken = [[0] * len(self._specs) for _ in self._allocators]
+        for group_idx, spec in enumerate(self._specs):
             for page_idx in range(self.first_needed_page(group_idx, len(hit)), len(hit)):
                 rank = hit[page_idx]
                 allocator = self._allocators[rank][group_idx]
                 slot = allocator.find(hashes[page_idx])
                 if slot is None:
                     return None  # a shorter prefix than was found ends in another window
-                taken[rank][group_idx] += window is not None or allocator.is_idle(slot)
+                taken[rank][group_idx] += spec.reach is not None or allocator.is_idle(slot)
                 if home is not None:
                     taken[home][group_idx] += rank != home
         return taken

@@ -15,7 +15,7 @@ from longspan.kv.prefix import extend_hashes
 from longspan.plan.types import SampleRow
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.delivery import Delivery
-from longspan.types import FinishReason, Phase, SamplingParams, TokenLogprobs
+from longspan.types import FinishReason, Phase, RopeLengths, SamplingParams, TokenLogprobs
 
 
 class Constraint(Protocol):
@@ -46,6 +46,10 @@ class Request:
     eos_token_ids: tuple[int, ...]
     """End tokens that count, `ignore_eos` considered."""
     constraint: Constraint | None = None
+    rope_lengths: RopeLengths | None = None
+    """The model's."""
+    rope_len: int = 0
+    """Length that counts for RoPE in every row, but where `position + 1` is more; 0 where it does not matter."""
     num_cached: int = 0
     """Prompt tokens whose KV was found in the prefix cache."""
     num_computed: int = 0
@@ -96,7 +100,8 @@ class Request:
 
     def hash_pages(self, page_size: int) -> list[bytes]:
         """Hashes of all full pages of `token_ids`, computed once."""
-        extend_hashes(self.page_hashes, self.token_ids, page_size)
+        root = b"" if self.rope_lengths is None else self.rope_lengths.hash_root(self.rope_len)
+        extend_hashes(self.page_hashes, self.token_ids, page_size, root)
         return self.page_hashes
 
     def admit(self, allocation: Allocation, num_tokens: int) -> None:
@@ -117,6 +122,16 @@ class Request:
         self.num_preemptions += 1
         self.num_computed = self.num_planned = 0
         self.delivery.forget_tables()
+
+    def crosses(self, num_tokens: int) -> bool:
+        """Whether a request of so many tokens has to be computed again, as RoPE has other frequencies from there on."""
+        rope = self.rope_lengths
+        return rope is not None and rope.is_recomputed and self.rope_len <= rope.same_up_to < num_tokens
+
+    def cross(self) -> None:
+        """Take down that all rows count the present length: what was computed and hashed before is of no use."""
+        self.rope_len = len(self.token_ids)
+        self.page_hashes = []
 
     def lose_ranks(self, *, was_in_flight: bool) -> None:
         """Begin again, as the ranks that computed it are gone with all that they held.

@@ -11,7 +11,8 @@ Note [Promises]
 
         room of a rank  =  pages free or idle  -  pages promised to running requests and not yet allocated
 
-    In a group with a window, a request that gives a page back because its window has left it may count on another one.
+    In a group with a window (or chunks, which are alike here), a request that gives a page back because its window has
+    left it may count on another one.
     If another request still uses the page, that is one page more than before; so every further user of such a page
     counts as a promise.
 """
@@ -47,9 +48,9 @@ class RankPools:
             config: of the engine.
             num_pages: per KV group.
         """
-        windows = [group.spec.window for group in model.kv_groups]
+        reaches = [group.spec.reach for group in model.kv_groups]
         size, budget = config.page_size, config.max_num_batched_tokens
-        return cls(tuple(num_pages), tuple([None if w is None else window_pages(w, size, budget) for w in windows]))
+        return cls(tuple(num_pages), tuple([None if r is None else window_pages(r, size, budget) for r in reaches]))
 
     @property
     def limiting_group(self) -> int | None:

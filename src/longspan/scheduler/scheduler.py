@@ -17,7 +17,11 @@ Note [What a step mixes]
 Note [Preemption]
     When no rank has room for the next page of a decode, cached pages have gone first, then every rank was tried, and
     now the youngest running request gives all its pages back and waits at the head of the queue. Its tokens are kept:
-    it is computed again, often from pages that are still cached. The oldest request is never preempted, so all end.
+    it is computed again, often from pages that are still cached. The oldest request is never preempted for room, so all
+    end.
+
+    A request is also preempted, once at most, where RoPE has other frequencies for its length than before
+    (`RopeLengths.is_recomputed`), and then finds nothing of its own in the cache.
 
 Note [Running ahead]
     A rank that has to wait for its next plan after every token waits longest where steps are shortest. So, with
@@ -158,6 +162,8 @@ class Scheduler:
             eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
             constraint=constraint,
             page_hashes=page_hashes,
+            rope_lengths=self.model.rope_lengths,
+            rope_len=0 if self.model.rope_lengths is None else len(prompt),
         )
         self.next_request_id += 1
         self.requests[request.request_id] = request
@@ -192,7 +198,10 @@ class Scheduler:
         self.memory.placer.check_fits(len(prompt), params.max_tokens)
         page_hashes: list[bytes] = []
         if self.config.enable_prefix_caching:
-            extend_hashes(page_hashes, prompt, self.config.page_size)
+            rope = self.model.rope_lengths
+            extend_hashes(
+                page_hashes, prompt, self.config.page_size, b"" if rope is None else rope.hash_root(len(prompt))
+            )
         return page_hashes
 
     @property
@@ -321,7 +330,7 @@ class Scheduler:
                 continue
             if start + 1 - request.prompt_len >= request.params.max_tokens:
                 continue  # ends with the token that is being sampled
-            if start != len(request.token_ids) or not can_sample_ahead(request):
+            if start != len(request.token_ids) or not can_sample_ahead(request) or request.crosses(end):
                 return []
             allocation = request.allocation
             assert allocation is not None
@@ -485,6 +494,9 @@ class Scheduler:
                 continue
             if request.finish_reason is not None:
                 self.finish(request, request.finish_reason)
+            elif request.crosses(len(request.token_ids)):
+                self._preempt(request)
+                request.cross()
             else:
                 self.memory.slide(request)
             yield request

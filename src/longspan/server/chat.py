@@ -31,13 +31,15 @@ async def chat(state: ServerState, body: ChatRequest) -> Response:
     Raises:
         LongspanError, ApiError: the request is refused.
     """
+    defaults = state.sampling_defaults
     least = body.asked_max_tokens or body.min_tokens or 1
-    await body.in_thread_if_long(lambda: body.sampling_params(least))  # refuses wrong values before any work
+    await body.in_thread_if_long(lambda: body.sampling_params(least, defaults))  # refuses wrong values before any work
     token_ids = await encode_messages(state, body.messages)
     max_tokens = body.asked_max_tokens
     if max_tokens is None:
-        max_tokens = await asyncio.to_thread(state.lengths.find_room, len(token_ids))
-    params = await body.in_thread_if_long(lambda: body.sampling_params(max_tokens))
+        room = await asyncio.to_thread(state.lengths.find_room, len(token_ids))
+        max_tokens = min(room, max(defaults.get("max_tokens", room), body.min_tokens or 1))
+    params = await body.in_thread_if_long(lambda: body.sampling_params(max_tokens, defaults))
     generation = await Generation.start(state, [EncodedPrompt(None, token_ids)], params, body.num_choices)
     answer = _Chat(state, generation, body)
     return answer.stream() if body.stream else await answer.whole()

@@ -25,7 +25,7 @@ async def complete(state: ServerState, body: CompletionRequest) -> Response:
     Raises:
         LongspanError, ApiError: the request is refused.
     """
-    params = await body.in_thread_if_long(body.sampling_params)
+    params = await body.in_thread_if_long(lambda: body.sampling_params(state.sampling_defaults))
     prompts = [await _prompt(state, prompt, needs_text=bool(body.echo)) for prompt in body.prompts]
     generation = await Generation.start(state, prompts, params, body.num_choices)
     answer = _Completion(state, generation, body)

@@ -4,7 +4,7 @@ Holds values and their legal ranges. Must not import what a server needs: `longs
 Read next: `longspan.cli.serve`, which sets these; `longspan.server.run`, which uses them.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -40,6 +40,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         str | None, Option("What clients call the model.", Group.SERVER, metavar="NAME", unset="MODEL")
     ] = None
     """Name that clients call the model by; None is the name it was loaded by."""
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        Option("Sampling defaults of requests; auto: those in the model's generation_config.json.", Group.SERVER),
+    ] = "auto"
+    """Source of sampling parameters that a request leaves out. `auto` takes temperature, top_p, top_k, min_p and
+    repetition_penalty from the model's generation config where it sets them, and max_new_tokens as the number of tokens
+    of a chat that asks for no number; `none` takes the defaults of OpenAI's API."""
     max_model_len: Annotated[
         int | None,
         Option(

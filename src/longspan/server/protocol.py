@@ -12,7 +12,8 @@ Note [No field is ignored]
 import asyncio
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -23,6 +24,8 @@ from longspan.errors import ConfigError
 from longspan.types import SamplingParams
 
 Result = TypeVar("Result")
+
+NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 
 LONG_LIST = 5_000
 """Token ids in `logit_bias` and `stop_token_ids` above which a thread checks them: 5,000 took 5 ms."""
@@ -183,8 +186,12 @@ class _Common(Body):
         """Whether a stream ends with a chunk that counts tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def _sampling(self, **more: Any) -> SamplingParams:
+    def _sampling(self, defaults: Mapping[str, Any], **more: Any) -> SamplingParams:
         """Return the sampling parameters of the first choice.
+
+        Args:
+            defaults: fields of `SamplingParams` that a request need not set.
+            more: fields that stand whatever the request says.
 
         Raises:
             ConfigError: a value is outside its legal range.
@@ -198,7 +205,7 @@ class _Common(Body):
             given["logit_bias"] = _token_biases(self.logit_bias)
         if self.response_format is not None:
             given["json_schema"] = self.response_format.schema_text()
-        return SamplingParams(**{"temperature": 1.0, **given, **more})
+        return SamplingParams(**{"temperature": 1.0, **defaults, **given, **more})
 
 
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,18}")
@@ -289,8 +296,11 @@ class CompletionRequest(_Common):
         """Whether only the prompt is asked for."""
         return bool(self.echo) and self.max_tokens == 0
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
         """Return the sampling parameters of every prompt's first choice.
+
+        Args:
+            defaults: fields of `SamplingParams` that a request need not set.
 
         Raises:
             ConfigError: a value is outside its legal range.
@@ -299,7 +309,7 @@ class CompletionRequest(_Common):
         more: dict[str, Any] = {"max_tokens": 1 if self.is_only_echo else max_tokens}
         if self.echo and self.logprobs is not None:
             more["prompt_logprobs"] = self.logprobs
-        return self._sampling(**more)
+        return self._sampling(defaults, **more)
 
 
 # -- /v1/chat/completions ----------------------------------------------------------------------------------------------
@@ -380,13 +390,18 @@ class ChatRequest(_Common):
         """Most tokens to generate; None asks for all that fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling_params(self, max_tokens: int) -> SamplingParams:
+    def sampling_params(self, max_tokens: int, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
         """Return the sampling parameters of the first choice.
+
+        Args:
+            max_tokens: most tokens to generate.
+            defaults: fields of `SamplingParams` that a request need not set.
 
         Raises:
             ConfigError: a value is outside its legal range.
         """
-        return self._sampling(max_tokens=max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling(defaults, max_tokens=max_tokens, logprobs=logprobs)
 
 
 # -- /tokenize, /detokenize --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import uvicorn
@@ -30,6 +30,7 @@ from longspan.engine.async_engine import AsyncEngine
 from longspan.engine.engine import Engine
 from longspan.engine.launcher import Launcher
 from longspan.errors import ConfigError, LongspanError
+from longspan.models.generation import sampling_defaults, tokenizer_end_ids
 from longspan.models.grammar import make_grammars
 from longspan.models.inspect import check_proven
 from longspan.models.loader import load_config, load_tokenizer
@@ -52,8 +53,20 @@ AT_ONCE_S = 0.5
 BACKLOG = 2048
 
 
-def make_state(engine: AsyncEngine, tokenizer: PreTrainedTokenizerBase, config: ServerConfig) -> ServerState:
-    """Make a server's state around an engine that runs."""
+def make_state(
+    engine: AsyncEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ServerConfig,
+    defaults: Mapping[str, Any] | None = None,
+) -> ServerState:
+    """Make a server's state around an engine that runs.
+
+    Args:
+        engine: what runs the requests.
+        tokenizer: the model's tokenizer.
+        config: how to serve.
+        defaults: fields of `SamplingParams` for requests that do not set them.
+    """
     spec = engine.model
     name = config.served_model_name or engine.config.model
     return ServerState(
@@ -65,6 +78,7 @@ def make_state(engine: AsyncEngine, tokenizer: PreTrainedTokenizerBase, config: 
         metrics=Metrics(name, engine.stats),
         token_texts=TokenTexts(tokenizer),
         model_name=name,
+        sampling_defaults=defaults or {},
         created=int(time.time()),
     )
 
@@ -82,12 +96,13 @@ def serve(engine_config: EngineConfig, config: ServerConfig, launcher: Launcher 
         LongspanError: the ranks died.
     """
     _listen(config).close()  # checked before loading; opened when ready, so that no client waits
-    model_config, _ = load_config(engine_config.model)
+    model_config, generation_config = load_config(engine_config.model, engine_config.hf_overrides)
     check_proven(model_config)
+    defaults = sampling_defaults(generation_config) if config.generation_config == "auto" else {}
     tokenizer = load_tokenizer(engine_config.model)
-    with Engine(engine_config, launcher=launcher) as engine:
+    with Engine(engine_config, launcher=launcher, end_token_ids=tokenizer_end_ids(tokenizer)) as engine:
         check_max_model_len(config.max_model_len, engine.spec.max_position)
-        return asyncio.run(_serve(engine, tokenizer, config))
+        return asyncio.run(_serve(engine, tokenizer, config, defaults))
 
 
 class _Server(uvicorn.Server):
@@ -98,7 +113,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(engine: Engine, tokenizer: PreTrainedTokenizerBase, config: ServerConfig) -> int:
+async def _serve(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, config: ServerConfig, defaults: Mapping[str, Any]
+) -> int:
     loop = asyncio.get_running_loop()
     failed = asyncio.Event()
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -110,7 +127,7 @@ async def _serve(engine: Engine, tokenizer: PreTrainedTokenizerBase, config: Ser
         loop.call_soon_threadsafe(failed.set)
 
     async_engine = AsyncEngine(engine, max_queued_requests=config.max_queued_requests, on_failure=on_failure)
-    state = make_state(async_engine, tokenizer, config)
+    state = make_state(async_engine, tokenizer, config, defaults)
     listener = _listen(config)
     server = _Server(
         uvicorn.Config(
@@ -129,6 +146,8 @@ async def _serve(engine: Engine, tokenizer: PreTrainedTokenizerBase, config: Ser
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
         _say(_capacity(state))
+        if defaults:
+            _say(f"sampling defaults of generation_config.json: {', '.join(f'{k} {v}' for k, v in defaults.items())}")
         _say(f"ready at {_url(listener)}")
         number = await _next(signals, failed)
         state.is_draining = True

@@ -5,8 +5,9 @@ Read next: `longspan.server.app`; `longspan.server.lengths`.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +34,8 @@ class ServerState:
     metrics: Metrics
     token_texts: TokenTexts
     model_name: str
+    sampling_defaults: Mapping[str, Any]
+    """Fields of `SamplingParams` for requests that do not set them; `max_tokens` for chats alone."""
     created: int
     """Unix time at which the model was loaded, in seconds."""
     num_open: int = 0

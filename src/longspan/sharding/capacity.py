@@ -8,29 +8,29 @@ from longspan.errors import ConfigError
 from longspan.types import ModelSpec
 
 
-def window_pages(window: int, page_size: int, max_num_batched_tokens: int) -> int:
-    """Most pages that one request holds at once on one rank in a group with a sliding window.
+def window_pages(reach: int, page_size: int, max_num_batched_tokens: int) -> int:
+    """Most pages that one request holds at once on one rank in a group with a sliding window, or with chunks.
 
-    Pages are freed after the step that moved the window past them, so a request holds the window, one step's new
-    tokens, and a page cut at either end.
+    Pages are freed after the step that moved the window past them, so a request holds the `reach` tokens of a window or
+    a chunk, one step's new tokens, and a page cut at either end.
     """
-    return -(-(window + max_num_batched_tokens) // page_size) + 2
+    return -(-(reach + max_num_batched_tokens) // page_size) + 2
 
 
 def pages_by_group(model: ModelSpec, num_pages: int, page_size: int, max_num_batched_tokens: int) -> tuple[int, ...]:
     """Pages of every KV group's pool where groups with full attention get `num_pages`.
 
-    A group with a window needs far fewer pages for long requests and as many for short ones: it gets a quarter of
+    A group with a window or chunks needs far fewer for long requests and as many for short ones: it gets a quarter of
     `num_pages`, but at least what one long request needs.
     """
-    has_full = any(group.spec.window is None for group in model.kv_groups)
+    has_full = any(group.spec.reach is None for group in model.kv_groups)
 
-    def pages_of(window: int | None) -> int:
-        if window is None or not has_full:
+    def pages_of(reach: int | None) -> int:
+        if reach is None or not has_full:
             return num_pages
-        return min(num_pages, max(num_pages // 4, window_pages(window, page_size, max_num_batched_tokens)))
+        return min(num_pages, max(num_pages // 4, window_pages(reach, page_size, max_num_batched_tokens)))
 
-    return tuple(pages_of(group.spec.window) for group in model.kv_groups)
+    return tuple(pages_of(group.spec.reach) for group in model.kv_groups)
 
 
 def pool_bytes(model: ModelSpec, num_pages: int, page_size: int, max_num_batched_tokens: int) -> int:

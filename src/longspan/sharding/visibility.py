@@ -12,6 +12,9 @@ All positions are global token indices of one request. A query at position `t` s
     q5   x x x x x x .                     q5   . . . x x x .
     q6   x x x x x x x                     q6   . . . . x x x
          `-full--' `causal'                     `--- band ---'
+
+With chunks of `c` tokens it sees the causal keys of its own chunk. Runs of queries are cut where chunks end, and then
+see full and causal ranges, from their chunk's first position on (`longspan.plan.segments.cut_runs`).
 """
 
 from enum import StrEnum
@@ -56,15 +59,20 @@ def visibility(query_start: int, query_end: int, key_start: int, key_end: int, w
     return Visibility.FULL if last_key <= query_start else Visibility.CAUSAL
 
 
-def visible_keys(query_start: int, query_end: int, window: int | None) -> tuple[int, int]:
-    """The smallest range `[start, end)` of key positions that holds every key that some query sees."""
+def visible_keys(query_start: int, query_end: int, window: int | None, first: int = 0) -> tuple[int, int]:
+    """The smallest range `[start, end)` of key positions that holds every key that some query sees.
+
+    No query sees a key before `first`.
+    """
     if query_start >= query_end:
         return (query_start, query_start)
-    start = 0 if window is None else max(0, query_start - window + 1)
+    start = first if window is None else max(first, query_start - window + 1)
     return (start, query_end)
 
 
-def split_visible_keys(query_start: int, query_end: int, window: int | None) -> list[tuple[int, int, Visibility]]:
+def split_visible_keys(
+    query_start: int, query_end: int, window: int | None, first: int = 0
+) -> list[tuple[int, int, Visibility]]:
     """Cut the keys that queries `[query_start, query_end)` see into ranges of one visibility each.
 
     The ranges are disjoint, ascending, and hold every visible key. Every key that can be in a `FULL` range is, since
@@ -73,12 +81,14 @@ def split_visible_keys(query_start: int, query_end: int, window: int | None) -> 
         key  2     3      4 5
              band  full   causal  (key 2 only by query 4, key 5 only by query 5)
 
+    No query sees a key before `first`.
+
     Returns:
         Ranges `(key_start, key_end, visibility)`, none of them empty.
     """
     if window is None and query_end - query_start == 1:
-        return [(0, query_end, Visibility.FULL)]
-    start, end = visible_keys(query_start, query_end, window)
+        return [(first, query_end, Visibility.FULL)]
+    start, end = visible_keys(query_start, query_end, window, first)
     if start >= end:
         return []
     # Keys before the run are in no query's future. (Neither is the first query's own key, but leaving it to the causal

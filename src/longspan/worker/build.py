@@ -73,6 +73,7 @@ def load_weights(start: Start, device: torch.device, *, show_progress: bool, tel
         device=device,
         quantization=start.config.quantization,
         lora=start.config.lora,
+        overrides=start.config.hf_overrides,
         tell=_tell if tells else _ignore,
     )
     speed_up_(model, SPEEDUPS if start.config.compile_dense else ALWAYS)

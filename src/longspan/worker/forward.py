@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longspan.cp.step import StepAttention
 from longspan.models.hook import AttentionCall
 from longspan.models.last_layer import READ_ROWS
+from longspan.models.row_rope import ROW_LENGTHS
 from longspan.types import AttentionParams
 
 
@@ -56,6 +57,7 @@ class ModelForward:
         logit_rows: Tensor,
         *,
         dense_threads: int | None = None,
+        row_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Run the model over a rank's packed rows.
 
@@ -65,6 +67,7 @@ class ModelForward:
             positions: [T] global positions.
             logit_rows: [n] int64 packed rows that need logits.
             dense_threads: threads for all but attention and exchanges; None: as many as for these.
+            row_lengths: [T] length that counts for RoPE in every row; None where it does not matter.
 
         Returns:
             [n, vocab] logits of `logit_rows`.
@@ -97,6 +100,7 @@ class ModelForward:
                 logits_to_keep=logit_rows,
                 longspan_attend=attend,
                 **{READ_ROWS: attention.read_rows},
+                **({} if row_lengths is None else {ROW_LENGTHS: row_lengths}),
             )
         finally:
             if is_lent:

@@ -37,7 +37,7 @@ from longspan.plan.types import (
     TableDelta,
 )
 from longspan.sharding.pages import PageTable
-from longspan.types import ModelSpec
+from longspan.types import ModelSpec, RopeLengths
 from longspan.worker.fault import Injector
 from longspan.worker.forward import ModelForward, StepOutput
 from longspan.worker.sampler import sample_all, token_logprobs
@@ -66,6 +66,8 @@ class _PackedStep(NamedTuple):
     scores: list[ScoreRun]
     read: list[int]
     """Packed rows that need logits: those of `samples`, then those of `scores`."""
+    lengths: list[int] | None
+    """Length that counts for RoPE in every row; None where it does not matter."""
 
 
 class _LayerStart:
@@ -128,7 +130,9 @@ class ModelRunner:
         self._progress = progress or ProcessProgress()
         self._layer_start = _LayerStart(self._progress, faults or Injector(None))
         self._forward = ModelForward(model, spec.layer_params, self._layer_start)
-        self.fixed = None if graphs == "never" else self._fixed_steps(graphs)
+        # Where rows differ in frequencies, launches do.
+        may_be_fixed = graphs != "never" and spec.rope_lengths is None
+        self.fixed = self._fixed_steps(graphs) if may_be_fixed else None
         """Runner of decode steps in fixed shapes; None if all steps run in any shape."""
         self._sampled_by = -1  # the last plan that sampled here
         self._sampled: dict[int, int] = {}  # request to its token of that plan
@@ -235,7 +239,8 @@ class ModelRunner:
         rows = [row_of[row.request_id, row.position] for row in samples]
         for score in scores:
             rows += [row_of[score.request_id, score.position + i] for i in range(len(score.targets))]
-        return _PackedStep(token_ids, positions, samples, scores, rows)
+        lengths = None if self.spec.rope_lengths is None else _row_lengths(runs, self.spec.rope_lengths)
+        return _PackedStep(token_ids, positions, samples, scores, rows, lengths)
 
     def _run_eagerly(self, plan: Plan, rows: _PackedStep) -> StepOutput:
         """Run a plan of any shape."""
@@ -249,6 +254,7 @@ class ModelRunner:
             self._ids(rows.positions),
             self._ids(rows.read),
             dense_threads=None if self._dense_threads is None else self._dense_threads(plan, self.rank),
+            row_lengths=rows.lengths,
         )
         return StepOutput(logits, attention.bytes_sent)
 
@@ -297,3 +303,8 @@ class ModelRunner:
 
     def _ids(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def _row_lengths(runs: Sequence[QueryRun], rope: RopeLengths) -> list[int]:
+    """Length that counts for RoPE in every row of a rank's runs."""
+    return [rope.counted(max(run.rope_len, position + 1)) for run in runs for position in range(run.position, run.end)]

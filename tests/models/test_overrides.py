@@ -1,0 +1,136 @@
+"""Fields of a config that the user gives stand in place of the file's, and nothing else changes."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import generate_reference, greedy, random_prompt, run_all, write_model
+from transformers import AutoConfig
+
+from longspan.config import EngineConfig, parse_overrides
+from longspan.engine.engine import Engine
+from longspan.errors import ConfigError
+from longspan.models.inspect import inspect_model
+from longspan.models.loader import load_config
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+def write(path, **fields):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(fields))
+    return str(path)
+
+
+@pytest.mark.parametrize("given", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    ],
+)
+def test_scaling_replaces_the_files_and_keeps_its_base(tmp_path, file, given):
+    path = write(tmp_path, model_type="llama", max_position_embeddings=256, **file)
+    config, _ = load_config(path, {given: YARN})
+    assert config.rope_parameters == {**YARN, "rope_theta": 5e5}
+    assert inspect_model(config, None, torch.float32).max_position == 1024
+    again, _ = load_config(path, {given: {**YARN, "rope_theta": 7.0}})
+    assert again.rope_parameters["rope_theta"] == 7.0
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"rope_theta": 5e5, "rope_scaling": YARN},
+        {"rope_theta": 5e5},
+        {"rope_parameters": {**YARN, "rope_theta": 5e5}},
+    ],
+)
+def test_another_base_keeps_the_files_scaling(tmp_path, file):
+    path = write(tmp_path, model_type="llama", max_position_embeddings=256, **file)
+    before, _ = load_config(path)
+    config, _ = load_config(path, {"rope_theta": 7.0})
+    assert config.rope_parameters == {**before.rope_parameters, "rope_theta": 7.0}
+    assert before.rope_parameters["rope_theta"] == 5e5
+
+
+def test_inner_configs_are_merged_field_by_field(tmp_path):
+    path = write(tmp_path, **AutoConfig.for_model("gemma3").to_dict())
+    before, _ = load_config(path)
+    config, _ = load_config(path, {"text_config": {"sliding_window": 64}})
+    assert (config.sliding_window, config.hidden_size) == (64, before.hidden_size)
+    assert config.to_dict() | {"sliding_window": 0} == before.to_dict() | {"sliding_window": 0}
+
+
+def test_what_a_config_derives_follows(tmp_path):
+    path = write(tmp_path, model_type="gemma3_text", num_hidden_layers=4)
+    config, _ = load_config(path, {"num_hidden_layers": 7})
+    assert len(config.layer_types) == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"rope_scalling": YARN},
+            "hf_overrides: got the field 'rope_scalling', legal are fields of the model's config",
+        ),
+        ({"model_type": "qwen2"}, "hf_overrides: got model_type 'qwen2', legal is the model's own, 'llama'"),
+        ({"vision_config": {}}, "hf_overrides: got the field 'vision_config', legal are fields"),
+        ({"hidden_size": "many"}, "its config cannot be loaded"),
+    ],
+)
+def test_rejects_overrides_that_fit_no_field(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        load_config(write(tmp_path, model_type="llama"), overrides)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("overrides", [{"rope_scaling": YARN}, {"hidden_size": 64}])
+def test_rejects_fields_of_a_text_part_outside_of_it(tmp_path, overrides):
+    path = write(tmp_path, **AutoConfig.for_model("gemma3").to_dict())
+    with pytest.raises(ConfigError, match="or of its text_config inside of that"):
+        load_config(path, overrides)
+
+
+def test_rejects_one_base_for_layers_that_differ(tmp_path):
+    path = write(tmp_path, **AutoConfig.for_model("gemma3_text").to_dict())
+    with pytest.raises(ConfigError, match="of layers that differ"):
+        load_config(path, {"rope_theta": 7.0})
+
+
+def test_rejects_a_value_that_the_config_does_not_keep(tmp_path):
+    path = write(tmp_path, model_type="gemma4_text", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    with pytest.raises(ConfigError, match=r"hf_overrides: got layer_types .*, which the model's config makes "):
+        load_config(path, {"layer_types": ["sliding_attention"] * 2})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "4", '{"a": NaN'])
+def test_rejects_a_text_that_is_no_json_object(text):
+    with pytest.raises(ConfigError, match="hf_overrides: got"):
+        parse_overrides(text)
+
+
+@pytest.mark.parametrize("value", [[], "{}", {1: 2}, {"a": {1, 2}}])
+def test_rejects_overrides_that_are_no_json_object(value):
+    with pytest.raises(ConfigError, match=r"hf_overrides: got .*, legal is a dict of fields"):
+        EngineConfig(model="recall", hf_overrides=value)
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize("executor", ["threads", pytest.param("processes", marks=pytest.mark.processes)])
+def test_a_model_runs_with_scaling_that_its_file_lacks(tmp_path, executor):
+    options = {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 112, "max_position_embeddings": 256}
+    path = write_model(tmp_path / "plain", "llama", **options)
+    yarn = write_model(tmp_path / "yarn", "llama", **options, rope_parameters={**YARN, "rope_theta": 10000.0})
+    prompt = random_prompt(300, 1)
+    expected = generate_reference(yarn, prompt, 20)
+    config = EngineConfig(
+        model=path, hf_overrides={"rope_scaling": YARN}, executor=executor, kv_cache_memory=2**24, threads_per_rank=1
+    )
+    with Engine(config) as engine:
+        request = engine.add_request(prompt, greedy(20))
+        run_all(engine)
+    assert request.output_token_ids == expected.token_ids
