@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from multimodal_models import multimodal_model
 from quantized_models import (
     awq,
     compressed_blocks,
@@ -16,6 +17,8 @@ from quantized_models import (
     fp8_blocks,
     fp8_whole,
     gptq,
+    read_all,
+    save_shards,
     write_repository,
 )
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -309,3 +312,22 @@ def test_one_scale_of_a_wrong_block_changes_the_weights(name, tmp_path):
     found, wanted = weights_of(made.path), weights_of(made.dense_path)
     changed = {part for part in wanted if not torch.equal(found[part], wanted[part])}
     assert changed == {part for part in wanted if part.endswith("_proj.weight")}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_the_text_part_of_a_quantised_multimodal_repository_is_dequantised(name, tmp_path):
+    """Its tensors are renamed, and its config names the quantisation outside of the text part."""
+    whole = Path(multimodal_model(name).path)
+    quantize, stored, dense = fp8_blocks(48), {}, {}
+    for tensor, weight in read_all(whole).items():
+        stored[tensor] = dense[tensor] = weight
+        if "language_model" in tensor and tensor.endswith("_proj.weight"):
+            parts, dense[tensor] = quantize(tensor, weight)
+            stored |= parts
+    config = json.loads((whole / "config.json").read_text())
+    for folder, tensors, extra in (("dense", dense, {}), ("small", stored, {"quantization_config": fp8_options(48)})):
+        (tmp_path / folder).mkdir()
+        save_shards(tmp_path / folder, tensors)
+        (tmp_path / folder / "config.json").write_text(json.dumps(config | extra))
+    assert len(stored) > len(dense)
+    assert_same(weights_of(str(tmp_path / "small")), weights_of(str(tmp_path / "dense")))
