@@ -83,6 +83,14 @@ def test_zero_sizes_are_empty_partials(backend, num_rows, num_keys):
 
 
 @backends
+def test_a_lone_query_that_is_also_a_row_of_a_longer_run_keeps_both_its_parts(backend, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    q, k, v = tensors(11, 9, (4, 1))
+    check(backend, q, k, v, [RowSegment(10, 1, 30, 0, 3, None, FULL), RowSegment(0, 11, 20, 4, 5, None, FULL)], PARAMS)
+    check(backend, q, k, v, [RowSegment(0, 1, 5, 0, 3, None, FULL), RowSegment(0, 1, 5, 4, 2, 4, CAUSAL)], PARAMS)
+
+
+@backends
 def test_queries_before_the_first_key_or_past_the_window_are_empty_rows_with_lse_minus_infinity(backend):
     q, k, v = tensors(10, 4)
     got = check(backend, q, k, v, [RowSegment(0, 10, 0, 0, 4, 6, CAUSAL)], PARAMS)

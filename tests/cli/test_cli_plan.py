@@ -205,10 +205,39 @@ def test_quantised_weights_are_planned_as_they_are_loaded(tmp_path):
     assert "got quant_method 'hqq'" in load_shape(unread, "bfloat16").not_run
 
 
+def test_latent_attention_is_planned_with_what_it_stores(tmp_path):
+    """DeepSeek V2 Lite: 27 layers of 512 + 64 elements in bfloat16, of 16 heads of 192 and 128."""
+    config = {
+        "model_type": "deepseek_v2",
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "q_lora_rank": None,
+        "vocab_size": 102400,
+    }
+    shape = load_shape(write_config(tmp_path, config), "bfloat16")
+    assert shape.kv_token_bytes == 27 * 576 * 2 == 31_104
+    assert shape.num_weights == pytest.approx(15.7e9, rel=0.01)
+    assert shape.spec.active_parameters == pytest.approx(2.25e9, rel=0.03)
+    assert shape.not_run is None
+    assert shape.divided(4).kv_token_bytes == 31_104, "every device of a rank holds the one latent"
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (LLAMA_3_8B | {"kv_lora_rank": 512}, "kv_lora_rank: got 512, plannable is"),
+        (
+            {"model_type": "deepseek_v32"},
+            "index_topk: got 2048, plannable is a model without it: sparse attention reads",
+        ),
         ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, "plannable is"),
         ({"model_type": "t5", "vocab_size": 100}, "plannable"),
         ({"model_type": "nobody-knows"}, "its config cannot be loaded"),

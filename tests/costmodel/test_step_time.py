@@ -143,7 +143,7 @@ class TimedRanks(FakeRanks):
             flops[run.compute_rank] += run.num_tokens * self.scheduler.step_time.token_flops
             for i, (group, step) in enumerate(zip(groups, plan.groups, strict=True)):
                 table, window = requests[run.request_id].allocation.tables[i], group.spec.window
-                pair_flops = len(group.layers) * group.pair_flops
+                pair_flops = len(group.layers) * group.pair_flops()
                 for query in range(run.position, run.end):
                     first = 0 if window is None else max(0, query - window + 1)
                     for key_rank in range(num_ranks):

@@ -124,7 +124,7 @@ def generate(engine, model, num_tokens=6):
 
 CASES = all_pairs(
     {
-        "family": ("llama", "qwen2", "gemma2", "smollm3-window", "llama-one-kv-head"),
+        "family": ("llama", "qwen2", "gemma2", "smollm3-window", "llama-one-kv-head", "youtu"),
         "context_parallel_size": (1, 2, 3),
         "placement": ("striped", "packed", "spill"),
         "strategy": ("pass_q", "tree", "auto"),
@@ -164,6 +164,7 @@ def test_fixed_steps_give_the_tokens_of_transformers_all_pairs(case, steps):
         pytest.param("llama", 3, "striped", marks=pytest.mark.slow),
         ("gemma2", 2, "striped"),
         ("qwen2", 1, "packed"),
+        ("youtu", 2, "striped"),
     ],
 )
 def test_replayed_steps_give_them_too_and_count_what_they_send(family, size, placement, captured):

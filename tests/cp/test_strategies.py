@@ -17,9 +17,10 @@ from cp_ranks import Ranks, Step, random_groups
 import longspan.cp.base
 import longspan.cp.eager
 import longspan.cp.wire
+from longspan.attention import latent
 from longspan.attention.partial import PartialAttention
 from longspan.cp.base import KVBlock
-from longspan.kv.layout import KVLayout
+from longspan.kv.layout import KVGroup, KVLayout, KVSpec
 from longspan.plan.query_units import query_units
 from longspan.plan.types import RingExchange
 from longspan.sharding.pages import PageRun, PageTable
@@ -104,6 +105,34 @@ def test_every_strategy_equals_dense_attention_in_float64(strategy, num_ranks):
     if num_ranks > 1:
         assert num_remote >= NUM_CASES * 2 // 3, "too few cases move anything"
         assert strategy is not PASS_KV or num_rings_of_several_rounds >= NUM_CASES // 3
+
+
+@rank_counts
+@strategies
+def test_latents_are_attended_wherever_they_lie_and_travel_once(strategy, num_ranks, monkeypatch):
+    """Absorbed where few queries see a key, expanded where many do; messages have the bytes that the layout says."""
+    monkeypatch.setattr(latent, "MIN_EXPANDED_KEYS", 3)
+    monkeypatch.setattr(latent, "EXPANDED_BYTES", 0)
+    expand, num_expanded = latent.LatentWeights.expand, []
+    monkeypatch.setattr(latent.LatentWeights, "expand", lambda *args: num_expanded.append(1) or expand(*args))
+    for seed in range(5):
+        rng = random.Random(f"latents {strategy} {num_ranks} {seed}")
+        cluster = random_cluster(rng, num_ranks=num_ranks, windows=[None])
+        spec = KVSpec.latents(4, rng.choice([1, 2]), 3, 2, "float64")
+        assert 3 < spec.min_expanded_queries < 6
+        group = KVGroup((0,), spec, rng.choice([1, 3, 4]))
+        ranks = Ranks(cluster, [group], with_sinks=seed == 0, seed=seed)
+        nodes = random_nodes(rng, num_ranks)
+        for chunk in (random_chunk(rng, cluster), random_chunk(rng, cluster), dict.fromkeys(cluster.computed, 1)):
+            step = ranks.run(cluster.step(chunk), strategy, block_len=rng.choice([3, 20]), nodes=nodes)
+            ranks.check(step)
+            check_traffic(step)
+            exchanges = step.plan.groups[0].exchanges
+            if exchanges and strategy is GATHER_KV:
+                rows = sum(map(sum, exchanges[0].num_rows))
+                assert sum(t.bytes_sent for t in step.traffic) == rows * spec.layout.k_width * 8
+            cluster.slide()
+    assert num_expanded
 
 
 @rank_counts

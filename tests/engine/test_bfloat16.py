@@ -14,7 +14,7 @@ from longspan.types import SamplingParams
 pytestmark = pytest.mark.cover
 
 PROMPT = tuple(random_prompt(300, 11))
-FAMILIES = ("llama", "qwen3", "gemma2", "smollm3-window")
+FAMILIES = ("llama", "qwen3", "gemma2", "smollm3-window", "youtu")
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from tiny_models import load_reference, tiny_model
 
 from longspan.attention import select
+from longspan.attention.latent import LatentBackend
 from longspan.attention.select import make_backend
 from longspan.config import EngineConfig
 from longspan.engine import gpus, ranks
@@ -275,9 +276,9 @@ def test_rejects_a_model_that_the_kernels_do_not_take():
         KVLayout((KVComponent("k", 8, 64, "bfloat16"), KVComponent("v", 8, 64, "float32"))),
         KVLayout((KVComponent("k", 8, 64, "float32"), KVComponent("v", 8, 64, "float32"))),
         KVLayout((KVComponent("k", 8, 64, "bfloat16", "float32"), KVComponent("v", 8, 64, "bfloat16", "float32"))),
-        KVLayout((KVComponent("k", 8, 64, "bfloat16"),), v_width_in_k=48),
+        KVLayout((KVComponent("k", 1, 64, "float32"),), v_width_in_k=48),
     ],
-    ids=["mixed dtypes", "another dtype", "scales", "values in keys"],
+    ids=["mixed dtypes", "another dtype", "scales", "values in keys of another dtype"],
 )
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_rejects_keys_and_values_that_no_kernel_reads_as_they_are_stored(layout, backend):
@@ -285,6 +286,15 @@ def test_rejects_keys_and_values_that_no_kernel_reads_as_they_are_stored(layout,
     group = replace(spec.kv_groups[0], spec=KVSpec(layout, "bfloat16"))
     with pytest.raises(UnsupportedModelError, match=r"as KVLayout\(.*, legal is .* stored in bfloat16, without scales"):
         device_backend(config(attention_backend=backend), replace(spec, kv_groups=(group,)), torch.device("cpu"))
+
+
+def test_a_model_of_latents_gets_a_backend_that_projects_them():
+    spec = spec_of()
+    group = replace(spec.kv_groups[0], spec=KVSpec.latents(512, 64, 192, 128, "bfloat16"))
+    backend = device_backend(config(), replace(spec, kv_groups=(group,)), torch.device("cpu"))
+    assert isinstance(backend, LatentBackend)
+    assert backend.name == "cpu"
+    assert not isinstance(device_backend(config(), spec, torch.device("cpu")), LatentBackend)
 
 
 def test_backends_of_a_gpu(monkeypatch):

@@ -29,8 +29,8 @@ from longspan.types import SamplingParams
 
 pytestmark = pytest.mark.cover
 
-FULL, WINDOW, MIXED, CHUNKED = "llama", "mistral-window-24", "gemma3", "llama4"
-FAMILIES = (FULL, WINDOW, MIXED, CHUNKED)
+FULL, WINDOW, MIXED, CHUNKED, LATENT = "llama", "mistral-window-24", "gemma3", "llama4", "youtu"
+FAMILIES = (FULL, WINDOW, MIXED, CHUNKED, LATENT)
 PAGE = 16
 OPTIONS = {"page_size": PAGE, "stripe_size": 64, "max_num_batched_tokens": 200}
 """With these a prompt of fewer than 128 tokens per rank is packed."""

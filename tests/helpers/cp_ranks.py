@@ -5,7 +5,7 @@ NaN, so that a row which nobody wrote cannot pass for a key.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,6 +13,8 @@ import torch
 from cp_cases import Cluster, make_group
 from torch import Tensor
 
+from longspan.attention.base import AttentionBackend
+from longspan.attention.latent import LatentBackend, LatentParams, LatentWeights
 from longspan.attention.select import make_backend
 from longspan.comm.base import Communicator, Pending
 from longspan.comm.recording import RecordingCommunicator
@@ -91,11 +93,11 @@ class Ranks:
     ) -> None:
         assert [group.spec.window for group in groups] == list(cluster.windows)
         self.cluster, self.groups = cluster, groups
-        self.backend = make_backend(backend, "cpu")
+        self.backend: AttentionBackend = make_backend(backend, "cpu")
         generator = torch.Generator().manual_seed(seed)
         self.group_of = {layer: group for group in groups for layer in group.layers}
         self.params = [
-            AttentionParams(1.3 * group.spec.layout.k_width**-0.5, softcap, group.spec.window)
+            AttentionParams(1.3 * group.spec.q_width**-0.5, softcap, group.spec.window)
             for _, group in sorted(self.group_of.items())
         ]
 
@@ -109,9 +111,13 @@ class Ranks:
         for layer, group in self.group_of.items():
             layout, dtype = group.spec.layout, group.spec.compute_dtype
             for request_id in range(cluster.num_requests):
-                self.q[layer, request_id] = draw(dtype, max_len, group.num_query_heads, layout.k_width)
+                self.q[layer, request_id] = draw(dtype, max_len, group.num_query_heads, group.spec.q_width)
                 self.k[layer, request_id] = draw(dtype, layout.num_kv_heads, max_len, layout.k_width)
                 self.v[layer, request_id] = draw(dtype, layout.num_kv_heads, max_len, layout.v_width)
+                if layout.v_width_in_k is not None:
+                    self.v[layer, request_id] = self.k[layer, request_id][:, :, : layout.v_width]
+            if group.spec.latent is not None:
+                self._draw_weights(layer, group, draw)
             self.sinks[layer] = draw(dtype, group.num_query_heads) if with_sinks else None
         self.pools = [
             [PagePool(group, cluster.pages_per_rank, cluster.page_size, torch.device("cpu")) for group in groups]
@@ -121,6 +127,31 @@ class Ranks:
         for pool in (pool for rank_pools in self.pools for pool in rank_pools):
             for tensor in (*pool.k.values(), *pool.v.values()):
                 tensor.fill_(torch.nan)
+
+    def _draw_weights(self, layer: int, group: KVGroup, draw: Callable[..., Tensor]) -> None:
+        """Let a layer's heads project latents."""
+        spec, heads = group.spec, group.num_query_heads
+        rank = spec.layout.v_width
+        nope = spec.q_width - (spec.layout.k_width - rank)
+        w_k = draw(spec.compute_dtype, heads, nope, rank) / rank**0.5
+        w_v = draw(spec.compute_dtype, heads, spec.out_width, rank) / rank**0.5
+        one = self.params[layer]
+        self.params[layer] = LatentParams(
+            one.scale, one.softcap, one.window, weights=LatentWeights(w_k, w_v), spec=spec
+        )
+        if not isinstance(self.backend, LatentBackend):
+            self.backend = LatentBackend(self.backend)
+
+    def _expanded(self, layer: int, request_id: int) -> tuple[Tensor, Tensor]:
+        """Keys [Hkv, S, D] and values [Hkv, S, Dv] as the definition of the layer's attention has them."""
+        k, v, params = self.k[layer, request_id], self.v[layer, request_id], self.params[layer]
+        if not isinstance(params, LatentParams):
+            return k, v
+        w_k, w_v = (weight.double() for weight in params.weights)
+        latents, rotated = k[0, :, : w_k.shape[2]].double(), k[0, :, w_k.shape[2] :].double()
+        nope = torch.einsum("hnr,sr->hsn", w_k, latents)
+        keys = torch.cat([nope, rotated.expand(len(w_k), -1, -1)], -1)
+        return keys, torch.einsum("hnr,sr->hsn", w_v, latents)
 
     def run(
         self,
@@ -183,10 +214,11 @@ class Ranks:
     def dense(self, layer: int, run: QueryRun, dtype: torch.dtype = torch.float64) -> Tensor:
         """[T, H, Dv] attention of a query run over its whole sequence, at once."""
         group, params = self.group_of[layer], self.params[layer]
-        ratio = group.num_query_heads // group.spec.layout.num_kv_heads
         q = self.q[layer, run.request_id][run.position : run.end].to(dtype)
-        k = self.k[layer, run.request_id][:, : run.end].to(dtype).repeat_interleave(ratio, 0)
-        v = self.v[layer, run.request_id][:, : run.end].to(dtype).repeat_interleave(ratio, 0)
+        keys, values = self._expanded(layer, run.request_id)
+        ratio = group.num_query_heads // len(keys)
+        k = keys[:, : run.end].to(dtype).repeat_interleave(ratio, 0)
+        v = values[:, : run.end].to(dtype).repeat_interleave(ratio, 0)
         scores = torch.einsum("thd,hsd->hts", q, k) * params.scale
         if params.softcap is not None:
             scores = params.softcap * torch.tanh(scores / params.softcap)

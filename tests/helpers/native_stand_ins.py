@@ -20,7 +20,7 @@ class NativeStandIns(CPUBackend):
         stand_ins = {
             "is_available": lambda: True,
             "can_prefill": lambda width, v_width, dtype: True,
-            "can_decode": lambda num_rows, width, dtype: 1 <= num_rows <= kernels.MAX_ROWS,
+            "can_decode": lambda num_rows, width, v_width, dtype: 1 <= num_rows <= kernels.MAX_ROWS,
             "prefill": prefill,
             "decode": decode,
             "decode_batch": decode_batch,

@@ -31,6 +31,25 @@ ROUTED = {
     "topk_group": 1,
     "norm_topk_prob": True,
 }
+LATENTS = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 8,
+    "head_dim": None,
+}
+MSCALE_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.8,
+    "mscale_all_dim": 0.6,
+}
 LLAMA4 = {
     "num_hidden_layers": 4,
     "no_rope_layers": [1, 1, 0, 1],
@@ -53,6 +72,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "apertus": ("apertus", {}),
     "apertus1p5_text": ("apertus1p5_text", {}),
     "arcee": ("arcee", {}),
+    "axk1": ("axk1", {**ROUTED, **LATENTS, "mlp_layer_types": [DENSE, SPARSE, SPARSE]}),
     "aria_text": ("aria_text", {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1}),
     "biogpt": ("biogpt", NO_GROUPS),
     "bitnet": ("bitnet", NO_HEAD_DIM),
@@ -60,6 +80,30 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "cohere2": ("cohere2", LAYERS),
     "cohere2_moe": ("cohere2_moe", {**EXPERTS, **LAYERS, "moe_intermediate_size": None}),
     "cwm": ("cwm", LAYERS),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**ROUTED, **LATENTS, "q_lora_rank": None, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy"},
+    ),
+    "deepseek_v2-real-sizes": (  # of one layer's attention, with which chunks of more than 239 tokens are expanded
+        "deepseek_v2",
+        {
+            **NO_GROUPS,
+            "num_hidden_layers": 2,
+            "first_k_dense_replace": 2,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
+    ),
+    "deepseek_v3": ("deepseek_v3", {**ROUTED, **LATENTS, "first_k_dense_replace": 1}),
+    "deepseek_v3-yarn": (
+        "deepseek_v3",
+        {**ROUTED, **LATENTS, "qk_rope_head_dim": 16, "v_head_dim": 16, "rope_parameters": MSCALE_YARN},
+    ),
     "dots1": ("dots1", {**ROUTED, **LAYERS, "first_k_dense_replace": 1}),
     "ernie4_5": ("ernie4_5", {}),
     "ernie4_5_moe": (
@@ -93,6 +137,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "glm": ("glm", {}),
     "glm4": ("glm4", {}),
     "glm4_moe": ("glm4_moe", {**ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True}),
+    "glm4_moe_lite": ("glm4_moe_lite", {**ROUTED, **LATENTS, "mlp_layer_types": [DENSE, SPARSE, SPARSE]}),
     "gpt-sw3": ("gpt-sw3", NO_GROUPS),
     "gpt2": ("gpt2", NO_GROUPS),
     "gpt_bigcode": ("gpt_bigcode", NO_GROUPS),
@@ -148,6 +193,21 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "mellum": ("mellum", {**EXPERTS, **LAYERS}),
     "mimo_v2_flash": ("mimo_v2_flash", {**ROUTED, **LAYERS, "v_head_dim": 12, "n_shared_experts": None}),
     "minimax_m2": ("minimax_m2", LOCAL_EXPERTS),
+    "minicpm3": ("minicpm3", {**LATENTS, "dim_model_base": 32}),
+    "minicpm3-longrope": (
+        "minicpm3",
+        {
+            **LATENTS,
+            "dim_model_base": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.2, 1.5, 2.0],
+                "long_factor": [1.5, 2.5, 4.0, 8.0],
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
     "ministral": ("ministral", LAYERS),
     "ministral3": ("ministral3", WINDOW),
     "mistral": ("mistral", WINDOW),
@@ -177,6 +237,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
     "qwen3_moe-mlp": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [1]}),
+    "sarvam_mla": ("sarvam_mla", {**ROUTED, **LATENTS, "q_lora_rank": None, "first_k_dense_replace": 1}),
     "sarvam_moe": ("sarvam_moe", EXPERTS),
     "seed_oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
@@ -186,6 +247,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "starcoder2": ("starcoder2", {"head_dim": None}),
     "starcoder2-window": ("starcoder2", {"head_dim": None, **WINDOW}),
     "vaultgemma": ("vaultgemma", {**LAYERS, "attn_logit_softcapping": 3.0}),
+    "youtu": ("youtu", LATENTS),
 }
 
 

@@ -137,6 +137,19 @@ FAMILIES: dict[str, tuple[str, Mapping[str, object]]] = {
             "rope_parameters": {**_YARN_ROPE, "truncate": False},
         },
     ),
+    "youtu": (
+        "youtu",
+        {
+            "num_key_value_heads": 8,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 24,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "rope_parameters": {**_YARN_ROPE, "mscale": 0.8, "mscale_all_dim": 0.6},
+            "seed": 1,
+        },
+    ),
 }
 
 

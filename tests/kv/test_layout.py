@@ -75,7 +75,7 @@ def test_a_group_counts_all_its_layers():
     assert group.page_bytes(16) == 2_097_152
     assert group.query_row_bytes == 32 * 128 * 2  # of one layer, as the others
     assert group.merged_row_bytes == 32 * 128 * 4
-    assert group.pair_flops == 2 * 32 * (128 + 128)
+    assert group.pair_flops() == 2 * 32 * (128 + 128)
 
 
 def test_every_dtype_is_said_apart():

@@ -62,6 +62,30 @@ def test_the_kernel_agrees_with_float64(heads, num_rows, num_keys, width, dtype,
 
 
 @needs_kernel
+@pytest.mark.parametrize(("width", "v_width"), [(192, 128), (576, 512), (48, 32), (16, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 3, 8])
+def test_values_of_another_width_or_inside_of_keys_agree_with_float64(width, v_width, dtype, num_rows):
+    generator = torch.Generator().manual_seed(width)
+    k = torch.randn(2, 333, width, generator=generator).to(dtype)
+    rows = torch.randn(2, num_rows, width, generator=generator).to(dtype)
+    choices = [torch.randn(2, 333, v_width, generator=generator).to(dtype)]
+    if v_width < width:
+        choices.append(k[:, :, :v_width])
+    for v in choices:
+        want_out, want_lse = expected(rows, k, v, width**-0.5)
+        out, lse = kernels.decode(rows, k, v, width**-0.5, 1)
+        torch.testing.assert_close(out[0].double(), want_out, rtol=0, atol=2e-5)
+        torch.testing.assert_close(lse[0].double(), want_lse, rtol=0, atol=5e-6)
+        q = rows.flatten(0, 1)[None]  # [1, H, D]
+        found, found_lse = torch.empty(1, 2 * num_rows, v_width), torch.empty(1, 2 * num_rows)
+        batch = kernels.DecodeBatch({0: [(0, 100), (100, 233)]})
+        kernels.decode_batch(q, k, v, width**-0.5, batch, found, found_lse)
+        torch.testing.assert_close(found[0].view(want_out.shape).double(), want_out, rtol=0, atol=2e-5)
+        torch.testing.assert_close(found_lse[0].view(want_lse.shape).double(), want_lse, rtol=0, atol=5e-6)
+
+
+@needs_kernel
 @pytest.mark.parametrize("score", [-1e4, 1e4])
 def test_huge_scores_neither_overflow_nor_underflow(score):
     k = torch.zeros(1, 300, 16)
@@ -106,12 +130,14 @@ def test_decode_is_right_with_and_without_the_kernel(monkeypatch, available, dty
 
 
 def test_what_the_kernel_cannot_do_is_left_to_the_other_one():
-    assert not kernels.can_decode(9, 64, torch.float32)
-    assert not kernels.can_decode(0, 64, torch.float32)
-    assert not kernels.can_decode(4, 72, torch.float32)
-    assert not kernels.can_decode(4, 272, torch.float32)
-    assert not kernels.can_decode(4, 64, torch.float64)
-    assert kernels.can_decode(4, 64, torch.bfloat16)
+    assert not kernels.can_decode(9, 64, 64, torch.float32)
+    assert not kernels.can_decode(0, 64, 64, torch.float32)
+    assert not kernels.can_decode(4, 72, 64, torch.float32)
+    assert not kernels.can_decode(4, 64, 72, torch.float32)
+    assert not kernels.can_decode(4, 592, 512, torch.float32)
+    assert not kernels.can_decode(4, 64, 64, torch.float64)
+    assert kernels.can_decode(4, 64, 64, torch.bfloat16)
+    assert kernels.can_decode(4, 576, 512, torch.bfloat16)
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

@@ -115,6 +115,38 @@ def test_nan_in_a_visible_key_is_not_hidden_from_many_rows_and_others_are():
     assert lse[20:].isnan().all()
 
 
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("group_size", "num_queries"), [(16, 1), (16, 2), (16, 3), (128, 1), (5, 40)])
+@pytest.mark.parametrize("num_threads", [1, 3, 8])
+def test_values_that_are_the_first_elements_of_their_keys_and_keys_that_are_shared_by_threads(
+    group_size, num_queries, dtype, num_threads
+):
+    """Latent attention: one head of 576 elements, 512 of them the value; few rows leave the other threads keys."""
+    generator = torch.Generator().manual_seed(group_size)
+    k = torch.full((1, 5000, 576), torch.nan, dtype=dtype)
+    seen = [kernels.SeenKeys(3, 2500), kernels.SeenKeys(2600, 1, lead=0), kernels.SeenKeys(2700, 2100, lead=2070)]
+    for run in seen:
+        k[:, run.row : run.row + run.num_keys] = torch.randn(1, run.num_keys, 576, generator=generator)
+    q = torch.randn(num_queries, group_size, 576, generator=generator).to(dtype)
+    v = k[:, :, :512]
+    out, lse = run_kernel(q, k, v, 576**-0.5, seen, num_threads)
+    want_out, want_lse = expected(q, k, v, 576**-0.5, seen)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=5e-6)
+    torch.testing.assert_close(out.double(), want_out, rtol=0, atol=2e-5)
+
+
+@needs_kernel
+def test_a_row_that_sees_nothing_stays_empty_when_threads_share_its_keys():
+    q, k = torch.randn(2, 16, 576), torch.randn(1, 1500, 576)
+    out, lse = run_kernel(q, k, k[:, :, :512], 0.1, [kernels.SeenKeys(0, 1500, lead=-1)], 2)
+    assert lse[0].isneginf().all()
+    assert not out[0].any()
+    want_out, want_lse = expected(q, k, k[:, :, :512], 0.1, [kernels.SeenKeys(0, 1500, lead=-1)])
+    torch.testing.assert_close(out[1].double(), want_out[1], rtol=0, atol=2e-5)
+    torch.testing.assert_close(lse[1].double(), want_lse[1], rtol=0, atol=5e-6)
+
+
 # -- linear layers -----------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longspan.triton_kernels.attention import attention_kernel, compile_options, most_queries, tiling
+from longspan.triton_kernels.attention import (
+    attention_kernel,
+    blocks,
+    compile_options,
+    head_tiles,
+    most_queries,
+    tiling,
+)
 from longspan.triton_kernels.merge import accumulate_kernel, merge_kernel
 from longspan.triton_kernels.store import store_kernel
 
@@ -42,28 +49,44 @@ class Kernel(NamedTuple):
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
-def attention_case(width: int, dtype: torch.dtype, num_queries: int, group_size: int, softcap: bool = False) -> Kernel:
-    per_tile = most_queries(group_size, num_queries, tiling(width, dtype).most_rows)
-    k_block = triton.next_power_of_2(width)
+def attention_case(
+    width: int,
+    dtype: torch.dtype,
+    num_queries: int,
+    group_size: int,
+    softcap: bool = False,
+    latent_width: int | None = None,
+) -> Kernel:
+    """Attention over keys of a width; `latent_width` of their elements are the value, or values are as wide."""
+    most_rows = tiling(width, dtype).most_rows
+    tiles = head_tiles(group_size, most_rows)
+    group_size //= tiles
+    per_tile = most_queries(group_size, num_queries, most_rows)
+    is_latent = latent_width is not None
+    v_width = latent_width or width
+    k_block, v_block = blocks(width, v_width, values_in_keys=is_latent)
     choices = compile_options(per_tile, group_size, width, dtype)
     num_warps = choices.pop("num_warps")
     pointer = POINTER[dtype]
     pointers = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "q_ptr": pointer, "k_ptr": pointer, "v_ptr": pointer}
     pointers |= {"query_tiles": "*i32", "key_tiles": "*i32"}
     constants = {
-        "NUM_KV_HEADS": 8,
+        "NUM_KV_HEADS": 1 if is_latent else 8,
         "GROUP_SIZE": group_size,
+        "HEAD_TILES": tiles,
         "NUM_SPLITS": 1 if num_queries > 1 else 32,
         "K_WIDTH": width,
-        "V_WIDTH": width,
+        "V_WIDTH": v_width,
         "K_BLOCK": k_block,
-        "V_BLOCK": k_block,
+        "V_BLOCK": v_block,
         "HAS_SOFTCAP": softcap,
         "UPCAST": False,
+        "VALUES_IN_KEYS": is_latent,
         **choices,
     }
     name = f"{'prefill' if num_queries > 1 else 'decode'} {str(dtype).removeprefix('torch.')} {width}"
     name += " softcap" * softcap + f" group of {group_size}" * (group_size == 7)
+    name += f" of latents, {tiles * group_size} heads" * is_latent
     return Kernel(name, attention_kernel, pointers, constants, num_warps)
 
 
@@ -76,6 +99,10 @@ def kernels() -> Iterator[Kernel]:
     yield attention_case(128, torch.bfloat16, 2048, 4, softcap=True)
     yield attention_case(256, torch.bfloat16, 1, 2, softcap=True)
     yield attention_case(128, torch.bfloat16, 2048, 7)
+    for dtype in (torch.bfloat16, torch.float32):
+        for num_queries in (1, 2048):
+            for num_heads in (16, 128):
+                yield attention_case(576, dtype, num_queries, num_heads, latent_width=512)
     for part in ("*bf16", "*fp32"):
         pointers = {"out_ptr": "*bf16", "out_lse_ptr": "*fp32", "part_ptr": part, "part_lse_ptr": "*fp32"}
         constants = {"NUM_PARTS": 8, "NUM_HEADS": 32, "WIDTH": 128, "WIDTH_BLOCK": 128, "BLOCK_ROWS": 16}

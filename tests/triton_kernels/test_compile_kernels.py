@@ -41,5 +41,5 @@ def test_the_usual_kernels_fit_and_decode_leaves_room_for_three_blocks_per_proce
 @pytest.mark.cover
 def test_all_kernels_fit():
     kernels = compile_all()
-    assert len(kernels) == 31
+    assert len(kernels) == 39
     assert_fits(kernels)

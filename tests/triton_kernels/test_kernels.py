@@ -82,6 +82,49 @@ def test_errors_are_at_most_twice_those_of_eager_attention_in_the_same_dtype(wid
     torch.testing.assert_close(got.lse.double().cpu(), want.lse, atol=1e-5, rtol=0)  # products of 16 bits are exact
 
 
+@pytest.mark.parametrize("num_heads", [1, 16, 128])
+@pytest.mark.parametrize(("width", "v_width"), [(576, 512), (40, 32), (96, 64)])
+def test_values_that_are_the_first_elements_of_their_keys(num_heads, width, v_width):
+    """Latent attention: one KV head, whose query heads may need several programs."""
+    q, k, _ = tensors(5, 90, (num_heads, 1), width=width, dtype=torch.float32)
+    v = k[:, :, :v_width]
+    past, own = RowSegment(0, 5, 80, 3, 50, None, FULL), RowSegment(0, 5, 80, 60, 20, 70, CAUSAL)
+    hide_unread(q, k, v, [past, own])
+    got = check(q, k, v, [past, own], AttentionParams(width**-0.5), atol=1e-5)
+    copied = (
+        TritonBackend().partial_attention(q, k, v.clone(), [past, own], AttentionParams(width**-0.5))
+        if width < 256
+        else got
+    )
+    torch.testing.assert_close(got.out, copied.out, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_latents_in_16_bits_have_at_most_twice_the_error_of_eager_attention(dtype):
+    q, k, _ = tensors(3, 70, (16, 1), width=576, dtype=dtype)
+    q, v = q / 576**0.25, k[:, :, :512]
+    segments, params = [RowSegment(0, 3, 69, 0, 70, 2, CAUSAL)], AttentionParams(576**-0.5)
+    want = oracle(q, k, v, segments, params)
+    got = TritonBackend().partial_attention(q, k, v, segments, params)
+    visible = torch.arange(70)[None, :] + 2 <= torch.arange(69, 72)[:, None]
+    scores = torch.einsum("thd,sd->hts", q, k[0]) * params.scale
+    weights = torch.softmax(scores.float().masked_fill(~visible, -torch.inf), dim=-1).to(dtype)
+    eager = torch.einsum("hts,sd->thd", weights, v[0])
+    assert (got.out.cpu() - want.out).norm() <= 2 * (eager.double().cpu() - want.out).norm() + 1e-6
+    torch.testing.assert_close(got.lse.double().cpu(), want.lse, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("width", "v_width", "is_taken"),
+    [(576, 512, True), (40, 32, True), (640, 576, False), (584, 512, False), (24, 8, False)],
+)
+def test_latents_of_other_sizes_are_refused(width, v_width, is_taken):
+    spec = KVSpec.latents(v_width, width - v_width, 192, 128, "bfloat16")
+    reason = TritonBackend().unsupported(spec, PARAMS)
+    assert (reason is None) == is_taken
+    assert is_taken or f"got latents of {v_width} and {width - v_width} beside them, the triton backend takes" in reason
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_long_decode_is_split_over_its_keys(softcap, monkeypatch):
     splits = []
@@ -163,6 +206,13 @@ def test_store_writes_every_token_into_its_row_and_tokens_without_one_nowhere(k_
         want = torch.zeros_like(pool)
         want[:, [7, 0, 19]] = new[:, [0, 2, 3]]
         assert torch.equal(pool, want)
+
+
+def test_store_writes_values_inside_of_keys_once():
+    pool_k, k = torch.zeros(1, 9, 40), torch.randn(1, 3, 40)
+    store(pool_k, pool_k[:, :, :32], k, torch.full_like(k[:, :, :32], NAN), torch.tensor([7, -1, 2], dtype=torch.int32))
+    assert torch.equal(pool_k[0, [7, 2]], k[0, [0, 2]])
+    assert not pool_k[0, [0, 1, 3, 4, 5, 6, 8]].any()
 
 
 def test_tables_are_made_once_for_all_layers(monkeypatch):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from longspan.attention.partial import PartialAttention, accumulation_dtype
 from longspan.errors import UnsupportedModelError
-from longspan.kv.layout import KVSpec
+from longspan.kv.layout import KVComponent, KVLayout, KVSpec
+from longspan.kv.pool import are_in_keys
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
@@ -81,7 +82,7 @@ class AttentionBackend(Protocol):
             q: [T, H, D], any strides, T may be 0.
             k: [Hkv, S, D], dtype of `q`, contiguous in the last dimension; a view of a page pool or a received buffer.
                 H is a multiple of Hkv; query head h reads KV head `h // (H // Hkv)`. S may be 0.
-            v: [Hkv, S, Dv], dtype and strides as for `k`.
+            v: [Hkv, S, Dv], dtype and strides as for `k`; may be the first elements of `k`, in the same memory.
             segments: in any order. Several may cover the same query rows, with disjoint keys; rows that none covers
                 come out empty. Rows of q, k and v outside every segment are never read: they may hold NaN.
             params: the layer's scale, window and softcap.
@@ -99,13 +100,13 @@ def check_stored(spec: KVSpec) -> None:
     """Check that keys and values are stored as every kernel, pool and message takes them; called once per rank.
 
     Raises:
-        UnsupportedModelError: they have scales or another dtype than kernels compute in, or values lie inside of keys.
+        UnsupportedModelError: they have scales or another dtype than kernels compute in.
     """
     layout, dtype = spec.layout, spec.compute_dtype
     has_scales = any(component.scale_dtype is not None for component in layout.components)
-    if has_scales or layout.dtypes != (dtype,) or layout.v_width_in_k is not None:
+    if has_scales or layout.dtypes != (dtype,):
         raise UnsupportedModelError(
-            f"model: got keys and values as {layout}, legal is both of them stored in {dtype}, without scales"
+            f"model: got keys and values as {layout}, legal is all of it stored in {dtype}, without scales"
         )
 
 
@@ -128,14 +129,20 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegme
 
 def check_supported(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> None:
     """Raise ValueError if a backend does not take these arguments of `partial_attention`."""
-    spec = _uniform_spec(k.shape[0], k.shape[2], v.shape[2], q.dtype, params.window)
+    in_keys = v.shape[2] < k.shape[2] and are_in_keys(v, k)
+    spec = _stored_spec(k.shape[0], k.shape[2], v.shape[2], in_keys, q.dtype, params.window)
     if (reason := backend.unsupported(spec, params)) is not None:
         raise ValueError(reason)
 
 
 @lru_cache  # every layer of every step asks
-def _uniform_spec(num_kv_heads: int, k_width: int, v_width: int, dtype: torch.dtype, window: int | None) -> KVSpec:
-    return KVSpec.uniform(num_kv_heads, k_width, v_width, str(dtype).removeprefix("torch."), window)
+def _stored_spec(
+    num_kv_heads: int, k_width: int, v_width: int, are_values_in_keys: bool, dtype: torch.dtype, window: int | None
+) -> KVSpec:
+    name = str(dtype).removeprefix("torch.")
+    if are_values_in_keys:
+        return KVSpec(KVLayout((KVComponent("k", num_kv_heads, k_width, name),), v_width), name, window)
+    return KVSpec.uniform(num_kv_heads, k_width, v_width, name, window)
 
 
 def empty_like_queries(q: Tensor, v: Tensor) -> PartialAttention:

@@ -39,6 +39,8 @@ def check_against_reference(
     q = torch.randn(150, group.num_query_heads, layout.k_width, generator=generator).to(device, dtype)
     k = torch.randn(layout.num_kv_heads, NUM_KEYS, layout.k_width, generator=generator).to(device, dtype)
     v = torch.randn(layout.num_kv_heads, NUM_KEYS, layout.v_width, generator=generator).to(device, dtype)
+    if layout.v_width_in_k is not None:
+        v = k[:, :, : layout.v_width_in_k]
     edge = Visibility.CAUSAL if params.window is None else Visibility.BAND
     segments = [
         RowSegment(0, 6, 100, 0, 100, None, Visibility.FULL),

@@ -48,12 +48,12 @@ def partial_attention(
 
 def _attend_piece(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: AttentionParams) -> tuple[Tensor, Tensor]:
     """Compute any piece (a `PieceKernel`)."""
+    if piece.visibility is Visibility.FULL and native_cpu.can_decode(q, v):
+        return native_cpu.decode(q, k, v, params.scale)
     v_width = v.shape[2]
     q, k, v = pad_to_one_width(q, k, v)
     if piece.visibility is not Visibility.FULL:
         out, lse = _expanded(q, k, v, piece, params)
-    elif native_cpu.can_decode(q):
-        out, lse = native_cpu.decode(q, k, v, params.scale)
     else:
         out, lse = _folded(q, k, v, params.scale)
     return (out, lse) if out.shape[3] == v_width else (out[..., :v_width], lse)

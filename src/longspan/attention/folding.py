@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longspan.kv.pool import are_in_keys
+
 MAX_RUNS = 64
 """Most runs of keys that a call is split into; each has at least MIN_RUN_KEYS keys, so none is empty."""
 MIN_RUN_KEYS = 512
@@ -35,16 +37,16 @@ def unfold(out: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Undo `fold`.
 
     Args:
-        out: [Hkv, t * G, D], or with a first dimension of 1.
+        out: [Hkv, t * G, Dv], or with a first dimension of 1.
         lse: [Hkv, t * G], or with a first dimension of 1.
         q: [t, Hkv, G, D], the queries that were folded.
 
     Returns:
-        Views [t, Hkv, G, D] and [t, Hkv, G].
+        Views [t, Hkv, G, Dv] and [t, Hkv, G].
     """
-    num_queries, num_kv_heads, group_size, width = q.shape
+    num_queries, num_kv_heads, group_size, _ = q.shape
     grouped = (num_kv_heads, num_queries, group_size)
-    return out.reshape(*grouped, width).transpose(0, 1), lse.reshape(grouped).transpose(0, 1)
+    return out.reshape(*grouped, out.shape[-1]).transpose(0, 1), lse.reshape(grouped).transpose(0, 1)
 
 
 def count_key_runs(num_kv_heads: int, num_rows: int, num_keys: int, num_threads: int) -> int:
@@ -70,10 +72,15 @@ def merge_key_runs(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pad_to_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad q and k [..., D] or v [..., Dv] with zeros, which change no score, to one width for kernels that need it."""
+    """Pad q and k [..., D] or v [..., Dv] to one width for kernels that need it: with zeros, which change no score.
+
+    Values that are the first elements of their keys are padded with the rest of these, without a copy.
+    """
     width, v_width = q.shape[-1], v.shape[-1]
     if v_width == width:
         return q, k, v
+    if are_in_keys(v, k):
+        return q, k, k
     widest = max(v_width, width)
     q, k, v = (F.pad(tensor, (0, widest - tensor.shape[-1])) for tensor in (q, k, v))
     return q, k, v

@@ -59,12 +59,11 @@ def measure_kernels(
     Returns:
         Rates of computation; `exchange_s`, `moved_byte_s` and `layer_s` are 0, since they are measured elsewhere.
     """
-    layout, heads = group.spec.layout, group.num_query_heads
-    dtype: torch.dtype = getattr(torch, group.spec.compute_dtype)
+    heads, dtype = group.num_query_heads, getattr(torch, group.spec.compute_dtype)
     clock = _Clock(shares_cores=ranks_per_device > 1)
     call_s, attention_flops_per_s = _measure_attention(clock, backend, group, params, sync, device)
     sync()
-    merge_s, copy_bytes_per_s = _measure_merge(clock, heads, layout.v_width, device)
+    merge_s, copy_bytes_per_s = _measure_merge(clock, heads, group.spec.out_width, device)
     sync()
     data = torch.ones(READ_BYTES // 4, device=device)
     read_s = clock.seconds(data.sum)
@@ -102,8 +101,9 @@ def _measure_attention(
     dtype: torch.dtype = getattr(torch, group.spec.compute_dtype)
     k = torch.randn(layout.num_kv_heads, MOST_KEYS, layout.k_width, device=device).to(dtype)  # [Hkv, S, D]
     v = torch.randn(layout.num_kv_heads, MOST_KEYS, layout.v_width, device=device).to(dtype)
-    q = torch.randn(QUERY_LENS[-1], heads, layout.k_width, device=device).to(dtype)  # [T, H, D]
-    pair_flops = group.pair_flops
+    if layout.v_width_in_k is not None:
+        v = k[:, :, : layout.v_width_in_k]
+    q = torch.randn(QUERY_LENS[-1], heads, group.spec.q_width, device=device).to(dtype)  # [T, H, D]
 
     def one(num_queries: int, num_keys: int) -> Callable[[], object]:
         segments = [RowSegment(0, num_queries, num_keys, 0, num_keys, None, Visibility.FULL)]
@@ -117,6 +117,7 @@ def _measure_attention(
     call_s = clock.seconds(several) / CALLS_AT_ONCE
     rates: list[tuple[int, float]] = []
     for num_queries in QUERY_LENS:
+        pair_flops = group.pair_flops(num_queries)
         num_keys = min(MOST_KEYS, int(MOST_FLOPS / (num_queries * pair_flops)))
         if num_keys < FEWEST_KEYS and len(rates) >= 3:
             break

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.base import RowSegment
-from longspan.attention.folding import count_key_runs, fold, merge_key_runs, pad_to_one_width, unfold
+from longspan.attention.folding import count_key_runs, fold, merge_key_runs, unfold
 from longspan.attention.partial import PartialAttention, merge_views_
 from longspan.attention.pieces import Piece, RowMerger, run_only_piece
 from longspan.native import kernels
@@ -71,23 +71,23 @@ def _seen_keys(segment: RowSegment, window: int | None) -> kernels.SeenKeys:
     return kernels.SeenKeys(segment.key_row, segment.num_keys, lead, window)
 
 
-def can_decode(q: Tensor) -> bool:
-    """Whether `decode` takes the queries [t, Hkv, G, D]."""
+def can_decode(q: Tensor, v: Tensor) -> bool:
+    """Whether `decode` takes the queries [t, Hkv, G, D] and values [Hkv, s, Dv]."""
     num_queries, _, group_size, width = q.shape
-    return kernels.can_decode(num_queries * group_size, width, q.dtype) and kernels.is_available()
+    return kernels.can_decode(num_queries * group_size, width, v.shape[2], q.dtype) and kernels.is_available()
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Compute a FULL piece of few queries, the heads of a group as rows. See Note [Fold or expand].
 
     Args:
-        q: [t, Hkv, G, D]; `can_decode(q)` is true.
+        q: [t, Hkv, G, D]; `can_decode(q, v)` is true.
         k: [Hkv, s, D].
-        v: [Hkv, s, D].
+        v: [Hkv, s, Dv].
         scale: factor of the scores.
 
     Returns:
-        out [t, Hkv, G, D] and lse [t, Hkv, G], float32.
+        out [t, Hkv, G, Dv] and lse [t, Hkv, G], float32.
     """
     rows = fold(q)
     num_kv_heads, num_rows, _ = rows.shape
@@ -98,9 +98,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 def _decode_piece(q: Tensor, k: Tensor, v: Tensor, piece: Piece, params: AttentionParams) -> tuple[Tensor, Tensor]:
     """Compute a FULL piece of few queries (a `PieceKernel`)."""
-    v_width = v.shape[2]
-    out, lse = decode(*pad_to_one_width(q, k, v), params.scale)
-    return (out, lse) if out.shape[3] == v_width else (out[..., :v_width], lse)
+    return decode(q, k, v, params.scale)
 
 
 def decode_lone_queries(
@@ -120,9 +118,9 @@ def decode_lone_queries(
         The pieces that are left.
     """
     num_kv_heads, width = k.shape[0], k.shape[2]
-    if v.shape[2] != width or k.dtype is not q.dtype or num_kv_heads == 0 or not kernels.is_available():
+    if k.dtype is not q.dtype or num_kv_heads == 0 or not kernels.is_available():
         return pieces
-    if not kernels.can_decode(q.shape[1] // num_kv_heads, width, q.dtype):
+    if not kernels.can_decode(q.shape[1] // num_kv_heads, width, v.shape[2], q.dtype):
         return pieces
     lone = [piece for piece in pieces if _is_lone(piece)]
     keys_of: dict[int, list[tuple[int, int]]] = {}
@@ -132,10 +130,10 @@ def decode_lone_queries(
         return pieces
     acc = merger.partial
     kernels.decode_batch(q.contiguous(), k, v, params.scale, kernels.DecodeBatch(keys_of), acc.out, acc.lse)
-    if len(lone) == len(pieces):
-        return ()
     for row in keys_of:
         merger.mark(row, row + 1)
+    if len(lone) == len(pieces):
+        return ()
     return [piece for piece in pieces if not _is_lone(piece)]
 
 

@@ -17,14 +17,22 @@ from longspan.attention.partial import PartialAttention
 from longspan.attention.staging import to_device
 from longspan.attention.tiles import TileTables, tile_tables
 from longspan.kv.layout import KVSpec
-from longspan.triton_kernels.attention import Tiling, attention, most_queries, tiling
+from longspan.triton_kernels.attention import (
+    MAX_LATENT_WIDTH,
+    MAX_REST_WIDTH,
+    MAX_WIDTH,
+    MIN_WIDTH,
+    Tiling,
+    attention,
+    head_tiles,
+    most_queries,
+    tiling,
+)
 from longspan.triton_kernels.launch import can_run
 from longspan.triton_kernels.merge import merge
 from longspan.types import AttentionParams
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MIN_WIDTH, MAX_WIDTH = 16, 256
-"""Smallest and largest head size that the kernel takes; sizes that are not powers of two waste lanes."""
 MIN_SPLIT_TILES = 4
 """Fewest key tiles of a split: a shorter one takes longer to merge than it saves."""
 MAX_SPLITS = 64
@@ -51,7 +59,16 @@ class TritonBackend:
         names = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
         if spec.compute_dtype not in names:
             return f"dtype: got {spec.compute_dtype}, the triton backend takes {', '.join(names)}"
-        for width in (spec.layout.k_width, spec.layout.v_width):
+        layout = spec.layout
+        rest = layout.k_width - layout.v_width
+        if layout.v_width_in_k is not None and rest:
+            if MIN_WIDTH <= layout.v_width <= MAX_LATENT_WIDTH and rest <= MAX_REST_WIDTH:
+                return None
+            return (
+                f"head size: got latents of {layout.v_width} and {rest} beside them, the triton backend takes "
+                f"{MIN_WIDTH} to {MAX_LATENT_WIDTH} and up to {MAX_REST_WIDTH}"
+            )
+        for width in (layout.k_width, layout.v_width):
             if not MIN_WIDTH <= width <= MAX_WIDTH:
                 return f"head size: got {width}, the triton backend takes {MIN_WIDTH} to {MAX_WIDTH}"
         return None
@@ -76,7 +93,9 @@ class TritonBackend:
         if q.stride(2) != 1:
             q = q.contiguous()
         sizes = tiling(max(width, v.shape[2]), q.dtype)
-        work = _work(segments, num_rows, num_heads // k.shape[0], k.shape[0], sizes, params.window, q.device)
+        tiles = head_tiles(num_heads // k.shape[0], sizes.most_rows)
+        programs = k.shape[0] * tiles  # that share a query tile's heads
+        work = _work(segments, num_rows, num_heads // programs, programs, sizes, params.window, q.device)
         outs = q.new_empty(work.num_splits, num_rows, num_heads, v.shape[2], dtype=torch.float32)
         lses = q.new_empty(work.num_splits, num_rows, num_heads, dtype=torch.float32)
         attention(
@@ -103,13 +122,13 @@ def _work(
     segments: Sequence[RowSegment],
     num_rows: int,
     group_size: int,
-    num_kv_heads: int,
+    head_programs: int,
     sizes: Tiling,
     window: int | None,
     device: torch.device,
 ) -> _LaunchTables:
     """Make the tables of some segments, once for all layers of a step."""
-    key = (num_rows, group_size, num_kv_heads, sizes, window, device)
+    key = (num_rows, group_size, head_programs, sizes, window, device)
     derived = segments.derived if isinstance(segments, RowSegments) else {}
     if key not in derived:
         tables = tile_tables(
@@ -119,7 +138,7 @@ def _work(
             keys_per_tile=sizes.keys,
             window=window,
         )
-        splits = num_splits(tables, num_kv_heads, num_processors(device))
+        splits = num_splits(tables, head_programs, num_processors(device))
         derived[key] = _LaunchTables(
             to_device(tables.query_tiles, device), to_device(tables.key_tiles, device), tables.queries_per_tile, splits
         )
@@ -128,9 +147,9 @@ def _work(
     return found
 
 
-def num_splits(tables: TileTables, num_kv_heads: int, processors: int) -> int:
+def num_splits(tables: TileTables, head_programs: int, processors: int) -> int:
     """Number of splits that keys are cut into so that the whole GPU works."""
-    programs = len(tables.query_tiles) * num_kv_heads
+    programs = len(tables.query_tiles) * head_programs
     if programs == 0:
         return 1
     wanted = WAVES * processors // programs

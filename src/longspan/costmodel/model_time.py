@@ -256,7 +256,8 @@ def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
     total = 2.0 * (shape.spec.active_parameters - shape.unread_weights()) * prompt_len + 2.0 * shape.num_logit_weights
     for group in shape.spec.kv_groups:
         num_layers = len(group.layers) - (shape.spec.num_layers - 1 in group.layers)
-        total += group.spec.num_pairs(0, prompt_len) * num_layers * group.pair_flops
+        pairs = group.spec.num_pairs(0, prompt_len)
+        total += pairs * num_layers * group.pair_flops(pairs / prompt_len)
     return total
 
 

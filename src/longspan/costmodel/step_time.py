@@ -32,7 +32,7 @@ class StepTime:
     def __init__(self, model: ModelSpec, num_threads: int) -> None:
         self.token_flops = 2.0 * max(1, model.active_parameters)
         """Flops of one token through all weights that it meets."""
-        self._groups = [(group.spec, len(group.layers) * group.pair_flops) for group in model.kv_groups]
+        self._groups = [(group.spec, len(group.layers) * group.pair_flops()) for group in model.kv_groups]
         self.flops_per_s = FIRST_FLOPS_PER_S * num_threads
         self.overhead_s = 0.0
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # weighted sums of 1, flops, seconds, flops^2, flops * seconds

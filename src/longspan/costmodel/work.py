@@ -73,11 +73,11 @@ def count_work(
         rates: the ranks' kernel rates.
     """
     window, token_bytes = group.spec.window, group.spec.layout.token_bytes
-    pair_flops, row_bytes = group.pair_flops, group.merged_row_bytes
+    row_bytes = group.merged_row_bytes
     work = StepWork()
     pairs = work.pairs
     seen: set[tuple[int, int, int, int]] = set()  # (request, first query, rank of queries, rank of keys)
-    rate_of: dict[int, float] = {}
+    pair_s_of: dict[int, float] = {}  # by queries of a call
     for s in segments:
         num_keys = tables[s.request_id].count_on(s.key_rank, s.key_start, s.key_end)
         if not num_keys:
@@ -96,12 +96,10 @@ def count_work(
             call_len = min(num_queries, BAND_BLOCK)
             num_calls = -(-num_queries // call_len)
             seen_keys *= min(1.0, (window + call_len) / (s.key_end - s.key_start))
-        rate = rate_of.get(call_len)
-        if rate is None:
-            rate = rate_of[call_len] = rates.attention_rate(call_len)
-        pair.kernel_s += max(
-            num_queries * seen_keys * pair_flops / rate, num_keys * token_bytes / rates.read_bytes_per_s
-        )
+        pair_s = pair_s_of.get(call_len)
+        if pair_s is None:
+            pair_s = pair_s_of[call_len] = group.pair_flops(call_len) / rates.attention_rate(call_len)
+        pair.kernel_s += max(num_queries * seen_keys * pair_s, num_keys * token_bytes / rates.read_bytes_per_s)
         pair.num_calls += num_calls
         pair.segments.append((num_keys, num_calls, num_queries))
         run = (s.request_id, s.query_start, *key)

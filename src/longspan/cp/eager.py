@@ -118,7 +118,7 @@ class EagerStepAttention:
         """See `StepAttention.join`."""
         pool = self._parts[layer].pool
         group, dtype = pool.group, getattr(torch, pool.group.spec.compute_dtype)
-        q = torch.empty(0, group.num_query_heads, group.spec.layout.k_width, dtype=dtype, device=pool.device)
+        q = torch.empty(0, group.num_query_heads, group.spec.q_width, dtype=dtype, device=pool.device)
         self._run_strategy(layer, q)
 
     def _run_strategy(self, layer: int, q: Tensor) -> PartialAttention:

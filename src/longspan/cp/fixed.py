@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from longspan.attention.latent import LatentParams
+from longspan.attention.partial import PartialAttention
 from longspan.attention.tiles import tile_tables
 from longspan.attention.triton import MAX_SPLITS, WAVES, num_processors, power_of_two
 from longspan.comm.base import Communicator
@@ -24,7 +26,7 @@ from longspan.kv.pool import PagePool
 from longspan.plan.fixed_shape import FixedShape
 from longspan.plan.types import Plan, Range
 from longspan.sharding.pages import PageTable
-from longspan.triton_kernels.attention import attention
+from longspan.triton_kernels.attention import attention, head_tiles, tiling
 from longspan.triton_kernels.merge import merge
 from longspan.triton_kernels.store import store
 from longspan.types import AttentionParams
@@ -116,17 +118,17 @@ class FixedStepAttention:
         group_idx = self._group_of_layer[layer]
         pool, messages = self._pools[group_idx], self._messages[group_idx]
         store(pool.k[layer], pool.v[layer], k, v, self._inputs.stores[group_idx][: self.shape.num_rows])
-        out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+        out = torch.empty(*q.shape[:2], pool.group.spec.out_width, dtype=q.dtype, device=q.device)
         lse = torch.empty(*q.shape[:2], dtype=torch.float32, device=q.device)
         if not messages.owners:
-            merge(*self._split_partials(layer, q, is_remote=False), out, lse, sinks)
+            self._attend_keys(layer, q, out, lse, sinks)
             return out
         q = q.contiguous()
         pending = self._comm.exchange(
             [(owner, q) for owner in messages.owners],
             [(home, messages.queries[i]) for i, home in enumerate(messages.other_homes)],
         )
-        merge(*self._split_partials(layer, q, is_remote=False), messages.home_out[0], messages.home_lse[0])
+        self._attend_keys(layer, q, messages.home_out[0], messages.home_lse[0])
         pending.wait()
         self._answer(layer)
         merge(messages.home_out, messages.home_lse, out, lse, sinks)
@@ -145,11 +147,33 @@ class FixedStepAttention:
         messages = self._messages[self._group_of_layer[layer]]
         if messages.other_homes:
             queries = messages.queries.flatten(0, 1)  # [homes * rows, H, D]
-            merge(*self._split_partials(layer, queries, is_remote=True), messages.sent_out, messages.sent_lse)
+            self._attend_keys(layer, queries, messages.sent_out, messages.sent_lse, is_remote=True)
         self._comm.exchange(
             [(home, messages.sent[i]) for i, home in enumerate(messages.other_homes)],
             [(owner, messages.home[1 + i]) for i, owner in enumerate(messages.owners)],
         ).wait()
+
+    def _attend_keys(
+        self, layer: int, q: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None = None, *, is_remote: bool = False
+    ) -> None:
+        """Compute the partial of this rank's keys.
+
+        Args:
+            layer: layer of the model.
+            q: [T, H, D] queries of the layer.
+            out: [T, H, Dout], or [homes, T / homes, H, Dout] whose homes may lie apart: written.
+            lse: [T, H], or [homes, T / homes, H], float32: written.
+            sinks: [H] attention sinks, merged into every row, or None.
+            is_remote: whether the queries are other homes'.
+        """
+        params = self._layer_params[layer]
+        if not isinstance(params, LatentParams):
+            merge(*self._split_partials(layer, q, is_remote=is_remote), out, lse, sinks)
+            return
+        outs, lses = self._split_partials(layer, params.weights.absorb(q), is_remote=is_remote)
+        over_latents = PartialAttention(torch.empty_like(outs[0]), lse)
+        merge(outs, lses, over_latents.out, lse, sinks)
+        out.copy_(params.weights.project(over_latents).out.view(out.shape))
 
     def _split_partials(self, layer: int, q: Tensor, *, is_remote: bool) -> tuple[Tensor, Tensor]:
         """Compute every split's partial: [splits, T, H, Dv] and [splits, T, H]."""
@@ -157,7 +181,9 @@ class FixedStepAttention:
         pool = self._pools[group_idx]
         layout = pool.group.spec.layout
         first = self.num_rows if is_remote else 0
-        splits = fixed_splits(q.shape[0] * layout.num_kv_heads, num_processors(pool.device))
+        sizes = tiling(max(layout.k_width, layout.v_width), q.dtype)
+        head_programs = layout.num_kv_heads * head_tiles(q.shape[1] // layout.num_kv_heads, sizes.most_rows)
+        splits = fixed_splits(q.shape[0] * head_programs, num_processors(pool.device))
         outs = torch.empty(splits, *q.shape[:2], layout.v_width, dtype=torch.float32, device=q.device)
         lses = torch.empty(splits, *q.shape[:2], dtype=torch.float32, device=q.device)
         attention(

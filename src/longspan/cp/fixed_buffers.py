@@ -108,7 +108,7 @@ class FixedMessages:
             len(self.other_homes),
             num_rows,
             group.num_query_heads,
-            group.spec.layout.k_width,
+            group.spec.q_width,
             dtype=getattr(torch, group.wire_dtype),
             device=pool.device,
         )

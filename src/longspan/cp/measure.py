@@ -36,7 +36,7 @@ class MessageTimes(NamedTuple):
 
 def measure_messages(group: KVGroup, device: torch.device) -> MessageTimes:
     """Measure this rank; other ranks may measure at the same time."""
-    heads, width = group.num_query_heads, group.spec.layout.v_width
+    heads, width = group.num_query_heads, group.spec.out_width
     partial = PartialAttention(torch.randn(1, heads, width, device=device), torch.randn(1, heads, device=device))
     form = PartialFormat.of(group)
     message = PartialMessage(form, 1, device)

@@ -165,7 +165,7 @@ class PassQ:
         exchange, message = self._step.comm.exchange, self._message
 
         def queries(arrivals: Sequence[_Arrival]) -> list[Tensor]:
-            shape = (self._step.group.num_query_heads, self._step.group.spec.layout.k_width)
+            shape = (self._step.group.num_query_heads, self._step.group.spec.q_width)
             return [torch.empty(a.num_rows, *shape, dtype=q.dtype, device=q.device) for a in arrivals]
 
         def partials(tensors: Sequence[Tensor], arrivals: Sequence[_Arrival]) -> list[PartialAttention]:

@@ -15,15 +15,39 @@ Note [Dtypes]
     partials on the wire  `KVGroup.partial_dtype`
 
     Models of today have one dtype for all (`KVSpec.uniform`), except partials where the user wants float32.
+
+Note [Latents]
+    Multi-head latent attention caches one latent c of `rank` elements per token, and a part r that carries the
+    position. Every head has projections of its own: its key is (W_k c, r), its value W_v c. Neither need be computed:
+
+        q . (W_k c, r) = (W_k^T q, q_r) . (c, r)          sum_s p_s W_v c_s = W_v (sum_s p_s c_s)
+
+    So what is stored, and sent, is one key (c, r) of one head, whose first elements are the value. Queries and outputs
+    of a layer keep their own widths, on the wire too: whoever has the keys projects. For many queries per key it is
+    fewer flops to expand keys and values of the heads. DeepSeek V3, elements of one head:
+
+        stored     keys 576 = 512 + 64, values 512 of them       1088 products a pair
+        heads      queries 192 = 128 + 64, outputs 128            320 products a pair, 512 * (128 + 128) a key
+
+    131,072 / (1088 - 320) = 171 queries per key take as many products either way. What is expanded is also written to
+    memory, which counts (EXPANSION_WEIGHT), so that keys are expanded from 239 queries on
+    (`KVSpec.min_expanded_queries`).
+    Source: DeepSeek-V2, 2405.04434 section 2.1.
 """
 
 from functools import cached_property
+from math import inf
 from typing import Literal
 
 import msgspec
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes of one element."""
+
+EXPANSION_WEIGHT = 1.4
+"""Time of an expansion's flop, which also writes keys and values, in flops of attention. Measured on one core with
+512-bit registers: 16 heads of DeepSeek V2 Lite over 4,096 keys take 242 ms absorbed and 230 ms expanded at 256 queries,
+159 and 196 at 170."""
 
 
 class KVComponent(msgspec.Struct, frozen=True):
@@ -75,12 +99,12 @@ class KVLayout(msgspec.Struct, frozen=True, dict=True):
 
     @property
     def k_width(self) -> int:
-        """Elements of one key head, and of one query head."""
+        """Elements of one key head, and of one query head that meets it."""
         return self.components[0].width
 
     @property
     def v_width(self) -> int:
-        """Elements of one value head, and of one output head."""
+        """Elements of one value head, and of one output head before it is projected."""
         return self.components[1].width if self.v_width_in_k is None else self.v_width_in_k
 
     @cached_property
@@ -104,8 +128,17 @@ class KVLayout(msgspec.Struct, frozen=True, dict=True):
         return msgspec.structs.replace(self, components=tuple(components))
 
 
+class LatentWidths(msgspec.Struct, frozen=True):
+    """Widths of one head outside of the latent space. See Note [Latents]."""
+
+    q_width: int
+    """Elements of one query head, and of one key head if it is expanded."""
+    out_width: int
+    """Elements of one output head, and of one value head if it is expanded."""
+
+
 class KVSpec(msgspec.Struct, frozen=True):
-    """Facts of one layer's attention: KV layout, compute dtype, and which earlier keys a query sees."""
+    """Facts of one layer's attention: KV layout, compute dtype, which earlier keys a query sees, and projections."""
 
     layout: KVLayout
     compute_dtype: str
@@ -115,6 +148,8 @@ class KVSpec(msgspec.Struct, frozen=True):
     chunk: int | None = None
     """Tokens of a chunk: a query sees the keys of its own chunk alone, chunks being cut at multiples of this; or None.
     A layer has a window, chunks, or full attention."""
+    latent: LatentWidths | None = None
+    """Widths of heads that project what is stored; None where keys and values are those of the heads."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.chunk is not None:
@@ -142,6 +177,30 @@ class KVSpec(msgspec.Struct, frozen=True):
         growing = end if self.window is None else min(end, self.window)  # queries that see all keys before them
         return growing * (growing + 1) // 2 + (end - growing) * (self.window or 0)
 
+    @property
+    def q_width(self) -> int:
+        """Elements of one query head, as a layer hands it over and as it travels."""
+        return self.layout.k_width if self.latent is None else self.latent.q_width
+
+    @property
+    def out_width(self) -> int:
+        """Elements of one output head, as a layer gets it and as partials travel."""
+        return self.layout.v_width if self.latent is None else self.latent.out_width
+
+    @property
+    def head_expansion_flops(self) -> float:
+        """Flops that expand one head's key and value from a latent, weighted; 0 without latents."""
+        if self.latent is None:
+            return 0.0
+        rotated = self.layout.k_width - self.layout.v_width
+        return EXPANSION_WEIGHT * 2.0 * self.layout.v_width * (self.latent.q_width - rotated + self.latent.out_width)
+
+    @property
+    def min_expanded_queries(self) -> float:
+        """Queries per key from which it is faster to expand a key than to project queries; infinite if it never is."""
+        saved = 2.0 * (self.layout.k_width + self.layout.v_width - self.q_width - self.out_width)
+        return self.head_expansion_flops / saved if saved > 0 else inf
+
     @classmethod
     def uniform(
         cls,
@@ -164,6 +223,20 @@ class KVSpec(msgspec.Struct, frozen=True):
         """
         k, v = KVComponent("k", num_kv_heads, k_width, dtype), KVComponent("v", num_kv_heads, v_width, dtype)
         return cls(KVLayout((k, v)), dtype, window, chunk)
+
+    @classmethod
+    def latents(cls, rank: int, rotated: int, q_width: int, out_width: int, dtype: str) -> "KVSpec":
+        """Spec of latents that are stored once, for all heads. See Note [Latents].
+
+        Args:
+            rank: elements of a latent.
+            rotated: elements beside it that carry the position.
+            q_width: elements of one query head.
+            out_width: elements of one output head.
+            dtype: name of a torch dtype.
+        """
+        layout = KVLayout((KVComponent("k", 1, rank + rotated, dtype),), v_width_in_k=rank)
+        return cls(layout, dtype, latent=LatentWidths(q_width, out_width))
 
 
 class KVGroup(msgspec.Struct, frozen=True, dict=True):
@@ -198,7 +271,7 @@ class KVGroup(msgspec.Struct, frozen=True, dict=True):
     @property
     def query_elements(self) -> int:
         """Elements of one token's queries in one layer."""
-        return self.num_query_heads * self.spec.layout.k_width
+        return self.num_query_heads * self.spec.q_width
 
     @cached_property
     def query_row_bytes(self) -> int:
@@ -209,9 +282,23 @@ class KVGroup(msgspec.Struct, frozen=True, dict=True):
     def merged_row_bytes(self) -> int:
         """Bytes of one token's `out` in one layer while partials are merged, in `accumulation_dtype` of the compute
         dtype (`longspan.attention.partial`)."""
-        return self.num_query_heads * self.spec.layout.v_width * max(4, DTYPE_BYTES[self.spec.compute_dtype])
+        return self.num_query_heads * self.spec.out_width * max(4, DTYPE_BYTES[self.spec.compute_dtype])
 
-    @property
-    def pair_flops(self) -> float:
-        """Flops of one token's queries over one key in one layer: two per element of the key and of the value."""
-        return 2.0 * self.num_query_heads * (self.spec.layout.k_width + self.spec.layout.v_width)
+    def pair_flops(self, num_queries: float = 1) -> float:
+        """Flops of one token's queries over one key in one layer: two per element of the key and of the value.
+
+        Args:
+            num_queries: tokens whose queries meet the key together; only where latents are expanded for many of them
+                the result depends on it.
+        """
+        spec = self.spec
+        if num_queries < spec.min_expanded_queries:
+            return 2.0 * self.num_query_heads * (spec.layout.k_width + spec.layout.v_width)
+        return self.num_query_heads * (2.0 * (spec.q_width + spec.out_width) + spec.head_expansion_flops / num_queries)
+
+    @cached_property
+    def expanded(self) -> "KVGroup":
+        """This group as kernels see it where latents are expanded: each head with a key and a value of its own."""
+        heads, spec = self.num_query_heads, self.spec
+        uniform = KVSpec.uniform(heads, spec.q_width, spec.out_width, spec.compute_dtype, spec.window, spec.chunk)
+        return KVGroup(self.layers, uniform, heads, self.float32_partials)

@@ -20,6 +20,7 @@ class PagePool:
 
     def __init__(self, group: KVGroup, num_pages: int, page_size: int, device: torch.device) -> None:
         layout = group.spec.layout
+        self._are_values_stored = layout.v_width_in_k is None
         self.group, self.page_size, self.num_rows = group, page_size, num_pages * page_size
         self.device = device
         self._stored = [self._component(component) for component in layout.components]
@@ -45,13 +46,13 @@ class PagePool:
         Args:
             layer: layer of the model.
             k: [Hkv, T, Dk], keys of new tokens.
-            v: [Hkv, T, Dv], values of new tokens.
+            v: [Hkv, T, Dv], values of new tokens; not read where values are a part of keys.
             stores: (first token in k and v, first row in the pool, number of tokens).
         """
-        pool_k, pool_v = self.k[layer], self.v[layer]
+        pairs = [(self.k[layer], k), (self.v[layer], v)] if self._are_values_stored else [(self.k[layer], k)]
         for token, row, count in stores:
-            pool_k[:, row : row + count] = k[:, token : token + count]
-            pool_v[:, row : row + count] = v[:, token : token + count]
+            for pool, new in pairs:
+                pool[:, row : row + count] = new[:, token : token + count]
 
     def scatter(self, layer: int, k: Tensor, v: Tensor, rows: Tensor) -> None:
         """Store new tokens of any number of requests in one call, each in a row of its own.
@@ -59,11 +60,12 @@ class PagePool:
         Args:
             layer: layer of the model.
             k: [Hkv, T, Dk], keys of new tokens.
-            v: [Hkv, T, Dv], values of new tokens.
+            v: [Hkv, T, Dv], values of new tokens; not read where values are a part of keys.
             rows: [T] int64, each token's row in the pool.
         """
         self.k[layer].index_copy_(1, rows, k)
-        self.v[layer].index_copy_(1, rows, v)
+        if self._are_values_stored:
+            self.v[layer].index_copy_(1, rows, v)
 
     def rows(self, slot: int, num_pages: int) -> list[Tensor]:
         """Views of whole pages, [Hkv, rows, width] of every component and layer, in the same order on every rank."""
@@ -78,3 +80,8 @@ class PagePool:
         for pool in self._stored:
             for tensor in pool.values():
                 tensor[:, target] = tensor[:, source].clone()
+
+
+def are_in_keys(v: Tensor, k: Tensor) -> bool:
+    """Whether values [Hkv, S, Dv] are the first elements of keys [Hkv, S, D], in the same memory."""
+    return v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and v.shape[2] <= k.shape[2] and v.dtype is k.dtype

@@ -12,8 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from longspan.attention.latent import LatentWeights
 from longspan.errors import UnsupportedModelError
 from longspan.models.last_layer import READ_ROWS
+from longspan.models.latent import WEIGHTS
 
 ATTENTION_NAME = "longspan"
 
@@ -50,9 +52,9 @@ class AttentionCall:
     q: Tensor
     """[T, H, D] after RoPE."""
     k: Tensor
-    """[Hkv, T, D] after RoPE."""
+    """[Hkv, T, D] after RoPE; [1, T, rank + rotated] if there are `latent` weights."""
     v: Tensor
-    """[Hkv, T, Dv]"""
+    """[Hkv, T, Dv]; the first elements of `k` if there are `latent` weights."""
     scale: float
     window: int | None
     softcap: float | None
@@ -62,10 +64,17 @@ class AttentionCall:
     is_causal: bool
     other_arguments: Mapping[str, object]
     """Keyword arguments that are not known to be harmless."""
+    latent: LatentWeights | None = None
+    """Projections of the heads where `k` holds latents, else None."""
+
+    @property
+    def out_width(self) -> int:
+        """Elements of one output head."""
+        return self.v.shape[-1] if self.latent is None else self.latent.w_v.shape[1]
 
 
 AttendFunction = Callable[[AttentionCall], Tensor]
-"""Function that computes attention [T, H, Dv] of a call."""
+"""Function that computes attention [T, H, Dout] of a call."""
 
 
 def _attention(
@@ -84,7 +93,7 @@ def _attention(
     is_causal: bool | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Attention function for Transformers: q, k, v are [1, heads, T, D], the output is [1, T, H, Dv]."""
+    """Attention function for Transformers: q, k, v are [1, heads, T, D], the output is [1, T, H, Dout]."""
     if longspan_attend is None:
         raise UnsupportedModelError(f"{type(module).__name__} does not pass forward keyword arguments to its attention")
     call = AttentionCall(
@@ -103,6 +112,7 @@ def _attention(
             for name, argument in others.items()
             if argument is not None and name not in HARMLESS_ARGUMENTS
         },
+        latent=getattr(module, WEIGHTS, None),
     )
     return longspan_attend(call)[None], None
 

@@ -19,6 +19,7 @@ from longspan.models.experts import ExpertRecorder
 from longspan.models.families import check_family
 from longspan.models.generation import end_token_ids
 from longspan.models.hook import ATTENTION_NAME, AttentionCall
+from longspan.models.latent import latent_spec
 from longspan.models.mask_rule import check_mask, find_chunk
 from longspan.models.quantization import check_quantization, dense_config
 from longspan.models.rope import check_applied, check_rope, longest_request, rope_lengths
@@ -79,8 +80,7 @@ class _Recorder:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         self.calls.append(call)
-        num_tokens, num_heads, _ = call.q.shape
-        return call.q.new_empty(num_tokens, num_heads, call.v.shape[-1])
+        return call.q.new_empty(*call.q.shape[:2], call.out_width)
 
 
 def inspect_model(
@@ -154,9 +154,7 @@ def trace_model(
                 f"attention arguments: layer {call.layer} got {', '.join(sorted(call.other_arguments))}, which "
                 "longspan does not know"
             )
-        num_kv_heads, _, k_width = call.k.shape
-        stored_as = str(dtype).removeprefix("torch.")
-        spec = KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], stored_as, call.window, find_chunk(call))
+        spec = _kv_spec(call, str(dtype).removeprefix("torch."))
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
     _check_reaches([spec for spec, _ in groups])
     facts = ModelSpec(
@@ -173,6 +171,19 @@ def trace_model(
         rope_lengths=rope_lengths(config),
     )
     return facts, model
+
+
+def _kv_spec(call: AttentionCall, dtype: str) -> KVSpec:
+    """Spec of a layer, from its attention call."""
+    if call.latent is None:
+        num_kv_heads, _, k_width = call.k.shape
+        return KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], dtype, call.window, find_chunk(call))
+    if any(value is not None for value in (call.window, find_chunk(call), call.softcap, call.sinks)):
+        raise UnsupportedModelError(
+            f"attention of layer {call.layer}: got latents with window {call.window}, chunks, softcap {call.softcap} "
+            "or sinks, proven is latents without any"
+        )
+    return latent_spec(call.latent, call.q, call.k, dtype)
 
 
 def _check_reaches(specs: Sequence[KVSpec]) -> None:

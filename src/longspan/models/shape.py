@@ -20,7 +20,7 @@ from longspan.models.loader import load_config, load_config_file
 from longspan.types import ExpertWeights
 
 _WRONG_FIELDS = {
-    "kv_lora_rank": "multi-head latent attention caches something else than keys and values",
+    "index_topk": "sparse attention reads an index, and not all keys",
     "mamba_d_state": "state space layers keep no keys and values",
     "ssm_state_size": "state space layers keep no keys and values",
     "state_size": "state space layers keep no keys and values",
@@ -75,6 +75,12 @@ def model_shape(config: PreTrainedConfig, dtype: PlannedDType) -> ModelShape:
             f"model_type: got {config.model_type!r}, plannable is a decoder that Transformers builds and that "
             f"calls attention once per layer: {reason}"
         ) from error
+    rank = getattr(config, "kv_lora_rank", None)
+    if rank and any(group.spec.latent is None for group in spec.kv_groups):
+        raise UnsupportedModelError(
+            f"kv_lora_rank: got {rank}, plannable is a model without it, or one whose layers hand over their latents: "
+            "those of this one cache something else than keys and values"
+        )
     network: Any = model
     logits = network.get_output_embeddings()
     hidden_size = int(config.hidden_size)

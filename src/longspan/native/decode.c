@@ -12,6 +12,8 @@
  *     exp(scores)            whole vectors, whatever keys and rows they hold: lane i is of row i modulo the number of rows
  *     values [rows, width]   tiles of some rows x whole values, in registers over all keys of a block
  *
+ * Values may be the first elements of keys, in the same memory: a block of them is in cache when it is read again.
+ *
  * Rows are padded to 1, 2, 4 or 8.
  */
 
@@ -20,7 +22,7 @@
 #define BLOCK 128        /* scores at a time: 128 keys of 1 row to 16 keys of 8; keys and values fit the first-level cache */
 #define AHEAD 4096       /* bytes that are asked for before they are read */
 #define MAX_ROWS 8
-#define MAX_WIDTH 256
+#define MAX_WIDTH 576   /* that of latent attention */
 
 INLINE void put(float *base, vec value) { memcpy(base, &value, sizeof value); }
 
@@ -165,9 +167,9 @@ INLINE void add_values(struct matrix v, long first, long keys, long rows, long p
     COLUMNS(1)
 }
 
-/* Attention of one KV head's rows over runs of consecutive keys. out [rows, width] and lse [rows] are float32. */
+/* Attention of one KV head's rows over runs of consecutive keys. out [rows, v_width] and lse [rows] are float32. */
 INLINE void attend(const float *q, struct matrix k, struct matrix v, const long *starts, const long *lengths,
-                   long num_runs, long rows, long width, long tile, float *out, float *lse)
+                   long num_runs, long rows, long width, long v_width, long tile, float *out, float *lse)
 {
     const long padded = rows <= 2 ? rows : rows <= 4 ? 4 : 8, most = BLOCK / padded; /* keys at a time */
     float scores[BLOCK] __attribute__((aligned(64)));
@@ -175,7 +177,7 @@ INLINE void attend(const float *q, struct matrix k, struct matrix v, const long 
     struct softmax state;
     put(state.top, (vec){0} - __builtin_inff());
     put(state.sum, (vec){0});
-    for (long i = 0; i < rows * width; i++)
+    for (long i = 0; i < rows * v_width; i++)
         acc[i] = 0.0f;
     for (long run = 0, start = 0; run < num_runs;) {
         const long first = starts[run] + start, left = lengths[run] - start, keys = left < most ? left : most;
@@ -183,15 +185,15 @@ INLINE void attend(const float *q, struct matrix k, struct matrix v, const long 
         run += left <= most;
         score(q, k, first, keys, rows, padded, width, tile, scores);
         soften(scores, keys * padded, padded, &state);
-        add_values(v, first, keys, rows, padded, width, tile, scores, state.shrink, acc);
+        add_values(v, first, keys, rows, padded, v_width, tile, scores, state.shrink, acc);
     }
     for (long r = 0; r < rows; r++) {
         float total = 0.0f;
         for (long i = r; i < LANES; i += padded)
             total += state.sum[i];
         const float inverse = 1.0f / total;
-        for (long c = 0; c < width; c += LANES)
-            put(out + r * width + c, load(acc, r * width + c, 0) * inverse);
+        for (long c = 0; c < v_width; c += LANES)
+            put(out + r * v_width + c, load(acc, r * v_width + c, 0) * inverse);
         lse[r] = state.top[r] + __builtin_logf(total);
     }
 }
@@ -199,11 +201,12 @@ INLINE void attend(const float *q, struct matrix k, struct matrix v, const long 
 /* A constant number of rows lets the compiler keep tiles in registers. */
 #define ROWS(n, tile)                                                                                                  \
     case n:                                                                                                            \
-        attend(q, k, v, starts, lengths, num_runs, n, width, tile, out, lse);                                          \
+        attend(q, k, v, starts, lengths, num_runs, n, width, v_width, tile, out, lse);                                 \
         break;
 #define HEAD(attributes, name, tile, bf16)                                                                             \
     attributes static void name(const float *q, struct matrix k, struct matrix v, const long *starts,                  \
-                                const long *lengths, long num_runs, int rows, int width, float *out, float *lse)       \
+                                const long *lengths, long num_runs, int rows, int width, int v_width, float *out,      \
+                                float *lse)                                                                            \
     {                                                                                                                  \
         k.is_bf16 = v.is_bf16 = bf16;                                                                                  \
         switch (rows) {                                                                                                \
@@ -218,8 +221,8 @@ INLINE void attend(const float *q, struct matrix k, struct matrix v, const long 
         }                                                                                                              \
     }
 
-typedef void head(const float *, struct matrix, struct matrix, const long *, const long *, long, int, int, float *,
-                  float *);
+typedef void head(const float *, struct matrix, struct matrix, const long *, const long *, long, int, int, int,
+                  float *, float *);
 
 HEAD(MULTIVERSION, narrow_float32, NARROW_TILE, 0)
 HEAD(MULTIVERSION, narrow_bfloat16, NARROW_TILE, 1)
@@ -238,18 +241,20 @@ static head *head_for(int is_bf16)
     return is_bf16 ? narrow_bfloat16 : narrow_float32;
 }
 
+static int is_width(int width) { return width >= LANES && width <= MAX_WIDTH && width % LANES == 0; }
+
 /* Every row of q over every key, once per run of keys, runs and KV heads in parallel.
  *
- * q [heads, rows, width] float32, contiguous and already scaled. k and v: float32 or bfloat16; strides in elements; the
- * last dimension contiguous. Keys are cut into num_runs equal runs (the last one shorter). out [num_runs, heads, rows,
- * width] and lse [num_runs, heads, rows]: float32, contiguous; natural logarithm.
+ * q [heads, rows, width] float32, contiguous and already scaled. k [.., width] and v [.., v_width]: float32 or bfloat16;
+ * strides in elements; the last dimension contiguous. Keys are cut into num_runs equal runs (the last one shorter).
+ * out [num_runs, heads, rows, v_width] and lse [num_runs, heads, rows]: float32, contiguous; natural logarithm.
  * Returns 0, or 1 when a size is not supported (nothing is written then).
  */
 int longspan_decode(const float *q, const void *k, const void *v, long k_head_stride, long k_stride, long v_head_stride,
-                    long v_stride, int heads, int rows, long num_keys, int width, int is_bf16, int num_runs,
-                    int num_threads, float *out, float *lse)
+                    long v_stride, int heads, int rows, long num_keys, int width, int v_width, int is_bf16,
+                    int num_runs, int num_threads, float *out, float *lse)
 {
-    if (num_threads < 1 || rows < 1 || rows > MAX_ROWS || width < LANES || width > MAX_WIDTH || width % LANES || num_runs < 1)
+    if (num_threads < 1 || rows < 1 || rows > MAX_ROWS || !is_width(width) || !is_width(v_width) || num_runs < 1)
         return 1;
     const long run_len = (num_keys + num_runs - 1) / num_runs;
     if (run_len * (num_runs - 1) >= num_keys)
@@ -264,8 +269,8 @@ int longspan_decode(const float *q, const void *k, const void *v, long k_head_st
             const struct matrix keys = {(const char *)k + h * k_head_stride * item, k_stride, is_bf16};
             const struct matrix values = {(const char *)v + h * v_head_stride * item, v_stride, is_bf16};
             const long row = ((long)run * heads + h) * rows;
-            attend_head(q + (long)h * rows * width, keys, values, &first, &count, 1, rows, width, out + row * width,
-                        lse + row);
+            attend_head(q + (long)h * rows * width, keys, values, &first, &count, 1, rows, width, v_width,
+                        out + row * v_width, lse + row);
         }
     }
     return 0;
@@ -275,15 +280,15 @@ int longspan_decode(const float *q, const void *k, const void *v, long k_head_st
  *
  * q [T, heads, rows, width] of k's dtype, contiguous; scaled here. k and v as above. Query i is row query_rows[i] of q,
  * out and lse, and sees runs[offsets[i]] up to runs[offsets[i + 1]]: keys [starts[j], starts[j] + lengths[j]), no run
- * empty. out [T, heads, rows, width] and lse [T, heads, rows]: float32, contiguous; other rows are left alone.
+ * empty. out [T, heads, rows, v_width] and lse [T, heads, rows]: float32, contiguous; other rows are left alone.
  * Returns 0, or 1 when a size is not supported (nothing is written then).
  */
 int longspan_decode_batch(const void *q, const void *k, const void *v, long k_head_stride, long k_stride,
-                          long v_head_stride, long v_stride, int heads, int rows, int width, int is_bf16, float scale,
-                          long num_queries, const long *query_rows, const long *offsets, const long *starts,
-                          const long *lengths, int num_threads, float *out, float *lse)
+                          long v_head_stride, long v_stride, int heads, int rows, int width, int v_width, int is_bf16,
+                          float scale, long num_queries, const long *query_rows, const long *offsets,
+                          const long *starts, const long *lengths, int num_threads, float *out, float *lse)
 {
-    if (num_threads < 1 || rows < 1 || rows > MAX_ROWS || width < LANES || width > MAX_WIDTH || width % LANES)
+    if (num_threads < 1 || rows < 1 || rows > MAX_ROWS || !is_width(width) || !is_width(v_width))
         return 1;
     for (long i = 0; i < num_queries; i++)
         if (offsets[i] == offsets[i + 1])
@@ -302,7 +307,7 @@ int longspan_decode_batch(const void *q, const void *k, const void *v, long k_he
             const struct matrix keys = {(const char *)k + h * k_head_stride * item, k_stride, is_bf16};
             const struct matrix values = {(const char *)v + h * v_head_stride * item, v_stride, is_bf16};
             attend_head(scaled, keys, values, starts + offsets[i], lengths + offsets[i], offsets[i + 1] - offsets[i],
-                        rows, width, out + row * width, lse + row);
+                        rows, width, v_width, out + row * v_width, lse + row);
         }
     }
     return 0;

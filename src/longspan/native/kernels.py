@@ -23,8 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_ROWS, MAX_WIDTH, LANES = 8, 256, 16
+MAX_ROWS, MAX_WIDTH, LANES = 8, 576, 16
 """Limits of decode.c and linear.h (FEW_ROWS), and the vector width of lanes.h."""
+
+STATE_ROWS, MIN_RUN_KEYS = 48, 512
+"""ROWS of prefill.c: as many query rows meet every key together, on one thread. Fewest keys that another thread is
+worth."""
 
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
@@ -58,11 +62,11 @@ def library() -> ctypes.CDLL | None:
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     kernels.longspan_decode.argtypes = [
         *(pointer, pointer, pointer, long, long, long, long),
-        *(integer, integer, long, integer, integer, integer, integer, pointer, pointer),
+        *(integer, integer, long, integer, integer, integer, integer, integer, pointer, pointer),
     ]
     kernels.longspan_decode_batch.argtypes = [
         *(pointer, pointer, pointer, long, long, long, long),
-        *(integer, integer, integer, integer, ctypes.c_float, long, pointer, pointer, pointer, pointer),
+        *(integer, integer, integer, integer, integer, ctypes.c_float, long, pointer, pointer, pointer, pointer),
         *(integer, pointer, pointer),
     ]
     kernels.longspan_before_attention.argtypes = [pointer] * 4 + [integer] * 2 + [pointer] * 4
@@ -75,7 +79,7 @@ def library() -> ctypes.CDLL | None:
     kernels.longspan_prefill.argtypes = [
         *(pointer, pointer, pointer, long, long, long, long, long, long),
         *(integer, integer, integer, integer, integer, long),
-        *(pointer, long, ctypes.c_float, integer, pointer, pointer),
+        *(pointer, long, ctypes.c_float, long, integer, pointer, pointer),
     ]
     kernels.longspan_merge_rows.argtypes = [pointer] * 4 + [long, integer, integer]
     kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
@@ -101,9 +105,13 @@ def fingerprint() -> str:
     return hashlib.sha256(binary.read_bytes()).hexdigest()[:16]
 
 
-def can_decode(num_rows: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether `decode` takes this number of query rows per KV head, this head size and this dtype."""
-    return 1 <= num_rows <= MAX_ROWS and width % LANES == 0 and 0 < width <= MAX_WIDTH and dtype in _DTYPES
+def _is_width(width: int) -> bool:
+    return width % LANES == 0 and 0 < width <= MAX_WIDTH
+
+
+def can_decode(num_rows: int, width: int, v_width: int, dtype: torch.dtype) -> bool:
+    """Whether `decode` takes this number of query rows per KV head, these head sizes and this dtype."""
+    return 1 <= num_rows <= MAX_ROWS and _is_width(width) and _is_width(v_width) and dtype in _DTYPES
 
 
 def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> tuple[Tensor, Tensor]:
@@ -112,23 +120,24 @@ def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> t
     Args:
         rows: [Hkv, r, D], of a shape and dtype that `can_decode` admits.
         k: [Hkv, s, D], contiguous in the last dimension, s >= 1.
-        v: [Hkv, s, D], contiguous in the last dimension.
+        v: [Hkv, s, Dv], contiguous in the last dimension; may be the first elements of `k`.
         scale: factor on the dot products.
         num_runs: number of runs that the keys are cut into, for more parallel work; no run may be empty.
 
     Returns:
-        out [num_runs, Hkv, r, D] and lse [num_runs, Hkv, r], float32: one partial per run.
+        out [num_runs, Hkv, r, Dv] and lse [num_runs, Hkv, r], float32: one partial per run.
     """
     found = library()
     assert found is not None
     num_heads, num_rows, width = rows.shape
+    v_width, num_threads = v.shape[2], torch.get_num_threads()
     scaled = (rows.float() * scale).contiguous()
-    out = torch.empty(num_runs, num_heads, num_rows, width)
+    out = torch.empty(num_runs, num_heads, num_rows, v_width)
     lse = torch.empty(num_runs, num_heads, num_rows)
     status = found.longspan_decode(
         *(scaled.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
-        *(num_heads, num_rows, k.shape[1], width, k.dtype is torch.bfloat16, num_runs, torch.get_num_threads()),
+        *(num_heads, num_rows, k.shape[1], width, v_width, k.dtype is torch.bfloat16, num_runs, num_threads),
         *(out.data_ptr(), lse.data_ptr()),
     )
     assert status == 0, f"decode kernel refused {num_heads} heads, {num_rows} rows, {k.shape[1]} keys, {num_runs} runs"
@@ -158,12 +167,12 @@ def decode_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: DecodeBat
     """Compute attention of every query of a batch over its own keys; other rows of `out` and `lse` are left alone.
 
     Args:
-        q: [T, H, D] of k's dtype, contiguous; H / Hkv, D and dtype such that `can_decode` admits them.
+        q: [T, H, D] of k's dtype, contiguous; H / Hkv, D, Dv and dtype such that `can_decode` admits them.
         k: [Hkv, rows, D], contiguous in the last dimension.
-        v: [Hkv, rows, D], contiguous in the last dimension.
+        v: [Hkv, rows, Dv], contiguous in the last dimension; may be the first elements of `k`.
         scale: factor on the dot products.
         batch: keys that each query sees.
-        out: [T, H, D] float32, contiguous, written.
+        out: [T, H, Dv] float32, contiguous, written.
         lse: [T, H] float32, contiguous, written.
     """
     found = library()
@@ -171,10 +180,11 @@ def decode_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: DecodeBat
     assert q.is_contiguous()
     assert q.dtype is k.dtype
     num_kv_heads, _, width = k.shape
+    group_size, is_bf16 = q.shape[1] // num_kv_heads, k.dtype is torch.bfloat16
     status = found.longspan_decode_batch(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
-        *(num_kv_heads, q.shape[1] // num_kv_heads, width, k.dtype is torch.bfloat16, scale, batch.num_queries),
+        *(num_kv_heads, group_size, width, v.shape[2], is_bf16, scale, batch.num_queries),
         *(batch.query_rows.ctypes.data, batch.offsets.ctypes.data, batch.starts.ctypes.data, batch.lengths.ctypes.data),
         *(torch.get_num_threads(), out.data_ptr(), lse.data_ptr()),
     )
@@ -189,7 +199,7 @@ def _has_wide_registers() -> bool:
 
 def can_prefill(width: int, v_width: int, dtype: torch.dtype) -> bool:
     """Whether `prefill` takes these head sizes and this dtype, and this CPU has 512-bit registers."""
-    fits = all(size % LANES == 0 and 0 < size <= MAX_WIDTH for size in (width, v_width))
+    fits = _is_width(width) and _is_width(v_width)
     return fits and dtype in _DTYPES and is_available() and _has_wide_registers()
 
 
@@ -210,7 +220,7 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKe
     Args:
         q: [t, H, D] of k's dtype, contiguous in the last dimension; sizes and dtype that `can_prefill` admits.
         k: [Hkv, rows, D], contiguous in the last dimension.
-        v: [Hkv, rows, Dv], contiguous in the last dimension.
+        v: [Hkv, rows, Dv], contiguous in the last dimension; may be the first elements of `k`.
         scale: factor on the dot products.
         seen: disjoint runs of keys.
         out: [t, H, Dv] float32, contiguous, written; 0 for a query that sees nothing.
@@ -220,15 +230,25 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKe
     assert found is not None
     assert q.dtype is k.dtype
     num_queries, num_heads, width = q.shape
-    num_kv_heads = k.shape[0]
+    num_kv_heads, num_threads = k.shape[0], torch.get_num_threads()
     spans = np.array(seen, dtype=np.int64)  # [runs, 4]
+    tasks = num_kv_heads * -(-num_queries * (num_heads // num_kv_heads) // STATE_ROWS)
+    num_runs = max(1, min(num_threads // tasks, sum(run.num_keys for run in seen) // MIN_RUN_KEYS))
+    outs, lses = (
+        (out, lse) if num_runs == 1 else (out.new_empty(num_runs, *out.shape), lse.new_empty(num_runs, *lse.shape))
+    )
     status = found.longspan_prefill(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         *(num_kv_heads, num_heads // num_kv_heads, width, v.shape[2], k.dtype is torch.bfloat16, num_queries),
-        *(spans.ctypes.data, len(seen), scale, torch.get_num_threads(), out.data_ptr(), lse.data_ptr()),
+        *(spans.ctypes.data, len(seen), scale, num_runs, num_threads, outs.data_ptr(), lses.data_ptr()),
     )
     assert status == 0, f"prefill kernel refused {num_queries} queries of {num_heads} heads of {width}, {v.shape[2]}"
+    if num_runs > 1:  # few rows, and several threads that each took some of the keys
+        out.copy_(outs[0])
+        lse.copy_(lses[0])
+        for part_out, part_lse in zip(outs[1:], lses[1:], strict=True):
+            merge_rows(out, lse, part_out, part_lse)
 
 
 def can_merge(*tensors: Tensor) -> bool:

@@ -21,6 +21,8 @@
 #define MAX_VECTORS 3
 #define ROWS (MAX_VECTORS * LANES)
 #define MOST_QUERIES (1 << 29)
+#define AHEAD 16         /* keys between one that is computed and one that memory is asked for; 8 to 24 are as fast */
+#define PART 192         /* elements of queries that stay in the first-level cache while a block of keys meets them */
 #define BLOCK 128        /* keys per block: the scores of ROWS rows take 24 KiB of the first-level cache */
 #define STATE_BYTES (384 << 10) /* states of the rows that meet a block of keys while it is in the second-level cache */
 
@@ -65,10 +67,12 @@ WIDE_INLINE vec exp2_lanes(vec x)
     return (vec)(((veci)p + ((veci)n << 23)) & ~(x <= -126.0f)); /* the low bits of n are an integer: added to the exponent */
 }
 
-/* Scores of up to TILE keys, and their maximum so far. Under a mask, queries [first, end) see the first of them, and
- * those one further on the next. `is_masked` and `vectors` are constants in every caller. */
-WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stride, int width, long count, int first,
-                       int end, int is_masked, int vectors, float *scores, vec *top)
+/* Products of up to TILE keys with queries over elements [from, to), added to what `scores` holds of the elements before.
+ * After the last ones they are scores, which count for the maximum so far. Under a mask, queries [first, end) see the
+ * first of the keys, and those one further on the next. `is_masked` and `vectors` are constants in every caller. */
+WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stride, int from, int to, int width,
+                            long count, int first, int end, int is_first, int is_masked, int vectors, float *scores,
+                            vec *top)
 {
     const vec unseen = (vec){0} - __builtin_inff();
     const float *keys[TILE];
@@ -76,24 +80,35 @@ WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stri
     for (int i = 0; i < TILE; i++) {
         keys[i] = k + (i < count ? i : count - 1) * k_stride; /* a short tile repeats its last key */
         for (int v = 0; v < vectors; v++)
-            acc[i][v] = (vec){0};
+            acc[i][v] = from ? at(scores + i * ROWS + v * LANES) : (vec){0};
     }
-    for (int d = 0; d < width; d++) {
-        vec q[MAX_VECTORS];
-        for (int v = 0; v < vectors; v++)
-            q[v] = at(rows->queries + d * ROWS + v * LANES);
-        for (int i = 0; i < TILE; i++)
-            for (int v = 0; v < vectors; v++)
-                acc[i][v] += q[v] * keys[i][d];
+    const int part = (to - from) / TILE;
+    for (int s = 0; s < TILE; s++) {
+        const float *next = k + (AHEAD + s) * k_stride + from;
+        for (int d = from + s * part; d < from + (s + 1) * part; d += 2) {
+            if (is_first) /* a row ahead is asked for bit by bit, while this one is computed */
+                __builtin_prefetch(next, 0, 2);
+            next += LANES;
+            for (int e = d; e < d + 2; e++) {
+                vec q[MAX_VECTORS];
+                for (int v = 0; v < vectors; v++)
+                    q[v] = at(rows->queries + e * ROWS + v * LANES);
+                for (int i = 0; i < TILE; i++)
+                    for (int v = 0; v < vectors; v++)
+                        acc[i][v] += q[v] * keys[i][e];
+            }
+        }
     }
     for (int i = 0; i < TILE; i++) {
         const int key = i < count ? i : (int)count - 1;
         for (int v = 0; v < vectors; v++) {
-            if (is_masked) {
-                const veci is_seen = (rows->query[v] >= first + key) & (rows->query[v] < end + key);
-                acc[i][v] = choose(is_seen, acc[i][v], unseen);
+            if (to == width) {
+                if (is_masked) {
+                    const veci is_seen = (rows->query[v] >= first + key) & (rows->query[v] < end + key);
+                    acc[i][v] = choose(is_seen, acc[i][v], unseen);
+                }
+                top[v] = larger(acc[i][v], top[v]);
             }
-            top[v] = larger(acc[i][v], top[v]);
             put(scores + i * ROWS + v * LANES, acc[i][v]);
         }
     }
@@ -114,14 +129,16 @@ WIDE_INLINE void meet(struct rows *rows, const float *k, long k_stride, const fl
     vec top[MAX_VECTORS], decay[MAX_VECTORS], sum[MAX_VECTORS];
     for (int x = 0; x < vectors; x++)
         top[x] = at(rows->top + x * LANES);
-    for (int j = 0; j < count; j += TILE) {
-        if (is_first)
-            for (int i = j + BLOCK; i < j + BLOCK + TILE; i++) {
-                prefetch(k + i * k_stride, width);
-                prefetch(v + i * v_stride, v_width);
-            }
-        score_tile(rows, k + j * k_stride, k_stride, width, count - j, first + j, end + j, is_masked, vectors,
-                   scores + j * ROWS, top);
+    const int most = vectors == MAX_VECTORS ? PART : width; /* fewer rows leave the first-level cache to keys */
+    for (int from = 0; from < width; from += most) {
+        const int to = from + most < width ? from + most : width;
+        for (int j = 0; j < count; j += TILE) {
+            if (is_first && from == 0 && v != k) /* else values are the first elements of keys */
+                for (int i = j + BLOCK; i < j + BLOCK + TILE; i++)
+                    prefetch(v + i * v_stride, v_width);
+            score_tile(rows, k + j * k_stride, k_stride, from, to, width, count - j, first + j, end + j, is_first,
+                       is_masked, vectors, scores + j * ROWS, top);
+        }
     }
     for (int x = 0; x < vectors; x++) {
         const vec before = at(rows->top + x * LANES);
@@ -181,9 +198,8 @@ struct call {
     long q_stride, q_head_stride, k_head_stride, k_stride, v_head_stride, v_stride; /* in elements */
     int heads, group, width, v_width, is_bf16;
     const struct span *spans;
-    long num_spans;
+    long num_spans, num_runs;
     float scale;
-    float *out, *lse;
 };
 
 static long smaller(long a, long b) { return a < b ? a : b; }
@@ -209,7 +225,7 @@ WIDE static void widen(const void *base, long first, long stride, long count, in
 /* A new state of `count` rows from `row` of a head's matrix of queries. */
 WIDE static void read_rows(const struct call *c, int head, long row, long count, struct rows *rows)
 {
-    const float scale = c->scale * 1.44269504f;
+    const float scale = c->scale * 1.44269504f; /* for powers of 2 */
     memset(rows->queries, 0, sizeof(float) * c->width * ROWS);
     memset(rows->values, 0, sizeof(float) * c->v_width * ROWS);
     for (int lane = 0; lane < ROWS; lane++) {
@@ -227,7 +243,8 @@ WIDE static void read_rows(const struct call *c, int head, long row, long count,
     rows->last = (row + count - 1) / c->group;
 }
 
-WIDE static void write_rows(const struct call *c, int head, long row, long count, const struct rows *rows)
+WIDE static void write_rows(const struct call *c, int head, long row, long count, const struct rows *rows, float *out,
+                            float *lse)
 {
     for (int lane = 0; lane < count; lane++) {
         const long r = row + lane;
@@ -235,8 +252,8 @@ WIDE static void write_rows(const struct call *c, int head, long row, long count
         const int is_empty = rows->sum[lane] == 0.0f; /* else it is 1 at least, or NaN */
         const float inverse = is_empty ? 0.0f : 1.0f / rows->sum[lane];
         for (int d = 0; d < c->v_width; d++)
-            c->out[place * c->v_width + d] = rows->values[d * ROWS + lane] * inverse;
-        c->lse[place] =
+            out[place * c->v_width + d] = rows->values[d * ROWS + lane] * inverse;
+        lse[place] =
             is_empty ? -__builtin_inff() : rows->top[lane] * 0.693147181f + __builtin_logf(rows->sum[lane]);
     }
 }
@@ -244,8 +261,9 @@ WIDE static void write_rows(const struct call *c, int head, long row, long count
 static long state_floats(const struct call *c) { return (c->width + c->v_width + 2) * ROWS; }
 static long block_floats(const struct call *c) { return BLOCK * (ROWS + (c->is_bf16 ? c->width + c->v_width : 0)); }
 
-/* Rows [first, first + num_rows) of a KV head's matrix of queries, over all spans. */
-WIDE static void run_task(const struct call *c, int head, long first, long num_rows, float *scratch)
+/* Rows [first, first + num_rows) of a KV head's matrix of queries, over one run of every span's keys. */
+WIDE static void run_task(const struct call *c, int head, long first, long num_rows, long run, float *out, float *lse,
+                          float *scratch)
 {
     const long num_states = (num_rows + ROWS - 1) / ROWS, item = c->is_bf16 ? 2 : 4;
     float *scores = scratch, *wide_k = scores + BLOCK * ROWS, *wide_v = wide_k + BLOCK * c->width;
@@ -262,16 +280,19 @@ WIDE static void run_task(const struct call *c, int head, long first, long num_r
         const char *head_k = (const char *)c->k + (head * c->k_head_stride + span->row * c->k_stride) * item;
         const char *head_v = (const char *)c->v + (head * c->v_head_stride + span->row * c->v_stride) * item;
         const long oldest = states[0].first + span->lead - span->window + 1;
-        const long newest = smaller(span->num_keys, states[num_states - 1].last + span->lead + 1);
-        for (long key = oldest > 0 ? oldest : 0; key < newest; key += BLOCK) {
+        const long begin = span->num_keys * run / c->num_runs, stop = span->num_keys * (run + 1) / c->num_runs;
+        const long newest = smaller(stop, states[num_states - 1].last + span->lead + 1);
+        for (long key = oldest > begin ? oldest : begin; key < newest; key += BLOCK) {
             const long end = smaller(key + BLOCK, newest);
             long k_stride = c->k_stride, v_stride = c->v_stride;
             const float *k = (const float *)(head_k + key * k_stride * item);
             const float *v = (const float *)(head_v + key * v_stride * item);
             if (c->is_bf16) {
+                const int is_one = k == v && k_stride == v_stride; /* values are the first elements of keys */
                 widen(k, 0, k_stride, end - key, c->width, wide_k);
-                widen(v, 0, v_stride, end - key, c->v_width, wide_v);
-                k = wide_k, v = wide_v, k_stride = c->width, v_stride = c->v_width;
+                if (!is_one)
+                    widen(v, 0, v_stride, end - key, c->v_width, wide_v);
+                k = wide_k, v = is_one ? wide_k : wide_v, k_stride = c->width, v_stride = is_one ? c->width : c->v_width;
             }
             for (long s = 0; s < num_states; s++) {
                 struct rows *rows = &states[s];
@@ -289,7 +310,7 @@ WIDE static void run_task(const struct call *c, int head, long first, long num_r
         }
     }
     for (long s = 0; s < num_states; s++)
-        write_rows(c, head, first + s * ROWS, smaller(num_rows - s * ROWS, ROWS), &states[s]);
+        write_rows(c, head, first + s * ROWS, smaller(num_rows - s * ROWS, ROWS), &states[s], out, lse);
 }
 #endif
 
@@ -307,29 +328,30 @@ int longspan_has_wide_registers(void)
 /* Consecutive queries over spans of keys.
  *
  * q [num_queries, heads * group, width], k [heads, rows, width], v [heads, rows, v_width]: float32 or bfloat16, strides
- * in elements, contiguous in the last dimension. out [num_queries, heads * group, v_width] and lse [num_queries, heads *
- * group]: float32, contiguous, natural logarithm; 0 and -inf for a query that sees nothing.
+ * in elements, contiguous in the last dimension. The keys of every span are cut into num_runs equal runs, each with a
+ * partial of its own. out [num_runs, num_queries, heads * group, v_width] and lse [num_runs, num_queries, heads * group]:
+ * float32, contiguous, natural logarithm; 0 and -inf for a query that sees nothing of a run.
  * Returns 0, or 1 when a size or this CPU is not supported or memory is short (nothing is written then).
  */
 int longspan_prefill(const void *q, const void *k, const void *v, long q_stride, long q_head_stride, long k_head_stride,
                      long k_stride, long v_head_stride, long v_stride, int heads, int group, int width, int v_width,
                      int is_bf16, long num_queries, const struct span *spans, long num_spans, float scale,
-                     int num_threads, float *out, float *lse)
+                     long num_runs, int num_threads, float *out, float *lse)
 {
 #ifdef WIDE
     if (num_threads < 1 || heads < 1 || group < 1 || width < LANES || width % LANES || v_width < LANES ||
-        v_width % LANES || num_queries < 1 || num_queries > MOST_QUERIES)
+        v_width % LANES || num_queries < 1 || num_queries > MOST_QUERIES || num_runs < 1)
         return 1;
     const struct call call = {q,       k,        v,       q_stride, q_head_stride, k_head_stride, k_stride,
                               v_head_stride, v_stride, heads, group, width, v_width, is_bf16,
-                              spans, num_spans, scale, out, lse};
+                              spans, num_spans, num_runs, scale};
     const long num_rows = num_queries * group;
     long task_rows = STATE_BYTES / (long)sizeof(float) / state_floats(&call) * ROWS;
     if (task_rows < ROWS)
         task_rows = ROWS;
-    while (task_rows > ROWS && heads * (num_rows / task_rows) < 4 * num_threads)
+    while (task_rows > ROWS && num_runs * heads * (num_rows / task_rows) < 4 * num_threads)
         task_rows = (task_rows / ROWS + 1) / 2 * ROWS; /* more tasks, so that threads end together */
-    if (heads * ((num_rows + task_rows - 1) / task_rows) < num_threads)
+    if (num_runs * heads * ((num_rows + task_rows - 1) / task_rows) < num_threads)
         task_rows = LANES; /* slower, but on every thread */
     const long num_states = (task_rows + ROWS - 1) / ROWS, tasks = (num_rows + task_rows - 1) / task_rows;
     const long scratch_bytes = (block_floats(&call) + num_states * state_floats(&call)) * (long)sizeof(float);
@@ -337,13 +359,14 @@ int longspan_prefill(const void *q, const void *k, const void *v, long q_stride,
     char *scratch = aligned_alloc(4096, share * num_threads);
     if (!scratch)
         return 1;
-    long next = tasks * heads; /* the last first: under causality they see the most */
+    long next = tasks * heads * num_runs; /* the last first: under causality they see the most */
 #pragma omp parallel for schedule(static, 1) num_threads(num_threads)
     for (int thread = 0; thread < num_threads; thread++)
         for (long i; (i = __atomic_sub_fetch(&next, 1, __ATOMIC_RELAXED)) >= 0;) {
-            const long first = i / heads * task_rows;
-            run_task(&call, (int)(i % heads), first, smaller(num_rows - first, task_rows),
-                     (float *)(scratch + thread * share));
+            const long first = i / heads / num_runs * task_rows, run = i / heads % num_runs;
+            const long place = run * num_queries * heads * group;
+            run_task(&call, (int)(i % heads), first, smaller(num_rows - first, task_rows), run, out + place * v_width,
+                     lse + place, (float *)(scratch + thread * share));
         }
     free(scratch);
     return 0;

@@ -37,7 +37,7 @@ class PartialFormat:
     @classmethod
     def of(cls, group: KVGroup) -> "PartialFormat":
         """Format of a KV group's partials."""
-        heads, width, out_dtype = group.num_query_heads, group.spec.layout.v_width, group.partial_dtype
+        heads, width, out_dtype = group.num_query_heads, group.spec.out_width, group.partial_dtype
         lse_dtype = "float64" if out_dtype == "float64" else "float32"
         lse_bytes = heads * DTYPE_BYTES[lse_dtype]
         return cls(heads, width, lse_dtype, out_dtype, lse_bytes, lse_bytes + heads * width * DTYPE_BYTES[out_dtype])

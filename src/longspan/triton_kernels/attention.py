@@ -13,6 +13,10 @@ Note [Tables]
         query_tiles  [m, 7]  first row, rows, position of the first query, a, b, c, d: key tiles [a, d) are looked at;
                              those of [b, c) are whole and seen by every query of the tile, so need no mask
 
+    Where values are the first elements of their keys, in the same memory (VALUES_IN_KEYS, latent attention), a key tile
+    is read once: its values, and the rest of its keys. A KV head with more query heads than fit a program is computed
+    by several (HEAD_TILES).
+
     A split is an equal share of the key tiles of every query tile, found in the kernel: neither grid nor arguments
     depend on the number of keys, as CUDA graphs require. Every split writes a partial of its own.
     Source: split-KV decoding, and the online softmax of 2307.08691, in base 2; `lse` leaves in base e.
@@ -25,9 +29,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.kv.pool import are_in_keys
 from longspan.triton_kernels.launch import INTERPRETED, on_device
 
 LOG2_E = 1.4426950408889634
+
+MIN_WIDTH, MAX_WIDTH = 16, 256
+"""Smallest and largest head size; sizes that are not powers of two waste lanes."""
+MAX_LATENT_WIDTH, MAX_REST_WIDTH = 512, 64
+"""Largest size of values that are the first elements of keys, and of what these have beside them."""
 
 
 @triton.jit
@@ -36,6 +46,7 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
     total,
     top,
     q,
+    q_rest,
     k_ptr,
     v_ptr,
     key_tiles,
@@ -57,29 +68,45 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    VALUES_IN_KEYS: tl.constexpr,
 ):
     """Add some key tiles to a running softmax. `top` is in base 2, and -inf as long as no key was seen."""
+    # What is read as `k` is the rest of a key behind its value, where that is a part of it.
+    k_start: tl.constexpr = V_WIDTH if VALUES_IN_KEYS else 0
+    k_width: tl.constexpr = K_WIDTH - k_start
     columns = tl.arange(0, BLOCK_N)
     k_lanes = tl.arange(0, K_BLOCK)
     v_lanes = tl.arange(0, V_BLOCK)
     for i in tl.range(0, num_tiles, num_stages=NUM_STAGES):
         tile = key_tiles + (first_tile + i) * 4
         rows = tl.load(tile).to(tl.int64) + columns
-        k_offsets = k_ptr + rows[:, None] * k_row_stride + k_lanes[None, :]
+        k_offsets = k_ptr + rows[:, None] * k_row_stride + (k_start + k_lanes)[None, :]
         v_offsets = v_ptr + rows[:, None] * v_row_stride + v_lanes[None, :]
         count = BLOCK_N
         if MASKED:
             count = tl.load(tile + 1)
         # Rows after a tile's last one may be another request's, or hold NaN: they must not be read.
         if MASKED:
-            k = tl.load(k_offsets, mask=(columns < count)[:, None] & (k_lanes < K_WIDTH)[None, :], other=0.0)
-        elif K_WIDTH == K_BLOCK:
+            k = tl.load(k_offsets, mask=(columns < count)[:, None] & (k_lanes < k_width)[None, :], other=0.0)
+        elif k_width == K_BLOCK:
             k = tl.load(k_offsets)
         else:
-            k = tl.load(k_offsets, mask=(k_lanes < K_WIDTH)[None, :], other=0.0)
+            k = tl.load(k_offsets, mask=(k_lanes < k_width)[None, :], other=0.0)
         if UPCAST:
             k = k.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] float32
+        if VALUES_IN_KEYS:
+            if MASKED:
+                v = tl.load(v_offsets, mask=(columns < count)[:, None] & (v_lanes < V_WIDTH)[None, :], other=0.0)
+            elif V_WIDTH == V_BLOCK:
+                v = tl.load(v_offsets)
+            else:
+                v = tl.load(v_offsets, mask=(v_lanes < V_WIDTH)[None, :], other=0.0)
+            if UPCAST:
+                v = v.to(tl.float32)
+            scores = tl.dot(q, tl.trans(v), input_precision=PRECISION)
+            scores = tl.dot(q_rest, tl.trans(k), scores, input_precision=PRECISION)
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] float32
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (1 + exp(2 x)); exact at both ends, where exp is 0 or infinite
             capped = 2.0 / (1.0 + tl.exp2(scores * (scale_log2 * 2.0 / softcap)))
@@ -101,14 +128,15 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - base[:, None])
         keep = tl.exp2(top - base)
         total = total * keep + tl.sum(weights, 1)
-        if MASKED:
-            v = tl.load(v_offsets, mask=(columns < count)[:, None] & (v_lanes < V_WIDTH)[None, :], other=0.0)
-        elif V_WIDTH == V_BLOCK:
-            v = tl.load(v_offsets)
-        else:
-            v = tl.load(v_offsets, mask=(v_lanes < V_WIDTH)[None, :], other=0.0)
-        if UPCAST:
-            v = v.to(tl.float32)
+        if not VALUES_IN_KEYS:
+            if MASKED:
+                v = tl.load(v_offsets, mask=(columns < count)[:, None] & (v_lanes < V_WIDTH)[None, :], other=0.0)
+            elif V_WIDTH == V_BLOCK:
+                v = tl.load(v_offsets)
+            else:
+                v = tl.load(v_offsets, mask=(v_lanes < V_WIDTH)[None, :], other=0.0)
+            if UPCAST:
+                v = v.to(tl.float32)
         acc = tl.dot(weights.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         top = new_top
     return acc, total, top
@@ -139,6 +167,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     lse_row_stride,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    HEAD_TILES: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr,
@@ -150,12 +179,13 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    VALUES_IN_KEYS: tl.constexpr,
 ):
-    """Compute one query tile, KV head and split. See Note [Tables]."""
+    """Compute one query tile, GROUP_SIZE heads of a KV head and split. See Note [Tables]."""
     program = tl.program_id(0)
     split = program % NUM_SPLITS
-    kv_head = (program // NUM_SPLITS) % NUM_KV_HEADS
-    tile = query_tiles + (program // (NUM_SPLITS * NUM_KV_HEADS)) * 7
+    head_tile = (program // NUM_SPLITS) % (NUM_KV_HEADS * HEAD_TILES)
+    tile = query_tiles + (program // (NUM_SPLITS * NUM_KV_HEADS * HEAD_TILES)) * 7
     first_row = tl.load(tile).to(tl.int64)
     num_rows = tl.load(tile + 1)
     position = tl.load(tile + 2)
@@ -166,17 +196,23 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
     lanes_m = tl.arange(0, BLOCK_M)
     queries = lanes_m // GROUP_SIZE  # the heads of a query are neighbours
-    heads = kv_head * GROUP_SIZE + lanes_m % GROUP_SIZE
+    heads = head_tile * GROUP_SIZE + lanes_m % GROUP_SIZE
     is_row = queries < num_rows
     rows = first_row + queries
     k_lanes = tl.arange(0, K_BLOCK)
-    q = tl.load(
-        q_ptr + rows[:, None] * q_row_stride + heads[:, None] * q_head_stride + k_lanes[None, :],
-        mask=is_row[:, None] & (k_lanes < K_WIDTH)[None, :],
-        other=0.0,
-    )
+    q_offsets = q_ptr + rows[:, None] * q_row_stride + heads[:, None] * q_head_stride
+    if VALUES_IN_KEYS:
+        v_lanes = tl.arange(0, V_BLOCK)
+        q = tl.load(q_offsets + v_lanes[None, :], mask=is_row[:, None] & (v_lanes < V_WIDTH)[None, :], other=0.0)
+        is_rest = is_row[:, None] & (k_lanes < K_WIDTH - V_WIDTH)[None, :]
+        q_rest = tl.load(q_offsets + V_WIDTH + k_lanes[None, :], mask=is_rest, other=0.0)
+    else:
+        q = tl.load(q_offsets + k_lanes[None, :], mask=is_row[:, None] & (k_lanes < K_WIDTH)[None, :], other=0.0)
+        q_rest = q
     if UPCAST:
         q = q.to(tl.float32)
+        q_rest = q_rest.to(tl.float32)
+    kv_head = head_tile // HEAD_TILES
     k_ptr += kv_head.to(tl.int64) * k_head_stride
     v_ptr += kv_head.to(tl.int64) * v_head_stride
     positions = position + queries
@@ -190,19 +226,20 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     begin = a + (share * split // NUM_SPLITS).to(tl.int32)
     end = a + (share * (split + 1) // NUM_SPLITS).to(tl.int32)
     acc, total, top = _over_key_tiles(
-        acc, total, top, q, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
+        acc, total, top, q, q_rest, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
         tl.maximum(begin, b), tl.minimum(end, c) - tl.maximum(begin, b), scale_log2, softcap, window,
         K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, False, UPCAST, PRECISION, NUM_STAGES,
+        VALUES_IN_KEYS,
     )  # fmt: skip
     acc, total, top = _over_key_tiles(
-        acc, total, top, q, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
+        acc, total, top, q, q_rest, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
         begin, tl.minimum(end, b) - begin, scale_log2, softcap, window,
-        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, True, UPCAST, PRECISION, 1,
+        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, True, UPCAST, PRECISION, 1, VALUES_IN_KEYS,
     )  # fmt: skip
     acc, total, top = _over_key_tiles(
-        acc, total, top, q, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
+        acc, total, top, q, q_rest, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
         tl.maximum(begin, c), end - tl.maximum(begin, c), scale_log2, softcap, window,
-        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, True, UPCAST, PRECISION, 1,
+        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, True, UPCAST, PRECISION, 1, VALUES_IN_KEYS,
     )  # fmt: skip
 
     is_empty = total == 0.0
@@ -234,16 +271,23 @@ class Tiling(NamedTuple):
 
 def tiling(width: int, dtype: torch.dtype) -> Tiling:
     """Sizes for the larger of the head sizes of keys and values, and for the dtype of queries, keys and values."""
+    if width > MAX_WIDTH:  # latents: 64 rows of 512 sums spill
+        return Tiling(16, 16, 1) if dtype is torch.float32 else Tiling(32, 64, 2)
     if dtype is torch.float32:
         return Tiling(64, 32, 2) if width <= 64 else Tiling(16, 32 if width <= 128 else 16, 1)
     return Tiling(128, 64, 3) if width <= 128 else Tiling(64, 64, 2)
+
+
+def head_tiles(group_size: int, most_rows: int) -> int:
+    """Number of programs that share the query heads of one KV head: 1 unless these are more than `most_rows`."""
+    return next(n for n in range(1, group_size + 1) if group_size % n == 0 and group_size // n <= most_rows)
 
 
 def most_queries(group_size: int, num_queries: int, most_rows: int) -> int:
     """Most queries of a tile, whose rows are the queries times the heads of a group.
 
     Args:
-        group_size: query heads per KV head.
+        group_size: query heads of a program.
         num_queries: length of the longest run of queries.
         most_rows: `Tiling.most_rows`.
     """
@@ -270,26 +314,29 @@ def attention(
     Args:
         q: [T, H, D] bfloat16, float16 or float32; contiguous in the last dimension.
         k: [Hkv, rows, D], dtype of `q`; contiguous in the last dimension.
-        v: [Hkv, rows, Dv], dtype of `q`; contiguous in the last dimension.
+        v: [Hkv, rows, Dv], dtype of `q`; contiguous in the last dimension; may be the first elements of `k`.
         query_tiles: [m, 7] int32, see Note [Tables]; at most `queries_per_tile` queries each.
         key_tiles: [n, 4] int32, see Note [Tables]; at most `Tiling.keys` keys each.
         out: [splits, T, H, Dv] float32, written in the rows of query tiles: 0 where a split saw no key.
         lse: [splits, T, H] float32, natural log, written in the rows of query tiles: -inf where a split saw no key.
-        queries_per_tile: most queries of a tile; times H / Hkv and rounded up to a power of two, rows of a program.
+        queries_per_tile: most queries of a tile; times the query heads of a program and rounded up to a power of two,
+            rows of a program.
         scale: factor of the scores.
         softcap: bound of the scores, or None.
         window: window in tokens, for BAND key tiles, or None.
     """
     num_splits, _, num_heads, v_width = out.shape
     num_kv_heads, _, k_width = k.shape
-    group_size = num_heads // num_kv_heads
+    width, values_in_keys = max(k_width, v_width), v_width < k_width and are_in_keys(v, k)
+    tiles = head_tiles(num_heads // num_kv_heads, tiling(width, q.dtype).most_rows)
+    group_size = num_heads // (num_kv_heads * tiles)
     assert q.stride(2) == k.stride(2) == v.stride(2) == out.stride(3) == lse.stride(2) == 1
     assert query_tiles.dtype == key_tiles.dtype == torch.int32
     if query_tiles.shape[0] == 0:
         return
-    k_block, v_block = triton.next_power_of_2(k_width), triton.next_power_of_2(v_width)
+    k_block, v_block = blocks(k_width, v_width, values_in_keys=values_in_keys)
     with on_device(q):
-        attention_kernel[(query_tiles.shape[0] * num_kv_heads * num_splits,)](
+        attention_kernel[(query_tiles.shape[0] * num_kv_heads * tiles * num_splits,)](
             out,
             lse,
             q,
@@ -313,6 +360,7 @@ def attention(
             lse.stride(1),
             NUM_KV_HEADS=num_kv_heads,
             GROUP_SIZE=group_size,
+            HEAD_TILES=tiles,
             NUM_SPLITS=num_splits,
             K_WIDTH=k_width,
             V_WIDTH=v_width,
@@ -320,8 +368,15 @@ def attention(
             V_BLOCK=v_block,
             HAS_SOFTCAP=softcap is not None,
             UPCAST=INTERPRETED and q.dtype is not torch.float32,
-            **compile_options(queries_per_tile, group_size, max(k_width, v_width), q.dtype),
+            VALUES_IN_KEYS=values_in_keys,
+            **compile_options(queries_per_tile, group_size, width, q.dtype),
         )
+
+
+def blocks(k_width: int, v_width: int, *, values_in_keys: bool) -> tuple[int, int]:
+    """Padded sizes of a tile's keys, or of what they have beside values that lie in them, and of its values."""
+    rest = max(MIN_WIDTH, k_width - v_width) if values_in_keys else k_width
+    return triton.next_power_of_2(rest), triton.next_power_of_2(v_width)
 
 
 def compile_options(queries_per_tile: int, group_size: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -329,16 +384,17 @@ def compile_options(queries_per_tile: int, group_size: int, width: int, dtype: t
 
     Args:
         queries_per_tile: most queries of a query tile.
-        group_size: query heads per KV head.
+        group_size: query heads of a program.
         width: larger of the head sizes of keys and values.
         dtype: dtype of queries, keys and values.
     """
     sizes = tiling(width, dtype)
     rows = max(16, triton.next_power_of_2(queries_per_tile * group_size))
+    thrice = "tf32x3" if width <= MAX_WIDTH else "ieee"  # of latents it takes more registers than there are
     return {
         "BLOCK_M": rows,
         "BLOCK_N": sizes.keys,
-        "PRECISION": "tf32x3" if dtype is torch.float32 else "tf32",  # says nothing for 16 bits
+        "PRECISION": thrice if dtype is torch.float32 else "tf32",  # says nothing for 16 bits
         "NUM_STAGES": sizes.num_stages,
         "num_warps": 8 if rows >= 128 or width * dtype.itemsize * rows >= 2**14 else 4,
     }

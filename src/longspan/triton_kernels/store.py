@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.kv.pool import are_in_keys
 from longspan.triton_kernels.launch import on_device
 
 
@@ -49,12 +50,13 @@ def store(pool_k: Tensor, pool_v: Tensor, k: Tensor, v: Tensor, rows: Tensor) ->
 
     Args:
         pool_k: [Hkv, pool rows, D], written.
-        pool_v: [Hkv, pool rows, Dv], written.
+        pool_v: [Hkv, pool rows, Dv], written, unless it is the first elements of `pool_k`, in the same memory.
         k: [Hkv, T, D], dtype of `pool_k`; contiguous in the last dimension, like the other three tensors.
         v: [Hkv, T, Dv].
         rows: [T] int32 or int64, the pool row of every token; a token with a negative row is not written.
     """
     num_heads, num_tokens, k_width = k.shape
+    v_width = 0 if v.shape[2] < k_width and are_in_keys(pool_v, pool_k) else v.shape[2]
     assert rows.dtype in (torch.int32, torch.int64)
     assert rows.shape == (num_tokens,)
     assert k.stride(2) == v.stride(2) == pool_k.stride(2) == pool_v.stride(2) == 1
@@ -76,7 +78,7 @@ def store(pool_k: Tensor, pool_v: Tensor, k: Tensor, v: Tensor, rows: Tensor) ->
             v.stride(0),
             v.stride(1),
             K_WIDTH=k_width,
-            V_WIDTH=v.shape[2],
-            BLOCK=triton.next_power_of_2(max(k_width, v.shape[2])),
+            V_WIDTH=v_width,
+            BLOCK=triton.next_power_of_2(max(k_width, v_width)),
             num_warps=1,
         )

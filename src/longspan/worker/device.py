@@ -10,6 +10,7 @@ import torch
 
 from longspan.attention.base import AttentionBackend, check_stored
 from longspan.attention.check import check_against_reference
+from longspan.attention.latent import LatentBackend
 from longspan.attention.select import MIN_CAPABILITY, make_backend
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError
@@ -90,7 +91,10 @@ def device_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) 
     if device.type == "cuda":
         for group, params in kinds:
             check_against_reference(backend, group, params, device)
-    return backend
+            if group.spec.latent is not None and backend.unsupported(group.expanded.spec, params) is None:
+                check_against_reference(backend, group.expanded, params, device)
+    has_latents = any(group.spec.latent is not None for group in spec.kv_groups)
+    return LatentBackend(backend) if has_latents else backend
 
 
 def check_memory(

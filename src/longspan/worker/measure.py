@@ -6,6 +6,7 @@ Read next: `longspan.attention.measure`, `longspan.comm.measure`; `longspan.cost
 
 import statistics
 import time
+from collections.abc import Mapping
 
 import msgspec
 import torch
@@ -46,7 +47,7 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
     rates = measure_kernels(
         runner.backend,
         group,
-        runner.spec.layer_params[group.layers[0]],
+        runner.layer_params[group.layers[0]],
         ranks_per_device=max(1.0, num_ranks * torch.get_num_threads() / num_cores()),
         sync=sync,
         device=runner.device,
@@ -89,12 +90,13 @@ class _NoAttention:
     rank = 0
     read_rows = None
 
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
+    def __init__(self, num_rows: int, out_widths: Mapping[int, int]) -> None:
+        """Take the rows, and the elements of an output head by layer."""
+        self.num_rows, self._out_widths = num_rows, out_widths
         self.bytes_sent: dict[str, int] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
-        return q.new_zeros(*q.shape[:2], v.shape[2])
+        return q.new_zeros(*q.shape[:2], self._out_widths[layer])
 
     def join(self, layer: int) -> None:
         """Do nothing: no message is exchanged."""
@@ -102,11 +104,12 @@ class _NoAttention:
 
 def _model_s(runner: ModelRunner, num_tokens: int, repeats: int) -> list[float]:
     """Seconds of steps without attention."""
-    forward = ModelForward(runner.model, runner.spec.layer_params, lambda layer: None)
+    forward = ModelForward(runner.model, runner.layer_params, lambda layer: None)
+    out_widths = {layer: group.spec.out_width for group in runner.spec.kv_groups for layer in group.layers}
     tokens = torch.zeros(num_tokens, dtype=torch.long, device=runner.device)
     times: list[float] = []
     for _ in range(repeats):
         started = time.perf_counter()
-        forward.run(_NoAttention(num_tokens), tokens, tokens, tokens[:1])
+        forward.run(_NoAttention(num_tokens, out_widths), tokens, tokens, tokens[:1])
         times.append(time.perf_counter() - started)
     return times

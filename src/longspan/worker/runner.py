@@ -23,6 +23,7 @@ from longspan.cp.eager import EagerStepAttention
 from longspan.errors import LongspanError
 from longspan.group.heartbeat import ProcessProgress
 from longspan.kv.pool import PagePool
+from longspan.models.latent import params_with_weights
 from longspan.plan.fixed_shape import fixed_shape
 from longspan.plan.types import (
     FailedRow,
@@ -129,7 +130,9 @@ class ModelRunner:
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
         self._progress = progress or ProcessProgress()
         self._layer_start = _LayerStart(self._progress, faults or Injector(None))
-        self._forward = ModelForward(model, spec.layer_params, self._layer_start)
+        self.layer_params = params_with_weights(spec, model)
+        """Attention parameters of every layer, with this rank's weights where attention needs them."""
+        self._forward = ModelForward(model, self.layer_params, self._layer_start)
         # Where rows differ in frequencies, launches do.
         may_be_fixed = graphs != "never" and spec.rope_lengths is None
         self.fixed = self._fixed_steps(graphs) if may_be_fixed else None
@@ -244,7 +247,7 @@ class ModelRunner:
 
     def _run_eagerly(self, plan: Plan, rows: _PackedStep) -> StepOutput:
         """Run a plan of any shape."""
-        attention = EagerStepAttention(plan, self._tables, self.pools, self.comm, self.backend, self.spec.layer_params)
+        attention = EagerStepAttention(plan, self._tables, self.pools, self.comm, self.backend, self.layer_params)
         if not attention.num_rows:
             self._forward.join(attention)
             return StepOutput(None, attention.bytes_sent)
