@@ -27,6 +27,7 @@ REMOTE_EXECUTORS = ("external", "ray")
 RayPlacementName = Literal["pack", "spread"]
 AttentionName = Literal["auto", "cpu", "reference", "triton", "flashinfer", "torch"]
 GraphsName = Literal["auto", "never"]
+QuantizationName = Literal["none", "keep", "int8", "int4"]
 MeasureName = Literal["auto", "again", "never"]
 
 MAX_RANKS = 128
@@ -91,6 +92,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     """Fields of the model's config in place of those of its file, as in vLLM; inner configs are merged field by field.
     Example: `{"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}`."""
+    quantization: Annotated[
+        QuantizationName,
+        Option("Small weights, on a CPU; keep: as the files have them; none: all dense.", Group.MODEL),
+    ] = "none"
+    """Linear layers whose weights stay small on a CPU. `none` dequantises whatever the files hold; `keep` keeps weights
+    of 8 or 4 bits that the kernels take, to which the answers are the same; `int8` and `int4` round dense weights."""
+    lora: Annotated[str | None, Option("LoRA adapter that is merged into the weights.", Group.MODEL, metavar="DIR")] = (
+        None
+    )
+    """Directory of a LoRA adapter, which peft merges into the weights while they are loaded; on every host the same."""
     attention_backend: Annotated[
         AttentionName, Option("Attention kernels; auto: cpu on a CPU, triton on a GPU.", Group.MODEL)
     ] = "auto"
@@ -365,8 +376,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("dtype: got 'float16' with device 'cpu', legal there is auto, float32 or bfloat16")
         if self.device == "cpu" and self.compile_dense:
             raise ConfigError("compile_dense: got true with device 'cpu', legal there is false")
+        if self.lora is not None and self.quantization == "keep":
+            raise ConfigError(
+                "lora: got one with quantization 'keep', legal there is none: kept weights are not merged"
+            )
         if self.device != "cuda":
             return
+        if self.quantization != "none":
+            raise ConfigError(f"quantization: got {self.quantization!r} with device 'cuda', legal there is none")
         if self.measure == "again":
             raise ConfigError("measure: got 'again' with device 'cuda', legal there is auto or never")
         if self.check_messages:

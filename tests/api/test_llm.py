@@ -297,8 +297,8 @@ def write_config(path, model_type, **options):
         ),
         (
             "qwen2",
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "quantization_config: got 'gptq', proven is none",
+            {"quantization_config": {"quant_method": "gptq", "bits": 3}},
+            "quantization_config: got bits 3, proven is 4, 8",
         ),
         (
             "gemma3_text",

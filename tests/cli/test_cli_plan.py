@@ -196,6 +196,15 @@ def test_a_directory_and_a_file_of_any_name_are_the_same_model(tmp_path):
     assert by_directory == load_shape(write_config(tmp_path, LLAMA_3_8B, "llama.json"), "float32")
 
 
+def test_quantised_weights_are_planned_as_they_are_loaded(tmp_path):
+    quantised = LLAMA_3_8B | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    paths = [write_config(tmp_path, config, f"{name}.json") for name, config in (("a", quantised), ("b", LLAMA_3_8B))]
+    found, dense = (load_shape(path, "bfloat16") for path in paths)
+    assert found == dense
+    unread = write_config(tmp_path, LLAMA_3_8B | {"quantization_config": {"quant_method": "hqq"}}, "c.json")
+    assert "got quant_method 'hqq'" in load_shape(unread, "bfloat16").not_run
+
+
 def test_latent_attention_is_planned_with_what_it_stores(tmp_path):
     """DeepSeek V2 Lite: 27 layers of 512 + 64 elements in bfloat16, of 16 heads of 192 and 128."""
     config = {
@@ -229,7 +238,6 @@ def test_latent_attention_is_planned_with_what_it_stores(tmp_path):
             {"model_type": "deepseek_v32"},
             "index_topk: got 2048, plannable is a model without it: sparse attention reads",
         ),
-        (LLAMA_3_8B | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: got a value, plannable"),
         ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, "plannable is"),
         ({"model_type": "t5", "vocab_size": 100}, "plannable"),
         ({"model_type": "nobody-knows"}, "its config cannot be loaded"),

@@ -292,9 +292,14 @@ def proven_model(name: str) -> ProvenModel:
     randomize_(model)
     model.tie_weights()
     model.save_pretrained(path)
+    return ProvenModel(name, str(path), references_of(path))
+
+
+def references_of(path: object) -> tuple[Exact, ...]:
+    """What Transformers continues one prompt of each length with, for the model in a folder."""
     eager = _load(path, torch.float32)
     exact = _load(path, torch.float64)
-    return ProvenModel(name, str(path), tuple(_reference(eager, exact, length) for length in PROMPT_LENS))
+    return tuple(_reference(eager, exact, length) for length in PROMPT_LENS)
 
 
 def _load(path: object, dtype: torch.dtype) -> nn.Module:

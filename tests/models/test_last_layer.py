@@ -6,6 +6,7 @@ That tokens stay exact is the business of `test_families`; here it is shown that
 import threading
 
 import pytest
+import torch
 from tiny_models import FAMILIES, greedy, run_all, tiny_engine, tiny_model
 
 from longspan.cp.eager import EagerStepAttention
@@ -148,3 +149,26 @@ def test_nothing_moves_in_the_last_layer_for_rows_that_nobody_reads(strategy, mo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_a_last_layer_that_can_leave_rows_out(family):
     assert LAST_LAYER in speedups_of(tiny_model(family).module)
+
+
+class NeverEmpty(torch.nn.Linear):
+    """Layer that does not take no rows, as quantised layers of some libraries."""
+
+    def forward(self, x):
+        assert x.numel(), "a call without rows"
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_no_module_is_called_without_rows(num_ranks):
+    """In the first chunks of a prompt no row of the last layer is read."""
+    model = tiny_model("llama")
+    module = model.load()
+    for part in module.model.layers[-1].modules():
+        if type(part) is torch.nn.Linear:
+            part.__class__ = NeverEmpty
+    speed_up_(module, [LAST_LAYER])
+    with tiny_engine(model, module, **LAYOUT, context_parallel_size=num_ranks) as engine:
+        request = engine.add_request(model.references[2].prompt, greedy(5))
+        run_all(engine)
+    assert request.output_token_ids == model.references[2].token_ids[:5]

@@ -31,6 +31,8 @@ from longspan.group.messages import Start
 from longspan.models.gguf_files import is_gguf
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
+from longspan.models.lora import check_lora
+from longspan.models.small_weights import with_small_weights
 from longspan.plan.types import PlanResult
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Constraint, Request
@@ -82,10 +84,17 @@ class Engine(ClosedAtExit):
             raise ConfigError(f"platform: got {sys.platform!r}, legal is 'linux'")
         if model is not None and config.executor != "threads":
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
+        for field, value, legal in (("quantization", config.quantization, "none"), ("lora", config.lora, None)):
+            if model is not None and value != legal:
+                raise ConfigError(f"{field}: got {value!r} with a loaded model, legal is none")
+        if config.lora is not None:
+            check_lora(config.lora)
         device, gpus = choose_device(config, model)
         config = structs.replace(config, device=device)
         model_config, generation_config = load_config(config.model, config.hf_overrides)
-        spec = inspect_model(model_config, generation_config, resolve_dtype(config.dtype, torch.device(device)))
+        dtype = resolve_dtype(config.dtype, torch.device(device))
+        spec = inspect_model(model_config, generation_config, dtype)
+        spec = with_small_weights(spec, config.model, model_config, dtype, config.quantization)
         self.spec: ModelSpec = _completed(spec, config, end_token_ids)
         hidden_size: int = model_config.get_text_config().hidden_size
         memory = rank_cache_memory(config, gpus, self.spec, hidden_size, is_loaded=model is not None)

@@ -37,7 +37,7 @@ class ThreadExecutor:
         size = start.config.context_parallel_size
         tools = open_device(start, speaker(0), ranks_on_device=size, is_loaded=model is not None)
         if model is None:
-            model = load_weights(start, tools.device, show_progress=False)
+            model = load_weights(start, tools.device, show_progress=False, tells=True)
         elif start.config.compile_dense:
             speed_up_(model, [COMPILED])
         self._pending = PendingPlans()

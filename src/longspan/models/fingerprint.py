@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from longspan.models.loader import resolve_model
+from longspan.models.lora import ADAPTER_CONFIG
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 """Number and size of the blocks hashed per file of weights: enough to detect another checkpoint, a merge or a largely
@@ -28,10 +29,19 @@ def hub_directory(model: str) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def fingerprint(directory: Path) -> str:
-    """Hash the config, and the name, size, header and evenly spaced blocks of every file of weights."""
+def fingerprint(directory: Path, adapter: Path | None = None) -> str:
+    """Hash the configs, and the name, size, header and evenly spaced blocks of every file of weights.
+
+    Args:
+        directory: the model's files.
+        adapter: files of the adapter that is merged into the weights, or None.
+    """
     digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in sorted(directory.glob("*.safetensors")):
+    files = sorted(directory.glob("*.safetensors"))
+    if adapter is not None:
+        digest.update((adapter / ADAPTER_CONFIG).read_bytes())
+        files += sorted(adapter.glob("*.safetensors"))
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

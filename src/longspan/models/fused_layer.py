@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from longspan.models import fused_layer_gemm
 from longspan.models.hook import AttendFunction, AttentionCall
 from longspan.models.last_layer import READ_ROWS
+from longspan.models.packed_linear import PackedLinear
 from longspan.native.kernels import MAX_LINEAR_ROWS, MAX_ROWS
-from longspan.native.layer import FusedLayer, LayerWeights, takes
+from longspan.native.layer import FusedLayer, LayerWeights, Matrix
 
 _log = logging.getLogger(__name__)
 
@@ -100,13 +101,13 @@ def _fused_forward(layer: nn.Module, *, is_last: bool) -> Callable[..., Tensor]:
 
 
 def _before_attention(fused: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if takes(x.shape[0]):
+    if fused.takes(x.shape[0]):
         return fused.before_attention(x, cos, sin)
     return fused_layer_gemm.before_attention(fused, x, cos, sin)
 
 
 def _behind_attention(fused: FusedLayer, attended: Tensor, x: Tensor) -> Tensor:
-    if takes(x.shape[0]):
+    if fused.takes(x.shape[0]):
         return fused.behind_attention(attended, x)
     return fused_layer_gemm.behind_attention(fused, attended, x)
 
@@ -135,21 +136,21 @@ def _fused(layer: Any) -> FusedLayer:
     per_head = [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
     weights = LayerWeights(
         before_attention=_scale(before),
-        q=attention.q_proj.weight,
-        k=attention.k_proj.weight,
-        v=attention.v_proj.weight,
+        q=_matrix(attention.q_proj),
+        k=_matrix(attention.k_proj),
+        v=_matrix(attention.v_proj),
         q_bias=attention.q_proj.bias,
         k_bias=attention.k_proj.bias,
         v_bias=attention.v_proj.bias,
         q_norm=_scale(attention.q_norm) if per_head else None,
         k_norm=_scale(attention.k_norm) if per_head else None,
-        o=attention.o_proj.weight,
+        o=_matrix(attention.o_proj),
         o_bias=attention.o_proj.bias,
         behind_attention=_scale(behind) if is_sandwich else None,
         before_mlp=_scale(before_mlp),
-        gate=mlp.gate_proj.weight,
-        up=mlp.up_proj.weight,
-        down=mlp.down_proj.weight,
+        gate=_matrix(mlp.gate_proj),
+        up=_matrix(mlp.up_proj),
+        down=_matrix(mlp.down_proj),
         behind_mlp=_scale(layer.post_feedforward_layernorm) if is_sandwich else None,
     )
     return FusedLayer(
@@ -160,6 +161,11 @@ def _fused(layer: Any) -> FusedLayer:
         epsilon=_epsilon(over_hidden),
         head_epsilon=_epsilon(per_head) if per_head else 0.0,
     )
+
+
+def _matrix(linear: Any) -> Matrix:
+    """Return the weights of a linear layer."""
+    return linear.matrix if isinstance(linear, PackedLinear) else linear.weight
 
 
 def _only(module: nn.Module, known: set[str]) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.models import onednn
-from longspan.native.layer import FusedLayer
+from longspan.models.packed_linear import multiply_unpacked
+from longspan.native.layer import FusedLayer, Matrix
+from longspan.native.packed import PackedMatrix
 
 BLOCK_ROWS = 1024
 """Most rows that go through the steps together: an MLP's inner values are the largest temporaries of a step. A product
@@ -56,5 +58,7 @@ def _blocks(num_rows: int) -> Iterator[slice]:
         yield slice(num_rows * i // num_blocks, num_rows * (i + 1) // num_blocks)
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Matrix) -> Tensor:
+    if isinstance(weight, PackedMatrix):
+        return multiply_unpacked(x, weight)
     return onednn.linear(x, weight, None) if onednn.is_available() else F.linear(x, weight)

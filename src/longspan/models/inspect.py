@@ -21,6 +21,7 @@ from longspan.models.generation import end_token_ids
 from longspan.models.hook import ATTENTION_NAME, AttentionCall
 from longspan.models.latent import latent_spec
 from longspan.models.mask_rule import check_mask, find_chunk
+from longspan.models.quantization import check_quantization, dense_config
 from longspan.models.rope import check_applied, check_rope, longest_request, rope_lengths
 from longspan.types import AttentionParams, ModelSpec
 
@@ -54,8 +55,7 @@ def check_proven(config: PreTrainedConfig) -> None:
 
     check_family(config.model_type)
     check_rope(config)
-    if getattr(config, "quantization_config", None) is not None:
-        refuse("quantization_config", config.quantization_config.get("quant_method", "?"), "none")
+    check_quantization(config)
     if getattr(config, "use_bidirectional_attention", None):
         refuse("use_bidirectional_attention", True, "false")
     if (dual := getattr(config, "dual_chunk_attention_config", None)) is not None:
@@ -119,7 +119,7 @@ def trace_model(
     _check_sizes(config)
     with torch.device("meta"), torch.inference_mode():
         model: Any = AutoModelForCausalLM.from_config(
-            config,
+            dense_config(config),
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             experts_implementation=TRACED_EXPERTS,
@@ -180,8 +180,8 @@ def _kv_spec(call: AttentionCall, dtype: str) -> KVSpec:
         return KVSpec.uniform(num_kv_heads, k_width, call.v.shape[-1], dtype, call.window, find_chunk(call))
     if any(value is not None for value in (call.window, find_chunk(call), call.softcap, call.sinks)):
         raise UnsupportedModelError(
-            f"attention of layer {call.layer}: got latents with window {call.window}, softcap {call.softcap}, sinks "
-            "or chunks, proven is latents without any"
+            f"attention of layer {call.layer}: got latents with window {call.window}, chunks, softcap {call.softcap} "
+            "or sinks, proven is latents without any"
         )
     return latent_spec(call.latent, call.q, call.k, dtype)
 

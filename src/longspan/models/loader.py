@@ -24,17 +24,27 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from longspan.config import QuantizationName
 from longspan.errors import ConfigError
 from longspan.models.adaptations import adapt_
+from longspan.models.checkpoint import find_checkpoint
 from longspan.models.generation import EOS
 from longspan.models.gguf_files import SUFFIX, gguf_path, is_gguf
 from longspan.models.hook import ATTENTION_NAME
+from longspan.models.leftovers import leftovers
+from longspan.models.lora import ADAPTER_CONFIG, merge_lora
 from longspan.models.overrides import check_overrides, merge_overrides
+from longspan.models.packed_linear import Bits, linear_names, replace_, round_linears_
+from longspan.models.quantization import QuantizedCheckpoint, check_quantization, dense_config, quantization_of
 from longspan.models.recall import recall_path
 from longspan.models.smollm2 import smollm2_path
 from longspan.models.text_part import KEY_MAPPING, text_part, text_tensors
+from longspan.native.packed import PackedMatrix
 
 CPU = torch.device("cpu")
+
+ROUNDED_BITS: Mapping[str, Bits] = {"int8": 8, "int4": 4}
+"""Bits to which linear layers are rounded, by the option `quantization`."""
 
 OWN_MODELS: Mapping[str, Callable[[], Path]] = {"recall": recall_path, "smollm2": smollm2_path}
 """Directory of the models that have a name here, wherever a user names a model."""
@@ -198,10 +208,14 @@ def load_model(
     show_progress: bool,
     device: torch.device = CPU,
     overrides: Mapping[str, Any] | None = None,
+    quantization: QuantizationName = "none",
+    lora: str | None = None,
+    tell: Callable[[str], None] = lambda _line: None,
 ) -> nn.Module:
     """Load weights from safetensors, memory-mapped where file and model agree on the dtype.
 
-    Of a multimodal repository the text model is loaded, and tensors of images and sound are left out.
+    Of a multimodal repository the text model is loaded, and tensors of images and sound are left out. Quantised weights
+    are dequantised, unless `quantization` keeps them.
 
     Args:
         model: model as the user named it.
@@ -209,6 +223,9 @@ def load_model(
         show_progress: whether to draw a progress bar on standard error.
         device: device of the weights.
         overrides: as for `load_config`.
+        quantization: which linear layers stay or become small.
+        lora: directory of an adapter that is merged into the weights, or None.
+        tell: takes a line for the user, about tensors that are left out.
 
     Raises:
         ConfigError: the weights are missing or broken; pickled weights are never loaded.
@@ -220,33 +237,112 @@ def load_model(
     name, is_offline = _source(model)
     whole = _read_config(model, name, overrides, is_offline=is_offline)
     config = text_part(whole)
-    try:
-        loaded: Any
-        info: dict[str, Any]
-        loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            name,
-            config=config,
-            key_mapping=None if config is whole else dict(KEY_MAPPING),
-            local_files_only=is_offline,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below: its own error does not name the tensor
-        )
-    except Exception as error:  # safetensors raises a bare Exception subclass for a truncated file
-        raise _loading(model, "weights", error) from error
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(key for key, *_ in info["mismatched_keys"])
-    unexpected = sorted(info["unexpected_keys"])  # say, a bias that the config switches off: the output would be wrong
+    _check_no_adapter(model, name)
+    loaded, kept, info = _build(model, config, dtype, quantization, is_part=config is not whole)
     if config is not whole:
-        unexpected = text_tensors(unexpected)
-    if missing or mismatched or unexpected:
-        raise ConfigError(
-            f"model: got {model!r}, whose weights lack {len(missing)} tensors, have {len(mismatched)} of a wrong shape "
-            f"and {len(unexpected)} that the config has no place for, such as {[*missing, *mismatched, *unexpected][0]}"
-            + _foreign_prefix(missing, unexpected)
-        )
+        info["unexpected_keys"] = text_tensors(info["unexpected_keys"])
+    _check_tensors(model, config, info, tell)
+    if lora is not None:
+        loaded = merge_lora(loaded, lora)
+    for module_name, matrix in kept.items():
+        replace_(loaded, module_name, matrix)
+    if (bits := ROUNDED_BITS.get(quantization)) is not None:
+        round_linears_(loaded, bits)
     module: nn.Module = loaded.eval().requires_grad_(False).to(device)
     adapt_(module)
     return module
+
+
+def _build(
+    model: str, config: PreTrainedConfig, dtype: torch.dtype, quantization: QuantizationName, *, is_part: bool
+) -> tuple[Any, dict[str, PackedMatrix], dict[str, Any]]:
+    """Build a model with its weights, from dense or quantised files.
+
+    Args:
+        model: model as the user named it.
+        config: config of the model, or of the text part.
+        dtype: dtype of dense weights.
+        quantization: as for `load_model`.
+        is_part: whether it is the text part of a multimodal repository.
+
+    Returns:
+        The model; matrices that are to replace linear layers, which are zeros in it, by name; which tensors were
+        missing, unexpected or of another shape.
+    """
+    name, is_offline = _source(model)
+    stored = open_quantized(model, config)
+    kept: dict[str, PackedMatrix] = {}
+    options = {
+        "key_mapping": dict(KEY_MAPPING) if is_part else None,
+        "dtype": dtype,
+        "attn_implementation": ATTENTION_NAME,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported by the caller: its own error does not name the tensor
+    }
+    try:
+        if stored is None:
+            loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                name, config=config, local_files_only=is_offline, use_safetensors=True, **options
+            )
+        else:
+            empty: Any = model_on_meta(config, dtype)
+            if quantization == "keep":
+                kept = stored.packed(linear_names(empty))
+            tensors = stored.state_dict(kept, dtype)
+            loaded, info = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, **options)
+    except Exception as error:  # safetensors raises a bare Exception subclass for a truncated file
+        raise _loading(model, "weights", error) from error
+    return loaded, kept, info
+
+
+def open_quantized(model: str, config: PreTrainedConfig) -> QuantizedCheckpoint | None:
+    """Open the files of quantised weights, or return None if a model's weights are dense.
+
+    Raises:
+        ConfigError: the weights are missing or broken, or their method is not read.
+    """
+    options = quantization_of(config)
+    if options is None:
+        return None
+    check_quantization(config)
+    name, is_offline = _source(model)
+    try:
+        return QuantizedCheckpoint(find_checkpoint(name, is_offline=is_offline), options)
+    except Exception as error:  # as in `load_model`
+        raise _loading(model, "weights", error) from error
+
+
+def model_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """Build the model that a config describes, without weights."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(dense_config(config), dtype=dtype)
+    return model
+
+
+def _check_no_adapter(model: str, name: str) -> None:
+    """Refuse an adapter beside the weights, which Transformers would apply if it finds peft, and else ignore."""
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"model: got {model!r}, which has {ADAPTER_CONFIG} beside the weights; legal is an adapter in a directory "
+            "of its own, named by the option lora"
+        )
+
+
+def _check_tensors(model: str, config: PreTrainedConfig, info: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Refuse weights that are not the config's, and tell which tensors are left out.
+
+    Raises:
+        ConfigError: a tensor is missing, of a wrong shape, or has no place.
+    """
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(key for key, *_ in info["mismatched_keys"])
+    left = leftovers(sorted(info["unexpected_keys"]), config)
+    unexpected = left.unknown  # say, a bias that the config switches off: the output would be wrong
+    if missing or mismatched or unexpected:
+        raise ConfigError(
+            f"model: got {model!r}, whose weights lack {len(missing)} tensors, have {len(mismatched)} of a wrong shape "
+            f"and {len(unexpected)} that the config has no place for, such as "
+            f"{[*missing, *mismatched, *unexpected][0]}" + (_foreign_prefix(missing, unexpected) or left.prefixes())
+        )
+    if left.ignored:
+        tell(f"{model}: {len(left.ignored)} tensors are left out: {left.reasons()}")

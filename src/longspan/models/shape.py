@@ -24,7 +24,6 @@ _WRONG_FIELDS = {
     "mamba_d_state": "state space layers keep no keys and values",
     "ssm_state_size": "state space layers keep no keys and values",
     "state_size": "state space layers keep no keys and values",
-    "quantization_config": "quantised weights take other memory and time",
     "num_kv_shared_layers": "layers that share keys and values take less memory",
 }
 """Config fields that, where they are set, mean that dense arithmetic does not hold."""

@@ -44,15 +44,20 @@ class Speedup:
     device_type: str | None = None
     """Device type on which all weights must lie; None for any."""
     dtype: torch.dtype | None = None
-    """Dtype that all weights must have, as plain, not quantised, tensors; None if the speed-up checks each module."""
+    """Dtype that all weights must have, as plain tensors, or None if the speed-up checks each module. Whole numbers are
+    those of packed layers, which compute in float32."""
 
     def takes(self, model: nn.Module) -> bool:
         """Whether a model's weights meet this speed-up's requirements."""
         return all(
             (self.device_type is None or weight.device.type == self.device_type)
-            and (self.dtype is None or (type(weight.data) is Tensor and weight.dtype is self.dtype))
+            and (self.dtype is None or (type(weight.data) is Tensor and _computed_dtype(weight) is self.dtype))
             for weight in model.parameters()
         )
+
+
+def _computed_dtype(weight: Tensor) -> torch.dtype:
+    return weight.dtype if weight.is_floating_point() else torch.float32
 
 
 LINEAR = Speedup(name="linear", apply_=replace_linears_, device_type="cpu")

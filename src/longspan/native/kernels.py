@@ -88,6 +88,11 @@ def library() -> ctypes.CDLL | None:
     ]
     kernels.longspan_merge_rows.argtypes = [pointer] * 4 + [long, integer, integer]
     kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
+    kernels.longspan_packed_linear.argtypes = [
+        *(pointer, pointer, pointer, pointer),
+        *(long, long, integer, integer, long, integer, pointer),
+    ]
+    kernels.longspan_unpack.argtypes = [pointer, pointer, pointer, long, long, integer, long, integer, pointer]
     return kernels
 
 

@@ -6,7 +6,7 @@
  * from longspan/native/layer.py.
  *
  * A decode step spends more time between its operators than in them: some forty small ones a layer, at 5 us each. Here
- * they are two calls. Everything is float32. Norms are root mean square norms; a weight that a layer lacks is NULL.
+ * they are two calls. Everything is float32 but packed weights. Norms are root mean square norms; a weight that a layer lacks is NULL.
  */
 
 #include "linear.h"
@@ -15,13 +15,14 @@ enum { SILU = 0, GELU_TANH = 1 };
 
 typedef struct {
     const float *before_attention;           /* [hidden] norm */
-    const float *q, *k, *v;                  /* [heads * width, hidden], [kv_heads * width, hidden] twice */
+    longspan_matrix q, k, v;                 /* [heads * width, hidden], [kv_heads * width, hidden] twice */
     const float *q_bias, *k_bias, *v_bias;
     const float *q_norm, *k_norm;            /* [width], per head */
-    const float *o, *o_bias;                 /* [hidden, heads * width], [hidden] */
+    longspan_matrix o;                       /* [hidden, heads * width] */
+    const float *o_bias;                     /* [hidden] */
     const float *behind_attention;           /* [hidden] norm of what attention adds, or NULL */
     const float *before_mlp;                 /* [hidden] norm */
-    const float *gate, *up, *down;           /* [inner, hidden] twice, [hidden, inner] */
+    longspan_matrix gate, up, down;          /* [inner, hidden] twice, [hidden, inner] */
     const float *behind_mlp;                 /* [hidden] norm of what the MLP adds, or NULL */
     long hidden, inner, heads, kv_heads, width;
     long has_rope, activation;
@@ -147,13 +148,13 @@ static int is_supported(const longspan_layer *l, long rows, int num_threads)
 }
 
 /* Outputs of one matrix in [first, last) of the outputs of several matrices, where this one's begin at `offset`. */
-static void some_outputs(const float *x, const float *w, long width, int rows, long offset, long num_out, long first,
+static void some_outputs(const float *x, const longspan_matrix *w, long width, int rows, long offset, long num_out, long first,
                          long last, float *y, long y_stride)
 {
     const long from = first > offset ? first - offset : 0;
     const long to = last - offset < num_out ? last - offset : num_out;
     if (from < to)
-        longspan_outputs(x, w, width, rows, from, to, 0, y + offset, y_stride);
+        longspan_matrix_outputs(x, w, width, rows, from, to, y + offset, y_stride);
 }
 
 /* Number of num_out outputs that each of num_threads threads computes, in whole vectors. */
@@ -184,9 +185,9 @@ int longspan_before_attention(const longspan_layer *l, const float *x, const flo
 #pragma omp for schedule(static, 1)
         for (int part = 0; part < num_threads; part++) {
             const long first = part * share, last = first + share < all ? first + share : all;
-            some_outputs(normed, l->q, l->hidden, rows, 0, q_out, first, last, y, all);
-            some_outputs(normed, l->k, l->hidden, rows, q_out, kv_out, first, last, y, all);
-            some_outputs(normed, l->v, l->hidden, rows, q_out + kv_out, kv_out, first, last, y, all);
+            some_outputs(normed, &l->q, l->hidden, rows, 0, q_out, first, last, y, all);
+            some_outputs(normed, &l->k, l->hidden, rows, q_out, kv_out, first, last, y, all);
+            some_outputs(normed, &l->v, l->hidden, rows, q_out + kv_out, kv_out, first, last, y, all);
         }
 #pragma omp for schedule(static)
         for (long i = 0; i < rows * heads; i++)
@@ -213,7 +214,7 @@ int longspan_behind_attention(const longspan_layer *l, const float *attended, co
 #pragma omp for schedule(static, 1)
         for (int part = 0; part < num_threads; part++) {
             const long first = part * share, last = first + share < hidden ? first + share : hidden;
-            longspan_outputs(attended, l->o, l->heads * l->width, rows, first, last, 0, added, hidden);
+            longspan_matrix_outputs(attended, &l->o, l->heads * l->width, rows, first, last, added, hidden);
         }
 #pragma omp for schedule(static, 1)
         for (int r = 0; r < rows; r++)
@@ -222,8 +223,8 @@ int longspan_behind_attention(const longspan_layer *l, const float *attended, co
         for (int part = 0; part < num_threads; part++) {
             const long first = part * inner_share, last = first + inner_share < inner ? first + inner_share : inner;
             if (first < last) {
-                longspan_outputs(normed, l->gate, hidden, rows, first, last, 0, gate, inner);
-                longspan_outputs(normed, l->up, hidden, rows, first, last, 0, up, inner);
+                longspan_matrix_outputs(normed, &l->gate, hidden, rows, first, last, gate, inner);
+                longspan_matrix_outputs(normed, &l->up, hidden, rows, first, last, up, inner);
                 for (int r = 0; r < rows; r++)
                     gated(gate + r * inner + first, up + r * inner + first, last - first, l->activation);
             }
@@ -231,7 +232,7 @@ int longspan_behind_attention(const longspan_layer *l, const float *attended, co
 #pragma omp for schedule(static, 1)
         for (int part = 0; part < num_threads; part++) {
             const long first = part * share, last = first + share < hidden ? first + share : hidden;
-            longspan_outputs(gate, l->down, inner, rows, first, last, 0, y, hidden);
+            longspan_matrix_outputs(gate, &l->down, inner, rows, first, last, y, hidden);
         }
 #pragma omp for schedule(static, 1)
         for (int r = 0; r < rows; r++)

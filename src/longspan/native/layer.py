@@ -11,20 +11,25 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from longspan.native import packed
 from longspan.native.kernels import LANES, MAX_LINEAR_ROWS, library
+from longspan.native.packed import PackedMatrix
+
+Matrix = Tensor | PackedMatrix
+"""Weight matrix [num_out, width] that a kernel takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """Weights of a layer: float32, contiguous, on the CPU; None for those that the layer lacks."""
+    """Weights of a layer: float32 or packed, contiguous, on the CPU; None for those that the layer lacks."""
 
     before_attention: Tensor
     """[hidden] scale of the norm before attention."""
-    q: Tensor
+    q: Matrix
     """[H * D, hidden]"""
-    k: Tensor
+    k: Matrix
     """[Hkv * D, hidden]"""
-    v: Tensor
+    v: Matrix
     """[Hkv * D, hidden]"""
     q_bias: Tensor | None
     k_bias: Tensor | None
@@ -32,21 +37,31 @@ class LayerWeights:
     q_norm: Tensor | None
     """[D] scale of the norm of each query head."""
     k_norm: Tensor | None
-    o: Tensor
+    o: Matrix
     """[hidden, H * D]"""
     o_bias: Tensor | None
     behind_attention: Tensor | None
     """[hidden] scale of the norm of the output projection's result."""
     before_mlp: Tensor
-    gate: Tensor
+    gate: Matrix
     """[inner, hidden]"""
-    up: Tensor
+    up: Matrix
     """[inner, hidden]"""
-    down: Tensor
+    down: Matrix
     """[hidden, inner]"""
     behind_mlp: Tensor | None
 
 
+class _Matrix(ctypes.Structure):
+    """Matrix as `linear.h` declares it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "zero")),
+        *((name, ctypes.c_long) for name in ("group", "bits")),
+    ]
+
+
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 _NUMBERS = ("hidden", "inner", "heads", "kv_heads", "width", "has_rope", "activation")
 
 
@@ -54,7 +69,7 @@ class _Layer(ctypes.Structure):
     """Layer as `layer.c` declares it."""
 
     _fields_ = [
-        *((field.name, ctypes.c_void_p) for field in fields(LayerWeights)),
+        *((field.name, _Matrix if field.name in _MATRICES else ctypes.c_void_p) for field in fields(LayerWeights)),
         *((name, ctypes.c_long) for name in _NUMBERS),
         ("epsilon", ctypes.c_double),
         ("head_epsilon", ctypes.c_double),
@@ -94,19 +109,29 @@ class FusedLayer:
         self.weights = weights  # the kernels have their addresses
         self.num_heads, self.num_kv_heads, self.width = weights.q.shape[0] // width, weights.k.shape[0] // width, width
         self.hidden, self.inner = weights.down.shape
+        self.max_rows = MAX_LINEAR_ROWS
+        """Most rows that `before_attention` and `behind_attention` take."""
         found = library()
         if found is None or any(size % LANES or not size for size in (self.hidden, self.inner, width)):
             raise ValueError("no kernel for this layer")
-        addresses: dict[str, int | None] = {}
+        given: dict[str, _Matrix | int | None] = {}
         for field in fields(weights):
-            tensor: Tensor | None = getattr(weights, field.name)
-            if tensor is not None and not (
-                tensor.dtype is torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
+            weight: Matrix | None = getattr(weights, field.name)
+            if isinstance(weight, PackedMatrix):
+                zero = None if weight.zero is None else weight.zero.data_ptr()
+                given[field.name] = _Matrix(
+                    weight.data.data_ptr(), weight.scale.data_ptr(), zero, weight.group_size, weight.bits
+                )
+                self.max_rows = packed.MAX_ROWS
+                continue
+            if weight is not None and not (
+                weight.dtype is torch.float32 and weight.is_contiguous() and weight.device.type == "cpu"
             ):
                 raise ValueError(f"no kernel for this layer: {field.name}")
-            addresses[field.name] = None if tensor is None else tensor.data_ptr()
+            address = None if weight is None else weight.data_ptr()
+            given[field.name] = _Matrix(address, None, None, 0, 32) if field.name in _MATRICES else address
         self._layer = _Layer(
-            **addresses,
+            **given,
             hidden=self.hidden,
             inner=self.inner,
             heads=self.num_heads,
@@ -123,11 +148,15 @@ class FusedLayer:
         self._add_attention, self._add_mlp = found.longspan_add_attention_rows, found.longspan_add_mlp_rows
         self._gate = found.longspan_gate_rows
 
+    def takes(self, num_rows: int) -> bool:
+        """Whether the kernels take this number of rows."""
+        return 1 <= num_rows <= self.max_rows
+
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute norm, projections and rotary embedding.
 
         Args:
-            x: [T, hidden] float32, contiguous; 1 <= T <= MAX_LINEAR_ROWS.
+            x: [T, hidden] float32, contiguous; 1 <= T <= max_rows.
             cos: [T, D] float32, contiguous.
             sin: [T, D] float32, contiguous.
 
@@ -229,8 +258,3 @@ class FusedLayer:
     @staticmethod
     def _done(status: int) -> None:
         assert status == 0, "layer kernel refused its rows"
-
-
-def takes(num_rows: int) -> bool:
-    """Whether the kernels take this number of rows."""
-    return 1 <= num_rows <= MAX_LINEAR_ROWS

@@ -15,4 +15,16 @@
 void longspan_outputs(const float *x, const void *w, long width, int rows, long first, long last, int is_bf16, float *y,
                       long y_stride);
 
+/* Weight matrix [num_out, width] of any kind: bits is 32 for float32, else 8 or 4; packed.py documents those. */
+typedef struct {
+    const void *data;
+    const float *scale;  /* [num_out, width / group], not for 32 */
+    const uint8_t *zero; /* likewise, for 4 */
+    long group, bits;
+} longspan_matrix;
+
+/* As longspan_outputs, with a matrix of any kind. A packed one takes a group that is a multiple of 32. */
+void longspan_matrix_outputs(const float *x, const longspan_matrix *w, long width, int rows, long first, long last,
+                             float *y, long y_stride);
+
 #endif

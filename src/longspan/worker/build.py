@@ -57,14 +57,35 @@ def open_device(start: Start, process: ProcessId, *, ranks_on_device: int = 1, i
     return DeviceTools(device, backend)
 
 
-def load_weights(start: Start, device: torch.device, *, show_progress: bool) -> torch.nn.Module:
-    """Load the model, with weights and speed-ups."""
-    dtype = resolve_dtype(start.config.dtype, device)
+def load_weights(start: Start, device: torch.device, *, show_progress: bool, tells: bool) -> torch.nn.Module:
+    """Load the model, with weights and speed-ups.
+
+    Args:
+        start: the driver's start message.
+        device: device of the weights.
+        show_progress: whether to draw a progress bar on standard error.
+        tells: whether this process says on standard error what is left out.
+    """
     model = load_model(
-        start.config.model, dtype, show_progress=show_progress, device=device, overrides=start.config.hf_overrides
+        start.config.model,
+        resolve_dtype(start.config.dtype, device),
+        show_progress=show_progress,
+        device=device,
+        quantization=start.config.quantization,
+        lora=start.config.lora,
+        overrides=start.config.hf_overrides,
+        tell=_tell if tells else _ignore,
     )
     speed_up_(model, SPEEDUPS if start.config.compile_dense else ALWAYS)
     return model
+
+
+def _tell(line: str) -> None:
+    print(f"longspan: {line}", file=sys.stderr, flush=True)
+
+
+def _ignore(_line: str) -> None:
+    """Say nothing."""
 
 
 def with_options(comm: Communicator, start: Start) -> Communicator:

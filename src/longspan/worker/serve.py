@@ -6,6 +6,7 @@ Read next: `longspan.worker.runner`.
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -49,11 +50,12 @@ def serve(
     shape = GroupShape.of(start.config)
     is_first = shape.number(process) == 0
     tools = open_device(start, process)  # before anything that takes minutes
+    adapter = None if start.config.lora is None else Path(start.config.lora).expanduser()
     if (directory := local_directory(start.config.model)) is not None:  # before weights are read: that may take minutes
-        link.send(Files(process, fingerprint(directory)))
-    model = load_weights(start, tools.device, show_progress=is_first and sys.stderr.isatty())
+        link.send(Files(process, fingerprint(directory, adapter)))
+    model = load_weights(start, tools.device, show_progress=is_first and sys.stderr.isatty(), tells=is_first)
     if directory is None and (directory := hub_directory(start.config.model)) is not None:
-        link.send(Files(process, fingerprint(directory)))
+        link.send(Files(process, fingerprint(directory, adapter)))
     # Other executors may have ranks on other machines, which cannot lend their threads.
     is_local = start.config.executor == "processes" and tools.device.type == "cpu"
     is_lent = is_local and lends(num_threads, model, start.spec)

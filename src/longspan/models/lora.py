@@ -1,0 +1,72 @@
+"""LoRA adapters, merged into the weights while a model is loaded.
+
+Holds the merge, and the refusal of adapters that do not fit. Must not know ranks, or how weights are stored.
+Read next: `longspan.models.loader`, which calls it; `docs/decisions/0035-merged-adapters.md`.
+"""
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from longspan.errors import ConfigError
+
+ADAPTER_CONFIG, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+
+
+def check_lora(lora: str) -> None:
+    """Check that a directory holds an adapter that can be merged.
+
+    Raises:
+        ConfigError: it does not, or the package that merges is missing.
+    """
+    path = Path(lora).expanduser()
+    if not (path / ADAPTER_CONFIG).is_file() or not (path / WEIGHTS_NAME).is_file():
+        raise _refusal(lora, f"a directory with {ADAPTER_CONFIG} and {WEIGHTS_NAME}")
+    try:
+        kind = json.loads((path / ADAPTER_CONFIG).read_bytes()).get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise _refusal(lora, f"a directory whose {ADAPTER_CONFIG} is JSON of an object") from error
+    if kind != "LORA":
+        raise _refusal(lora, f"an adapter of peft_type LORA; this one is {kind!r}")
+    if importlib.util.find_spec("peft") is None:
+        raise _refusal(lora, "none without the package peft: pip install 'longspan[lora]'")
+
+
+def _refusal(lora: str, legal: str) -> ConfigError:
+    return ConfigError(f"lora: got {lora!r}, legal is {legal}")
+
+
+def merge_lora(model: Any, lora: str) -> Any:
+    """Merge an adapter into a model's weights, as peft does it.
+
+    Args:
+        model: a Transformers model that was just loaded.
+        lora: the adapter's directory.
+
+    Returns:
+        The model, with other weights.
+
+    Raises:
+        ConfigError: the adapter was not made for a model of these layers and shapes.
+    """
+    check_lora(lora)
+    from peft import PeftModel, get_peft_model_state_dict  # an optional package, and slow to import
+
+    path = Path(lora).expanduser()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of missing tensors, which are refused below
+        try:
+            adapted = PeftModel.from_pretrained(model, str(path))
+        except Exception as error:  # peft has no error of its own
+            reason = " ".join(str(error).split())[:200]
+            raise _refusal(lora, f"an adapter of this model; it does not fit: {reason}") from error
+    with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
+        stored = set(file.keys())
+    strays = sorted(stored ^ set(get_peft_model_state_dict(adapted)))
+    if strays:
+        raise _refusal(lora, f"an adapter of this model; {len(strays)} tensors do not fit, such as {strays[0]}")
+    return adapted.merge_and_unload()

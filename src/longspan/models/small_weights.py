@@ -1,0 +1,52 @@
+"""Which of a model's weights stay small, and what they take, before any are loaded.
+
+Holds the refusal of models for which the option `quantization` has no kernel. Must not know ranks.
+Read next: `longspan.models.packed_linear`; `longspan.models.loader`, which does the same to loaded weights.
+"""
+
+import torch
+from msgspec import structs
+from transformers import PreTrainedConfig
+
+from longspan.config import QuantizationName
+from longspan.errors import UnsupportedModelError
+from longspan.models.loader import ROUNDED_BITS, model_on_meta, open_quantized
+from longspan.models.packed_linear import linear_names, replace_, round_linears_
+from longspan.types import ModelSpec
+
+
+def with_small_weights(
+    spec: ModelSpec, model: str, config: PreTrainedConfig, dtype: torch.dtype, quantization: QuantizationName
+) -> ModelSpec:
+    """Return a model's facts with the bytes of the weights that are loaded.
+
+    Args:
+        spec: facts of the model with dense weights.
+        model: model as the user named it.
+        config: its config.
+        dtype: dtype of dense weights.
+        quantization: which linear layers stay or become small.
+
+    Raises:
+        UnsupportedModelError: no kernel takes the model's weights.
+    """
+    if quantization == "none":
+        return spec
+    network = model_on_meta(config, dtype)
+    bits = ROUNDED_BITS.get(quantization)
+    if bits is None:
+        stored = open_quantized(model, config)
+        kept = {} if stored is None else stored.packed(linear_names(network), on_meta=True)
+        if not kept:
+            reason = "dense weights" if stored is None else "quantised weights that no kernel takes as they are"
+            raise UnsupportedModelError(f"quantization: got 'keep' for {reason}, legal is none, int8 or int4")
+        for name, matrix in kept.items():
+            replace_(network, name, matrix)
+    elif spec.experts is not None:
+        legal = "none: experts have no kernel"
+        raise UnsupportedModelError(f"quantization: got {quantization!r} for a mixture of experts, legal is {legal}")
+    elif not round_linears_(network, bits):
+        raise UnsupportedModelError(
+            f"quantization: got {quantization!r} for a {config.model_type} without plain linear layers, legal is none"
+        )
+    return structs.replace(spec, weight_bytes=sum(weight.nbytes for weight in network.parameters()))

@@ -1,0 +1,333 @@
+"""Quantised repositories load as the dense weights that they mean, to the bit, and as Transformers dequantises them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from multimodal_models import multimodal_model
+from quantized_models import (
+    awq,
+    compressed_blocks,
+    compressed_options,
+    compressed_ordered,
+    compressed_packed,
+    compressed_plain,
+    fp8_blocks,
+    fp8_whole,
+    gptq,
+    read_all,
+    save_shards,
+    write_repository,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.models.families import version_of
+from longspan.models.inspect import check_proven, inspect_model
+from longspan.models.loader import load_config, load_model
+
+COMPARED_FROM = (5, 24)
+"""Version of Transformers whose own dequantising is compared: older ones round to bfloat16, or have no such option."""
+
+needs_dequantize = pytest.mark.skipif(version_of(transformers.__version__) < COMPARED_FROM, reason="it rounds elsewise")
+
+GROUPED = {"strategy": "group", "group_size": 32, "num_bits": 4}
+FLOAT = {"type": "float"}
+ROUNDED = {"input_activations": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}}
+
+
+def with_activations(options):
+    options["config_groups"]["group_0"] |= ROUNDED
+    return options
+
+
+def fp8_options(block):
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+
+
+def gptq_options(**others):
+    return {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False, **others}
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+REPOSITORIES = {
+    # name: writer, quantization_config, whether Transformers dequantises it with what is installed here
+    "fp8": (fp8_blocks(32), fp8_options(32), True),
+    "fp8-uneven": (fp8_blocks(48), fp8_options(48), False),  # as DeepSeek V3's 576 rows in blocks of 128
+    "fp8-whole": (fp8_whole, fp8_options(32) | {"weight_block_size": None}, False),
+    "compressed-w4a16": (compressed_packed(4, 32), compressed_options("pack-quantized", **GROUPED), True),
+    "compressed-w4a16-zeros": (
+        compressed_packed(4, 32, is_symmetric=False),
+        compressed_options("pack-quantized", **GROUPED, symmetric=False),
+        True,
+    ),
+    "compressed-w4a16-float32": (
+        compressed_packed(4, 32, dtype=torch.float32),
+        compressed_options("pack-quantized", **GROUPED),
+        True,
+    ),
+    "compressed-w8a16": (compressed_packed(8, None), compressed_options("pack-quantized"), True),
+    "compressed-int8": (compressed_plain("int"), compressed_options("int-quantized"), True),
+    "compressed-fp8": (compressed_plain("float"), compressed_options("float-quantized", **FLOAT), True),
+    "compressed-fp8-static": (
+        compressed_plain("float", has_input_scale=True),
+        with_activations(compressed_options("float-quantized", **FLOAT)),
+        False,
+    ),
+    "compressed-fp8-blocks": (
+        compressed_blocks(32),
+        compressed_options("float-quantized", **FLOAT, strategy="block", block_structure=[32, 32]),
+        True,
+    ),
+    "compressed-fp8-blocks-uneven": (
+        compressed_blocks(48),
+        compressed_options("float-quantized", **FLOAT, strategy="block", block_structure=[48, 48]),
+        False,
+    ),
+    "compressed-w4a16-ordered": (
+        compressed_ordered(32),
+        compressed_options("pack-quantized", **GROUPED, actorder="group"),
+        False,  # new versions of the library do not know them
+    ),
+    "compressed-naive": (compressed_plain("int"), compressed_options("naive-quantized"), True),
+    "gptq": (gptq(32), gptq_options(), False),
+    "gptq-8": (gptq(32, bits=8), gptq_options(bits=8), False),
+    "gptq-v2": (gptq(32, version=2), gptq_options(checkpoint_format="gptq_v2"), False),
+    "gptq-shuffled": (gptq(32, is_shuffled=True), gptq_options(desc_act=True), False),
+    "awq": (awq(32), AWQ, False),
+}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    made = {}
+
+    def make(name):
+        if name not in made:
+            quantize, options, _ = REPOSITORIES[name]
+            made[name] = write_repository(tmp_path_factory.mktemp(name), "llama", quantize, options)
+        return made[name]
+
+    return make
+
+
+def weights_of(path, **options):
+    return load_model(path, torch.float32, show_progress=False, **options).state_dict()
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert found[name].dtype is weight.dtype
+        assert torch.equal(found[name], weight), name
+
+
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_weights_are_the_dense_ones(name, repository):
+    made = repository(name)
+    assert_same(weights_of(made.path), weights_of(made.dense_path))
+    spec = inspect_model(*load_config(made.path), torch.float32)
+    assert spec == inspect_model(*load_config(made.dense_path), torch.float32)
+
+
+@needs_dequantize
+@pytest.mark.parametrize("name", [name for name, (*_, by_transformers) in REPOSITORIES.items() if by_transformers])
+def test_weights_are_those_that_transformers_dequantises(name, repository):
+    made = repository(name)
+    config = AutoConfig.from_pretrained(made.path)
+    method = config.quantization_config["quant_method"]
+    pytest.importorskip("accelerate" if method == "fp8" else "compressed_tensors")
+    if method == "fp8":
+        given = transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=(32, 32))
+    else:
+        given = transformers.utils.quantization_config.CompressedTensorsConfig(dequantize=True)
+    reference = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32, quantization_config=given)
+    assert_same(weights_of(made.path), reference.state_dict())
+
+
+def mxfp4_numbers(name, weight):
+    """Experts [E, in, out] as gpt-oss has them: [E, out, in / 32, 16] bytes and [E, out, in / 32] exponents."""
+    generator = torch.Generator().manual_seed(len(name))
+    num_experts, width, num_out = weight.shape
+    blocks = torch.randint(0, 256, (num_experts, num_out, width // 32, 16), generator=generator, dtype=torch.uint8)
+    exponents = torch.randint(122, 126, blocks.shape[:3], generator=generator, dtype=torch.uint8)
+    table = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    dense = torch.empty(num_experts, num_out, width)
+    for byte in range(16):
+        for half in range(2):
+            values = torch.tensor([table[(b >> (4 * half)) & 15] for b in blocks[..., byte].flatten().tolist()])
+            dense[..., 2 * byte + half :: 32] = values.view(exponents.shape) * 2.0 ** (exponents.float() - 127)
+    return {f"{name}_blocks": blocks, f"{name}_scales": exponents}, dense.transpose(1, 2).contiguous()
+
+
+def test_experts_of_gpt_oss_are_dequantised_as_transformers_does(tmp_path):
+    options = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    matters = lambda name: name.endswith(("gate_up_proj", "down_proj"))  # noqa: E731
+    made = write_repository(tmp_path, "gpt_oss", mxfp4_numbers, options, matters=matters)
+    wanted = weights_of(made.dense_path)
+    assert_same(weights_of(made.path), wanted)
+    if version_of(transformers.__version__) < COMPARED_FROM:
+        return
+    given = transformers.Mxfp4Config(dequantize=True)
+    reference = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32, quantization_config=given)
+    assert_same(reference.state_dict(), wanted)
+
+
+def test_experts_in_8_bit_floats_are_merged_after_they_are_dequantised(tmp_path):
+    """One tensor per expert in the files, one per layer in the model."""
+    made = write_repository(tmp_path, "qwen3_moe", fp8_blocks(48), fp8_options(48))
+    names = json.loads((Path(made.path) / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "model.layers.0.mlp.experts.7.down_proj.weight_scale_inv" in names
+    assert_same(weights_of(made.path), weights_of(made.dense_path))
+
+
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4_bits_of_bitsandbytes_are_dequantised_as_the_library_does(kind, is_double, repository, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    given = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=is_double
+    )
+    small = AutoModelForCausalLM.from_pretrained(
+        repository("fp8").dense_path, dtype=torch.bfloat16, quantization_config=given
+    )
+    small.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    found, dense = weights_of(str(tmp_path)), weights_of(repository("fp8").dense_path)
+    num_quantized = 0
+    for name, weight in reloaded.named_parameters():
+        if isinstance(weight, bitsandbytes.nn.Params4bit):
+            num_quantized += 1
+            if weight.quant_state.shape[1] % 64:  # the library's own kernel for CPUs is wrong here (0.50)
+                assert float((found[name] - dense[name]).abs().max()) < 0.25 * float(dense[name].abs().max())
+                continue
+            weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+        assert torch.equal(found[name], weight), name
+    assert num_quantized == 3 * 7
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_weights_of_torchao_are_dequantised_as_the_library_does(kind, repository, tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    given = transformers.TorchAoConfig(getattr(torchao, kind)())
+    small = AutoModelForCausalLM.from_pretrained(
+        repository("fp8").dense_path, dtype=torch.float32, quantization_config=given
+    )
+    small.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    found = weights_of(str(tmp_path))
+    num_quantized = 0
+    for name, weight in reloaded.named_parameters():
+        if type(weight.data) is not torch.Tensor:
+            weight = weight.dequantize()
+            num_quantized += 1
+        assert torch.equal(found[name], weight), name
+    assert num_quantized == 3 * 7
+
+
+def proven_config(**options):
+    """A config of a proven family with a `quantization_config`."""
+    return transformers.LlamaConfig(quantization_config=options)
+
+
+REFUSALS = {
+    "hqq": ({"quant_method": "hqq"}, "got quant_method 'hqq', proven is awq, bitsandbytes, compressed-tensors, fp8"),
+    "quanto": ({"quant_method": "quanto", "weights": "int8"}, "got quant_method 'quanto'"),
+    "fbgemm": ({"quant_method": "fbgemm_fp8"}, "got quant_method 'fbgemm_fp8'"),
+    "nameless": ({"bits": 4}, "got quant_method None"),
+    "llm.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "LLM.int8 looks at the outliers of all rows"),
+    "llm.int8-nameless": ({"load_in_8bit": True}, "LLM.int8 looks at the outliers of all rows"),
+    "gptq-3": ({"quant_method": "gptq", "bits": 3}, "got bits 3, proven is 4, 8"),
+    "gptq-marlin": (
+        gptq_options(checkpoint_format="marlin"),
+        "got checkpoint_format 'marlin', proven is gptq, gptq_v2",
+    ),
+    "awq-8": ({"quant_method": "awq", "bits": 8}, "got bits 8, proven is 4"),
+    "awq-gemv": (AWQ | {"version": "gemv"}, "got version 'gemv', proven is gemm"),
+    "nvfp4": (
+        compressed_options("nvfp4-pack-quantized", num_bits=4),
+        "got format 'nvfp4-pack-quantized', proven is pack",
+    ),
+    "marlin-24": (compressed_options("marlin-24"), "got format 'marlin-24', proven is pack-quantized"),
+    "3 bits": (compressed_options("pack-quantized", num_bits=3), "got num_bits 3, proven is 4, 8"),
+    "sparse": (
+        compressed_options("pack-quantized") | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        "got sparsity_config.format 'sparse-24-bitmask', proven is dense",
+    ),
+    "rotated": (
+        compressed_options("pack-quantized") | {"transform_config": {"config_groups": {"u": {}}}},
+        "got transform_config 'transforms', proven is none",
+    ),
+    "torchao-dynamic": (
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8DynamicActivationInt8WeightConfig"}}},
+        "got quant_type 'Int8DynamicActivationInt8WeightConfig', proven is Int8WeightOnlyConfig, .*: it rounds activat",
+    ),
+    "torchao-int4": (
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}},
+        "got quant_type 'Int4WeightOnlyConfig', proven is Int8WeightOnlyConfig",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_rejects_what_is_not_proven(name):
+    options, message = REFUSALS[name]
+    with pytest.raises(UnsupportedModelError, match=f"quantization_config: .*{message}"):
+        check_proven(proven_config(**options))
+
+
+def test_rejects_scales_that_do_not_fit_their_matrix(tmp_path):
+    made = write_repository(tmp_path, "llama", fp8_blocks(32), fp8_options(64))
+    with pytest.raises(ConfigError, match="do not fit a matrix"):
+        load_model(made.path, torch.float32, show_progress=False)
+
+
+def test_rejects_a_repository_that_lacks_a_scale(tmp_path):
+    def without_one(name, weight):
+        parts, dense = fp8_blocks(32)(name, weight)
+        if name == "model.layers.1.mlp.up_proj.weight":
+            del parts[f"{name}_scale_inv"]
+        return parts, dense
+
+    made = write_repository(tmp_path, "llama", without_one, fp8_options(32))
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight holds torch\.float8_e4m3fn, and"):
+        load_model(made.path, torch.float32, show_progress=False)
+
+
+@pytest.mark.parametrize("name", ["fp8", "gptq", "awq", "compressed-w4a16-zeros"])
+def test_one_scale_of_a_wrong_block_changes_the_weights(name, tmp_path):
+    quantize, options, _ = REPOSITORIES[name]
+
+    def with_neighbours_scale(tensor, weight):
+        parts, dense = quantize(tensor, weight)
+        for part, value in parts.items():
+            if part.endswith(("scale_inv", "scales", "weight_scale")):
+                parts[part] = value.roll((1, 1), (0, 1))
+        return parts, dense
+
+    made = write_repository(tmp_path, "llama", with_neighbours_scale, options)
+    found, wanted = weights_of(made.path), weights_of(made.dense_path)
+    changed = {part for part in wanted if not torch.equal(found[part], wanted[part])}
+    assert changed == {part for part in wanted if part.endswith("_proj.weight")}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_the_text_part_of_a_quantised_multimodal_repository_is_dequantised(name, tmp_path):
+    """Its tensors are renamed, and its config names the quantisation outside of the text part."""
+    whole = Path(multimodal_model(name).path)
+    quantize, stored, dense = fp8_blocks(48), {}, {}
+    for tensor, weight in read_all(whole).items():
+        stored[tensor] = dense[tensor] = weight
+        if "language_model" in tensor and tensor.endswith("_proj.weight"):
+            parts, dense[tensor] = quantize(tensor, weight)
+            stored |= parts
+    config = json.loads((whole / "config.json").read_text())
+    for folder, tensors, extra in (("dense", dense, {}), ("small", stored, {"quantization_config": fp8_options(48)})):
+        (tmp_path / folder).mkdir()
+        save_shards(tmp_path / folder, tensors)
+        (tmp_path / folder / "config.json").write_text(json.dumps(config | extra))
+    assert len(stored) > len(dense)
+    assert_same(weights_of(str(tmp_path / "small")), weights_of(str(tmp_path / "dense")))
