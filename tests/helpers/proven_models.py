@@ -6,6 +6,7 @@ them. Some families repeat themselves whatever the weights, so log-probabilities
 units of the error that Transformers' own float32 has.
 """
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -254,7 +255,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
 def make_config(name: str) -> object:
     """Config of a tiny model."""
     model_type, options = PROVEN_MODELS[name]
-    fields = {**COMMON, **options}
+    fields = copy.deepcopy({**COMMON, **options})  # gemma4's config changes the list that it is given
     return AutoConfig.for_model(model_type, **{key: value for key, value in fields.items() if value is not None})
 
 

@@ -6,6 +6,7 @@ Models and references are made once per process.
 """
 
 import atexit
+import copy
 import functools
 import itertools
 import shutil
@@ -216,7 +217,7 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
 
 def write_model(path: Path, model_type: str, *, seed: int = 0, **options: object) -> str:
     """Write the directory of a model with random weights; returns its path."""
-    config = AutoConfig.for_model(model_type, **{**COMMON, **options})
+    config = AutoConfig.for_model(model_type, **copy.deepcopy({**COMMON, **options}))  # some configs change lists
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize_(model, seed)
