@@ -210,7 +210,7 @@ def test_flashinfer_leaves_windows_to_the_other_backend(flashinfer):
     ("family", "strategy"),
     [
         ("llama", "pass_kv"),
-        ("qwen2", "gather_kv"),
+        pytest.param("qwen2", "gather_kv", marks=pytest.mark.slow),
         ("qwen3", "pass_q"),
         ("gemma2", "pass_kv"),
         ("mistral-window-24", "auto"),

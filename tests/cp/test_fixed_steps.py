@@ -144,14 +144,14 @@ def check(case, num_tokens=6):
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("case", CASES[:6], ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: "-".join(map(str, case.values())))
 def test_fixed_steps_give_the_tokens_of_transformers(case, steps):
     check(case)
     assert steps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES[6:], ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize("case", CASES[4:], ids=lambda case: "-".join(map(str, case.values())))
 def test_fixed_steps_give_the_tokens_of_transformers_all_pairs(case, steps):
     check(case, 24)
     assert steps
@@ -162,7 +162,7 @@ def test_fixed_steps_give_the_tokens_of_transformers_all_pairs(case, steps):
     ("family", "size", "placement"),
     [
         pytest.param("llama", 3, "striped", marks=pytest.mark.slow),
-        ("gemma2", 2, "striped"),
+        pytest.param("gemma2", 2, "striped", marks=pytest.mark.slow),
         ("qwen2", 1, "packed"),
         ("youtu", 2, "striped"),
     ],

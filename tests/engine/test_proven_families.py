@@ -100,7 +100,7 @@ def test_every_row_of_the_table_has_a_model():
     assert {model_type for model_type, _ in PROVEN_MODELS.values()} == set(PROVEN_FAMILIES)
 
 
-@pytest.mark.cover
+@pytest.mark.slow
 def test_no_more_than_some_families_repeat_themselves():
     """A model that repeats one token proves little by its tokens; then the log-probabilities are what is proven."""
     repeating = {

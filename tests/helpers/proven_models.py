@@ -118,7 +118,10 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {**WINDOW, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 24}),
     "gemma3_text": ("gemma3_text", {**LAYERS, "query_pre_attn_scalar": 24}),
-    "gemma4_text": ("gemma4_text", {**LAYERS, "hidden_size_per_layer_input": 16, "global_head_dim": 32}),
+    "gemma4_text": (
+        "gemma4_text",
+        {**LAYERS, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 300, "global_head_dim": 32},
+    ),
     "gemma4_text-shared": (
         "gemma4_text",
         {
@@ -128,6 +131,8 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
             "num_hidden_layers": 4,
             "num_kv_shared_layers": 2,
             "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 300,
             "attention_k_eq_v": True,
             "enable_moe_block": True,
             "num_experts": 8,
