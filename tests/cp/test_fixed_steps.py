@@ -13,7 +13,16 @@ from collections import Counter
 import pytest
 import torch
 from attention_cases import DEVICE
-from tiny_models import all_pairs, greedy, memory_for, random_prompt, run_all, tiny_engine, tiny_model
+from tiny_models import (
+    all_pairs,
+    generate_reference,
+    greedy,
+    memory_for,
+    random_prompt,
+    run_all,
+    tiny_engine,
+    tiny_model,
+)
 
 from longspan.attention.triton import power_of_two
 from longspan.comm.recording import RecordingCommunicator
@@ -180,6 +189,19 @@ def test_replayed_steps_give_them_too_and_count_what_they_send(family, size, pla
         exact = [stats.bytes_sent for stats in engine.rank_stats()]
     for padded_bytes, exact_bytes in zip(sent, exact, strict=True):
         assert exact_bytes <= padded_bytes <= 2 * exact_bytes  # rows are padded to powers of two
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_latents_answer_two_other_homes_at_once(size, steps):
+    """Their messages lie apart, which one message alone cannot show."""
+    model = tiny_model("youtu")
+    references = [generate_reference(model.path, random_prompt(n, n), 8) for n in (70, 81, 90, 97, 64, 75)]
+    with tiny_engine(model, **OPTIONS, context_parallel_size=size, placement="striped", strategy="pass_q") as engine:
+        running = [engine.add_request(reference.prompt, greedy(8)) for reference in references]
+        run_all(engine)
+    assert any(len({*shape.homes} & {*shape.participants[0]} - {rank}) >= 2 for rank, shape, _ in steps)
+    assert [request.output_token_ids for request in running] == [reference.token_ids for reference in references]
 
 
 @pytest.mark.cover

@@ -10,6 +10,7 @@ from quantized_models import (
     compressed_plain,
     fp8_blocks,
     gptq,
+    is_linear,
     write_repository,
 )
 from tiny_models import run_all
@@ -162,7 +163,14 @@ def rounded_twin(path, name, bits):
     return references_of(path)
 
 
-ROUNDED = [("llama", 8, "one"), ("llama", 4, "gather_kv"), ("gemma3_text", 8, "pass_kv"), ("qwen3", 4, "pass_q")]
+ROUNDED = [
+    ("llama", 8, "one"),
+    ("llama", 4, "gather_kv"),
+    ("gemma3_text", 8, "pass_kv"),
+    ("qwen3", 4, "pass_q"),
+    ("youtu", 8, "pass_q"),
+    ("minicpm3", 4, "gather_kv"),
+]
 
 
 @pytest.mark.parametrize(("family", "bits", "spread"), ROUNDED)
@@ -177,6 +185,21 @@ def test_rounded_weights_give_the_tokens_that_transformers_gives_with_them(famil
 
 def load_dense(path):
     return load_model(path, torch.float32, show_progress=False)
+
+
+@pytest.mark.parametrize(("family", "spread"), [("youtu", "pass_kv"), ("minicpm3", "pass_q")])
+def test_kept_weights_leave_the_projection_of_latents_dense(family, spread, tmp_path):
+    """Attention takes its parts as matrices. Files may have it small all the same."""
+    narrow = "q_b_proj.weight"  # 24 columns: no group of 32
+    matters = lambda name: is_linear(name) and not name.endswith(narrow)  # noqa: E731
+    repository = write_repository(tmp_path, family, gptq(32), GPTQ, matters=matters)
+    spec = check(repository.path, references_of(repository.dense_path), spread, quantization="keep")
+    model = load_model(repository.path, torch.float32, show_progress=False, quantization="keep")
+    assert spec.weight_bytes == sum(weight.nbytes for weight in model.parameters())
+    for layer in model.model.layers:
+        assert isinstance(layer.mlp.gate_proj, PackedLinear)
+        assert isinstance(layer.self_attn.o_proj, PackedLinear)
+        assert type(layer.self_attn.kv_b_proj) is torch.nn.Linear
 
 
 def test_one_wrong_scale_changes_tokens(kept, monkeypatch):

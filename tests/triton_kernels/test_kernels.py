@@ -197,6 +197,13 @@ def test_merge_writes_groups_of_rows_that_lie_apart():
     assert messages[:, 102:].isnan().all()
 
 
+def test_merge_rejects_groups_of_one_output_alone():
+    """Log-sum-exps of groups that lie apart would be written as if they were one group's, over what lies between."""
+    outs, lses = torch.randn(3, 6, 2, 16), torch.randn(3, 6, 2)
+    with pytest.raises(AssertionError, match="groups"):
+        merge(outs, lses, torch.empty(6, 2, 16), torch.empty(2, 3, 2))
+
+
 @pytest.mark.parametrize(("k_width", "v_width"), [(16, 16), (96, 64)])
 def test_store_writes_every_token_into_its_row_and_tokens_without_one_nowhere(k_width, v_width):
     pool_k, pool_v = torch.zeros(2, 20, k_width), torch.zeros(2, 20, v_width)

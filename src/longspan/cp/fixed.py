@@ -171,9 +171,10 @@ class FixedStepAttention:
             merge(*self._split_partials(layer, q, is_remote=is_remote), out, lse, sinks)
             return
         outs, lses = self._split_partials(layer, params.weights.absorb(q), is_remote=is_remote)
-        over_latents = PartialAttention(torch.empty_like(outs[0]), lse)
-        merge(outs, lses, over_latents.out, lse, sinks)
-        out.copy_(params.weights.project(over_latents).out.view(out.shape))
+        over_latents = torch.empty(*lse.shape, outs.shape[-1], dtype=outs.dtype, device=outs.device)
+        merge(outs, lses, over_latents, lse, sinks)  # rows in the groups of `lse`
+        projected = params.weights.project(PartialAttention(over_latents.flatten(0, -3), lse)).out  # [T, H, Dout]
+        out.copy_(projected.view(out.shape))
 
     def _split_partials(self, layer: int, q: Tensor, *, is_remote: bool) -> tuple[Tensor, Tensor]:
         """Compute every split's partial: [splits, T, H, Dv] and [splits, T, H]."""

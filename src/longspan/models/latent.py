@@ -32,11 +32,20 @@ def hand_over_latents_(model: Any) -> int:
     Raises:
         UnsupportedModelError: a projection is no plain matrix, whose parts cannot be taken.
     """
-    modules = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    modules = _modules(model)
     for module in modules:
         setattr(module, WEIGHTS, _weights(module))
         module.expand_kv = _hand_over
     return len(modules)
+
+
+def projections_of_latents(model: Any) -> list[nn.Module]:
+    """Linear layers whose parts attention takes as plain matrices, before or after latents are handed over."""
+    return [module.kv_b_proj for module in _modules(model)]
+
+
+def _modules(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "expand_kv")]
 
 
 def _weights(module: Any) -> LatentWeights:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longspan.models import onednn
+from longspan.models.latent import projections_of_latents
 from longspan.native import packed
 from longspan.native.packed import BLOCK, PackedMatrix
 
@@ -94,11 +95,15 @@ def rounded(weight: Tensor, bits: Bits) -> PackedMatrix:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of a model's plain linear layers whose width the kernels take."""
+    """Names of a model's plain linear layers that can be packed."""
+    taken = {id(module) for module in projections_of_latents(model)}
     return [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module.in_features % BLOCK == 0 and type(module.weight.data) is Tensor
+        if type(module) is nn.Linear
+        and id(module) not in taken
+        and module.in_features % BLOCK == 0
+        and type(module.weight.data) is Tensor
     ]
 
 

@@ -84,15 +84,15 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor, sinks: Ten
         part_lses: [n, T, H] float32, natural log, -inf for empty rows; each [T, H] contiguous.
         out: [T, H, Dv], or [g, T / g, H, Dv] whose groups may lie apart, of any floating dtype: written; 0 in rows that
             are empty everywhere.
-        lse: [T, H], or [g, T / g, H] whose groups may lie apart, float32: written; -inf in rows that are empty
-            everywhere.
+        lse: [T, H], or [g, T / g, H] whose groups may lie apart, grouped as `out`, float32: written; -inf in rows that
+            are empty everywhere.
         sinks: [H] sink logits in natural log, merged once into every row, or None.
     """
     num_parts, num_queries, num_heads, width = parts.shape
     num_groups = out.shape[0] if out.dim() == 4 else 1
     num_rows = num_queries * num_heads
     assert out.numel() == num_rows * width
-    assert lse.numel() == num_rows
+    assert out.shape[:-1] == lse.shape, "the groups of both lie apart, or of neither"
     assert lse.dtype == part_lses.dtype == torch.float32
     if num_rows == 0:
         return
