@@ -163,6 +163,15 @@ def test_rejects_overrides_that_fit_no_field(tmp_path, overrides, message):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("is_inner", [False, True])
+def test_rejects_a_dtype_which_is_an_option(tmp_path, field, is_inner):
+    path = write(tmp_path, **AutoConfig.for_model("gemma3").to_dict())
+    overrides = {field: "bfloat16"}
+    with pytest.raises(ConfigError, match=f"hf_overrides: got {field} 'bfloat16', legal is the option dtype"):
+        load_config(path, {"text_config": overrides} if is_inner else overrides)
+
+
 @pytest.mark.parametrize("overrides", [{"rope_scaling": YARN}, {"hidden_size": 64}])
 def test_rejects_fields_of_a_text_part_outside_of_it(tmp_path, overrides):
     path = write(tmp_path, **AutoConfig.for_model("gemma3").to_dict())

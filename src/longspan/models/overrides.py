@@ -23,6 +23,7 @@ from longspan.errors import ConfigError
 
 _ROPE = ("rope_parameters", "rope_scaling")
 _BASE = ("rope_theta", "partial_rotary_factor")
+_DTYPE = ("dtype", "torch_dtype")
 
 
 def merge_overrides(
@@ -36,7 +37,8 @@ def merge_overrides(
         known: fields of the config that was built of `fields`, defaults included.
 
     Raises:
-        ConfigError: the config has no such field, the model would become another one, or RoPE is not said in full.
+        ConfigError: the config has no such field, the model would become another one, RoPE is not said in full, or
+            an option of its own sets the field.
     """
     _check_given_once(overrides)
     merged = dict(fields)
@@ -46,6 +48,8 @@ def merge_overrides(
             raise ConfigError(
                 f"hf_overrides: got model_type {value!r}, legal is the model's own, {fields.get(field)!r}"
             )
+        if field in _DTYPE:
+            raise ConfigError(f"hf_overrides: got {field} {value!r}, legal is the option dtype, which sets it")
         if field not in fields and field not in known and not is_rope:
             inner = ", or of its text_config inside of that" if "text_config" in known else ""
             raise ConfigError(f"hf_overrides: got the field {field!r}, legal are fields of the model's config{inner}")
