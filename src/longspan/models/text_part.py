@@ -9,6 +9,7 @@ images or sound that feed it. Without images it computes what its text model com
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -32,8 +33,17 @@ _OUTER_FIELDS = ("tie_word_embeddings", "eos_token_id", "quantization_config")
 """Fields of the whole config that count for the text model too, where they are set."""
 
 
-def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+def text_overrides(overrides: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Fields that the user gives for the text model inside a config."""
+    return (overrides or {}).get("text_config") or {}
+
+
+def text_part(config: PreTrainedConfig, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
     """Config of a repository's text model: the config itself if it describes a text model alone.
+
+    Args:
+        config: config of the repository, overrides included.
+        overrides: fields that the user gave, of which those of the text model count more than the whole config's.
 
     Raises:
         UnsupportedModelError: the repository is multimodal, and its text model cannot be loaded alone.
@@ -53,7 +63,7 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
         )
     for field in _OUTER_FIELDS:
         value = getattr(config, field, None)
-        if value is not None:
+        if value is not None and field not in text_overrides(overrides):
             setattr(text, field, value)
     if getattr(text, "use_bidirectional_attention", None) == "vision":  # among the rows of an image, of which none come
         text.use_bidirectional_attention = None
