@@ -11,7 +11,7 @@ from longspan.config import EngineConfig, parse_overrides
 from longspan.engine.engine import Engine
 from longspan.errors import ConfigError
 from longspan.models.inspect import inspect_model
-from longspan.models.loader import load_config
+from longspan.models.loader import load_config, load_model
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 
@@ -201,6 +201,31 @@ def test_rejects_a_text_that_is_no_json_object(text):
 def test_rejects_overrides_that_are_no_json_object(value):
     with pytest.raises(ConfigError, match=r"hf_overrides: got .*, legal is a dict of fields"):
         EngineConfig(model="recall", hf_overrides=value)
+
+
+def load_tied(path, is_tied):
+    return load_model(path, torch.float32, show_progress=False, overrides={"tie_word_embeddings": is_tied})
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_rejects_to_tie_embeddings_that_differ(tmp_path, in_file):
+    path = write_model(tmp_path / "model", "llama", tie_word_embeddings=False)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": in_file}))
+    with pytest.raises(
+        ConfigError, match="got tie_word_embeddings True for a model whose files have output"
+    ) as refusal:
+        load_tied(path, True)
+    assert "\n" not in str(refusal.value)
+    assert not torch.equal(load_tied(path, False).lm_head.weight, load_tied(path, False).model.embed_tokens.weight)
+
+
+def test_embeddings_are_tied_as_asked_where_the_files_have_one_of_them(tmp_path):
+    path = write_model(tmp_path / "model", "llama", tie_word_embeddings=True)
+    model = load_tied(path, True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(ConfigError, match=r"lack 1 tensors, .* such as lm_head"):
+        load_tied(path, False)
 
 
 @pytest.mark.cover

@@ -243,6 +243,7 @@ def load_model(
     if config is not whole:
         info["unexpected_keys"] = text_tensors(info["unexpected_keys"])
     _check_tensors(model, config, info, tell)
+    _check_tied(loaded, overrides)
     if lora is not None:
         loaded = merge_lora(loaded, lora)
     for module_name, matrix in kept.items():
@@ -347,3 +348,18 @@ def _check_tensors(model: str, config: PreTrainedConfig, info: dict[str, Any], t
         )
     if left.ignored:
         tell(f"{model}: {len(left.ignored)} tensors are left out: {left.reasons()}")
+
+
+def _check_tied(loaded: Any, overrides: Mapping[str, Any] | None) -> None:
+    """Refuse to tie embeddings whose weights differ: Transformers takes both from the file, whatever the config says.
+
+    Raises:
+        ConfigError: the user asked for it.
+    """
+    is_asked = {**(overrides or {}), **text_overrides(overrides)}.get("tie_word_embeddings")
+    output = loaded.get_output_embeddings()
+    if is_asked and (output is None or output.weight is not loaded.get_input_embeddings().weight):
+        raise ConfigError(
+            "hf_overrides: got tie_word_embeddings True for a model whose files have output embeddings of their own, "
+            "legal is false"
+        )
