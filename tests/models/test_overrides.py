@@ -1,6 +1,7 @@
 """Fields of a config that the user gives stand in place of the file's, and nothing else changes."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -191,13 +192,15 @@ def test_rejects_a_value_that_the_config_does_not_keep(tmp_path):
         load_config(path, {"layer_types": ["sliding_attention"] * 2})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "4", '{"a": NaN'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "4", '{"a": NaN', '{"a": NaN}', '{"a": {"b": -Infinity}}', '{"a": 1e999}', '{"a": ' * 10**5]
+)
 def test_rejects_a_text_that_is_no_json_object(text):
     with pytest.raises(ConfigError, match="hf_overrides: got"):
         parse_overrides(text)
 
 
-@pytest.mark.parametrize("value", [[], "{}", {1: 2}, {"a": {1, 2}}])
+@pytest.mark.parametrize("value", [[], "{}", {1: 2}, {"a": {1, 2}}, {"a": {"b": math.nan}}, {"a": math.inf}])
 def test_rejects_overrides_that_are_no_json_object(value):
     with pytest.raises(ConfigError, match=r"hf_overrides: got .*, legal is a dict of fields"):
         EngineConfig(model="recall", hf_overrides=value)
