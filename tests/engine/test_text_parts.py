@@ -100,6 +100,13 @@ def test_a_field_that_the_user_gives_to_the_text_part_counts_more_than_the_outer
         assert getattr(load_config(path)[0], field) == outer
 
 
+def test_rejects_a_field_that_the_user_gives_to_both(tmp_path):
+    path = write(tmp_path, multimodal_config("gemma3"))
+    field = {"tie_word_embeddings": True}
+    with pytest.raises(ConfigError, match="got tie_word_embeddings inside of text_config and beside it, legal is one"):
+        load_config(path, field | {"text_config": field})
+
+
 def test_the_outer_config_says_that_weights_are_quantised(tmp_path):
     fields = multimodal_config("gemma3").to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 3}}
     with pytest.raises(UnsupportedModelError, match="quantization_config: got bits 3"):

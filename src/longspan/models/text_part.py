@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from longspan.errors import UnsupportedModelError
+from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.models.families import TEXT_PARTS, proven_text_parts
 
 KEY_MAPPING: Mapping[str, str] = {
@@ -47,6 +47,7 @@ def text_part(config: PreTrainedConfig, overrides: Mapping[str, Any] | None = No
 
     Raises:
         UnsupportedModelError: the repository is multimodal, and its text model cannot be loaded alone.
+        ConfigError: the user gave one field of it two values.
     """
     text = getattr(config, "text_config", None)
     if not isinstance(text, PreTrainedConfig):
@@ -61,9 +62,12 @@ def text_part(config: PreTrainedConfig, overrides: Mapping[str, Any] | None = No
             f"model_type: got {config.model_type!r}, {reason}; proven are the text parts of "
             f"{', '.join(proven_text_parts())}"
         )
+    given = text_overrides(overrides)
     for field in _OUTER_FIELDS:
         value = getattr(config, field, None)
-        if value is not None and field not in text_overrides(overrides):
+        if field in given and field in (overrides or {}):
+            raise ConfigError(f"hf_overrides: got {field} inside of text_config and beside it, legal is one of them")
+        if value is not None and field not in given:
             setattr(text, field, value)
     if getattr(text, "use_bidirectional_attention", None) == "vision":  # among the rows of an image, of which none come
         text.use_bidirectional_attention = None
