@@ -54,12 +54,10 @@ def parse_overrides(text: str, field: str = "hf_overrides") -> dict[str, Any]:
         ConfigError: the text is no JSON object.
     """
     try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{field}: got {text[:200]!r}, legal is a JSON object: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f'{field}: got {text[:200]!r}, legal is a JSON object such as {{"rope_parameters": {{...}}}}')
-    return fields
+        return msgspec.json.decode(text, type=dict[str, Any])  # `json` would take NaN, and make 1e999 infinite
+    except (ValueError, msgspec.DecodeError, RecursionError) as error:
+        legal = 'a JSON object such as {"rope_parameters": {...}}'
+        raise ConfigError(f"{field}: got {text[:200]!r}, legal is {legal}: {error}") from None
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -355,7 +353,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             return
         try:
             if isinstance(fields, dict) and all(isinstance(name, str) for name in fields):
-                json.dumps(fields)
+                json.dumps(fields, allow_nan=False)
                 return
         except (TypeError, ValueError):
             pass

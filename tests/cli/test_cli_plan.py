@@ -266,12 +266,13 @@ def test_text_says_what_is_assumed_what_fits_and_how_long_it_takes(plan, llama):
         "131 kB per token; 6,765,056 tokens fit in all; longest request 6,765,057",
         "the model's config admits 131,072 tokens",
         "1M: longer than the 131,072 positions",
-        "Rates are assumed shares of published figures.",
+        "Rates are assumed shares of published figures. No GPU has run the engine yet.",
     ):
         assert words in text
     table = [line.split("  ") for line in text.splitlines() if line.startswith(("8k ", "128k ", "1M (!) "))]
     assert len(table) == 3
     assert "tensor parallelism" not in text
+    assert "CPU" not in text  # the engine takes GPUs, which are untried
 
 
 def test_a_terminal_gets_a_table(capsys):

@@ -82,9 +82,34 @@ def test_the_config_is_that_of_the_text_part(tmp_path):
         check_proven(config)
 
 
+@pytest.mark.parametrize(
+    ("field", "outer", "inner"), [("eos_token_id", [1, 5], 7), ("tie_word_embeddings", True, False)]
+)
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_field_that_the_user_gives_to_the_text_part_counts_more_than_the_outer_one(
+    tmp_path, field, outer, inner, in_file
+):
+    fields = multimodal_config("gemma3").to_dict() | ({field: outer} if in_file else {})
+    fields["text_config"].pop("eos_token_id")
+    path = write(tmp_path, fields)
+    (tmp_path / "generation_config.json").write_text("{}")
+    overrides = {"text_config": {field: inner}}
+    for config in (load_config(path, overrides)[0], load_config_file(tmp_path / "config.json", overrides)):
+        assert getattr(config, field) == inner
+    if in_file:
+        assert getattr(load_config(path)[0], field) == outer
+
+
+def test_rejects_a_field_that_the_user_gives_to_both(tmp_path):
+    path = write(tmp_path, multimodal_config("gemma3"))
+    field = {"tie_word_embeddings": True}
+    with pytest.raises(ConfigError, match="got tie_word_embeddings inside of text_config and beside it, legal is one"):
+        load_config(path, field | {"text_config": field})
+
+
 def test_the_outer_config_says_that_weights_are_quantised(tmp_path):
-    fields = multimodal_config("gemma3").to_dict() | {"quantization_config": {"quant_method": "hqq"}}
-    with pytest.raises(UnsupportedModelError, match="quantization_config: got quant_method 'hqq'"):
+    fields = multimodal_config("gemma3").to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 3}}
+    with pytest.raises(UnsupportedModelError, match="quantization_config: got bits 3"):
         check_proven(load_config(write(tmp_path, fields))[0])
 
 

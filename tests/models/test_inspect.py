@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from proven_models import make_config
 from transformers import AttentionInterface, AttentionMaskInterface, MistralConfig
 
 from longspan.errors import UnsupportedModelError
@@ -54,6 +55,22 @@ def test_rejects_attention_that_sees_the_future(monkeypatch):
     monkeypatch.setattr(hook, "AttentionCall", lambda **fields: honest(**{**fields, "is_causal": False}))
     with pytest.raises(UnsupportedModelError, match="is_causal: got False"):
         inspect.inspect_model(CONFIG, None, torch.float32)
+
+
+@pytest.mark.parametrize("size", [-1, -28, 0])
+def test_rejects_chunks_without_tokens(size):
+    config = make_config("llama4_text")
+    config.attention_chunk_size = size
+    with pytest.raises(UnsupportedModelError, match=f"attention_chunk_size: got {size}, legal is an integer from 1"):
+        inspect.inspect_model(config, None, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "qwen3_moe"])
+def test_rejects_experts_that_no_token_meets(family):
+    config = make_config(family)
+    config.num_experts_per_tok = 0
+    with pytest.raises(UnsupportedModelError, match="experts per token: got 0 of "):
+        inspect.inspect_model(config, None, torch.float32)
 
 
 def test_an_is_causal_argument_wins_over_the_modules_attribute():

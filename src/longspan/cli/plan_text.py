@@ -94,7 +94,7 @@ def plan_remarks(report: PlanReport) -> list[str]:
     if report.tensor_parallel_size > 1:
         remarks.append("The engine has no tensor parallelism inside a rank yet; it is modelled.")
     if report.cluster.rates is None:
-        remarks.append("Rates are assumed shares of published figures. The engine runs on CPUs today.")
+        remarks.append("Rates are assumed shares of published figures. No GPU has run the engine yet.")
     remarks.append(
         "floor: all flops at the full rate of all devices; all weights and KV at their full bandwidth. Times are those "
         "of one request alone."

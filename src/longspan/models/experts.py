@@ -36,7 +36,7 @@ class ExpertRecorder:
         """Weights of all experts; None if the model has none.
 
         Raises:
-            UnsupportedModelError: layers differ in their numbers of experts.
+            UnsupportedModelError: layers differ in their numbers of experts, or tokens meet none.
         """
         if not self._num_parameters:
             return None
@@ -45,4 +45,8 @@ class ExpertRecorder:
                 f"experts: got layers of (experts, chosen) {sorted(self._layers)}, proven is one number for all layers"
             )
         ((num_experts, num_chosen),) = self._layers
+        if num_chosen < 1:
+            raise UnsupportedModelError(
+                f"experts per token: got {num_chosen} of {num_experts}, proven is an integer from 1 to {num_experts}"
+            )
         return ExpertWeights(self._num_parameters, num_experts, num_chosen)

@@ -38,7 +38,7 @@ from longspan.models.packed_linear import Bits, linear_names, replace_, round_li
 from longspan.models.quantization import QuantizedCheckpoint, check_quantization, dense_config, quantization_of
 from longspan.models.recall import recall_path
 from longspan.models.smollm2 import smollm2_path
-from longspan.models.text_part import KEY_MAPPING, text_part, text_tensors
+from longspan.models.text_part import KEY_MAPPING, text_overrides, text_part, text_tensors
 from longspan.native.packed import PackedMatrix
 
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ def load_config(
         ConfigError: there is no such model, its files are broken, or an override is illegal.
     """
     name, is_offline = _source(model)
-    config = text_part(_read_config(model, name, overrides, is_offline=is_offline))
+    config = text_part(_read_config(model, name, overrides, is_offline=is_offline), overrides)
     if Path(name).is_dir() and not (Path(name) / GENERATION_CONFIG_NAME).is_file():
         return config, None
     try:
@@ -133,7 +133,8 @@ def load_config(
     except Exception as error:  # as above: it was found, and is broken
         raise _loading(model, "generation config", error) from error
     told, _ = PreTrainedConfig.get_config_dict(name, local_files_only=is_offline)
-    if not any(EOS in fields for fields in (told, told.get("text_config") or {}, overrides or {})):
+    given = (overrides or {}, text_overrides(overrides))
+    if not any(EOS in fields for fields in (told, told.get("text_config") or {}, *given)):
         config.eos_token_id = None  # see Note [End tokens]
     return config, generation_config
 
@@ -148,7 +149,7 @@ def load_config_file(path: Path, overrides: Mapping[str, Any] | None = None) -> 
     Raises:
         ConfigError: the file is broken, or an override is illegal.
     """
-    return text_part(_read_config(str(path), str(path), overrides, is_offline=True))
+    return text_part(_read_config(str(path), str(path), overrides, is_offline=True), overrides)
 
 
 def _read_config(model: str, name: str, overrides: Mapping[str, Any] | None, *, is_offline: bool) -> PreTrainedConfig:
@@ -236,12 +237,13 @@ def load_model(
         transformers_logging.disable_progress_bar()
     name, is_offline = _source(model)
     whole = _read_config(model, name, overrides, is_offline=is_offline)
-    config = text_part(whole)
+    config = text_part(whole, overrides)
     _check_no_adapter(model, name)
     loaded, kept, info = _build(model, config, dtype, quantization, is_part=config is not whole)
     if config is not whole:
         info["unexpected_keys"] = text_tensors(info["unexpected_keys"])
     _check_tensors(model, config, info, tell)
+    _check_tied(loaded, overrides)
     if lora is not None:
         loaded = merge_lora(loaded, lora)
     for module_name, matrix in kept.items():
@@ -346,3 +348,18 @@ def _check_tensors(model: str, config: PreTrainedConfig, info: dict[str, Any], t
         )
     if left.ignored:
         tell(f"{model}: {len(left.ignored)} tensors are left out: {left.reasons()}")
+
+
+def _check_tied(loaded: Any, overrides: Mapping[str, Any] | None) -> None:
+    """Refuse to tie embeddings whose weights differ: Transformers takes both from the file, whatever the config says.
+
+    Raises:
+        ConfigError: the user asked for it.
+    """
+    is_asked = {**(overrides or {}), **text_overrides(overrides)}.get("tie_word_embeddings")
+    output = loaded.get_output_embeddings()
+    if is_asked and (output is None or output.weight is not loaded.get_input_embeddings().weight):
+        raise ConfigError(
+            "hf_overrides: got tie_word_embeddings True for a model whose files have output embeddings of their own, "
+            "legal is false"
+        )

@@ -22,8 +22,14 @@ def find_chunk(call: AttentionCall) -> int | None:
     """Tokens of the chunks of a layer's attention, or None: its mask is local, and attention was told no window.
 
     Attention is not told of chunks; `check_mask` checks that this is what the mask does.
+
+    Raises:
+        UnsupportedModelError: chunks have no tokens.
     """
-    return call.mask.local_size if isinstance(call.mask, MaskRule) and call.window is None else None
+    chunk = call.mask.local_size if isinstance(call.mask, MaskRule) and call.window is None else None
+    if chunk is not None and chunk < 1:
+        raise UnsupportedModelError(f"attention_chunk_size: got {chunk}, legal is an integer from 1")
+    return chunk
 
 
 def check_mask(call: AttentionCall) -> None:

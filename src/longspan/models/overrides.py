@@ -11,6 +11,9 @@ Note [RoPE in two spellings]
         file     {"rope_theta": 1e6, "rope_scaling": null}      or {"rope_parameters": {"rope_theta": 1e6, ...}}
         given    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
         merged   {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}}
+
+    A given `null` means no scaling, in either spelling. Where the types of a config's layers differ in RoPE, the same
+    holds in each type that is given, and the other types keep theirs.
 """
 
 from collections.abc import Mapping
@@ -20,6 +23,7 @@ from longspan.errors import ConfigError
 
 _ROPE = ("rope_parameters", "rope_scaling")
 _BASE = ("rope_theta", "partial_rotary_factor")
+_DTYPE = ("dtype", "torch_dtype")
 
 
 def merge_overrides(
@@ -33,8 +37,10 @@ def merge_overrides(
         known: fields of the config that was built of `fields`, defaults included.
 
     Raises:
-        ConfigError: the config has no such field, or the model would become another one.
+        ConfigError: the config has no such field, the model would become another one, RoPE is not said in full, or
+            an option of its own sets the field.
     """
+    _check_given_once(overrides)
     merged = dict(fields)
     for field, value in overrides.items():
         is_rope = field in (*_ROPE, *_BASE) and "rope_parameters" in known
@@ -42,11 +48,13 @@ def merge_overrides(
             raise ConfigError(
                 f"hf_overrides: got model_type {value!r}, legal is the model's own, {fields.get(field)!r}"
             )
+        if field in _DTYPE:
+            raise ConfigError(f"hf_overrides: got {field} {value!r}, legal is the option dtype, which sets it")
         if field not in fields and field not in known and not is_rope:
             inner = ", or of its text_config inside of that" if "text_config" in known else ""
             raise ConfigError(f"hf_overrides: got the field {field!r}, legal are fields of the model's config{inner}")
-        if is_rope and (isinstance(value, dict) or field in _BASE):
-            merged = _with_rope(merged, value if field in _ROPE else {**_rope(merged), field: value})
+        if is_rope:
+            merged = _with_rope(merged, field, value, known["rope_parameters"] or {})
         elif field.endswith("_config") and isinstance(value, dict) and isinstance(known.get(field), dict):
             merged[field] = merge_overrides(fields.get(field) or {}, value, known[field])
         else:
@@ -74,23 +82,59 @@ def check_overrides(overrides: Mapping[str, Any], built: Mapping[str, Any]) -> N
             )
 
 
-def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE of a file, in either spelling."""
-    found: dict[str, Any] = {}
-    for name in _ROPE:
-        found |= fields.get(name) or {}
-    if any(isinstance(value, dict) for value in found.values()):
-        raise ConfigError(
-            f"hf_overrides: got {' or '.join(_BASE)} of layers that differ, legal is rope_parameters of all"
-        )
-    return found
+def _check_given_once(overrides: Mapping[str, Any]) -> None:
+    """Refuse RoPE in both spellings, and a base inside and outside of it: one of the two would be ignored."""
+    spellings = [name for name in _ROPE if name in overrides]
+    if len(spellings) > 1:
+        raise ConfigError(f"hf_overrides: got both {' and '.join(spellings)}, legal is one of them")
+    for name in spellings:
+        for base in _BASE:
+            if base in overrides and isinstance(overrides[name], dict) and base in overrides[name]:
+                raise ConfigError(f"hf_overrides: got {base} inside of {name} and beside it, legal is one of them")
 
 
-def _with_rope(fields: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    """See Note [RoPE in two spellings]."""
+def _with_rope(fields: Mapping[str, Any], field: str, value: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with RoPE, or its base, as given. See Note [RoPE in two spellings].
+
+    Args:
+        fields: of the config so far.
+        field: name of what is given.
+        value: what is given.
+        known: `rope_parameters` of the config that was built of the file.
+    """
     before: dict[str, Any] = {}
     for name in _ROPE:
         before |= fields.get(name) or {}
-    kept = {name: before[name] for name in _BASE if name in before}
-    merged = {name: field for name, field in fields.items() if name not in _ROPE}
-    return {**merged, "rope_parameters": {**kept, **value}}
+    if any(isinstance(part, dict) for part in (*before.values(), *known.values())):
+        rope = _layers_rope(field, value, known)
+    elif field in _BASE:
+        rope = {**before, field: value}
+    else:
+        rope = _replaced(before, field, value)
+    return {**{name: old for name, old in fields.items() if name not in _ROPE}, "rope_parameters": rope}
+
+
+def _layers_rope(field: str, value: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE of a config whose types of layers differ in it: those that are given replace the file's."""
+    layers = {name: part for name, part in known.items() if isinstance(part, dict)}
+    if field in _BASE:
+        raise ConfigError(
+            f"hf_overrides: got {' or '.join(_BASE)} of layers that differ, legal is rope_parameters of all"
+        )
+    if not isinstance(value, dict) or not value or not value.keys() <= layers.keys():
+        raise ConfigError(
+            f"hf_overrides: got {field} {value!r} of layers that differ, legal is an object with one or more of "
+            f"{', '.join(layers)} in it"
+        )
+    given = {name: _replaced(layers[name], f"{field} of {name}", part) for name, part in value.items()}
+    return layers | given
+
+
+def _replaced(before: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """RoPE as given, with the base of the one before. A value without a type would be taken for no scaling at all."""
+    kept = {base: before[base] for base in _BASE if base in before}
+    if value is None:
+        return {**kept, "rope_type": "default"}
+    if not isinstance(value, dict) or not isinstance(value.get("rope_type", value.get("type")), str):
+        raise ConfigError(f"hf_overrides: got {name} {value!r}, legal is an object with a rope_type in it, or null")
+    return {**kept, **value}

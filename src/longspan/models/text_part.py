@@ -9,11 +9,12 @@ images or sound that feed it. Without images it computes what its text model com
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from longspan.errors import UnsupportedModelError
+from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.models.families import TEXT_PARTS, proven_text_parts
 
 KEY_MAPPING: Mapping[str, str] = {
@@ -32,11 +33,21 @@ _OUTER_FIELDS = ("tie_word_embeddings", "eos_token_id", "quantization_config")
 """Fields of the whole config that count for the text model too, where they are set."""
 
 
-def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+def text_overrides(overrides: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Fields that the user gives for the text model inside a config."""
+    return (overrides or {}).get("text_config") or {}
+
+
+def text_part(config: PreTrainedConfig, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
     """Config of a repository's text model: the config itself if it describes a text model alone.
+
+    Args:
+        config: config of the repository, overrides included.
+        overrides: fields that the user gave, of which those of the text model count more than the whole config's.
 
     Raises:
         UnsupportedModelError: the repository is multimodal, and its text model cannot be loaded alone.
+        ConfigError: the user gave one field of it two values.
     """
     text = getattr(config, "text_config", None)
     if not isinstance(text, PreTrainedConfig):
@@ -51,9 +62,12 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
             f"model_type: got {config.model_type!r}, {reason}; proven are the text parts of "
             f"{', '.join(proven_text_parts())}"
         )
+    given = text_overrides(overrides)
     for field in _OUTER_FIELDS:
         value = getattr(config, field, None)
-        if value is not None:
+        if field in given and field in (overrides or {}):
+            raise ConfigError(f"hf_overrides: got {field} inside of text_config and beside it, legal is one of them")
+        if value is not None and field not in given:
             setattr(text, field, value)
     if getattr(text, "use_bidirectional_attention", None) == "vision":  # among the rows of an image, of which none come
         text.use_bidirectional_attention = None
