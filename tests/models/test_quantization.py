@@ -275,6 +275,32 @@ REFUSALS = {
 }
 
 
+MALFORMED = {
+    "a text": "gptq",
+    "a list": [1],
+    "a list of methods": {"quant_method": ["x"]},
+    "groups as a list": {"quant_method": "compressed-tensors", "config_groups": [1]},
+    "an empty group": {"quant_method": "compressed-tensors", "config_groups": {"g": None}},
+    "a group without weights": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"g": {"weights": [4]}},
+    },
+    "a block as a word": compressed_options("float-quantized", strategy="block", block_structure="128"),
+    "a group size as a word": gptq_options(group_size="all"),
+    "a group size as a list": AWQ | {"group_size": [32]},
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_rejects_fields_of_another_type_in_one_line(name):
+    config = transformers.LlamaConfig()
+    config.quantization_config = MALFORMED[name]
+    with pytest.raises(UnsupportedModelError, match=r"^quantization_config: got .*, proven are fields as") as found:
+        check_proven(config)
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_rejects_what_is_not_proven(name):
     options, message = REFUSALS[name]

@@ -89,7 +89,7 @@ def _fits(grid: Tensor, shape: tuple[int, int], block: Block) -> bool:
     )
 
 
-def _group_size(options: Options) -> int | None:
+def group_size(options: Options) -> int | None:
     """Inputs that share a scale of GPTQ or AWQ; None: all of an output."""
     size = int(options.get("group_size") or DEFAULT_GROUP)
     return size if size > 0 else None
@@ -115,20 +115,26 @@ def packed_bits(options: Options) -> set[int]:
     }
 
 
-def _blocks_of(options: Options, scale: Tensor, shape: tuple[int, int]) -> set[Block]:
-    """Blocks of compressed-tensors' groups of layers in which a matrix has as many scales as it has."""
-    grid = scale if scale.ndim >= 2 else scale.reshape(-1, 1)
-    found: set[Block] = set()
+def blocks(options: Options) -> list[Block]:
+    """Rows and columns that share a scale in every group of layers of compressed-tensors."""
+    found: list[Block] = []
     for group in (options.get("config_groups") or {"": {}}).values():
         weights = group.get("weights") or {}
         size = int(weights.get("group_size") or -1)
-        block: Block = (None, size if size > 0 else None)
-        if weights.get("strategy") == "block":
-            rows, columns = weights["block_structure"]
-            block = (int(rows), int(columns))
-        if _fits(grid, shape, block):
-            found.add((block[0] if grid.shape[-2] > 1 else None, block[1] if grid.shape[-1] > 1 else None))
+        rows, columns = weights["block_structure"] if weights.get("strategy") == "block" else (None, size)
+        found.append((None if rows is None else int(rows), int(columns) if int(columns) > 0 else None))
     return found
+
+
+def _fitting(options: Options, scale: Tensor, shape: tuple[int, int]) -> set[Block]:
+    """Blocks of compressed-tensors in which a matrix has as many scales as it has."""
+    grid = scale if scale.ndim >= 2 else scale.reshape(-1, 1)
+    rows, columns = grid.shape[-2:]
+    return {
+        (block[0] if rows > 1 else None, block[1] if columns > 1 else None)
+        for block in blocks(options)
+        if _fits(grid, shape, block)
+    }
 
 
 def compressed_numbers(parts: Parts, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -154,12 +160,12 @@ def compressed(parts: Parts, options: Options) -> Tensor:
     shape, dtype = (numbers.shape[0], numbers.shape[1]), scale.dtype
     order = parts.get("g_idx")
     columns = None if order is None or int(order.min()) < 0 else order.long()
-    blocks = _blocks_of(options, scale, shape)
-    if columns is None and len(blocks) != 1:
-        raise ValueError(f"scales {tuple(scale.shape)} of a matrix {shape} fit {len(blocks)} kinds of config_groups")
+    fitting = _fitting(options, scale, shape)
+    if columns is None and len(fitting) != 1:
+        raise ValueError(f"scales {tuple(scale.shape)} of a matrix {shape} fit {len(fitting)} kinds of config_groups")
 
     def over(grid: Tensor) -> Tensor:
-        return grid[:, columns] if columns is not None else spread(grid, shape, *blocks)
+        return grid[:, columns] if columns is not None else spread(grid, shape, *fitting)
 
     dense = numbers.to(dtype) if zero is None else numbers.to(dtype) - over(zero).to(dtype)
     return dense * over(scale).to(dtype)
@@ -187,7 +193,7 @@ def gptq_numbers(parts: Parts, options: Options) -> tuple[Tensor, Tensor, Tensor
 
 def _neighbours(width: int, options: Options) -> Tensor:
     """Group of every input, [width] int64, where groups are neighbours."""
-    return torch.arange(width) // (_group_size(options) or width)
+    return torch.arange(width) // (group_size(options) or width)
 
 
 def gptq(parts: Parts, options: Options) -> Tensor:
@@ -215,7 +221,7 @@ def _awq_unpack(packed: Tensor) -> Tensor:
 def awq(parts: Parts, options: Options) -> Tensor:
     """AWQ: whole numbers along the outputs, in a order of their own."""
     numbers, scales, zeros = awq_numbers(parts, options)
-    shape, block = (numbers.shape[0], numbers.shape[1]), (None, _group_size(options))
+    shape, block = (numbers.shape[0], numbers.shape[1]), (None, group_size(options))
     return (numbers - spread(zeros, shape, block)) * spread(scales, shape, block)
 
 
@@ -258,12 +264,12 @@ def gptq_packed(parts: Parts, options: Options) -> PackedMatrix | None:
         raise ValueError(
             "g_idx names groups that are no neighbours, though desc_act is false; legal is quantization none"
         )
-    return _packed(numbers, scales, zeros, _group_size(options))
+    return _packed(numbers, scales, zeros, group_size(options))
 
 
 def awq_packed(parts: Parts, options: Options) -> PackedMatrix | None:
     """AWQ."""
-    return _packed(*awq_numbers(parts, options), _group_size(options))
+    return _packed(*awq_numbers(parts, options), group_size(options))
 
 
 def compressed_packed(parts: Parts, options: Options) -> PackedMatrix | None:
@@ -273,10 +279,10 @@ def compressed_packed(parts: Parts, options: Options) -> PackedMatrix | None:
     numbers, scale, zero = compressed_numbers(parts, options)
     if numbers.is_floating_point() or scale.ndim != 2 or scale.shape[0] not in (1, numbers.shape[0]):
         return None
-    blocks = _blocks_of(options, scale, (numbers.shape[0], numbers.shape[1]))
-    if len(blocks) != 1:
+    fitting = _fitting(options, scale, (numbers.shape[0], numbers.shape[1]))
+    if len(fitting) != 1:
         return None
-    ((_, size),) = blocks
+    ((_, size),) = fitting
     if "packed" not in parts or packed_bits(options) == {8}:
         return _packed(numbers, scale, None, size) if zero is None else None
     return _packed(numbers + 8, scale, torch.full_like(scale, 8) if zero is None else zero + 8, size)
