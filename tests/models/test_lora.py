@@ -8,8 +8,8 @@ import pytest
 import torch
 from proven_models import NUM_TOKENS, proven_model, references_of
 from safetensors.torch import load_file, save_file
-from tiny_models import run_all
-from transformers import AutoModelForCausalLM
+from tiny_models import COMMON, randomize_, run_all
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
@@ -22,14 +22,14 @@ from longspan.types import SamplingParams
 peft = pytest.importorskip("peft")
 
 
-def write_adapter(path, family="llama", seed=0, **options):
+def write_adapter(path, base=None, seed=0, noisy=("lora_",), **options):
     """Write an adapter with weights that matter to the next token."""
-    model = AutoModelForCausalLM.from_pretrained(proven_model(family).path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base or proven_model("llama").path, dtype=torch.float32)
     given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **given))
     generator = torch.Generator().manual_seed(seed)
     for name, weight in adapted.named_parameters():
-        if "lora_" in name:
+        if any(part in name for part in noisy):
             weight.data = torch.randn(weight.shape, generator=generator) * 0.3
     adapted.save_pretrained(path)
     return str(path)
@@ -95,6 +95,38 @@ def test_a_fingerprint_tells_adapters_apart(tmp_path):
     assert fingerprint(directory, paths[0]) == fingerprint(directory, paths[0])
 
 
+def tied_model(path):
+    """Write a Llama whose embeddings are the weights of its logits."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**COMMON, "tie_word_embeddings": True}))
+    randomize_(model)
+    model.tie_weights()
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("changed", "other"), [("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")])
+def test_rejects_changes_of_weights_that_another_module_shares(changed, other, tmp_path):
+    """Merged in place, as peft does it, they would change both."""
+    base = tied_model(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj", changed.removeprefix("model.")])
+    refused(base, adapter, f"an adapter that leaves {changed} alone, whose weights are also those of {other}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [5, 6]}}],
+)
+def test_an_adapter_beside_shared_weights_gives_the_logits_of_peft(options, tmp_path):
+    base, tokens = tied_model(tmp_path / "base"), torch.arange(3, 40)[None]
+    adapter = write_adapter(tmp_path / "adapter", base, seed=1, noisy=("lora_", "delta", "modules_to_save"), **options)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    wanted = peft.PeftModel.from_pretrained(plain, adapter).eval()(tokens).logits
+    found = load_model(base, torch.float32, show_progress=False, lora=adapter).state_dict()
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON), dtype=torch.float32).eval()
+    other.load_state_dict(found)
+    torch.testing.assert_close(other(tokens).logits, wanted, rtol=1e-3, atol=1e-3)
+
+
 def refused(path, adapter, message):
     with pytest.raises(ConfigError, match=f"lora: got .*{message}"):
         load_model(path, torch.float32, show_progress=False, lora=str(adapter))
@@ -114,6 +146,12 @@ def test_rejects_an_adapter_of_fewer_or_more_layers(tmp_path):
     refused(proven_model("llama").path, tmp_path, "an adapter of this model; 1 tensors do not fit, such as .*layers.2")
     save_file(weights | {name.replace("layers.2.", "layers.7."): weights[name].clone()}, tmp_path / WEIGHTS_NAME)
     refused(proven_model("llama").path, tmp_path, "an adapter of this model; 1 tensors do not fit, such as .*layers.7")
+
+
+def test_rejects_an_adapter_that_cannot_be_merged(tmp_path):
+    """It works on the tokens behind a text alone."""
+    adapter = write_adapter(tmp_path, alora_invocation_tokens=[1, 2])
+    refused(proven_model("llama").path, adapter, "an adapter that peft can merge; it says: ")
 
 
 def test_rejects_what_is_no_lora_adapter(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import transformers
 from multimodal_models import multimodal_model
 from quantized_models import (
+    as_int32,
     awq,
     compressed_blocks,
     compressed_options,
@@ -24,9 +25,11 @@ from quantized_models import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.models import dequantize
 from longspan.models.families import version_of
 from longspan.models.inspect import check_proven, inspect_model
 from longspan.models.loader import load_config, load_model
+from longspan.native.packed import unpack
 
 COMPARED_FROM = (5, 24)
 """Version of Transformers whose own dequantising is compared: older ones round to bfloat16, or have no such option."""
@@ -272,6 +275,32 @@ REFUSALS = {
 }
 
 
+MALFORMED = {
+    "a text": "gptq",
+    "a list": [1],
+    "a list of methods": {"quant_method": ["x"]},
+    "groups as a list": {"quant_method": "compressed-tensors", "config_groups": [1]},
+    "an empty group": {"quant_method": "compressed-tensors", "config_groups": {"g": None}},
+    "a group without weights": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"g": {"weights": [4]}},
+    },
+    "a block as a word": compressed_options("float-quantized", strategy="block", block_structure="128"),
+    "a group size as a word": gptq_options(group_size="all"),
+    "a group size as a list": AWQ | {"group_size": [32]},
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_rejects_fields_of_another_type_in_one_line(name):
+    config = transformers.LlamaConfig()
+    config.quantization_config = MALFORMED[name]
+    with pytest.raises(UnsupportedModelError, match=r"^quantization_config: got .*, proven are fields as") as found:
+        check_proven(config)
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_rejects_what_is_not_proven(name):
     options, message = REFUSALS[name]
@@ -312,6 +341,82 @@ def test_one_scale_of_a_wrong_block_changes_the_weights(name, tmp_path):
     found, wanted = weights_of(made.path), weights_of(made.dense_path)
     changed = {part for part in wanted if not torch.equal(found[part], wanted[part])}
     assert changed == {part for part in wanted if part.endswith("_proj.weight")}
+
+
+def constant_parts(kind, width, size):
+    """Parts of a matrix [8, width] of ones, whose scales are 1, 10, 100, ..., and its options."""
+    num_groups = -(-width // size)
+    scales = torch.tensor([10.0**group for group in range(num_groups)])
+    if kind == "compressed":
+        parts = {
+            "packed": as_int32(torch.full((8, width // 8), 0x99999999)),  # 8 is zero
+            "scale": scales.expand(8, -1),
+            "shape": torch.tensor([8, width]),
+        }
+        return parts, compressed_options("pack-quantized", **GROUPED | {"group_size": size})
+    packed = {"gptq": (width // 8, 8), "awq": (width, 1)}[kind]
+    parts = {
+        "qweight": torch.full(packed, 0x11111111, dtype=torch.int32),
+        "qzeros": torch.zeros(num_groups, 1, dtype=torch.int32),
+        "scales": scales[:, None].expand(-1, 8),
+    }
+    return parts, {"group_size": size, "bits": 4, "checkpoint_format": "gptq_v2"}
+
+
+DENSE_AND_PACKED = {
+    "gptq": (dequantize.gptq, dequantize.gptq_packed),
+    "awq": (dequantize.awq, dequantize.awq_packed),
+    "compressed": (dequantize.compressed, dequantize.compressed_packed),
+}
+
+
+@pytest.mark.parametrize(("width", "size"), [(96, 64), (192, 128), (64, 128), (96, 32)])
+@pytest.mark.parametrize("kind", DENSE_AND_PACKED)
+def test_the_last_group_may_be_short(kind, width, size):
+    """The number of scales does not tell where a group ends: two of 96 columns are 48 and 48, or 64 and 32."""
+    dense, packed = DENSE_AND_PACKED[kind]
+    parts, options = constant_parts(kind, width, size)
+    wanted = torch.tensor([10.0 ** (column // size) for column in range(width)]).expand(8, width)
+    assert torch.equal(dense(parts, options), wanted)
+    kept = packed(parts, options)
+    assert (kept is None) == (width > size and width % size > 0), "the kernels know equal groups alone"
+    assert kept is None or torch.equal(unpack(kept), wanted)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (8,), (8, 1), (1, 1), (8, 3), (8, 2), (4, 1), (4, 2), (16, 1)])
+def test_matrices_of_torchao_stay_small_where_an_output_has_its_own_scales(shape):
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randint(-127, 128, (8, 96), dtype=torch.int8, generator=generator)
+    parts = {"data": data, "scale": torch.rand(shape, generator=generator)}
+    kept = dequantize.torchao_packed(parts, {})
+    assert (kept is None) == (shape in [(8, 2), (4, 1), (4, 2), (16, 1)]), "groups of 48, or scales of other rows"
+    assert kept is None or torch.equal(unpack(kept), dequantize.torchao(parts, {}).expand(8, 96))
+
+
+@pytest.mark.parametrize("kind", DENSE_AND_PACKED)
+def test_rejects_other_numbers_of_groups_than_the_options_say(kind):
+    dense, packed = DENSE_AND_PACKED[kind]
+    parts, options = constant_parts(kind, 128, 32)[0], constant_parts(kind, 128, 64)[1]
+    assert packed(parts, options) is None
+    with pytest.raises(ValueError, match="scales"):
+        dense(parts, options)
+
+
+def test_every_matrix_finds_the_config_group_that_its_scales_fit():
+    parts, options = constant_parts("compressed", 192, 128)
+    whole = {"weights": options["config_groups"]["group_0"]["weights"] | {"strategy": "channel", "group_size": None}}
+    options["config_groups"]["group_1"] = whole
+    assert dequantize.compressed(parts, options)[0, [0, 127, 128]].tolist() == [1, 1, 10]
+    one = parts | {"scale": parts["scale"][:, :1]}
+    assert dequantize.compressed(one, options)[0, [0, 191]].tolist() == [1, 1]
+    options["config_groups"]["group_2"] = {"weights": whole["weights"] | {"strategy": "group", "group_size": 96}}
+    with pytest.raises(ValueError, match="fit 2 kinds of config_groups"):
+        dequantize.compressed(parts, options)
+
+
+def test_rejects_a_grid_of_scales_whose_blocks_nothing_tells():
+    with pytest.raises(ValueError, match="do not fit a matrix"):
+        dequantize.spread(torch.tensor([[1.0, 100.0]]), (1, 62))
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3"])

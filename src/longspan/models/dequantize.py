@@ -22,6 +22,12 @@ Parts = Mapping[str, Tensor]
 Options = Mapping[str, Any]
 """`quantization_config` of the repository."""
 
+Block = tuple[int | None, int | None]
+"""Rows and columns that share a scale; the last ones may be fewer. None: all share one, or each has its own."""
+
+DEFAULT_GROUP = 128
+"""Inputs that share a scale of GPTQ and AWQ where a repository does not say; Transformers takes the same."""
+
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -46,14 +52,14 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     return numbers.flatten(-2)
 
 
-def spread(scale: Tensor, shape: tuple[int, int], block: tuple[int, int] | None = None) -> Tensor:
+def spread(scale: Tensor, shape: tuple[int, int], block: Block = (None, None)) -> Tensor:
     """Repeat a grid of scales over a matrix.
 
     Args:
         scale: one scale, one per row [rows], or a grid [..., n, m].
         shape: rows and columns of the matrix.
-        block: rows and columns that share a scale; the last ones may be fewer. None derives them from the grid, which
-            then must divide the matrix.
+        block: rows and columns that share a scale. A grid does not tell: two scales of 96 columns may be of 48 and 48,
+            or of 64 and 32.
 
     Returns:
         [..., rows or 1, columns or 1] float32.
@@ -66,15 +72,27 @@ def spread(scale: Tensor, shape: tuple[int, int], block: tuple[int, int] | None 
     grid = scale.float()
     if grid.ndim < 2:
         grid = grid.reshape(-1, 1)
+    if not _fits(grid, shape, block):
+        raise ValueError(f"scales {tuple(scale.shape)} in blocks of {block} do not fit a matrix {shape}")
     for dim, size in ((-2, shape[0]), (-1, shape[1])):
-        num = grid.shape[dim]
-        if block is None and num in (1, size):
-            continue
-        length = block[dim] if block is not None else size // num
-        if -(-size // length) != num:
-            raise ValueError(f"scales {tuple(scale.shape)} in blocks of {length} do not fit a matrix {shape}")
-        grid = grid if num == 1 else grid.repeat_interleave(length, dim).narrow(dim, 0, size)
+        length = block[dim]
+        if length is not None and grid.shape[dim] > 1:
+            grid = grid.repeat_interleave(length, dim).narrow(dim, 0, size)
     return grid
+
+
+def _fits(grid: Tensor, shape: tuple[int, int], block: Block) -> bool:
+    """Whether a grid of at least two dimensions has as many scales as a matrix has blocks."""
+    return all(
+        num in (1, size) if length is None else num == -(-size // length)
+        for num, size, length in zip(grid.shape[-2:], shape, block, strict=True)
+    )
+
+
+def group_size(options: Options) -> int | None:
+    """Inputs that share a scale of GPTQ or AWQ; None: all of an output."""
+    size = int(options.get("group_size") or DEFAULT_GROUP)
+    return size if size > 0 else None
 
 
 def fp8(parts: Parts, options: Options) -> Tensor:
@@ -82,7 +100,7 @@ def fp8(parts: Parts, options: Options) -> Tensor:
     weight, size = parts["weight"], options.get("weight_block_size")
     if weight.dtype not in _FP8:
         raise ValueError(f"weights of {weight.dtype}, legal are 8-bit floats")
-    block = None if size is None else (int(size[0]), int(size[1]))
+    block: Block = (None, None) if size is None else (int(size[0]), int(size[1]))
     rows, columns = weight.shape[-2:]
     return weight.float() * spread(parts["scale"], (rows, columns), block)
 
@@ -97,13 +115,26 @@ def packed_bits(options: Options) -> set[int]:
     }
 
 
-def _block_of(options: Options) -> tuple[int, int] | None:
-    """Rows and columns that share a scale of compressed-tensors, where scales are in blocks."""
-    for group in (options.get("config_groups") or {}).values():
-        if (group.get("weights") or {}).get("strategy") == "block":
-            rows, columns = group["weights"]["block_structure"]
-            return int(rows), int(columns)
-    return None
+def blocks(options: Options) -> list[Block]:
+    """Rows and columns that share a scale in every group of layers of compressed-tensors."""
+    found: list[Block] = []
+    for group in (options.get("config_groups") or {"": {}}).values():
+        weights = group.get("weights") or {}
+        size = int(weights.get("group_size") or -1)
+        rows, columns = weights["block_structure"] if weights.get("strategy") == "block" else (None, size)
+        found.append((None if rows is None else int(rows), int(columns) if int(columns) > 0 else None))
+    return found
+
+
+def _fitting(options: Options, scale: Tensor, shape: tuple[int, int]) -> set[Block]:
+    """Blocks of compressed-tensors in which a matrix has as many scales as it has."""
+    grid = scale if scale.ndim >= 2 else scale.reshape(-1, 1)
+    rows, columns = grid.shape[-2:]
+    return {
+        (block[0] if rows > 1 else None, block[1] if columns > 1 else None)
+        for block in blocks(options)
+        if _fits(grid, shape, block)
+    }
 
 
 def compressed_numbers(parts: Parts, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -126,12 +157,15 @@ def compressed(parts: Parts, options: Options) -> Tensor:
     The library multiplies in the dtype of the scales.
     """
     numbers, scale, zero = compressed_numbers(parts, options)
-    shape, block, dtype = (numbers.shape[0], numbers.shape[1]), _block_of(options), scale.dtype
+    shape, dtype = (numbers.shape[0], numbers.shape[1]), scale.dtype
     order = parts.get("g_idx")
     columns = None if order is None or int(order.min()) < 0 else order.long()
+    fitting = _fitting(options, scale, shape)
+    if columns is None and len(fitting) != 1:
+        raise ValueError(f"scales {tuple(scale.shape)} of a matrix {shape} fit {len(fitting)} kinds of config_groups")
 
     def over(grid: Tensor) -> Tensor:
-        return grid[:, columns] if columns is not None else spread(grid, shape, block)
+        return grid[:, columns] if columns is not None else spread(grid, shape, *fitting)
 
     dense = numbers.to(dtype) if zero is None else numbers.to(dtype) - over(zero).to(dtype)
     return dense * over(scale).to(dtype)
@@ -157,17 +191,18 @@ def gptq_numbers(parts: Parts, options: Options) -> tuple[Tensor, Tensor, Tensor
     return numbers, parts["scales"].t().float(), zeros
 
 
-def _neighbours(numbers: Tensor, scales: Tensor, like: Tensor | None = None) -> Tensor:
-    """Group of every input where groups are neighbours, of the dtype of `like`."""
-    width, groups = numbers.shape[1], scales.shape[1]
-    return torch.arange(width, dtype=torch.int64 if like is None else like.dtype) // -(-width // groups)
+def _neighbours(width: int, options: Options) -> Tensor:
+    """Group of every input, [width] int64, where groups are neighbours."""
+    return torch.arange(width) // (group_size(options) or width)
 
 
 def gptq(parts: Parts, options: Options) -> Tensor:
     """GPTQ: whole numbers along the inputs, a group per input."""
     numbers, scales, zeros = gptq_numbers(parts, options)
     group = parts.get("g_idx")
-    of_input = (_neighbours(numbers, scales) if group is None else group).long()
+    of_input = (_neighbours(numbers.shape[1], options) if group is None else group).long()
+    if int(of_input.max()) + 1 != scales.shape[1]:
+        raise ValueError(f"scales {tuple(scales.shape)} do not fit a matrix of {int(of_input.max()) + 1} groups")
     return (numbers - zeros[:, of_input]).float() * scales[:, of_input]
 
 
@@ -186,17 +221,24 @@ def _awq_unpack(packed: Tensor) -> Tensor:
 def awq(parts: Parts, options: Options) -> Tensor:
     """AWQ: whole numbers along the outputs, in a order of their own."""
     numbers, scales, zeros = awq_numbers(parts, options)
-    shape = (numbers.shape[0], numbers.shape[1])
-    return (numbers - spread(zeros, shape)) * spread(scales, shape)
+    shape, block = (numbers.shape[0], numbers.shape[1]), (None, group_size(options))
+    return (numbers - spread(zeros, shape, block)) * spread(scales, shape, block)
 
 
 def torchao(parts: Parts, _options: Options) -> Tensor:
-    """torchao: whole numbers or 8-bit floats of one byte, with a scale per row."""
-    shape = (parts["data"].shape[0], parts["data"].shape[1])
+    """torchao: whole numbers or 8-bit floats of one byte, with scales per row, whose groups divide it."""
+    shape, scale = (parts["data"].shape[0], parts["data"].shape[1]), parts["scale"]
+    block = (None, _even_group(parts))
     dense = parts["data"].float()
     if "zero" in parts:
-        dense = dense - spread(parts["zero"], shape)
-    return dense * spread(parts["scale"], shape)
+        dense = dense - spread(parts["zero"], shape, block)
+    return dense * spread(scale, shape, block)
+
+
+def _even_group(parts: Parts) -> int | None:
+    """Inputs that share a scale of torchao; None: all of a row, or the groups do not divide it."""
+    width, scale = parts["data"].shape[1], parts["scale"]
+    return width // scale.shape[1] if scale.ndim == 2 and width % scale.shape[1] == 0 else None
 
 
 def nf4(parts: Parts, _options: Options) -> Tensor:
@@ -223,16 +265,17 @@ def gptq_packed(parts: Parts, options: Options) -> PackedMatrix | None:
         return None
     numbers, scales, zeros = gptq_numbers(parts, options)
     group = parts.get("g_idx")
-    if group is not None and not group.is_meta and not torch.equal(group, _neighbours(numbers, scales, group)):
+    neighbours = _neighbours(numbers.shape[1], options)
+    if group is not None and not (group.is_meta or torch.equal(group.long(), neighbours)):
         raise ValueError(
             "g_idx names groups that are no neighbours, though desc_act is false; legal is quantization none"
         )
-    return _packed(numbers, scales, zeros)
+    return _packed(numbers, scales, zeros, group_size(options))
 
 
 def awq_packed(parts: Parts, options: Options) -> PackedMatrix | None:
     """AWQ."""
-    return _packed(*awq_numbers(parts, options))
+    return _packed(*awq_numbers(parts, options), group_size(options))
 
 
 def compressed_packed(parts: Parts, options: Options) -> PackedMatrix | None:
@@ -242,21 +285,28 @@ def compressed_packed(parts: Parts, options: Options) -> PackedMatrix | None:
     numbers, scale, zero = compressed_numbers(parts, options)
     if numbers.is_floating_point() or scale.ndim != 2 or scale.shape[0] not in (1, numbers.shape[0]):
         return None
+    fitting = _fitting(options, scale, (numbers.shape[0], numbers.shape[1]))
+    if len(fitting) != 1:
+        return None
+    ((_, size),) = fitting
     if "packed" not in parts or packed_bits(options) == {8}:
-        return _packed(numbers, scale, None) if zero is None else None
-    return _packed(numbers + 8, scale, torch.full_like(scale, 8) if zero is None else zero + 8)
+        return _packed(numbers, scale, None, size) if zero is None else None
+    return _packed(numbers + 8, scale, torch.full_like(scale, 8) if zero is None else zero + 8, size)
 
 
 def torchao_packed(parts: Parts, _options: Options) -> PackedMatrix | None:
-    """torchao of 8 bits without zeros."""
-    if parts["data"].dtype is not torch.int8 or "zero" in parts:
+    """torchao of 8 bits without zeros, where an output has its own scales."""
+    data, scale = parts["data"], parts["scale"]
+    if data.dtype is not torch.int8 or "zero" in parts:
         return None
-    return _packed(parts["data"], parts["scale"].view(-1, 1), None)
+    grid = scale if scale.ndim == 2 else scale.reshape(-1, 1)
+    return _packed(data, grid, None, _even_group(parts)) if grid.shape[0] in (1, data.shape[0]) else None
 
 
-def _packed(numbers: Tensor, scale: Tensor, zero: Tensor | None) -> PackedMatrix | None:
-    """Pack a matrix if the kernels take its groups."""
+def _packed(numbers: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None) -> PackedMatrix | None:
+    """Pack a matrix if the kernels take its groups: of equal length, and not of a few inputs."""
     width, groups = numbers.shape[1], scale.shape[1]
-    if width % groups or (width // groups) % BLOCK:
+    length = width if group_size is None else min(width, group_size)
+    if width != groups * length or length % BLOCK:
         return None
     return pack(numbers, scale, zero)

@@ -303,10 +303,10 @@ def open_quantized(model: str, config: PreTrainedConfig) -> QuantizedCheckpoint 
     Raises:
         ConfigError: the weights are missing or broken, or their method is not read.
     """
+    check_quantization(config)
     options = quantization_of(config)
     if options is None:
         return None
-    check_quantization(config)
     name, is_offline = _source(model)
     try:
         return QuantizedCheckpoint(find_checkpoint(name, is_offline=is_offline), options)

@@ -51,7 +51,7 @@ def merge_lora(model: Any, lora: str) -> Any:
         The model, with other weights.
 
     Raises:
-        ConfigError: the adapter was not made for a model of these layers and shapes.
+        ConfigError: the adapter was not made for a model of these layers and shapes, or cannot be merged into it.
     """
     check_lora(lora)
     from peft import PeftModel, get_peft_model_state_dict  # an optional package, and slow to import
@@ -69,4 +69,25 @@ def merge_lora(model: Any, lora: str) -> Any:
     strays = sorted(stored ^ set(get_peft_model_state_dict(adapted)))
     if strays:
         raise _refusal(lora, f"an adapter of this model; {len(strays)} tensors do not fit, such as {strays[0]}")
-    return adapted.merge_and_unload()
+    _check_not_shared(adapted, lora)
+    try:
+        return adapted.merge_and_unload()
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise _refusal(lora, f"an adapter that peft can merge; it says: {reason}") from error
+
+
+def _check_not_shared(adapted: Any, lora: str) -> None:
+    """Refuse changes of weights that another module shares: peft merges in place, so both modules would change."""
+    from peft.tuners.lora import LoraLayer
+
+    changed: dict[int, str] = {}  # name of the module that changes a weight, by the weight's id
+    users: dict[int, list[str]] = {}
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            changed |= {id(weight): name for weight in module.get_base_layer().parameters(recurse=False)}
+        for weight in module.parameters(recurse=False):
+            users.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+    for weight, name in changed.items():
+        if others := [user for user in users[weight] if user != name]:
+            raise _refusal(lora, f"an adapter that leaves {name} alone, whose weights are also those of {others[0]}")

@@ -70,6 +70,7 @@ def _refuse(name: str, value: object, legal: str) -> None:
 def _check_gptq(options: Options) -> None:
     if options.get("bits") not in (4, 8):
         _refuse("bits", options.get("bits"), "4, 8")
+    dequantize.group_size(options)
     if options.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
         _refuse("checkpoint_format", options["checkpoint_format"], "gptq, gptq_v2")
 
@@ -77,6 +78,7 @@ def _check_gptq(options: Options) -> None:
 def _check_awq(options: Options) -> None:
     if options.get("bits") != 4:
         _refuse("bits", options.get("bits"), "4")
+    dequantize.group_size(options)
     if str(options.get("version", "gemm")).lower() != "gemm":
         _refuse("version", options["version"], "gemm")
 
@@ -98,6 +100,7 @@ def _check_compressed(options: Options) -> None:
         num_bits = (group.get("weights") or {}).get("num_bits")
         if num_bits not in (4, 8):
             _refuse("num_bits", num_bits, "4, 8")
+    dequantize.blocks(options)
     if len(bits := dequantize.packed_bits(options)) > 1:
         _refuse("num_bits", sorted(bits), "one number for all packed groups")
     sparsity = (options.get("sparsity_config") or {}).get("format")
@@ -217,9 +220,17 @@ def check_quantization(config: PreTrainedConfig) -> None:
     Raises:
         UnsupportedModelError: names the field, its value and what is proven.
     """
-    options = quantization_of(config)
-    if options is not None:
-        _method(options).check(options)
+    try:
+        options = quantization_of(config)
+        if options is not None:
+            _method(options).check(options)
+    except UnsupportedModelError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # a field of another type
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModelError(
+            f"{FIELD}: got {getattr(config, FIELD)!r:.300}, proven are fields as their library writes them: {reason}"
+        ) from error
 
 
 def _method(options: Options) -> Method:
