@@ -148,6 +148,13 @@ def test_rejects_an_adapter_of_fewer_or_more_layers(tmp_path):
     refused(proven_model("llama").path, tmp_path, "an adapter of this model; 1 tensors do not fit, such as .*layers.7")
 
 
+@pytest.mark.skipif(not hasattr(peft.LoraConfig(), "alora_invocation_tokens"), reason="older peft has no such adapters")
+def test_rejects_an_adapter_that_cannot_be_merged(tmp_path):
+    """It works on the tokens behind a text alone."""
+    adapter = write_adapter(tmp_path, alora_invocation_tokens=[1, 2])
+    refused(proven_model("llama").path, adapter, "an adapter that peft can merge; it says: ")
+
+
 def test_rejects_what_is_no_lora_adapter(tmp_path):
     with pytest.raises(
         ConfigError, match=r"lora: got .*, legal is a directory with adapter_config\.json and adapter_model"

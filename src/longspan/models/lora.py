@@ -70,7 +70,11 @@ def merge_lora(model: Any, lora: str) -> Any:
     if strays:
         raise _refusal(lora, f"an adapter of this model; {len(strays)} tensors do not fit, such as {strays[0]}")
     _check_not_shared(adapted, lora)
-    return adapted.merge_and_unload()
+    try:
+        return adapted.merge_and_unload()
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise _refusal(lora, f"an adapter that peft can merge; it says: {reason}") from error
 
 
 def _check_not_shared(adapted: Any, lora: str) -> None:
