@@ -59,6 +59,12 @@ def test_rejects_a_tensor_without_which_the_output_would_be_wrong(name, tmp_path
         load(with_tensors(tmp_path, name))
 
 
+def test_rejects_a_number_of_further_layers_that_is_none(tmp_path):
+    path = with_tensors(tmp_path, "model.layers.3.eh_proj.weight", num_nextn_predict_layers="1")
+    with pytest.raises(ConfigError, match="num_nextn_predict_layers: got '1', legal is a whole number from 0"):
+        load(path)
+
+
 def test_a_further_layer_is_a_head_only_where_the_config_counts_it():
     config = LlamaConfig(num_hidden_layers=3, num_nextn_predict_layers=1)
     found = leftovers(

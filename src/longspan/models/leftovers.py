@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from longspan.errors import UnsupportedModelError
+
 _RECOMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Buffers that follow from the config, which old versions of Transformers stored."""
 
@@ -19,6 +21,7 @@ _HEADS = {
 }
 """Parts of other models on the same decoder, by what they are."""
 
+_FURTHER_FIELD = "num_nextn_predict_layers"
 _FURTHER_LAYERS = "heads that predict further tokens"
 
 
@@ -49,6 +52,9 @@ def leftovers(names: Sequence[str], config: PreTrainedConfig) -> Leftovers:
     Args:
         names: tensors that the model has no place for.
         config: the model's config.
+
+    Raises:
+        UnsupportedModelError: the config counts layers by something that is no number.
     """
     ignored: dict[str, str] = {}
     unknown: list[str] = []
@@ -69,8 +75,15 @@ def _reason(name: str, config: PreTrainedConfig) -> str | None:
         if pattern.search(name):
             return reason
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    num_further = getattr(config, "num_nextn_predict_layers", None) or 0
     first = config.num_hidden_layers
-    if layer is not None and first <= int(layer.group(1)) < first + num_further:
+    if layer is not None and first <= int(layer.group(1)) < first + _num_further(config):
         return _FURTHER_LAYERS
     return None
+
+
+def _num_further(config: PreTrainedConfig) -> int:
+    """Layers past the last that predict further tokens."""
+    found = getattr(config, _FURTHER_FIELD, None) or 0
+    if not isinstance(found, int):
+        raise UnsupportedModelError(f"{_FURTHER_FIELD}: got {found!r}, legal is a whole number from 0")
+    return found
