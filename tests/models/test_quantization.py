@@ -383,6 +383,16 @@ def test_the_last_group_may_be_short(kind, width, size):
     assert kept is None or torch.equal(unpack(kept), wanted)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (8,), (8, 1), (1, 1), (8, 3), (8, 2), (4, 1), (4, 2), (16, 1)])
+def test_matrices_of_torchao_stay_small_where_an_output_has_its_own_scales(shape):
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randint(-127, 128, (8, 96), dtype=torch.int8, generator=generator)
+    parts = {"data": data, "scale": torch.rand(shape, generator=generator)}
+    kept = dequantize.torchao_packed(parts, {})
+    assert (kept is None) == (shape in [(8, 2), (4, 1), (4, 2), (16, 1)]), "groups of 48, or scales of other rows"
+    assert kept is None or torch.equal(unpack(kept), dequantize.torchao(parts, {}).expand(8, 96))
+
+
 @pytest.mark.parametrize("kind", DENSE_AND_PACKED)
 def test_rejects_other_numbers_of_groups_than_the_options_say(kind):
     dense, packed = DENSE_AND_PACKED[kind]

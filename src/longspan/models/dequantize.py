@@ -228,11 +228,17 @@ def awq(parts: Parts, options: Options) -> Tensor:
 def torchao(parts: Parts, _options: Options) -> Tensor:
     """torchao: whole numbers or 8-bit floats of one byte, with scales per row, whose groups divide it."""
     shape, scale = (parts["data"].shape[0], parts["data"].shape[1]), parts["scale"]
-    block = (None, shape[1] // scale.shape[1] if scale.ndim == 2 and shape[1] % scale.shape[1] == 0 else None)
+    block = (None, _even_group(parts))
     dense = parts["data"].float()
     if "zero" in parts:
         dense = dense - spread(parts["zero"], shape, block)
     return dense * spread(scale, shape, block)
+
+
+def _even_group(parts: Parts) -> int | None:
+    """Inputs that share a scale of torchao; None: all of a row, or the groups do not divide it."""
+    width, scale = parts["data"].shape[1], parts["scale"]
+    return width // scale.shape[1] if scale.ndim == 2 and width % scale.shape[1] == 0 else None
 
 
 def nf4(parts: Parts, _options: Options) -> Tensor:
@@ -289,10 +295,12 @@ def compressed_packed(parts: Parts, options: Options) -> PackedMatrix | None:
 
 
 def torchao_packed(parts: Parts, _options: Options) -> PackedMatrix | None:
-    """torchao of 8 bits without zeros."""
-    if parts["data"].dtype is not torch.int8 or "zero" in parts:
+    """torchao of 8 bits without zeros, where an output has its own scales."""
+    data, scale = parts["data"], parts["scale"]
+    if data.dtype is not torch.int8 or "zero" in parts:
         return None
-    return _packed(parts["data"], parts["scale"].view(-1, 1), None, None)
+    grid = scale if scale.ndim == 2 else scale.reshape(-1, 1)
+    return _packed(data, grid, None, _even_group(parts)) if grid.shape[0] in (1, data.shape[0]) else None
 
 
 def _packed(numbers: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None) -> PackedMatrix | None:
