@@ -65,8 +65,10 @@ def merge_lora(model: Any, lora: str) -> Any:
             reason = " ".join(str(error).split())[:200]
             raise _refusal(lora, f"an adapter of this model; it does not fit: {reason}") from error
     with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
-        stored = set(file.keys())
-    strays = sorted(stored ^ set(get_peft_model_state_dict(adapted)))
+        stored: set[str] = set(file.keys())
+    # With or without embeddings of its own; peft's default is to ask the Hub about the base's.
+    wanted = [set(get_peft_model_state_dict(adapted, save_embedding_layers=is_whole)) for is_whole in (False, True)]
+    strays = min((sorted(stored ^ names) for names in wanted), key=len)
     if strays:
         raise _refusal(lora, f"an adapter of this model; {len(strays)} tensors do not fit, such as {strays[0]}")
     _check_not_shared(adapted, lora)
