@@ -180,11 +180,13 @@ def test_every_difference_that_matters_is_measured_apart(measuring):
     costs_for(measuring, ranks, model=msgspec.structs.replace(MODEL, kv_groups=(rounded,)))
     kept = msgspec.structs.replace(rounded, float32_partials=False)
     costs_for(measuring, ranks, model=msgspec.structs.replace(MODEL, kv_groups=(kept,)))
-    assert ranks.num_asked == 10
+    costs_for(msgspec.structs.replace(measuring, quantization="int8"), ranks)
+    costs_for(measuring, ranks, model=msgspec.structs.replace(MODEL, weight_bytes=MODEL.weight_bytes + 1))
+    assert ranks.num_asked == 12
 
 
 def test_the_keys_of_the_cache_differ_in_every_field():
-    base = MeasuredOn(("a",), (0,), "cpu", 2, 1, "heads", 5, None, "ray eth0", ("1",))
+    base = MeasuredOn(("a",), (0,), "cpu", 2, 1, "heads", 5, "none 20", None, "ray eth0", ("1",))
     others = {
         "hosts": ("b",),
         "nodes": (1,),
@@ -193,6 +195,7 @@ def test_the_keys_of_the_cache_differ_in_every_field():
         "num_threads": 2,
         "attention": "other",
         "num_parameters": 6,
+        "quantization": "int8 5",
         "simulated_links": "x",
         "executor": "ray ib0",
         "versions": ("2",),

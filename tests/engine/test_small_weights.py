@@ -238,6 +238,13 @@ def test_rejects_rounding_a_mixture_of_experts(quantization, tmp_path):
         Engine(config_of(tmp_path, quantization=quantization))
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_rejects_rounding_a_model_whose_layers_would_stay_dense(quantization):
+    message = rf"quantization: got '{quantization}' for a gpt2, whose layers are transposed \(Conv1D\) and would stay"
+    with pytest.raises(UnsupportedModelError, match=message):
+        Engine(config_of(proven_model("gpt2").path, quantization=quantization))
+
+
 def test_rejects_keeping_what_is_not_small(tmp_path):
     with pytest.raises(UnsupportedModelError, match="got 'keep' for dense weights, legal is none, int8 or int4"):
         Engine(config_of(proven_model("llama").path, quantization="keep"))

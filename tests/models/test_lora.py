@@ -79,6 +79,29 @@ def test_a_merged_adapter_gives_the_tokens_of_transformers_on_any_number_of_rank
     assert tokens_of(engine_config(base.path), references) != wanted
 
 
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_the_hub_is_not_asked_about_the_base_of_an_adapter(options, tmp_path, monkeypatch):
+    """Every rank would ask, and wait where there is no network."""
+    adapter, asked = write_adapter(tmp_path, **options), []
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "org/name"}))
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *names: asked.append(names))
+    path = proven_model("llama").path
+    assert load_model(path, torch.float32, show_progress=False, lora=adapter) is not None
+    assert not asked
+
+
+def test_an_adapter_of_whole_embeddings_brings_its_own(tmp_path):
+    adapter, path = write_adapter(tmp_path), proven_model("llama").path
+    weights = load_file(tmp_path / WEIGHTS_NAME)
+    for name in ("model.embed_tokens", "lm_head"):
+        weights[f"base_model.model.{name}.weight"] = torch.randn(COMMON["vocab_size"], COMMON["hidden_size"])
+    save_file(weights, tmp_path / WEIGHTS_NAME)
+    found = load_model(path, torch.float32, show_progress=False, lora=adapter).state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(found[name], weights[f"base_model.model.{name}"])
+
+
 def test_an_adapter_is_merged_before_weights_are_rounded(tmp_path):
     adapter, path = write_adapter(tmp_path), proven_model("llama").path
     one, other = (
@@ -148,6 +171,7 @@ def test_rejects_an_adapter_of_fewer_or_more_layers(tmp_path):
     refused(proven_model("llama").path, tmp_path, "an adapter of this model; 1 tensors do not fit, such as .*layers.7")
 
 
+@pytest.mark.skipif(not hasattr(peft.LoraConfig(), "alora_invocation_tokens"), reason="older peft has no such adapters")
 def test_rejects_an_adapter_that_cannot_be_merged(tmp_path):
     """It works on the tokens behind a text alone."""
     adapter = write_adapter(tmp_path, alora_invocation_tokens=[1, 2])

@@ -29,6 +29,8 @@ from longspan.models import dequantize
 from longspan.models.families import version_of
 from longspan.models.inspect import check_proven, inspect_model
 from longspan.models.loader import load_config, load_model
+from longspan.models.packed_linear import PackedLinear
+from longspan.models.small_weights import with_small_weights
 from longspan.native.packed import unpack
 
 COMPARED_FROM = (5, 24)
@@ -419,20 +421,42 @@ def test_rejects_a_grid_of_scales_whose_blocks_nothing_tells():
         dequantize.spread(torch.tensor([[1.0, 100.0]]), (1, 62))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
-def test_the_text_part_of_a_quantised_multimodal_repository_is_dequantised(name, tmp_path):
-    """Its tensors are renamed, and its config names the quantisation outside of the text part."""
-    whole = Path(multimodal_model(name).path)
-    quantize, stored, dense = fp8_blocks(48), {}, {}
+def write_multimodal(tmp_path, name, quantize, options):
+    """Write a repository whose text part is quantised, and its dense twin; tensors have the names of the whole."""
+    whole, stored, dense = Path(multimodal_model(name).path), {}, {}
     for tensor, weight in read_all(whole).items():
         stored[tensor] = dense[tensor] = weight
         if "language_model" in tensor and tensor.endswith("_proj.weight"):
             parts, dense[tensor] = quantize(tensor, weight)
+            del stored[tensor]
             stored |= parts
     config = json.loads((whole / "config.json").read_text())
-    for folder, tensors, extra in (("dense", dense, {}), ("small", stored, {"quantization_config": fp8_options(48)})):
+    for folder, tensors, extra in (("dense", dense, {}), ("small", stored, {"quantization_config": options})):
         (tmp_path / folder).mkdir()
         save_shards(tmp_path / folder, tensors)
         (tmp_path / folder / "config.json").write_text(json.dumps(config | extra))
     assert len(stored) > len(dense)
-    assert_same(weights_of(str(tmp_path / "small")), weights_of(str(tmp_path / "dense")))
+    return str(tmp_path / "small"), str(tmp_path / "dense")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_the_text_part_of_a_quantised_multimodal_repository_is_dequantised(name, tmp_path):
+    """Its tensors are renamed, and its config names the quantisation outside of the text part."""
+    small, dense = write_multimodal(tmp_path, name, fp8_blocks(48), fp8_options(48))
+    assert_same(weights_of(small), weights_of(dense))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_the_text_part_of_a_quantised_multimodal_repository_stays_small(name, tmp_path):
+    small, dense = write_multimodal(tmp_path, name, gptq(32), gptq_options())
+    config, generation_config = load_config(small)
+    spec = inspect_model(config, generation_config, torch.float32)
+    kept = load_model(small, torch.float32, show_progress=False, quantization="keep")
+    facts = with_small_weights(spec, small, config, torch.float32, "keep")
+    assert facts.weight_bytes == sum(weight.nbytes for weight in kept.parameters())
+    wanted = weights_of(dense)
+    found = {
+        f"{part}.weight": unpack(module.matrix) for part, module in kept.named_modules() if type(module) is PackedLinear
+    }
+    assert found.keys() == {part for part in wanted if part.endswith("_proj.weight")}
+    assert_same(found, {part: wanted[part] for part in found})

@@ -45,6 +45,8 @@ class MeasuredOn(msgspec.Struct, frozen=True):
     attention: str
     """Heads, widths, dtype and kernels, as text."""
     num_parameters: int
+    quantization: str
+    """Which weights are small, and the bytes of all, as text."""
     simulated_links: str | None
     executor: str
     """Executor, and the network interface that it was told to use."""
@@ -198,6 +200,7 @@ def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], n
             f"{kernels.fingerprint()}"
         ),
         num_parameters=model.num_parameters,
+        quantization=f"{config.quantization} {model.weight_bytes}",
         simulated_links=config.simulated_links,
         executor=f"{config.executor} {config.interface}",
         versions=(version("longspan"), str(torch.__version__), platform.python_version()),

@@ -17,8 +17,8 @@ from longspan.errors import ConfigError
 ADAPTER_CONFIG, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 
-def check_lora(lora: str) -> None:
-    """Check that a directory holds an adapter that can be merged.
+def check_lora(lora: str) -> Path:
+    """Check that a directory holds an adapter that can be merged, and return it.
 
     Raises:
         ConfigError: it does not, or the package that merges is missing.
@@ -34,6 +34,7 @@ def check_lora(lora: str) -> None:
         raise _refusal(lora, f"an adapter of peft_type LORA; this one is {kind!r}")
     if importlib.util.find_spec("peft") is None:
         raise _refusal(lora, "none without the package peft: pip install 'longspan[lora]'")
+    return path
 
 
 def _refusal(lora: str, legal: str) -> ConfigError:
@@ -53,10 +54,9 @@ def merge_lora(model: Any, lora: str) -> Any:
     Raises:
         ConfigError: the adapter was not made for a model of these layers and shapes, or cannot be merged into it.
     """
-    check_lora(lora)
+    path = check_lora(lora)
     from peft import PeftModel, get_peft_model_state_dict  # an optional package, and slow to import
 
-    path = Path(lora).expanduser()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of missing tensors, which are refused below
         try:
@@ -65,8 +65,10 @@ def merge_lora(model: Any, lora: str) -> Any:
             reason = " ".join(str(error).split())[:200]
             raise _refusal(lora, f"an adapter of this model; it does not fit: {reason}") from error
     with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
-        stored = set(file.keys())
-    strays = sorted(stored ^ set(get_peft_model_state_dict(adapted)))
+        stored: set[str] = set(file.keys())
+    # With or without embeddings of its own; peft's default is to ask the Hub about the base's.
+    wanted = [set(get_peft_model_state_dict(adapted, save_embedding_layers=is_whole)) for is_whole in (False, True)]
+    strays = min((sorted(stored ^ names) for names in wanted), key=len)
     if strays:
         raise _refusal(lora, f"an adapter of this model; {len(strays)} tensors do not fit, such as {strays[0]}")
     _check_not_shared(adapted, lora)

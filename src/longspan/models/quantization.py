@@ -22,6 +22,7 @@ from longspan.errors import UnsupportedModelError
 from longspan.models import dequantize
 from longspan.models.checkpoint import Checkpoint, LazyTensor
 from longspan.models.dequantize import Options, Parts
+from longspan.models.text_part import text_name
 from longspan.native.packed import PackedMatrix
 
 FIELD = "quantization_config"
@@ -261,7 +262,10 @@ class _Stored:
 
 
 class QuantizedCheckpoint:
-    """Checkpoint of quantised weights, seen as one of dense weights."""
+    """Checkpoint of quantised weights, seen as one of dense weights.
+
+    Quantised weights have the names that they have in the text model, also in a multimodal repository.
+    """
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         """Find the parts of every quantised weight.
@@ -291,10 +295,14 @@ class QuantizedCheckpoint:
         for name in names:
             stem = name.removesuffix(end)
             found = {role: stem + part for role, part in layout.parts.items()}
-            if stem == name or not names.issuperset(found.values()) or stem + layout.weight in self._quantized:
+            if (
+                stem == name
+                or not names.issuperset(found.values())
+                or text_name(stem + layout.weight) in self._quantized
+            ):
                 continue
             found |= {role: stem + part for role, part in layout.optional.items() if stem + part in names}
-            self._quantized[stem + layout.weight] = _Stored(layout, found)
+            self._quantized[text_name(stem + layout.weight)] = _Stored(layout, found)
 
     def packed(self, names: Collection[str], *, on_meta: bool = False) -> dict[str, PackedMatrix]:
         """Return the matrices that can stay small.

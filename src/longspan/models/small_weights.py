@@ -7,6 +7,7 @@ Read next: `longspan.models.packed_linear`; `longspan.models.loader`, which does
 import torch
 from msgspec import structs
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from longspan.config import QuantizationName
 from longspan.errors import UnsupportedModelError
@@ -45,6 +46,11 @@ def with_small_weights(
     elif spec.experts is not None:
         legal = "none: experts have no kernel"
         raise UnsupportedModelError(f"quantization: got {quantization!r} for a mixture of experts, legal is {legal}")
+    elif any(isinstance(module, Conv1D) for module in network.modules()):
+        raise UnsupportedModelError(
+            f"quantization: got {quantization!r} for a {config.model_type}, whose layers are transposed (Conv1D) and "
+            "would stay dense, legal is none"
+        )
     elif not round_linears_(network, bits):
         raise UnsupportedModelError(
             f"quantization: got {quantization!r} for a {config.model_type} without plain linear layers, legal is none"

@@ -74,6 +74,13 @@ def text_part(config: PreTrainedConfig, overrides: Mapping[str, Any] | None = No
     return text
 
 
+def text_name(name: str) -> str:
+    """Name in a repository of its own of a tensor in a multimodal one; other names stay."""
+    for pattern, replacement in KEY_MAPPING.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def text_tensors(names: Iterable[str]) -> list[str]:
     """Leave out the names of tensors that belong to images and sound."""
     return [name for name in names if not _OTHER_TENSORS.match(name)]

@@ -6,7 +6,6 @@ Read next: `longspan.worker.runner`.
 
 import os
 import sys
-from pathlib import Path
 
 import torch
 
@@ -24,6 +23,7 @@ from longspan.group.shape import GroupShape, ProcessId
 from longspan.group.worker_link import WorkerLink
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
 from longspan.models.loader import quiet_transformers
+from longspan.models.lora import check_lora
 from longspan.native.heap import keep_freed_memory
 from longspan.worker.build import build_runner, load_weights, open_device, with_options
 from longspan.worker.fault import Injector, read_fault
@@ -50,7 +50,7 @@ def serve(
     shape = GroupShape.of(start.config)
     is_first = shape.number(process) == 0
     tools = open_device(start, process)  # before anything that takes minutes
-    adapter = None if start.config.lora is None else Path(start.config.lora).expanduser()
+    adapter = None if start.config.lora is None else check_lora(start.config.lora)
     if (directory := local_directory(start.config.model)) is not None:  # before weights are read: that may take minutes
         link.send(Files(process, fingerprint(directory, adapter)))
     model = load_weights(start, tools.device, show_progress=is_first and sys.stderr.isatty(), tells=is_first)
