@@ -21,6 +21,8 @@ from longspan.models.inspect import inspect_model
 from longspan.models.shape import model_shape
 from longspan.types import AttentionParams
 
+pytestmark = pytest.mark.cover
+
 FAMILIES = sorted(name for name, (kind, _) in PROVEN_MODELS.items() if Need.LATENTS in PROVEN_FAMILIES[kind].needs)
 OPTIONS = {"context_parallel_size": 2, "placement": "striped", "page_size": 4, "stripe_size": 8}
 

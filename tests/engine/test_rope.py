@@ -23,6 +23,8 @@ from longspan.scheduler import plan_writer
 from longspan.scheduler.request import Request
 from longspan.types import RopeLengths, SamplingParams
 
+pytestmark = pytest.mark.cover
+
 ORIGINAL = 64
 NUM_TOKENS = 40
 PROMPT_LENS = (1, 40, 63, 64, 65, 150)

@@ -26,6 +26,8 @@ from longspan.native import kernels
 from longspan.native.packed import unpack
 from longspan.types import SamplingParams
 
+pytestmark = pytest.mark.cover
+
 needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")
 
 SPREADS = {

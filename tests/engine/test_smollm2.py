@@ -17,6 +17,8 @@ from longspan.models import smollm2 as module
 from longspan.models.loader import load_config, load_tokenizer
 from longspan.types import SamplingParams
 
+pytestmark = pytest.mark.cover
+
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CHAT = (

@@ -16,6 +16,8 @@ from longspan.models.families import proven_text_parts
 from longspan.models.inspect import check_proven
 from longspan.models.loader import load_config, load_config_file, load_model
 
+pytestmark = pytest.mark.cover
+
 OPTIONS = {
     "executor": "threads",
     "threads_per_rank": 1,

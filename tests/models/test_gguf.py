@@ -21,6 +21,8 @@ from longspan.models.loader import load_config, load_tokenizer, resolve_model
 from longspan.models.shape import load_shape
 from longspan.types import SamplingParams
 
+pytestmark = pytest.mark.cover
+
 TEXT = "The 1947th day's end, 47 at 1 the in Ångström A\u030a  \n\n  'll <|im_end|>don't"
 
 

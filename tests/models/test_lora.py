@@ -19,6 +19,8 @@ from longspan.models.loader import load_model
 from longspan.models.lora import ADAPTER_CONFIG, WEIGHTS_NAME, check_lora
 from longspan.types import SamplingParams
 
+pytestmark = pytest.mark.cover
+
 peft = pytest.importorskip("peft")
 
 

@@ -33,6 +33,8 @@ from longspan.models.packed_linear import PackedLinear
 from longspan.models.small_weights import with_small_weights
 from longspan.native.packed import unpack
 
+pytestmark = pytest.mark.cover
+
 COMPARED_FROM = (5, 24)
 """Version of Transformers whose own dequantising is compared: older ones round to bfloat16, or have no such option."""
 
