@@ -2,53 +2,13 @@
 
 import pytest
 import transformers
-from proven_models import NUM_TOKENS, PROVEN_MODELS, proven_model
+from proven_models import NUM_TOKENS, PROVEN_MODELS, SPREADS, proven_model
 from tiny_models import run_all
 
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.models.families import PROVEN_FAMILIES, version_of
 from longspan.types import SamplingParams
-
-SPREADS = {
-    "one": {"context_parallel_size": 1},
-    "gather_kv": {
-        "context_parallel_size": 2,
-        "placement": "striped",
-        "strategy": "gather_kv",
-        "page_size": 4,
-        "stripe_size": 4,
-        "max_num_batched_tokens": 33,
-    },
-    "pass_q": {
-        "context_parallel_size": 2,
-        "placement": "striped",
-        "strategy": "pass_q",
-        "page_size": 16,
-        "stripe_size": 32,
-        "max_num_batched_tokens": 100,
-    },
-    "pass_kv": {
-        "context_parallel_size": 3,
-        "placement": "striped",
-        "strategy": "pass_kv",
-        "page_size": 4,
-        "stripe_size": 8,
-        "max_num_batched_tokens": 64,
-    },
-    "tree": {
-        "context_parallel_size": 3,
-        "placement": "striped",
-        "strategy": "tree",
-        "nodes": (0, 0, 1),
-        "page_size": 4,
-        "stripe_size": 4,
-        "max_num_batched_tokens": 50,
-    },
-    "packed": {"context_parallel_size": 3, "placement": "packed", "page_size": 16, "max_num_batched_tokens": 129},
-    "auto": {"context_parallel_size": 2, "placement": "striped", "page_size": 16, "stripe_size": 16},
-}
-"""Ways to spread all prompts at once."""
 
 FAST = ("gather_kv", "pass_q", "pass_kv", "tree", "auto")
 FAST_CASES = [(name, FAST[i % len(FAST)]) for i, name in enumerate(PROVEN_MODELS)]

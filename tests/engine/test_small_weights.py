@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from proven_models import NUM_TOKENS, make_config, proven_model, randomize_, references_of
+from proven_models import NUM_TOKENS, SPREADS, make_config, proven_model, randomize_, references_of
 from quantized_models import (
     awq,
     compressed_options,
@@ -30,35 +30,6 @@ pytestmark = pytest.mark.cover
 
 needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")
 
-SPREADS = {
-    "one": {"context_parallel_size": 1},
-    "gather_kv": {
-        "context_parallel_size": 2,
-        "placement": "striped",
-        "strategy": "gather_kv",
-        "page_size": 4,
-        "stripe_size": 4,
-        "max_num_batched_tokens": 33,
-    },
-    "pass_q": {
-        "context_parallel_size": 2,
-        "placement": "striped",
-        "strategy": "pass_q",
-        "page_size": 16,
-        "stripe_size": 32,
-        "max_num_batched_tokens": 100,
-    },
-    "pass_kv": {
-        "context_parallel_size": 3,
-        "placement": "striped",
-        "strategy": "pass_kv",
-        "page_size": 4,
-        "stripe_size": 8,
-        "max_num_batched_tokens": 64,
-    },
-    "packed": {"context_parallel_size": 3, "placement": "packed", "page_size": 16, "max_num_batched_tokens": 129},
-}
-
 GROUPED = {"strategy": "group", "group_size": 32, "num_bits": 4}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -74,6 +45,9 @@ KEPT = {
     "w8a16": (compressed_packed(8, None, **FLOAT32), compressed_options("pack-quantized")),
     "int8": (compressed_plain("int", **FLOAT32), compressed_options("int-quantized")),
 }
+
+
+KEPT_SPREADS = ("one", "gather_kv", "pass_q", "pass_kv", "packed", "pass_q")
 
 
 def config_of(path, **options):
@@ -129,7 +103,7 @@ def test_packed_layers_are_fused(family, quantization):
     assert FUSED_LAYERS in speedups_of(model)
 
 
-@pytest.mark.parametrize(("name", "spread"), list(zip(KEPT, [*SPREADS, "pass_q"], strict=True)))
+@pytest.mark.parametrize(("name", "spread"), list(zip(KEPT, KEPT_SPREADS, strict=True)))
 def test_kept_weights_give_the_tokens_of_dequantised_ones(name, spread, kept):
     repository, references = kept(name)
     spec = check(repository.path, references, spread, quantization="keep")

@@ -67,6 +67,46 @@ NO_HEAD_DIM = {"head_dim": None, "num_attention_heads": 4}
 PROMPT_LENS = (1, 31, 97, 330)
 NUM_TOKENS = 24
 
+SPREADS = {
+    "one": {"context_parallel_size": 1},
+    "gather_kv": {
+        "context_parallel_size": 2,
+        "placement": "striped",
+        "strategy": "gather_kv",
+        "page_size": 4,
+        "stripe_size": 4,
+        "max_num_batched_tokens": 33,
+    },
+    "pass_q": {
+        "context_parallel_size": 2,
+        "placement": "striped",
+        "strategy": "pass_q",
+        "page_size": 16,
+        "stripe_size": 32,
+        "max_num_batched_tokens": 100,
+    },
+    "pass_kv": {
+        "context_parallel_size": 3,
+        "placement": "striped",
+        "strategy": "pass_kv",
+        "page_size": 4,
+        "stripe_size": 8,
+        "max_num_batched_tokens": 64,
+    },
+    "tree": {
+        "context_parallel_size": 3,
+        "placement": "striped",
+        "strategy": "tree",
+        "nodes": (0, 0, 1),
+        "page_size": 4,
+        "stripe_size": 4,
+        "max_num_batched_tokens": 50,
+    },
+    "packed": {"context_parallel_size": 3, "placement": "packed", "page_size": 16, "max_num_batched_tokens": 129},
+    "auto": {"context_parallel_size": 2, "placement": "striped", "page_size": 16, "stripe_size": 16},
+}
+"""Ways to spread all prompts at once."""
+
 PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     # name: model type, and what differs from the common sizes; None drops a field
     "afmoe": ("afmoe", {**EXPERTS, **LAYERS}),

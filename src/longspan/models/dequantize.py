@@ -219,7 +219,7 @@ def _awq_unpack(packed: Tensor) -> Tensor:
 
 
 def awq(parts: Parts, options: Options) -> Tensor:
-    """AWQ: whole numbers along the outputs, in a order of their own."""
+    """AWQ: whole numbers along the outputs, in an order of their own."""
     numbers, scales, zeros = awq_numbers(parts, options)
     shape, block = (numbers.shape[0], numbers.shape[1]), (None, group_size(options))
     return (numbers - spread(zeros, shape, block)) * spread(scales, shape, block)

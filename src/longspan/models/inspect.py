@@ -93,7 +93,7 @@ def inspect_model(
         generation_config: for the end tokens, beside those of `config`.
         dtype: dtype of weights and KV.
 
-        Returns:
+    Returns:
         The model's facts. Layers that share KV widths and window form one KV group.
 
     Raises:
