@@ -41,6 +41,28 @@ MAX_LATENT_WIDTH, MAX_REST_WIDTH = 512, 64
 
 
 @triton.jit
+def _load_rows(  # type: ignore[no-untyped-def]
+    offsets,
+    are_read,
+    lanes,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Load a tile [rows, BLOCK] of keys or values, 0 from WIDTH on. Rows that are not read may hold NaN."""
+    if MASKED:
+        x = tl.load(offsets, mask=are_read[:, None] & (lanes < WIDTH)[None, :], other=0.0)
+    elif WIDTH == BLOCK:
+        x = tl.load(offsets)
+    else:
+        x = tl.load(offsets, mask=(lanes < WIDTH)[None, :], other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
 def _over_key_tiles(  # type: ignore[no-untyped-def]
     acc,
     total,
@@ -85,24 +107,9 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
         count = BLOCK_N
         if MASKED:
             count = tl.load(tile + 1)
-        # Rows after a tile's last one may be another request's, or hold NaN: they must not be read.
-        if MASKED:
-            k = tl.load(k_offsets, mask=(columns < count)[:, None] & (k_lanes < k_width)[None, :], other=0.0)
-        elif k_width == K_BLOCK:
-            k = tl.load(k_offsets)
-        else:
-            k = tl.load(k_offsets, mask=(k_lanes < k_width)[None, :], other=0.0)
-        if UPCAST:
-            k = k.to(tl.float32)
+        k = _load_rows(k_offsets, columns < count, k_lanes, k_width, K_BLOCK, MASKED, UPCAST)
         if VALUES_IN_KEYS:
-            if MASKED:
-                v = tl.load(v_offsets, mask=(columns < count)[:, None] & (v_lanes < V_WIDTH)[None, :], other=0.0)
-            elif V_WIDTH == V_BLOCK:
-                v = tl.load(v_offsets)
-            else:
-                v = tl.load(v_offsets, mask=(v_lanes < V_WIDTH)[None, :], other=0.0)
-            if UPCAST:
-                v = v.to(tl.float32)
+            v = _load_rows(v_offsets, columns < count, v_lanes, V_WIDTH, V_BLOCK, MASKED, UPCAST)
             scores = tl.dot(q, tl.trans(v), input_precision=PRECISION)
             scores = tl.dot(q_rest, tl.trans(k), scores, input_precision=PRECISION)
         else:
@@ -129,14 +136,7 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
         keep = tl.exp2(top - base)
         total = total * keep + tl.sum(weights, 1)
         if not VALUES_IN_KEYS:
-            if MASKED:
-                v = tl.load(v_offsets, mask=(columns < count)[:, None] & (v_lanes < V_WIDTH)[None, :], other=0.0)
-            elif V_WIDTH == V_BLOCK:
-                v = tl.load(v_offsets)
-            else:
-                v = tl.load(v_offsets, mask=(v_lanes < V_WIDTH)[None, :], other=0.0)
-            if UPCAST:
-                v = v.to(tl.float32)
+            v = _load_rows(v_offsets, columns < count, v_lanes, V_WIDTH, V_BLOCK, MASKED, UPCAST)
         acc = tl.dot(weights.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         top = new_top
     return acc, total, top
