@@ -38,13 +38,13 @@ test-gpu: $(STAMP)
 	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/triton_kernels/test_kernels.py tests/cp/test_fixed_steps.py
 	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/engine/test_families.py -k "other_backends"
 
-# Format, lint, types, layers, fast tests; under two minutes.
+# Format, lint, types, layers, and of each fast test two cases; under two minutes.
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST) -n auto -m "not slow and not processes and not cover" -x
+	$(PYTEST) -n auto -m "not slow and not processes and not cover" --cases 2 -x
 
 # The plugin inside vLLM's CPU build, in an environment of its own. pip must find the CPU build of torch 2.13.0: name
 # PyTorch's CPU index in PIP_EXTRA_INDEX_URL where it does not. The three packages removed are made for other builds.

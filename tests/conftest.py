@@ -22,6 +22,23 @@ if os.environ.get("LONGSPAN_TEST_DEVICE", "cpu") == "cpu":  # `make test-gpu` sa
     os.environ["TRITON_INTERPRET"], os.environ["CUDA_VISIBLE_DEVICES"] = "1", ""
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases", type=int, metavar="N", help="of each parametrised test, run N cases that lie evenly among all"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if (wanted := config.getoption("cases")) is None:
+        return
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {id(several[number * len(several) // wanted]) for several in cases.values() for number in range(wanted)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
 @dataclass
 class Outcome:
     """What a command left behind."""
@@ -29,6 +46,13 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Each test draws from torch what it would draw if it ran alone; tests without torch do not import it."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ def meant_pairs(segments, window) -> dict[tuple[int, int], int]:
     return pairs
 
 
+@pytest.mark.cover
 @settings(max_examples=400, deadline=None)
 @given(case=cases(), queries_per_tile=st.integers(1, 9), keys_per_tile=st.sampled_from([1, 2, 4, 8]))
 def test_tables_show_exactly_the_pairs_of_the_segments(case, queries_per_tile, keys_per_tile):

@@ -297,6 +297,7 @@ def test_json_holds_everything(plan, llama):
         assert one["decode"]["dense_s"] + one["decode"]["attention_s"] > one["decode_floor_s"] > 0
 
 
+@pytest.mark.cover
 def test_what_does_not_fit_is_an_answer_and_not_a_failure(cache_home, tmp_path):
     path = write_config(tmp_path, LLAMA_3_405B)
     outcome = CliRunner().invoke(
@@ -351,6 +352,7 @@ def test_measured_rates_come_from_a_file_in_their_own_dtype(plan, llama, tmp_pat
     assert "assumed shares" not in text
 
 
+@pytest.mark.cover
 def test_a_picture_is_a_png(plan, llama, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "plan.png"

@@ -51,6 +51,7 @@ def test_ranks_of_a_host_meet_over_unix_sockets_and_others_over_tcp_without_dela
             connection.close()
 
 
+@pytest.mark.cover
 def test_rejects_a_rank_that_does_not_know_the_secret(monkeypatch):
     monkeypatch.setattr(connect, "own_host_id", lambda: f"host {threading.get_ident()}")
     meetings = [Meeting("unused", None, "127.0.0.1", key) for key in (b"k", b"other")]

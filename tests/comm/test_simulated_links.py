@@ -109,6 +109,7 @@ def test_several_users_of_a_clock_never_overlap():
     assert all(b - a >= 0.000999 for a, b in itertools.pairwise(ends))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("nodes", ["0,1,2", "0,1,1"])
 def test_tokens_over_simulated_links_are_those_of_transformers(nodes, capfd):
     model = tiny_model("gemma3")

@@ -247,6 +247,7 @@ def test_chunks_cut_by_time_end_where_snake_order_has_come_round(num_ranks):
         assert max(work) == pytest.approx(min(work))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_short_chunk_behind_a_long_context_is_cut_by_what_its_strategy_lets_each_rank_compute(num_ranks):
     """Its tokens have one owner. Where queries move, that rank computes its share of the keys and not all of them."""
@@ -295,6 +296,7 @@ def test_in_one_step_the_chunks_of_several_prompts_share_the_time():
     assert all(max(ranks.flops(plan)) <= LIMIT for plan in several)
 
 
+@pytest.mark.cover
 def test_the_learnt_rate_cuts_the_next_chunks():
     """The first guess is far too high; a few steps later every chunk takes about as long as asked."""
     ranks = timed_ranks(2, placement="striped", max_num_batched_tokens=640)

@@ -245,6 +245,7 @@ def test_a_tree_sends_each_row_to_a_node_once(num_ranks, num_nodes):
             assert len(crossing) == num_ranks * per_rank
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("strategy", [PASS_Q, TREE])
 def test_the_memory_of_queries_under_way_does_not_grow_with_the_ranks(strategy):
     """Two units are ahead at most; each brings one block to a rank, but in a `tree` every mate relays one."""
@@ -446,6 +447,7 @@ def block_peak(monkeypatch: pytest.MonkeyPatch, strategy: Strategy, num_ranks: i
     return max(meter.peak.values())
 
 
+@pytest.mark.cover
 def test_the_rings_memory_is_three_blocks_whatever_the_ranks_and_the_context(monkeypatch):
     block_bytes = 8 * make_group([0]).spec.layout.token_bytes
     for num_ranks in (2, 3, 5, 8):

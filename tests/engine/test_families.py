@@ -275,6 +275,7 @@ def test_a_request_that_outgrows_its_rank_in_decode_is_joined_by_another(family,
     assert request.output_token_ids == reference.token_ids
 
 
+@pytest.mark.cover
 def test_window_pages_are_freed_and_used_again_by_others():
     model = tiny_model("mistral-window-24")
     with tiny_engine(
@@ -315,6 +316,7 @@ def test_packed_requests_run_side_by_side():
     assert [r.output_token_ids for r in requests] == [reference.token_ids for reference in model.references * 3]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_requests_that_come_while_others_run_change_nothing(family):
     """Packed and striped requests share ranks (auto), arrive late, and one ends early."""
@@ -339,6 +341,7 @@ def test_requests_that_come_while_others_run_change_nothing(family):
     assert [r.output_token_ids for r in requests] == [reference.token_ids for reference in done]
 
 
+@pytest.mark.cover
 def test_local_attention_keeps_every_request_on_one_rank():
     model = tiny_model("qwen3")
     with tiny_engine(model, context_parallel_size=2, strategy="local") as engine:

@@ -191,6 +191,7 @@ def test_rejects_more_ranks_than_gpus_and_old_gpus(visible):
     check_capability("A100", (8, 0))
 
 
+@pytest.mark.cover
 def test_looks_at_gpus_in_a_process_of_its_own():
     assert find_gpus() == []  # what the real script says here
     assert find_gpus("print('a warning'); print('[[\"H\", [9, 0], 5]]')") == [GPU("H", (9, 0), 5)]
@@ -319,6 +320,7 @@ def test_the_triton_backend_needs_a_gpu_or_its_interpreter(monkeypatch):
         make_backend("triton", "cpu")
 
 
+@pytest.mark.cover
 def test_weight_bytes_count_every_weight_once():
     model = tiny_model("llama-one-kv-head")  # with tied embeddings
     spec = inspect_model(load_config(model.path)[0], None, torch.float32)
@@ -362,6 +364,7 @@ def test_ranks_of_one_machine_talk_over_the_loopback_interface():
     assert {worker_environment(1)[f"{library}_SOCKET_IFNAME"] for library in ("GLOO", "NCCL")} == {"lo"}
 
 
+@pytest.mark.cover
 def test_the_parent_of_ranks_does_not_look_at_gpus():
     """CUDA does not survive a fork, so nothing that the parent imports may start it."""
     program = """

@@ -276,6 +276,7 @@ def test_ranks_end_with_the_process_that_forked_them(own_tmp):
     assert leftovers(own_tmp) == []
 
 
+@pytest.mark.cover
 def test_what_ranks_import_starts_no_thread():
     """Only the thread that forks lives on in a rank."""
     script = "import os, longspan.worker.serve; print(len(os.listdir('/proc/self/task')))"

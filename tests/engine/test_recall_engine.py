@@ -65,6 +65,7 @@ def test_variants_are_continued_over_three_ranks(models, variant):
     check_oracle(models[variant], match_len, 1500, context_parallel_size=3)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_facts_at_every_depth_of_a_text_are_found(models, num_ranks):
     text = SOURCE_TEXT[:6000]
@@ -112,6 +113,7 @@ def test_votes_on_several_ranks_give_their_closed_form_logits(models, num_ranks,
         assert (found - logits.log_softmax(-1)).abs().max() < (1e-3 if num_ranks == 1 else LSE_ROUNDING)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_a_long_copy_crosses_stripes_and_ranks_in_decode(models, num_ranks):
     ids = [token % 128 for token in random_prompt(600, 3)]

@@ -133,6 +133,7 @@ def test_a_rank_is_lost_when_one_of_its_processes_is(group, launcher):
         executor.submit(a_plan(2, 1)).result(20.0)
 
 
+@pytest.mark.cover
 def test_a_group_that_lacks_a_process_is_not_ready_and_names_it(launcher, monkeypatch):
     monkeypatch.setattr("longspan.engine.watch.LATECOMERS_S", 0.1)
 

@@ -115,6 +115,7 @@ def test_a_refused_worker_raises_what_the_driver_said(driver):
     worker.close()
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("answers", "words"), [(True, "does not answer"), (False, "cannot be reached")])
 def test_a_driver_that_is_silent_is_told_from_one_that_is_not_there(answers, words):
     driver = DriverLink("tcp://127.0.0.1:*", SECRET)

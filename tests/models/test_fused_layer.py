@@ -40,6 +40,7 @@ def logits(model: nn.Module, num_tokens: int, first: int = 0) -> torch.Tensor:
     return output.logits[0]
 
 
+@pytest.mark.cover
 @needs_kernel
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in OWN_LAYERS])
 def test_every_dense_family_is_fused_and_computes_the_same(family, monkeypatch):

@@ -404,6 +404,7 @@ def llm(model_path):
         yield running
 
 
+@pytest.mark.cover
 def test_outputs_satisfy_the_schema_greedy_and_sampled_on_any_number_of_ranks(llm, model_path):
     params = [
         SamplingParams(max_tokens=MOST_TOKENS, json_schema=json.dumps(SCHEMA), **more)

@@ -113,6 +113,7 @@ def test_every_gram_that_occurred_once_is_continued(model_paths, variant, dtype,
         assert logits[position : position + len(answer)].argmax(-1).tolist() == answer
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("dtype", "num_bytes"), [(torch.float32, 4000), (torch.bfloat16, 6000)])
 def test_needles_are_found_in_kilobytes_of_text(model_paths, dtype, num_bytes):
     ids, questions = prompt_with_needles(num_bytes)
@@ -237,6 +238,7 @@ texts = st.lists(
 ).map("".join)
 
 
+@pytest.mark.cover
 @given(text=texts)
 def test_a_text_is_its_bytes_and_comes_back_unchanged(tokenizer, text):
     ids = tokenizer(text).input_ids

@@ -25,6 +25,7 @@ print(*faults)
 """
 
 
+@pytest.mark.cover
 @has_mallopt
 def test_freed_memory_is_used_again_without_page_faults():
     output = subprocess.run([sys.executable, "-c", _PROGRAM], check=True, capture_output=True, text=True).stdout

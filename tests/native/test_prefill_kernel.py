@@ -52,6 +52,7 @@ def runs_of_keys(draw):
     return seen
 
 
+@pytest.mark.cover
 @needs_kernel
 @settings(max_examples=200, deadline=None)
 @given(
@@ -146,7 +147,7 @@ def test_a_row_that_sees_nothing_stays_empty_when_threads_share_its_keys():
     assert not out[0].any()
     want_out, want_lse = expected(q, k, k[:, :, :512], 0.1, [kernels.SeenKeys(0, 1500, lead=-1)])
     torch.testing.assert_close(out[1].double(), want_out[1], rtol=0, atol=2e-5)
-    torch.testing.assert_close(lse[1].double(), want_lse[1], rtol=0, atol=5e-6)
+    torch.testing.assert_close(lse[1].double(), want_lse[1], rtol=0, atol=2e-5)
 
 
 # -- linear layers -----------------------------------------------------------------------------------------------------

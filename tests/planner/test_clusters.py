@@ -197,6 +197,7 @@ def test_rejects_files_that_say_something_else(tmp_path, data, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.cover
 def test_rejects_a_file_of_brackets_in_one_line(tmp_path):
     (tmp_path / "deep.yaml").write_text("[" * 5000)
     with pytest.raises(ConfigError, match="legal is YAML or JSON"):

@@ -77,6 +77,7 @@ def test_defaults_are_the_engines():
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 @given(
     windows=st.sampled_from([(None,), (512,), (None, 1024), (None, 4096, 300)]),
     num_ranks=st.integers(1, 12),
@@ -174,6 +175,7 @@ def test_more_context_never_takes_less_time(num_devices):
     assert all(a <= b * 1.0001 for a, b in itertools.pairwise(each))
 
 
+@pytest.mark.cover
 def test_no_prediction_is_below_the_floor_and_long_prompts_come_near_it():
     shape = make_shape()
     for num_devices, length in itertools.product([1, 8, 32], [2048, 131_072, 1_048_576]):
@@ -302,6 +304,7 @@ def test_floors_are_counted_pair_by_pair_and_byte_by_byte():
     assert decode_bytes(shape, 20) == weights + (21 + 7) * 2 * 8 * 128 * 2
 
 
+@pytest.mark.cover
 def test_128_ranks_are_planned_from_few_steps():
     """Not a matter of time here: the number of predicted steps and of their segments is bounded."""
     shape, costs = make_shape(layers=1), costs_of(128)

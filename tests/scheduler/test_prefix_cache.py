@@ -681,6 +681,7 @@ def test_a_request_that_must_wait_leaves_the_order_of_eviction_alone():
     ranks.run_to_the_end()
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("placement", ["auto", "striped"])
 def test_a_request_that_must_wait_costs_no_look_at_its_pages_with_every_step(placement, monkeypatch):
     ranks = make_ranks(2, placement=placement, memory_tokens=800)

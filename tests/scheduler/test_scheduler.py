@@ -99,6 +99,7 @@ def test_the_same_calls_give_the_same_plans(seed):
     assert first.plans == second.plans
 
 
+@pytest.mark.cover
 def test_the_scenarios_reach_what_they_are_meant_to_reach():
     """Else the tests above prove little: several ranks, spills, replaced tables, parallel plans, holes, waiting."""
     reached = set()

@@ -281,6 +281,7 @@ def test_chat_logprobs_tell_bytes(server, llm):
     assert [entry["top_logprobs"] for entry in plain] == [[]] * 30
 
 
+@pytest.mark.cover
 def test_an_answer_may_take_all_that_fits(cache_home):
     ids = len(RENDERED)
     with serving(config=ServerConfig(max_model_len=ids + 30)) as served:

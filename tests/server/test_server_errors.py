@@ -395,6 +395,7 @@ def test_a_full_queue_is_said_with_429(cache_home):
         served.wait_until_free()
 
 
+@pytest.mark.cover
 def test_nobody_is_refused_while_there_is_a_place(cache_home):
     with serving(config=ServerConfig(max_queued_requests=1), max_num_seqs=16) as served:
         slow_down(served, 0.02)
@@ -460,6 +461,7 @@ def send(client, body, length=None):
     client.sendall(f"{head}Content-Length: {length or len(body)}\r\n\r\n".encode() + body)
 
 
+@pytest.mark.cover
 def test_a_body_that_does_not_come_is_not_waited_for(cache_home, monkeypatch):
     monkeypatch.setattr("longspan.server.limits.BODY_S", 1.0)
     with serving() as served, connect(served) as client:
@@ -505,6 +507,7 @@ def test_what_waits_for_a_slow_client_is_bounded(cache_home, monkeypatch):
 # -- ends --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 def test_while_it_drains_a_server_takes_nothing_new(cache_home):
     with serving() as served:
         slow_down(served, 0.05)

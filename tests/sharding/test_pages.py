@@ -195,6 +195,7 @@ def test_freeing_in_the_middle_of_a_run_keeps_its_end_in_place():
     assert table.key_runs(1, 0, 99) == [KeyRun(12, 52, 8)]
 
 
+@pytest.mark.cover
 @given(
     page_size=st.sampled_from([1, 4]),
     runs=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(1, 3)), min_size=1, max_size=12),

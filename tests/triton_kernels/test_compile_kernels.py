@@ -29,6 +29,7 @@ def assert_fits(kernels: list[dict]) -> None:
         assert kernel["shared_bytes"] <= 232_448, kernel
 
 
+@pytest.mark.cover
 def test_the_usual_kernels_fit_and_decode_leaves_room_for_three_blocks_per_processor():
     kernels = compile_all(*USUAL)
     assert [kernel["kernel"] for kernel in kernels] == USUAL

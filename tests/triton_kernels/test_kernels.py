@@ -54,6 +54,7 @@ def test_any_segments_match_float64_and_rows_outside_them_are_not_read(case, hea
     check(q, k, v, segments, params)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("heads", [(4, 4), (7, 1), (16, 2), (6, 3)])
 @pytest.mark.parametrize("width", [64, 96])
 def test_a_chunk_with_its_past_crosses_tiles_with_and_without_masks(heads, width):
@@ -249,6 +250,7 @@ def test_rejects_what_the_kernel_does_not_take(change, message):
         )
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("params", [AttentionParams(0.125), AttentionParams(0.125, softcap=5.0, window=30)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_check_at_start_passes_and_covers_tiles_splits_and_the_merge(params, dtype, monkeypatch):

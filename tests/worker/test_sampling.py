@@ -364,6 +364,7 @@ def outputs(model, prompts, params, **options):
     return [request.output_token_ids for request in requests]
 
 
+@pytest.mark.cover
 def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it_and_wherever(model):
     prompts = [reference.prompt for reference in model.references]
     alone = [outputs(model, [prompt], SAMPLED)[0] for prompt in prompts]
