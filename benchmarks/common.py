@@ -25,7 +25,10 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longspan.config import EngineConfig
+from longspan.costmodel.model_time import decode_bytes, prefill_flops
+from longspan.costmodel.shapes import ModelShape
 from longspan.engine.engine import Engine
+from longspan.models.shape import load_shape
 from longspan.types import SamplingParams
 
 VOCAB_SIZE = 256
@@ -60,20 +63,15 @@ class Work:
     """Per output token: all weights, and the KV of the prompt."""
 
 
-def work(model: Path, prompt_len: int) -> Work:
-    """Counted from the config: 2 flops per weight and token, 4 per query, visible key and head element.
+def shape(model: Path) -> ModelShape:
+    """Of a model's files, with float32 weights and KV."""
+    return load_shape(str(model), "float32")
 
-    In the last layer a prompt's inner tokens need their keys and values only, so nothing else is counted there.
-    """
-    c = LlamaConfig.from_pretrained(model)
-    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    layer = attention + 3 * c.hidden_size * c.intermediate_size
-    weights, inner = c.num_hidden_layers * layer, (c.num_hidden_layers - 1) * layer
-    inner += 2 * c.hidden_size * c.head_dim * c.num_key_value_heads
-    pairs = prompt_len * (prompt_len + 1) / 2
-    scores = 4 * pairs * c.num_attention_heads * c.head_dim * (c.num_hidden_layers - 1)
-    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4 * prompt_len
-    return Work(2 * inner * prompt_len + scores, (weights + c.vocab_size * c.hidden_size) * 4 + kv)
+
+def work(model: Path, prompt_len: int) -> Work:
+    """What the cost model counts: the fewest flops of a prompt, the fewest bytes of an output token."""
+    known = shape(model)
+    return Work(prefill_flops(known, prompt_len), decode_bytes(known, prompt_len))
 
 
 def matmul_rate(num_threads: int) -> float:
@@ -144,12 +142,12 @@ class LongspanRunner:
 
 
 class TransformersRunner:
-    """Transformers with sdpa attention and its default cache, in this process."""
+    """Transformers with the attention that it chooses (sdpa where a family has it) and its default cache."""
 
     def __init__(self, model: Path, num_threads: int) -> None:
         self.name = f"transformers sdpa 1 x {num_threads}"
         self._num_threads = num_threads
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.run(random_prompt(256, 99), 2)
 
     @torch.inference_mode()

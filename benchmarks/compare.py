@@ -1,11 +1,12 @@
 """longspan beside Transformers, vLLM and llama.cpp: the same weights, prompts and two cores, in one run.
 
-    python benchmarks/compare.py [--models 20m,500m] [--lengths 1024,16384,65536] [--peers transformers,vllm,llamacpp]
+    python benchmarks/compare.py [--models 20m,500m] [--lengths 1024,16384,65536] [--peers transformers,vllm,llamacpp|none]
                                  [--tokens 48] [--repeats 3] [--cores 0,1] [--json] [--save]
 
 Takes about an hour by default (model 20m; prompts of 1k and 16k tokens three times, of 64k once); `--models 500m` takes
-another, at 1k and 16k only. Needs two cores, 16 GiB of memory and, for vLLM and llama.cpp, pip, a C++ compiler and
-4 GB of disk: they get environments of their own in `benchmarks/.peers` (see `peers/environments.py`).
+another, at 1k and 16k only, and each model of `families.py` half an hour. Needs two cores, 24 GiB of memory and, for
+vLLM and llama.cpp, pip, a C++ compiler and 4 GB of disk: they get environments of their own in `benchmarks/.peers` (see
+`peers/environments.py`).
 
 Every engine is a process group of its own, with random float32 weights from the same files. All are started for each
 model and length, one after the other, and warmed up; then each repeat gives one new prompt to one engine after the
@@ -39,7 +40,7 @@ from peers.engines import PEERS, TRANSFORMERS, Task, chosen, parse_cores
 from peers.environments import InstallationError
 from peers.goals import goal_table
 from peers.measure import Comparison, say, write_gguf
-from peers.models import SIZES, ModelSize, make
+from peers.models import SIZES, BenchmarkModel, make
 from peers.plot import draw
 
 LONG = 32768
@@ -95,7 +96,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--models", type=lambda text: names(text, tuple(SIZES)), default=["20m"])
     options.add_argument("--lengths", type=lengths, default=[1024, 16384, 65536], help="tokens of prompts")
-    options.add_argument("--peers", type=lambda text: names(text, PEERS), default=list(PEERS))
+    options.add_argument("--peers", type=lambda text: names(text, (*PEERS, "none")), default=list(PEERS))
     options.add_argument("--tokens", type=count(2, 1024), default=48, help="tokens to generate")
     options.add_argument(
         "--repeats", type=count(1, 100), default=3, help=f"up to {LONG} tokens; longer prompts run once"
@@ -113,7 +114,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def compare_model(
-    size: ModelSize, options: argparse.Namespace
+    size: BenchmarkModel, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
     """Rows, facts per length, and what failed."""
     rows: list[dict[str, Any]] = []
@@ -121,7 +122,7 @@ def compare_model(
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as directory:
         model = make(size, Path(directory) / size.name)
-        if "llamacpp" in options.peers:
+        if "llamacpp" in options.peers and size.has_gguf:
             write_gguf(model)
         for length in options.lengths:
             if length > size.max_length:
@@ -174,8 +175,8 @@ def print_result(result: dict[str, Any]) -> None:
         print(f"\nFAILED: {failure}")
 
 
-def main() -> int:
-    options = parse_options()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
     os.sched_setaffinity(0, options.cores)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

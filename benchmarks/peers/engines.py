@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.environments import python_of
-from peers.models import ModelSize, sizes
+from peers.models import BenchmarkModel, sizes
 from peers.process import Command
 
 DRIVERS = Path(__file__).parent / "drivers"
@@ -124,12 +124,14 @@ LLAMACPP_F32 = EngineSpec(
 PEER_ENGINES = (TRANSFORMERS, VLLM_TP1, VLLM_TP2, LLAMACPP_F32, LLAMACPP_F16)
 
 
-def chosen(size: ModelSize, length: int, peers: Sequence[str]) -> list[EngineSpec]:
+def chosen(size: BenchmarkModel, length: int, peers: Sequence[str]) -> list[EngineSpec]:
     """Engines of one comparison, in the order of their first turn."""
     longspan = [LONGSPAN_1X2, LONGSPAN_2X1]
     if size.single_rank_from is not None and length >= size.single_rank_from:
         longspan.append(LONGSPAN_1X1)
-    return longspan + [engine for engine in PEER_ENGINES if engine.peer in peers]
+    engines = (TRANSFORMERS, VLLM_TP1, LLAMACPP_F32) if size.one_setting_per_peer else PEER_ENGINES
+    known = [peer for peer in peers if peer != "llamacpp" or size.has_gguf]
+    return longspan + [engine for engine in engines if engine.peer in known]
 
 
 def parse_cores(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Transformers with sdpa attention and its default cache, one prompt at a time.
+"""Transformers with the attention that it chooses and its default cache, one prompt at a time.
 
 Read next: `protocol.py`.
 """
@@ -20,10 +20,12 @@ class TransformersEngine:
 
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(options["num_threads"])
-        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            options["model"], dtype=torch.float32, attn_implementation="sdpa"
-        )
+        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.float32)
         self.facts = {"version": transformers.__version__, "torch": torch.__version__}
+        self.facts |= {
+            "attention": self._model.config._attn_implementation,
+            "experts": self._model.config._experts_implementation,
+        }
 
     def run(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
         import torch
