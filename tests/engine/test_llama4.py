@@ -93,13 +93,12 @@ def _temperature_by_row(monkeypatch):
 
 
 def _an_expert_dropped(monkeypatch):
-    functions = dict(chosen_experts.ALL_EXPERTS_FUNCTIONS)
-    grouped = functions["grouped_mm"]
+    compute_all = chosen_experts.compute_by_expert
 
     def compute(experts, rows, chosen, scores):
-        return grouped(experts, rows, chosen, scores.masked_fill(chosen == 1, 0.0))
+        return compute_all(experts, rows, chosen, scores.masked_fill(chosen == 1, 0.0))
 
-    monkeypatch.setattr(chosen_experts, "ALL_EXPERTS_FUNCTIONS", {**functions, "grouped_mm": compute})
+    monkeypatch.setattr(chosen_experts, "compute_by_expert", compute)
 
 
 @pytest.mark.parametrize(

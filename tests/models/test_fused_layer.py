@@ -5,9 +5,10 @@ import torch
 from tiny_models import FAMILIES, load_reference, tiny_model
 from torch import nn
 
-from longspan.models import fused_layer, fused_layer_gemm, onednn
+from longspan.models import fused_layer_gemm, onednn
 from longspan.models.fused_layer import fuse_layers_
 from longspan.models.hook import AttentionCall
+from longspan.models.same_result import KNOWN_ACTIVATIONS
 from longspan.native import kernels
 from longspan.native import layer as native_layer
 
@@ -199,7 +200,7 @@ def test_many_rows_without_onednn(monkeypatch):
 
 @needs_kernel
 @pytest.mark.parametrize("size", [-90.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 90.0])
-@pytest.mark.parametrize(("name", "activation"), fused_layer.KNOWN_ACTIVATIONS.items())
+@pytest.mark.parametrize(("name", "activation"), KNOWN_ACTIVATIONS.items())
 def test_activations_neither_overflow_nor_lose_their_small_values(name, activation, size):
     hidden, inner, width = 16, 32, 16
     eye = torch.eye(hidden)

@@ -15,6 +15,7 @@ from longspan.models.linear import CPULinear
 from longspan.models.speedups import (
     ALWAYS,
     COMPILED,
+    EXPERTS,
     FUSED_LAYERS,
     LAST_LAYER,
     LINEAR,
@@ -65,14 +66,18 @@ def logits(model: nn.Module, num_tokens: int, rows: torch.Tensor | None = None) 
 
 @pytest.mark.filterwarnings("ignore:Dynamo")  # it cannot trace into `linear`, which no GPU has
 @pytest.mark.parametrize("chosen", COMBINATIONS, ids=lambda chosen: "+".join(names(chosen)) or "none")
-@pytest.mark.parametrize("family", ["qwen2", pytest.param("gemma3", marks=pytest.mark.cover)])
+@pytest.mark.parametrize(
+    "family", ["qwen2", *(pytest.param(f, marks=pytest.mark.cover) for f in ("gemma3", "qwen3_moe"))]
+)
 def test_every_combination_computes_what_the_plain_model_does(family, chosen, quick_compiler):
     model = tiny_model(family)
     module, plain = model.load(), model.load()
     speed_up_(module, chosen)
-    has_kernel = kernels.is_available()
+    unused = (
+        (FUSED_LAYERS if family == "qwen3_moe" else EXPERTS,) if kernels.is_available() else (FUSED_LAYERS, EXPERTS)
+    )
     assert names(speedups_of(module)) == [
-        speedup.name for speedup in chosen if speedup.takes(plain) and (has_kernel or speedup is not FUSED_LAYERS)
+        speedup.name for speedup in chosen if speedup.takes(plain) and speedup not in unused
     ]
     for num_tokens, rows in ((1, None), (9, None), (150, None), (150, [0, 77, 149]), (20, [19])):
         read = None if rows is None else torch.tensor(rows, device=DEVICE)

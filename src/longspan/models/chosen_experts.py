@@ -8,12 +8,15 @@ experts on all tokens. Experts map 0 to 0, so those can be left out. Its other f
 what an expert returns; here each token is scaled before, and the functions get scores of 1.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from longspan.models.cpu_experts import compute_by_expert
 
 
 def compute_chosen_experts_(model: Any) -> int:
@@ -56,7 +59,15 @@ def _mixture(mixture: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 def _experts(experts: Any, hidden: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
     """Sum [T, width] of what the chosen experts [T, k] make of the tokens [T, width] scaled by their scores [T, k]."""
     rows = (hidden[:, None] * scores[:, :, None]).flatten(0, 1)  # [T k, width]
-    # batched_mm runs on the meta device, and is far too slow to run; grouped_mm needs data.
-    compute = ALL_EXPERTS_FUNCTIONS["batched_mm" if hidden.is_meta else "grouped_mm"]
+    compute = _compute(hidden.device.type)
     each: Tensor = compute(experts, rows, chosen.reshape(-1, 1), torch.ones_like(scores).reshape(-1, 1))
     return each.view(*chosen.shape, hidden.shape[1]).sum(dim=1)
+
+
+def _compute(device_type: str) -> Callable[..., Tensor]:
+    """Function that computes one chosen expert per row."""
+    if device_type == "cpu":
+        return compute_by_expert
+    # batched_mm runs on the meta device, and is far too slow to run; grouped_mm needs data.
+    found: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS["batched_mm" if device_type == "meta" else "grouped_mm"]
+    return found

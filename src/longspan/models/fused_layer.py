@@ -18,24 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from longspan.models import fused_layer_gemm
 from longspan.models.hook import AttendFunction, AttentionCall
 from longspan.models.last_layer import READ_ROWS
 from longspan.models.packed_linear import PackedLinear
+from longspan.models.same_result import activation_name, agree, random_rows
 from longspan.native.kernels import MAX_LINEAR_ROWS, MAX_ROWS
 from longspan.native.layer import FusedLayer, LayerWeights, Matrix
 
 _log = logging.getLogger(__name__)
-
-TOLERANCE = 1e-5
-"""Largest difference between both forms of a layer, relative to the largest output: float32 sums in another order."""
-
-KNOWN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 
 def fuse_layers_(model: nn.Module) -> int:
@@ -157,7 +149,7 @@ def _fused(layer: Any) -> FusedLayer:
         weights,
         width=attention.head_dim,
         has_rope=bool(getattr(attention, "use_rope", True)),
-        activation=_activation(mlp.act_fn),
+        activation=activation_name(mlp.act_fn),
         epsilon=_epsilon(over_hidden),
         head_epsilon=_epsilon(per_head) if per_head else 0.0,
     )
@@ -185,21 +177,13 @@ def _epsilon(norms: Sequence[Any]) -> float:
 
 def _scale(norm: Any) -> Tensor:
     """Return the factor of an RMS norm: its weight, or its weight plus one."""
-    x = _random(2, norm.weight.shape[0])
+    x = random_rows(2, norm.weight.shape[0])
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + _epsilon([norm]))
     scale: Tensor
     for scale in (norm.weight, norm.weight + 1):
-        if _agree(normed * scale, norm(x)):
+        if agree(normed * scale, norm(x)):
             return scale
     raise _UnknownLayerError(type(norm).__name__)
-
-
-def _activation(function: Callable[[Tensor], Tensor]) -> str:
-    x = torch.linspace(-12, 12, 999)
-    for name, known in KNOWN_ACTIVATIONS.items():
-        if _agree(known(x), function(x)):
-            return name
-    raise _UnknownLayerError(f"activation {function}")
 
 
 def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
@@ -219,8 +203,8 @@ def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
         k, v = (tensor.transpose(0, 1).repeat_interleave(group_size, dim=1) for tensor in (call.k, call.v))
         return call.q + 2 * k + 3 * v  # [T, H, D], whatever depends on all three
 
-    x = _random(MAX_LINEAR_ROWS + 1, fused.hidden)
-    angles = _random(MAX_LINEAR_ROWS + 1, fused.width) * 3
+    x = random_rows(MAX_LINEAR_ROWS + 1, fused.hidden)
+    angles = random_rows(MAX_LINEAR_ROWS + 1, fused.width) * 3
     cos, sin = angles.cos(), angles.sin()
     wanted = layer(
         x[None],
@@ -233,17 +217,6 @@ def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
     for num_rows in (2, MAX_ROWS + 1, len(x)):  # few, some, and many
         q, k, v = _before_attention(fused, x[:num_rows], cos[:num_rows], sin[:num_rows])
         found = _behind_attention(fused, attend(replace(call, q=q, k=k, v=v)).contiguous(), x[:num_rows])
-        if not (torch.is_tensor(wanted) and wanted.shape[0] == 1 and _agree(found, wanted[0, :num_rows])):
+        if not (torch.is_tensor(wanted) and wanted.shape[0] == 1 and agree(found, wanted[0, :num_rows])):
             raise _UnknownLayerError(f"{type(layer).__name__} computes something else")
     return call
-
-
-def _agree(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two results are equal up to rounding."""
-    largest = max(1.0, float(wanted.abs().max()))
-    return found.shape == wanted.shape and float((found - wanted).abs().max()) <= TOLERANCE * largest
-
-
-def _random(*shape: int) -> Tensor:
-    """Random numbers that are the same in every process."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))

@@ -33,7 +33,7 @@ worth."""
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
-INTERFACE = 1
+INTERFACE = 2
 """Number of the signatures below, as in prefill.c; it changes with them, so that an older binary is not called."""
 
 FAR = 1 << 40
@@ -87,6 +87,7 @@ def library() -> ctypes.CDLL | None:
         *(pointer, long, ctypes.c_float, long, integer, pointer, pointer),
     ]
     kernels.longspan_merge_rows.argtypes = [pointer] * 4 + [long, integer, integer]
+    kernels.longspan_experts.argtypes = [pointer] * 4 + [integer] * 3 + [pointer] * 3
     kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
     kernels.longspan_packed_linear.argtypes = [
         *(pointer, pointer, pointer, pointer),

@@ -49,6 +49,11 @@ INLINE vec load(const void *base, long element, int is_bf16)
     return value;
 }
 
+INLINE long smaller(long a, long b)
+{
+    return a < b ? a : b;
+}
+
 INLINE float sum_lanes(vec x)
 {
     vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +

@@ -9,9 +9,8 @@
  * they are two calls. Everything is float32 but packed weights. Norms are root mean square norms; a weight that a layer lacks is NULL.
  */
 
+#include "gate.h"
 #include "linear.h"
-
-enum { SILU = 0, GELU_TANH = 1 };
 
 typedef struct {
     const float *before_attention;           /* [hidden] norm */
@@ -50,32 +49,6 @@ MULTIVERSION static void add(const float *a, const float *b, long width, float *
     for (long c = 0; c < width; c += LANES) {
         const vec value = load(a, c, 0) + load(b, c, 0);
         memcpy(y + c, &value, sizeof value);
-    }
-}
-
-INLINE vec pick(veci condition, vec yes, vec no)
-{
-    return (vec)((condition & (veci)yes) | (~condition & (veci)no));
-}
-
-/* 1 / (1 + e^-x) without overflow */
-INLINE vec sigmoid(vec x)
-{
-    const vec zero = {0};
-    const veci positive = x > zero;
-    const vec small = exp_lanes(pick(positive, -x, x));
-    return pick(positive, zero + 1.0f, small) / (1.0f + small);
-}
-
-/* gate = activation(gate) * up */
-MULTIVERSION static void gated(float *gate, const float *up, long width, long activation)
-{
-    for (long c = 0; c < width; c += LANES) {
-        const vec x = load(gate, c, 0);
-        /* gelu: x / 2 * (1 + tanh(z)) with z = sqrt(2 / pi) * (x + 0.044715 x^3), and 1 + tanh(z) = 2 * sigmoid(2 z) */
-        const vec z = activation == SILU ? x : 1.5957691216f * (x + 0.044715f * x * x * x);
-        const vec value = x * sigmoid(z) * load(up, c, 0);
-        memcpy(gate + c, &value, sizeof value);
     }
 }
 
@@ -155,12 +128,6 @@ static void some_outputs(const float *x, const longspan_matrix *w, long width, i
     const long to = last - offset < num_out ? last - offset : num_out;
     if (from < to)
         longspan_matrix_outputs(x, w, width, rows, from, to, y + offset, y_stride);
-}
-
-/* Number of num_out outputs that each of num_threads threads computes, in whole vectors. */
-static long share_of(long num_out, int num_threads)
-{
-    return ((num_out + num_threads - 1) / num_threads + LANES - 1) / LANES * LANES;
 }
 
 /* x [rows, hidden] to q [rows, heads, width], k and v [kv_heads, rows, width]; cos and sin [rows, width].

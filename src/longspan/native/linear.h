@@ -15,6 +15,12 @@
 void longspan_outputs(const float *x, const void *w, long width, int rows, long first, long last, int is_bf16, float *y,
                       long y_stride);
 
+/* Number of num_out outputs that each of num_threads threads computes, in whole vectors. */
+INLINE long share_of(long num_out, int num_threads)
+{
+    return ((num_out + num_threads - 1) / num_threads + LANES - 1) / LANES * LANES;
+}
+
 /* Weight matrix [num_out, width] of any kind: bits is 32 for float32, else 8 or 4; packed.py documents those. */
 typedef struct {
     const void *data;
