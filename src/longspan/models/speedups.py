@@ -2,7 +2,8 @@
 
 Holds the list and its order. Must not know how a speed-up works, nor plans, ranks or strategies.
 Read next: `longspan.models.linear`, `longspan.models.last_layer`, `longspan.models.cpu_experts`,
-`longspan.models.fused_layer`, `longspan.models.compiled`, one speed-up each; `docs/decisions/0028-speed-ups-in-order.md`.
+`longspan.models.fused_layer`, `longspan.models.compiled`, one speed-up each;
+`docs/decisions/0028-speed-ups-in-order.md`.
 
 To add one, write `def name_(model) -> int` in a file of its own, and put a `Speedup` into `SPEEDUPS`, after those that
 its `after` names; `tests/models/test_speedups.py` then runs it in every combination.
