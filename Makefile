@@ -25,7 +25,7 @@ demo: $(STAMP)
 # Everything that proves correctness in minutes: first what runs inside one process, on all cores, then real processes,
 # one test at a time, since they have deadlines.
 test: $(STAMP)
-	$(PYTEST) -n auto -m "not slow and not processes"
+	$(PYTEST) -n auto -m "not slow and not processes" --cover-cases 12
 	$(PYTEST) -m "processes and not slow"
 
 # The all-pairs cover of ranks, strategies, placements, page sizes and chunk cuts; under 30 minutes.

@@ -23,20 +23,36 @@ if os.environ.get("LONGSPAN_TEST_DEVICE", "cpu") == "cpu":  # `make test-gpu` sa
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--cases", type=int, metavar="N", help="of each parametrised test, run N cases that lie evenly among all"
-    )
+    parser.addoption("--cases", type=int, metavar="N", help="of each parametrised test, run N cases")
+    parser.addoption("--cover-cases", type=int, metavar="N", help="of each one marked cover and not every_case, run N")
 
 
 def pytest_collection_modifyitems(config, items):
-    if (wanted := config.getoption("cases")) is None:
-        return
+    kept = _thinned(items, config.getoption("cases"), lambda item: True)
+    kept = _thinned(kept, config.getoption("cover_cases"), _is_thin)
+    if len(kept) < len(items):
+        chosen = set(map(id, kept))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+        items[:] = kept
+
+
+def _is_thin(item):
+    return item.get_closest_marker("cover") is not None and item.get_closest_marker("every_case") is None
+
+
+def _thinned(items, wanted, matters):
+    """Of each parametrised test, `wanted` cases that lie evenly among all; everything if that is None."""
     cases = {}
-    for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {id(several[number * len(several) // wanted]) for several in cases.values() for number in range(wanted)}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-    items[:] = [item for item in items if id(item) in kept]
+    for item in items if wanted is not None else ():
+        if matters(item):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped = {
+        id(item)
+        for several in cases.values()
+        for place, item in enumerate(several)
+        if place not in {number * len(several) // wanted for number in range(wanted)}
+    }
+    return [item for item in items if id(item) not in dropped]
 
 
 @dataclass

@@ -51,7 +51,7 @@ _FAMILY = {
 
 def _family(name: str, model_type: str, **fields: Any) -> BenchmarkModel:
     """A model of which a token meets about 100 M weights."""
-    return BenchmarkModel(name, model_type, {**_FAMILY, **fields}, 32768, 8192, one_setting_per_peer=True)
+    return BenchmarkModel(name, model_type, {**_FAMILY, **fields}, 32768, 16384, one_setting_per_peer=True)
 
 
 _500M = {

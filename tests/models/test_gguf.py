@@ -45,6 +45,7 @@ def assert_same_model(path, expected):
         assert torch.equal(found(ids).logits, expected(ids).logits)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_and_logits_are_those_of_the_model_that_the_file_holds(tmp_path, architecture, kind):

@@ -64,6 +64,7 @@ def logits(model: nn.Module, num_tokens: int, rows: torch.Tensor | None = None) 
     return found if rows is None else found[rows]
 
 
+@pytest.mark.every_case
 @pytest.mark.filterwarnings("ignore:Dynamo")  # it cannot trace into `linear`, which no GPU has
 @pytest.mark.parametrize("chosen", COMBINATIONS, ids=lambda chosen: "+".join(names(chosen)) or "none")
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_the_usual_kernels_fit_and_decode_leaves_room_for_three_blocks_per_proce
     assert decode["shared_bytes"] * 3 <= 232_448
 
 
-@pytest.mark.cover
+@pytest.mark.slow
 def test_all_kernels_fit():
     kernels = compile_all()
     assert len(kernels) == 39
