@@ -39,6 +39,14 @@ from longspan.worker.runner import ModelRunner
 OPTIONS = {"attention_backend": "triton", "page_size": 16, "stripe_size": 16, "max_num_batched_tokens": 48}
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Two splits of a row's keys: each program takes the interpreter milliseconds, on a GPU it takes none."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fixed, "MIN_FIXED_SPLITS", 2)
+        monkeypatch.setattr(fixed, "num_processors", lambda device: 1)
+
+
 @pytest.fixture
 def steps(monkeypatch):
     """(rank, shape, plan) of all fixed steps."""
