@@ -2,9 +2,11 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
+import vllm
 import vllm.envs as envs
 from vllm.config import (
     CacheConfig,
@@ -29,9 +31,10 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
@@ -46,6 +49,8 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from longspan.integrations.vllm.spec import RankedFreeQueue
 from longspan.integrations.vllm.worker import Worker
+
+MINOR = vllm.__version_tuple__[:2]
 
 FIELDS = [
     (
@@ -371,6 +376,48 @@ def test_a_step_is_sampled_after_it_has_begun():
     begin, wait, sample = (source.index(text) for text in (".execute_model(", ".result()", ".sample_tokens("))
     assert begin < wait < sample
     assert "if model_output is None" in source[wait:sample]
+
+
+def test_every_way_to_free_a_request_takes_its_blocks_by_one_method():
+    assert list(inspect.signature(SingleTypeKVCacheManager.pop_blocks_for_free).parameters) == ["self", "request_id"]
+    assert "self.pop_blocks_for_free(request_id)" in inspect.getsource(SingleTypeKVCacheManager.free)
+    assert "manager.pop_blocks_for_free(request_id)" in inspect.getsource(KVCacheCoordinator.pop_blocks_for_free)
+
+
+def test_only_the_block_pool_and_kv_offloading_touch_the_free_queue():
+    package = Path(vllm.__file__).parent
+    users = {path.relative_to(package).as_posix() for path in package.rglob("v1/**/*.py") if _names_queue(path)}
+    assert users == {"v1/core/block_pool.py", "v1/simple_kv_offload/manager.py"}
+
+
+def _names_queue(path):
+    return ".free_block_queue" in path.read_text()
+
+
+def test_layouts_are_recorded_without_us():
+    """We inherit it; 0.33 has one more parameter."""
+    names = ["self", "kv_cache_layout", "cp_kv_cache_interleave_size"]
+    found = list(inspect.signature(WorkerBase.set_kv_cache_layout).parameters)
+    assert found == (names[:2] if MINOR == (0, 32) else names)
+
+
+def test_blocks_are_zeroed_only_for_models_that_we_refuse():
+    assert "return self.has_mamba_layers or self.has_mixed_precision_kv_cache" in inspect.getsource(
+        KVCacheConfig.needs_kv_cache_zeroing.fget
+    )
+
+
+def test_the_v2_runner_has_the_seams_for_context_parallelism():
+    """Read as text: importing it takes a GPU's packages."""
+    worker = Path(vllm.__file__).parent / "v1/worker"
+    for file, texts in {
+        "gpu/model_runner.py": ["def pcp_manager_cls(self)", "cls=self.pcp_manager_cls,"],
+        "gpu/pcp_manager.py": ["class PCPManager", "def _iter_rank_chunks(\n", "is_prefilling: np.ndarray,"],
+        "gpu_worker.py": ["def _make_model_runner(self)"],
+    }.items():
+        source = (worker / file).read_text()
+        for text in texts:
+            assert text in source, f"{file} has no {text}"
 
 
 def test_attention_layers_call_what_we_implement():

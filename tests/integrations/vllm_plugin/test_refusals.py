@@ -185,6 +185,7 @@ def test_rejects_configurations(changed, what):
         ({"model_config__is_hybrid": True}, "recurrent"),
         ({"model_config__has_inner_state": True}, "recurrent"),
         ({"model_config__uses_mrope": True}, "multimodal positions"),
+        ({"model_config__supports_kv_cache_grouping": True}, "groups of KV caches"),
         ({"model_config__attention_chunk_size": 64}, "chunked attention of 64"),
         ({"model_config__get_sliding_window": lambda: 64}, "sliding window of 64"),
     ],
@@ -243,7 +244,12 @@ def test_rejects_subclasses_of_attention(cls):
         attention_layers({"model.layers.0.self_attn.attn": layer})
 
 
-@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.32.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.32.0", "dev"])
 def test_rejects_versions_that_were_not_tested(version):
-    with pytest.raises(ConfigError, match="0\\.32"):
+    with pytest.raises(ConfigError, match="0\\.32, 0\\.33"):
         check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.0", "0.33.1+cpu"])
+def test_accepts_versions_that_were_tested(version):
+    check_version(version)

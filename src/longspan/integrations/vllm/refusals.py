@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.integrations.vllm.options import KEY, Options
 
-SUPPORTED_MINORS = ((0, 32),)
+SUPPORTED_MINORS = ((0, 32), (0, 33))
 """Versions of vLLM that the tests ran with. Others are refused, as vLLM may change all that the plugin uses."""
 
 
@@ -113,6 +113,7 @@ def check_config(config: Any, options: Options) -> None:
         (model.use_mla, "multi-head latent attention"),
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
         (model.uses_mrope, "multimodal positions"),
+        (getattr(model, "supports_kv_cache_grouping", False), "groups of KV caches of its own"),  # new in 0.33
         (model.attention_chunk_size is not None, f"chunked attention of {model.attention_chunk_size} tokens"),
         (_window_of(model) is not None, f"a sliding window of {_window_of(model)} tokens"),
     ):
