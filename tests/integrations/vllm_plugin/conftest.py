@@ -23,32 +23,34 @@ VOCAB_SIZE = 512
 
 
 def save_model(kind: str, directory, **more) -> str:
-    """A random model and a byte tokenizer. Args: `kind` is llama or one like it, `more` of its configuration."""
+    """A random model and a byte tokenizer. Args: `kind` is llama or one like it; `more` of its configuration, or other
+    values than these."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from longspan.models.recall_tokenizer import build_tokenizer
 
     torch.manual_seed(3)
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        bos_token_id=256,
-        eos_token_id=257,
-        tie_word_embeddings=False,
-        **more,
-    )
+    fields = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "tie_word_embeddings": False,
+    }
+    config = AutoConfig.for_model(kind, **{**fields, **more})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
                 weight.normal_(0, 0.2 if "lm_head" in name else 2.5 * weight.shape[-1] ** -0.5)
+            elif "sinks" in name:
+                weight.normal_(0, 2)
     model.save_pretrained(directory)
     build_tokenizer(4096).save_pretrained(directory)
     return str(directory)

@@ -34,10 +34,14 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
@@ -47,8 +51,9 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import WorkerBase
 
-from longspan.integrations.vllm.spec import RankedFreeQueue
+from longspan.integrations.vllm.free_queue import RankedFreeQueue
 from longspan.integrations.vllm.worker import Worker
+from longspan.kv.layout import KVSpec
 
 MINOR = vllm.__version_tuple__[:2]
 
@@ -106,7 +111,6 @@ FIELDS = [
             "dtype",
             "enable_prompt_embeds",
             "enable_sleep_mode",
-            "hf_text_config",
             "logits_processors",
             "logprobs_mode",
             "max_model_len",
@@ -116,7 +120,7 @@ FIELDS = [
         ],
     ),
     (CacheConfig, ["block_size", "cache_dtype", "gpu_memory_utilization", "kv_cache_memory_bytes"]),
-    (SchedulerConfig, ["max_num_batched_tokens", "max_num_seqs"]),
+    (SchedulerConfig, ["disable_hybrid_kv_cache_manager", "max_num_batched_tokens", "max_num_seqs"]),
     (DeviceConfig, ["device_type"]),
     (CompilationConfig, ["mode", "static_forward_context"]),
     (
@@ -155,7 +159,9 @@ FIELDS = [
             "dcp_sharded",
         ],
     ),
+    (SlidingWindowSpec, ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window"]),
     (KVCacheConfig, ["num_blocks", "kv_cache_groups"]),
+    (KVCacheGroupSpec, ["layer_names"]),
     (
         ModelRunnerOutput,
         ["req_ids", "req_id_to_index", "sampled_token_ids", "logprobs", "prompt_logprobs_dict"],
@@ -183,7 +189,8 @@ PARAMETERS = [
     (MultiprocExecutor._is_driver_worker, ["self", "rank"]),
     (MultiprocExecutor._get_output_rank, ["self"]),
     (FullAttentionManager.allocate_new_blocks, ["self", "request_id", "num_tokens", "num_tokens_main_model"]),
-    (FullAttentionManager.free, ["self", "request_id"]),
+    (SlidingWindowManager.get_num_skipped_tokens, ["self", "num_computed_tokens"]),
+    (SlidingWindowSpec.max_memory_usage_bytes, ["self", "vllm_config"]),
     (
         FullAttentionManager.get_num_blocks_to_allocate,
         [
@@ -274,7 +281,6 @@ MEMBERS = [
         ModelConfig,
         [
             "get_hidden_size",
-            "get_sliding_window",
             "get_vocab_size",
             "has_inner_state",
             "is_encoder_decoder",
@@ -289,8 +295,8 @@ MEMBERS = [
     (CompilationMode, ["NONE", "STOCK_TORCH_COMPILE"]),
     (AttentionType, ["DECODER"]),
     (AttentionBackendEnum, ["CPU_ATTN", "FLASH_ATTN"]),
-    (CPUAttentionBackend, ["get_impl_cls", "forward_includes_kv_cache_update"]),
-    (KVCacheBlock, ["block_id"]),
+    (CPUAttentionBackend, ["get_impl_cls", "forward_includes_kv_cache_update", "supports_sink"]),
+    (KVCacheBlock, ["block_id", "is_null"]),
     (envs, ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_USE_V2_MODEL_RUNNER"]),
     (
         InputBatch(2, 64, 64, torch.device("cpu"), 512, [32], [1]),
@@ -338,6 +344,7 @@ def test_logprobs_begin_with_ids_values_and_ranks():
 
 def test_attention_layers_have_what_we_read():
     source = inspect.getsource(Attention.__init__)
+    assert "sliding_window," in source, "the implementation learns of the layer's window"
     for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl", "layer_name"):
         assert f"self.{name} = " in source, name
 
@@ -382,6 +389,12 @@ def test_every_way_to_free_a_request_takes_its_blocks_by_one_method():
     assert list(inspect.signature(SingleTypeKVCacheManager.pop_blocks_for_free).parameters) == ["self", "request_id"]
     assert "self.pop_blocks_for_free(request_id)" in inspect.getsource(SingleTypeKVCacheManager.free)
     assert "manager.pop_blocks_for_free(request_id)" in inspect.getsource(KVCacheCoordinator.pop_blocks_for_free)
+
+
+def test_a_window_sees_its_own_token():
+    manager = SlidingWindowManager.__new__(SlidingWindowManager)
+    manager.sliding_window, manager.extra_retained_tokens = 4, 0
+    assert manager.get_num_skipped_tokens(7) == KVSpec.uniform(1, 1, 1, "float32", 4).first_key(7)
 
 
 def test_only_the_block_pool_and_kv_offloading_touch_the_free_queue():

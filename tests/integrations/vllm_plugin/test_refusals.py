@@ -127,8 +127,6 @@ PLAIN = {
     "model_config.has_inner_state": False,
     "model_config.uses_mrope": False,
     "model_config.attention_chunk_size": None,
-    "model_config.get_sliding_window": lambda: None,
-    "model_config.hf_text_config": SimpleNamespace(layer_types=None),
 }
 """What `check_config` reads of a configuration that it accepts."""
 
@@ -187,21 +185,12 @@ def test_rejects_configurations(changed, what):
         ({"model_config__uses_mrope": True}, "multimodal positions"),
         ({"model_config__supports_kv_cache_grouping": True}, "groups of KV caches"),
         ({"model_config__attention_chunk_size": 64}, "chunked attention of 64"),
-        ({"model_config__get_sliding_window": lambda: 64}, "sliding window of 64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_rejects_models(changed, what):
     with pytest.raises(UnsupportedModelError, match=what):
         check_config(stub(**changed), Options(context_parallel_size=2))
-
-
-def test_rejects_a_model_with_a_sliding_window(models, tmp_path):
-    from transformers import AutoConfig
-
-    AutoConfig.for_model("mistral", sliding_window=64, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="sliding window"):
-        config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
 
 
 def test_rejects_llama_4(tmp_path):
@@ -217,11 +206,10 @@ def test_rejects_llama_4(tmp_path):
     ("options", "what"),
     [
         ({"alibi_slopes": [0.5]}, "ALiBi"),
-        ({"sliding_window": 64}, "sliding window"),
         ({"attn_type": "encoder_only"}, "encoder_only"),
         ({"kv_sharing_target_layer_name": "x"}, "share"),
         ({"kv_cache_dtype": "fp8"}, "fp8"),
-        ({"sinks": object()}, "sinks"),
+        ({"chunk_lookback": 1}, "chunk_lookback"),
     ],
 )
 def test_rejects_layers_that_need_more(options, what):
@@ -231,8 +219,8 @@ def test_rejects_layers_that_need_more(options, what):
 
 def test_names_only_what_a_layer_needs():
     with pytest.raises(UnsupportedModelError) as raised:
-        StepAttentionImpl(4, 32, 0.1, sinks=object(), mystery=None)
-    assert "sinks" in str(raised.value)
+        StepAttentionImpl(4, 32, 0.1, chunk_lookback=1, mystery=None)
+    assert "chunk_lookback" in str(raised.value)
     assert "mystery" not in str(raised.value)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from vllm.config import CompilationMode
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from longspan.attention.select import make_backend
 from longspan.comm.recording import RecordingCommunicator
@@ -30,7 +30,7 @@ from longspan.integrations.vllm.options import Options
 from longspan.integrations.vllm.placement import Striping, block_rank, choose_home
 from longspan.integrations.vllm.planning import Row
 from longspan.integrations.vllm.rank_model import RankModel
-from longspan.integrations.vllm.spec import PlacedSpec, PlacingManager
+from longspan.integrations.vllm.spec import PlacedSpec, PlacedWindowSpec, PlacingManager
 from longspan.integrations.vllm.worker import Worker
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.pool import PagePool
@@ -48,7 +48,7 @@ class Layer:
     """An attention layer of vLLM's."""
 
     num_heads, num_kv_heads, head_size, head_size_v = 4, 2, 32, 32
-    impl = SimpleNamespace(scale=0.1, logits_soft_cap=None)
+    impl = SimpleNamespace(scale=0.1, logits_soft_cap=None, window=None)
 
     def __init__(self, **more):
         self.more = more
@@ -57,14 +57,15 @@ class Layer:
         return FullAttentionSpec(**SHAPE, **self.more)
 
 
-def rank_model(layer, module=None, mode=CompilationMode.NONE):
-    """A model with one layer, loaded."""
+def rank_model(*layers, module=None, mode=CompilationMode.NONE, is_one_table=False):
+    """A loaded model with these layers."""
     config = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=32),
         compilation_config=SimpleNamespace(mode=mode),
         model_config=SimpleNamespace(dtype=torch.float32),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=is_one_table),
     )
-    return RankModel(module, {"attn": layer}, config, torch.device("cpu"))
+    return RankModel(module, {f"attn{i}": layer for i, layer in enumerate(layers)}, config, torch.device("cpu"))
 
 
 def cache_config(share):
@@ -75,10 +76,44 @@ def cache_config(share):
 def test_only_layers_with_plain_full_attention_are_placed(more):
     model = rank_model(Layer(**more))
     if more:
-        with pytest.raises(UnsupportedModelError, match="layer attn"):
+        with pytest.raises(UnsupportedModelError, match="layer attn0"):
             model.kv_cache_spec(STRIPING)
     else:
-        assert model.kv_cache_spec(STRIPING) == {"attn": PlacedSpec(**SHAPE, striping=STRIPING)}
+        assert model.kv_cache_spec(STRIPING) == {"attn0": PlacedSpec(**SHAPE, striping=STRIPING)}
+
+
+class WindowLayer(Layer):
+    """An attention layer with a sliding window."""
+
+    impl = SimpleNamespace(scale=0.1, logits_soft_cap=None, window=64)
+
+    def get_kv_cache_spec(self, vllm_config):
+        return SlidingWindowSpec(**{**SHAPE, "block_size": 16, **self.more}, sliding_window=64)
+
+
+def test_layers_with_windows_get_tables_of_their_own_where_vllm_has_them():
+    window = {**SHAPE, "sliding_window": 64, "striping": STRIPING}
+    assert rank_model(Layer(), WindowLayer()).kv_cache_spec(STRIPING) == {
+        "attn0": PlacedSpec(**SHAPE, striping=STRIPING, spare_blocks=2),
+        "attn1": PlacedWindowSpec(**window, spare_blocks=2),
+    }
+    assert rank_model(WindowLayer()).kv_cache_spec(STRIPING) == {"attn0": PlacedWindowSpec(**window)}
+    one = rank_model(Layer(), WindowLayer(), is_one_table=True).kv_cache_spec(STRIPING)
+    assert set(one.values()) == {PlacedSpec(**SHAPE, striping=STRIPING)}
+    with pytest.raises(UnsupportedModelError, match="layer attn0"):
+        rank_model(WindowLayer(page_size_padded=1 << 20)).kv_cache_spec(STRIPING)
+
+
+def test_vllm_is_told_what_the_longest_request_takes():
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=640),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        max_in_flight_tokens=64,
+    )
+    for spec in (PlacedSpec, partial(PlacedWindowSpec, sliding_window=64)):
+        plain, spare = (spec(**SHAPE, striping=STRIPING, spare_blocks=n) for n in (0, 2))
+        more = spare.max_memory_usage_bytes(config) - plain.max_memory_usage_bytes(config)
+        assert more == 2 * plain.page_size_bytes
 
 
 def test_all_ranks_refuse_where_one_has_no_memory(monkeypatch):
@@ -210,9 +245,9 @@ def test_a_model_is_compiled_with_as_many_rows_as_a_step_may_have_and_with_posit
         ran.append((input_ids, positions))
 
     monkeypatch.setattr(rank_model_module, "set_forward_context", forward_context)
-    rank_model(Layer(), module).warm_up(1024)
+    rank_model(Layer(), module=module).warm_up(1024)
     assert not ran, "nothing is compiled"
-    rank_model(Layer(), module, CompilationMode.DYNAMO_TRACE_ONCE).warm_up(1024)
+    rank_model(Layer(), module=module, mode=CompilationMode.DYNAMO_TRACE_ONCE).warm_up(1024)
     ((metadata, num_tokens), (token_ids, positions)) = ran
     assert isinstance(metadata, WarmUp)
     assert num_tokens == 1024

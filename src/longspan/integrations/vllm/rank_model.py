@@ -7,7 +7,7 @@ Note [What is patched]
     `torch.accelerator.empty_cache`, which vLLM's loader calls and a CPU lacks, does nothing while a model is loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from longspan.attention.base import AttentionBackend
 from longspan.attention.check import check_against_reference
@@ -24,9 +24,10 @@ from longspan.attention.select import make_backend
 from longspan.cp.step import StepAttention
 from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
 from longspan.integrations.vllm.backend import StepMetadata, WarmUp, attention_layers
+from longspan.integrations.vllm.groups import LayerGroups, divide_layers
 from longspan.integrations.vllm.placement import Striping
-from longspan.integrations.vllm.spec import PlacedSpec
-from longspan.kv.layout import KVGroup, KVSpec
+from longspan.integrations.vllm.spec import PlacedSpec, PlacedWindowSpec
+from longspan.kv.layout import KVSpec
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.types import Literals, Plan
 from longspan.types import AttentionParams
@@ -53,36 +54,69 @@ class RankModel:
         shapes = {(a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v) for a in layers.values()}
         if len(shapes) != 1:
             raise ConfigError("model: its attention layers differ in heads or widths, which longspan does not support")
-        ((num_heads, num_kv_heads, k_width, v_width),) = shapes
+        ((self._num_heads, num_kv_heads, k_width, v_width),) = shapes
         dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-        self.group = KVGroup(
-            tuple(range(len(layers))), KVSpec.uniform(num_kv_heads, k_width, v_width, dtype), num_heads
+        self.specs = tuple(
+            KVSpec.uniform(num_kv_heads, k_width, v_width, dtype, layer.impl.window) for layer in layers.values()
         )
-        self.layer_params = tuple(AttentionParams(a.impl.scale, a.impl.logits_soft_cap) for a in layers.values())
+        """Spec of every layer."""
+        self.layer_params = tuple(
+            AttentionParams(layer.impl.scale, layer.impl.logits_soft_cap, layer.impl.window)
+            for layer in layers.values()
+        )
 
-    def kv_cache_spec(self, striping: Striping) -> dict[str, PlacedSpec]:
+    def kv_cache_spec(self, striping: Striping) -> dict[str, PlacedSpec | PlacedWindowSpec]:
         """Return what vLLM's block manager must know of every layer.
 
         Raises:
-            UnsupportedModelError: a layer asks for more than plain full attention.
+            UnsupportedModelError: a layer asks for more than full attention or a sliding window.
         """
-        layout = self.group.spec.layout
-        fields = {
+        layout = self.specs[0].layout
+        fields: dict[str, Any] = {
             "block_size": self._config.cache_config.block_size,
             "num_kv_heads": layout.num_kv_heads,
             "head_size": layout.k_width,
             "head_size_v": layout.v_width,
             "dtype": self._config.model_config.dtype,
         }
-        plain = FullAttentionSpec(**fields)
-        for name, layer in self._layers.items():
+        # vLLM can give layers with a window a block table of their own, and frees blocks behind the window then.
+        has_tables = len(set(self.specs)) > 1 and not self._config.scheduler_config.disable_hybrid_kv_cache_manager
+        spare = striping.geometry.num_ranks if has_tables else 0
+        placed: dict[str, PlacedSpec | PlacedWindowSpec] = {}
+        for (name, layer), spec in zip(self._layers.items(), self.specs, strict=True):
             own = layer.get_kv_cache_spec(self._config)
+            if spec.window is None:
+                plain: Any = FullAttentionSpec(**fields)
+            else:
+                plain = SlidingWindowSpec(**{**fields, "block_size": own.block_size}, sliding_window=spec.window)
             if own != plain:
                 raise UnsupportedModelError(f"model: layer {name} needs {own}, legal with longspan in vLLM is {plain}")
-        return dict.fromkeys(self._layers, PlacedSpec(**fields, striping=striping))
+            if spec.window is None or self._config.scheduler_config.disable_hybrid_kv_cache_manager:
+                placed[name] = PlacedSpec(**fields, striping=striping, spare_blocks=spare)
+            else:
+                placed[name] = PlacedWindowSpec(
+                    **fields, sliding_window=spec.window, striping=striping, spare_blocks=spare
+                )
+        return placed
 
-    def make_attention(self) -> AttentionBackend:
+    def page_bytes(self, block_size: int) -> int:
+        """Return the bytes of one block's tokens in all layers."""
+        return block_size * sum(spec.layout.token_bytes for spec in self.specs)
+
+    def groups(self, tables: Sequence[Sequence[str]]) -> LayerGroups:
+        """Return the KV groups of the model.
+
+        Args:
+            tables: names of the layers of each of vLLM's block tables.
+        """
+        indices = [[self._index_of_layer[name] for name in names] for names in tables]
+        return divide_layers(self.specs, self._num_heads, indices)
+
+    def make_attention(self, groups: LayerGroups) -> AttentionBackend:
         """Make the attention backend of this process.
+
+        Args:
+            groups: the model's KV groups.
 
         Raises:
             LongspanError: a GPU's kernels differ from the reference, or vLLM has none for this model.
@@ -92,9 +126,12 @@ class RankModel:
         from longspan.integrations.vllm.flash import make_flash_backend
 
         with set_current_vllm_config(self._config):
-            backend = make_flash_backend(self.group.spec, any(params.softcap for params in self.layer_params))
-        for params in set(self.layer_params):
-            check_against_reference(backend, self.group, params, self.device)
+            backend = make_flash_backend(self.specs[0], any(params.softcap for params in self.layer_params))
+        for group in groups.groups:
+            for params in {self.layer_params[layer] for layer in group.layers}:
+                if (why := backend.unsupported(group.spec, params)) is not None:
+                    raise UnsupportedModelError(f"model: {why}")
+                check_against_reference(backend, group, params, self.device)
         return backend
 
     @torch.inference_mode()
@@ -124,7 +161,7 @@ class RankModel:
                 positions += range(run.position, run.end)
         if not token_ids:
             if any(group_step.exchanges for group_step in plan.groups):
-                for layer in self.group.layers:
+                for layer in range(len(self.specs)):
                     attention.join(layer)
             config = self._config.model_config
             return torch.empty((0, config.get_hidden_size()), dtype=config.dtype, device=self.device)

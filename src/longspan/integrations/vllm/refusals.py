@@ -115,19 +115,9 @@ def check_config(config: Any, options: Options) -> None:
         (model.uses_mrope, "multimodal positions"),
         (getattr(model, "supports_kv_cache_grouping", False), "groups of KV caches of its own"),  # new in 0.33
         (model.attention_chunk_size is not None, f"chunked attention of {model.attention_chunk_size} tokens"),
-        (_window_of(model) is not None, f"a sliding window of {_window_of(model)} tokens"),
     ):
         if wrong:
             raise UnsupportedModelError(f"model: {model.model} has {what}, which {KEY} does not support")
-
-
-def _window_of(model: Any) -> int | None:
-    """Return the tokens of the model's sliding window, or None if no layer has one."""
-    window: int | None = model.get_sliding_window()
-    kinds = getattr(model.hf_text_config, "layer_types", None)
-    if window is not None and kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return window
 
 
 def _refuse(name: str, got: object, legal: str) -> None:

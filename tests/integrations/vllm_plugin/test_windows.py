@@ -1,0 +1,129 @@
+"""Sliding windows, sinks and softcaps: tokens are those of Transformers, and blocks behind windows are freed."""
+
+import pytest
+from engines import engine, generate, metric, num_blocks, prompts, random_prompts, reference, tokens_of
+
+from conftest import save_model
+
+W, F = "sliding_attention", "full_attention"
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 512,
+    "truncate": False,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+KINDS = {
+    "mistral": {"sliding_window": 700},
+    "gemma2": {
+        "sliding_window": 100,
+        "num_hidden_layers": 4,
+        "attn_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": True,
+    },
+    # five layers with windows in three groups of two: the last one has one layer less than its memory
+    "gemma3_text": {
+        "sliding_window": 100,
+        "num_hidden_layers": 7,
+        "layer_types": [W, W, W, F, W, W, F],
+        "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": True,
+    },
+    "gpt_oss": {
+        "sliding_window": 100,
+        "num_hidden_layers": 4,
+        "layer_types": [W, F, W, F],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": YARN,
+    },
+    "cohere2": {
+        "sliding_window": 320,
+        "num_hidden_layers": 4,
+        "layer_types": [W, W, W, F],
+        "tie_word_embeddings": True,
+    },
+}
+TABLES = {"mistral": 1, "gemma2": 2, "gemma3_text": 4, "gpt_oss": 2, "cohere2": 4}
+"""Block tables that vLLM gives a request of each kind."""
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """Directory and expected tokens of each kind, made when first asked for."""
+    known = {}
+
+    def make(kind):
+        if kind not in known:
+            model = save_model(kind, tmp_path_factory.mktemp(kind), **KINDS[kind])
+            known[kind] = (model, reference(model, prompts()))
+        return known[kind]
+
+    return make
+
+
+def num_tables(llm):
+    return llm.collective_rpc(lambda worker: worker.worker.groups.num_tables)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cp_size", "longspan", "options"),
+    [
+        ("mistral", 2, {}, {}),
+        ("mistral", 3, {"placement": "striped"}, {}),
+        ("gemma2", 2, {"strategy": "gather_kv"}, {}),
+        ("gemma3_text", 2, {}, {}),
+        ("gemma3_text", 3, {"strategy": "pass_kv", "placement": "striped", "stripe_size": 32}, {}),
+        ("gpt_oss", 1, {}, {}),
+        ("gpt_oss", 2, {}, {"enforce_eager": False}),
+        ("gpt_oss", 3, {"strategy": "pass_q", "placement": "striped"}, {}),
+        ("gpt_oss", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
+        ("cohere2", 2, {}, {}),
+        ("gemma3_text", 2, {}, {"disable_hybrid_kv_cache_manager": True}),
+    ],
+)
+def test_tokens_equal_transformers(windowed, monkeypatch, kind, cp_size, longspan, options):
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for a function of this test, sent to workers
+    model, expected = windowed(kind)
+    with engine(model, cp_size, longspan, **options) as llm:
+        assert num_tables(llm) == (1 if "disable_hybrid_kv_cache_manager" in options else TABLES[kind])
+        asked = prompts()
+        assert tokens_of(generate(llm, asked)) == expected  # 10 at once, chunked: 1,024 tokens a step
+        hits = metric(llm, "vllm:prefix_cache_hits")
+        assert [tokens_of(generate(llm, [p]))[0] for p in asked] == expected
+        assert metric(llm, "vllm:prefix_cache_hits") > hits
+
+
+def test_sixteen_at_once_with_preemptions(windowed):
+    model, _ = windowed("gpt_oss")
+    asked = random_prompts((300, 500, 700, 900) * 4, seed=5)
+    expected = reference(model, asked, 100)
+    options = {"num_gpu_blocks_override": 260, "max_num_batched_tokens": 256, "max_num_seqs": 16}
+    with engine(model, 2, max_model_len=2048, **options) as llm:
+        assert tokens_of(generate(llm, asked, max_tokens=100)) == expected
+        assert metric(llm, "vllm:num_preemptions") > 0
+        assert tokens_of(generate(llm, asked, max_tokens=100)) == expected
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss"])
+def test_kv_capacity_is_that_of_all_ranks(windowed, kind):
+    model, _ = windowed(kind)
+    found = {}
+    for cp_size in (None, 2, 3):
+        with engine(model, cp_size) as llm:
+            found[cp_size] = num_blocks(llm)
+    assert found[2] >= 1.98 * found[None]
+    assert found[3] >= 2.97 * found[None]
+
+
+def test_blocks_behind_windows_are_freed_on_every_rank(windowed):
+    """Two ranks that hold 1,800 tokens each answer a prompt of 3,900 whose windows have 700."""
+    model, _ = windowed("mistral")
+    kv_bytes = 1800 * 3 * 2 * 2 * 32 * 4  # 3 layers, K and V, 2 heads of 32 float32
+    asked = random_prompts((3900, 3900))
+    with engine(model, 2, kv_cache_memory_bytes=kv_bytes, max_num_batched_tokens=512) as llm:
+        assert num_blocks(llm) * 32 < 3900
+        assert tokens_of(generate(llm, asked)) == reference(model, asked)
