@@ -83,7 +83,12 @@ class Requests:
         Raises:
             LongspanError: the step asks for something that the plugin refuses at start.
         """
-        for name in ("kv_cache_block_copies", "scheduled_spec_decode_tokens", "scheduled_encoder_inputs"):
+        for name in (
+            "kv_cache_block_copies",
+            "new_block_ids_to_zero",
+            "scheduled_spec_decode_tokens",
+            "scheduled_encoder_inputs",
+        ):
             if getattr(step, name):
                 raise LongspanError(f"{name}: vLLM's scheduler asks for it, and longspan does not support it")
         for req_id in step.finished_req_ids:
