@@ -23,9 +23,11 @@ from vllm.config.aux_output import AuxOutputConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.utils.cpu_resource_utils import LogicalCPUInfo, MemoryNodeInfo, get_allowed_cpu_list, get_memory_node_info
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -41,7 +43,13 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 )
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
@@ -95,6 +103,8 @@ FIELDS = [
         ParallelConfig,
         [
             "data_parallel_size",
+            "enable_dbo",
+            "ubatch_size",
             "decode_context_parallel_size",
             "disable_custom_all_reduce",
             "enable_expert_parallel",
@@ -132,6 +142,7 @@ FIELDS = [
             "total_num_scheduled_tokens",
             "finished_req_ids",
             "kv_cache_block_copies",
+            "new_block_ids_to_zero",
             "scheduled_spec_decode_tokens",
             "scheduled_encoder_inputs",
         ],
@@ -161,11 +172,14 @@ FIELDS = [
     ),
     (SlidingWindowSpec, ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window"]),
     (KVCacheConfig, ["num_blocks", "kv_cache_groups"]),
+    (ChunkedLocalAttentionSpec, ["block_size", "num_kv_heads", "head_size", "dtype", "attention_chunk_size"]),
     (KVCacheGroupSpec, ["layer_names"]),
     (
         ModelRunnerOutput,
         ["req_ids", "req_id_to_index", "sampled_token_ids", "logprobs", "prompt_logprobs_dict"],
     ),
+    (LogicalCPUInfo, ["numa_node"]),
+    (MemoryNodeInfo, ["total_memory", "available_memory"]),
     (SamplerOutput, ["sampled_token_ids", "logprobs_tensors"]),
     (
         CachedRequestState,
@@ -249,6 +263,8 @@ PARAMETERS = [
     (register_backend, ["backend", "class_path", "is_mamba"]),
     (register_kv_cache_spec, ["manager_class", "uniform_type_base_spec"]),
     (set_random_seed, ["seed", "data_parallel_index"]),
+    (get_memory_node_info, ["node_id"]),
+    (get_allowed_cpu_list, []),
 ]
 
 KEYWORDS = [
@@ -305,7 +321,6 @@ MEMBERS = [
             "num_tokens_no_spec",
             "req_id_to_index",
             "req_ids",
-            "req_output_token_ids",
             "sampling_metadata",
             "token_ids_cpu",
             "vocab_size",
@@ -347,10 +362,7 @@ def test_attention_layers_have_what_we_read():
     assert "sliding_window," in source, "the implementation learns of the layer's window"
     for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl", "layer_name"):
         assert f"self.{name} = " in source, name
-
-
-def test_models_have_what_we_read():
-    assert "self.attention_chunk_size = " in inspect.getsource(ModelConfig.__post_init__)
+    assert "self.attention_chunk_size = " in inspect.getsource(ChunkedLocalAttention.__init__)
 
 
 def test_our_queue_has_all_that_vllm_asks_of_one():
@@ -376,6 +388,12 @@ def test_a_process_answers_only_where_it_is_asked_to():
     sent = inspect.getsource(MultiprocExecutor.collective_rpc)
     assert "self.rpc_broadcast_mq.enqueue((send_method, args, kwargs, output_rank))" in sent
     assert "if self.is_failed" in sent
+
+
+def test_a_worker_ends_at_sigterm_in_any_thread():
+    source = inspect.getsource(WorkerProc.worker_main)
+    assert "signal.signal(signal.SIGTERM, signal_handler)" in source
+    assert "raise SystemExit()" in source
 
 
 def test_a_step_is_sampled_after_it_has_begun():

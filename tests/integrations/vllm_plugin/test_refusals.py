@@ -1,12 +1,13 @@
 """What does not work is refused before a worker starts, with the option's name."""
 
+import os
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.config import CompilationMode
+from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention
 from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
 from vllm.model_executor.layers.attention.static_sink_attention import StaticSinkAttention
@@ -38,6 +39,20 @@ def test_the_key_alone_selects_everything(models):
     assert found.parallel_config.tensor_parallel_size == 1
     assert not found.model_config.enforce_eager, "vLLM compiles the model as it does without us"
     assert not found.use_v2_model_runner, "vLLM itself refuses requests that need its V2 runner"
+
+
+def test_another_engine_of_the_process_keeps_the_runner_that_vllm_chooses(models, monkeypatch):
+    # as vLLM where Triton is installed: V2 unless the variable says otherwise
+    chosen = property(lambda self: os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1") == "1")
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", chosen)
+    before = dict(os.environ)
+    ours = config(models["llama"], {"context_parallel_size": 2})
+    assert dict(os.environ) == before
+    assert not ours.use_v2_model_runner
+    assert not pickle.loads(pickle.dumps(ours)).use_v2_model_runner, "in the engine core, and in workers"
+    ours.__post_init__()  # as the engine core does
+    assert not ours.use_v2_model_runner
+    assert config(models["llama"]).use_v2_model_runner
 
 
 @pytest.mark.parametrize(
@@ -110,6 +125,8 @@ PLAIN = {
     "parallel_config.data_parallel_size": 1,
     "parallel_config.nnodes": 1,
     "parallel_config.enable_expert_parallel": False,
+    "parallel_config.enable_dbo": False,
+    "parallel_config.ubatch_size": 0,
     "speculative_config": None,
     "lora_config": None,
     "kv_transfer_config": None,
@@ -126,7 +143,6 @@ PLAIN = {
     "model_config.is_hybrid": False,
     "model_config.has_inner_state": False,
     "model_config.uses_mrope": False,
-    "model_config.attention_chunk_size": None,
 }
 """What `check_config` reads of a configuration that it accepts."""
 
@@ -158,6 +174,8 @@ def test_accepts_a_plain_configuration():
         ({"parallel_config__data_parallel_size": 2}, "data_parallel_size"),
         ({"parallel_config__nnodes": 2}, "nnodes"),
         ({"parallel_config__enable_expert_parallel": True}, "enable_expert_parallel"),
+        ({"parallel_config__enable_dbo": True}, "enable_dbo"),
+        ({"parallel_config__ubatch_size": 2}, "ubatch_size"),
         ({"speculative_config": object()}, "speculative_config"),
         ({"lora_config": object()}, "lora_config"),
         ({"kv_transfer_config": object()}, "kv_transfer_config"),
@@ -184,22 +202,12 @@ def test_rejects_configurations(changed, what):
         ({"model_config__has_inner_state": True}, "recurrent"),
         ({"model_config__uses_mrope": True}, "multimodal positions"),
         ({"model_config__supports_kv_cache_grouping": True}, "groups of KV caches"),
-        ({"model_config__attention_chunk_size": 64}, "chunked attention of 64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_rejects_models(changed, what):
     with pytest.raises(UnsupportedModelError, match=what):
         check_config(stub(**changed), Options(context_parallel_size=2))
-
-
-def test_rejects_llama_4(tmp_path):
-    from transformers import AutoConfig
-
-    config_ = AutoConfig.for_model("llama4_text", attention_chunk_size=64, architectures=["Llama4ForCausalLM"])
-    config_.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="chunked attention of 64"):
-        config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +232,7 @@ def test_names_only_what_a_layer_needs():
     assert "mystery" not in str(raised.value)
 
 
-@pytest.mark.parametrize("cls", [ChunkedLocalAttention, PrefillPrefixLMAttention, RSWAAttention, StaticSinkAttention])
+@pytest.mark.parametrize("cls", [PrefillPrefixLMAttention, RSWAAttention, StaticSinkAttention])
 def test_rejects_subclasses_of_attention(cls):
     layer = cls.__new__(cls)  # as vLLM makes one, with our implementation inside: the mask is in the class
     layer.__dict__["impl"] = StepAttentionImpl(4, 32, 0.1)

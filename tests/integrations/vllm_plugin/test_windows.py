@@ -1,4 +1,4 @@
-"""Sliding windows, sinks and softcaps: tokens are those of Transformers, and blocks behind windows are freed."""
+"""Windows, chunks, sinks and softcaps: tokens are those of Transformers, and blocks behind windows are freed."""
 
 import pytest
 from engines import engine, generate, metric, num_blocks, prompts, random_prompts, reference, tokens_of
@@ -46,9 +46,18 @@ KINDS = {
         "layer_types": [W, W, W, F],
         "tie_word_embeddings": True,
     },
+    "llama4_text": {
+        "attention_chunk_size": 200,
+        "num_hidden_layers": 4,
+        "no_rope_layers": [1, 1, 0, 1],
+        "floor_scale": 512,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 192,
+    },
 }
-TABLES = {"mistral": 1, "gemma2": 2, "gemma3_text": 4, "gpt_oss": 2, "cohere2": 4}
-"""Block tables that vLLM gives a request of each kind."""
+TABLES = {"mistral": 1, "gemma2": 2, "gemma3_text": 4, "gpt_oss": 2, "cohere2": 4, "llama4_text": 1}
+"""Block tables of a request of each kind, by vLLM's default: chunks share one with full attention."""
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +91,7 @@ def num_tables(llm):
         ("gpt_oss", 3, {"strategy": "pass_q", "placement": "striped"}, {}),
         ("gpt_oss", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
         ("cohere2", 2, {}, {}),
+        ("llama4_text", 2, {}, {}),
         ("gemma3_text", 2, {}, {"disable_hybrid_kv_cache_manager": True}),
     ],
 )

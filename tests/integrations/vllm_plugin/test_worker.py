@@ -1,5 +1,7 @@
 """What a worker and the block manager decide, without an engine."""
 
+import os
+import signal
 from contextlib import contextmanager
 from functools import partial
 from threading import Thread
@@ -9,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from vllm.config import CompilationMode
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+from vllm.utils.cpu_resource_utils import MemoryNodeInfo
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -19,6 +23,7 @@ from longspan.costmodel.choose import plan_group
 from longspan.costmodel.parameters import costs_by_bytes
 from longspan.cp.eager import EagerStepAttention
 from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.integrations.vllm import memory
 from longspan.integrations.vllm import rank_model as rank_model_module
 from longspan.integrations.vllm.backend import StepAttentionImpl, StepMetadata, WarmUp
 from longspan.integrations.vllm.costs import agree_on_costs
@@ -100,6 +105,11 @@ def test_layers_with_windows_get_tables_of_their_own_where_vllm_has_them():
     assert rank_model(WindowLayer()).kv_cache_spec(STRIPING) == {"attn0": PlacedWindowSpec(**window)}
     one = rank_model(Layer(), WindowLayer(), is_one_table=True).kv_cache_spec(STRIPING)
     assert set(one.values()) == {PlacedSpec(**SHAPE, striping=STRIPING)}
+    chunked = ChunkedLocalAttention.__new__(ChunkedLocalAttention)
+    chunked.__dict__.update({**vars(Layer), "attention_chunk_size": 64, "kv_cache_dtype": "auto"})
+    chunked.__dict__["kv_cache_torch_dtype"] = torch.float32
+    one = rank_model(Layer(), chunked).kv_cache_spec(STRIPING)
+    assert set(one.values()) == {PlacedSpec(**SHAPE, striping=STRIPING)}, "vLLM frees no chunks by default"
     with pytest.raises(UnsupportedModelError, match="layer attn0"):
         rank_model(WindowLayer(page_size_padded=1 << 20)).kv_cache_spec(STRIPING)
 
@@ -118,22 +128,47 @@ def test_vllm_is_told_what_the_longest_request_takes():
 
 def test_all_ranks_refuse_where_one_has_no_memory(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda blocks, op: blocks.zero_())  # another rank's 0
+    monkeypatch.setattr(dist, "all_gather_object", lambda nodes, node: nodes.__setitem__(slice(None), [node] * 2))
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
         common_kv_bytes(cache_config(0.5), 2, 1 << 16, torch.device("cpu"))
 
 
 def test_a_rank_without_memory_says_zero():
-    assert local_kv_bytes(cache_config(1e-9), 2, torch.device("cpu")) == 0
+    assert local_kv_bytes(cache_config(1e-9), 2, 0, torch.device("cpu")) == 0
 
 
-def test_other_processes_than_the_first_end_where_they_fail():
-    closed = []
+def test_processes_of_one_memory_node_divide_its_memory(monkeypatch):
+    """Of four processes, two are on this one's node, which has 1,000 GiB in its container; half of them are free."""
+    shared = []
+
+    def gather(nodes, node):
+        nodes[:] = [node, node + 1, node, node + 1]
+
+    def share(config, num_sharing, node_id, device):
+        shared.append(num_sharing)
+        return 64
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(dist, "all_reduce", lambda blocks, op: None)
+    monkeypatch.setattr(memory, "local_kv_bytes", share)
+    assert common_kv_bytes(cache_config(0.5), 4, 16, torch.device("cpu")) == 64
+    assert shared == [2]
+    monkeypatch.undo()
+    node = MemoryNodeInfo(total_memory=1000 << 30, available_memory=500 << 30)
+    monkeypatch.setattr(memory, "get_memory_node_info", lambda node_id: node)
+    assert local_kv_bytes(cache_config(1.0), 2, 0, torch.device("cpu")) == 250 << 30
+    assert 50 << 30 < local_kv_bytes(cache_config(0.2), 2, 0, torch.device("cpu")) < 100 << 30, "its own memory counts"
+
+
+def test_other_processes_than_the_first_end_where_they_fail(monkeypatch):
+    closed, sent = [], []
     comm = SimpleNamespace(close=lambda: closed.append(True))
-    with pytest.raises(SystemExit), telling_peers(comm, 1):
-        raise ValueError
-    with pytest.raises(ValueError, match="reason"), telling_peers(comm, 0):
-        raise ValueError("reason")
+    monkeypatch.setattr(os, "kill", lambda process, signal: sent.append((process, signal)))
+    for process in (1, 0):
+        with pytest.raises(ValueError, match="reason"), telling_peers(comm, process):
+            raise ValueError("reason")
     assert closed == [True, True]
+    assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.model_loader import get_model
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from longspan.attention.base import AttentionBackend
 from longspan.attention.check import check_against_reference
@@ -57,7 +58,8 @@ class RankModel:
         ((self._num_heads, num_kv_heads, k_width, v_width),) = shapes
         dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
         self.specs = tuple(
-            KVSpec.uniform(num_kv_heads, k_width, v_width, dtype, layer.impl.window) for layer in layers.values()
+            KVSpec.uniform(num_kv_heads, k_width, v_width, dtype, layer.impl.window, chunk_of(layer))
+            for layer in layers.values()
         )
         """Spec of every layer."""
         self.layer_params = tuple(
@@ -69,7 +71,7 @@ class RankModel:
         """Return what vLLM's block manager must know of every layer.
 
         Raises:
-            UnsupportedModelError: a layer asks for more than full attention or a sliding window.
+            UnsupportedModelError: a layer asks for more than full attention, a sliding window, or chunks.
         """
         layout = self.specs[0].layout
         fields: dict[str, Any] = {
@@ -79,24 +81,20 @@ class RankModel:
             "head_size_v": layout.v_width,
             "dtype": self._config.model_config.dtype,
         }
-        # vLLM can give layers with a window a block table of their own, and frees blocks behind the window then.
-        has_tables = len(set(self.specs)) > 1 and not self._config.scheduler_config.disable_hybrid_kv_cache_manager
-        spare = striping.geometry.num_ranks if has_tables else 0
+        # vLLM can give layers with a window block tables of their own, and frees blocks behind the window then.
+        has_tables = not self._config.scheduler_config.disable_hybrid_kv_cache_manager
+        is_mixed = has_tables and len({spec.window for spec in self.specs}) > 1
+        ours = {"striping": striping, "spare_blocks": striping.geometry.num_ranks if is_mixed else 0}
         placed: dict[str, PlacedSpec | PlacedWindowSpec] = {}
         for (name, layer), spec in zip(self._layers.items(), self.specs, strict=True):
             own = layer.get_kv_cache_spec(self._config)
-            if spec.window is None:
-                plain: Any = FullAttentionSpec(**fields)
-            else:
-                plain = SlidingWindowSpec(**{**fields, "block_size": own.block_size}, sliding_window=spec.window)
+            plain = plain_spec(spec, {**fields, "block_size": own.block_size})
             if own != plain:
                 raise UnsupportedModelError(f"model: layer {name} needs {own}, legal with longspan in vLLM is {plain}")
-            if spec.window is None or self._config.scheduler_config.disable_hybrid_kv_cache_manager:
-                placed[name] = PlacedSpec(**fields, striping=striping, spare_blocks=spare)
+            if spec.window is None or not has_tables:
+                placed[name] = PlacedSpec(**fields, **ours)
             else:
-                placed[name] = PlacedWindowSpec(
-                    **fields, sliding_window=spec.window, striping=striping, spare_blocks=spare
-                )
+                placed[name] = PlacedWindowSpec(**fields, **ours, sliding_window=spec.window)
         return placed
 
     def page_bytes(self, block_size: int) -> int:
@@ -183,6 +181,25 @@ class RankModel:
         if logits is None:
             raise LongspanError("vLLM gathers logits on one tensor parallel rank, which longspan does not support")
         return logits
+
+
+def chunk_of(layer: Any) -> int | None:
+    """Return the tokens of a layer's chunks, or None where it has none."""
+    return layer.attention_chunk_size if isinstance(layer, ChunkedLocalAttention) else None
+
+
+def plain_spec(spec: KVSpec, fields: dict[str, Any]) -> KVCacheSpec:
+    """Return what vLLM says of a layer that sees what `spec` says, and asks for nothing else.
+
+    Args:
+        spec: what the layer caches and sees.
+        fields: block size, heads, widths and dtype by vLLM's names.
+    """
+    if spec.window is not None:
+        return SlidingWindowSpec(**fields, sliding_window=spec.window)
+    if spec.chunk is not None:
+        return ChunkedLocalAttentionSpec(**fields, attention_chunk_size=spec.chunk)
+    return FullAttentionSpec(**fields)
 
 
 def load_rank_model(vllm_config: Any, device: torch.device) -> RankModel:

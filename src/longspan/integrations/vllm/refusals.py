@@ -89,8 +89,11 @@ def check_config(config: Any, options: Options) -> None:
     mode = config.compilation_config.mode
     if mode == CompilationMode.STOCK_TORCH_COMPILE:
         _refuse("compilation_config.mode", mode.name, "NONE, DYNAMO_TRACE_ONCE or VLLM_COMPILE")
-    if parallel.enable_expert_parallel:
-        _refuse("enable_expert_parallel", True, "false")
+    for name in ("enable_expert_parallel", "enable_dbo"):
+        if getattr(parallel, name):
+            _refuse(name, True, "false")
+    if parallel.ubatch_size > 1:
+        _refuse("ubatch_size", parallel.ubatch_size, "0 or 1")
     for name, what in (
         ("speculative_config", "speculative decoding"),
         ("lora_config", "LoRA"),
@@ -114,7 +117,6 @@ def check_config(config: Any, options: Options) -> None:
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
         (model.uses_mrope, "multimodal positions"),
         (getattr(model, "supports_kv_cache_grouping", False), "groups of KV caches of its own"),  # new in 0.33
-        (model.attention_chunk_size is not None, f"chunked attention of {model.attention_chunk_size} tokens"),
     ):
         if wrong:
             raise UnsupportedModelError(f"model: {model.model} has {what}, which {KEY} does not support")
