@@ -20,6 +20,19 @@ os.environ.update(
 )
 
 VOCAB_SIZE = 512
+SPECIAL_TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "tie_word_embeddings": False}
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    **SPECIAL_TOKENS,
+}
+"""Fields of all models."""
 
 
 def save_model(kind: str, directory, **more) -> str:
@@ -27,24 +40,23 @@ def save_model(kind: str, directory, **more) -> str:
     values than these."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.for_model(kind, **{**SIZES, **more})
+    return _save_random(AutoModelForCausalLM, config, directory)
+
+
+def save_multimodal_model(kind: str, directory, text, **more) -> str:
+    """The same for a model with a text part, of which `text` is said."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(kind, text_config={**SIZES, **text}, **{**SPECIAL_TOKENS, **more})
+    return _save_random(AutoModelForImageTextToText, config, directory)
+
+
+def _save_random(loader, config, directory) -> str:
     from longspan.models.recall_tokenizer import build_tokenizer
 
     torch.manual_seed(3)
-    fields = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "tie_word_embeddings": False,
-    }
-    config = AutoConfig.for_model(kind, **{**fields, **more})
-    model = AutoModelForCausalLM.from_config(config)
+    model = loader.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:

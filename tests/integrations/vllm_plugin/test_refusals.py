@@ -137,12 +137,11 @@ PLAIN = {
     "model_config.enable_sleep_mode": False,
     "model_config.runner_type": "generate",
     "model_config.enable_prompt_embeds": False,
-    "model_config.is_multimodal_model": False,
+    "model_config.supports_multimodal_inputs": False,
     "model_config.is_encoder_decoder": False,
     "model_config.use_mla": False,
     "model_config.is_hybrid": False,
     "model_config.has_inner_state": False,
-    "model_config.uses_mrope": False,
 }
 """What `check_config` reads of a configuration that it accepts."""
 
@@ -195,12 +194,11 @@ def test_rejects_configurations(changed, what):
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"model_config__is_multimodal_model": True}, "multimodal model"),
+        ({"model_config__supports_multimodal_inputs": True}, "--language-model-only"),
         ({"model_config__is_encoder_decoder": True}, "encoder"),
         ({"model_config__use_mla": True}, "latent attention"),
         ({"model_config__is_hybrid": True}, "recurrent"),
         ({"model_config__has_inner_state": True}, "recurrent"),
-        ({"model_config__uses_mrope": True}, "multimodal positions"),
         ({"model_config__supports_kv_cache_grouping": True}, "groups of KV caches"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

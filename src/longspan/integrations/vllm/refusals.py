@@ -111,11 +111,10 @@ def check_config(config: Any, options: Options) -> None:
     if model.enable_prompt_embeds:
         _refuse("enable_prompt_embeds", True, "false")
     for wrong, what in (
-        (model.is_multimodal_model, "a multimodal model"),
+        (model.supports_multimodal_inputs, "inputs other than text (without them: --language-model-only)"),
         (model.is_encoder_decoder, "an encoder and a decoder"),
         (model.use_mla, "multi-head latent attention"),
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
-        (model.uses_mrope, "multimodal positions"),
         (getattr(model, "supports_kv_cache_grouping", False), "groups of KV caches of its own"),  # new in 0.33
     ):
         if wrong:
