@@ -78,7 +78,6 @@ def test_rejects_options(models, longspan, name):
     ("options", "name"),
     [
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config"),
-        ({"enable_lora": True}, "lora_config"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv_transfer_config"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
@@ -176,7 +175,6 @@ def test_accepts_a_plain_configuration():
         ({"parallel_config__enable_dbo": True}, "enable_dbo"),
         ({"parallel_config__ubatch_size": 2}, "ubatch_size"),
         ({"speculative_config": object()}, "speculative_config"),
-        ({"lora_config": object()}, "lora_config"),
         ({"kv_transfer_config": object()}, "kv_transfer_config"),
         ({"ec_transfer_config": object()}, "ec_transfer_config"),
         ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype"),
@@ -221,6 +219,12 @@ def test_rejects_models(changed, what):
 def test_rejects_layers_that_need_more(options, what):
     with pytest.raises(UnsupportedModelError, match=what):
         StepAttentionImpl(4, 32, 0.1, **options)
+
+
+def test_rejects_adapters_on_gpus():
+    gpu = stub(device_config__device_type="cuda", lora_config=object())
+    with pytest.raises(ConfigError, match=r"^lora_config: "):
+        check_config(gpu, Options(context_parallel_size=2, untested_cuda=True))
 
 
 def test_names_only_what_a_layer_needs():

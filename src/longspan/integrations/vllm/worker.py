@@ -24,6 +24,7 @@ from longspan.comm.recording import RecordingCommunicator
 from longspan.costmodel.choose import plan_group
 from longspan.cp.eager import EagerStepAttention
 from longspan.errors import ConfigError
+from longspan.integrations.vllm.adapters import Adapters
 from longspan.integrations.vllm.backend import install_backend
 from longspan.integrations.vllm.costs import agree_on_costs
 from longspan.integrations.vllm.exchange import StepExchange
@@ -172,7 +173,7 @@ class Worker(RefusedCalls):
         attention = EagerStepAttention(
             step.plan, step.tables, self._pools, self._comm, self._backend, self._model.layer_params
         )
-        self._pending = (step, scheduler_output, self._model.forward(step.plan, attention))
+        self._pending = (step, scheduler_output, self._model.forward(step.plan, attention, step.adapters))
         return None
 
     @torch.inference_mode()
@@ -206,6 +207,26 @@ class Worker(RefusedCalls):
         if states:
             self._exchange.tell_tokens([state.output_token_ids[-1] for state in states])
         return output
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+
+    def add_lora(self, lora_request: Any) -> bool:
+        return self._adapters.add(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        return self._adapters.remove(lora_id)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        return self._adapters.pin(lora_id)
+
+    def list_loras(self) -> set[int]:
+        return self._adapters.ids()
+
+    @property
+    def _adapters(self) -> Adapters:
+        if self._model.adapters is None:
+            raise ConfigError("enable_lora: got false, legal for calls that name adapters is true")
+        return self._model.adapters
 
     def shutdown(self) -> None:
         if hasattr(self, "_comm"):
