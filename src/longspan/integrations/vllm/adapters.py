@@ -1,6 +1,6 @@
 """LoRA adapters of one process: which are loaded, and which rows use which.
 
-Holds vLLM's manager of adapters. Must not know requests, plans or ranks.
+Holds vLLM's manager of adapters, and a worker's calls to it. Must not know requests, plans or ranks.
 Read next: `longspan.integrations.vllm.rank_model`.
 
 Note [Adapters on every rank]
@@ -17,8 +17,9 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.models import supports_lora
+from vllm.v1.worker.worker_base import WorkerBase
 
-from longspan.errors import UnsupportedModelError
+from longspan.errors import ConfigError, UnsupportedModelError
 
 Adapter: TypeAlias = LoRARequest
 """vLLM's name and place of an adapter."""
@@ -63,3 +64,29 @@ class Adapters:
     def ids(self) -> set[int]:
         """Return the ids of all loaded adapters."""
         return set(self._manager.list_adapters())
+
+
+class AdapterCalls(WorkerBase):
+    """Worker's answers to calls that name adapters.
+
+    Each raises ConfigError without LoRA. Collective: every process, between steps.
+    """
+
+    adapters: Adapters | None = None
+
+    def add_lora(self, lora_request: Adapter) -> bool:
+        return self._enabled().add(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        return self._enabled().remove(lora_id)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        return self._enabled().pin(lora_id)
+
+    def list_loras(self) -> set[int]:
+        return self._enabled().ids()
+
+    def _enabled(self) -> Adapters:
+        if self.adapters is None:
+            raise ConfigError("enable_lora: got false, legal for calls that name adapters is true")
+        return self.adapters

@@ -24,7 +24,7 @@ from longspan.comm.recording import RecordingCommunicator
 from longspan.costmodel.choose import plan_group
 from longspan.cp.eager import EagerStepAttention
 from longspan.errors import ConfigError
-from longspan.integrations.vllm.adapters import Adapters
+from longspan.integrations.vllm.adapters import AdapterCalls
 from longspan.integrations.vllm.backend import install_backend
 from longspan.integrations.vllm.costs import agree_on_costs
 from longspan.integrations.vllm.exchange import StepExchange
@@ -44,7 +44,7 @@ from longspan.integrations.vllm.step_sampler import StepSampler
 from longspan.sharding.geometry import StepGeometry
 
 
-class Worker(RefusedCalls):
+class Worker(RefusedCalls, AdapterCalls):
     """vLLM worker of one (cp_rank, tp_rank)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -83,6 +83,7 @@ class Worker(RefusedCalls):
         if load_dummy_weights:
             raise ConfigError("load_dummy_weights: got True, legal with longspan is False")
         self._model = load_rank_model(self.vllm_config, self.device)
+        self.adapters = self._model.adapters
 
     def get_model(self) -> torch.nn.Module:
         return self._model.module
@@ -207,26 +208,6 @@ class Worker(RefusedCalls):
         if states:
             self._exchange.tell_tokens([state.output_token_ids[-1] for state in states])
         return output
-
-    # -- adapters ----------------------------------------------------------------------------------------------------
-
-    def add_lora(self, lora_request: Any) -> bool:
-        return self._adapters.add(lora_request)
-
-    def remove_lora(self, lora_id: int) -> bool:
-        return self._adapters.remove(lora_id)
-
-    def pin_lora(self, lora_id: int) -> bool:
-        return self._adapters.pin(lora_id)
-
-    def list_loras(self) -> set[int]:
-        return self._adapters.ids()
-
-    @property
-    def _adapters(self) -> Adapters:
-        if self._model.adapters is None:
-            raise ConfigError("enable_lora: got false, legal for calls that name adapters is true")
-        return self._model.adapters
 
     def shutdown(self) -> None:
         if hasattr(self, "_comm"):
