@@ -221,6 +221,21 @@ def test_rejects_layers_that_need_more(options, what):
         StepAttentionImpl(4, 32, 0.1, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "architecture", "fields"),
+    [
+        ("mistral", "MistralForCausalLM", {"sliding_window": 64}),
+        ("llama4_text", "Llama4ForCausalLM", {"attention_chunk_size": 64}),
+    ],
+)
+def test_accepts_windows_and_chunks(tmp_path, kind, architecture, fields):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind, **fields, architectures=[architecture]).save_pretrained(tmp_path)
+    found = config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
+    assert found.parallel_config.worker_cls == WORKER
+
+
 def test_rejects_adapters_on_gpus():
     gpu = stub(device_config__device_type="cuda", lora_config=object())
     with pytest.raises(ConfigError, match=r"^lora_config: "):
