@@ -72,3 +72,20 @@ def _save_random(loader, config, directory) -> str:
 def models(tmp_path_factory):
     """Directory of each kind of model."""
     return {kind: save_model(kind, tmp_path_factory.mktemp(kind)) for kind in ("llama", "qwen3")}
+
+
+@pytest.fixture(scope="session")
+def windowed(tmp_path_factory):
+    """Function of a kind in `windowed_models`: its directory, and what Transformers answers to `engines.prompts`."""
+    from engines import prompts, reference
+    from windowed_models import KINDS
+
+    known = {}
+
+    def make(kind):
+        if kind not in known:
+            model = save_model(kind, tmp_path_factory.mktemp(kind), **KINDS[kind])
+            known[kind] = (model, reference(model, prompts()))
+        return known[kind]
+
+    return make

@@ -73,7 +73,7 @@ VISION = {
 WINDOWS = {"sliding_window": 100, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
 MULTIMODAL = {
     "gemma3": {
-        "text": {**WINDOWS, "query_pre_attn_scalar": 24},
+        "text": {**WINDOWS, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
         "vision_config": {**VISION, "model_type": "siglip_vision_model"},
         "mm_tokens_per_image": 1,
         "tie_word_embeddings": True,
