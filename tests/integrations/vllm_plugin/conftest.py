@@ -76,9 +76,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def windowed(tmp_path_factory):
-    """Function of a kind in `windowed_models`: its directory, and what Transformers answers to `engines.prompts`."""
+    """Function of a kind in `kinds`: its directory, and what Transformers answers to `engines.prompts`."""
     from engines import prompts, reference
-    from windowed_models import KINDS
+    from kinds import KINDS
 
     known = {}
 

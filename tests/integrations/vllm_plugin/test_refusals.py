@@ -13,7 +13,8 @@ from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
 from vllm.model_executor.layers.attention.static_sink_attention import StaticSinkAttention
 
 from longspan.errors import ConfigError, UnsupportedModelError
-from longspan.integrations.vllm.backend import StepAttentionImpl, attention_layers
+from longspan.integrations.vllm.backend import StepAttentionImpl
+from longspan.integrations.vllm.layers import attention_layers
 from longspan.integrations.vllm.options import Options
 from longspan.integrations.vllm.plugin import WORKER, register
 from longspan.integrations.vllm.refusals import check_config, check_version
@@ -194,7 +195,6 @@ def test_rejects_configurations(changed, what):
     [
         ({"model_config__supports_multimodal_inputs": True}, "--language-model-only"),
         ({"model_config__is_encoder_decoder": True}, "encoder"),
-        ({"model_config__use_mla": True}, "latent attention"),
         ({"model_config__is_hybrid": True}, "recurrent"),
         ({"model_config__has_inner_state": True}, "recurrent"),
         ({"model_config__supports_kv_cache_grouping": True}, "groups of KV caches"),
@@ -236,9 +236,17 @@ def test_accepts_windows_and_chunks(tmp_path, kind, architecture, fields):
     assert found.parallel_config.worker_cls == WORKER
 
 
-def test_rejects_adapters_on_gpus():
-    gpu = stub(device_config__device_type="cuda", lora_config=object())
-    with pytest.raises(ConfigError, match=r"^lora_config: "):
+@pytest.mark.parametrize(
+    ("changed", "error", "what"),
+    [
+        ({"lora_config": object()}, ConfigError, r"^lora_config: "),
+        ({"model_config__use_mla": True}, UnsupportedModelError, "latent attention, on GPUs"),
+    ],
+)
+def test_rejects_on_gpus_what_works_on_cpus(changed, error, what):
+    check_config(stub(**changed), Options(context_parallel_size=2))
+    gpu = stub(device_config__device_type="cuda", **changed)
+    with pytest.raises(error, match=what):
         check_config(gpu, Options(context_parallel_size=2, untested_cuda=True))
 
 

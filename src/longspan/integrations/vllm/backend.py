@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -119,27 +116,3 @@ def install_backend(device_type: str) -> None:
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{StepAttentionBackend.__qualname__}")
     else:
         register_backend(AttentionBackendEnum.FLASH_ATTN, "longspan.integrations.vllm.flash.FlashStepBackend")
-
-
-def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:
-    """Return the model's attention layers by name, in the order in which it runs them.
-
-    Raises:
-        UnsupportedModelError: a layer is neither vLLM's `Attention` itself nor `ChunkedLocalAttention`. Prefix and
-            other masks are subclasses too, which share our backend and would be computed as causal.
-    """
-    found: dict[int, tuple[str, Any]] = {}
-    for name, layer in static_forward_context.items():
-        if not hasattr(layer, "get_kv_cache_spec"):
-            continue  # fused MoE registers itself too
-        if type(layer) not in (Attention, ChunkedLocalAttention) or not isinstance(layer.impl, StepAttentionImpl):
-            raise UnsupportedModelError(
-                f"model: layer {name} is {type(layer).__name__}, which longspan does not support in vLLM"
-            )
-        index = extract_layer_index(name)
-        if index in found:
-            raise UnsupportedModelError(f"model: layers {found[index][0]} and {name} have one index")
-        found[index] = (name, layer)
-    if not found:
-        raise UnsupportedModelError("model: it has no attention layers")
-    return dict(found[index] for index in sorted(found))

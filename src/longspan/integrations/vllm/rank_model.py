@@ -1,4 +1,4 @@
-"""vLLM's model in one process: the shape of its attention layers, and its run on this rank's rows.
+"""vLLM's model in one process: its attention layers together, and its run on this rank's rows.
 
 Holds the loaded module. Must not know requests, vLLM's scheduler, or which rows are read.
 Read next: `longspan.integrations.vllm.backend`, which its layers use; `longspan.cp.step`.
@@ -15,24 +15,29 @@ import torch
 from torch import Tensor
 from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.model_loader import get_model
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from longspan.attention.base import AttentionBackend
 from longspan.attention.check import check_against_reference
+from longspan.attention.latent import LatentBackend
 from longspan.attention.select import make_backend
 from longspan.cp.step import StepAttention
 from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
 from longspan.integrations.vllm.adapters import Adapter, Adapters
-from longspan.integrations.vllm.backend import StepMetadata, WarmUp, attention_layers
+from longspan.integrations.vllm.backend import StepMetadata, WarmUp
 from longspan.integrations.vllm.groups import LayerGroups, divide_layers
+from longspan.integrations.vllm.layers import (
+    attention_layers,
+    check_kv_cache_spec,
+    layer_params,
+    layer_spec,
+    redirect_latent_layers_,
+)
 from longspan.integrations.vllm.placement import Striping
-from longspan.integrations.vllm.spec import PlacedSpec, PlacedWindowSpec
-from longspan.kv.layout import KVSpec
+from longspan.integrations.vllm.spec import place
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.types import Literals, Plan
-from longspan.types import AttentionParams
 
 
 class RankModel:
@@ -61,49 +66,32 @@ class RankModel:
         self.module, self.device, self.adapters = module, device, adapters
         self._config, self._layers = vllm_config, layers
         self._index_of_layer = {name: i for i, name in enumerate(layers)}
-        shapes = {(a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v) for a in layers.values()}
+        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+        self.specs = tuple(layer_spec(layer, dtype) for layer in layers.values())
+        """Spec of every layer."""
+        shapes = {(layer.num_heads, spec.layout) for layer, spec in zip(layers.values(), self.specs, strict=True)}
         if len(shapes) != 1:
             raise ConfigError("model: its attention layers differ in heads or widths, which longspan does not support")
-        ((self._num_heads, num_kv_heads, k_width, v_width),) = shapes
-        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-        self.specs = tuple(
-            KVSpec.uniform(num_kv_heads, k_width, v_width, dtype, layer.impl.window, chunk_of(layer))
-            for layer in layers.values()
-        )
-        """Spec of every layer."""
+        ((self._num_heads, _),) = shapes
         self.layer_params = tuple(
-            AttentionParams(layer.impl.scale, layer.impl.logits_soft_cap, layer.impl.window)
-            for layer in layers.values()
+            layer_params(layer, spec) for layer, spec in zip(layers.values(), self.specs, strict=True)
         )
+        redirect_latent_layers_(layers)
 
-    def kv_cache_spec(self, striping: Striping) -> dict[str, PlacedSpec | PlacedWindowSpec]:
+    def kv_cache_spec(self, striping: Striping) -> dict[str, KVCacheSpec]:
         """Return what vLLM's block manager must know of every layer.
 
         Raises:
-            UnsupportedModelError: a layer asks for more than full attention, a sliding window, or chunks.
+            UnsupportedModelError: a layer asks for more than we know.
         """
-        layout = self.specs[0].layout
-        fields: dict[str, Any] = {
-            "block_size": self._config.cache_config.block_size,
-            "num_kv_heads": layout.num_kv_heads,
-            "head_size": layout.k_width,
-            "head_size_v": layout.v_width,
-            "dtype": self._config.model_config.dtype,
-        }
         # vLLM can give layers with a window block tables of their own, and frees blocks behind the window then.
         has_tables = not self._config.scheduler_config.disable_hybrid_kv_cache_manager
         is_mixed = has_tables and len({spec.window for spec in self.specs}) > 1
-        ours = {"striping": striping, "spare_blocks": striping.geometry.num_ranks if is_mixed else 0}
-        placed: dict[str, PlacedSpec | PlacedWindowSpec] = {}
+        spare = striping.geometry.num_ranks if is_mixed else 0
+        placed: dict[str, KVCacheSpec] = {}
         for (name, layer), spec in zip(self._layers.items(), self.specs, strict=True):
-            own = layer.get_kv_cache_spec(self._config)
-            plain = plain_spec(spec, {**fields, "block_size": own.block_size})
-            if own != plain:
-                raise UnsupportedModelError(f"model: layer {name} needs {own}, legal with longspan in vLLM is {plain}")
-            if spec.window is None or not has_tables:
-                placed[name] = PlacedSpec(**fields, **ours)
-            else:
-                placed[name] = PlacedWindowSpec(**fields, **ours, sliding_window=spec.window)
+            own = check_kv_cache_spec(name, layer, spec, self._config)
+            placed[name] = place(own, striping, spare, is_freed=has_tables)
         return placed
 
     def page_bytes(self, block_size: int) -> int:
@@ -129,7 +117,8 @@ class RankModel:
             LongspanError: a GPU's kernels differ from the reference, or vLLM has none for this model.
         """
         if self.device.type == "cpu":
-            return make_backend("auto", self.device)
+            backend: AttentionBackend = make_backend("auto", self.device)
+            return LatentBackend(backend) if any(spec.latent for spec in self.specs) else backend
         from longspan.integrations.vllm.flash import make_flash_backend
 
         with set_current_vllm_config(self._config):
@@ -206,25 +195,6 @@ class RankModel:
         if logits is None:
             raise LongspanError("vLLM gathers logits on one tensor parallel rank, which longspan does not support")
         return logits
-
-
-def chunk_of(layer: Any) -> int | None:
-    """Return the tokens of a layer's chunks, or None where it has none."""
-    return layer.attention_chunk_size if isinstance(layer, ChunkedLocalAttention) else None
-
-
-def plain_spec(spec: KVSpec, fields: dict[str, Any]) -> KVCacheSpec:
-    """Return what vLLM says of a layer that sees what `spec` says, and asks for nothing else.
-
-    Args:
-        spec: what the layer caches and sees.
-        fields: block size, heads, widths and dtype by vLLM's names.
-    """
-    if spec.window is not None:
-        return SlidingWindowSpec(**fields, sliding_window=spec.window)
-    if spec.chunk is not None:
-        return ChunkedLocalAttentionSpec(**fields, attention_chunk_size=spec.chunk)
-    return FullAttentionSpec(**fields)
 
 
 def load_rank_model(vllm_config: Any, device: torch.device) -> RankModel:

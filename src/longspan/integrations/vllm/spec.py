@@ -5,7 +5,7 @@ specs; that registers the managers. Must not know models or tensors.
 Read next: `longspan.integrations.vllm.placer`, which chooses ranks; `longspan.integrations.vllm.free_queue`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -14,7 +14,13 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
     SlidingWindowManager,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from longspan.integrations.vllm.free_queue import RankedFreeQueue
@@ -71,40 +77,65 @@ class PlacingWindowManager(_Placing, SlidingWindowManager):
     """vLLM's manager of sliding windows, which also chooses ranks."""
 
 
-@register_kv_cache_spec(manager_class=PlacingManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
-class PlacedSpec(FullAttentionSpec):
-    """Attention whose blocks lie on several ranks, and are kept until the request ends."""
+class _Placed:
+    """Part of a spec that says how blocks are placed.
+
+    No subclass of vLLM's: its fields would count before those of the spec beside it.
+    """
 
     striping: Striping | None = None
+    """Sizes of stripes; the same in all specs of a model."""
     spare_blocks: int = 0
     """Blocks that must be free beside those that are taken. See Note [Several block tables] in
     `longspan.integrations.vllm.placer`."""
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Return the bytes of the longest request, so that vLLM refuses lengths that could never run."""
-        found: int = super().max_memory_usage_bytes(vllm_config)
-        return found + self.spare_blocks * int(self.page_size_bytes)
+        found: int = super().max_memory_usage_bytes(vllm_config)  # type: ignore[misc]
+        page_bytes: int = self.page_size_bytes  # type: ignore[attr-defined]
+        return found + self.spare_blocks * page_bytes
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
         """Merge specs as vLLM does, but keep our fields, which vLLM would drop."""
         first = specs[0]
         assert all(spec.striping == first.striping for spec in specs), "all layers share one striping"
-        merged = super().merge(specs)
+        merged = super().merge(specs)  # type: ignore[misc]
         return replace(merged, striping=first.striping, spare_blocks=first.spare_blocks)
+
+
+@register_kv_cache_spec(manager_class=PlacingManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class PlacedSpec(_Placed, FullAttentionSpec):
+    """Attention whose blocks lie on several ranks, and are kept until the request ends."""
+
+
+@register_kv_cache_spec(manager_class=PlacingManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class PlacedLatentSpec(_Placed, MLAAttentionSpec):
+    """The same for latents."""
 
 
 @register_kv_cache_spec(manager_class=PlacingWindowManager, uniform_type_base_spec=SlidingWindowSpec)
 @dataclass(frozen=True, kw_only=True)
-class PlacedWindowSpec(SlidingWindowSpec):
+class PlacedWindowSpec(_Placed, SlidingWindowSpec):
     """Attention with a sliding window: its blocks lie on several ranks, and are freed behind the window."""
 
-    striping: Striping | None = None
-    spare_blocks: int = 0
-    """See `PlacedSpec.spare_blocks`."""
 
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """See `PlacedSpec.max_memory_usage_bytes`."""
-        found: int = super().max_memory_usage_bytes(vllm_config)
-        return found + self.spare_blocks * int(self.page_size_bytes)
+def place(spec: KVCacheSpec, striping: Striping, spare_blocks: int, *, is_freed: bool) -> KVCacheSpec:
+    """Return a layer's spec with the ranks of its blocks.
+
+    Args:
+        spec: vLLM's own.
+        striping: sizes of stripes.
+        spare_blocks: see `_Placed.spare_blocks`.
+        is_freed: whether blocks behind a window are freed; else they are kept, like those of a chunk.
+    """
+    ours = {"striping": striping, "spare_blocks": spare_blocks}
+    if isinstance(spec, MLAAttentionSpec):
+        return replace_as(spec, PlacedLatentSpec, **ours)
+    if isinstance(spec, SlidingWindowSpec) and is_freed:
+        return replace_as(spec, PlacedWindowSpec, **ours)
+    names = {"sliding_window", "extra_retained_tokens", "attention_chunk_size"}
+    return replace_as(spec, PlacedSpec, drop=names & {field.name for field in fields(spec)}, **ours)

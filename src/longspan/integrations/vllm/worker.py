@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes
@@ -38,7 +39,6 @@ from longspan.integrations.vllm.rank_model import load_rank_model
 from longspan.integrations.vllm.refused_calls import RefusedCalls
 from longspan.integrations.vllm.requests import Requests
 from longspan.integrations.vllm.sampling import SamplingBatch
-from longspan.integrations.vllm.spec import PlacedSpec, PlacedWindowSpec
 from longspan.integrations.vllm.staging import StagingCommunicator
 from longspan.integrations.vllm.step_sampler import StepSampler
 from longspan.sharding.geometry import StepGeometry
@@ -88,7 +88,7 @@ class Worker(RefusedCalls, AdapterCalls):
     def get_model(self) -> torch.nn.Module:
         return self._model.module
 
-    def get_kv_cache_spec(self) -> dict[str, PlacedSpec | PlacedWindowSpec]:
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         size = self.cache_config.block_size
         options, budget = self._options, self.scheduler_config.max_num_batched_tokens
         shortest = {"packed": 2**31 - 1, "striped": 0, "auto": options.min_striped_len}[options.placement]

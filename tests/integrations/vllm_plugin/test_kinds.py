@@ -1,8 +1,8 @@
-"""Windows, chunks, sinks and softcaps: tokens are those of Transformers, and blocks behind windows are freed."""
+"""Windows, chunks, sinks, softcaps, latents: tokens are those of Transformers; blocks behind windows are freed."""
 
 import pytest
 from engines import engine, generate, metric, num_blocks, prompts, random_prompts, reference, tokens_of
-from windowed_models import TABLES
+from kinds import TABLES
 
 
 def num_tables(llm):
@@ -23,6 +23,9 @@ def num_tables(llm):
         ("gpt_oss", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
         ("cohere2", 2, {}, {}),
         ("llama4_text", 2, {}, {}),
+        ("deepseek_v3", 2, {}, {}),
+        ("deepseek_v3", 3, {"strategy": "pass_q", "placement": "striped"}, {}),
+        ("deepseek_v3", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
         ("gemma3_text", 2, {}, {"disable_hybrid_kv_cache_manager": True}),
     ],
 )
@@ -35,7 +38,8 @@ def test_tokens_equal_transformers(windowed, monkeypatch, kind, cp_size, longspa
         assert tokens_of(generate(llm, asked)) == expected  # 10 at once, chunked: 1,024 tokens a step
         hits = metric(llm, "vllm:prefix_cache_hits")
         assert [tokens_of(generate(llm, [p]))[0] for p in asked] == expected
-        assert metric(llm, "vllm:prefix_cache_hits") > hits
+        has_cache = kind != "deepseek_v3"  # vLLM has neither chunks nor a prefix cache for latents on CPUs without AMX
+        assert (metric(llm, "vllm:prefix_cache_hits") > hits) == has_cache
 
 
 def test_sixteen_at_once_with_preemptions(windowed):

@@ -1,4 +1,4 @@
-"""Models whose layers do not all see all keys: what they have beside the sizes of `save_model`."""
+"""Models with other attention than Llama's: what they have beside the sizes of `save_model`."""
 
 W, F = "sliding_attention", "full_attention"
 YARN = {
@@ -50,6 +50,21 @@ KINDS = {
         "num_experts_per_tok": 1,
         "intermediate_size_mlp": 192,
     },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 64,
+    },
 }
-TABLES = {"mistral": 1, "gemma2": 2, "gemma3_text": 4, "gpt_oss": 2, "cohere2": 4, "llama4_text": 1}
+TABLES = {"mistral": 1, "gemma2": 2, "gemma3_text": 4, "gpt_oss": 2, "cohere2": 4, "llama4_text": 1, "deepseek_v3": 1}
 """Block tables of a request of each kind, by vLLM's default: chunks share one with full attention."""
