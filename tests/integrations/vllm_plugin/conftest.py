@@ -75,7 +75,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def windowed(tmp_path_factory):
+def model_of_kind(tmp_path_factory):
     """Function of a kind in `kinds`: its directory, and what Transformers answers to `engines.prompts`."""
     from engines import prompts, reference
     from kinds import KINDS

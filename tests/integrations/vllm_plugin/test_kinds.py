@@ -4,7 +4,6 @@ import pytest
 from engines import engine, generate, metric, num_blocks, prompts, random_prompts, reference, tokens_of
 from kinds import TABLES
 
-
 CAPACITY = {}
 """KV blocks per kind and number of ranks, as engines of this run have reported; None is vLLM without the plugin."""
 
@@ -33,9 +32,9 @@ def num_tables(llm):
         ("gemma3_text", 2, {}, {"disable_hybrid_kv_cache_manager": True}),
     ],
 )
-def test_tokens_equal_transformers(windowed, monkeypatch, kind, cp_size, longspan, options):
+def test_tokens_equal_transformers(model_of_kind, monkeypatch, kind, cp_size, longspan, options):
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for a function of this test, sent to workers
-    model, expected = windowed(kind)
+    model, expected = model_of_kind(kind)
     with engine(model, cp_size, longspan, **options) as llm:
         if options.keys() <= {"enforce_eager"}:
             CAPACITY[kind, cp_size] = num_blocks(llm)
@@ -48,8 +47,8 @@ def test_tokens_equal_transformers(windowed, monkeypatch, kind, cp_size, longspa
         assert (metric(llm, "vllm:prefix_cache_hits") > hits) == has_cache
 
 
-def test_sixteen_at_once_with_preemptions(windowed):
-    model, _ = windowed("gpt_oss")
+def test_sixteen_at_once_with_preemptions(model_of_kind):
+    model, _ = model_of_kind("gpt_oss")
     asked = random_prompts((300, 500, 700, 900) * 4, seed=5)
     expected = reference(model, asked, 60)
     options = {"num_gpu_blocks_override": 260, "max_num_batched_tokens": 256, "max_num_seqs": 16}
@@ -60,8 +59,8 @@ def test_sixteen_at_once_with_preemptions(windowed):
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "deepseek_v3"])
-def test_kv_capacity_is_that_of_all_ranks(windowed, kind):
-    model, _ = windowed(kind)
+def test_kv_capacity_is_that_of_all_ranks(model_of_kind, kind):
+    model, _ = model_of_kind(kind)
     for cp_size in {None, 2, 3} - {size for known, size in CAPACITY if known == kind}:
         with engine(model, cp_size) as llm:
             CAPACITY[kind, cp_size] = num_blocks(llm)
@@ -69,9 +68,9 @@ def test_kv_capacity_is_that_of_all_ranks(windowed, kind):
     assert CAPACITY[kind, 3] >= 2.97 * CAPACITY[kind, None]
 
 
-def test_blocks_behind_windows_are_freed_on_every_rank(windowed):
+def test_blocks_behind_windows_are_freed_on_every_rank(model_of_kind):
     """Two ranks that hold 1,800 tokens each answer a prompt of 3,900 whose windows have 700."""
-    model, _ = windowed("mistral")
+    model, _ = model_of_kind("mistral")
     kv_bytes = 1800 * 3 * 2 * 2 * 32 * 4  # 3 layers, K and V, 2 heads of 32 float32
     asked = random_prompts((3900, 3900))
     with engine(model, 2, kv_cache_memory_bytes=kv_bytes, max_num_batched_tokens=512) as llm:

@@ -83,8 +83,8 @@ def serving(model):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
-def test_it_answers_streams_counts_and_ends(models, windowed, kind):
-    model = models[kind] if kind in models else windowed(kind)[0]
+def test_it_answers_streams_counts_and_ends(models, model_of_kind, kind):
+    model = models[kind] if kind in models else model_of_kind(kind)[0]
     prompts = random_prompts((9, 900))  # packed, and striped
     expected = reference(model, prompts, 12)
     with serving(model) as served:
