@@ -151,6 +151,7 @@ def schedule(new=(), cached=(), num_computed=0, block_ids=None):
     """A step of vLLM's scheduler for one request, `r`."""
     return SimpleNamespace(
         kv_cache_block_copies=None,
+        new_block_ids_to_zero=None,
         scheduled_spec_decode_tokens={},
         scheduled_encoder_inputs={},
         finished_req_ids=set(),
