@@ -59,7 +59,9 @@ def _save_random(loader, config, directory) -> str:
     model = loader.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() >= 2:
+            if config.tie_word_embeddings and "embed_tokens" in name:
+                weight.normal_(0, 0.05)  # larger ones make a model repeat its last token
+            elif weight.dim() >= 2:
                 weight.normal_(0, 0.2 if "lm_head" in name else 2.5 * weight.shape[-1] ** -0.5)
             elif "sinks" in name:
                 weight.normal_(0, 2)
