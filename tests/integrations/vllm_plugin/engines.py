@@ -33,13 +33,12 @@ def engine(model, cp_size, longspan=None, **options):
         llm.llm_engine.engine_core.shutdown()
 
 
-def generate(llm, prompts, lora_request=None, **params):
-    """Outputs for prompts of token ids; `lora_request` is one for all, or one or None for each."""
+def generate(llm, prompts, **params):
+    """Outputs for prompts of token ids."""
     from vllm import SamplingParams
 
     params = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, **params}
-    asked = [{"prompt_token_ids": p} for p in prompts]
-    return llm.generate(asked, SamplingParams(**params), use_tqdm=False, lora_request=lora_request)
+    return llm.generate([{"prompt_token_ids": p} for p in prompts], SamplingParams(**params), use_tqdm=False)
 
 
 def tokens_of(outputs):

@@ -52,7 +52,7 @@ KINDS = {
     },
     "deepseek_v3": {
         "num_key_value_heads": 4,
-        "head_dim": None,
+        "head_dim": 64,
         "q_lora_rank": 64,
         "kv_lora_rank": 512,
         "qk_nope_head_dim": 128,

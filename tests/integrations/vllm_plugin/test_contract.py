@@ -22,8 +22,6 @@ from vllm.config import (
 from vllm.config.aux_output import AuxOutputConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
-from vllm.lora.layers import LoRAMapping
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.attention import Attention, MLAAttention, mla_attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
@@ -160,7 +158,6 @@ FIELDS = [
             "sampling_params",
             "block_ids",
             "num_computed_tokens",
-            "lora_request",
             "prefill_token_ids",
         ],
     ),
@@ -196,7 +193,6 @@ FIELDS = [
         ["req_ids", "req_id_to_index", "sampled_token_ids", "logprobs", "prompt_logprobs_dict"],
     ),
     (LogicalCPUInfo, ["numa_node"]),
-    (LoRAMapping, ["index_mapping", "prompt_mapping", "is_prefill"]),
     (MemoryNodeInfo, ["total_memory", "available_memory"]),
     (SamplerOutput, ["sampled_token_ids", "logprobs_tensors"]),
     (
@@ -283,13 +279,6 @@ PARAMETERS = [
     (replace_as, ["spec", "target_cls", "drop", "changes"]),
     (FullAttentionSpec.copy_with_new_block_size, ["self", "block_size"]),
     (set_random_seed, ["seed", "data_parallel_index"]),
-    (LRUCacheWorkerLoRAManager.__init__, ["self", "vllm_config", "device", "embedding_modules", "lora_model_cls"]),
-    (LRUCacheWorkerLoRAManager.create_lora_manager, ["self", "model", "vllm_config"]),
-    (LRUCacheWorkerLoRAManager.set_active_adapters, ["self", "requests", "mapping"]),
-    (LRUCacheWorkerLoRAManager.add_adapter, ["self", "lora_request"]),
-    (LRUCacheWorkerLoRAManager.remove_adapter, ["self", "adapter_id"]),
-    (LRUCacheWorkerLoRAManager.pin_adapter, ["self", "adapter_id"]),
-    (LRUCacheWorkerLoRAManager.list_adapters, ["self"]),
     (get_memory_node_info, ["node_id"]),
     (get_allowed_cpu_list, []),
 ]
@@ -401,7 +390,7 @@ def test_our_queue_has_all_that_vllm_asks_of_one():
 
 
 def test_our_worker_implements_what_vllm_asks_of_one():
-    optional = {"get_cache_block_size_bytes"}
+    optional = {"pin_lora", "remove_lora", "list_loras", "get_cache_block_size_bytes"}
     for name, method in inspect.getmembers(WorkerBase, inspect.isfunction):
         if "raise NotImplementedError" in inspect.getsource(method) and name not in optional:
             assert getattr(Worker, name) is not method, f"WorkerBase.{name} is new"

@@ -367,12 +367,3 @@ def test_attention_gives_zeros_only_while_a_model_is_compiled():
     assert not attention.forward(None, ones, kv, kv, None, WarmUp(), ones.clone()).any()
     with pytest.raises(AttributeError):
         attention.forward(SimpleNamespace(layer_name="attn"), ones, kv, kv, None, None, ones.clone())
-
-
-def test_calls_that_name_adapters_are_refused_without_lora():
-    worker = Worker.__new__(Worker)
-    for call in (partial(worker.add_lora, None), partial(worker.remove_lora, 1), partial(worker.pin_lora, 1)):
-        with pytest.raises(ConfigError, match="enable_lora"):
-            call()
-    with pytest.raises(ConfigError, match="enable_lora"):
-        worker.list_loras()

@@ -6,7 +6,6 @@ Read next: `longspan.plan.build`, which puts the plan together; `longspan.integr
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from longspan.integrations.vllm.groups import LayerGroups
 from longspan.integrations.vllm.requests import Requests, RequestState
@@ -43,8 +42,6 @@ class StepPlan:
     samples: Mapping[str, Row]
     """Row of every request that gets a token in this step, by request id."""
     scores: tuple[ScoredPrompt, ...]
-    adapters: Mapping[int, Any]
-    """Adapter of every request that has one, by the request's number."""
 
     @property
     def read_rows(self) -> list[Row]:
@@ -84,8 +81,7 @@ def plan_step(
             last_scored = len(state.prompt_token_ids) - 1
             rows = packed.rows(state.number, step.start, min(step.end, last_scored))
             scores.append(ScoredPrompt(state.req_id, step.start, tuple(rows), is_last=step.end > last_scored))
-    adapters = {state.number: state.adapter for state in states if state.adapter is not None}
-    return StepPlan(plan, tables, samples, tuple(scores), adapters)
+    return StepPlan(plan, tables, samples, tuple(scores))
 
 
 def _request_step(state: RequestState, count: int) -> RequestStep:

@@ -7,7 +7,7 @@ Note [What is patched]
     `torch.accelerator.empty_cache`, which vLLM's loader calls and a CPU lacks, does nothing while a model is loaded.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,6 @@ from longspan.attention.latent import LatentBackend
 from longspan.attention.select import make_backend
 from longspan.cp.step import StepAttention
 from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
-from longspan.integrations.vllm.adapters import Adapter, Adapters
 from longspan.integrations.vllm.backend import StepMetadata, WarmUp
 from longspan.integrations.vllm.groups import LayerGroups, divide_layers
 from longspan.integrations.vllm.layers import (
@@ -43,14 +42,7 @@ from longspan.plan.types import Literals, Plan
 class RankModel:
     """Model of one process, with its tensor parallel part of every head."""
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        layers: dict[str, Any],
-        vllm_config: Any,
-        device: torch.device,
-        adapters: Adapters | None = None,
-    ) -> None:
+    def __init__(self, module: torch.nn.Module, layers: dict[str, Any], vllm_config: Any, device: torch.device) -> None:
         """Take a loaded model over.
 
         Args:
@@ -58,12 +50,11 @@ class RankModel:
             layers: attention layers by name, in the order in which the model runs them.
             vllm_config: vLLM's configuration.
             device: where the model lies.
-            adapters: the model's adapters; None without LoRA.
 
         Raises:
             ConfigError: the layers differ in heads or widths.
         """
-        self.module, self.device, self.adapters = module, device, adapters
+        self.module, self.device = module, device
         self._config, self._layers = vllm_config, layers
         self._index_of_layer = {name: i for i, name in enumerate(layers)}
         dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
@@ -143,35 +134,28 @@ class RankModel:
             positions = torch.zeros(num_tokens, dtype=torch.int64)
             self._run(WarmUp(), torch.zeros(num_tokens, dtype=torch.int32), positions)
 
-    def forward(self, plan: Plan, attention: StepAttention, adapters: Mapping[int, Adapter]) -> Tensor:
+    def forward(self, plan: Plan, attention: StepAttention) -> Tensor:
         """Return the hidden states of this rank's rows, [T, hidden]; rows that the plan does not read hold any values.
 
         Args:
             plan: the step.
             attention: the step's attention on this rank.
-            adapters: adapter of every request that has one, by the plan's request ids.
 
         Collective: every process of the plan's ranks, with the same plan.
         """
         token_ids: list[int] = []
         positions: list[int] = []
-        row_adapters: list[Adapter | None] = []
         for run in plan.query_runs:
             if run.compute_rank == attention.rank:
                 assert isinstance(run.tokens, Literals), "vLLM's schedule names tokens that are known"
                 token_ids += run.tokens.token_ids
                 positions += range(run.position, run.end)
-                row_adapters += [adapters.get(run.request_id)] * run.num_tokens
-        if self.adapters is not None:
-            self.adapters.load(set(adapters.values()))
         if not token_ids:
             if any(group_step.exchanges for group_step in plan.groups):
                 for layer in range(len(self.specs)):
                     attention.join(layer)
             config = self._config.model_config
             return torch.empty((0, config.get_hidden_size()), dtype=config.dtype, device=self.device)
-        if self.adapters is not None:
-            self.adapters.use(row_adapters)
         metadata = StepMetadata(attention, self._index_of_layer)
         return self._run(metadata, torch.tensor(token_ids, dtype=torch.int32), torch.tensor(positions))
 
@@ -184,13 +168,11 @@ class RankModel:
             hidden: Tensor = self.module(input_ids=token_ids.to(self.device), positions=positions.to(self.device))
         return hidden
 
-    def logits(self, hidden: Tensor, adapters: Sequence[Adapter | None]) -> Tensor:
-        """Return logits [n, vocab] of hidden states [n, hidden], each of a request with one of `adapters` or None.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [n, vocab] of hidden states [n, hidden].
 
         Collective: the processes of one rank.
         """
-        if self.adapters is not None:
-            self.adapters.use(adapters)
         logits: Tensor | None = self.module.compute_logits(hidden)  # type: ignore[operator]
         if logits is None:
             raise LongspanError("vLLM gathers logits on one tensor parallel rank, which longspan does not support")
@@ -206,10 +188,9 @@ def load_rank_model(vllm_config: Any, device: torch.device) -> RankModel:
     """
     with set_current_vllm_config(vllm_config), _no_accelerator_cache(device):
         module = get_model(vllm_config=vllm_config)
-        adapters = None if vllm_config.lora_config is None else Adapters(module, vllm_config, device)
     keep_freed_memory()
     layers = attention_layers(vllm_config.compilation_config.static_forward_context)
-    return RankModel(module if adapters is None else adapters.module, layers, vllm_config, device, adapters)
+    return RankModel(module, layers, vllm_config, device)
 
 
 @contextmanager

@@ -96,13 +96,12 @@ def check_config(config: Any, options: Options) -> None:
         _refuse("ubatch_size", parallel.ubatch_size, "0 or 1")
     for name, what in (
         ("speculative_config", "speculative decoding"),
+        ("lora_config", "LoRA"),
         ("kv_transfer_config", "KV connectors"),
         ("ec_transfer_config", "encoder connectors"),
     ):
         if getattr(config, name) is not None:
             _refuse(name, "a value", f"none ({what})")
-    if config.lora_config is not None and options.untested_cuda:
-        _refuse("lora_config", "a value", "none on GPUs (LoRA)")
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         _refuse("kv_cache_dtype", cache.cache_dtype, "auto")
     if model.enable_sleep_mode:

@@ -27,8 +27,6 @@ class RequestState:
     tables: list[PageTable]
     """One per block table of vLLM's."""
     num_computed: int
-    adapter: Any = None
-    """vLLM's LoRARequest, or None."""
     has_prompt_logprobs: bool = False
     """Whether the prompt's log-probabilities have been reported, or were not asked for."""
     generator: Any = None
@@ -131,7 +129,6 @@ class Requests:
             sampling_params=new.sampling_params,
             tables=tables,
             num_computed=new.num_computed_tokens,
-            adapter=new.lora_request,
             has_prompt_logprobs=new.sampling_params.prompt_logprobs is None,
         )
         if before is not None:

@@ -44,8 +44,7 @@ class StepSampler:
             states = [self._requests[req_id] for req_id in step.samples]
             order = self._batch.admit(states)
             position = {req_id: i for i, req_id in enumerate(step.samples)}
-            wanted = rows[first_sampled:][[position[req_id] for req_id in order]]
-            logits = self._model.logits(wanted, [self._requests[req_id].adapter for req_id in order])
+            logits = self._model.logits(rows[first_sampled:][[position[req_id] for req_id in order]])
             sampled, logprobs = self._batch.sample(logits, scheduler_output, grammar_output)
             token_of = dict(zip(order, sampled, strict=True))
             for state in states:
@@ -67,9 +66,7 @@ class StepSampler:
             part = rows[first : first + len(score.rows)]
             first += len(score.rows)
             for i in range(0, len(part), SCORED_ROWS):
-                some = part[i : i + SCORED_ROWS]
-                logits = self._model.logits(some, [state.adapter] * len(some))
-                self._batch.score_prompt(state, score.start + i, logits)
+                self._batch.score_prompt(state, score.start + i, self._model.logits(part[i : i + SCORED_ROWS]))
             if score.is_last:
                 found[score.req_id] = self._batch.take_prompt_logprobs(state)
         return found

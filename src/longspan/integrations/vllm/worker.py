@@ -25,7 +25,6 @@ from longspan.comm.recording import RecordingCommunicator
 from longspan.costmodel.choose import plan_group
 from longspan.cp.eager import EagerStepAttention
 from longspan.errors import ConfigError
-from longspan.integrations.vllm.adapters import AdapterCalls
 from longspan.integrations.vllm.backend import install_backend
 from longspan.integrations.vllm.costs import agree_on_costs
 from longspan.integrations.vllm.exchange import StepExchange
@@ -44,7 +43,7 @@ from longspan.integrations.vllm.step_sampler import StepSampler
 from longspan.sharding.geometry import StepGeometry
 
 
-class Worker(RefusedCalls, AdapterCalls):
+class Worker(RefusedCalls):
     """vLLM worker of one (cp_rank, tp_rank)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +82,6 @@ class Worker(RefusedCalls, AdapterCalls):
         if load_dummy_weights:
             raise ConfigError("load_dummy_weights: got True, legal with longspan is False")
         self._model = load_rank_model(self.vllm_config, self.device)
-        self.adapters = self._model.adapters
 
     def get_model(self) -> torch.nn.Module:
         return self._model.module
@@ -174,7 +172,7 @@ class Worker(RefusedCalls, AdapterCalls):
         attention = EagerStepAttention(
             step.plan, step.tables, self._pools, self._comm, self._backend, self._model.layer_params
         )
-        self._pending = (step, scheduler_output, self._model.forward(step.plan, attention, step.adapters))
+        self._pending = (step, scheduler_output, self._model.forward(step.plan, attention))
         return None
 
     @torch.inference_mode()
