@@ -44,14 +44,6 @@ def save_model(kind: str, directory, **more) -> str:
     return _save_random(AutoModelForCausalLM, config, directory)
 
 
-def save_multimodal_model(kind: str, directory, text, **more) -> str:
-    """The same for a model with a text part, of which `text` is said."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    config = AutoConfig.for_model(kind, text_config={**SIZES, **text}, **{**SPECIAL_TOKENS, **more})
-    return _save_random(AutoModelForImageTextToText, config, directory)
-
-
 def _save_random(loader, config, directory) -> str:
     from longspan.models.recall_tokenizer import build_tokenizer
 

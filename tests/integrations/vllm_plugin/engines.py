@@ -68,11 +68,11 @@ def prompts():
     return [*found, found[4][:320] + found[1], found[2] + found[3]]
 
 
-def reference(model, prompts, num_tokens=40, loader=None):
+def reference(model, prompts, num_tokens=40):
     """Greedy tokens of Transformers, one prompt at a time."""
     from transformers import AutoModelForCausalLM
 
-    network = (loader or AutoModelForCausalLM).from_pretrained(model, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     found = []
     for prompt in prompts:
         with torch.no_grad():

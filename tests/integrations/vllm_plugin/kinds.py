@@ -59,6 +59,7 @@ KINDS = {
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
         "first_k_dense_replace": 1,
+        "topk_method": "noaux_tc",
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_group": 1,

@@ -24,7 +24,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention, MLAAttention, mla_attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
-from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.sampling_params import SamplingParams, SamplingType
@@ -317,8 +316,9 @@ MEMBERS = [
             "has_inner_state",
             "is_encoder_decoder",
             "is_hybrid",
-            "supports_multimodal_inputs",
+            "is_multimodal_model",
             "use_mla",
+            "uses_mrope",
         ],
     ),
     (SamplingParams, ["prompt_logprobs", "sampling_type", "seed"]),
@@ -439,11 +439,6 @@ def test_a_window_sees_its_own_token():
     manager = SlidingWindowManager.__new__(SlidingWindowManager)
     manager.sliding_window, manager.extra_retained_tokens = 4, 0
     assert manager.get_num_skipped_tokens(7) == KVSpec.uniform(1, 1, 1, "float32", 4).first_key(7)
-
-
-def test_positions_of_text_may_have_one_dimension():
-    assert "[num_tokens,] (text only)" in inspect.getsource(MRotaryEmbedding.forward_native)
-    assert "positions.ndim == 1" in inspect.getsource(MRotaryEmbedding.forward_native)
 
 
 def test_only_the_block_pool_and_kv_offloading_touch_the_free_queue():

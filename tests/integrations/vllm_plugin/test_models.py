@@ -7,9 +7,9 @@ import pytest
 import torch
 from engines import engine, generate, prompts, random_prompts, reference, tokens_of
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM
 
-from conftest import save_model, save_multimodal_model
+from conftest import save_model
 
 MOE = {
     "num_experts": 4,
@@ -60,37 +60,6 @@ def test_a_fused_mixture_of_experts(tmp_path):
 def test_a_model_of_transformers(models):
     with engine(models["llama"], 2, model_impl="transformers") as llm:
         assert tokens_of(generate(llm, prompts())) == reference(models["llama"], prompts())
-
-
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-WINDOWS = {"sliding_window": 100, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-MULTIMODAL = {
-    "gemma3": {
-        "text": {**WINDOWS, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
-        "vision_config": {**VISION, "model_type": "siglip_vision_model"},
-        "mm_tokens_per_image": 1,
-        "tie_word_embeddings": True,
-    },
-    "qwen2_vl": {
-        "text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}},
-        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 128, "num_heads": 2, "patch_size": 14},
-    },
-}
-"""What multimodal models have beside the sizes of `save_model`: `text` is of their text part."""
-
-
-@pytest.mark.parametrize("kind", sorted(MULTIMODAL))
-def test_the_text_part_of_a_multimodal_model(tmp_path, kind):
-    model = save_multimodal_model(kind, tmp_path, **MULTIMODAL[kind])
-    with engine(model, 2, language_model_only=True) as llm:
-        assert tokens_of(generate(llm, prompts())) == reference(model, prompts(), loader=AutoModelForImageTextToText)
 
 
 def logprobs_of_prompts(output):

@@ -139,7 +139,8 @@ PLAIN = {
     "model_config.enable_sleep_mode": False,
     "model_config.runner_type": "generate",
     "model_config.enable_prompt_embeds": False,
-    "model_config.supports_multimodal_inputs": False,
+    "model_config.is_multimodal_model": False,
+    "model_config.uses_mrope": False,
     "model_config.is_encoder_decoder": False,
     "model_config.use_mla": False,
     "model_config.is_hybrid": False,
@@ -196,7 +197,8 @@ def test_rejects_configurations(changed, what):
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"model_config__supports_multimodal_inputs": True}, "--language-model-only"),
+        ({"model_config__is_multimodal_model": True}, "multimodal model"),
+        ({"model_config__uses_mrope": True}, "multimodal positions"),
         ({"model_config__is_encoder_decoder": True}, "encoder"),
         ({"model_config__is_hybrid": True}, "recurrent"),
         ({"model_config__has_inner_state": True}, "recurrent"),

@@ -160,10 +160,7 @@ class RankModel:
         return self._run(metadata, torch.tensor(token_ids, dtype=torch.int32), torch.tensor(positions))
 
     def _run(self, metadata: StepMetadata | WarmUp, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Return hidden states [T, hidden] of `token_ids` [T] int32 at `positions` [T] int64; T is not 0.
-
-        Models whose positions have several dimensions for images take one for text.
-        """
+        """Return hidden states [T, hidden] of `token_ids` [T] int32 at `positions` [T] int64; T is not 0."""
         with set_forward_context(metadata, self._config, num_tokens=len(token_ids), slot_mapping={}):
             hidden: Tensor = self.module(input_ids=token_ids.to(self.device), positions=positions.to(self.device))
         return hidden

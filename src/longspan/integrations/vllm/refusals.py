@@ -111,7 +111,8 @@ def check_config(config: Any, options: Options) -> None:
     if model.enable_prompt_embeds:
         _refuse("enable_prompt_embeds", True, "false")
     for wrong, what in (
-        (model.supports_multimodal_inputs, "inputs other than text (without them: --language-model-only)"),
+        (model.is_multimodal_model, "a multimodal model"),
+        (model.uses_mrope, "multimodal positions"),
         (model.is_encoder_decoder, "an encoder and a decoder"),
         (model.use_mla and options.untested_cuda, "latent attention, on GPUs"),
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
