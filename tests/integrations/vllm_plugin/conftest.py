@@ -51,11 +51,7 @@ def _save_random(loader, config, directory) -> str:
     model = loader.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if config.tie_word_embeddings and "embed_tokens" in name:
-                weight.normal_(0, 0.02)  # larger ones make a model repeat its last token
-            elif config.tie_word_embeddings and "post_" in name:
-                weight.fill_(1.0)  # for the same reason layers, whose outputs these norms scale, count more
-            elif weight.dim() >= 2:
+            if weight.dim() >= 2:
                 weight.normal_(0, 0.2 if "lm_head" in name else 2.5 * weight.shape[-1] ** -0.5)
             elif "sinks" in name:
                 weight.normal_(0, 2)

@@ -198,6 +198,7 @@ def test_rejects_configurations(changed, what):
     ("changed", "what"),
     [
         ({"model_config__is_multimodal_model": True}, "multimodal model"),
+        ({"model_config__use_mla": True}, "latent attention"),
         ({"model_config__uses_mrope": True}, "multimodal positions"),
         ({"model_config__is_encoder_decoder": True}, "encoder"),
         ({"model_config__is_hybrid": True}, "recurrent"),
@@ -239,19 +240,6 @@ def test_accepts_windows_and_chunks(tmp_path, kind, architecture, fields):
     AutoConfig.for_model(kind, **fields, architectures=[architecture]).save_pretrained(tmp_path)
     found = config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
     assert found.parallel_config.worker_cls == WORKER
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "what"),
-    [
-        ({"model_config__use_mla": True}, UnsupportedModelError, "latent attention, on GPUs"),
-    ],
-)
-def test_rejects_on_gpus_what_works_on_cpus(changed, error, what):
-    check_config(stub(**changed), Options(context_parallel_size=2))
-    gpu = stub(device_config__device_type="cuda", **changed)
-    with pytest.raises(error, match=what):
-        check_config(gpu, Options(context_parallel_size=2, untested_cuda=True))
 
 
 def test_names_only_what_a_layer_needs():

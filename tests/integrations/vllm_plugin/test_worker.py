@@ -145,6 +145,13 @@ def test_latent_layers_are_cached_as_vllm_says_and_a_packed_projection_is_refuse
         rank_model(layer(indexer=object())).kv_cache_spec(STRIPING)
 
 
+def test_rejects_more_block_tables_than_were_tested():
+    model = rank_model(Layer(), WindowLayer(), WindowLayer())
+    assert model.groups([["attn0"], ["attn1", "attn2"]]).num_tables == 2
+    with pytest.raises(UnsupportedModelError, match="3 block tables"):
+        model.groups([["attn0"], ["attn1"], ["attn2"]])
+
+
 def test_vllm_is_told_what_the_longest_request_takes():
     config = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=640),

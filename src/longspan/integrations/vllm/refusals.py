@@ -114,7 +114,7 @@ def check_config(config: Any, options: Options) -> None:
         (model.is_multimodal_model, "a multimodal model"),
         (model.uses_mrope, "multimodal positions"),
         (model.is_encoder_decoder, "an encoder and a decoder"),
-        (model.use_mla and options.untested_cuda, "latent attention, on GPUs"),
+        (model.use_mla, "multi-head latent attention"),
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
         (getattr(model, "supports_kv_cache_grouping", False), "groups of KV caches of its own"),  # new in 0.33
     ):
