@@ -63,3 +63,24 @@ def test_values_in_keys_are_no_second_copy():
     pool.k[1].zero_()
     pool.v[1][0, 3] = 7.0
     assert pool.k[1][0, 3].tolist() == [7.0] * 6 + [0.0] * 3
+
+
+def group_of(layers: tuple[int, ...]) -> KVGroup:
+    return KVGroup(layers, KVSpec.uniform(2, 4, 4, "float32"), 4)
+
+
+def test_groups_that_share_memory_take_their_layers_tensors_in_order():
+    memory = PagePool(group_of((1, 4)), 5, 3, CPU)
+    whole, part = (PagePool(group_of(layers), 5, 3, CPU, memory=memory) for layers in ((0, 3), (2,)))
+    whole.k[0].fill_(1.0)
+    whole.v[3].fill_(2.0)
+    assert torch.equal(memory.k[1], whole.k[0])
+    assert torch.equal(part.k[2], whole.k[0])
+    assert torch.equal(memory.v[4], whole.v[3])
+
+
+@pytest.mark.parametrize(("layers", "num_pages"), [((1, 2, 3), 5), ((1,), 4)])
+def test_rejects_memory_that_is_smaller_or_has_other_pages(layers, num_pages):
+    memory = PagePool(group_of((0, 4)), 5, 3, CPU)
+    with pytest.raises(AssertionError):
+        PagePool(group_of(layers), num_pages, 3, CPU, memory=memory)

@@ -18,12 +18,37 @@ from longspan.kv.layout import KVComponent, KVGroup
 class PagePool:
     """KV of every layer of one KV group on one rank."""
 
-    def __init__(self, group: KVGroup, num_pages: int, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        group: KVGroup,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        *,
+        memory: "PagePool | None" = None,
+    ) -> None:
+        """Make the tensors.
+
+        Args:
+            group: layers and layout.
+            num_pages: pages of the pool.
+            page_size: tokens per page.
+            device: where the tensors lie.
+            memory: pool of another group with the same layout and at least as many layers, whose tensors this pool
+                uses, the first for its first layer and so on; a page may be in use in one of them at a time. None
+                allocates.
+        """
         layout = group.spec.layout
         self._are_values_stored = layout.v_width_in_k is None
         self.group, self.page_size, self.num_rows = group, page_size, num_pages * page_size
         self.device = device
-        self._stored = [self._component(component) for component in layout.components]
+        if memory is None:
+            self._stored = [self._component(component) for component in layout.components]
+        else:
+            assert layout == memory.group.spec.layout, "groups that share memory have one layout"
+            assert len(group.layers) <= len(memory.group.layers), "a group has no more layers than its memory"
+            assert self.num_rows == memory.num_rows, "groups that share memory have the same pages"
+            self._stored = [dict(zip(group.layers, given.values(), strict=False)) for given in memory._stored]
         self.k = self._stored[0]
         """Keys by layer, [Hkv, rows, Dk] in the dtype of their component."""
         self.v = self._stored[1] if layout.v_width_in_k is None else self._starts_of_keys(layout.v_width)

@@ -20,35 +20,41 @@ os.environ.update(
 )
 
 VOCAB_SIZE = 512
+SPECIAL_TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "tie_word_embeddings": False}
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    **SPECIAL_TOKENS,
+}
+"""Fields of all models."""
 
 
 def save_model(kind: str, directory, **more) -> str:
-    """A random model and a byte tokenizer. Args: `kind` is llama or one like it, `more` of its configuration."""
+    """A random model and a byte tokenizer. Args: `kind` is llama or one like it; `more` of its configuration, or other
+    values than these."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.for_model(kind, **{**SIZES, **more})
+    return _save_random(AutoModelForCausalLM, config, directory)
+
+
+def _save_random(loader, config, directory) -> str:
     from longspan.models.recall_tokenizer import build_tokenizer
 
     torch.manual_seed(3)
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        bos_token_id=256,
-        eos_token_id=257,
-        tie_word_embeddings=False,
-        **more,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = loader.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
                 weight.normal_(0, 0.2 if "lm_head" in name else 2.5 * weight.shape[-1] ** -0.5)
+            elif "sinks" in name:
+                weight.normal_(0, 2)
     model.save_pretrained(directory)
     build_tokenizer(4096).save_pretrained(directory)
     return str(directory)
@@ -58,3 +64,20 @@ def save_model(kind: str, directory, **more) -> str:
 def models(tmp_path_factory):
     """Directory of each kind of model."""
     return {kind: save_model(kind, tmp_path_factory.mktemp(kind)) for kind in ("llama", "qwen3")}
+
+
+@pytest.fixture(scope="session")
+def model_of_kind(tmp_path_factory):
+    """Function of a kind in `kinds`: its directory, and what Transformers answers to `engines.prompts`."""
+    from engines import prompts, reference
+    from kinds import KINDS
+
+    known = {}
+
+    def make(kind):
+        if kind not in known:
+            model = save_model(kind, tmp_path_factory.mktemp(kind), **KINDS[kind])
+            known[kind] = (model, reference(model, prompts()))
+        return known[kind]
+
+    return make

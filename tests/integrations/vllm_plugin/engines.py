@@ -52,6 +52,16 @@ def random_prompts(lens, seed=1):
     return [torch.randint(3, 250, (n,), generator=g).tolist() for n in lens]
 
 
+def num_blocks(llm):
+    """KV blocks of all ranks, as vLLM counts them."""
+    return llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+
+
+def metric(llm, name):
+    """Sum of one of vLLM's counters."""
+    return sum(m.value for m in llm.get_metrics() if m.name == name)
+
+
 def prompts():
     """Short and long ones, and two that start as others do: packed on a striped start, striped on a packed start."""
     found = random_prompts((1, 31, 97, 513, 1500, 3000, 40, 700))

@@ -2,9 +2,11 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
+import vllm
 import vllm.envs as envs
 from vllm.config import (
     CacheConfig,
@@ -20,21 +22,36 @@ from vllm.config import (
 from vllm.config.aux_output import AuxOutputConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention, mla_attention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.utils.cpu_resource_utils import LogicalCPUInfo, MemoryNodeInfo, get_allowed_cpu_list, get_memory_node_info
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
@@ -44,8 +61,11 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import WorkerBase
 
-from longspan.integrations.vllm.spec import RankedFreeQueue
+from longspan.integrations.vllm.free_queue import RankedFreeQueue
 from longspan.integrations.vllm.worker import Worker
+from longspan.kv.layout import KVSpec
+
+MINOR = vllm.__version_tuple__[:2]
 
 FIELDS = [
     (
@@ -85,6 +105,8 @@ FIELDS = [
         ParallelConfig,
         [
             "data_parallel_size",
+            "enable_dbo",
+            "ubatch_size",
             "decode_context_parallel_size",
             "disable_custom_all_reduce",
             "enable_expert_parallel",
@@ -101,7 +123,6 @@ FIELDS = [
             "dtype",
             "enable_prompt_embeds",
             "enable_sleep_mode",
-            "hf_text_config",
             "logits_processors",
             "logprobs_mode",
             "max_model_len",
@@ -111,7 +132,7 @@ FIELDS = [
         ],
     ),
     (CacheConfig, ["block_size", "cache_dtype", "gpu_memory_utilization", "kv_cache_memory_bytes"]),
-    (SchedulerConfig, ["max_num_batched_tokens", "max_num_seqs"]),
+    (SchedulerConfig, ["disable_hybrid_kv_cache_manager", "max_num_batched_tokens", "max_num_seqs"]),
     (DeviceConfig, ["device_type"]),
     (CompilationConfig, ["mode", "static_forward_context"]),
     (
@@ -123,13 +144,21 @@ FIELDS = [
             "total_num_scheduled_tokens",
             "finished_req_ids",
             "kv_cache_block_copies",
+            "new_block_ids_to_zero",
             "scheduled_spec_decode_tokens",
             "scheduled_encoder_inputs",
         ],
     ),
     (
         NewRequestData,
-        ["req_id", "prompt_token_ids", "sampling_params", "block_ids", "num_computed_tokens", "prefill_token_ids"],
+        [
+            "req_id",
+            "prompt_token_ids",
+            "sampling_params",
+            "block_ids",
+            "num_computed_tokens",
+            "prefill_token_ids",
+        ],
     ),
     (
         CachedRequestData,
@@ -150,11 +179,20 @@ FIELDS = [
             "dcp_sharded",
         ],
     ),
+    (SlidingWindowSpec, ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window"]),
     (KVCacheConfig, ["num_blocks", "kv_cache_groups"]),
+    (
+        MLAAttentionSpec,
+        ["block_size", "num_kv_heads", "head_size", "dtype", "max_tp_shards", "cache_dtype_str", "head_size_v"],
+    ),
+    (ChunkedLocalAttentionSpec, ["block_size", "num_kv_heads", "head_size", "dtype", "attention_chunk_size"]),
+    (KVCacheGroupSpec, ["layer_names"]),
     (
         ModelRunnerOutput,
         ["req_ids", "req_id_to_index", "sampled_token_ids", "logprobs", "prompt_logprobs_dict"],
     ),
+    (LogicalCPUInfo, ["numa_node"]),
+    (MemoryNodeInfo, ["total_memory", "available_memory"]),
     (SamplerOutput, ["sampled_token_ids", "logprobs_tensors"]),
     (
         CachedRequestState,
@@ -178,7 +216,8 @@ PARAMETERS = [
     (MultiprocExecutor._is_driver_worker, ["self", "rank"]),
     (MultiprocExecutor._get_output_rank, ["self"]),
     (FullAttentionManager.allocate_new_blocks, ["self", "request_id", "num_tokens", "num_tokens_main_model"]),
-    (FullAttentionManager.free, ["self", "request_id"]),
+    (SlidingWindowManager.get_num_skipped_tokens, ["self", "num_computed_tokens"]),
+    (SlidingWindowSpec.max_memory_usage_bytes, ["self", "vllm_config"]),
     (
         FullAttentionManager.get_num_blocks_to_allocate,
         [
@@ -236,7 +275,11 @@ PARAMETERS = [
     ),
     (register_backend, ["backend", "class_path", "is_mamba"]),
     (register_kv_cache_spec, ["manager_class", "uniform_type_base_spec"]),
+    (replace_as, ["spec", "target_cls", "drop", "changes"]),
+    (FullAttentionSpec.copy_with_new_block_size, ["self", "block_size"]),
     (set_random_seed, ["seed", "data_parallel_index"]),
+    (get_memory_node_info, ["node_id"]),
+    (get_allowed_cpu_list, []),
 ]
 
 KEYWORDS = [
@@ -269,7 +312,6 @@ MEMBERS = [
         ModelConfig,
         [
             "get_hidden_size",
-            "get_sliding_window",
             "get_vocab_size",
             "has_inner_state",
             "is_encoder_decoder",
@@ -284,8 +326,8 @@ MEMBERS = [
     (CompilationMode, ["NONE", "STOCK_TORCH_COMPILE"]),
     (AttentionType, ["DECODER"]),
     (AttentionBackendEnum, ["CPU_ATTN", "FLASH_ATTN"]),
-    (CPUAttentionBackend, ["get_impl_cls", "forward_includes_kv_cache_update"]),
-    (KVCacheBlock, ["block_id"]),
+    (CPUAttentionBackend, ["get_impl_cls", "forward_includes_kv_cache_update", "supports_sink"]),
+    (KVCacheBlock, ["block_id", "is_null"]),
     (envs, ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_USE_V2_MODEL_RUNNER"]),
     (
         InputBatch(2, 64, 64, torch.device("cpu"), 512, [32], [1]),
@@ -294,7 +336,6 @@ MEMBERS = [
             "num_tokens_no_spec",
             "req_id_to_index",
             "req_ids",
-            "req_output_token_ids",
             "sampling_metadata",
             "token_ids_cpu",
             "vocab_size",
@@ -333,12 +374,10 @@ def test_logprobs_begin_with_ids_values_and_ranks():
 
 def test_attention_layers_have_what_we_read():
     source = inspect.getsource(Attention.__init__)
+    assert "sliding_window," in source, "the implementation learns of the layer's window"
     for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl", "layer_name"):
         assert f"self.{name} = " in source, name
-
-
-def test_models_have_what_we_read():
-    assert "self.attention_chunk_size = " in inspect.getsource(ModelConfig.__post_init__)
+    assert "self.attention_chunk_size = " in inspect.getsource(ChunkedLocalAttention.__init__)
 
 
 def test_our_queue_has_all_that_vllm_asks_of_one():
@@ -366,11 +405,76 @@ def test_a_process_answers_only_where_it_is_asked_to():
     assert "if self.is_failed" in sent
 
 
+def test_a_worker_ends_at_sigterm_in_any_thread():
+    source = inspect.getsource(WorkerProc.worker_main)
+    assert "signal.signal(signal.SIGTERM, signal_handler)" in source
+    assert "raise SystemExit()" in source
+
+
 def test_a_step_is_sampled_after_it_has_begun():
     source = inspect.getsource(EngineCore.step)
     begin, wait, sample = (source.index(text) for text in (".execute_model(", ".result()", ".sample_tokens("))
     assert begin < wait < sample
     assert "if model_output is None" in source[wait:sample]
+
+
+def test_every_way_to_free_a_request_takes_its_blocks_by_one_method():
+    assert list(inspect.signature(SingleTypeKVCacheManager.pop_blocks_for_free).parameters) == ["self", "request_id"]
+    assert "self.pop_blocks_for_free(request_id)" in inspect.getsource(SingleTypeKVCacheManager.free)
+    assert "manager.pop_blocks_for_free(request_id)" in inspect.getsource(KVCacheCoordinator.pop_blocks_for_free)
+
+
+def test_latent_layers_call_what_we_replace():
+    names = ["self", "q", "k_c_normed", "k_pe", "kv_cache", "attn_metadata", "output", "output_scale"]
+    assert list(inspect.signature(MLAAttention.forward_impl).parameters)[:8] == names
+    operator = inspect.getsource(mla_attention.unified_mla_attention_with_output)
+    assert "layer.forward_impl(\n        q,\n        kv_c_normed,\n        k_pe,\n        kv_cache,\n" in operator
+    assert "if layer_slot_mapping is not None:" in inspect.getsource(mla_attention.unified_mla_kv_cache_update)
+    loaded = inspect.getsource(MLAAttention.process_weights_after_loading)
+    for text in ('"W_UV", W_UV.transpose(0, 1)', '"W_UK_T", W_UK.permute(1, 2, 0)'):
+        assert text in loaded, text
+
+
+def test_a_window_sees_its_own_token():
+    manager = SlidingWindowManager.__new__(SlidingWindowManager)
+    manager.sliding_window, manager.extra_retained_tokens = 4, 0
+    assert manager.get_num_skipped_tokens(7) == KVSpec.uniform(1, 1, 1, "float32", 4).first_key(7)
+
+
+def test_only_the_block_pool_and_kv_offloading_touch_the_free_queue():
+    package = Path(vllm.__file__).parent
+    users = {path.relative_to(package).as_posix() for path in package.rglob("v1/**/*.py") if _names_queue(path)}
+    assert users == {"v1/core/block_pool.py", "v1/simple_kv_offload/manager.py"}
+
+
+def _names_queue(path):
+    return ".free_block_queue" in path.read_text()
+
+
+def test_layouts_are_recorded_without_us():
+    """We inherit it; 0.33 has one more parameter."""
+    names = ["self", "kv_cache_layout", "cp_kv_cache_interleave_size"]
+    found = list(inspect.signature(WorkerBase.set_kv_cache_layout).parameters)
+    assert found == (names[:2] if MINOR == (0, 32) else names)
+
+
+def test_blocks_are_zeroed_only_for_models_that_we_refuse():
+    assert "return self.has_mamba_layers or self.has_mixed_precision_kv_cache" in inspect.getsource(
+        KVCacheConfig.needs_kv_cache_zeroing.fget
+    )
+
+
+def test_the_v2_runner_has_the_seams_for_context_parallelism():
+    """Read as text: importing it takes a GPU's packages."""
+    worker = Path(vllm.__file__).parent / "v1/worker"
+    for file, texts in {
+        "gpu/model_runner.py": ["def pcp_manager_cls(self)", "cls=self.pcp_manager_cls,"],
+        "gpu/pcp_manager.py": ["class PCPManager", "def _iter_rank_chunks(\n", "is_prefilling: np.ndarray,"],
+        "gpu_worker.py": ["def _make_model_runner(self)"],
+    }.items():
+        source = (worker / file).read_text()
+        for text in texts:
+            assert text in source, f"{file} has no {text}"
 
 
 def test_attention_layers_call_what_we_implement():

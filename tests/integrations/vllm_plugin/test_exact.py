@@ -1,17 +1,9 @@
 """Greedy tokens under vLLM with context parallelism are those of Transformers."""
 
 import pytest
-from engines import engine, generate, prompts, random_prompts, reference, tokens_of
+from engines import engine, generate, metric, num_blocks, prompts, random_prompts, reference, tokens_of
 
 from longspan.costmodel.parameters import costs_by_bytes
-
-
-def num_blocks(llm):
-    return llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-
-
-def metric(llm, name):
-    return sum(m.value for m in llm.get_metrics() if m.name == name)
 
 
 @pytest.fixture(scope="module")

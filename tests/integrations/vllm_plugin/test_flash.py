@@ -198,4 +198,4 @@ def test_messages_go_through_buffers_of_their_own():
 def test_a_gpus_memory_is_what_vllm_may_use_of_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (600, 1000))
     cache = SimpleNamespace(kv_cache_memory_bytes=None, gpu_memory_utilization=0.9)
-    assert local_kv_bytes(cache, 2, torch.device("cuda:0")) == 500
+    assert local_kv_bytes(cache, 2, None, torch.device("cuda:0")) == 500

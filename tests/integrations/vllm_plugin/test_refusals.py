@@ -1,18 +1,20 @@
 """What does not work is refused before a worker starts, with the option's name."""
 
+import os
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.config import CompilationMode
+from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention
 from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
 from vllm.model_executor.layers.attention.static_sink_attention import StaticSinkAttention
 
 from longspan.errors import ConfigError, UnsupportedModelError
-from longspan.integrations.vllm.backend import StepAttentionImpl, attention_layers
+from longspan.integrations.vllm.backend import StepAttentionImpl
+from longspan.integrations.vllm.layers import attention_layers
 from longspan.integrations.vllm.options import Options
 from longspan.integrations.vllm.plugin import WORKER, register
 from longspan.integrations.vllm.refusals import check_config, check_version
@@ -38,6 +40,21 @@ def test_the_key_alone_selects_everything(models):
     assert found.parallel_config.tensor_parallel_size == 1
     assert not found.model_config.enforce_eager, "vLLM compiles the model as it does without us"
     assert not found.use_v2_model_runner, "vLLM itself refuses requests that need its V2 runner"
+
+
+def test_another_engine_of_the_process_keeps_the_runner_that_vllm_chooses(models, monkeypatch):
+    before = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    ours = config(models["llama"], {"context_parallel_size": 2})
+    assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == before
+    stock = config(models["llama"])
+    # from here on as vLLM where Triton is installed: V2 unless the variable says otherwise
+    chosen = property(lambda self: os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1") == "1")
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", chosen)
+    assert stock.use_v2_model_runner
+    assert not ours.use_v2_model_runner
+    assert not pickle.loads(pickle.dumps(ours)).use_v2_model_runner, "in the engine core, and in workers"
+    ours.__post_init__()  # as the engine core does
+    assert not ours.use_v2_model_runner
 
 
 @pytest.mark.parametrize(
@@ -110,6 +127,8 @@ PLAIN = {
     "parallel_config.data_parallel_size": 1,
     "parallel_config.nnodes": 1,
     "parallel_config.enable_expert_parallel": False,
+    "parallel_config.enable_dbo": False,
+    "parallel_config.ubatch_size": 0,
     "speculative_config": None,
     "lora_config": None,
     "kv_transfer_config": None,
@@ -121,14 +140,11 @@ PLAIN = {
     "model_config.runner_type": "generate",
     "model_config.enable_prompt_embeds": False,
     "model_config.is_multimodal_model": False,
+    "model_config.uses_mrope": False,
     "model_config.is_encoder_decoder": False,
     "model_config.use_mla": False,
     "model_config.is_hybrid": False,
     "model_config.has_inner_state": False,
-    "model_config.uses_mrope": False,
-    "model_config.attention_chunk_size": None,
-    "model_config.get_sliding_window": lambda: None,
-    "model_config.hf_text_config": SimpleNamespace(layer_types=None),
 }
 """What `check_config` reads of a configuration that it accepts."""
 
@@ -160,6 +176,8 @@ def test_accepts_a_plain_configuration():
         ({"parallel_config__data_parallel_size": 2}, "data_parallel_size"),
         ({"parallel_config__nnodes": 2}, "nnodes"),
         ({"parallel_config__enable_expert_parallel": True}, "enable_expert_parallel"),
+        ({"parallel_config__enable_dbo": True}, "enable_dbo"),
+        ({"parallel_config__ubatch_size": 2}, "ubatch_size"),
         ({"speculative_config": object()}, "speculative_config"),
         ({"lora_config": object()}, "lora_config"),
         ({"kv_transfer_config": object()}, "kv_transfer_config"),
@@ -180,13 +198,12 @@ def test_rejects_configurations(changed, what):
     ("changed", "what"),
     [
         ({"model_config__is_multimodal_model": True}, "multimodal model"),
-        ({"model_config__is_encoder_decoder": True}, "encoder"),
         ({"model_config__use_mla": True}, "latent attention"),
+        ({"model_config__uses_mrope": True}, "multimodal positions"),
+        ({"model_config__is_encoder_decoder": True}, "encoder"),
         ({"model_config__is_hybrid": True}, "recurrent"),
         ({"model_config__has_inner_state": True}, "recurrent"),
-        ({"model_config__uses_mrope": True}, "multimodal positions"),
-        ({"model_config__attention_chunk_size": 64}, "chunked attention of 64"),
-        ({"model_config__get_sliding_window": lambda: 64}, "sliding window of 64"),
+        ({"model_config__supports_kv_cache_grouping": True}, "groups of KV caches"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -195,32 +212,14 @@ def test_rejects_models(changed, what):
         check_config(stub(**changed), Options(context_parallel_size=2))
 
 
-def test_rejects_a_model_with_a_sliding_window(models, tmp_path):
-    from transformers import AutoConfig
-
-    AutoConfig.for_model("mistral", sliding_window=64, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="sliding window"):
-        config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
-
-
-def test_rejects_llama_4(tmp_path):
-    from transformers import AutoConfig
-
-    config_ = AutoConfig.for_model("llama4_text", attention_chunk_size=64, architectures=["Llama4ForCausalLM"])
-    config_.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="chunked attention of 64"):
-        config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
-
-
 @pytest.mark.parametrize(
     ("options", "what"),
     [
         ({"alibi_slopes": [0.5]}, "ALiBi"),
-        ({"sliding_window": 64}, "sliding window"),
         ({"attn_type": "encoder_only"}, "encoder_only"),
         ({"kv_sharing_target_layer_name": "x"}, "share"),
         ({"kv_cache_dtype": "fp8"}, "fp8"),
-        ({"sinks": object()}, "sinks"),
+        ({"chunk_lookback": 1}, "chunk_lookback"),
     ],
 )
 def test_rejects_layers_that_need_more(options, what):
@@ -228,14 +227,29 @@ def test_rejects_layers_that_need_more(options, what):
         StepAttentionImpl(4, 32, 0.1, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "architecture", "fields"),
+    [
+        ("mistral", "MistralForCausalLM", {"sliding_window": 64}),
+        ("llama4_text", "Llama4ForCausalLM", {"attention_chunk_size": 64}),
+    ],
+)
+def test_accepts_windows_and_chunks(tmp_path, kind, architecture, fields):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind, **fields, architectures=[architecture]).save_pretrained(tmp_path)
+    found = config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
+    assert found.parallel_config.worker_cls == WORKER
+
+
 def test_names_only_what_a_layer_needs():
     with pytest.raises(UnsupportedModelError) as raised:
-        StepAttentionImpl(4, 32, 0.1, sinks=object(), mystery=None)
-    assert "sinks" in str(raised.value)
+        StepAttentionImpl(4, 32, 0.1, chunk_lookback=1, mystery=None)
+    assert "chunk_lookback" in str(raised.value)
     assert "mystery" not in str(raised.value)
 
 
-@pytest.mark.parametrize("cls", [ChunkedLocalAttention, PrefillPrefixLMAttention, RSWAAttention, StaticSinkAttention])
+@pytest.mark.parametrize("cls", [PrefillPrefixLMAttention, RSWAAttention, StaticSinkAttention])
 def test_rejects_subclasses_of_attention(cls):
     layer = cls.__new__(cls)  # as vLLM makes one, with our implementation inside: the mask is in the class
     layer.__dict__["impl"] = StepAttentionImpl(4, 32, 0.1)
@@ -243,7 +257,12 @@ def test_rejects_subclasses_of_attention(cls):
         attention_layers({"model.layers.0.self_attn.attn": layer})
 
 
-@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.32.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.32.0", "dev"])
 def test_rejects_versions_that_were_not_tested(version):
-    with pytest.raises(ConfigError, match="0\\.32"):
+    with pytest.raises(ConfigError, match="0\\.32, 0\\.33"):
         check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.0", "0.33.1+cpu"])
+def test_accepts_versions_that_were_tested(version):
+    check_version(version)

@@ -8,6 +8,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from engines import random_prompts, reference
@@ -55,15 +57,23 @@ class Served:
         with self.ask(request, timeout=ANSWER_S) as answer:
             return answer.read().decode().splitlines()
 
+    def streamed_tokens(self, prompt):
+        """Tokens of a streamed answer."""
+        *events, last = [line for line in self.complete(prompt=prompt, max_tokens=12, stream=True) if line]
+        assert last == "data: [DONE]"
+        choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+        return [token for choice in choices for token in choice["token_ids"] or ()]
+
     def generation_tokens(self):
         with self.ask(f"{self.url}/metrics", timeout=ANSWER_S) as answer:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
 
 
-@pytest.fixture
-def served(models):
-    server = Served(models["llama"])
+@contextmanager
+def serving(model):
+    """A server that is ready."""
+    server = Served(model)
     try:
         server.wait_until_ready()
         yield server
@@ -72,16 +82,18 @@ def served(models):
         server.process.wait()
 
 
-def test_it_answers_streams_counts_and_ends(served, models):
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_it_answers_streams_counts_and_ends(models, model_of_kind, kind):
+    model = models[kind] if kind in models else model_of_kind(kind)[0]
     prompts = random_prompts((9, 900))  # packed, and striped
-    expected = reference(models["llama"], prompts, 12)
-    for prompt, tokens in zip(prompts, expected, strict=True):
-        (answer,) = served.complete(prompt=prompt, max_tokens=12)
-        assert json.loads(answer)["choices"][0]["token_ids"] == tokens
-        *events, last = [line for line in served.complete(prompt=prompt, max_tokens=12, stream=True) if line]
-        assert last == "data: [DONE]"
-        choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
-        assert [token for choice in choices for token in choice["token_ids"] or ()] == tokens
-    assert served.generation_tokens() == 4 * 12
-    served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(END_S) == 0
+    expected = reference(model, prompts, 12)
+    with serving(model) as served:
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            (answer,) = served.complete(prompt=prompt, max_tokens=12)
+            assert json.loads(answer)["choices"][0]["token_ids"] == tokens
+        with ThreadPoolExecutor() as clients:
+            streams = list(clients.map(served.streamed_tokens, prompts))
+        assert streams == expected
+        assert served.generation_tokens() == 4 * 12
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(END_S) == 0

@@ -1,5 +1,7 @@
 """What a worker and the block manager decide, without an engine."""
 
+import os
+import signal
 from contextlib import contextmanager
 from functools import partial
 from threading import Thread
@@ -9,8 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from vllm.config import CompilationMode
+from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+from vllm.utils.cpu_resource_utils import MemoryNodeInfo
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from longspan.attention.select import make_backend
 from longspan.comm.recording import RecordingCommunicator
@@ -19,6 +24,7 @@ from longspan.costmodel.choose import plan_group
 from longspan.costmodel.parameters import costs_by_bytes
 from longspan.cp.eager import EagerStepAttention
 from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.integrations.vllm import memory
 from longspan.integrations.vllm import rank_model as rank_model_module
 from longspan.integrations.vllm.backend import StepAttentionImpl, StepMetadata, WarmUp
 from longspan.integrations.vllm.costs import agree_on_costs
@@ -30,7 +36,7 @@ from longspan.integrations.vllm.options import Options
 from longspan.integrations.vllm.placement import Striping, block_rank, choose_home
 from longspan.integrations.vllm.planning import Row
 from longspan.integrations.vllm.rank_model import RankModel
-from longspan.integrations.vllm.spec import PlacedSpec, PlacingManager
+from longspan.integrations.vllm.spec import PlacedLatentSpec, PlacedSpec, PlacedWindowSpec, PlacingManager
 from longspan.integrations.vllm.worker import Worker
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.pool import PagePool
@@ -48,7 +54,7 @@ class Layer:
     """An attention layer of vLLM's."""
 
     num_heads, num_kv_heads, head_size, head_size_v = 4, 2, 32, 32
-    impl = SimpleNamespace(scale=0.1, logits_soft_cap=None)
+    impl = SimpleNamespace(scale=0.1, logits_soft_cap=None, window=None)
 
     def __init__(self, **more):
         self.more = more
@@ -57,14 +63,15 @@ class Layer:
         return FullAttentionSpec(**SHAPE, **self.more)
 
 
-def rank_model(layer, module=None, mode=CompilationMode.NONE):
-    """A model with one layer, loaded."""
+def rank_model(*layers, module=None, mode=CompilationMode.NONE, is_one_table=False):
+    """A loaded model with these layers."""
     config = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=32),
         compilation_config=SimpleNamespace(mode=mode),
         model_config=SimpleNamespace(dtype=torch.float32),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=is_one_table),
     )
-    return RankModel(module, {"attn": layer}, config, torch.device("cpu"))
+    return RankModel(module, {f"attn{i}": layer for i, layer in enumerate(layers)}, config, torch.device("cpu"))
 
 
 def cache_config(share):
@@ -75,30 +82,131 @@ def cache_config(share):
 def test_only_layers_with_plain_full_attention_are_placed(more):
     model = rank_model(Layer(**more))
     if more:
-        with pytest.raises(UnsupportedModelError, match="layer attn"):
+        with pytest.raises(UnsupportedModelError, match="layer attn0"):
             model.kv_cache_spec(STRIPING)
     else:
-        assert model.kv_cache_spec(STRIPING) == {"attn": PlacedSpec(**SHAPE, striping=STRIPING)}
+        assert model.kv_cache_spec(STRIPING) == {"attn0": PlacedSpec(**SHAPE, striping=STRIPING)}
+
+
+class WindowLayer(Layer):
+    """An attention layer with a sliding window."""
+
+    impl = SimpleNamespace(scale=0.1, logits_soft_cap=None, window=64)
+
+    def get_kv_cache_spec(self, vllm_config):
+        return SlidingWindowSpec(**{**SHAPE, "block_size": 16, **self.more}, sliding_window=64)
+
+
+def test_layers_with_windows_get_tables_of_their_own_where_vllm_has_them():
+    window = {**SHAPE, "sliding_window": 64, "striping": STRIPING}
+    assert rank_model(Layer(), WindowLayer()).kv_cache_spec(STRIPING) == {
+        "attn0": PlacedSpec(**SHAPE, striping=STRIPING, spare_blocks=2),
+        "attn1": PlacedWindowSpec(**window, spare_blocks=2),
+    }
+    assert rank_model(WindowLayer()).kv_cache_spec(STRIPING) == {"attn0": PlacedWindowSpec(**window)}
+    one = rank_model(Layer(), WindowLayer(), is_one_table=True).kv_cache_spec(STRIPING)
+    assert set(one.values()) == {PlacedSpec(**SHAPE, striping=STRIPING)}
+    chunked = ChunkedLocalAttention.__new__(ChunkedLocalAttention)
+    shape = {name: getattr(Layer, name) for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl")}
+    chunked.__dict__.update(shape, attention_chunk_size=64, kv_cache_dtype="auto", kv_cache_torch_dtype=torch.float32)
+    one = rank_model(Layer(), chunked).kv_cache_spec(STRIPING)
+    assert set(one.values()) == {PlacedSpec(**SHAPE, striping=STRIPING)}, "vLLM frees no chunks by default"
+    with pytest.raises(UnsupportedModelError, match="layer attn0"):
+        rank_model(WindowLayer(page_size_padded=1 << 20)).kv_cache_spec(STRIPING)
+
+
+def test_latent_layers_are_cached_as_vllm_says_and_a_packed_projection_is_refused():
+    def layer(is_amx_bmm_enabled=False, **more):
+        found = MLAAttention.__new__(MLAAttention)
+        shape = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 96}
+        given = {"num_heads": 4, "head_size": 576, "scale": 0.1, "kv_cache_dtype": "auto", "layer_name": "attn0"}
+        own = {"sliding_window": None, "indexer": None, "non_causal_multi_token_decode": False}
+        weights = {"W_UK_T": torch.zeros(4, 128, 512), "W_UV": torch.zeros(4, 512, 96)}
+        found.__dict__.update(
+            **shape,
+            **given,
+            **{**own, **more},
+            **weights,
+            topk_buffer_width=None,
+            is_amx_bmm_enabled=is_amx_bmm_enabled,
+        )
+        return found
+
+    model = rank_model(layer())
+    (placed,) = model.kv_cache_spec(STRIPING).values()
+    assert isinstance(placed, PlacedLatentSpec)
+    assert (placed.striping, placed.page_size_bytes) == (STRIPING, 32 * 576 * 4)
+    assert placed.page_size_bytes == model.page_bytes(32)
+    assert PlacedLatentSpec.merge([placed, placed]) == placed
+    assert model.layer_params[0].weights.w_v.shape == (4, 96, 512)
+    with pytest.raises(UnsupportedModelError, match="CPU_MLA"):
+        rank_model(layer(is_amx_bmm_enabled=True))
+    with pytest.raises(UnsupportedModelError, match="layer attn0"):
+        rank_model(layer(indexer=object())).kv_cache_spec(STRIPING)
+
+
+def test_rejects_more_block_tables_than_were_tested():
+    model = rank_model(Layer(), WindowLayer(), WindowLayer())
+    assert model.groups([["attn0"], ["attn1", "attn2"]]).num_tables == 2
+    with pytest.raises(UnsupportedModelError, match="3 block tables"):
+        model.groups([["attn0"], ["attn1"], ["attn2"]])
+
+
+def test_vllm_is_told_what_the_longest_request_takes():
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=640),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        max_in_flight_tokens=64,
+    )
+    for spec in (PlacedSpec, partial(PlacedWindowSpec, sliding_window=64)):
+        plain, spare = (spec(**SHAPE, striping=STRIPING, spare_blocks=n) for n in (0, 2))
+        more = spare.max_memory_usage_bytes(config) - plain.max_memory_usage_bytes(config)
+        assert more == 2 * plain.page_size_bytes
 
 
 def test_all_ranks_refuse_where_one_has_no_memory(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda blocks, op: blocks.zero_())  # another rank's 0
+    monkeypatch.setattr(dist, "all_gather_object", lambda nodes, node: nodes.__setitem__(slice(None), [node] * 2))
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
         common_kv_bytes(cache_config(0.5), 2, 1 << 16, torch.device("cpu"))
 
 
 def test_a_rank_without_memory_says_zero():
-    assert local_kv_bytes(cache_config(1e-9), 2, torch.device("cpu")) == 0
+    assert local_kv_bytes(cache_config(1e-9), 2, 0, torch.device("cpu")) == 0
 
 
-def test_other_processes_than_the_first_end_where_they_fail():
-    closed = []
+def test_processes_of_one_memory_node_divide_its_memory(monkeypatch):
+    """Of four processes, two are on this one's node, which has 1,000 GiB in its container; half of them are free."""
+    shared = []
+
+    def gather(nodes, node):
+        nodes[:] = [node, node + 1, node, node + 1]
+
+    def share(config, num_sharing, node_id, device):
+        shared.append(num_sharing)
+        return 64
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(dist, "all_reduce", lambda blocks, op: None)
+    monkeypatch.setattr(memory, "local_kv_bytes", share)
+    assert common_kv_bytes(cache_config(0.5), 4, 16, torch.device("cpu")) == 64
+    assert shared == [2]
+    monkeypatch.undo()
+    node = MemoryNodeInfo(total_memory=1000 << 30, available_memory=500 << 30)
+    monkeypatch.setattr(memory, "get_memory_node_info", lambda node_id: node)
+    assert local_kv_bytes(cache_config(1.0), 2, 0, torch.device("cpu")) == 250 << 30
+    assert 50 << 30 < local_kv_bytes(cache_config(0.2), 2, 0, torch.device("cpu")) < 100 << 30, "its own memory counts"
+
+
+def test_other_processes_than_the_first_end_where_they_fail(monkeypatch):
+    closed, sent = [], []
     comm = SimpleNamespace(close=lambda: closed.append(True))
-    with pytest.raises(SystemExit), telling_peers(comm, 1):
-        raise ValueError
-    with pytest.raises(ValueError, match="reason"), telling_peers(comm, 0):
-        raise ValueError("reason")
+    monkeypatch.setattr(os, "kill", lambda process, signal: sent.append((process, signal)))
+    for process in (1, 0):
+        with pytest.raises(ValueError, match="reason"), telling_peers(comm, process):
+            raise ValueError("reason")
     assert closed == [True, True]
+    assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
 @pytest.mark.parametrize(
@@ -210,9 +318,9 @@ def test_a_model_is_compiled_with_as_many_rows_as_a_step_may_have_and_with_posit
         ran.append((input_ids, positions))
 
     monkeypatch.setattr(rank_model_module, "set_forward_context", forward_context)
-    rank_model(Layer(), module).warm_up(1024)
+    rank_model(Layer(), module=module).warm_up(1024)
     assert not ran, "nothing is compiled"
-    rank_model(Layer(), module, CompilationMode.DYNAMO_TRACE_ONCE).warm_up(1024)
+    rank_model(Layer(), module=module, mode=CompilationMode.DYNAMO_TRACE_ONCE).warm_up(1024)
     ((metadata, num_tokens), (token_ids, positions)) = ran
     assert isinstance(metadata, WarmUp)
     assert num_tokens == 1024

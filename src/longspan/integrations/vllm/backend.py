@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -47,9 +45,10 @@ class StepAttentionImpl(AttentionImpl[StepMetadata | WarmUp]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
         **others: Any,
     ) -> None:
-        """Check that the layer is causal attention with at most a scale and a softcap.
+        """Check that the layer is causal attention with at most a scale, a softcap, a sliding window and sinks.
 
         Raises:
             UnsupportedModelError: the layer needs more.
@@ -57,7 +56,6 @@ class StepAttentionImpl(AttentionImpl[StepMetadata | WarmUp]):
         needed = sorted(name for name, value in others.items() if value is not None)
         for wrong, what in (
             (alibi_slopes is not None, "ALiBi"),
-            (sliding_window is not None, "a sliding window"),
             (attn_type != AttentionType.DECODER, f"attention of type {attn_type}"),
             (kv_sharing_target_layer_name is not None, "layers that share keys and values"),
             (kv_cache_dtype.startswith(("fp8", "nvfp4", "int")), f"a KV cache of {kv_cache_dtype}"),
@@ -69,6 +67,10 @@ class StepAttentionImpl(AttentionImpl[StepMetadata | WarmUp]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = logits_soft_cap or None
+        self.window = sliding_window
+        """Tokens that a query sees, its own included; None for all before it."""
+        self.sinks = sinks
+        """[H] logits that join the softmax without a value, loaded with the weights; None for none."""
 
     def forward(
         self,
@@ -88,7 +90,8 @@ class StepAttentionImpl(AttentionImpl[StepMetadata | WarmUp]):
         if isinstance(attn_metadata, WarmUp):
             return output.zero_()
         index = attn_metadata.index_of_layer[layer.layer_name]
-        out = attn_metadata.attention.attend(index, query, key.transpose(0, 1), value.transpose(0, 1))
+        keys, values = key.transpose(0, 1), value.transpose(0, 1)
+        out = attn_metadata.attention.attend(index, query, keys, values, sinks=self.sinks)
         output.copy_(out)
         return output
 
@@ -97,6 +100,10 @@ class StepAttentionBackend(CPUAttentionBackend):
     """Takes the place of vLLM's CPU backend in a worker."""
 
     forward_includes_kv_cache_update = True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
 
     @staticmethod
     def get_impl_cls() -> type[StepAttentionImpl]:
@@ -109,27 +116,3 @@ def install_backend(device_type: str) -> None:
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{StepAttentionBackend.__qualname__}")
     else:
         register_backend(AttentionBackendEnum.FLASH_ATTN, "longspan.integrations.vllm.flash.FlashStepBackend")
-
-
-def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:
-    """Return the model's attention layers by name, in the order in which it runs them.
-
-    Raises:
-        UnsupportedModelError: a layer is not vLLM's `Attention` itself. Chunked, prefix and other masks are subclasses,
-            which share our backend and would be computed as causal.
-    """
-    found: dict[int, tuple[str, Any]] = {}
-    for name, layer in static_forward_context.items():
-        if not hasattr(layer, "get_kv_cache_spec"):
-            continue  # fused MoE registers itself too
-        if type(layer) is not Attention or not isinstance(layer.impl, StepAttentionImpl):
-            raise UnsupportedModelError(
-                f"model: layer {name} is {type(layer).__name__}, which longspan does not support in vLLM"
-            )
-        index = extract_layer_index(name)
-        if index in found:
-            raise UnsupportedModelError(f"model: layers {found[index][0]} and {name} have one index")
-        found[index] = (name, layer)
-    if not found:
-        raise UnsupportedModelError("model: it has no attention layers")
-    return dict(found[index] for index in sorted(found))

@@ -5,10 +5,13 @@ Read next: `longspan.integrations.vllm.worker`.
 
 Note [Who fails]
     vLLM reads the answers of process 0 alone. Another process that fails leaves its tensor parallel peers in a
-    collective, so it ends: vLLM's monitor of processes then ends the engine.
+    collective, so it ends: vLLM's monitor of processes then ends the engine. It ends by SIGTERM, which vLLM's workers
+    expect at any time and in any thread; no exception has to find its way through vLLM's loop.
 """
 
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,9 +30,9 @@ def telling_peers(comm: Communicator, process: int) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception:
         comm.close()  # ranks that wait for this one learn of it at once
-        if process == 0:
-            raise
-        logger.exception("process %d failed, and ends", process)
-        raise SystemExit(1) from error
+        if process != 0:
+            logger.exception("process %d failed, and ends", process)
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise

@@ -34,6 +34,10 @@ class FlashStepBackend(FlashAttentionBackend):
 
     forward_includes_kv_cache_update = True
 
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
     @staticmethod
     def get_impl_cls() -> type[StepAttentionImpl]:
         return StepAttentionImpl

@@ -4,14 +4,13 @@ Holds pure functions of the mirrored requests. Must not know vLLM, tensors or cl
 Read next: `longspan.plan.build`, which puts the plan together; `longspan.integrations.vllm.worker`, which runs plans.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from longspan.integrations.vllm.groups import LayerGroups
 from longspan.integrations.vllm.requests import Requests, RequestState
-from longspan.kv.layout import KVGroup
-from longspan.plan.build import ChooseGroupStep, RequestStep, build_plan, score_runs
+from longspan.plan.build import ChooseGroupStep, RequestStep, Tables, build_plan, score_runs
 from longspan.plan.types import Plan, QueryRun, SampleRow, ScoreRun
-from longspan.sharding.pages import PageTable
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class StepPlan:
     """Plan of one step, and the rows that the sampling rank reads."""
 
     plan: Plan
-    tables: Mapping[int, PageTable]
+    tables: Sequence[Tables]
+    """Per KV group."""
     samples: Mapping[str, Row]
     """Row of every request that gets a token in this step, by request id."""
     scores: tuple[ScoredPrompt, ...]
@@ -53,7 +53,7 @@ def plan_step(
     plan_id: int,
     num_scheduled: Mapping[str, int],
     requests: Requests,
-    group: KVGroup,
+    groups: LayerGroups,
     num_ranks: int,
     choose: ChooseGroupStep,
 ) -> StepPlan:
@@ -63,14 +63,14 @@ def plan_step(
         plan_id: id of the plan.
         num_scheduled: tokens to compute per request.
         requests: the mirrored requests, after `update`.
-        group: the model's only KV group.
+        groups: the model's KV groups.
         num_ranks: size of the cp_group.
         choose: chooses strategies, the same on every rank.
     """
     states = [requests[req_id] for req_id in num_scheduled]
     steps = [_request_step(state, num_scheduled[state.req_id]) for state in states]
-    tables = {state.number: state.table for state in states}
-    plan = build_plan(plan_id, range(num_ranks), steps, [tables], [group], choose)
+    tables = [{state.number: state.tables[table] for state in states} for table in groups.tables]
+    plan = build_plan(plan_id, range(num_ranks), steps, tables, groups.groups, choose)
     packed = _PackedRows(plan.query_runs)
     samples: dict[str, Row] = {}
     scores: list[ScoredPrompt] = []
@@ -91,7 +91,7 @@ def _request_step(state: RequestState, count: int) -> RequestStep:
     if not state.has_prompt_logprobs:
         prompt = state.prompt_token_ids
         num_logprobs: int = state.sampling_params.prompt_logprobs
-        scores = score_runs(state.number, state.table, prompt, start, min(end, len(prompt) - 1), num_logprobs)
+        scores = score_runs(state.number, state.tables[0], prompt, start, min(end, len(prompt) - 1), num_logprobs)
     return RequestStep(
         request_id=state.number,
         start=start,

@@ -7,7 +7,6 @@ Read next: `longspan.integrations.vllm.refusals`, `longspan.integrations.vllm.wo
 
 import copy
 import functools
-import os
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
@@ -31,19 +30,19 @@ def register() -> None:
         if options is None:
             return original(self, *args, **kwargs)
         from longspan.integrations.vllm.refusals import check_arguments, check_config, check_version
+        from longspan.integrations.vllm.runner_choice import V1Config, choosing_v1_runner
 
         check_version()
         check_arguments(self, options)
-        # Our worker supports what vLLM's V1 runner does. With this variable vLLM itself refuses, at start and per
-        # request, what only its V2 runner supports.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         ours = copy.copy(self)
         ours.worker_cls, ours.distributed_executor_backend = WORKER, _executor()
         if options.untested_cuda:
             # On GPUs, the plugin supports only eager steps, one after another.
             ours.enforce_eager, ours.async_scheduling = True, False
             ours.attention_backend = AttentionBackendEnum.FLASH_ATTN
-        config = original(ours, *args, **kwargs)
+        with choosing_v1_runner():
+            config = original(ours, *args, **kwargs)
+        config.__class__ = V1Config
         check_config(config, options)
         return config
 

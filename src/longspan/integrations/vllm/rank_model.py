@@ -1,4 +1,4 @@
-"""vLLM's model in one process: the shape of its attention layers, and its run on this rank's rows.
+"""vLLM's model in one process: its attention layers together, and its run on this rank's rows.
 
 Holds the loaded module. Must not know requests, vLLM's scheduler, or which rows are read.
 Read next: `longspan.integrations.vllm.backend`, which its layers use; `longspan.cp.step`.
@@ -7,7 +7,7 @@ Note [What is patched]
     `torch.accelerator.empty_cache`, which vLLM's loader calls and a CPU lacks, does nothing while a model is loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,20 +16,30 @@ from torch import Tensor
 from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from longspan.attention.base import AttentionBackend
 from longspan.attention.check import check_against_reference
+from longspan.attention.latent import LatentBackend
 from longspan.attention.select import make_backend
 from longspan.cp.step import StepAttention
 from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
-from longspan.integrations.vllm.backend import StepMetadata, WarmUp, attention_layers
+from longspan.integrations.vllm.backend import StepMetadata, WarmUp
+from longspan.integrations.vllm.groups import LayerGroups, divide_layers
+from longspan.integrations.vllm.layers import (
+    attention_layers,
+    check_kv_cache_spec,
+    layer_params,
+    layer_spec,
+    redirect_latent_layers_,
+)
 from longspan.integrations.vllm.placement import Striping
-from longspan.integrations.vllm.spec import PlacedSpec
-from longspan.kv.layout import KVGroup, KVSpec
+from longspan.integrations.vllm.spec import place
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.types import Literals, Plan
-from longspan.types import AttentionParams
+
+MAX_TABLES = 2
+"""Most block tables of a request that tests have seen."""
 
 
 class RankModel:
@@ -50,51 +60,76 @@ class RankModel:
         self.module, self.device = module, device
         self._config, self._layers = vllm_config, layers
         self._index_of_layer = {name: i for i, name in enumerate(layers)}
-        shapes = {(a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v) for a in layers.values()}
+        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+        self.specs = tuple(layer_spec(layer, dtype) for layer in layers.values())
+        """Spec of every layer."""
+        shapes = {(layer.num_heads, spec.layout) for layer, spec in zip(layers.values(), self.specs, strict=True)}
         if len(shapes) != 1:
             raise ConfigError("model: its attention layers differ in heads or widths, which longspan does not support")
-        ((num_heads, num_kv_heads, k_width, v_width),) = shapes
-        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-        self.group = KVGroup(
-            tuple(range(len(layers))), KVSpec.uniform(num_kv_heads, k_width, v_width, dtype), num_heads
+        ((self._num_heads, _),) = shapes
+        self.layer_params = tuple(
+            layer_params(layer, spec) for layer, spec in zip(layers.values(), self.specs, strict=True)
         )
-        self.layer_params = tuple(AttentionParams(a.impl.scale, a.impl.logits_soft_cap) for a in layers.values())
+        redirect_latent_layers_(layers)
 
-    def kv_cache_spec(self, striping: Striping) -> dict[str, PlacedSpec]:
+    def kv_cache_spec(self, striping: Striping) -> dict[str, KVCacheSpec]:
         """Return what vLLM's block manager must know of every layer.
 
         Raises:
-            UnsupportedModelError: a layer asks for more than plain full attention.
+            UnsupportedModelError: a layer asks for more than we know.
         """
-        layout = self.group.spec.layout
-        fields = {
-            "block_size": self._config.cache_config.block_size,
-            "num_kv_heads": layout.num_kv_heads,
-            "head_size": layout.k_width,
-            "head_size_v": layout.v_width,
-            "dtype": self._config.model_config.dtype,
-        }
-        plain = FullAttentionSpec(**fields)
-        for name, layer in self._layers.items():
-            own = layer.get_kv_cache_spec(self._config)
-            if own != plain:
-                raise UnsupportedModelError(f"model: layer {name} needs {own}, legal with longspan in vLLM is {plain}")
-        return dict.fromkeys(self._layers, PlacedSpec(**fields, striping=striping))
+        # vLLM can give layers with a window block tables of their own, and frees blocks behind the window then.
+        has_tables = not self._config.scheduler_config.disable_hybrid_kv_cache_manager
+        is_mixed = has_tables and len({spec.window for spec in self.specs}) > 1
+        spare = striping.geometry.num_ranks if is_mixed else 0
+        placed: dict[str, KVCacheSpec] = {}
+        for (name, layer), spec in zip(self._layers.items(), self.specs, strict=True):
+            own = check_kv_cache_spec(name, layer, spec, self._config)
+            placed[name] = place(own, striping, spare, is_freed=has_tables)
+        return placed
 
-    def make_attention(self) -> AttentionBackend:
+    def page_bytes(self, block_size: int) -> int:
+        """Return the bytes of one block's tokens in all layers."""
+        return block_size * sum(spec.layout.token_bytes for spec in self.specs)
+
+    def groups(self, tables: Sequence[Sequence[str]]) -> LayerGroups:
+        """Return the KV groups of the model.
+
+        Args:
+            tables: names of the layers of each of vLLM's block tables.
+
+        Raises:
+            UnsupportedModelError: there are more tables than tests have seen.
+        """
+        if len(tables) > MAX_TABLES:
+            raise UnsupportedModelError(
+                f"model: vLLM gives a request {len(tables)} block tables, legal with longspan is at most {MAX_TABLES}; "
+                "--disable-hybrid-kv-cache-manager makes it one"
+            )
+        indices = [[self._index_of_layer[name] for name in names] for names in tables]
+        return divide_layers(self.specs, self._num_heads, indices)
+
+    def make_attention(self, groups: LayerGroups) -> AttentionBackend:
         """Make the attention backend of this process.
+
+        Args:
+            groups: the model's KV groups.
 
         Raises:
             LongspanError: a GPU's kernels differ from the reference, or vLLM has none for this model.
         """
         if self.device.type == "cpu":
-            return make_backend("auto", self.device)
+            backend: AttentionBackend = make_backend("auto", self.device)
+            return LatentBackend(backend) if any(spec.latent for spec in self.specs) else backend
         from longspan.integrations.vllm.flash import make_flash_backend
 
         with set_current_vllm_config(self._config):
-            backend = make_flash_backend(self.group.spec, any(params.softcap for params in self.layer_params))
-        for params in set(self.layer_params):
-            check_against_reference(backend, self.group, params, self.device)
+            backend = make_flash_backend(self.specs[0], any(params.softcap for params in self.layer_params))
+        for group in groups.groups:
+            for params in {self.layer_params[layer] for layer in group.layers}:
+                if (why := backend.unsupported(group.spec, params)) is not None:
+                    raise UnsupportedModelError(f"model: {why}")
+                check_against_reference(backend, group, params, self.device)
         return backend
 
     @torch.inference_mode()
@@ -113,6 +148,10 @@ class RankModel:
     def forward(self, plan: Plan, attention: StepAttention) -> Tensor:
         """Return the hidden states of this rank's rows, [T, hidden]; rows that the plan does not read hold any values.
 
+        Args:
+            plan: the step.
+            attention: the step's attention on this rank.
+
         Collective: every process of the plan's ranks, with the same plan.
         """
         token_ids: list[int] = []
@@ -124,7 +163,7 @@ class RankModel:
                 positions += range(run.position, run.end)
         if not token_ids:
             if any(group_step.exchanges for group_step in plan.groups):
-                for layer in self.group.layers:
+                for layer in range(len(self.specs)):
                     attention.join(layer)
             config = self._config.model_config
             return torch.empty((0, config.get_hidden_size()), dtype=config.dtype, device=self.device)

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.integrations.vllm.options import KEY, Options
 
-SUPPORTED_MINORS = ((0, 32),)
+SUPPORTED_MINORS = ((0, 32), (0, 33))
 """Versions of vLLM that the tests ran with. Others are refused, as vLLM may change all that the plugin uses."""
 
 
@@ -89,8 +89,11 @@ def check_config(config: Any, options: Options) -> None:
     mode = config.compilation_config.mode
     if mode == CompilationMode.STOCK_TORCH_COMPILE:
         _refuse("compilation_config.mode", mode.name, "NONE, DYNAMO_TRACE_ONCE or VLLM_COMPILE")
-    if parallel.enable_expert_parallel:
-        _refuse("enable_expert_parallel", True, "false")
+    for name in ("enable_expert_parallel", "enable_dbo"):
+        if getattr(parallel, name):
+            _refuse(name, True, "false")
+    if parallel.ubatch_size > 1:
+        _refuse("ubatch_size", parallel.ubatch_size, "0 or 1")
     for name, what in (
         ("speculative_config", "speculative decoding"),
         ("lora_config", "LoRA"),
@@ -109,24 +112,14 @@ def check_config(config: Any, options: Options) -> None:
         _refuse("enable_prompt_embeds", True, "false")
     for wrong, what in (
         (model.is_multimodal_model, "a multimodal model"),
+        (model.uses_mrope, "multimodal positions"),
         (model.is_encoder_decoder, "an encoder and a decoder"),
         (model.use_mla, "multi-head latent attention"),
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
-        (model.uses_mrope, "multimodal positions"),
-        (model.attention_chunk_size is not None, f"chunked attention of {model.attention_chunk_size} tokens"),
-        (_window_of(model) is not None, f"a sliding window of {_window_of(model)} tokens"),
+        (getattr(model, "supports_kv_cache_grouping", False), "groups of KV caches of its own"),  # new in 0.33
     ):
         if wrong:
             raise UnsupportedModelError(f"model: {model.model} has {what}, which {KEY} does not support")
-
-
-def _window_of(model: Any) -> int | None:
-    """Return the tokens of the model's sliding window, or None if no layer has one."""
-    window: int | None = model.get_sliding_window()
-    kinds = getattr(model.hf_text_config, "layer_types", None)
-    if window is not None and kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return window
 
 
 def _refuse(name: str, got: object, legal: str) -> None:

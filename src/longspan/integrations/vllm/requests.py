@@ -10,7 +10,8 @@ from typing import Any
 
 from longspan.errors import LongspanError
 from longspan.integrations.vllm.placement import block_rank
-from longspan.sharding.pages import PageTable
+from longspan.kv.layout import KVSpec
+from longspan.sharding.pages import PageRun, PageTable
 
 
 @dataclass
@@ -23,7 +24,8 @@ class RequestState:
     prompt_token_ids: list[int]
     output_token_ids: list[int]
     sampling_params: Any
-    table: PageTable
+    tables: list[PageTable]
+    """One per block table of vLLM's."""
     num_computed: int
     has_prompt_logprobs: bool = False
     """Whether the prompt's log-probabilities have been reported, or were not asked for."""
@@ -53,8 +55,19 @@ class RequestState:
 class Requests:
     """All requests of a worker."""
 
-    def __init__(self, num_blocks: int, num_ranks: int, block_size: int) -> None:
+    def __init__(
+        self, num_blocks: int, num_ranks: int, block_size: int, table_specs: Sequence[KVSpec | None] = (None,)
+    ) -> None:
+        """Begin without requests.
+
+        Args:
+            num_blocks: blocks of all ranks.
+            num_ranks: size of the cp_group.
+            block_size: tokens per block.
+            table_specs: per block table of vLLM's, what its layers see; None where some see all.
+        """
         self._num_blocks, self._num_ranks, self._block_size = num_blocks, num_ranks, block_size
+        self._table_specs = table_specs
         self._by_id: dict[str, RequestState] = {}
         self._next_number = 0
 
@@ -70,7 +83,12 @@ class Requests:
         Raises:
             LongspanError: the step asks for something that the plugin refuses at start.
         """
-        for name in ("kv_cache_block_copies", "scheduled_spec_decode_tokens", "scheduled_encoder_inputs"):
+        for name in (
+            "kv_cache_block_copies",
+            "new_block_ids_to_zero",
+            "scheduled_spec_decode_tokens",
+            "scheduled_encoder_inputs",
+        ):
             if getattr(step, name):
                 raise LongspanError(f"{name}: vLLM's scheduler asks for it, and longspan does not support it")
         for req_id in step.finished_req_ids:
@@ -88,16 +106,17 @@ class Requests:
             del state.output_token_ids[num_outputs:]  # in place: the sampler has the same list
             blocks = cached.new_block_ids[i]
             if req_id in cached.resumed_req_ids:
-                state.table = PageTable(self._block_size)
+                state.tables = self._new_tables()
             if blocks is not None:
-                self._append(state.table, blocks)
+                self._append(state.tables, blocks)
+            self._leave_windows(state)
 
     def _add(self, new: Any) -> None:
         """Add a request that is new, or that vLLM resumes by sending it as new."""
         if new.prompt_token_ids is None or new.sampling_params is None:
             raise LongspanError(f"request {new.req_id}: longspan needs a prompt of tokens, and sampling parameters")
-        table = PageTable(self._block_size)
-        self._append(table, new.block_ids)
+        tables = self._new_tables()
+        self._append(tables, new.block_ids)
         prompt = list(new.prompt_token_ids)
         all_tokens = new.prefill_token_ids
         outputs = [] if all_tokens is None else list(all_tokens[len(prompt) :])
@@ -108,7 +127,7 @@ class Requests:
             prompt_token_ids=prompt,
             output_token_ids=outputs,
             sampling_params=new.sampling_params,
-            table=table,
+            tables=tables,
             num_computed=new.num_computed_tokens,
             has_prompt_logprobs=new.sampling_params.prompt_logprobs is None,
         )
@@ -118,9 +137,21 @@ class Requests:
         self._next_number += 1
         self._by_id[new.req_id] = state
 
-    def _append(self, table: PageTable, block_ids: Sequence[Sequence[int]]) -> None:
-        (ids,) = block_ids  # one KV cache group
-        for block_id in ids:
-            assert block_id != 0, "vLLM's null block has no place in full attention"
-            rank, slot = block_rank(block_id, self._num_blocks, self._num_ranks)
-            table.append(rank, slot, 1)
+    def _new_tables(self) -> list[PageTable]:
+        return [PageTable(self._block_size) for _ in self._table_specs]
+
+    def _append(self, tables: Sequence[PageTable], block_ids: Sequence[Sequence[int]]) -> None:
+        for table, ids in zip(tables, block_ids, strict=True):
+            start = table.num_pages
+            for block_idx, block_id in enumerate(ids, start):
+                if block_id == 0:  # vLLM's null block, in place of those that a window has left
+                    assert not table.num_pages, "vLLM frees blocks from the front"
+                    continue
+                rank, slot = block_rank(block_id, self._num_blocks, self._num_ranks)
+                table.apply([PageRun(block_idx, rank, slot, 1)])
+
+    def _leave_windows(self, state: RequestState) -> None:
+        """Drop the blocks that no layer of a table sees any more: vLLM gives them to others without a word."""
+        for table, spec in zip(state.tables, self._table_specs, strict=True):
+            if spec is not None and spec.reach is not None:
+                table.free_before(spec.first_key(state.num_computed) // self._block_size)

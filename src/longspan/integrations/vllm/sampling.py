@@ -38,6 +38,8 @@ class SamplingBatch:
             logitsprocs_need_output_token_ids=bool(custom),
             reasoning_config=vllm_config.reasoning_config,
         )
+        self._numbers: dict[str, int] = {}
+        """Number of the request's state that the batch has, by request id: a resumed request gets a new state."""
         self._sampler = Sampler(logprobs_mode=model.logprobs_mode, use_fp64_gumbel=model.use_fp64_gumbel)
 
     def admit(self, states: Sequence[RequestState]) -> list[str]:
@@ -48,13 +50,14 @@ class SamplingBatch:
         """
         batch = self._batch
         wanted = {state.req_id: state for state in states}
-        for req_id in list(batch.req_id_to_index):
-            state = wanted.get(req_id)
-            if state is None or batch.req_output_token_ids[batch.req_id_to_index[req_id]] is not state.output_token_ids:
+        for req_id, number in list(self._numbers.items()):
+            if req_id not in wanted or wanted[req_id].number != number:
                 batch.remove_request(req_id)
+                del self._numbers[req_id]
         for state in states:
-            if state.req_id not in batch.req_id_to_index:
+            if state.req_id not in self._numbers:
                 batch.add_request(self._cached(state))
+                self._numbers[state.req_id] = state.number
         batch.condense()
         batch.refresh_metadata()
         return list(batch.req_ids)

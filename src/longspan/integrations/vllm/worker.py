@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes
@@ -37,10 +38,8 @@ from longspan.integrations.vllm.rank_model import load_rank_model
 from longspan.integrations.vllm.refused_calls import RefusedCalls
 from longspan.integrations.vllm.requests import Requests
 from longspan.integrations.vllm.sampling import SamplingBatch
-from longspan.integrations.vllm.spec import PlacedSpec
 from longspan.integrations.vllm.staging import StagingCommunicator
 from longspan.integrations.vllm.step_sampler import StepSampler
-from longspan.kv.pool import PagePool
 from longspan.sharding.geometry import StepGeometry
 
 
@@ -87,7 +86,7 @@ class Worker(RefusedCalls):
     def get_model(self) -> torch.nn.Module:
         return self._model.module
 
-    def get_kv_cache_spec(self) -> dict[str, PlacedSpec]:
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         size = self.cache_config.block_size
         options, budget = self._options, self.scheduler_config.max_num_batched_tokens
         shortest = {"packed": 2**31 - 1, "striped": 0, "auto": options.min_striped_len}[options.placement]
@@ -106,7 +105,7 @@ class Worker(RefusedCalls):
         Collective: every process, once.
         """
         self._model.warm_up(self.scheduler_config.max_num_batched_tokens)
-        block_bytes = self._model.group.page_bytes(self.cache_config.block_size)
+        block_bytes = self._model.page_bytes(self.cache_config.block_size)
         return self._cp_size * common_kv_bytes(
             self.cache_config, self.parallel_config.world_size, block_bytes, self.device
         )
@@ -116,10 +115,11 @@ class Worker(RefusedCalls):
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         num_blocks, size = kv_cache_config.num_blocks, self.cache_config.block_size
-        assert len(kv_cache_config.kv_cache_groups) == 1, "all layers share one spec"
-        self._requests = Requests(num_blocks, self._cp_size, size)
-        self._pool = PagePool(self._model.group, -(-num_blocks // self._cp_size), size, self.device)
-        self._backend = self._model.make_attention()
+        self.groups = groups = self._model.groups([group.layer_names for group in kv_cache_config.kv_cache_groups])
+        table_specs = [groups.table_spec(table) for table in range(groups.num_tables)]
+        self._requests = Requests(num_blocks, self._cp_size, size, table_specs)
+        self._pools = groups.make_pools(-(-num_blocks // self._cp_size), size, self.device)
+        self._backend = self._model.make_attention(groups)
         self._sampler: StepSampler | None = None
         if self._cp_rank == 0:
             batch = SamplingBatch(self.vllm_config, self.device)
@@ -130,9 +130,9 @@ class Worker(RefusedCalls):
 
         Collective: every process, once.
         """
-        self.costs = agree_on_costs(
-            self._options, self._backend, self._model.group, self._model.layer_params[0], self._comm.inner, self.device
-        )
+        group = self.groups.groups[0]
+        params = self._model.layer_params[group.layers[0]]
+        self.costs = agree_on_costs(self._options, self._backend, group, params, self._comm.inner, self.device)
         self._choose = partial(plan_group, costs=self.costs, forced=self._options.forced_strategy)
         set_random_seed(self.model_config.seed)
         return CompilationTimes(0.0, 0.0)
@@ -167,10 +167,10 @@ class Worker(RefusedCalls):
         if not scheduler_output.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
         self._num_steps += 1
-        scheduled, group = scheduler_output.num_scheduled_tokens, self._model.group
-        step = plan_step(self._num_steps, scheduled, self._requests, group, self._cp_size, self._choose)
+        scheduled = scheduler_output.num_scheduled_tokens
+        step = plan_step(self._num_steps, scheduled, self._requests, self.groups, self._cp_size, self._choose)
         attention = EagerStepAttention(
-            step.plan, [step.tables], [self._pool], self._comm, self._backend, self._model.layer_params
+            step.plan, step.tables, self._pools, self._comm, self._backend, self._model.layer_params
         )
         self._pending = (step, scheduler_output, self._model.forward(step.plan, attention))
         return None

@@ -1,0 +1,34 @@
+"""Models with other attention than Llama's: what they have beside the sizes of `save_model`."""
+
+W, F = "sliding_attention", "full_attention"
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 512,
+    "truncate": False,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+KINDS = {
+    "mistral": {"sliding_window": 700},
+    "gpt_oss": {
+        "sliding_window": 100,
+        "num_hidden_layers": 4,
+        "layer_types": [W, F, W, F],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": YARN,
+    },
+    "llama4_text": {
+        "attention_chunk_size": 200,
+        "num_hidden_layers": 4,
+        "no_rope_layers": [1, 1, 0, 1],
+        "floor_scale": 512,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 192,
+    },
+}
+TABLES = {"mistral": 1, "gpt_oss": 2, "llama4_text": 1}
+"""Block tables of a request of each kind, by vLLM's default: chunks share one with full attention."""

@@ -1,0 +1,69 @@
+"""Windows, chunks and sinks: tokens are those of Transformers; blocks behind windows are freed."""
+
+import pytest
+from engines import engine, generate, metric, num_blocks, prompts, random_prompts, reference, tokens_of
+from kinds import TABLES
+
+CAPACITY = {}
+"""KV blocks per kind and number of ranks, as engines of this run have reported; None is vLLM without the plugin."""
+
+
+def num_tables(llm):
+    return llm.collective_rpc(lambda worker: worker.worker.groups.num_tables)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cp_size", "longspan", "options"),
+    [
+        ("mistral", 2, {}, {}),
+        ("mistral", 3, {"placement": "striped"}, {}),
+        ("gpt_oss", 1, {}, {}),
+        ("gpt_oss", 2, {}, {"enforce_eager": False}),
+        ("gpt_oss", 3, {"strategy": "pass_q", "placement": "striped"}, {}),
+        ("gpt_oss", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
+        ("llama4_text", 2, {}, {}),
+        ("gpt_oss", 2, {}, {"disable_hybrid_kv_cache_manager": True}),
+    ],
+)
+def test_tokens_equal_transformers(model_of_kind, monkeypatch, kind, cp_size, longspan, options):
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for a function of this test, sent to workers
+    model, expected = model_of_kind(kind)
+    with engine(model, cp_size, longspan, **options) as llm:
+        if options.keys() <= {"enforce_eager"}:
+            CAPACITY[kind, cp_size] = num_blocks(llm)
+        assert num_tables(llm) == (1 if "disable_hybrid_kv_cache_manager" in options else TABLES[kind])
+        asked = prompts()
+        assert tokens_of(generate(llm, asked)) == expected  # 10 at once, chunked: 1,024 tokens a step
+        hits = metric(llm, "vllm:prefix_cache_hits")
+        assert [tokens_of(generate(llm, [p]))[0] for p in asked] == expected
+        assert metric(llm, "vllm:prefix_cache_hits") > hits
+
+
+def test_sixteen_at_once_with_preemptions(model_of_kind):
+    model, _ = model_of_kind("gpt_oss")
+    asked = random_prompts((300, 500, 700, 900) * 4, seed=5)
+    expected = reference(model, asked, 60)
+    options = {"num_gpu_blocks_override": 260, "max_num_batched_tokens": 256, "max_num_seqs": 16}
+    with engine(model, 2, max_model_len=2048, **options) as llm:
+        assert tokens_of(generate(llm, asked, max_tokens=60)) == expected
+        assert metric(llm, "vllm:num_preemptions") > 0
+        assert tokens_of(generate(llm, asked, max_tokens=60)) == expected
+
+
+def test_kv_capacity_is_that_of_all_ranks(model_of_kind):
+    model, _ = model_of_kind("gpt_oss")
+    for cp_size in {None, 2, 3} - {size for known, size in CAPACITY if known == "gpt_oss"}:
+        with engine(model, cp_size) as llm:
+            CAPACITY["gpt_oss", cp_size] = num_blocks(llm)
+    assert CAPACITY["gpt_oss", 2] >= 1.98 * CAPACITY["gpt_oss", None]
+    assert CAPACITY["gpt_oss", 3] >= 2.97 * CAPACITY["gpt_oss", None]
+
+
+def test_blocks_behind_windows_are_freed_on_every_rank(model_of_kind):
+    """Two ranks that hold 1,800 tokens each answer a prompt of 3,900 whose windows have 700."""
+    model, _ = model_of_kind("mistral")
+    kv_bytes = 1800 * 3 * 2 * 2 * 32 * 4  # 3 layers, K and V, 2 heads of 32 float32
+    asked = random_prompts((3900, 3900))
+    with engine(model, 2, kv_cache_memory_bytes=kv_bytes, max_num_batched_tokens=512) as llm:
+        assert num_blocks(llm) * 32 < 3900
+        assert tokens_of(generate(llm, asked)) == reference(model, asked)
