@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longspan.integrations.vllm.runner.kernels import TorchKernels
-from longspan.integrations.vllm.runner.rows import Scheduled, cut_segments, rows_of_rank
+from longspan.integrations.vllm.runner.rows import Scheduled, cut_runs, rows_of_rank
 from longspan.integrations.vllm.runner.step import RankedStep
 from longspan.sharding.pages import PageTable
 from longspan.types import AttentionParams
@@ -78,8 +78,8 @@ def block_table_of(step, rank):
 
 def run_rank(rank, messages, step, tensors, params, padding):
     """This rank's rows of the step's attention."""
-    segments = cut_segments(step, messages.size)
-    rows = rows_of_rank(rank, step, segments)
+    runs = cut_runs(step, messages.size)
+    rows = rows_of_rank(rank, step, runs)
     kernels = TorchKernels()
     cache = torch.full((BLOCKS, KV_HEADS, PAGE, 2 * WIDTH), torch.nan)
     for request, one in enumerate(step):  # what earlier steps have stored
@@ -87,7 +87,7 @@ def run_rank(rank, messages, step, tensors, params, padding):
         keys = [p for p in range(one.start) if one.table.page(p // PAGE)[0] == rank]
         _, k, v = tensors[request]
         kernels.store(k[keys], v[keys], cache, torch.tensor(slots, dtype=torch.int64))
-    mine = [(s.request, slice(s.start, s.end)) for s in segments[rank]]
+    mine = [(s.request, slice(s.start, s.end)) for s in runs[rank]]
     empty = (torch.zeros(0, HEADS, WIDTH), torch.zeros(0, KV_HEADS, WIDTH), torch.zeros(0, KV_HEADS, WIDTH))
     q, k, v = (torch.cat([empty[i], *(tensors[request][i][rows_] for request, rows_ in mine)]) for i in range(3))
     q, k, v = (torch.cat([x, torch.full((padding, *x.shape[1:]), 7.0)]) for x in (q, k, v))

@@ -19,15 +19,15 @@ class DeviceCall:
     """Arguments of one kernel call, on the device."""
 
     block_table: Tensor
-    """[segments, blocks] int32: blocks of this rank that hold the segment's keys, in sequence order."""
+    """[runs, blocks] int32: blocks of this rank that hold the run's keys, in sequence order."""
     query_starts: Tensor
-    """[segments + 1] int32: first query of each segment, and the number of queries."""
+    """[runs + 1] int32: first query of each run, and the number of queries."""
     key_lens: Tensor
-    """[segments] int32: keys that the segment sees; 0 is legal."""
+    """[runs] int32: keys that the run sees; 0 is legal."""
     max_query_len: int
     max_key_len: int
     is_causal: bool
-    """Whether the last query of a segment sees all its keys, the one before all but the last, and so on."""
+    """Whether the last query of a run sees all its keys, the one before all but the last, and so on."""
 
 
 class Kernels(Protocol):
@@ -40,7 +40,7 @@ class Kernels(Protocol):
         """Attend to keys in KV memory.
 
         Args:
-            q: [T, H, D], packed by segment.
+            q: [T, H, D], packed by run.
             kv_cache: KV memory of one layer.
             call: what sees what.
             params: scale and softcap.

@@ -57,3 +57,14 @@ class RankMessages:
 
     def _count(self, num_bytes: int) -> None:
         self.num_bytes += num_bytes * (self.size - 1)
+
+
+def warm_up(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Make both exchanges once, so that the group's buffers are allocated.
+
+    Collective: every process of the group.
+    """
+    messages = RankMessages(group)
+    gathered, arrival = messages.gather(torch.zeros(1, device=device))
+    arrival.wait()
+    messages.give_back(gathered)

@@ -4,21 +4,21 @@ Holds arithmetic on page tables. Must not know vLLM or torch, or how rows and pa
 Read next: `longspan.integrations.vllm.runner.step`, which runs what is planned here.
 
 Note [Two calls]
-    A segment is a run of consecutive positions that one rank computes, because it stores them. Its queries see all
-    earlier keys of its request, wherever they lie, and each other causally. So on every rank two kernel calls suffice
-    for all segments of a step, over keys that the rank's block table lists in sequence order:
+    A rank computes runs of consecutive positions, those that it stores. Queries of a run see all earlier keys of their
+    request, wherever they lie, and each other causally. So on every rank two kernel calls suffice for all runs of a
+    step, over keys that the rank's block table lists in sequence order:
 
         page size 4      positions 0..3  4..7  8..11  12..13       a step computes positions 8..13
         rank                       0     1     0      1
-        segments                               8..11  12..13
+        runs of the step                   8..11  12..13
 
         own call, causal           rank 0: queries  8..11, its first 8 keys (0..3, 8..11)
                                    rank 1: queries 12..13, its first 6 keys (4..7, 12..13)
         remote call, all keys      rank 0: queries 12..13, its first 8 keys (0..3, 8..11)
                                    rank 1: queries  8..11, its first 4 keys (4..7)
 
-    The last keys of an own call are the segment's own, so a mask that is aligned to the bottom right is exact. In a
-    remote call, every key is before the whole segment.
+    The last keys of an own call are the run's own, so a mask that is aligned to the bottom right is exact. In a
+    remote call, every key is before the whole run.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class Scheduled:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class RankRun:
     """Consecutive positions of one request that one rank computes."""
 
     request: int
@@ -66,14 +66,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one kernel call, for queries packed by segment."""
+    """Arguments of one kernel call, for queries packed by run."""
 
     table_rows: NDArray[np.int32]
-    """[segments] row of the device's block tables."""
+    """[runs] row of the device's block tables."""
     query_starts: NDArray[np.int32]
-    """[segments + 1] first query of each segment, and the number of queries."""
+    """[runs + 1] first query of each run, and the number of queries."""
     key_lens: NDArray[np.int32]
-    """[segments] keys of this rank that the segment sees, from the front of its request's block table."""
+    """[runs] keys of this rank that the run sees, from the front of its request's block table."""
 
     @property
     def num_queries(self) -> int:
@@ -82,12 +82,12 @@ class Call:
 
     @property
     def max_query_len(self) -> int:
-        """Queries of the longest segment."""
+        """Queries of the longest run."""
         return int(np.diff(self.query_starts).max(initial=0))
 
     @property
     def max_key_len(self) -> int:
-        """Keys of the segment that sees most."""
+        """Keys of the run that sees most."""
         return int(self.key_lens.max(initial=0))
 
     @property
@@ -114,7 +114,7 @@ class RankRows:
     Without keys are its own rows, padding, and rows whose request has no keys here."""
 
 
-def cut_segments(scheduled: Sequence[Scheduled], num_ranks: int) -> list[list[Segment]]:
+def cut_runs(scheduled: Sequence[Scheduled], num_ranks: int) -> list[list[RankRun]]:
     """Cut a step where the owner changes.
 
     Args:
@@ -122,37 +122,37 @@ def cut_segments(scheduled: Sequence[Scheduled], num_ranks: int) -> list[list[Se
         num_ranks: ranks that share the tokens.
 
     Returns:
-        Per rank, its segments in the order of its rows: requests that decode, then those that prefill, each in the
+        Per rank, its runs in the order of its rows: requests that decode, then those that prefill, each in the
         step's order, and each request's in sequence order.
     """
-    segments: list[list[Segment]] = [[] for _ in range(num_ranks)]
+    runs: list[list[RankRun]] = [[] for _ in range(num_ranks)]
     for request in sorted(range(len(scheduled)), key=lambda i: scheduled[i].is_prefilling):
         one = scheduled[request]
         for rank, start, end in one.table.owners(one.start, one.end):
-            segments[rank].append(Segment(request, start, end))
-    return segments
+            runs[rank].append(RankRun(request, start, end))
+    return runs
 
 
-def rows_of_rank(rank: int, scheduled: Sequence[Scheduled], segments: Sequence[Sequence[Segment]]) -> RankRows:
+def rows_of_rank(rank: int, scheduled: Sequence[Scheduled], runs: Sequence[Sequence[RankRun]]) -> RankRows:
     """Plan one rank's part of a step.
 
     Args:
         rank: the rank.
         scheduled: the step's requests.
-        segments: what `cut_segments` returned for them.
+        runs: what `cut_runs` returned for them.
     """
-    mine = segments[rank]
+    mine = runs[rank]
     slots = [np.zeros(0, dtype=np.int64)]
-    for segment in mine:
-        table = scheduled[segment.request].table
-        slots += [np.arange(row, row + n) for row, n in table.row_runs(rank, segment.start, segment.end)]
+    for run in mine:
+        table = scheduled[run.request].table
+        slots += [np.arange(row, row + n) for row, n in table.row_runs(rank, run.start, run.end)]
     travels = [
-        [scheduled[segment.request].table.count_on(owner, 0, segment.start) < segment.start for segment in theirs]
-        for owner, theirs in enumerate(segments)
+        [scheduled[run.request].table.count_on(owner, 0, run.start) < run.start for run in theirs]
+        for owner, theirs in enumerate(runs)
     ]
-    travelling = [list(compress(theirs, flags)) for theirs, flags in zip(segments, travels, strict=True)]
-    num_travelling = max(sum(segment.num_tokens for segment in theirs) for theirs in travelling)
-    lengths = [segment.num_tokens for segment in mine]
+    travelling = [list(compress(theirs, flags)) for theirs, flags in zip(runs, travels, strict=True)]
+    num_travelling = max(sum(run.num_tokens for run in theirs) for theirs in travelling)
+    lengths = [run.num_tokens for run in mine]
     own = [(scheduled[s.request].row, s.num_tokens, scheduled[s.request].table.count_on(rank, 0, s.end)) for s in mine]
     return RankRows(
         slots=np.concatenate(slots),
@@ -164,23 +164,28 @@ def rows_of_rank(rank: int, scheduled: Sequence[Scheduled], segments: Sequence[S
 
 
 def _remote_call(
-    rank: int, scheduled: Sequence[Scheduled], travelling: Sequence[Sequence[Segment]], num_travelling: int
+    rank: int, scheduled: Sequence[Scheduled], travelling: Sequence[Sequence[RankRun]], num_travelling: int
 ) -> Call:
-    """Return the call for the travelling rows of all ranks; those of each are padded to one number."""
+    """Return the call for the travelling rows of all ranks; those of each are padded to one number.
+
+    Padding is no longer than the longest run, since kernels have a faster way where all runs are of one query.
+    """
+    longest = max((run.num_tokens for theirs in travelling for run in theirs), default=0)
     entries: list[tuple[int, int, int]] = []
     for owner, theirs in enumerate(travelling):
         left = num_travelling
-        for segment in theirs:
-            request = scheduled[segment.request]
-            keys = 0 if owner == rank else request.table.count_on(rank, 0, segment.start)
-            entries.append((request.row, segment.num_tokens, keys))
-            left -= segment.num_tokens
-        if left:
-            entries.append((0, left, 0))
+        for run in theirs:
+            request = scheduled[run.request]
+            keys = 0 if owner == rank else request.table.count_on(rank, 0, run.start)
+            entries.append((request.row, run.num_tokens, keys))
+            left -= run.num_tokens
+        while left:
+            entries.append((0, min(left, longest), 0))
+            left -= min(left, longest)
     return _call(entries)
 
 
 def _call(entries: Sequence[tuple[int, int, int]]) -> Call:
-    """Return the call for segments of (row of the block tables, queries, keys)."""
+    """Return the call for runs of (row of the block tables, queries, keys)."""
     table_rows, query_lens, key_lens = np.array(entries, dtype=np.int32).reshape(-1, 3).T
     return Call(table_rows, np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32), key_lens)

@@ -113,6 +113,19 @@ class RankedStep:
         out.index_copy_(0, self._travelling, merged[:num_rows])
 
 
+def exchanged_bytes(num_ranks: int, num_rows: int, row_bytes: int) -> int:
+    """Return the most bytes that a step's exchanges hold on one rank, if all its rows lie on one rank and travel.
+
+    Args:
+        num_ranks: ranks of the group.
+        num_rows: most rows of a step on all ranks together.
+        row_bytes: bytes of one row of queries.
+    """
+    on_all_ranks = 3 * num_ranks  # gathered queries, partials sent, partials received
+    merging = 4  # rows sent, own rows, merged rows, and log-sum-exps, which are smaller
+    return (on_all_ranks + merging) * num_rows * row_bytes
+
+
 def _on_device(
     call: Call, numbers: tuple[Tensor, ...], block_table: Tensor, block_size: int, is_causal: bool
 ) -> DeviceCall:
