@@ -20,7 +20,7 @@ PARAMS = {
     "n": {"temperature": 0.9, "seed": 3, "n": 3},
     "bias": {"logit_bias": {"5": 4.0, "7": -100.0}, "bad_words": ["a", "b"]},
     "stop": {"ignore_eos": False, "stop_token_ids": list(range(0, 512, 9)), "min_tokens": 4},
-    "json": {"json": SCHEMA, "max_tokens": 40, "ignore_eos": False},
+    "json": {"json": SCHEMA, "max_tokens": 60, "ignore_eos": False},
 }
 
 

@@ -192,6 +192,7 @@ def test_rejects_configurations(changed, what):
         ({"model_config__has_inner_state": True}, "recurrent"),
         ({"model_config__uses_mrope": True}, "multimodal positions"),
         ({"model_config__attention_chunk_size": 64}, "chunked attention of 64"),
+        ({"model_config__supports_kv_cache_grouping": True}, "groups of KV caches"),
         ({"model_config__get_sliding_window": lambda: 64}, "sliding window of 64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -33,6 +33,7 @@ def run_v2(directory, model, num_ranks, runs, longspan=None, is_async=False, **o
         "block_size": 32,
         "disable_log_stats": False,
         "enforce_eager": True,
+        "async_scheduling": is_async,
         **options,
     }
     if num_ranks > 1:

@@ -113,7 +113,7 @@ class RankedBackend(FlashAttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "LONGSPAN"
+        return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[RankedAttentionImpl]:

@@ -113,6 +113,7 @@ def _check_model(model: Any) -> None:
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
         (model.uses_mrope, "multimodal positions"),
         (model.attention_chunk_size is not None, f"chunked attention of {model.attention_chunk_size} tokens"),
+        (getattr(model, "supports_kv_cache_grouping", False), "groups of KV caches of its own"),  # new in vLLM 0.33
         (has_window, f"a sliding window of {window} tokens"),
     ):
         if wrong:

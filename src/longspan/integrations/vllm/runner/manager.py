@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.pcp_manager import PCPManager
 
 from longspan.integrations.vllm.runner.messages import RankMessages
-from longspan.integrations.vllm.runner.rows import Scheduled, Segment, cut_segments, rows_of_rank
+from longspan.integrations.vllm.runner.rows import RankRun, Scheduled, cut_runs, rows_of_rank
 from longspan.integrations.vllm.runner.step import RankedStep
 
 
@@ -26,7 +26,7 @@ class OwnerManager(PCPManager):
     """A `PCPManager` under which a token is computed by the rank that stores it."""
 
     def __init__(self, *args: Any, max_num_tokens: int, block_tables: Any = None, **kwargs: Any) -> None:
-        """Make buffers for as many segments as a step has rows: a segment may be one token.
+        """Make buffers for as many runs as a step has rows: a run may be one token.
 
         vLLM's own limit, two per request, is too low where a chunk has many stripes. `block_tables` come here in vLLM
         0.32, and by `set_block_tables` in 0.33.
@@ -38,7 +38,7 @@ class OwnerManager(PCPManager):
         """Attention of the step that is being prepared; None for a dummy run, which stores and attends to nothing."""
         self._tables = block_tables
         self._scheduled: Sequence[Scheduled] = ()
-        self._segments: list[list[Segment]] = [[] for _ in range(self.pcp_world_size)]
+        self._runs: list[list[RankRun]] = [[] for _ in range(self.pcp_world_size)]
         self._no_blocks = torch.zeros(max_num_tokens, 1, dtype=torch.int32, device=self.device)
         self._no_slots = torch.full((1, max_num_tokens), PAD_SLOT_ID, dtype=torch.int64, device=self.device)
 
@@ -57,7 +57,7 @@ class OwnerManager(PCPManager):
             scheduled: the requests in the order of vLLM's batch.
         """
         self._scheduled = scheduled
-        self._segments = cut_segments(scheduled, self.pcp_world_size)
+        self._runs = cut_runs(scheduled, self.pcp_world_size)
 
     def replicated_requests(
         self, num_scheduled_tokens: NDArray[np.int32], is_prefilling: NDArray[np.bool_]
@@ -69,16 +69,16 @@ class OwnerManager(PCPManager):
         self, rank: int, num_scheduled_tokens: NDArray[np.int32], is_prefilling: NDArray[np.bool_]
     ) -> Iterator[tuple[int, int, int]]:
         """Yield (request of the batch, first of its scheduled tokens, number of tokens) of one rank, by row."""
-        for segment in self._segments[rank]:
-            start = self._scheduled[segment.request].start
-            yield segment.request, segment.start - start, segment.num_tokens
+        for run in self._runs[rank]:
+            start = self._scheduled[run.request].start
+            yield run.request, run.start - start, run.num_tokens
 
     def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         """Prepare the step's attention; vLLM gets tables that nobody reads."""
         assert self._tables is not None, "vLLM attaches block tables before the first step"
-        assert int(input_batch.num_tokens) == sum(segment.num_tokens for segment in self._segments[self.pcp_rank])
+        assert int(input_batch.num_tokens) == sum(run.num_tokens for run in self._runs[self.pcp_rank])
         (block_table,), (block_size,) = self._tables.block_tables, self._tables.block_sizes
-        rows = rows_of_rank(self.pcp_rank, self._scheduled, self._segments)
+        rows = rows_of_rank(self.pcp_rank, self._scheduled, self._runs)
         self.step = RankedStep(rows, block_table.gpu, block_size, self.messages, self._upload)
         return self._placeholders(input_batch.num_reqs_after_padding, input_batch.num_tokens_after_padding)
 

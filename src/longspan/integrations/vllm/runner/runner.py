@@ -53,6 +53,7 @@ class OwnerRunner(GPUModelRunner):
                 attn_group.get_metadata_builder(0).manager = self.pcp_manager
         for layer in attention_layers(self.compilation_config.static_forward_context).values():
             layer.impl.kernels = make_kernels(layer.impl, self.device)
+            warm_up_merge(layer.impl, group.world_size, self.dtype, self.device)
 
     def finish_requests(self, scheduler_output: Any) -> None:
         self._blocks.forget(scheduler_output)
@@ -119,3 +120,10 @@ def make_kernels(impl: Any, device: torch.device) -> Kernels:
     from longspan.integrations.vllm.runner.flash import make_flash_kernels
 
     return make_flash_kernels(impl.head_size, impl.params.softcap is not None, device)
+
+
+def warm_up_merge(impl: Any, num_ranks: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Run the only kernel that vLLM's own warm-up does not reach, and that is compiled when it first runs."""
+    parts = torch.zeros(num_ranks, 1, impl.num_heads, impl.head_size, dtype=dtype, device=device)
+    lses = torch.zeros(parts.shape[:-1], dtype=torch.float32, device=device)
+    impl.kernels.merge(parts, lses, torch.empty_like(parts[0]))
