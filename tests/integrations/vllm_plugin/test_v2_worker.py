@@ -28,6 +28,9 @@ def arguments(**changed):
             "worker_cls": "auto",
             "distributed_executor_backend": None,
             "attention_backend": None,
+            "return_sampling_mask": False,
+            "enable_trace_replay": False,
+            "watermark_config": None,
             "compilation_config": SimpleNamespace(cudagraph_mode=None),
             **changed,
         }

@@ -49,6 +49,12 @@ def check_arguments(arguments: Any) -> None:
         _refuse("distributed_executor_backend", arguments.distributed_executor_backend, "mp")
     if arguments.attention_backend is not None:
         _refuse("attention_backend", arguments.attention_backend, "none: longspan's own")
+    # vLLM's own checks of these name other reasons first.
+    for name in ("return_sampling_mask", "enable_trace_replay"):
+        if getattr(arguments, name):
+            _refuse(name, True, "false")
+    if arguments.watermark_config is not None:
+        _refuse("watermark_config", "a value", "none (watermarks)")
     graphs = arguments.compilation_config.cudagraph_mode
     if graphs not in GRAPHS:
         _refuse("compilation_config.cudagraph_mode", graphs.name, "NONE or PIECEWISE")
@@ -75,8 +81,6 @@ def check_config(config: Any) -> None:
         (parallel, "enable_fault_tolerance"),
         (model, "enable_sleep_mode"),
         (model, "enable_prompt_embeds"),
-        (model, "enable_trace_replay"),
-        (model, "return_sampling_mask"),
         (cache, "kv_sharing_fast_prefill"),
         (config.aux_output_config, "enable_return_routed_experts"),
     ):
@@ -89,7 +93,6 @@ def check_config(config: Any) -> None:
         ("lora_config", "LoRA"),
         ("kv_transfer_config", "KV connectors"),
         ("ec_transfer_config", "encoder connectors"),
-        ("watermark_config", "watermarks"),
     ):
         if getattr(config, name) is not None:
             _refuse(name, "a value", f"none ({what})")
