@@ -113,6 +113,7 @@ def _check_model(model: Any) -> None:
         (model.is_multimodal_model, "several modalities"),
         (model.is_encoder_decoder, "an encoder and a decoder"),
         (model.use_mla, "multi-head latent attention"),
+        (model.is_moe, "a mixture of experts"),
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
         (model.uses_mrope, "multimodal positions"),
         (model.attention_chunk_size is not None, f"chunked attention of {model.attention_chunk_size} tokens"),
