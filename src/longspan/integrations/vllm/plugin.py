@@ -12,7 +12,7 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from longspan.integrations.vllm.options import parse_options
+from longspan.integrations.vllm.options import KEY, parse_options
 
 WORKER = "longspan.integrations.vllm.worker.Worker"
 _MARK = "_longspan_original"
@@ -26,6 +26,10 @@ def register() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        if self.prefill_context_parallel_size > 1 and KEY in (self.additional_config or {}):
+            from longspan.integrations.vllm.runner.start import create_owner_config
+
+            return create_owner_config(original, self, *args, **kwargs)
         options = parse_options(self.additional_config or {})
         if options is None:
             return original(self, *args, **kwargs)
