@@ -1,7 +1,7 @@
 """longspan beside Transformers, vLLM and llama.cpp: the same weights, prompts and two cores, in one run.
 
-    python benchmarks/compare.py [--models 20m,500m] [--lengths 1024,16384,65536] [--peers transformers,vllm,llamacpp|none]
-                                 [--tokens 48] [--repeats 3] [--cores 0,1] [--json] [--save]
+    python benchmarks/compare.py [--models 20m,500m] [--lengths 1024,16384,65536] [--tokens 48] [--repeats 3]
+                                 [--peers transformers,vllm,llamacpp|none] [--cores 0,1] [--json] [--save]
 
 Takes about an hour by default (model 20m; prompts of 1k and 16k tokens three times, of 64k once); `--models 500m` takes
 another, at 1k and 16k only, and each model of `families.py` half an hour. Needs two cores, 24 GiB of memory and, for
