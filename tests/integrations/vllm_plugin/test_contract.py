@@ -22,7 +22,7 @@ from vllm.config import (
 from vllm.config.aux_output import AuxOutputConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention import Attention, MLAAttention, mla_attention
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.utils import extract_layer_index
@@ -48,7 +48,6 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
-    MLAAttentionSpec,
     SlidingWindowSpec,
     replace_as,
 )
@@ -181,10 +180,6 @@ FIELDS = [
     ),
     (SlidingWindowSpec, ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window"]),
     (KVCacheConfig, ["num_blocks", "kv_cache_groups"]),
-    (
-        MLAAttentionSpec,
-        ["block_size", "num_kv_heads", "head_size", "dtype", "max_tp_shards", "cache_dtype_str", "head_size_v"],
-    ),
     (ChunkedLocalAttentionSpec, ["block_size", "num_kv_heads", "head_size", "dtype", "attention_chunk_size"]),
     (KVCacheGroupSpec, ["layer_names"]),
     (
@@ -422,17 +417,6 @@ def test_every_way_to_free_a_request_takes_its_blocks_by_one_method():
     assert list(inspect.signature(SingleTypeKVCacheManager.pop_blocks_for_free).parameters) == ["self", "request_id"]
     assert "self.pop_blocks_for_free(request_id)" in inspect.getsource(SingleTypeKVCacheManager.free)
     assert "manager.pop_blocks_for_free(request_id)" in inspect.getsource(KVCacheCoordinator.pop_blocks_for_free)
-
-
-def test_latent_layers_call_what_we_replace():
-    names = ["self", "q", "k_c_normed", "k_pe", "kv_cache", "attn_metadata", "output", "output_scale"]
-    assert list(inspect.signature(MLAAttention.forward_impl).parameters)[:8] == names
-    operator = inspect.getsource(mla_attention.unified_mla_attention_with_output)
-    assert "layer.forward_impl(\n        q,\n        kv_c_normed,\n        k_pe,\n        kv_cache,\n" in operator
-    assert "if layer_slot_mapping is not None:" in inspect.getsource(mla_attention.unified_mla_kv_cache_update)
-    loaded = inspect.getsource(MLAAttention.process_weights_after_loading)
-    for text in ('"W_UV", W_UV.transpose(0, 1)', '"W_UK_T", W_UK.permute(1, 2, 0)'):
-        assert text in loaded, text
 
 
 def test_a_window_sees_its_own_token():

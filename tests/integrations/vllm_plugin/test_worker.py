@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from vllm.config import CompilationMode
-from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.utils.cpu_resource_utils import MemoryNodeInfo
 from vllm.v1.core.block_pool import BlockPool
@@ -36,7 +35,7 @@ from longspan.integrations.vllm.options import Options
 from longspan.integrations.vllm.placement import Striping, block_rank, choose_home
 from longspan.integrations.vllm.planning import Row
 from longspan.integrations.vllm.rank_model import RankModel
-from longspan.integrations.vllm.spec import PlacedLatentSpec, PlacedSpec, PlacedWindowSpec, PlacingManager
+from longspan.integrations.vllm.spec import PlacedSpec, PlacedWindowSpec, PlacingManager
 from longspan.integrations.vllm.worker import Worker
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.pool import PagePool
@@ -113,36 +112,6 @@ def test_layers_with_windows_get_tables_of_their_own_where_vllm_has_them():
     assert set(one.values()) == {PlacedSpec(**SHAPE, striping=STRIPING)}, "vLLM frees no chunks by default"
     with pytest.raises(UnsupportedModelError, match="layer attn0"):
         rank_model(WindowLayer(page_size_padded=1 << 20)).kv_cache_spec(STRIPING)
-
-
-def test_latent_layers_are_cached_as_vllm_says_and_a_packed_projection_is_refused():
-    def layer(is_amx_bmm_enabled=False, **more):
-        found = MLAAttention.__new__(MLAAttention)
-        shape = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 96}
-        given = {"num_heads": 4, "head_size": 576, "scale": 0.1, "kv_cache_dtype": "auto", "layer_name": "attn0"}
-        own = {"sliding_window": None, "indexer": None, "non_causal_multi_token_decode": False}
-        weights = {"W_UK_T": torch.zeros(4, 128, 512), "W_UV": torch.zeros(4, 512, 96)}
-        found.__dict__.update(
-            **shape,
-            **given,
-            **{**own, **more},
-            **weights,
-            topk_buffer_width=None,
-            is_amx_bmm_enabled=is_amx_bmm_enabled,
-        )
-        return found
-
-    model = rank_model(layer())
-    (placed,) = model.kv_cache_spec(STRIPING).values()
-    assert isinstance(placed, PlacedLatentSpec)
-    assert (placed.striping, placed.page_size_bytes) == (STRIPING, 32 * 576 * 4)
-    assert placed.page_size_bytes == model.page_bytes(32)
-    assert PlacedLatentSpec.merge([placed, placed]) == placed
-    assert model.layer_params[0].weights.w_v.shape == (4, 96, 512)
-    with pytest.raises(UnsupportedModelError, match="CPU_MLA"):
-        rank_model(layer(is_amx_bmm_enabled=True))
-    with pytest.raises(UnsupportedModelError, match="layer attn0"):
-        rank_model(layer(indexer=object())).kv_cache_spec(STRIPING)
 
 
 def test_rejects_more_block_tables_than_were_tested():

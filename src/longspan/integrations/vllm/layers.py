@@ -1,33 +1,23 @@
-"""vLLM's attention layers: what each caches and sees, in our words and in vLLM's, and how latent ones reach a step.
+"""vLLM's attention layers: what each caches and sees, in our words and in vLLM's.
 
 Holds functions of one layer. Must not know requests, ranks or block tables.
-Read next: `longspan.integrations.vllm.rank_model`; `longspan.kv.layout`, Note [Latents].
-
-Note [Latent layers]
-    vLLM's `MLAAttention` projects queries and outputs itself, around an implementation per kernel. The core does both
-    between ranks, as it wants queries and outputs in the widths of heads: so its `forward_impl`, which vLLM's operator
-    calls with all that is needed, is replaced in every such layer of the model. vLLM's implementation stays unused.
+Read next: `longspan.integrations.vllm.rank_model`.
 """
 
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
-    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 
-from longspan.attention.latent import LatentParams, LatentWeights
 from longspan.errors import UnsupportedModelError
-from longspan.integrations.vllm.backend import StepAttentionImpl, StepMetadata, WarmUp
+from longspan.integrations.vllm.backend import StepAttentionImpl
 from longspan.kv.layout import KVSpec
 from longspan.types import AttentionParams
 
@@ -57,8 +47,6 @@ def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_known(layer: Any) -> bool:
-    if type(layer) is MLAAttention:
-        return True
     return type(layer) in (Attention, ChunkedLocalAttention) and isinstance(layer.impl, StepAttentionImpl)
 
 
@@ -69,27 +57,13 @@ def layer_spec(layer: Any, dtype: str) -> KVSpec:
         layer: a layer of `attention_layers`.
         dtype: the model's dtype.
     """
-    if isinstance(layer, MLAAttention):
-        q_width = layer.qk_nope_head_dim + layer.qk_rope_head_dim
-        return KVSpec.latents(layer.kv_lora_rank, layer.qk_rope_head_dim, q_width, layer.v_head_dim, dtype)
     chunk = layer.attention_chunk_size if isinstance(layer, ChunkedLocalAttention) else None
     return KVSpec.uniform(layer.num_kv_heads, layer.head_size, layer.head_size_v, dtype, layer.impl.window, chunk)
 
 
-def layer_params(layer: Any, spec: KVSpec) -> AttentionParams:
-    """Return how a layer, whose weights are loaded, turns dot products into scores.
-
-    Raises:
-        UnsupportedModelError: a latent layer has its projections in a format of the processor's.
-    """
-    if spec.latent is None:
-        return AttentionParams(layer.impl.scale, layer.impl.logits_soft_cap, layer.impl.window)
-    if layer.is_amx_bmm_enabled:
-        raise UnsupportedModelError(
-            "model: vLLM packs latent projections for AMX, legal with longspan is --attention-backend CPU_MLA"
-        )
-    weights = LatentWeights(layer.W_UK_T.detach(), layer.W_UV.detach().transpose(1, 2))
-    return LatentParams(layer.scale, weights=weights, spec=spec)
+def layer_params(layer: Any) -> AttentionParams:
+    """Return how a layer turns dot products into scores."""
+    return AttentionParams(layer.impl.scale, layer.impl.logits_soft_cap, layer.impl.window)
 
 
 def check_kv_cache_spec(name: str, layer: Any, spec: KVSpec, vllm_config: Any) -> KVCacheSpec:
@@ -113,9 +87,7 @@ def check_kv_cache_spec(name: str, layer: Any, spec: KVSpec, vllm_config: Any) -
         "dtype": vllm_config.model_config.dtype,
     }
     plain: KVCacheSpec
-    if spec.latent is not None:
-        plain = MLAAttentionSpec(**fields, max_tp_shards=1, cache_dtype_str=layer.kv_cache_dtype)
-    elif spec.window is not None:
+    if spec.window is not None:
         plain = SlidingWindowSpec(**fields, head_size_v=layout.v_width, sliding_window=spec.window)
     elif spec.chunk is not None:
         plain = ChunkedLocalAttentionSpec(**fields, head_size_v=layout.v_width, attention_chunk_size=spec.chunk)
@@ -124,42 +96,3 @@ def check_kv_cache_spec(name: str, layer: Any, spec: KVSpec, vllm_config: Any) -
     if own != plain:
         raise UnsupportedModelError(f"model: layer {name} needs {own}, legal with longspan in vLLM is {plain}")
     return plain.copy_with_new_block_size(vllm_config.cache_config.block_size)
-
-
-def redirect_latent_layers_(layers: dict[str, Any]) -> None:
-    """Let latent layers hand queries and latents to the step. See Note [Latent layers]."""
-    for layer in layers.values():
-        if isinstance(layer, MLAAttention):
-            layer.forward_impl = partial(_attend_latents, layer)
-
-
-def _attend_latents(
-    layer: Any,
-    q: Tensor,
-    latents: Tensor,
-    rotated: Tensor,
-    kv_cache: Tensor,
-    attn_metadata: StepMetadata | WarmUp,
-    output: Tensor,
-    **quantised: Any,
-) -> Tensor:
-    """Write attention to `output` [T, H * Dv].
-
-    Args:
-        layer: vLLM's layer.
-        q: [T, H, nope + rope] queries, after RoPE.
-        latents: [T, rank], normalised.
-        rotated: [T, 1, rope] part of the keys that carries the position, after RoPE.
-        kv_cache: not used.
-        attn_metadata: the step.
-        output: changed in place.
-        quantised: scales of fused quantisation, all None.
-    """
-    assert all(value is None for value in quantised.values()), "no fused quantisation of outputs"
-    if isinstance(attn_metadata, WarmUp):
-        return output.zero_()
-    key = torch.cat((latents, rotated.reshape(len(latents), -1)), dim=1)[None]  # [1, T, rank + rope]
-    index = attn_metadata.index_of_layer[layer.layer_name]
-    out = attn_metadata.attention.attend(index, q, key, key[:, :, : latents.shape[1]])  # [T, H, Dv]
-    output.copy_(out.reshape(output.shape))
-    return output

@@ -20,7 +20,6 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from longspan.attention.base import AttentionBackend
 from longspan.attention.check import check_against_reference
-from longspan.attention.latent import LatentBackend
 from longspan.attention.select import make_backend
 from longspan.cp.step import StepAttention
 from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
@@ -31,7 +30,6 @@ from longspan.integrations.vllm.layers import (
     check_kv_cache_spec,
     layer_params,
     layer_spec,
-    redirect_latent_layers_,
 )
 from longspan.integrations.vllm.placement import Striping
 from longspan.integrations.vllm.spec import place
@@ -67,10 +65,7 @@ class RankModel:
         if len(shapes) != 1:
             raise ConfigError("model: its attention layers differ in heads or widths, which longspan does not support")
         ((self._num_heads, _),) = shapes
-        self.layer_params = tuple(
-            layer_params(layer, spec) for layer, spec in zip(layers.values(), self.specs, strict=True)
-        )
-        redirect_latent_layers_(layers)
+        self.layer_params = tuple(map(layer_params, layers.values()))
 
     def kv_cache_spec(self, striping: Striping) -> dict[str, KVCacheSpec]:
         """Return what vLLM's block manager must know of every layer.
@@ -119,12 +114,13 @@ class RankModel:
             LongspanError: a GPU's kernels differ from the reference, or vLLM has none for this model.
         """
         if self.device.type == "cpu":
-            backend: AttentionBackend = make_backend("auto", self.device)
-            return LatentBackend(backend) if any(spec.latent for spec in self.specs) else backend
+            return make_backend("auto", self.device)
         from longspan.integrations.vllm.flash import make_flash_backend
 
         with set_current_vllm_config(self._config):
-            backend = make_flash_backend(self.specs[0], any(params.softcap for params in self.layer_params))
+            backend: AttentionBackend = make_flash_backend(
+                self.specs[0], any(params.softcap for params in self.layer_params)
+            )
         for group in groups.groups:
             for params in {self.layer_params[layer] for layer in group.layers}:
                 if (why := backend.unsupported(group.spec, params)) is not None:

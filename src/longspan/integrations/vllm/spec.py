@@ -17,7 +17,6 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheSpec,
-    MLAAttentionSpec,
     SlidingWindowSpec,
     replace_as,
 )
@@ -111,12 +110,6 @@ class PlacedSpec(_Placed, FullAttentionSpec):
     """Attention whose blocks lie on several ranks, and are kept until the request ends."""
 
 
-@register_kv_cache_spec(manager_class=PlacingManager, uniform_type_base_spec=FullAttentionSpec)
-@dataclass(frozen=True, kw_only=True)
-class PlacedLatentSpec(_Placed, MLAAttentionSpec):
-    """The same for latents."""
-
-
 @register_kv_cache_spec(manager_class=PlacingWindowManager, uniform_type_base_spec=SlidingWindowSpec)
 @dataclass(frozen=True, kw_only=True)
 class PlacedWindowSpec(_Placed, SlidingWindowSpec):
@@ -133,8 +126,6 @@ def place(spec: KVCacheSpec, striping: Striping, spare_blocks: int, *, is_freed:
         is_freed: whether blocks behind a window are freed; else they are kept, like those of a chunk.
     """
     ours = {"striping": striping, "spare_blocks": spare_blocks}
-    if isinstance(spec, MLAAttentionSpec):
-        return replace_as(spec, PlacedLatentSpec, **ours)
     if isinstance(spec, SlidingWindowSpec) and is_freed:
         return replace_as(spec, PlacedWindowSpec, **ours)
     names = {"sliding_window", "extra_retained_tokens", "attention_chunk_size"}
