@@ -20,6 +20,13 @@ KINDS = {
         "num_experts_per_tok": 2,
         "rope_parameters": YARN,
     },
+    "gemma2": {
+        "sliding_window": 100,
+        "num_hidden_layers": 4,
+        "layer_types": [W, F, W, F],
+        "attn_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 32,
+    },
     "llama4_text": {
         "attention_chunk_size": 200,
         "num_hidden_layers": 4,
@@ -30,5 +37,5 @@ KINDS = {
         "intermediate_size_mlp": 192,
     },
 }
-TABLES = {"mistral": 1, "gpt_oss": 2, "llama4_text": 1}
+TABLES = {"mistral": 1, "gpt_oss": 2, "gemma2": 2, "llama4_text": 1}
 """Block tables of a request of each kind, by vLLM's default: chunks share one with full attention."""

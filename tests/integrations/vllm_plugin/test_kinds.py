@@ -21,6 +21,7 @@ def num_tables(llm):
         ("gpt_oss", 2, {}, {"enforce_eager": False}),
         ("gpt_oss", 3, {"strategy": "pass_q", "placement": "striped"}, {}),
         ("gpt_oss", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
+        ("gemma2", 2, {"placement": "striped"}, {}),
         ("llama4_text", 2, {}, {}),
         ("gpt_oss", 2, {}, {"disable_hybrid_kv_cache_manager": True}),
     ],
