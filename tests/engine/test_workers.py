@@ -95,7 +95,7 @@ def group(launcher):
 
 
 def a_plan(plan_id, *ranks):
-    groups = (GroupStep(Strategy.LOCAL, ()),)
+    groups = (GroupStep(Strategy.LOCAL),)
     return Plan(plan_id, Phase.DECODE, ranks, (QueryRun(0, 5, 1, ranks[0], SampledBy(3)),), (), groups, ())
 
 

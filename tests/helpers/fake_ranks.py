@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from longspan.config import EngineConfig
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.prefix import extend_hashes
+from longspan.plan.segments import make_segments
 from longspan.plan.types import (
+    GroupStep,
     Literals,
     PageCopy,
     Plan,
@@ -195,7 +197,13 @@ class FakeRanks:
                 assert table.owners(run.position, run.end) == [(run.compute_rank, run.position, run.end)]
         phases = {requests[request_id].phase for request_id in starts}
         assert plan.phase is (Phase.PREFILL if Phase.PREFILL in phases else Phase.DECODE)
-        moving = {s.request_id for step in plan.groups for s in step.segments if s.query_rank != s.key_rank}
+        moving = {
+            run.request_id
+            for group_idx, group in enumerate(self.scheduler.model.kv_groups)
+            for run in plan.query_runs
+            for table in [requests[run.request_id].allocation.tables[group_idx]]
+            if set(table.ranks_with(group.spec.first_key(run.position), run.position)) - {run.compute_rank}
+        }
         assert len({requests[request_id].phase for request_id in moving}) <= 1, "one strategy for two phases"
         to_sample = {r for r, end in starts.items() if end >= len(requests[r].token_ids)}
         assert [(row.request_id, row.position) for row in plan.samples] == [
@@ -239,8 +247,18 @@ class FakeRanks:
                             assert key == tuple(tokens), "not the key of this token behind these tokens"
                 assert found == end - start, "the plan leaves out a rank that stores keys"
             step = plan.groups[group_idx]
-            assert {rank for s in step.segments for rank in (s.query_rank, s.key_rank)} <= set(plan.ranks)
-            assert all(set(exchange.participants) <= set(plan.ranks) for exchange in step.exchanges)
+            assert set(step.participants) <= set(plan.ranks)
+            self._check_parts(plan, group_idx, step)
+
+    def _check_parts(self, plan: Plan, group_idx: int, step: GroupStep) -> None:
+        """Every rank derives segments between the plan's ranks, and participants are those whose segments cross."""
+        crossing: set[int] = set()
+        spec = self.scheduler.model.kv_groups[group_idx].spec
+        for rank in plan.ranks:
+            segments = make_segments(plan.query_runs, self.mirrors[rank][group_idx], spec.window, spec.chunk, rank)
+            assert {other for s in segments for other in (s.query_rank, s.key_rank)} <= set(plan.ranks)
+            crossing |= {o for s in segments if s.query_rank != s.key_rank for o in (s.query_rank, s.key_rank)}
+        assert tuple(sorted(crossing)) == step.participants
 
     def _tokens(self, request: Request) -> list[int]:
         """The tokens, and one more if a plan in flight samples it."""

@@ -8,7 +8,7 @@ from longspan.types import Phase, Strategy
 
 
 def plan_of(runs, strategies=(Strategy.LOCAL,), phase=Phase.DECODE, **options):
-    groups = tuple(GroupStep(strategy, (), nodes=((0,), (1,), (2,))) for strategy in strategies)
+    groups = tuple(GroupStep(strategy, ((0,), (1,), (2,))) for strategy in strategies)
     return Plan(1, phase, (0, 1, 2), tuple(runs), (), groups, (), **options)
 
 

@@ -24,7 +24,7 @@ from longspan.costmodel.choose import best_candidate
 from longspan.costmodel.parameters import Costs
 from longspan.costmodel.shapes import ModelShape
 from longspan.kv.layout import KVGroup
-from longspan.plan.segments import make_segments
+from longspan.plan.step_keys import step_keys
 from longspan.plan.types import Literals, QueryRun
 from longspan.sharding.geometry import StepGeometry
 from longspan.sharding.pages import PageTable
@@ -150,10 +150,8 @@ def predict_step(
 
 def _attention(runs: Sequence[QueryRun], table: PageTable, group: KVGroup, costs: Costs) -> tuple[Strategy, float]:
     """Strategy and seconds of one layer's attention."""
-    tables = {_REQUEST_ID: table}
-    segments = make_segments(runs, tables, group.spec.window, group.spec.chunk)
-    step, prediction = best_candidate(segments, tables, group, costs)
-    return step.strategy, prediction.total_s
+    best = best_candidate(step_keys(runs, {_REQUEST_ID: table}, group.spec), group, costs)
+    return best.strategy, best.prediction.total_s
 
 
 def _dense_s(

@@ -1,17 +1,23 @@
 """Time of a step's attention kernels, by rank of the queries and rank of the keys.
 
-Holds arithmetic over segments. Must not know which rank computes what: that is the strategy's choice.
+Holds arithmetic over the keys that runs see, for all ranks at once. Must not know which rank computes what: that is the
+strategy's choice.
 Read next: `longspan.costmodel.predict`, which adds messages and waits.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from longspan.costmodel.parameters import KernelRates
 from longspan.kv.layout import KVGroup
-from longspan.plan.types import Segment
-from longspan.sharding.pages import PageTable
+from longspan.plan.step_keys import Counts, Piece, StepKeys
 from longspan.sharding.visibility import Visibility
+
+Floats: TypeAlias = NDArray[np.float64]
 
 CAUSAL_BLOCK = 512
 """Keys per block of a kernel, which computes blocks at the diagonal in full, hidden pairs included. (Measured on a CPU,
@@ -21,91 +27,118 @@ BAND_BLOCK = 64
 """Queries per kernel call where a sliding window's edge is masked: each call also computes what its mask hides."""
 
 
-@dataclass(slots=True)
-class PairWork:
-    """Work of one rank's queries on one rank's keys, in one layer."""
-
-    kernel_s: float = 0.0
-    """Time of all kernel calls without their fixed part, and of merging several calls on the same rows."""
-    num_calls: int = 0
-    num_rows: int = 0
-    """Query rows that see a key: the rows of a partial."""
-    segments: list[tuple[int, int, int]] = field(default_factory=list)
-    """Triples (keys, kernel calls, query rows), one per segment."""
-
-    def in_blocks(self, block_len: int) -> tuple[int, int]:
-        """Kernel calls, and query rows to merge, if the keys come in blocks of `block_len`."""
-        num_calls = num_rows = 0
-        for num_keys, calls, rows in self.segments:
-            num_blocks = -(-num_keys // block_len)
-            num_calls += calls * num_blocks
-            num_rows += rows * num_blocks
-        return num_calls, num_rows
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True)
 class StepWork:
-    """Work of one KV group in one layer of a step."""
+    """Work of one KV group in one layer of a step: of rank i's queries on rank j's keys. P ranks, S pieces of runs."""
 
-    pairs: dict[tuple[int, int], PairWork] = field(default_factory=dict)
-    """Work by (rank of the queries, rank of the keys)."""
+    keys: StepKeys
+    kernel_s: Floats
+    """[P, P] time of all kernel calls without their fixed part, and of merging several calls on the same rows."""
+    num_calls: Counts
+    """[P, P] kernel calls."""
+    num_rows: Counts
+    """[P, P] query rows that see a key: the rows of a partial."""
+    num_keys: Counts
+    """[S, P] keys of each piece on each rank."""
+    calls: Counts
+    """[S] kernel calls of each piece, if its keys come at once."""
 
-    def pair_s(self, query_rank: int, key_rank: int, rates: KernelRates) -> float:
-        """Seconds of all kernel calls of one pair, on whichever rank."""
-        pair = self.pairs.get((query_rank, key_rank))
-        return pair.kernel_s + pair.num_calls * rates.call_s if pair else 0.0
+    def pair_s(self, rates: KernelRates) -> Floats:
+        """[P, P] seconds of all kernel calls of each pair, on whichever rank."""
+        found: Floats = self.kernel_s + self.num_calls * rates.call_s
+        return found
 
-    def num_rows(self, query_rank: int, key_rank: int) -> int:
-        """Query rows of one rank that see a key of the other."""
-        pair = self.pairs.get((query_rank, key_rank))
-        return pair.num_rows if pair else 0
+    def in_blocks(self, block_len: int) -> tuple[Counts, Counts]:
+        """Kernel calls, and query rows to merge, [P, P] each, if the keys of other ranks come in blocks."""
+        num_blocks = -(-self.num_keys // block_len)
+        calls = num_blocks * self.calls[:, None]
+        rows = num_blocks * self.keys.num_queries[self.keys.piece_runs][:, None]
+        return self.keys.by_home(_by_run(calls, self.keys)), self.keys.by_home(_by_run(rows, self.keys))
+
+    @cached_property
+    def most_keys(self) -> Counts:
+        """[P, P] keys of the longest piece."""
+        return self.keys.most_by_home(_by_run(self.num_keys, self.keys, np.maximum))
 
 
-def count_work(
-    segments: Iterable[Segment], tables: Mapping[int, PageTable], group: KVGroup, rates: KernelRates
-) -> StepWork:
-    """Count the kernel calls that a KV group's segments need, on whichever rank.
+def _by_run(values: NDArray[Any], keys: StepKeys, reduce: np.ufunc = np.add) -> NDArray[Any]:
+    """Sum rows of pieces [S, P] over the pieces of each run (or reduce them otherwise): [R, P]."""
+    found = np.zeros((len(keys.runs), len(keys.ranks)), dtype=values.dtype)
+    if len(keys.pieces) == len(set(keys.piece_runs.tolist())):
+        found[keys.piece_runs] = values
+    else:
+        reduce.at(found, keys.piece_runs, values)
+    return found
 
-    Args:
-        segments: the segments of this KV group in this step.
-        tables: page table per request of this group.
-        group: the KV group, whose widths give bytes and flops.
-        rates: the ranks' kernel rates.
-    """
-    window, token_bytes = group.spec.window, group.spec.layout.token_bytes
-    row_bytes = group.merged_row_bytes
-    work = StepWork()
-    pairs = work.pairs
-    seen: set[tuple[int, int, int, int]] = set()  # (request, first query, rank of queries, rank of keys)
-    pair_s_of: dict[int, float] = {}  # by queries of a call
-    for s in segments:
-        num_keys = tables[s.request_id].count_on(s.key_rank, s.key_start, s.key_end)
-        if not num_keys:
-            continue
-        num_queries = s.query_end - s.query_start
-        key = (s.query_rank, s.key_rank)
-        pair = pairs.get(key)
-        if pair is None:
-            pair = pairs[key] = PairWork()
-        call_len, num_calls = num_queries, 1
-        seen_keys = float(num_keys)  # per query, as the kernel computes them
-        if s.visibility is Visibility.CAUSAL:
-            seen_keys = min(seen_keys, (seen_keys + CAUSAL_BLOCK) / 2)
-        elif s.visibility is Visibility.BAND:
+
+class _Kernels:
+    """How a piece is computed: queries per call, calls, and a call's seconds per query and key."""
+
+    def __init__(self, group: KVGroup, rates: KernelRates) -> None:
+        self._group, self._rates, self._pair_s = group, rates, dict[int, float]()
+
+    def of(self, piece: Piece, num_queries: int) -> tuple[int, float, float]:
+        """Calls of a piece, seconds per query and key, and the part of the keys that a query is computed with."""
+        call_len, num_calls, share = num_queries, 1, 1.0
+        if piece.visibility is Visibility.BAND:
+            window = self._group.spec.window
             assert window is not None
             call_len = min(num_queries, BAND_BLOCK)
             num_calls = -(-num_queries // call_len)
-            seen_keys *= min(1.0, (window + call_len) / (s.key_end - s.key_start))
-        pair_s = pair_s_of.get(call_len)
+            share = min(1.0, (window + call_len) / piece.num_positions)
+        pair_s = self._pair_s.get(call_len)
         if pair_s is None:
-            pair_s = pair_s_of[call_len] = group.pair_flops(call_len) / rates.attention_rate(call_len)
-        pair.kernel_s += max(num_queries * seen_keys * pair_s, num_keys * token_bytes / rates.read_bytes_per_s)
-        pair.num_calls += num_calls
-        pair.segments.append((num_keys, num_calls, num_queries))
-        run = (s.request_id, s.query_start, *key)
-        if run not in seen:
-            seen.add(run)
-            pair.num_rows += num_queries
-        else:  # the kernel's caller merges what it has of these rows already
-            pair.kernel_s += rates.merge_s + num_queries * row_bytes / rates.copy_bytes_per_s
-    return work
+            pair_s = self._group.pair_flops(call_len) / self._rates.attention_rate(call_len)
+            self._pair_s[call_len] = pair_s
+        return num_calls, pair_s, share
+
+
+def count_work(keys: StepKeys, group: KVGroup, rates: KernelRates) -> StepWork:
+    """Count the kernel calls that a KV group's step needs, on whichever rank.
+
+    Args:
+        keys: keys that the step's runs see.
+        group: the KV group, whose widths give bytes and flops.
+        rates: the ranks' kernel rates.
+    """
+    kernels = _Kernels(group, rates)
+    key_s = group.spec.layout.token_bytes / rates.read_bytes_per_s
+    pieces, num_queries = keys.pieces, keys.num_queries
+    found = [kernels.of(piece, keys.runs[piece.run].num_tokens) for piece in pieces]
+    calls = np.array([num_calls for num_calls, _, _ in found], dtype=np.int64)
+    if pieces:
+        before, firsts, ends = keys.before, [p.start for p in pieces], [p.end for p in pieces]
+        num_keys = before[ends] - before[firsts]
+    else:
+        num_keys = np.zeros((0, len(keys.ranks)), dtype=np.int64)
+    seen = num_keys.astype(np.float64)
+    for i, piece in enumerate(pieces):
+        if piece.visibility is Visibility.CAUSAL:
+            seen[i] = np.minimum(seen[i], (seen[i] + CAUSAL_BLOCK) / 2)
+    seen *= np.array([share for _, _, share in found])[:, None]
+    pair_s = np.array([pair_s for _, pair_s, _ in found])
+    kernel_s = np.maximum(seen * num_queries[keys.piece_runs][:, None] * pair_s[:, None], num_keys * key_s)
+    has_keys = num_keys > 0
+    pieces_of_run = _by_run(has_keys.astype(np.int64), keys)
+    run_s, run_calls = _by_run(kernel_s, keys), _by_run(has_keys * calls[:, None], keys)
+    for i, own in enumerate(keys.own):
+        if own is not None:
+            count, home = own.num_positions, keys.homes[i]
+            num_calls, own_s, share = kernels.of(own, keys.runs[i].num_tokens)
+            own_seen = (
+                min(float(count), (count + CAUSAL_BLOCK) / 2) if own.visibility is Visibility.CAUSAL else count * share
+            )
+            run_s[i, home] += max(keys.runs[i].num_tokens * own_seen * own_s, count * key_s)
+            run_calls[i, home] += num_calls
+            pieces_of_run[i, home] += 1
+    # The kernel's caller merges what it has of a row already with what follows.
+    row_s = rates.merge_s + num_queries * group.merged_row_bytes / rates.copy_bytes_per_s
+    run_s += np.maximum(pieces_of_run - 1, 0) * row_s[:, None]
+    return StepWork(
+        keys=keys,
+        kernel_s=keys.by_home(run_s),
+        num_calls=keys.by_home(run_calls),
+        num_rows=keys.by_home((pieces_of_run > 0) * num_queries[:, None]),
+        num_keys=num_keys,
+        calls=calls,
+    )

@@ -92,6 +92,7 @@ def build_plan(
             scores += request.scores
     steps = [choose(query_runs, tables[i], group) for i, group in enumerate(groups)]
     last_layer: GroupStep | None = None
+    read: list[QueryRun] = []
     if is_prefill:  # all rows of a decode are read
         read = read_runs(query_runs, samples, scores)
         if _num_tokens(read) < _num_tokens(query_runs):
@@ -109,6 +110,7 @@ def build_plan(
         page_copies=tuple(page_copies),
         released=tuple(sorted(released)),
         last_layer=last_layer,
+        read_runs=() if last_layer is None else tuple(read),
     )
 
 

@@ -49,7 +49,7 @@ def fixed_shape(plan: Plan) -> FixedShape | None:
         if step.strategy is Strategy.LOCAL:
             participants.append(())
         elif step.strategy is Strategy.PASS_Q or (step.strategy is Strategy.TREE and len(step.nodes) == 1):
-            participants.append(tuple(sorted(rank for node in step.nodes for rank in node)))
+            participants.append(step.participants)
         else:
             return None
     most = max(rows.values())

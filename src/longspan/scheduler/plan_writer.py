@@ -87,7 +87,14 @@ class PlanWriter:
         for i, step in enumerate(plan.groups):
             moves_queries = moves_queries or step.strategy in MOVE_QUERIES
             self.choices.note(
-                movers or plan.phase, i, step, tables[i], groups[i], self.costs, is_forced=forced is not None
+                movers or plan.phase,
+                i,
+                step,
+                plan.query_runs,
+                tables[i],
+                groups[i],
+                self.costs,
+                is_forced=forced is not None,
             )
         for request, end in chosen:
             request.note_planned(end)

@@ -224,13 +224,38 @@ class PageTable:
             if run.rank == rank
         ]
 
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks that hold some page, ascending."""
+        return sorted(self._by_rank)
+
+    def is_on(self, rank: int) -> bool:
+        """Whether all pages lie on one rank."""
+        return len(self._by_rank) == 1 and rank in self._by_rank
+
     def ranks_with(self, start: int, end: int) -> list[int]:
         """Ranks that hold some of positions `[start, end)`, ascending."""
         if len(self.runs) == 1:
             run, size = self.runs[0], self.page_size
             is_here = max(start, run.page_idx * size) < min(end, (run.page_idx + run.num_pages) * size)
             return [run.rank] if is_here else []
-        return sorted(rank for rank, rows in self._by_rank.items() if rows.count(start, end))
+        return sorted(self.tokens_per_rank(start, end))
+
+    def tokens_per_rank(self, start: int, end: int) -> dict[int, int]:
+        """Number of positions `[start, end)` that each rank holds; ranks that hold none are left out."""
+        found: dict[int, int] = {}
+        num_runs = bisect_left(self._starts, -(-end // self.page_size)) - bisect_right(
+            self._starts, start // self.page_size
+        )
+        if num_runs < len(self._by_rank):  # a run is walked as fast as a rank is asked
+            for run, first, last in self._overlapping(start, end):
+                found[run.rank] = found.get(run.rank, 0) + last - first
+            return found
+        for rank, rows in self._by_rank.items():
+            count = rows.count(start, end)
+            if count:
+                found[rank] = count
+        return found
 
     def count_on(self, rank: int, start: int, end: int) -> int:
         """Number of positions `[start, end)` that one rank holds."""
