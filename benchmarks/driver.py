@@ -27,7 +27,8 @@ from longspan.attention.select import make_backend
 from longspan.comm.recording import RecordingCommunicator
 from longspan.config import EngineConfig
 from longspan.cp.eager import EagerStepAttention
-from longspan.group.messages import RunPlan, decode_to_worker, encode
+from longspan.group.messages import RunNext, RunPlan, decode_to_worker
+from longspan.group.plans import PlanReceiver, PlanSender
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.plan.types import Plan, PlanResult, RankResult, SampledToken
 from longspan.quantities import parse_tokens
@@ -97,11 +98,12 @@ class Timed(NamedTuple):
 
 def timed_plans(scheduler: Scheduler) -> Iterator[Timed]:
     """Yield the plans of a lone request, each before it is answered."""
+    sender = PlanSender()
     while scheduler.has_requests:
         started = time.perf_counter()
         plan = scheduler.schedule()
         assert plan is not None
-        messages = dict.fromkeys(plan.ranks, encode(RunPlan(plan)))
+        messages = sender.messages(plan)
         yield Timed(plan, time.perf_counter() - started, messages)
         scheduler.update(answer(plan))
 
@@ -116,17 +118,20 @@ class PreparedRank:
         self._pools: Any = [SimpleNamespace(group=group, device=torch.device("cpu"), page_size=PAGE_SIZE)]
         self._comm = RecordingCommunicator(SimpleNamespace(rank=rank, size=size))  # type: ignore[arg-type]
         self._backend = make_backend("cpu", "cpu")
+        self._receiver = PlanReceiver(rank)
         self.seconds: list[float] = []
 
-    def prepare(self, message: bytes) -> None:
-        """Prepare a step, and note the time."""
+    def prepare(self, message: bytes, *, is_timed: bool) -> None:
+        """Prepare a step, and note the time if asked to."""
         tables = [{r.request_id: r.allocation.tables[0] for r in self._scheduler.running if r.allocation}]
         started = time.perf_counter()
         received = decode_to_worker(message)
-        assert isinstance(received, RunPlan)
-        params = self._scheduler.model.layer_params
-        EagerStepAttention(received.plan, tables, self._pools, self._comm, self._backend, params)
-        self.seconds.append(time.perf_counter() - started)
+        assert isinstance(received, RunPlan | RunNext)
+        plan = self._receiver.take(received)
+        if is_timed:
+            params = self._scheduler.model.layer_params
+            EagerStepAttention(plan, tables, self._pools, self._comm, self._backend, params)
+            self.seconds.append(time.perf_counter() - started)
 
 
 def long_request(num_ranks: int, context: int) -> dict[str, float]:
@@ -141,9 +146,9 @@ def long_request(num_ranks: int, context: int) -> dict[str, float]:
             num_bytes = max(num_bytes, max(map(len, timed.messages.values())))
             continue
         decode.append(timed.seconds)
-        if len(decode) > 2 * PAGE_SIZE and len(ranks[0].seconds) < NUM_PREPARED:
-            for rank in ranks:
-                rank.prepare(timed.messages[rank._comm.rank])
+        is_timed = len(decode) > NUM_DECODES - NUM_PREPARED
+        for rank, message in timed.messages.items():
+            ranks[rank].prepare(message, is_timed=is_timed)
     return {
         "prefill_plan_ms": statistics.median(prefill) * 1e3,
         "decode_plan_ms": statistics.median(decode) * 1e3,

@@ -16,7 +16,7 @@ from longspan.costmodel.parameters import Costs
 from longspan.costmodel.work import count_work
 from longspan.kv.layout import KVGroup
 from longspan.plan.group_step import BLOCK_LEN
-from longspan.plan.step_keys import StepKeys, step_keys
+from longspan.plan.step_keys import Counts, StepKeys, step_keys
 from longspan.plan.types import GroupStep, QueryRun
 from longspan.sharding.pages import PageTable
 from longspan.types import Phase, Strategy
@@ -77,6 +77,11 @@ class StrategyChoices:
             total[choice.strategy.value] += choice.num_steps
         return dict(total)
 
+    def count_again(self, phase: Phase, steps: Sequence[GroupStep]) -> None:
+        """Count a step whose strategies, one per KV group, were chosen for an earlier one."""
+        for group_idx, step in enumerate(steps):
+            self._found[phase, group_idx, step.strategy].num_steps += 1
+
     def note(
         self,
         phase: Phase,
@@ -96,9 +101,8 @@ class StrategyChoices:
             known.num_steps += 1
             return
         keys = step_keys(query_runs, tables, group.spec)
-        stored = {
-            keys.ranks[i] for i in np.flatnonzero((keys.before[keys.lasts] - keys.before[keys.firsts]).sum(axis=0))
-        }
+        involved: Counts = (keys.before[keys.lasts] - keys.before[keys.firsts]).sum(axis=0)
+        involved[keys.homes] = 1
         choice = StrategyChoice(
             phase=phase,
             group_idx=group_idx,
@@ -106,7 +110,7 @@ class StrategyChoices:
             is_forced=is_forced and step.strategy is not Strategy.LOCAL,
             num_queries=sum(run.num_tokens for run in query_runs),
             num_keys=max((run.end for run in query_runs), default=0),
-            num_ranks=len(stored.union(run.compute_rank for run in query_runs)),
+            num_ranks=int(np.count_nonzero(involved)),
             candidates=_candidates(step.strategy, keys, group, costs, block_len),
         )
         self._found[phase, group_idx, step.strategy] = choice

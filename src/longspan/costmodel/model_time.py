@@ -25,7 +25,7 @@ from longspan.costmodel.parameters import Costs
 from longspan.costmodel.shapes import ModelShape
 from longspan.kv.layout import KVGroup
 from longspan.plan.step_keys import step_keys
-from longspan.plan.types import Literals, QueryRun
+from longspan.plan.types import QueryRun
 from longspan.sharding.geometry import StepGeometry
 from longspan.sharding.pages import PageTable
 from longspan.sharding.placement import place
@@ -95,7 +95,7 @@ def striped_table(num_tokens: int, geometry: StepGeometry) -> PageTable:
 
 def step_runs(table: PageTable, start: int, end: int) -> list[QueryRun]:
     """Query runs of a step that computes positions `[start, end)`."""
-    return [QueryRun(_REQUEST_ID, a, b - a, rank, Literals(())) for rank, a, b in table.owners(start, end)]
+    return [QueryRun(_REQUEST_ID, a, b - a, rank, None) for rank, a, b in table.owners(start, end)]
 
 
 def predict_step(

@@ -52,6 +52,8 @@ class RequestStep(msgspec.Struct, frozen=True, gc=False):
     """Rows whose next token is known and is scored."""
     rope_len: int = 0
     """See `QueryRun.rope_len`."""
+    is_packed: bool = False
+    """Whether all its pages lie on the rank that computes it; see `Plan.packed`."""
 
 
 def build_plan(
@@ -109,6 +111,7 @@ def build_plan(
         scores=tuple(scores),
         page_copies=tuple(page_copies),
         released=tuple(sorted(released)),
+        packed=tuple([request.request_id for request in requests if request.is_packed]),
         last_layer=last_layer,
         read_runs=() if last_layer is None else tuple(read),
     )

@@ -6,7 +6,7 @@ Read next: `longspan.plan.types`, `Plan.last_layer`; `longspan.cp.eager`, which 
 
 from collections.abc import Iterable, Sequence
 
-from longspan.plan.types import Literals, QueryRun, SampleRow, ScoreRun
+from longspan.plan.types import QueryRun, SampleRow, ScoreRun
 
 
 def read_runs(
@@ -30,6 +30,6 @@ def read_runs(
             if is_read and start is None:
                 start = position
             elif not is_read and start is not None:
-                parts.append(QueryRun(run.request_id, start, position - start, run.compute_rank, Literals(())))
+                parts.append(QueryRun(run.request_id, start, position - start, run.compute_rank, None))
                 start = None
     return parts

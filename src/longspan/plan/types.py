@@ -51,6 +51,10 @@ class SampledBy(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="sam
     plan_id: int
 
 
+Tokens: TypeAlias = Literals | SampledBy
+"""Input tokens of a query run."""
+
+
 class QueryRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Consecutive positions of one request that one rank computes in this step.
 
@@ -63,7 +67,8 @@ class QueryRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     num_tokens: int
     compute_rank: int
     """Rank that computes the tokens; the page table says where their KV is stored."""
-    tokens: Literals | SampledBy
+    tokens: Tokens | None
+    """None where they are not named: on a rank, in the runs of other ranks."""
     rope_len: int = 0
     """Length that counts for RoPE in every row, but where `position + 1` is more; 0 where it does not matter."""
 
@@ -193,6 +198,10 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     """Attention of the model's last layer, for `read_runs`. None: all rows, as in the other layers of its KV group."""
     read_runs: tuple[QueryRun, ...] = ()
     """Parts of query runs that need logits, if `last_layer` is given (`longspan.plan.read_runs`)."""
+    packed: tuple[int, ...] = ()
+    """Requests whose pages all lie on the rank that computes them: other ranks are told nothing of them."""
+    follows: int | None = None
+    """Number of the plan that this one takes one token further, all else being equal (`longspan.plan.advance`)."""
 
 
 class SampledToken(msgspec.Struct, frozen=True, gc=False, array_like=True):
