@@ -5,6 +5,7 @@ strategy's choice.
 Read next: `longspan.costmodel.predict`, which adds messages and waits.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -72,25 +73,55 @@ def _by_run(values: NDArray[Any], keys: StepKeys, reduce: np.ufunc = np.add) -> 
 
 
 class _Kernels:
-    """How a piece is computed: queries per call, calls, and a call's seconds per query and key."""
+    """How pieces are computed: queries per call, calls, and a call's seconds."""
 
     def __init__(self, group: KVGroup, rates: KernelRates) -> None:
-        self._group, self._rates, self._pair_s = group, rates, dict[int, float]()
+        self._group, self._rates = group, rates
+        self._pair_s: dict[int, float] = {}
+        self._key_s = group.spec.layout.token_bytes / rates.read_bytes_per_s
 
-    def of(self, piece: Piece, num_queries: int) -> tuple[int, float, float]:
-        """Calls of a piece, seconds per query and key, and the part of the keys that a query is computed with."""
-        call_len, num_calls, share = num_queries, 1, 1.0
-        if piece.visibility is Visibility.BAND:
-            window = self._group.spec.window
-            assert window is not None
-            call_len = min(num_queries, BAND_BLOCK)
-            num_calls = -(-num_queries // call_len)
-            share = min(1.0, (window + call_len) / piece.num_positions)
-        pair_s = self._pair_s.get(call_len)
-        if pair_s is None:
-            pair_s = self._group.pair_flops(call_len) / self._rates.attention_rate(call_len)
-            self._pair_s[call_len] = pair_s
-        return num_calls, pair_s, share
+    def of(self, pieces: Sequence[Piece], num_queries: Counts) -> tuple[Counts, Callable[[Counts], Floats]]:
+        """Calls of each of S pieces, and the function from the keys of each [S, ...] to the seconds of its kernels.
+
+        Args:
+            pieces: the pieces.
+            num_queries: [S] queries that see each.
+        """
+        calls, pair_s, share, is_causal = [], [], [], []
+        for piece, count in zip(pieces, num_queries.tolist(), strict=True):
+            call_len, num_calls, part = count, 1, 1.0
+            if piece.visibility is Visibility.BAND:
+                window = self._group.spec.window
+                assert window is not None
+                call_len = min(count, BAND_BLOCK)
+                num_calls = -(-count // call_len)
+                part = min(1.0, (window + call_len) / piece.num_positions)
+            calls.append(num_calls)
+            pair_s.append(self._seconds(call_len))
+            share.append(part)
+            is_causal.append(piece.visibility is Visibility.CAUSAL)
+
+        def seconds(num_keys: Counts) -> Floats:
+            """A query is computed with these keys, whether it sees them or a block at the diagonal hides them."""
+            shape = (len(pieces), *[1] * (num_keys.ndim - 1))
+            seen = num_keys.astype(np.float64)
+            if any(is_causal):
+                half = np.minimum(seen, (seen + CAUSAL_BLOCK) / 2)
+                seen = np.where(np.array(is_causal).reshape(shape), half, seen)
+            seen *= np.array(share).reshape(shape)
+            computed_s = seen * num_queries.reshape(shape) * np.array(pair_s).reshape(shape)
+            found: Floats = np.maximum(computed_s, num_keys * self._key_s)
+            return found
+
+        return np.array(calls, dtype=np.int64), seconds
+
+    def _seconds(self, call_len: int) -> float:
+        """Seconds per query and key of a call with so many queries."""
+        found = self._pair_s.get(call_len)
+        if found is None:
+            found = self._group.pair_flops(call_len) / self._rates.attention_rate(call_len)
+            self._pair_s[call_len] = found
+        return found
 
 
 def count_work(keys: StepKeys, group: KVGroup, rates: KernelRates) -> StepWork:
@@ -101,44 +132,29 @@ def count_work(keys: StepKeys, group: KVGroup, rates: KernelRates) -> StepWork:
         group: the KV group, whose widths give bytes and flops.
         rates: the ranks' kernel rates.
     """
-    kernels = _Kernels(group, rates)
-    key_s = group.spec.layout.token_bytes / rates.read_bytes_per_s
-    pieces, num_queries = keys.pieces, keys.num_queries
-    found = [kernels.of(piece, keys.runs[piece.run].num_tokens) for piece in pieces]
-    calls = np.array([num_calls for num_calls, _, _ in found], dtype=np.int64)
-    if pieces:
-        before, firsts, ends = keys.before, [p.start for p in pieces], [p.end for p in pieces]
-        num_keys = before[ends] - before[firsts]
-    else:
-        num_keys = np.zeros((0, len(keys.ranks)), dtype=np.int64)
-    seen = num_keys.astype(np.float64)
-    for i, piece in enumerate(pieces):
-        if piece.visibility is Visibility.CAUSAL:
-            seen[i] = np.minimum(seen[i], (seen[i] + CAUSAL_BLOCK) / 2)
-    seen *= np.array([share for _, _, share in found])[:, None]
-    pair_s = np.array([pair_s for _, pair_s, _ in found])
-    kernel_s = np.maximum(seen * num_queries[keys.piece_runs][:, None] * pair_s[:, None], num_keys * key_s)
+    kernels, num_queries = _Kernels(group, rates), keys.num_queries
+    before, firsts, ends = keys.before, [p.start for p in keys.pieces], [p.end for p in keys.pieces]
+    num_keys = before[ends] - before[firsts] if firsts else np.zeros((0, len(keys.ranks)), dtype=np.int64)
     has_keys = num_keys > 0
-    pieces_of_run = _by_run(has_keys.astype(np.int64), keys)
-    run_s, run_calls = _by_run(kernel_s, keys), _by_run(has_keys * calls[:, None], keys)
-    for i, own in enumerate(keys.own):
-        if own is not None:
-            count, home = own.num_positions, keys.homes[i]
-            num_calls, own_s, share = kernels.of(own, keys.runs[i].num_tokens)
-            own_seen = (
-                min(float(count), (count + CAUSAL_BLOCK) / 2) if own.visibility is Visibility.CAUSAL else count * share
-            )
-            run_s[i, home] += max(keys.runs[i].num_tokens * own_seen * own_s, count * key_s)
-            run_calls[i, home] += num_calls
-            pieces_of_run[i, home] += 1
+    calls, kernel_s = kernels.of(keys.pieces, num_queries[keys.piece_runs])
+    run_s = _by_run(kernel_s(num_keys), keys)
+    run_calls = _by_run(has_keys * calls[:, None], keys)
+    run_pieces = _by_run(has_keys.astype(np.int64), keys)
+    own = [piece for piece in keys.own if piece is not None]
+    own_runs = np.array([piece.run for piece in own], dtype=np.int64)
+    own_calls, own_s = kernels.of(own, num_queries[own_runs])
+    homes = (own_runs, keys.homes[own_runs])
+    run_s[homes] += own_s(np.array([piece.num_positions for piece in own], dtype=np.int64))
+    run_calls[homes] += own_calls
+    run_pieces[homes] += 1
     # The kernel's caller merges what it has of a row already with what follows.
     row_s = rates.merge_s + num_queries * group.merged_row_bytes / rates.copy_bytes_per_s
-    run_s += np.maximum(pieces_of_run - 1, 0) * row_s[:, None]
+    run_s += np.maximum(run_pieces - 1, 0) * row_s[:, None]
     return StepWork(
         keys=keys,
         kernel_s=keys.by_home(run_s),
         num_calls=keys.by_home(run_calls),
-        num_rows=keys.by_home((pieces_of_run > 0) * num_queries[:, None]),
+        num_rows=keys.by_home((run_pieces > 0) * num_queries[:, None]),
         num_keys=num_keys,
         calls=calls,
     )

@@ -149,49 +149,75 @@ def step_keys(query_runs: Sequence[QueryRun], tables: Mapping[int, PageTable], s
         tables: page table per request of one KV group, the step's own pages included.
         spec: the group's window or chunks.
     """
-    window, chunk = spec.window, spec.chunk
-    runs = cut_runs(query_runs, chunk)
-    cuts: dict[int, set[int]] = {}  # per request, positions where intervals begin or end
+    runs = cut_runs(query_runs, spec.chunk)
     seen: list[list[tuple[int, int, Visibility]]] = []
+    cuts: dict[int, set[int]] = {}  # per request, positions where intervals begin or end
     for run in runs:
-        first = 0 if chunk is None else run.position // chunk * chunk
-        parts = split_visible_keys(run.position, run.end, window, first)
+        first = 0 if spec.chunk is None else run.position // spec.chunk * spec.chunk
+        parts = split_visible_keys(run.position, run.end, spec.window, first)
         seen.append(parts)
         here = cuts.setdefault(run.request_id, set())
-        here.update((parts[0][0], run.position))
+        here.add(parts[0][0])
+        here.add(run.position)
         for start, end, _ in parts:
             if start < run.position:
-                here.update((start, end))
+                here.add(start)
+                here.add(end)
     ranks = sorted({run.compute_rank for run in runs}.union(*[tables[request_id].ranks for request_id in cuts]))
     column = {rank: i for i, rank in enumerate(ranks)}
-    row_of: dict[int, dict[int, int]] = {}
-    counts = np.zeros((sum(map(len, cuts.values())), len(ranks)), dtype=np.int64)
-    row = 0
-    for request_id, positions in cuts.items():
-        table, ordered = tables[request_id], sorted(positions)
-        row_of[request_id] = {position: row + i for i, position in enumerate(ordered)}
-        for start, end in pairwise(ordered):
-            for rank, count in table.tokens_per_rank(start, end).items():
-                counts[row, column[rank]] = count
-            row += 1
-        row += 1  # nothing lies behind the last position
+    row_of, counts = _count_intervals(runs, cuts, tables, column)
     pieces: list[Piece] = []
     own: list[Piece | None] = []
+    firsts: list[int] = []
+    lasts: list[int] = []
     for i, (run, parts) in enumerate(zip(runs, seen, strict=True)):
         rows = row_of[run.request_id]
+        firsts.append(rows[parts[0][0]])
+        lasts.append(rows[run.position])
         own.append(None)
         for start, end, visibility in parts:
             if start < run.position:
                 pieces.append(Piece(i, rows[start], rows[end], end - start, visibility))
             else:
                 own[i] = Piece(i, 0, 0, end - start, visibility)
-    return StepKeys(
-        runs=runs,
-        ranks=ranks,
-        homes=np.array([column[run.compute_rank] for run in runs], dtype=np.int64),
-        pieces=pieces,
-        own=own,
-        firsts=np.array([row_of[run.request_id][parts[0][0]] for run, parts in zip(runs, seen, strict=True)]),
-        lasts=np.array([row_of[run.request_id][run.position] for run in runs]),
-        counts=counts,
-    )
+    homes = np.array([column[run.compute_rank] for run in runs], dtype=np.int64)
+    return StepKeys(runs, ranks, homes, pieces, own, np.array(firsts), np.array(lasts), counts)
+
+
+def _count_intervals(
+    runs: Sequence[QueryRun],
+    cuts: Mapping[int, set[int]],
+    tables: Mapping[int, PageTable],
+    column: Mapping[int, int],
+) -> tuple[dict[int, dict[int, int]], Counts]:
+    """Count the keys between neighbouring cuts.
+
+    Args:
+        runs: the step's query runs.
+        cuts: per request, positions where intervals begin or end.
+        tables: page table per request.
+        column: column of each rank.
+
+    Returns:
+        Per request, the interval that begins at each cut; and keys [intervals, P]. None lie behind a request's last
+        cut.
+    """
+    ends: dict[tuple[int, int], tuple[int, int]] = {
+        (run.request_id, run.position): (run.end, column[run.compute_rank]) for run in runs
+    }
+    row_of: dict[int, dict[int, int]] = {}
+    counts = np.zeros((sum(map(len, cuts.values())), len(column)), dtype=np.int64)
+    row = 0
+    for request_id, positions in cuts.items():
+        table, ordered = tables[request_id], sorted(positions)
+        row_of[request_id] = {position: row + i for i, position in enumerate(ordered)}
+        for start, end in pairwise(ordered):
+            run_end, home = ends.get((request_id, start), (start, 0))
+            if end <= run_end:  # tokens of a run lie where they are computed
+                counts[row, home] = end - start
+            else:
+                for rank, count in table.tokens_per_rank(start, end).items():
+                    counts[row, column[rank]] = count
+            row += 1
+        row += 1
+    return row_of, counts

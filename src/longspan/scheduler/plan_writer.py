@@ -100,10 +100,11 @@ class PlanWriter:
         last, size = last_step.plan, self._config.page_size
         tokens: list[Tokens] = []
         for (request, end), run in zip(chosen, last.query_runs, strict=True):
+            position = run.position + 1
             goes_on = request.delivery.last_step is last_step and request.request_id == run.request_id
-            if not goes_on or end != run.end + 1 or not run.end % size or request.next_row is None:
+            if not goes_on or end != position + 1 or not position % size or request.next_row is None:
                 return None
-            tokens.append(sampled or Literals((request.token_ids[run.end],)))
+            tokens.append(sampled or Literals((request.token_ids[position],)))
         for step, group in zip(last.groups, self._model.kv_groups, strict=True):
             if step.nodes and group.spec.reach is not None:
                 return None  # what moves changes with every token

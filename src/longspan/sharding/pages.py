@@ -59,6 +59,11 @@ class _RankRows:
         self.rows.append(row)
         self.before.append(self.before[-1] + num_tokens)
 
+    @property
+    def end_row(self) -> int:
+        """One past the last row."""
+        return self.rows[-1] + self._len(-1)
+
     def _len(self, index: int) -> int:
         index %= len(self.positions)
         return self.before[index + 1] - self.before[index]
@@ -256,6 +261,11 @@ class PageTable:
             if count:
                 found[rank] = count
         return found
+
+    def slot_after(self, rank: int) -> int | None:
+        """Slot behind the last page on a rank; None if the rank has none."""
+        rows = self._by_rank.get(rank)
+        return None if rows is None else rows.end_row // self.page_size
 
     def count_on(self, rank: int, start: int, end: int) -> int:
         """Number of positions `[start, end)` that one rank holds."""
