@@ -64,11 +64,18 @@ def _has_levels(nodes: Sequence[int]) -> bool:
 
 
 def predict_strategy(
-    strategy: Strategy, keys: StepKeys, group: KVGroup, costs: Costs, work: StepWork, block_len: int
+    strategy: Strategy,
+    keys: StepKeys,
+    group: KVGroup,
+    costs: Costs,
+    work: StepWork,
+    block_len: int,
+    exchanges: tuple[Exchange, ...] | None = None,
 ) -> Candidate:
     """Predict a step under one strategy, candidate or not."""
-    nodes = nodes_of(strategy, keys.participants, costs.topology.nodes)
-    exchanges = count_exchanges(strategy, keys, block_len, nodes)
+    if exchanges is None:
+        nodes = nodes_of(strategy, keys.participants, costs.topology.nodes)
+        exchanges = count_exchanges(strategy, keys, block_len, nodes)
     return Candidate(strategy, exchanges, predict_attention(strategy, exchanges, work, group, costs))
 
 
@@ -102,11 +109,12 @@ def predict_candidates(
             continue
         if strategy is Strategy.TREE and not _has_levels([nodes[rank] for rank in keys.participants]):
             continue
+        exchanges: tuple[Exchange, ...] | None = None
         if strategy is Strategy.GATHER_KV:
-            (gather,) = count_exchanges(strategy, keys, block_len, ())
-            if _gathered_rows(gather) > 2 * block_len:
+            exchanges = count_exchanges(strategy, keys, block_len, ())
+            if _gathered_rows(exchanges[0]) > 2 * block_len:
                 continue
-        yield predict_strategy(strategy, keys, group, costs, work, block_len)
+        yield predict_strategy(strategy, keys, group, costs, work, block_len, exchanges)
 
 
 def best_candidate(keys: StepKeys, group: KVGroup, costs: Costs, *, block_len: int = BLOCK_LEN) -> Candidate:

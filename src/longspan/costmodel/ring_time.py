@@ -5,8 +5,8 @@ Read next: `longspan.cp.pass_kv`, which is modelled here; `longspan.costmodel.pr
 
 Note [Ranks in step]
     A rank starts no hop before its predecessor has finished the previous one, so after a few hops all ranks go at the
-    pace of the slowest: a hop takes as long as its longest computation or message. Rounds of equal blocks take equal
-    time, so each kind of round is computed twice at most: once behind another kind, once behind its own.
+    pace of the slowest: a hop takes as long as its longest computation or message. Rounds of whole blocks take equal
+    time, but for the first: they are computed twice at most, and count as often as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,18 +64,15 @@ class RingTime:
     def run(self) -> None:
         """Set the members' clocks to the end of the ring."""
         ring, clocks = self._ring, self._clocks
-        before_s = self._own_s  # seconds of compute during the next hop
-        total_s = 0.0
-        round_s: dict[tuple[bytes, bool], float] = {}
-        last_blocks: bytes | None = None
-        for index in range(int(-(-max(ring.num_rows) // ring.block_len))):
-            blocks = np.clip(self._num_rows - index * ring.block_len, 0, ring.block_len)
-            kind = (blocks.tobytes(), blocks.tobytes() == last_blocks)
-            if kind not in round_s:
-                round_s[kind], before_s = self._round_s(blocks, before_s)
-            total_s += round_s[kind]
-            last_blocks = blocks.tobytes()
-        total_s += float(clocks.together(self._all(before_s)).max())
+        num_full = int(min(ring.num_rows) // ring.block_len)  # rounds where every member has a whole block
+        kinds = [np.full(len(self._num_rows), float(ring.block_len))] * min(num_full, 2)
+        counts = [1, num_full - 1][: len(kinds)]
+        for index in range(num_full, int(-(-max(ring.num_rows) // ring.block_len))):
+            kinds.append(np.clip(self._num_rows - index * ring.block_len, 0, ring.block_len))
+            counts.append(1)
+        round_s, after_s = self._rounds_s(np.stack(kinds))
+        total_s = float(round_s @ np.array(counts))
+        total_s += float(clocks.together(self._all(after_s)).max())
         clocks.now[self._members] = total_s
         rounds = -(-self._num_rows // ring.block_len)
         num_merges = np.where(self._meets, rounds, 0.0)
@@ -86,44 +83,59 @@ class RingTime:
 
     def _all(self, loads_s: Floats) -> Floats:
         """Loads [..., members] as loads of all the clocks' ranks, 0 for those outside of the ring."""
+        if len(self._members) == len(self._clocks.now):
+            return loads_s
         found = np.zeros((*loads_s.shape[:-1], len(self._clocks.now)))
         found[..., self._members] = loads_s
         return found
 
-    def _round_s(self, blocks: Floats, before_s: Floats) -> tuple[float, Floats]:
-        """Time one round.
+    def _rounds_s(self, blocks: Floats) -> tuple[Floats, Floats]:
+        """Time rounds that follow each other.
 
         Args:
-            blocks: [P] rows of each member's block.
-            before_s: [P] seconds that each member computes during the first hop.
+            blocks: [rounds, P] rows of each member's block.
 
         Returns:
-            Seconds of the round, and seconds that each member computes during the next hop.
+            Seconds [rounds], and seconds [P] that each member computes after the last hop.
         """
-        rates, size = self._rates, len(blocks)
+        rates, size = self._rates, blocks.shape[1]
         hops, members = np.arange(1, size)[:, None], np.arange(size)
         origins = (members - hops) % size  # [hops, P] whose block each member receives
-        sent = blocks[(members - hops + 1) % size] * self._token_bytes
-        received = blocks[origins] * self._token_bytes
-        computes_s = blocks[origins] * self._row_s[members, origins]
-        computes_s[computes_s > 0] += rates.merge_s
-        loads_s = np.concatenate([before_s[None], computes_s[:-1]]) + (sent + received) * rates.moved_byte_s
-        loads_s += ((sent > 0) * 1 + (received > 0)) * rates.exchange_s
-        loads_s[0] += sent[0] / rates.copy_bytes_per_s
+        sent = blocks[:, (members - hops + 1) % size] * self._token_bytes  # [rounds, hops, P]
+        rows = blocks[:, origins]
+        computes_s = rows * self._row_s[members, origins]
+        if rates.merge_s:
+            computes_s[computes_s > 0] += rates.merge_s
+        flat = computes_s.reshape(-1, size)
+        loads_s = np.concatenate([self._own_s[None], flat[:-1]]).reshape(computes_s.shape)
+        if rates.moved_byte_s:
+            loads_s += (sent + rows * self._token_bytes) * rates.moved_byte_s
+        if rates.exchange_s:
+            loads_s += ((sent > 0) * 1 + (rows > 0)) * rates.exchange_s
+        loads_s[:, 0] += sent[:, 0] / rates.copy_bytes_per_s
         message_s, late_s = self._messages_s(sent)
-        longest_s = self._clocks.together(self._all(loads_s)).max(axis=1)
-        return float((np.maximum(message_s - late_s, longest_s) + late_s).sum()), computes_s[-1]
+        longest_s = self._clocks.together(self._all(loads_s)).max(axis=2)
+        return (np.maximum(message_s - late_s, longest_s) + late_s).sum(axis=1), flat[-1]
 
-    def _messages_s(self, sent: Floats) -> tuple[Floats, Floats]:
-        """[hops] seconds of the longest message of each hop, and how late messages start where devices are shared."""
-        latency_s = np.stack([link.latencies_of(sent[:, i]) for i, link in enumerate(self._links)], axis=1)
-        bandwidth = np.array([link.bytes_per_s for link in self._links])
-        message_s = np.where(sent > 0, latency_s + sent / bandwidth, 0.0).max(axis=1)
+    def _messages_s(self, sent: Floats) -> tuple[Floats, Floats | float]:
+        """Longest message of each hop [rounds, hops], and how late messages start where devices are shared.
+
+        Args:
+            sent: [rounds, hops, P] bytes that each member sends.
+        """
+        links = self._links
+        if all(link == links[0] for link in links):
+            latency_s = links[0].latencies_of(sent)
+            bandwidth = np.array(links[0].bytes_per_s)
+        else:
+            latency_s = np.stack([link.latencies_of(sent[..., i]) for i, link in enumerate(links)], axis=2)
+            bandwidth = np.array([link.bytes_per_s for link in links])
+        message_s = np.where(sent > 0, latency_s + sent / bandwidth, 0.0).max(axis=2)
         if self._rates.ranks_per_device == 1:
-            return message_s, np.zeros_like(message_s)
+            return message_s, 0.0
         # Moving long messages waits for a turn on a core, whatever is computed there.
-        extra_s = latency_s - np.array([link.latency_s for link in self._links])
-        return message_s, np.where(sent > 0, extra_s, 0.0).max(axis=1)
+        extra_s = latency_s - np.array([link.latency_s for link in links])
+        return message_s, np.where(sent > 0, extra_s, 0.0).max(axis=2)
 
 
 def _ring_links(members: Sequence[int], costs: Costs) -> list[Link]:

@@ -6,8 +6,11 @@ Read next: `longspan.costmodel.predict`, which runs strategies on these clocks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longspan.costmodel.parameters import Costs
 from longspan.costmodel.work import Floats
@@ -36,33 +39,45 @@ class Messages:
 
     def per_source(self, values: Floats | None = None) -> Floats:
         """[P] sum of values [M], or the number of messages, by sender."""
-        return np.bincount(self.source, values, self.num_ranks).astype(np.float64)
+        found: NDArray[Any] = np.bincount(self.source, values, self.num_ranks) * 1.0
+        return found
 
     def per_target(self, values: Floats | None = None) -> Floats:
         """[P] sum of values [M], or the number of messages, by receiver."""
-        return np.bincount(self.target, values, self.num_ranks).astype(np.float64)
+        found: NDArray[Any] = np.bincount(self.target, values, self.num_ranks) * 1.0
+        return found
 
 
 class Clocks:
     """Seconds since the layer began, [P] by rank, and their parts for compute and copies; the rest is waits."""
 
     def __init__(self, ranks: Sequence[int], costs: Costs) -> None:
-        self.costs = costs
-        topology = costs.topology
+        self.costs, self._ranks = costs, ranks
         self.now = np.zeros(len(ranks))
         self.compute_s = np.zeros(len(ranks))
         self.copy_s = np.zeros(len(ranks))
-        self.nodes = np.array([topology.nodes[rank] for rank in ranks], dtype=np.int64)
-        machines = topology.machines or topology.nodes
-        self._machines = np.array([machines[rank] for rank in ranks], dtype=np.int64)
-        self._machine_sizes = np.bincount(machines).astype(np.float64)
+        self._has_one_node = costs.topology.num_nodes == 1
+        self._is_shared = costs.rates.ranks_per_device > 1
+        self._machine_sizes = np.bincount(costs.topology.machines or costs.topology.nodes).astype(np.float64)
         self._busy_s = np.zeros(len(self._machine_sizes))  # by machine: loads of all its ranks
+
+    @cached_property
+    def _nodes(self) -> Counts:
+        """[P] node of each rank."""
+        nodes = self.costs.topology.nodes
+        return np.array([nodes[rank] for rank in self._ranks], dtype=np.int64)
+
+    @cached_property
+    def _machines(self) -> Counts:
+        """[P] machine of each rank."""
+        machines = self.costs.topology.machines or self.costs.topology.nodes
+        return np.array([machines[rank] for rank in self._ranks], dtype=np.int64)
 
     @property
     def end_s(self) -> float:
         """Seconds until the last rank is done."""
         end_s = float(self.now.max(initial=0.0))
-        if self.costs.rates.ranks_per_device > 1:
+        if self._is_shared:
             # What ranks of a machine do at different times still takes its devices' time.
             end_s = max(end_s, float((self._busy_s / self._machine_sizes).max(initial=0.0)))
         return end_s
@@ -72,9 +87,15 @@ class Clocks:
     def run(self, compute_s: Floats | float, copy_s: Floats | float, moved: Messages | None = None) -> None:
         """Advance every rank by its load, while the messages `moved` are on their way."""
         byte_s = self.costs.rates.moved_byte_s
-        load_s = compute_s + copy_s + np.zeros_like(self.now)
+        load_s = compute_s + copy_s
         if byte_s and moved is not None:
-            load_s += moved.per_source(moved.num_bytes * byte_s) + moved.per_target(moved.num_bytes * byte_s)
+            load_s = load_s + (moved.per_source(moved.num_bytes) + moved.per_target(moved.num_bytes)) * byte_s
+        if not self._is_shared:
+            self.now += load_s
+            self.compute_s += compute_s
+            self.copy_s += copy_s
+            return
+        load_s = load_s + np.zeros_like(self.now)
         time_s = self.together(load_s)
         self.now += time_s
         stretched = np.divide(time_s, load_s, out=np.zeros_like(load_s), where=load_s > 0)
@@ -88,7 +109,7 @@ class Clocks:
             loads_s: [..., P] loads; rows are one after the other.
         """
         sharing = self.costs.rates.ranks_per_device
-        if sharing == 1:
+        if not self._is_shared:
             return loads_s
         members = self._machines[:, None] == np.arange(len(self._machine_sizes))
         per_machine = loads_s @ members  # [..., machines]
@@ -115,11 +136,11 @@ class Clocks:
     def queues_s(self, messages: Messages) -> Floats:
         """Seconds that each message's link is busy with all messages of the same sender or receiver."""
         topology, source, target, num_bytes = self.costs.topology, messages.source, messages.target, messages.num_bytes
-        if topology.num_nodes == 1:
+        if self._has_one_node:
             sent, received = messages.per_source(num_bytes), messages.per_target(num_bytes)
             inside_s: Floats = np.maximum(sent[source], received[target]) / topology.inside.bytes_per_s
             return inside_s
-        inside = self.nodes[source] == self.nodes[target]
+        inside = self._nodes[source] == self._nodes[target]
         near, far = np.where(inside, num_bytes, 0.0), np.where(inside, 0.0, num_bytes)
         longer = np.where(
             inside,
@@ -128,7 +149,7 @@ class Clocks:
         )
         if topology.ranks_per_link > 1:  # a rank that sends alone has the node's whole link
             sizes = np.bincount(topology.nodes)
-            even = (np.bincount(self.nodes[source], far, len(sizes)) / sizes)[self.nodes[source]]
+            even = (np.bincount(self._nodes[source], far, len(sizes)) / sizes)[self._nodes[source]]
             shared = np.maximum(longer / topology.ranks_per_link, np.minimum(longer, even))
             longer = np.where(inside, longer, shared)
         found: Floats = longer / np.where(inside, topology.inside.bytes_per_s, topology.between.bytes_per_s)
@@ -138,16 +159,19 @@ class Clocks:
         """Seconds that each message takes beside its bytes over its link's bandwidth."""
         topology = self.costs.topology
         inside = topology.inside.latencies_of(messages.num_bytes)
-        if topology.num_nodes == 1:
+        if self._has_one_node:
             return inside
-        is_near = self.nodes[messages.source] == self.nodes[messages.target]
+        is_near = self._nodes[messages.source] == self._nodes[messages.target]
         found: Floats = np.where(is_near, inside, topology.between.latencies_of(messages.num_bytes))
         return found
 
     def alone_s(self, messages: Messages) -> Floats:
         """Seconds of each message's bytes on its link, if it waits for no other."""
         topology = self.costs.topology
-        is_near = self.nodes[messages.source] == self.nodes[messages.target]
+        if self._has_one_node:
+            inside_s: Floats = messages.num_bytes / topology.inside.bytes_per_s
+            return inside_s
+        is_near = self._nodes[messages.source] == self._nodes[messages.target]
         bandwidth = np.where(is_near, topology.inside.bytes_per_s, topology.between.bytes_per_s)
         found: Floats = messages.num_bytes / bandwidth
         return found

@@ -5,7 +5,7 @@ strategy's choice.
 Read next: `longspan.costmodel.predict`, which adds messages and waits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from longspan.costmodel.parameters import KernelRates
 from longspan.kv.layout import KVGroup
 from longspan.plan.step_keys import Counts, Piece, StepKeys
+from longspan.plan.types import QueryRun
 from longspan.sharding.visibility import Visibility
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -35,13 +36,13 @@ class StepWork:
     keys: StepKeys
     kernel_s: Floats
     """[P, P] time of all kernel calls without their fixed part, and of merging several calls on the same rows."""
-    num_calls: Counts
+    num_calls: Floats
     """[P, P] kernel calls."""
-    num_rows: Counts
+    num_rows: Floats
     """[P, P] query rows that see a key: the rows of a partial."""
     num_keys: Counts
     """[S, P] keys of each piece on each rank."""
-    calls: Counts
+    calls: Floats
     """[S] kernel calls of each piece, if its keys come at once."""
 
     def pair_s(self, rates: KernelRates) -> Floats:
@@ -49,27 +50,18 @@ class StepWork:
         found: Floats = self.kernel_s + self.num_calls * rates.call_s
         return found
 
-    def in_blocks(self, block_len: int) -> tuple[Counts, Counts]:
+    def in_blocks(self, block_len: int) -> tuple[Floats, Floats]:
         """Kernel calls, and query rows to merge, [P, P] each, if the keys of other ranks come in blocks."""
+        keys = self.keys
         num_blocks = -(-self.num_keys // block_len)
-        calls = num_blocks * self.calls[:, None]
-        rows = num_blocks * self.keys.num_queries[self.keys.piece_runs][:, None]
-        return self.keys.by_home(_by_run(calls, self.keys)), self.keys.by_home(_by_run(rows, self.keys))
+        per_block = np.stack([self.calls, keys.num_queries[keys.piece_runs]], axis=1)  # [S, 2]
+        found = keys.by_home(keys.by_run(num_blocks[:, None] * per_block[:, :, None]))
+        return found[:, 0], found[:, 1]
 
     @cached_property
     def most_keys(self) -> Counts:
         """[P, P] keys of the longest piece."""
-        return self.keys.most_by_home(_by_run(self.num_keys, self.keys, np.maximum))
-
-
-def _by_run(values: NDArray[Any], keys: StepKeys, reduce: np.ufunc = np.add) -> NDArray[Any]:
-    """Sum rows of pieces [S, P] over the pieces of each run (or reduce them otherwise): [R, P]."""
-    found = np.zeros((len(keys.runs), len(keys.ranks)), dtype=values.dtype)
-    if len(keys.pieces) == len(set(keys.piece_runs.tolist())):
-        found[keys.piece_runs] = values
-    else:
-        reduce.at(found, keys.piece_runs, values)
-    return found
+        return self.keys.by_home(self.keys.by_run(self.num_keys, np.maximum), np.maximum)
 
 
 class _Kernels:
@@ -80,47 +72,35 @@ class _Kernels:
         self._pair_s: dict[int, float] = {}
         self._key_s = group.spec.layout.token_bytes / rates.read_bytes_per_s
 
-    def of(self, pieces: Sequence[Piece], num_queries: Counts) -> tuple[Counts, Callable[[Counts], Floats]]:
-        """Calls of each of S pieces, and the function from the keys of each [S, ...] to the seconds of its kernels.
-
-        Args:
-            pieces: the pieces.
-            num_queries: [S] queries that see each.
-        """
-        calls, pair_s, share, is_causal = [], [], [], []
-        for piece, count in zip(pieces, num_queries.tolist(), strict=True):
-            call_len, num_calls, part = count, 1, 1.0
+    def calls(self, pieces: Sequence[Piece], runs: Sequence[QueryRun]) -> tuple[Floats, Floats]:
+        """Kernel calls of each of S pieces, and the seconds of all its queries per key [S]."""
+        calls: list[float] = []
+        seconds: list[float] = []
+        for piece in pieces:
+            count = call_len = runs[piece.run].num_tokens
+            num_calls, share = 1, 1.0
             if piece.visibility is Visibility.BAND:
                 window = self._group.spec.window
                 assert window is not None
                 call_len = min(count, BAND_BLOCK)
                 num_calls = -(-count // call_len)
-                part = min(1.0, (window + call_len) / piece.num_positions)
+                share = min(1.0, (window + call_len) / piece.num_positions)
+            pair_s = self._pair_s.get(call_len)
+            if pair_s is None:
+                pair_s = self._group.pair_flops(call_len) / self._rates.attention_rate(call_len)
+                self._pair_s[call_len] = pair_s
             calls.append(num_calls)
-            pair_s.append(self._seconds(call_len))
-            share.append(part)
-            is_causal.append(piece.visibility is Visibility.CAUSAL)
+            seconds.append(count * share * pair_s)
+        return np.array(calls, dtype=np.float64), np.array(seconds)
 
-        def seconds(num_keys: Counts) -> Floats:
-            """A query is computed with these keys, whether it sees them or a block at the diagonal hides them."""
-            shape = (len(pieces), *[1] * (num_keys.ndim - 1))
-            seen = num_keys.astype(np.float64)
-            if any(is_causal):
-                half = np.minimum(seen, (seen + CAUSAL_BLOCK) / 2)
-                seen = np.where(np.array(is_causal).reshape(shape), half, seen)
-            seen *= np.array(share).reshape(shape)
-            computed_s = seen * num_queries.reshape(shape) * np.array(pair_s).reshape(shape)
-            found: Floats = np.maximum(computed_s, num_keys * self._key_s)
-            return found
-
-        return np.array(calls, dtype=np.int64), seconds
-
-    def _seconds(self, call_len: int) -> float:
-        """Seconds per query and key of a call with so many queries."""
-        found = self._pair_s.get(call_len)
-        if found is None:
-            found = self._group.pair_flops(call_len) / self._rates.attention_rate(call_len)
-            self._pair_s[call_len] = found
+    def seconds(self, pieces: Sequence[Piece], num_keys: NDArray[Any], per_key_s: Floats) -> Floats:
+        """Seconds of the kernels of S pieces with keys [S, ...], each key taking `per_key_s` [S, ...] if computed."""
+        seen = num_keys  # a query is computed with these, whether it sees them or a block at the diagonal hides them
+        is_causal = [piece.visibility is Visibility.CAUSAL for piece in pieces]
+        if any(is_causal):
+            causal = np.array(is_causal).reshape(-1, *[1] * (num_keys.ndim - 1))
+            seen = np.where(causal, np.minimum(seen, (seen + CAUSAL_BLOCK) / 2), seen)
+        found: Floats = np.maximum(seen * per_key_s, num_keys * self._key_s)
         return found
 
 
@@ -132,29 +112,26 @@ def count_work(keys: StepKeys, group: KVGroup, rates: KernelRates) -> StepWork:
         group: the KV group, whose widths give bytes and flops.
         rates: the ranks' kernel rates.
     """
-    kernels, num_queries = _Kernels(group, rates), keys.num_queries
-    before, firsts, ends = keys.before, [p.start for p in keys.pieces], [p.end for p in keys.pieces]
-    num_keys = before[ends] - before[firsts] if firsts else np.zeros((0, len(keys.ranks)), dtype=np.int64)
+    kernels, runs, before = _Kernels(group, rates), keys.runs, keys.before
+    calls, per_key_s = kernels.calls(keys.pieces, runs)
+    num_keys = before[[p.end for p in keys.pieces]] - before[[p.start for p in keys.pieces]] if keys.pieces else _NONE
+    num_keys = num_keys.reshape(len(keys.pieces), len(keys.ranks))
     has_keys = num_keys > 0
-    calls, kernel_s = kernels.of(keys.pieces, num_queries[keys.piece_runs])
-    run_s = _by_run(kernel_s(num_keys), keys)
-    run_calls = _by_run(has_keys * calls[:, None], keys)
-    run_pieces = _by_run(has_keys.astype(np.int64), keys)
+    kernel_s = kernels.seconds(keys.pieces, num_keys, per_key_s[:, None])
+    of_run = keys.by_run(np.stack([kernel_s, has_keys * calls[:, None], has_keys], axis=1))  # [R, 3, P]
     own = [piece for piece in keys.own if piece is not None]
-    own_runs = np.array([piece.run for piece in own], dtype=np.int64)
-    own_calls, own_s = kernels.of(own, num_queries[own_runs])
-    homes = (own_runs, keys.homes[own_runs])
-    run_s[homes] += own_s(np.array([piece.num_positions for piece in own], dtype=np.int64))
-    run_calls[homes] += own_calls
-    run_pieces[homes] += 1
-    # The kernel's caller merges what it has of a row already with what follows.
-    row_s = rates.merge_s + num_queries * group.merged_row_bytes / rates.copy_bytes_per_s
-    run_s += np.maximum(run_pieces - 1, 0) * row_s[:, None]
-    return StepWork(
-        keys=keys,
-        kernel_s=keys.by_home(run_s),
-        num_calls=keys.by_home(run_calls),
-        num_rows=keys.by_home((run_pieces > 0) * num_queries[:, None]),
-        num_keys=num_keys,
-        calls=calls,
-    )
+    if own:
+        own_calls, own_key_s = kernels.calls(own, runs)
+        own_s = kernels.seconds(own, np.array([piece.num_positions for piece in own], dtype=np.float64), own_key_s)
+        own_runs = [piece.run for piece in own]
+        of_run[own_runs, :, keys.homes[own_runs]] += np.stack([own_s, own_calls, np.ones(len(own))], axis=1)
+    num_pieces = of_run[:, 2]
+    if num_pieces.max(initial=0.0) > 1:  # the kernel's caller merges what it has of a row already with what follows
+        row_s = rates.merge_s + keys.num_queries * (group.merged_row_bytes / rates.copy_bytes_per_s)
+        of_run[:, 0] += np.maximum(num_pieces - 1, 0) * row_s[:, None]
+    np.multiply(num_pieces > 0, keys.num_queries[:, None], out=num_pieces)
+    found = keys.by_home(of_run)
+    return StepWork(keys, found[:, 0], found[:, 1], found[:, 2], num_keys, calls)
+
+
+_NONE = np.zeros(0, dtype=np.int64)

@@ -104,30 +104,43 @@ class StepKeys:
     def participants(self) -> tuple[int, ...]:
         """Ranks whose queries see keys of another rank, and these ranks; ascending."""
         meets = self.remote > 0
-        involved = np.any(meets, axis=0, keepdims=True)[0]
-        involved[self.homes[np.any(meets, axis=1, keepdims=True)[:, 0]]] = True
-        return tuple([self.ranks[i] for i in np.flatnonzero(involved).tolist()])
+        involved = set(np.flatnonzero(meets.sum(axis=0)).tolist())
+        if not involved:
+            return ()
+        involved.update(self.homes[np.flatnonzero(meets.sum(axis=1))].tolist())
+        return tuple([self.ranks[column] for column in sorted(involved)])
 
-    def by_home(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Sum rows of runs [R, ...] over the runs of each rank: [P, ...], 0 for ranks without runs."""
-        return self._reduced(np.add, values)
+    def by_home(self, values: NDArray[Any], reduce: np.ufunc = np.add) -> NDArray[Any]:
+        """Sum values of runs [R, ...] over the runs of each rank (or reduce them otherwise).
 
-    def most_by_home(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Largest of rows of runs [R, ...] per rank: [P, ...], 0 for ranks without runs."""
-        return self._reduced(np.maximum, values)
-
-    def _reduced(self, reduce: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
-        found = np.zeros((len(self.ranks), *values.shape[1:]), dtype=values.dtype)
+        Returns:
+            [P, ...], 0 for ranks without runs.
+        """
         order, firsts, homes = self._order
-        found[homes] = reduce.reduceat(values[order], firsts, axis=0)
+        found = np.zeros((len(self.ranks), *values.shape[1:]), dtype=values.dtype)
+        found[homes] = values[order] if len(homes) == len(order) else reduce.reduceat(values[order], firsts, axis=0)
+        return found
+
+    def by_run(self, values: NDArray[Any], reduce: np.ufunc = np.add) -> NDArray[Any]:
+        """Sum values of `pieces` [S, ...] over the pieces of each run (or reduce them otherwise): [R, ...]."""
+        found = np.zeros((len(self.runs), *values.shape[1:]), dtype=values.dtype)
+        if self._has_one_piece_per_run:
+            found[self.piece_runs] = values
+        else:
+            reduce.at(found, self.piece_runs, values)
         return found
 
     @cached_property
-    def _order(self) -> tuple[Counts, Counts, Counts]:
+    def _has_one_piece_per_run(self) -> bool:
+        return len({piece.run for piece in self.pieces}) == len(self.pieces)
+
+    @cached_property
+    def _order(self) -> tuple[list[int], list[int], list[int]]:
         """Runs in the order of their ranks, the first run of each rank in it, and these ranks' columns."""
-        order = np.argsort(self.homes, kind="stable")
-        homes, firsts = np.unique(self.homes[order], return_index=True)
-        return order, firsts, homes
+        columns = self.homes.tolist()
+        order = sorted(range(len(columns)), key=columns.__getitem__)
+        firsts = [i for i, run in enumerate(order) if i == 0 or columns[run] != columns[order[i - 1]]]
+        return order, firsts, [columns[order[i]] for i in firsts]
 
 
 def is_local(query_runs: Iterable[QueryRun], tables: Mapping[int, PageTable], spec: KVSpec) -> bool:

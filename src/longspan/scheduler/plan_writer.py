@@ -8,13 +8,15 @@ Note [Steps that go on]
     A decode step mostly repeats the last one of the same requests, one token further, on the same pages. Then page
     tables, strategies and what moves are equal, and a plan is a copy with new tokens and positions
     (`longspan.plan.advance`), which ranks can make themselves. It holds as long as every token lies in the page of the
-    token before: strategies are chosen anew when a request gets a page, not for every token. Where keys move in a group
-    with a window, they change with every token, and so does the plan.
+    token before: strategies are chosen anew when a request gets a page, not for every token. Where something moves in a
+    group with a window, its rows are counted again: the window's far end may have left keys, or a rank.
 """
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
+
+from msgspec import structs
 
 from longspan.config import EngineConfig
 from longspan.costmodel.choose import plan_group
@@ -22,7 +24,7 @@ from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.plan.advance import advance
 from longspan.plan.build import RequestStep, build_plan, score_runs
-from longspan.plan.types import Literals, PageCopy, Plan, SampledBy, ScoreRun, TableDelta, Tokens
+from longspan.plan.types import GroupStep, Literals, PageCopy, Plan, SampledBy, ScoreRun, TableDelta, Tokens
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.delivery import Step
 from longspan.scheduler.memory import KVMemory
@@ -105,10 +107,27 @@ class PlanWriter:
             if not goes_on or end != position + 1 or not position % size or request.next_row is None:
                 return None
             tokens.append(sampled or Literals((request.token_ids[position],)))
-        for step, group in zip(last.groups, self._model.kv_groups, strict=True):
+        if ranks != set(last.ranks):
+            return None
+        plan = advance(last, plan_id, tokens)
+        groups = zip(last.groups, self._model.kv_groups, strict=True)
+        slides = any(step.nodes and group.spec.reach is not None for step, group in groups)
+        return self._slid(plan, chosen) if slides else plan
+
+    def _slid(self, plan: Plan, chosen: Sequence[tuple[Request, int]]) -> Plan | None:
+        """The plan with what moves in groups with windows or chunks counted again, by the strategies that it has; None
+        if nothing moves any more in one of them."""
+        groups: list[GroupStep] = []
+        for i, (step, group) in enumerate(zip(plan.groups, self._model.kv_groups, strict=True)):
             if step.nodes and group.spec.reach is not None:
-                return None  # what moves changes with every token
-        return advance(last, plan_id, tokens) if ranks == set(last.ranks) else None
+                tables = {r.request_id: r.allocation.tables[i] for r, _ in chosen if r.allocation is not None}
+                step = plan_group(plan.query_runs, tables, group, self.costs, forced=step.strategy)
+                if not step.nodes:
+                    return None
+            groups.append(step)
+        if tuple(groups) == plan.groups:
+            return plan
+        return structs.replace(plan, groups=tuple(groups), follows=None)
 
     def _new(
         self,
