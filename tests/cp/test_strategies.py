@@ -13,18 +13,25 @@ import pytest
 import torch
 from cp_cases import NODE_COUNTS, RANK_COUNTS, Cluster, make_group, random_chunk, random_cluster, spread
 from cp_ranks import Ranks, Step, random_groups
+from msgspec import structs
 
 import longspan.cp.base
 import longspan.cp.eager
 import longspan.cp.wire
 from longspan.attention import latent
 from longspan.attention.partial import PartialAttention
+from longspan.comm.recording import RecordingCommunicator
+from longspan.comm.threads import thread_group
 from longspan.cp.base import KVBlock
+from longspan.cp.eager import EagerStepAttention
 from longspan.kv.layout import KVGroup, KVLayout, KVSpec
 from longspan.plan.exchanges import RingExchange
+from longspan.plan.group_step import make_group_step
 from longspan.plan.query_units import num_rows
+from longspan.plan.step_keys import step_keys
+from longspan.plan.types import Plan
 from longspan.sharding.pages import PageRun, PageTable
-from longspan.types import Strategy
+from longspan.types import Phase, Strategy
 
 LOCAL, GATHER_KV, PASS_KV, PASS_Q, TREE = (
     Strategy.LOCAL,
@@ -289,6 +296,26 @@ def test_layers_of_different_groups_may_use_different_strategies():
         chosen.add(tuple(group.strategy for group in step.plan.groups))
         cluster.slide()
     assert any(a is not b for a, b in chosen)
+
+
+@strategies
+def test_a_plan_that_says_other_numbers_of_rows_is_refused_by_the_ranks_that_move_them(strategy):
+    """Every rank counts what it sends and receives; a count that is too low on one of them is noticed there."""
+    cluster = Cluster(random.Random(0), 3, 4, [None], 1, owner_style="striped")
+    ranks = Ranks(cluster, [make_group([0])])
+    runs = cluster.step({0: 24})
+    keys = step_keys(runs, cluster.tables[0], ranks.groups[0].spec)
+    honest = make_group_step(strategy, keys, 4)
+    for field_name in ("num_sent", "num_received"):
+        counts = list(getattr(honest, field_name))
+        if not counts:
+            continue
+        counts[1] -= 1
+        step = structs.replace(honest, **{field_name: tuple(counts)})
+        plan = Plan(0, Phase.PREFILL, (0, 1, 2), tuple(runs), (), (step,), ())
+        comm = RecordingCommunicator(thread_group(3, timeout_s=1.0)[1])
+        with pytest.raises(AssertionError, match="plan and page tables disagree"):
+            EagerStepAttention(plan, cluster.tables, ranks.pools[1], comm, ranks.backend, ranks.params)
 
 
 # -- the proof can fail ----------------------------------------------------------------------------------------------
