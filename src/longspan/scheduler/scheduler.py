@@ -57,7 +57,7 @@ from longspan.scheduler.load import RankLoad
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.plan_writer import PlanWriter
 from longspan.scheduler.request import Constraint, Request
-from longspan.scheduler.sampling import can_sample_ahead
+from longspan.scheduler.run_ahead import RunAhead
 from longspan.scheduler.turns import Turn, Turns
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
@@ -99,10 +99,7 @@ class Scheduler:
         self._lanes = Lanes(self._turns, config.context_parallel_size)
         self._idle: dict[int, Request] = {}
         """Running requests that are neither in flight nor ready: new ones, and those that lack a page."""
-        self._followable: set[int] = set()
-        """Numbers of plans in flight that a plan may be submitted behind. See Note [Running ahead]."""
-        self._behind: dict[int, int] = {}
-        """Plan in flight to the one that was submitted behind it, by numbers."""
+        self._ahead = RunAhead(config.page_size, self._chunks, self._extend)
         self._load = RankLoad(config.context_parallel_size)
         self._may_suspect = False
         self.waiting: deque[Request] = deque()
@@ -271,8 +268,7 @@ class Scheduler:
         self.in_flight.clear()
         self.busy_ranks.clear()
         self._num_plans = [0] * self.config.context_parallel_size
-        self._followable.clear()
-        self._behind.clear()
+        self._ahead.clear()
         for request in [request for request in self.running if request.request_id in self.cancelled]:
             self.finish(request, FinishReason.ABORT)
         for request in self.running:
@@ -358,38 +354,11 @@ class Scheduler:
         """The plan behind one of decodes that is in flight, unless a request waits for a rank or for a page."""
         if not self.config.async_scheduling or self._idle or len(self._lanes):
             return None
-        for plan_id in sorted(self._followable):
-            plan, requests, _ = self.in_flight[plan_id]
-            is_followed = any(request.delivery.last_plan_id != plan_id for request in requests)
-            if not is_followed and (chosen := self._ahead(plan, requests)):
-                return self._write_plan(set(plan.ranks), chosen, Phase.DECODE, 0.0, behind=plan)
-        return None
-
-    def _ahead(self, plan: Plan, requests: Sequence[Request]) -> list[tuple[Request, int]]:
-        """The requests that a plan behind this one takes a token further; none if that would leave one behind."""
-        chosen: list[tuple[Request, int]] = []
-        needs_all_ranks, of_plan = False, set(plan.ranks)
-        for request in requests:
-            start, end = request.num_planned, request.num_planned + 1
-            if request.finish_reason is not None or request.request_id in self.cancelled:
-                continue
-            if start + 1 - request.prompt_len >= request.params.max_tokens:
-                continue  # ends with the token that is being sampled
-            if start != len(request.token_ids) or not can_sample_ahead(request) or request.crosses(end):
-                return []
-            allocation = request.allocation
-            assert allocation is not None
-            if end > allocation.num_pages * self.config.page_size and not self._extend(request):
-                return []
-            ranks = self._chunks.ranks(request, end)
-            if not ranks <= of_plan:
-                return []
-            # The token is known where it is sampled, and nowhere else before it has come back.
-            if len(allocation.page_ranks) > 1 and allocation.rank_at(start - 1) != allocation.rank_at(start):
-                return []
-            needs_all_ranks |= len(ranks) == len(plan.ranks)
-            chosen.append((request, end))
-        return chosen if needs_all_ranks else []
+        found = self._ahead.find(self.cancelled)
+        if found is None:
+            return None
+        plan, chosen = found
+        return self._write_plan(set(plan.ranks), chosen, Phase.DECODE, 0.0, behind=plan)
 
     def _admit(self) -> None:
         """Let requests in, in order, while they fit."""
@@ -510,12 +479,9 @@ class Scheduler:
         for request, _ in chosen:
             self._lanes.discard(request)
             self._idle.pop(request.request_id, None)
-        if behind is not None:
-            self._followable.discard(behind.plan_id)
-            self._behind[behind.plan_id] = plan.plan_id
-        elif plan.phase is Phase.DECODE:
-            self._followable.add(plan.plan_id)
-        self.in_flight[plan.plan_id] = InFlight(plan, [request for request, _ in chosen], flops)
+        requests = [request for request, _ in chosen]
+        self._ahead.note_plan(plan, requests, behind)
+        self.in_flight[plan.plan_id] = InFlight(plan, requests, flops)
         return plan
 
     # -- results -----------------------------------------------------------------------------------------------------
@@ -532,10 +498,7 @@ class Scheduler:
             self._num_plans[rank] -= 1
             if not self._num_plans[rank]:
                 self.busy_ranks.discard(rank)
-        self._followable.discard(plan.plan_id)
-        behind = self._behind.pop(plan.plan_id, None)
-        if behind in self.in_flight:  # its tokens are known now
-            self._followable.add(behind)
+        self._ahead.note_end(plan.plan_id)
         if plan.phase is Phase.PREFILL and self.config.max_step_ms is not None:
             self.step_time.learn(flops, max(rank_result.step_s for rank_result in result.ranks))
         computed = {run.request_id: run.end for run in plan.query_runs}
