@@ -141,7 +141,7 @@ def predict_step(
     most = max(tokens.values())
     return StepPrediction(
         strategies=tuple(strategies),
-        dense_s=_dense_s(shape, most, len(tokens), costs, num_logit_rows, are_all_read=are_all_read),
+        dense_s=predict_dense(shape, most, len(tokens), costs, num_logit_rows, are_all_read=are_all_read),
         attention_s=attention_s,
         sums_s=_sums_s(shape, most, costs, tensor_parallel_size, are_all_read=are_all_read),
         fixed_s=shape.spec.num_layers * costs.rates.layer_s + options.step_s,
@@ -154,10 +154,19 @@ def _attention(runs: Sequence[QueryRun], table: PageTable, group: KVGroup, costs
     return best.strategy, best.prediction.total_s
 
 
-def _dense_s(
+def predict_dense(
     shape: ModelShape, num_tokens: int, num_busy: int, costs: Costs, num_logit_rows: int, *, are_all_read: bool
 ) -> float:
-    """Seconds of a step outside attention, on the rank with most tokens."""
+    """Seconds of a step outside attention, on the rank with most tokens.
+
+    Args:
+        shape: one device's part of the model.
+        num_tokens: tokens of that rank.
+        num_busy: ranks with tokens.
+        costs: rates and links of one device per rank.
+        num_logit_rows: rows that need logits.
+        are_all_read: whether all tokens go through the whole last layer.
+    """
     rates, spec = costs.rates, shape.spec
     item = shape.itemsize_bytes
     layers_s = _product_s(

@@ -47,7 +47,7 @@ from longspan.cp.local import Local
 from longspan.cp.resolve import resolve
 from longspan.cp.wire import PartialMessage
 from longspan.plan.message_format import PartialFormat
-from longspan.plan.query_units import QueryUnit, num_rows, rank_units
+from longspan.plan.query_units import QueryUnit, moved_rows, num_rows, rank_units
 from longspan.plan.types import Range, Segment
 from longspan.types import AttentionParams
 
@@ -69,8 +69,8 @@ class _Arrival:
 class _Unit:
     """One rank's part of a `QueryUnit`."""
 
-    index: int
-    """Number of the unit."""
+    number: int
+    """Place of the unit in the order."""
     has_relays: bool
     """Whether leaders pass queries on in this unit."""
     sends: dict[int, RowRuns] = field(default_factory=dict)
@@ -84,10 +84,10 @@ class _Unit:
 
     def starts(self, num_ahead: int) -> list[tuple[int, int]]:
         """When its exchanges are started, as (step, place in the step). See Note [Order]."""
-        before = (self.index - num_ahead, 0)
+        before = (self.number - num_ahead, 0)
         if not self.has_relays:
-            return [before, (self.index, 1)]
-        return [before, (self.index, 1), (self.index + num_ahead, 2), (self.index + 2 * num_ahead, 3)]
+            return [before, (self.number, 1)]
+        return [before, (self.number, 1), (self.number + num_ahead, 2), (self.number + 2 * num_ahead, 3)]
 
 
 class PassQ:
@@ -102,21 +102,7 @@ class PassQ:
                 seen.setdefault((s.request_id, s.query_start, s.query_end), []).append(s)
         units = rank_units(step.rank, step.query_runs, step.tables, step.group.spec, step.step)
         self._units = [self._own_part(unit, own_rows, seen) for unit in units]
-        sent = [
-            num_rows(runs)
-            for u in units
-            for m in (u.queries, u.relayed)
-            for (a, _), runs in m.items()
-            if a == step.rank
-        ]
-        got = [
-            num_rows(runs)
-            for u in units
-            for m in (u.queries, u.relayed)
-            for (_, b), runs in m.items()
-            if b == step.rank
-        ]
-        check_rows(step, sum(sent), sum(got))
+        check_rows(step, *moved_rows(units, step.rank))
         self._num_ahead = step.step.num_ahead
         self._starts = sorted(
             (start, i) for i, unit in enumerate(self._units) for start in unit.starts(self._num_ahead)

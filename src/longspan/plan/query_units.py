@@ -192,3 +192,14 @@ def cut_blocks(runs: Iterable[Range], block_len: int) -> list[list[Range]]:
 def num_rows(runs: Iterable[Range]) -> int:
     """Rows of a message of whole runs."""
     return sum(end - start for _, start, end in runs)
+
+
+def moved_rows(units: Iterable[QueryUnit], rank: int) -> tuple[int, int]:
+    """Rows of queries that a rank sends, those of others that it passes on included, and that it receives."""
+    sent = received = 0
+    for unit in units:
+        for messages in (unit.queries, unit.relayed):
+            for (source, target), runs in messages.items():
+                sent += num_rows(runs) if source == rank else 0
+                received += num_rows(runs) if target == rank else 0
+    return sent, received
