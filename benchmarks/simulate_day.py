@@ -289,10 +289,10 @@ def lone_prompt(num_ranks: int, length: int = 2**20) -> dict[str, float]:
     shape, costs = shape_8b(), costs_of(num_ranks)
     gaps = [b - a for a, b in zip(timing.tokens_s, timing.tokens_s[1:], strict=False)]
     return {
-        "1M_alone_ttft_s": timing.tokens_s[0],
-        "1M_alone_ttft_planned_s": predict_prefill(shape, length, costs, options).total_s,
-        "1M_alone_itl_ms": statistics.median(gaps) * 1e3,
-        "1M_alone_itl_planned_ms": predict_decode(shape, length, costs, options).total_s * 1e3,
+        "alone_ttft_s": timing.tokens_s[0],
+        "alone_ttft_planned_s": predict_prefill(shape, length, costs, options).total_s,
+        "alone_itl_ms": statistics.median(gaps) * 1e3,
+        "alone_itl_planned_ms": predict_decode(shape, length, costs, options).total_s * 1e3,
     }
 
 
