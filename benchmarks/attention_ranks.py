@@ -21,6 +21,7 @@ from longspan.costmodel.choose import plan_group, predict_candidates
 from longspan.costmodel.measured import combine
 from longspan.costmodel.parameters import Costs
 from longspan.kv.layout import KVGroup, KVSpec
+from longspan.plan.build import count_tokens
 from longspan.plan.group_step import make_group_step
 from longspan.plan.step_keys import step_keys
 from longspan.plan.types import GroupStep, Literals, Plan, QueryRun
@@ -120,7 +121,8 @@ class AttentionRanks:
         started = time.perf_counter()
         for repeat in range(repeats + 1):
             for step, found in random.Random(repeat).sample(list(zip(steps, times, strict=True)), len(steps)):
-                plan = Plan(0, Phase.PREFILL, tuple(range(self.num_ranks)), tuple(runs), (), (step,), ())
+                ranks = tuple(range(self.num_ranks))
+                plan = Plan(0, Phase.PREFILL, ranks, count_tokens(ranks, runs), tuple(runs), (), (step,), ())
                 seconds = max(self._ask(("run", plan, table.runs)))
                 if repeat:  # the first one is for caches
                     found.append(seconds)

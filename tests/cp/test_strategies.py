@@ -25,6 +25,7 @@ from longspan.comm.threads import thread_group
 from longspan.cp.base import KVBlock
 from longspan.cp.eager import EagerStepAttention
 from longspan.kv.layout import KVGroup, KVLayout, KVSpec
+from longspan.plan.build import count_tokens
 from longspan.plan.exchanges import RingExchange
 from longspan.plan.group_step import make_group_step
 from longspan.plan.query_units import num_rows
@@ -312,7 +313,7 @@ def test_a_plan_that_says_other_numbers_of_rows_is_refused_by_the_ranks_that_mov
             continue
         counts[1] -= 1
         step = structs.replace(honest, **{field_name: tuple(counts)})
-        plan = Plan(0, Phase.PREFILL, (0, 1, 2), tuple(runs), (), (step,), ())
+        plan = Plan(0, Phase.PREFILL, (0, 1, 2), count_tokens(range(3), runs), tuple(runs), (), (step,), ())
         comm = RecordingCommunicator(thread_group(3, timeout_s=1.0)[1])
         with pytest.raises(AssertionError, match="plan and page tables disagree"):
             EagerStepAttention(plan, cluster.tables, ranks.pools[1], comm, ranks.backend, ranks.params)

@@ -17,6 +17,7 @@ from longspan.group.plans import PlanReceiver
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.group.versions import own_versions
 from longspan.group.worker_link import WorkerLink
+from longspan.plan.build import count_tokens
 from longspan.plan.types import GroupStep, Plan, QueryRun, RankResult, SampledBy
 from longspan.types import ModelSpec, Phase, Strategy
 
@@ -97,7 +98,8 @@ def group(launcher):
 
 def a_plan(plan_id, *ranks):
     groups = (GroupStep(Strategy.LOCAL),)
-    return Plan(plan_id, Phase.DECODE, ranks, (QueryRun(0, 5, 1, ranks[0], SampledBy(3)),), (), groups, ())
+    runs = (QueryRun(0, 5, 1, ranks[0], SampledBy(3)),)
+    return Plan(plan_id, Phase.DECODE, ranks, count_tokens(ranks, runs), runs, (), groups, ())
 
 
 def an_answer(plan_id, rank):

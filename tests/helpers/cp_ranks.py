@@ -23,6 +23,7 @@ from longspan.costmodel.choose import plan_group
 from longspan.cp.eager import EagerStepAttention
 from longspan.kv.layout import KVGroup
 from longspan.kv.pool import PagePool
+from longspan.plan.build import count_tokens
 from longspan.plan.exchanges import Exchange, count_exchanges
 from longspan.plan.query_units import QueryUnit, find_meetings, query_units
 from longspan.plan.step_keys import step_keys
@@ -188,7 +189,9 @@ class Ranks:
             moves = step.strategy in (Strategy.PASS_Q, Strategy.TREE)
             units.append(query_units(meets, step.nodes, step.block_len, step.num_blocks) if moves else [])
         ranks = tuple(everyone)
-        plan = Plan(plan_id, Phase.PREFILL, ranks, tuple(query_runs), (), group_steps, ())
+        plan = Plan(
+            plan_id, Phase.PREFILL, ranks, count_tokens(ranks, query_runs), tuple(query_runs), (), group_steps, ()
+        )
         comms = thread_group(cluster.num_ranks, timeout_s=TIMEOUT_S)
         futures = [_THREADS.submit(self._run_rank, plan, comm) for comm in comms]
         errors = [error for future in futures if (error := future.exception()) is not None]

@@ -15,6 +15,7 @@ from longspan.group.messages import decode_to_worker
 from longspan.group.plans import PlanReceiver, PlanSender
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.prefix import extend_hashes
+from longspan.plan.fixed_shape import fixed_shape
 from longspan.plan.segments import make_segments
 from longspan.plan.types import (
     GroupStep,
@@ -161,7 +162,17 @@ class FakeRanks:
         assert received.samples == tuple(row for row in plan.samples if (row.request_id, row.position) in here)
         assert received.scores == tuple(run for run in plan.scores if (run.request_id, run.position) in here)
         assert set(received.table_deltas) == {delta for delta in plan.table_deltas if delta.request_id in kept}
-        for field_name in ("plan_id", "phase", "ranks", "groups", "page_copies", "released", "last_layer"):
+        assert fixed_shape(received) == fixed_shape(plan), "all ranks make one shape"
+        for field_name in (
+            "plan_id",
+            "phase",
+            "ranks",
+            "num_tokens",
+            "groups",
+            "page_copies",
+            "released",
+            "last_layer",
+        ):
             assert getattr(received, field_name) == getattr(plan, field_name)
 
     def _copy(self, plan: Plan, copy: PageCopy) -> None:

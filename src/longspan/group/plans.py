@@ -7,7 +7,7 @@ Read next: `longspan.plan.parts`, what a rank gets; `longspan.plan.advance`; `lo
 
 import msgspec
 
-from longspan.group.messages import RunNext, RunPlan, encode
+from longspan.group.messages import RunNext, RunPlan, decode_to_worker, encode
 from longspan.plan.advance import advance
 from longspan.plan.parts import SharedPart, join, split
 from longspan.plan.types import Literals, Plan, SampledBy, Tokens
@@ -50,8 +50,12 @@ class PlanReceiver:
         self._rank = rank
         self._last: Plan | None = None
 
-    def take(self, message: RunPlan | RunNext) -> Plan:
-        """Put together the plan that a message tells, as this rank knows it."""
+    def take(self, message: RunPlan | RunNext | bytes) -> Plan:
+        """Put together the plan that a message tells, decoded or not, as this rank knows it."""
+        if isinstance(message, bytes):
+            found = decode_to_worker(message)
+            assert isinstance(found, RunPlan | RunNext), found
+            message = found
         if isinstance(message, RunPlan):
             plan = join(_decode_shared(message.shared), message.own, self._rank)
         else:

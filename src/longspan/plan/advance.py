@@ -28,6 +28,7 @@ def advance(plan: Plan, plan_id: int, tokens: Sequence[Tokens | None]) -> Plan:
         plan_id=plan_id,
         phase=plan.phase,
         ranks=plan.ranks,
+        num_tokens=plan.num_tokens,
         query_runs=tuple(runs),
         table_deltas=(),
         groups=plan.groups,

@@ -93,6 +93,7 @@ def build_plan(
         if request.scores:
             scores += request.scores
     steps = [choose(query_runs, tables[i], group) for i, group in enumerate(groups)]
+    ascending = tuple(sorted(ranks))
     last_layer: GroupStep | None = None
     read: list[QueryRun] = []
     if is_prefill:  # all rows of a decode are read
@@ -103,7 +104,8 @@ def build_plan(
     return Plan(
         plan_id=plan_id,
         phase=Phase.PREFILL if is_prefill else Phase.DECODE,
-        ranks=tuple(sorted(ranks)),
+        ranks=ascending,
+        num_tokens=count_tokens(ascending, query_runs),
         query_runs=tuple(query_runs),
         table_deltas=tuple(table_deltas),
         groups=tuple(steps),
@@ -115,6 +117,14 @@ def build_plan(
         last_layer=last_layer,
         read_runs=() if last_layer is None else tuple(read),
     )
+
+
+def count_tokens(ranks: Iterable[int], query_runs: Iterable[QueryRun]) -> tuple[int, ...]:
+    """Tokens that each of some ranks computes."""
+    found = dict.fromkeys(ranks, 0)
+    for run in query_runs:
+        found[run.compute_rank] += run.num_tokens
+    return tuple(found.values())
 
 
 def score_runs(

@@ -54,6 +54,7 @@ class SharedPart(msgspec.Struct, frozen=True, gc=False, array_like=True):
     plan_id: int
     phase: Phase
     ranks: tuple[int, ...]
+    num_tokens: tuple[int, ...]
     runs: tuple[RequestRuns, ...]
     """Of requests on several ranks."""
     table_deltas: tuple[TableDelta, ...]
@@ -93,6 +94,8 @@ def split(plan: Plan) -> tuple[SharedPart, dict[int, OwnPart]]:
         runs_of.setdefault(run.request_id, []).append(run)
         if run.request_id in packed:
             rank_of[run.request_id] = run.compute_rank
+        else:
+            assert not rank_of, "runs of packed requests come last"
     shared_runs, own_runs = _by_rank(_gathered(plan.query_runs), rank_of)
     shared_reads, own_reads = _by_rank(_gathered(plan.read_runs), rank_of)
     shared_deltas, own_deltas = _by_rank(plan.table_deltas, rank_of)
@@ -106,6 +109,7 @@ def split(plan: Plan) -> tuple[SharedPart, dict[int, OwnPart]]:
         plan.plan_id,
         plan.phase,
         plan.ranks,
+        plan.num_tokens,
         tuple(shared_runs),
         tuple(shared_deltas),
         plan.groups,
@@ -139,6 +143,7 @@ def join(shared: SharedPart, own: OwnPart, rank: int) -> Plan:
         plan_id=shared.plan_id,
         phase=shared.phase,
         ranks=shared.ranks,
+        num_tokens=shared.num_tokens,
         query_runs=tuple(runs),
         table_deltas=(*shared.table_deltas, *own.table_deltas),
         groups=shared.groups,

@@ -184,6 +184,8 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     phase: Phase
     ranks: tuple[int, ...]
     """Participants, ascending. Those without tokens run the plan too: otherwise the others would wait for ever."""
+    num_tokens: tuple[int, ...]
+    """Tokens that each of `ranks` computes: all of them know it, also of requests that they are told nothing of."""
     query_runs: tuple[QueryRun, ...]
     table_deltas: tuple[TableDelta, ...]
     groups: tuple[GroupStep, ...]
@@ -199,7 +201,8 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     read_runs: tuple[QueryRun, ...] = ()
     """Parts of query runs that need logits, if `last_layer` is given (`longspan.plan.read_runs`)."""
     packed: tuple[int, ...] = ()
-    """Requests whose pages all lie on the rank that computes them: other ranks are told nothing of them."""
+    """Requests whose pages all lie on the rank that computes them: other ranks are told nothing of them. Their query
+    runs come last, so that other ranks know the packed rows of all other runs."""
     follows: int | None = None
     """Number of the plan that this one takes one token further, all else being equal (`longspan.plan.advance`)."""
 

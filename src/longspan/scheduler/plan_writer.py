@@ -76,6 +76,8 @@ class PlanWriter:
             behind: the plan that samples the tokens; None if they are known.
         """
         sampled = None if behind is None else SampledBy(behind.plan_id)
+        if len(ranks) > 1:
+            chosen = sorted(chosen, key=lambda entry: _is_packed(entry[0]))  # see `Plan.packed`
         plan = None if released else self._next(plan_id, ranks, chosen, sampled)
         if plan is None:
             plan = self._new(plan_id, ranks, chosen, movers, released, sampled)
@@ -148,7 +150,7 @@ class PlanWriter:
             allocation = request.allocation
             assert allocation is not None, "a request without pages is computed"
             copies += allocation.copies
-            is_packed = len(allocation.ranks) == 1 and not allocation.copies
+            is_packed = _is_packed(request)
             deltas += self._deltas(request, allocation, end, allocation.ranks if is_packed else ranks)
             steps.append(_request_step(request, allocation, end, sampled, is_packed=is_packed))
             for of_group, table in zip(tables, allocation.tables, strict=True):
@@ -183,6 +185,12 @@ class PlanWriter:
         added = self._memory.grow(request, end)
         assert all(table.num_pages * size >= end for table in allocation.tables)
         return request.delivery.tell(request.request_id, allocation.tables, added, ranks)
+
+
+def _is_packed(request: Request) -> bool:
+    """Whether a request concerns one rank alone."""
+    allocation = request.allocation
+    return allocation is not None and len(allocation.ranks) == 1 and not allocation.copies
 
 
 def _request_step(

@@ -406,10 +406,11 @@ class Scheduler:
         """
         ranks = lead.ranks
         step = lead.request.delivery.last_step
-        if step is not None and [turn.request for turn in ready] == step.requests:  # decodes that fitted before
-            again = [(turn.request, turn.request.num_computed + 1) for turn in ready]
-            if all(request.delivery.last_step is step for request, _ in again):
-                return self._write_plan(ranks, again, Phase.DECODE if len(ranks) > 1 else None, 0.0)
+        if step is not None and len(step.requests) == len(ready):
+            again = [turn.request for turn in ready]
+            if all(request.delivery.last_step is step for request in again):  # decodes that fitted together before
+                ends = [(request, request.num_computed + 1) for request in again]
+                return self._write_plan(ranks, ends, Phase.DECODE if len(ranks) > 1 else None, 0.0)
         size = self.config.context_parallel_size
         most = self.config.max_num_batched_tokens
         # However many decode, a lead that prefills gets on by a page, or by half of a smaller budget.
