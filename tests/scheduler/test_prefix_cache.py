@@ -500,7 +500,7 @@ def cache_on(ranks: FakeRanks, rank: int, tokens=SYSTEM) -> None:
     scheduler.waiting.remove(request)
     busy = 1e6
     assert scheduler.memory.admit(request, [busy * (i != rank) for i in range(len(scheduler.memory.allocators))])
-    scheduler.running.append(request)
+    scheduler._begin(request)
     ranks.run_to_the_end()
     assert homes(request) == {rank}
     assert cached_pages(ranks, tokens, rank) == list(range(len(tokens) // 4))

@@ -95,7 +95,7 @@ def split(plan: Plan) -> tuple[SharedPart, dict[int, OwnPart]]:
         if run.request_id in packed:
             rank_of[run.request_id] = run.compute_rank
         else:
-            assert not rank_of, "runs of packed requests come last"
+            assert not rank_of or len(plan.ranks) == 1, "runs of packed requests come last"
     shared_runs, own_runs = _by_rank(_gathered(plan.query_runs), rank_of)
     shared_reads, own_reads = _by_rank(_gathered(plan.read_runs), rank_of)
     shared_deltas, own_deltas = _by_rank(plan.table_deltas, rank_of)

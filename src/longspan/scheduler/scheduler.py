@@ -369,11 +369,14 @@ class Scheduler:
         while self.waiting and len(self.running) < self.config.max_num_seqs:
             if not self.memory.admit(self.waiting[0], self._load.per_rank()):
                 return
-            request = self.waiting.popleft()
-            request.delivery.wait_from(self.next_plan_id - 1)  # -1 would overtake all others
-            insort(self.running, request, key=lambda r: r.request_id)
-            self._load.note(request)
-            self._idle[request.request_id] = request
+            self._begin(self.waiting.popleft())
+
+    def _begin(self, request: Request) -> None:
+        """Let a request run that has got its pages."""
+        request.delivery.wait_from(self.next_plan_id - 1)  # -1 would overtake all others
+        insort(self.running, request, key=lambda r: r.request_id)
+        self._load.note(request)
+        self._idle[request.request_id] = request
 
     def _extend(self, request: Request) -> bool:
         """Place one more page of a request; False when no rank has room."""
@@ -407,8 +410,10 @@ class Scheduler:
         ranks = lead.ranks
         step = lead.request.delivery.last_step
         if step is not None and len(step.requests) == len(ready):
-            again = [turn.request for turn in ready]
-            if all(request.delivery.last_step is step for request in again):  # decodes that fitted together before
+            again, size = [turn.request for turn in ready], self.config.page_size
+            # Decodes that fitted together before, and whose tokens go where those before them went.
+            stay = len(ranks) == 1 or all(request.num_computed % size for request in again)
+            if stay and all(request.delivery.last_step is step for request in again):
                 ends = [(request, request.num_computed + 1) for request in again]
                 return self._write_plan(ranks, ends, Phase.DECODE if len(ranks) > 1 else None, 0.0)
         size = self.config.context_parallel_size
