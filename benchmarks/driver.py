@@ -3,7 +3,8 @@
     python benchmarks/driver.py [--ranks 2,8,32,64,128] [--context 1M] [--json]
 
 The scheduler is the real one, with the shape of an 8 B Llama; answers of the ranks are simulated, and no model runs.
-One process, one thread. Prints one JSON object with a list `ranks`, or with `--json` nothing else:
+One process, one thread, of which the time on a core is counted: other programs cost nothing. Prints one JSON object
+with a list `ranks`, or with `--json` nothing else:
 
     prefill_plan_ms        median, of a striped prompt: making a plan, and the messages that tell the ranks
     decode_plan_ms         median, the same of one striped request at the context's end
@@ -100,11 +101,11 @@ def timed_plans(scheduler: Scheduler) -> Iterator[Timed]:
     """Yield the plans of a lone request, each before it is answered."""
     sender = PlanSender()
     while scheduler.has_requests:
-        started = time.perf_counter()
+        started = time.thread_time()
         plan = scheduler.schedule()
         assert plan is not None
         messages = sender.messages(plan)
-        yield Timed(plan, time.perf_counter() - started, messages)
+        yield Timed(plan, time.thread_time() - started, messages)
         scheduler.update(answer(plan))
 
 
@@ -124,14 +125,14 @@ class PreparedRank:
     def prepare(self, message: bytes, *, is_timed: bool) -> None:
         """Prepare a step, and note the time if asked to."""
         tables = [{r.request_id: r.allocation.tables[0] for r in self._scheduler.running if r.allocation}]
-        started = time.perf_counter()
+        started = time.thread_time()
         received = decode_to_worker(message)
         assert isinstance(received, RunPlan | RunNext)
         plan = self._receiver.take(received)
         if is_timed:
             params = self._scheduler.model.layer_params
             EagerStepAttention(plan, tables, self._pools, self._comm, self._backend, params)
-            self.seconds.append(time.perf_counter() - started)
+            self.seconds.append(time.thread_time() - started)
 
 
 def long_request(num_ranks: int, context: int) -> dict[str, float]:
@@ -168,10 +169,10 @@ def short_requests(num_ranks: int) -> float:
     seconds, num_tokens = 0.0, 0
     while scheduler.has_requests:
         plans: list[Plan] = []
-        started = time.perf_counter()
+        started = time.thread_time()
         while (plan := scheduler.schedule()) is not None:
             plans.append(plan)
-        seconds += time.perf_counter() - started
+        seconds += time.thread_time() - started
         for plan in plans:
             scheduler.update(answer(plan))
             num_tokens += len(plan.samples)

@@ -110,7 +110,9 @@ def test_a_rank_derives_its_part_of_the_units_of_all_ranks(num_ranks):
                 for unit in units:
                     mine = [{p: r for p, r in m.items() if rank in p} for m in (unit.queries, unit.relayed)]
                     expected += [(unit.number, unit.has_relays, *mine)] if any(mine) else []
-                assert [tuple(u) for u in rank_units(rank, query_runs, tables, spec_of(window), step)] == expected
+                own = make_segments(query_runs, tables, window, rank=rank)
+                found = rank_units(rank, own, query_runs, tables, spec_of(window), step)
+                assert [tuple(unit) for unit in found] == expected
 
 
 @pytest.mark.parametrize("num_ranks", RANK_COUNTS)

@@ -49,13 +49,17 @@ def _gathered_rows(gather: Exchange) -> int:
     return int(gather.num_rows.sum(axis=0).max())
 
 
-def _least_keys_s(work: StepWork, group: KVGroup, costs: Costs) -> float:
-    """Lower bound of the seconds for moving keys: what the rank that needs most receives, over the best link."""
+def _least_rows(work: StepWork) -> int:
+    """Lower bound of the keys that some rank receives, if keys move: of every pair the longest piece."""
     most = work.most_keys
-    wanted = most.sum(axis=1) - most.diagonal()
+    return int((most.sum(axis=1) - most.diagonal()).max(initial=0))
+
+
+def _least_keys_s(work: StepWork, group: KVGroup, costs: Costs) -> float:
+    """Lower bound of the seconds for moving keys: the rows above, over the best link."""
     topology = costs.topology
     best = max(topology.inside.bytes_per_s, topology.between.bytes_per_s * topology.ranks_per_link)
-    return int(wanted.max(initial=0)) * group.spec.layout.token_bytes / best
+    return _least_rows(work) * group.spec.layout.token_bytes / best
 
 
 def _has_levels(nodes: Sequence[int]) -> bool:
@@ -111,6 +115,8 @@ def predict_candidates(
             continue
         exchanges: tuple[Exchange, ...] | None = None
         if strategy is Strategy.GATHER_KV:
+            if _least_rows(work) > 2 * block_len:
+                continue
             exchanges = count_exchanges(strategy, keys, block_len, ())
             if _gathered_rows(exchanges[0]) > 2 * block_len:
                 continue

@@ -100,7 +100,7 @@ class PassQ:
         for s in step.segments:
             if s.query_rank != step.rank:
                 seen.setdefault((s.request_id, s.query_start, s.query_end), []).append(s)
-        units = rank_units(step.rank, step.query_runs, step.tables, step.group.spec, step.step)
+        units = rank_units(step.rank, step.segments, step.query_runs, step.tables, step.group.spec, step.step)
         self._units = [self._own_part(unit, own_rows, seen) for unit in units]
         check_rows(step, *moved_rows(units, step.rank))
         self._num_ahead = step.step.num_ahead

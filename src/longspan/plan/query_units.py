@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from longspan.kv.layout import KVSpec
 from longspan.plan.segments import cut_runs
-from longspan.plan.types import GroupStep, QueryRun, Range
+from longspan.plan.types import GroupStep, QueryRun, Range, Segment
 from longspan.sharding.pages import PageTable
 
 Pair = tuple[int, int]
@@ -82,19 +82,32 @@ def find_meetings(
 
 
 def rank_units(
-    rank: int, query_runs: Sequence[QueryRun], tables: Mapping[int, PageTable], spec: KVSpec, step: GroupStep
+    rank: int,
+    segments: Iterable[Segment],
+    query_runs: Sequence[QueryRun],
+    tables: Mapping[int, PageTable],
+    spec: KVSpec,
+    step: GroupStep,
 ) -> list[QueryUnit]:
     """One rank's part of the units of a step, in order; units in which it has no part are left out.
 
     Args:
         rank: the rank; it need not take part at all.
+        segments: the rank's own segments.
         query_runs: the step's query runs.
         tables: page table per request of one KV group.
         spec: the group's window or chunks.
         step: the group's step.
     """
     own_node = next((node for node in step.nodes if rank in node), ())
-    meets = find_meetings(query_runs, tables, spec, (rank,), own_node)
+    if any(len(node) > 1 for node in step.nodes):  # what leaders pass on is seen by their mates' keys
+        meets = find_meetings(query_runs, tables, spec, (rank,), own_node)
+    else:
+        meets = {}
+        for place, s in enumerate(segments):
+            if s.query_rank != s.key_rank:
+                runs = meets.setdefault((s.query_rank, s.key_rank), {})
+                runs.setdefault((s.request_id, s.query_start, s.query_end), place)
     return query_units(meets, step.nodes, step.block_len, step.num_blocks, rank)
 
 
