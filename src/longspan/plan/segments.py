@@ -80,6 +80,12 @@ def keys_of_others(
         spec: the group's window or chunks.
         key_rank: the rank that stores the keys.
     """
+    if spec.reach is None:  # whoever is furthest sees all that others see
+        ends: dict[int, int] = {}
+        for run in query_runs:
+            if run.compute_rank != key_rank and run.position > ends.get(run.request_id, 0):
+                ends[run.request_id] = run.position
+        return [(number, 0, end) for number, end in ends.items() if tables[number].count_on(key_rank, 0, end)]
     wanted: dict[int, list[tuple[int, int]]] = {}
     for run in cut_runs(query_runs, spec.chunk):
         start, end = spec.first_key(run.position), run.position

@@ -82,6 +82,18 @@ class _RankRows:
         """Tokens at positions `[start, end)`."""
         return max(0, self._tokens_before(end) - self._tokens_before(start))
 
+    def key_runs(self, start: int, end: int) -> list[KeyRun]:
+        """Runs of positions `[start, end)`, in sequence order."""
+        found: list[KeyRun] = []
+        index = max(0, bisect_right(self.positions, start) - 1)
+        while index < len(self.positions) and self.positions[index] < end:
+            position = self.positions[index]
+            first, last = max(start, position), min(end, self._end(index))
+            if first < last:
+                found.append(KeyRun(first, self.rows[index] + first - position, last - first))
+            index += 1
+        return found
+
     def row_runs(self, start: int, end: int) -> list[tuple[int, int]]:
         """Runs `(row, tokens)` of positions `[start, end)`, as few as consecutive rows admit."""
         first, last = self._tokens_before(start), self._tokens_before(end)
@@ -222,12 +234,8 @@ class PageTable:
         Returns:
             Runs in sequence order; tokens on other ranks and in holes are left out.
         """
-        size = self.page_size
-        return [
-            KeyRun(first, run.slot * size + first - run.page_idx * size, last - first)
-            for run, first, last in self._overlapping(start, end)
-            if run.rank == rank
-        ]
+        rows = self._by_rank.get(rank)
+        return [] if rows is None else rows.key_runs(start, end)
 
     @property
     def ranks(self) -> list[int]:
