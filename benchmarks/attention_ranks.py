@@ -21,6 +21,9 @@ from longspan.costmodel.choose import plan_group, predict_candidates
 from longspan.costmodel.measured import combine
 from longspan.costmodel.parameters import Costs
 from longspan.kv.layout import KVGroup, KVSpec
+from longspan.plan.build import count_tokens
+from longspan.plan.group_step import make_group_step
+from longspan.plan.step_keys import step_keys
 from longspan.plan.types import GroupStep, Literals, Plan, QueryRun
 from longspan.sharding.pages import PageTable
 from longspan.sharding.placement import chunk_len, place, stripe_lengths
@@ -96,9 +99,14 @@ class AttentionRanks:
     def candidates(self, shape: Shape, costs: Costs) -> dict[Strategy, tuple[GroupStep, float]]:
         """Every strategy of a step, and its predicted seconds per layer."""
         runs, table = striped(shape, self.num_ranks)
-        step = plan_group(runs, {0: table}, self.group, costs)
-        found = predict_candidates(step.segments, {0: table}, self.group, costs)
-        return {candidate.strategy: (candidate, prediction.total_s) for candidate, prediction in found}
+        keys = step_keys(runs, {0: table}, self.group.spec)
+        return {
+            found.strategy: (
+                make_group_step(found.strategy, keys, node_of_rank=costs.topology.nodes, exchanges=found.exchanges),
+                found.prediction.total_s,
+            )
+            for found in predict_candidates(keys, self.group, costs)
+        }
 
     def choice(self, shape: Shape, costs: Costs) -> Strategy:
         """What the policy takes."""
@@ -113,7 +121,8 @@ class AttentionRanks:
         started = time.perf_counter()
         for repeat in range(repeats + 1):
             for step, found in random.Random(repeat).sample(list(zip(steps, times, strict=True)), len(steps)):
-                plan = Plan(0, Phase.PREFILL, tuple(range(self.num_ranks)), tuple(runs), (), (step,), ())
+                ranks = tuple(range(self.num_ranks))
+                plan = Plan(0, Phase.PREFILL, ranks, count_tokens(ranks, runs), tuple(runs), (), (step,), ())
                 seconds = max(self._ask(("run", plan, table.runs)))
                 if repeat:  # the first one is for caches
                     found.append(seconds)

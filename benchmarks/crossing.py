@@ -17,7 +17,7 @@ from typing import Any
 from attention_ranks import AttentionRanks, Shape, striped
 from common import RESULTS, hardware
 from longspan.plan.group_step import make_group_step
-from longspan.plan.segments import make_segments
+from longspan.plan.step_keys import step_keys
 from longspan.types import Strategy
 
 LATENCIES_US = (50, 200, 1000, 5000)
@@ -39,8 +39,8 @@ def measure(num_ranks: int, latency_us: int, repeats: int) -> list[dict[str, Any
     rows = []
     for name, shape in SHAPES.items():
         runs, table = striped(shape, num_ranks)
-        segments = make_segments(runs, {0: table}, None)
-        steps = [make_group_step(strategy, segments, {0: table}, 2048, nodes) for strategy in STRATEGIES]
+        keys = step_keys(runs, {0: table}, ranks.group.spec)
+        steps = [make_group_step(strategy, keys, node_of_rank=nodes) for strategy in STRATEGIES]
         times = ranks.time(shape, steps, repeats)
         row: dict[str, Any] = {"step": name, "ranks": num_ranks, "nodes": max(nodes) + 1, "latency_us": latency_us}
         row |= {f"{strategy.value}_ms": seconds * 1e3 for strategy, seconds in zip(STRATEGIES, times, strict=True)}

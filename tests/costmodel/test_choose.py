@@ -5,15 +5,18 @@ Choices are pure functions of numbers; the last tests run the chosen exchanges o
 
 import random
 
+import numpy as np
 import pytest
-from cp_cases import Cluster, attention_time, make_group, random_chunk, random_cluster
+from cp_cases import Cluster, StepCase, attention_time, make_group, random_chunk, random_cluster
 from cp_ranks import Ranks, random_groups
 
 from longspan.costmodel.choose import exchange_bytes, plan_group
 from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology
 from longspan.kv.layout import KVGroup
+from longspan.plan.exchanges import DirectExchange, RingExchange
 from longspan.plan.group_step import BLOCK_LEN
-from longspan.plan.types import DirectExchange, GroupStep, RingExchange
+from longspan.plan.step_keys import step_keys
+from longspan.plan.types import GroupStep
 from longspan.types import Strategy
 
 LOCAL, GATHER_KV, PASS_KV, PASS_Q = Strategy.LOCAL, Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q
@@ -67,7 +70,7 @@ def planned(group: KVGroup, num_ranks: int, context: int, chunk: int, **options)
 def test_the_policy_chooses(heads, num_ranks, context, chunk, window, expected):
     step = planned(group_of(*heads, window=window), num_ranks, context, chunk)
     assert step.strategy is expected
-    assert bool(step.exchanges) == (expected is not LOCAL)
+    assert bool(step.participants) == (expected is not LOCAL)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -94,10 +97,7 @@ def test_a_gather_is_chosen_only_while_a_rank_gathers_no_more_than_two_blocks():
             if step.strategy is LOCAL:
                 continue
             gathered = planned(group, 2, 0, num_blocks * block_len, block_len=block_len, forced=GATHER_KV)
-            (exchange,) = gathered.exchanges
-            assert isinstance(exchange, DirectExchange)
-            rows = max(map(sum, zip(*exchange.num_rows, strict=True)))
-            assert (step.strategy is GATHER_KV) == (rows <= 2 * block_len)
+            assert (step.strategy is GATHER_KV) == (max(gathered.num_received) <= 2 * block_len)
     assert BLOCK_LEN == 2048
 
 
@@ -120,11 +120,12 @@ def test_the_choice_is_predicted_to_take_the_least_time_of_the_forced_ones():
         costs = Costs(Topology((0,) * cluster.num_ranks, link, link), rates)
         for tables, group in zip(cluster.tables, groups, strict=True):
             chosen = plan_group(runs, tables, group, costs=costs)
-            forced = [plan_group(runs, tables, group, forced=s) for s in (GATHER_KV, PASS_KV, PASS_Q)]
-            times = [attention_time(step, tables, group, costs) for step in forced]
-            assert attention_time(chosen, tables, group, costs) == min(times)
-            assert chosen.strategy is forced[times.index(min(times))].strategy, "of equals, the first"
-            assert all(step.segments == chosen.segments for step in forced)
+            keys = step_keys(runs, tables, group.spec)
+            forced = [StepCase(s, keys, BLOCK_LEN) for s in (GATHER_KV, PASS_KV, PASS_Q)]
+            times = [attention_time(step, group, costs) for step in forced]
+            if chosen.strategy is not LOCAL:
+                assert chosen.strategy is forced[times.index(min(times))].strategy, "of equals, the first"
+            assert (chosen.strategy is LOCAL) == (not keys.participants)
 
 
 def test_the_same_numbers_give_the_same_choice():
@@ -144,11 +145,11 @@ def test_the_reckoned_bytes_are_those_that_the_ranks_send(strategy, dtype):
         ranks = Ranks(cluster, groups)
         for _ in range(2):
             step = ranks.run(cluster.step(random_chunk(rng, cluster)), strategy, block_len=rng.choice([2, 7]))
-            for layer, (group, done) in enumerate(zip(groups, step.plan.groups, strict=True)):
+            for layer, (group, done, moved) in enumerate(zip(groups, step.plan.groups, step.exchanges, strict=True)):
                 traffic = [t for t in step.traffic if t.layer == layer]
                 partials = max(t.partial_bytes for t in traffic)
                 others = max(t.bytes_sent - t.partial_bytes for t in traffic)
-                assert [exchange_bytes(exchange, group) for exchange in done.exchanges] == {
+                assert [exchange_bytes(exchange, group) for exchange in moved] == {
                     LOCAL: [],
                     GATHER_KV: [others],
                     PASS_KV: [others],
@@ -160,9 +161,10 @@ def test_the_reckoned_bytes_are_those_that_the_ranks_send(strategy, dtype):
 def test_bytes_of_known_exchanges():
     group = make_group([0], query_heads=3, kv_heads=2, k_width=5, v_width=7, dtype="bfloat16")
     row = 2 * (5 + 7) * 2
-    assert exchange_bytes(DirectExchange("kv", (0, 1, 2), ((0, 4, 1), (2, 0, 0), (0, 0, 0))), group) == 5 * row
-    assert exchange_bytes(DirectExchange("query", (0, 1), ((0, 4), (2, 0))), group) == 4 * 3 * 5 * 2
+    gather = DirectExchange("kv", (0, 1, 2), np.array([[0, 4, 1], [2, 0, 0], [0, 0, 0]]))
+    assert exchange_bytes(gather, group) == 5 * row
+    assert exchange_bytes(DirectExchange("query", (0, 1), np.array([[0, 4], [2, 0]])), group) == 4 * 3 * 5 * 2
     # 3 rows: 126 bytes of out, and 36 of lse
-    assert exchange_bytes(DirectExchange("partial", (0, 1), ((0, 3), (1, 0))), group) == 126 + 36
+    assert exchange_bytes(DirectExchange("partial", (0, 1), np.array([[0, 3], [1, 0]])), group) == 126 + 36
     # a rank forwards every block but those of its successor
     assert exchange_bytes(RingExchange((0, 1, 2), (5, 6, 2), 4), group) == (13 - 2) * row

@@ -10,6 +10,7 @@ from longspan.cli.explain import choices_text
 from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Link
 from longspan.costmodel.topology_file import load_topology
+from longspan.plan.group_step import make_group_step
 from longspan.types import Phase, Strategy
 
 TWO_RANKS = ("--context-parallel-size", "2", "--threads-per-rank", "1")
@@ -18,8 +19,9 @@ LOCAL, GATHER_KV, PASS_KV, PASS_Q, TREE = Strategy
 
 def note(choices, strategy, chunk, *, phase=Phase.PREFILL, forced=False, nodes=(0, 0, 0)):
     costs = costs_of(nodes=nodes, link=Link(1e-5, 1e9), call_s=1e-5, merge_s=1e-5)
-    step, tables = striped_step(strategy, len(nodes), 40, chunk)
-    choices.note(phase, 0, step, tables, GROUP, costs, is_forced=forced)
+    step = striped_step(strategy, len(nodes), 40, chunk)
+    group_step = make_group_step(strategy, step.keys, step.block_len, nodes)
+    choices.note(phase, 0, group_step, step.keys.runs, step.tables, GROUP, costs, is_forced=forced)
 
 
 def test_a_choice_is_noted_once_with_all_candidates_and_counted():

@@ -13,18 +13,26 @@ import pytest
 import torch
 from cp_cases import NODE_COUNTS, RANK_COUNTS, Cluster, make_group, random_chunk, random_cluster, spread
 from cp_ranks import Ranks, Step, random_groups
+from msgspec import structs
 
 import longspan.cp.base
 import longspan.cp.eager
 import longspan.cp.wire
 from longspan.attention import latent
 from longspan.attention.partial import PartialAttention
+from longspan.comm.recording import RecordingCommunicator
+from longspan.comm.threads import thread_group
 from longspan.cp.base import KVBlock
+from longspan.cp.eager import EagerStepAttention
 from longspan.kv.layout import KVGroup, KVLayout, KVSpec
-from longspan.plan.query_units import query_units
-from longspan.plan.types import RingExchange
+from longspan.plan.build import count_tokens
+from longspan.plan.exchanges import RingExchange
+from longspan.plan.group_step import make_group_step
+from longspan.plan.query_units import num_rows
+from longspan.plan.step_keys import step_keys
+from longspan.plan.types import Plan
 from longspan.sharding.pages import PageRun, PageTable
-from longspan.types import Strategy
+from longspan.types import Phase, Strategy
 
 LOCAL, GATHER_KV, PASS_KV, PASS_Q, TREE = (
     Strategy.LOCAL,
@@ -51,24 +59,26 @@ def random_nodes(rng: random.Random, num_ranks: int) -> tuple[int, ...]:
 
 def check_traffic(step: Step) -> None:
     """Exchanges per layer as documented; ranks that nothing concerns send nothing."""
-    for group in step.plan.groups:
-        for traffic in (t for t in step.traffic if t.layer == step.plan.groups.index(group)):
-            participants = group.exchanges[0].participants if group.exchanges else ()
+    for i, (group, exchanges) in enumerate(zip(step.plan.groups, step.exchanges, strict=True)):
+        for traffic in (t for t in step.traffic if t.layer == i):
+            participants = group.participants
             if traffic.rank not in participants:
                 assert traffic.bytes_sent == traffic.messages_sent == 0
                 continue
-            me, num_ranks = participants.index(traffic.rank), len(participants)
-            first = group.exchanges[0]
+            first, num_ranks = exchanges[0], len(participants)
             if isinstance(first, RingExchange):
                 rounds = -(-max(first.num_rows) // first.block_len)
                 assert traffic.num_exchanges == rounds * (num_ranks - 1)
             elif group.strategy is GATHER_KV:
                 assert traffic.num_exchanges == 1
-                assert traffic.messages_sent == sum(rows > 0 for rows in first.num_rows[me])
+                assert traffic.messages_sent == (first.num_rows[first.ranks.index(traffic.rank)] > 0).sum()
             else:
-                units = query_units(group.segments, group.nodes, group.query_block_len)
-                assert traffic.num_exchanges == sum(4 if unit.relayed else 2 for unit in units)
-                there = [pair for unit in units for messages in (unit.queries, unit.relayed) for pair in messages]
+                there = [[*unit.queries, *unit.relayed] for unit in step.units[i]]
+                mine = [any(traffic.rank in pair for pair in pairs) for pairs in there]
+                assert traffic.num_exchanges == sum(
+                    (4 if unit.has_relays else 2) * is_mine for unit, is_mine in zip(step.units[i], mine, strict=True)
+                ), "a rank takes part in its own units alone"
+                there = [pair for pairs in there for pair in pairs]
                 assert traffic.messages_sent == sum(traffic.rank in pair for pair in there), (
                     "queries out, partials back"
                 )
@@ -95,7 +105,7 @@ def test_every_strategy_equals_dense_attention_in_float64(strategy, num_ranks):
             ranks.check(step)
             check_traffic(step)
             num_remote += any(group.strategy is strategy for group in step.plan.groups)
-            rings = [e for group in step.plan.groups for e in group.exchanges if isinstance(e, RingExchange)]
+            rings = [e for exchanges in step.exchanges for e in exchanges if isinstance(e, RingExchange)]
             num_rings_of_several_rounds += any(max(ring.num_rows) > ring.block_len for ring in rings)
             cluster.slide()
         decode = cluster.step(dict.fromkeys(cluster.computed, 1))
@@ -127,9 +137,9 @@ def test_latents_are_attended_wherever_they_lie_and_travel_once(strategy, num_ra
             step = ranks.run(cluster.step(chunk), strategy, block_len=rng.choice([3, 20]), nodes=nodes)
             ranks.check(step)
             check_traffic(step)
-            exchanges = step.plan.groups[0].exchanges
+            exchanges = step.exchanges[0]
             if exchanges and strategy is GATHER_KV:
-                rows = sum(map(sum, exchanges[0].num_rows))
+                rows = exchanges[0].num_rows.sum()
                 assert sum(t.bytes_sent for t in step.traffic) == rows * spec.layout.k_width * 8
             cluster.slide()
     assert num_expanded
@@ -188,7 +198,7 @@ def test_ranks_without_tokens_serve_their_keys(strategy):
     step = ranks.run(cluster.step({0: 3}), strategy)
     ranks.check(step)
     assert {run.compute_rank for run in step.plan.query_runs} == {0}
-    assert step.plan.groups[0].exchanges[0].participants == (0, 1, 2)
+    assert step.plan.groups[0].participants == (0, 1, 2)
 
 
 @rank_counts
@@ -232,11 +242,9 @@ def test_a_tree_sends_each_row_to_a_node_once(num_ranks, num_nodes):
                 assert traffic.partial_bytes == rows * partial_bytes
                 assert traffic.bytes_sent - traffic.partial_bytes == rows * query_bytes
         if num_ranks > 1:
-            group_step = step.plan.groups[0]
-            units = query_units(group_step.segments, group_step.nodes, group_step.query_block_len)
             crossing = [
                 pair
-                for unit in units
+                for unit in step.units[0]
                 for messages in (unit.queries, unit.relayed)
                 for pair in messages
                 if nodes[pair[0]] != nodes[pair[1]]
@@ -256,10 +264,13 @@ def test_the_memory_of_queries_under_way_does_not_grow_with_the_ranks(strategy):
         nodes = spread(num_ranks, 2)
         step = ranks.run(cluster.step({0: 32 * num_ranks}), strategy, block_len=32, nodes=nodes)
         ranks.check(step)
-        group = step.plan.groups[0]
-        units = query_units(group.segments, group.nodes, group.query_block_len)
+        group, units = step.plan.groups[0], step.units[0]
         mates = num_ranks // 2 if strategy is TREE else 1
-        assert max(unit.num_rows for unit in units) <= 8 * mates
+        for unit in units:
+            for rank in range(num_ranks):
+                messages = [*unit.queries.items(), *unit.relayed.items()]
+                assert sum(num_rows(runs) for (_, to), runs in messages if to == rank) <= 8 * mates
+        assert group.num_ahead == max(1, 2 // mates)
         assert len(units) >= 4, "a chunk of 32 rows per rank goes in blocks of 8"
 
 
@@ -287,6 +298,26 @@ def test_layers_of_different_groups_may_use_different_strategies():
         chosen.add(tuple(group.strategy for group in step.plan.groups))
         cluster.slide()
     assert any(a is not b for a, b in chosen)
+
+
+@strategies
+def test_a_plan_that_says_other_numbers_of_rows_is_refused_by_the_ranks_that_move_them(strategy):
+    """Every rank counts what it sends and receives; a count that is too low on one of them is noticed there."""
+    cluster = Cluster(random.Random(0), 3, 4, [None], 1, owner_style="striped")
+    ranks = Ranks(cluster, [make_group([0])])
+    runs = cluster.step({0: 24})
+    keys = step_keys(runs, cluster.tables[0], ranks.groups[0].spec)
+    honest = make_group_step(strategy, keys, 4)
+    for field_name in ("num_sent", "num_received"):
+        counts = list(getattr(honest, field_name))
+        if not counts:
+            continue
+        counts[1] -= 1
+        step = structs.replace(honest, **{field_name: tuple(counts)})
+        plan = Plan(0, Phase.PREFILL, (0, 1, 2), count_tokens(range(3), runs), tuple(runs), (), (step,), ())
+        comm = RecordingCommunicator(thread_group(3, timeout_s=1.0)[1])
+        with pytest.raises(AssertionError, match="plan and page tables disagree"):
+            EagerStepAttention(plan, cluster.tables, ranks.pools[1], comm, ranks.backend, ranks.params)
 
 
 # -- the proof can fail ----------------------------------------------------------------------------------------------

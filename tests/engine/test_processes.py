@@ -319,8 +319,8 @@ def test_a_worker_killed_while_idle_or_in_decode_fails_what_runs_and_all_that_fo
 @needs_processes
 def test_a_worker_that_raises_ends_the_run_with_its_rank_and_reason(own_tmp):
     with LLM("recall", **TWO_RANKS) as llm:
-        groups = tuple(GroupStep(Strategy.LOCAL, ()) for _ in llm.engine.spec.kv_groups)
-        plan = Plan(7, Phase.DECODE, (1,), (QueryRun(0, 5, 1, 1, SampledBy(3)),), (), groups, ())
+        groups = tuple(GroupStep(Strategy.LOCAL) for _ in llm.engine.spec.kv_groups)
+        plan = Plan(7, Phase.DECODE, (1,), (1,), (QueryRun(0, 5, 1, 1, SampledBy(3)),), (), groups, ())
         with pytest.raises(WorkerError) as caught:
             llm.engine.executor.submit(plan).result(timeout=60)
         said = "plan 7: needs 1 tokens of plan 3, rank 1 has sampled for plan -1 last"

@@ -12,10 +12,12 @@ from links import SECRET
 from longspan.config import EngineConfig
 from longspan.engine.workers import WorkerExecutor
 from longspan.errors import WorkerError
-from longspan.group.messages import Answer, Failed, Hello, Ready, RunPlan, Start, Stop
+from longspan.group.messages import Answer, Failed, Hello, Ready, Start, Stop
+from longspan.group.plans import PlanReceiver
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.group.versions import own_versions
 from longspan.group.worker_link import WorkerLink
+from longspan.plan.build import count_tokens
 from longspan.plan.types import GroupStep, Plan, QueryRun, RankResult, SampledBy
 from longspan.types import ModelSpec, Phase, Strategy
 
@@ -95,8 +97,9 @@ def group(launcher):
 
 
 def a_plan(plan_id, *ranks):
-    groups = (GroupStep(Strategy.LOCAL, ()),)
-    return Plan(plan_id, Phase.DECODE, ranks, (QueryRun(0, 5, 1, ranks[0], SampledBy(3)),), (), groups, ())
+    groups = (GroupStep(Strategy.LOCAL),)
+    runs = (QueryRun(0, 5, 1, ranks[0], SampledBy(3)),)
+    return Plan(plan_id, Phase.DECODE, ranks, count_tokens(ranks, runs), runs, (), groups, ())
 
 
 def an_answer(plan_id, rank):
@@ -108,7 +111,7 @@ def test_every_process_of_a_rank_hears_its_plans_and_the_first_one_answers(group
     assert executor.hosts == ("here", "here"), "one per rank"
     done = executor.submit(a_plan(0, 1))
     for tp_index in (0, 1):
-        assert workers[1, tp_index].hear() == RunPlan(a_plan(0, 1))
+        assert PlanReceiver(1).take(workers[1, tp_index].hear()) == a_plan(0, 1)
     workers[1, 1].say(an_answer(0, 1))
     assert "Answer came from a worker that is not in this group" in workers[1, 1].hear().reason
     assert not done.done()

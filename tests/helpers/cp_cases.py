@@ -7,20 +7,45 @@ middle of a page, decode rows, ranks without a token. Must not know tensors.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from longspan.costmodel.choose import predict_strategy
 from longspan.costmodel.parameters import Costs
-from longspan.costmodel.predict import predict_attention
+from longspan.costmodel.predict import Prediction
+from longspan.costmodel.work import count_work
 from longspan.kv.layout import KVGroup, KVSpec
-from longspan.plan.types import GroupStep, Literals, QueryRun
+from longspan.plan.exchanges import Exchange, count_exchanges
+from longspan.plan.step_keys import StepKeys
+from longspan.plan.types import Literals, QueryRun
 from longspan.sharding.pages import PageTable
+from longspan.types import Strategy
 
 RANK_COUNTS = (1, 2, 3, 4, 5, 8)
 NODE_COUNTS = (1, 2, 4)
 
 
-def attention_time(step: GroupStep, tables: Mapping[int, PageTable], group: KVGroup, costs: Costs) -> float:
+class StepCase(NamedTuple):
+    """A step of one KV group under a strategy."""
+
+    strategy: Strategy
+    keys: StepKeys
+    block_len: int
+    tables: Mapping[int, PageTable] | None = None
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """What moves between ranks on one node."""
+        return count_exchanges(self.strategy, self.keys, self.block_len, (self.keys.participants,))
+
+    def predict(self, group: KVGroup, costs: Costs) -> Prediction:
+        """Predict one layer."""
+        work = count_work(self.keys, group, costs.rates)
+        return predict_strategy(self.strategy, self.keys, group, costs, work, self.block_len).prediction
+
+
+def attention_time(step: StepCase, group: KVGroup, costs: Costs) -> float:
     """Predicted seconds of one layer of a KV group, until the last rank is done."""
-    return predict_attention(step, tables, group, costs).total_s
+    return step.predict(group, costs).total_s
 
 
 def spread(num_ranks: int, num_nodes: int) -> tuple[int, ...]:

@@ -23,6 +23,10 @@ from longspan.costmodel.choose import plan_group
 from longspan.cp.eager import EagerStepAttention
 from longspan.kv.layout import KVGroup
 from longspan.kv.pool import PagePool
+from longspan.plan.build import count_tokens
+from longspan.plan.exchanges import Exchange, count_exchanges
+from longspan.plan.query_units import QueryUnit, find_meetings, query_units
+from longspan.plan.step_keys import step_keys
 from longspan.plan.types import Plan, QueryRun
 from longspan.types import AttentionParams, Phase, Strategy
 
@@ -75,6 +79,10 @@ class Step:
     plan: Plan
     outputs: list[Output]
     traffic: list[LayerTraffic]
+    exchanges: list[tuple[Exchange, ...]]
+    """Per KV group, what its strategy moves in a layer, of all ranks."""
+    units: list[list[QueryUnit]]
+    """Per KV group, the units of all ranks; none where no queries move."""
 
 
 class Ranks:
@@ -171,15 +179,27 @@ class Ranks:
             plan_group(query_runs, tables, group, forced=strategy, block_len=block_len, node_of_rank=nodes)
             for group, tables in zip(self.groups, cluster.tables, strict=True)
         )
-        ranks = tuple(range(cluster.num_ranks))
-        plan = Plan(plan_id, Phase.PREFILL, ranks, tuple(query_runs), (), group_steps, ())
+        exchanges: list[tuple[Exchange, ...]] = []
+        units: list[list[QueryUnit]] = []
+        everyone = range(cluster.num_ranks)
+        for step, group, tables in zip(group_steps, self.groups, cluster.tables, strict=True):
+            keys = step_keys(query_runs, tables, group.spec)
+            exchanges.append(count_exchanges(step.strategy, keys, step.block_len, step.nodes))
+            meets = find_meetings(query_runs, tables, group.spec, everyone, everyone)
+            moves = step.strategy in (Strategy.PASS_Q, Strategy.TREE)
+            units.append(query_units(meets, step.nodes, step.block_len, step.num_blocks) if moves else [])
+        ranks = tuple(everyone)
+        plan = Plan(
+            plan_id, Phase.PREFILL, ranks, count_tokens(ranks, query_runs), tuple(query_runs), (), group_steps, ()
+        )
         comms = thread_group(cluster.num_ranks, timeout_s=TIMEOUT_S)
         futures = [_THREADS.submit(self._run_rank, plan, comm) for comm in comms]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             raise BaseExceptionGroup(f"{len(errors)} of {cluster.num_ranks} ranks failed", errors)
         results = [future.result() for future in futures]
-        return Step(plan, [o for outputs, _ in results for o in outputs], [t for _, log in results for t in log])
+        outputs = [output for found, _ in results for output in found]
+        return Step(plan, outputs, [traffic for _, log in results for traffic in log], exchanges, units)
 
     @torch.inference_mode()
     def _run_rank(self, plan: Plan, comm: Communicator) -> tuple[list[Output], list[LayerTraffic]]:

@@ -5,12 +5,20 @@ workers. Instead of KV, a row holds the tokens that its key depends on. No torch
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from longspan.config import EngineConfig
+from longspan.group.messages import decode_to_worker
+from longspan.group.plans import PlanReceiver, PlanSender
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.prefix import extend_hashes
+from longspan.plan.fixed_shape import fixed_shape
+from longspan.plan.segments import make_segments
 from longspan.plan.types import (
+    GroupStep,
     Literals,
     PageCopy,
     Plan,
@@ -93,12 +101,17 @@ class FakeRanks:
     in_flight: dict[int, Plan] = field(default_factory=dict)
     plans: list[Plan] = field(default_factory=list)
     first_plan_id: int = 0
+    sender: PlanSender = field(default_factory=PlanSender)
+    receivers: list[PlanReceiver] = field(default_factory=list)
+    """Per rank, what puts its plans together."""
     written: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
     """(KV group, rank, row) to the tokens up to the one whose key lies there: what the key depends on."""
 
     def __post_init__(self) -> None:
         groups = self.scheduler.model.kv_groups
-        self.mirrors = [[{} for _ in groups] for _ in range(self.scheduler.config.context_parallel_size)]
+        everyone = range(self.scheduler.config.context_parallel_size)
+        self.mirrors = [[{} for _ in groups] for _ in everyone]
+        self.receivers = [PlanReceiver(rank) for rank in everyone]
 
     # -- a plan arrives ---------------------------------------------------------------------------------------------
 
@@ -121,13 +134,46 @@ class FakeRanks:
         assert sum(tokens.values()) > 0
         for copy in plan.page_copies:
             self._copy(plan, copy)
-        for rank in plan.ranks:
-            self._apply(plan, rank)
+        for rank, message in self.sender.messages(plan).items():
+            received = self.receivers[rank].take(decode_to_worker(message))
+            self._check_received(plan, received, rank)
+            self._apply(received, rank)
         self._check_tables(plan)
         self._check_requests(plan)
         self._check_keys(plan)
         self.in_flight[plan.plan_id] = plan
         self.plans.append(plan)
+
+    def _check_received(self, plan: Plan, received: Plan, rank: int) -> None:
+        """A rank knows its own part whole, and of the other ranks' what concerns it."""
+        own = [run for run in plan.query_runs if run.compute_rank == rank]
+        assert [run for run in received.query_runs if run.compute_rank == rank] == own
+        shared = [r for r in plan.query_runs if r.compute_rank != rank and r.request_id not in plan.packed]
+        assert [r for r in received.query_runs if r.compute_rank != rank] == [
+            structs.replace(run, tokens=None) for run in shared
+        ]
+        kept = {run.request_id for run in received.query_runs}
+        assert [r.request_id for r in received.query_runs] == [
+            r.request_id for r in plan.query_runs if r.request_id in kept
+        ]
+        read = [structs.replace(run, tokens=None) for run in plan.read_runs if run.request_id in kept]
+        assert list(received.read_runs) == read
+        here = {(run.request_id, position) for run in own for position in range(run.position, run.end)}
+        assert received.samples == tuple(row for row in plan.samples if (row.request_id, row.position) in here)
+        assert received.scores == tuple(run for run in plan.scores if (run.request_id, run.position) in here)
+        assert set(received.table_deltas) == {delta for delta in plan.table_deltas if delta.request_id in kept}
+        assert fixed_shape(received) == fixed_shape(plan), "all ranks make one shape"
+        for field_name in (
+            "plan_id",
+            "phase",
+            "ranks",
+            "num_tokens",
+            "groups",
+            "page_copies",
+            "released",
+            "last_layer",
+        ):
+            assert getattr(received, field_name) == getattr(plan, field_name)
 
     def _copy(self, plan: Plan, copy: PageCopy) -> None:
         source, target, size = copy.source, copy.target, self.scheduler.config.page_size
@@ -155,11 +201,18 @@ class FakeRanks:
         for request_id in {run.request_id for run in plan.query_runs}:
             for group_idx, table in enumerate(requests[request_id].allocation.tables):
                 first = table.runs[0].page_idx
-                for rank in plan.ranks:
+                for rank in self._told(plan, request_id):
                     mirror = self.mirrors[rank][group_idx][request_id]
                     assert runs_from(mirror, first) == table.runs, f"rank {rank} missed something"
         if self.checks_books:
             check_books(self.scheduler)
+
+    def _told(self, plan: Plan, request_id: int) -> Sequence[int]:
+        """Ranks that a plan tells of a request."""
+        if request_id not in plan.packed:
+            return plan.ranks
+        (owner,) = {run.compute_rank for run in plan.query_runs if run.request_id == request_id}
+        return [owner]
 
     def check_cached(self) -> None:
         """Every page that the prefix cache offers holds the keys of the tokens that its hash says."""
@@ -195,7 +248,13 @@ class FakeRanks:
                 assert table.owners(run.position, run.end) == [(run.compute_rank, run.position, run.end)]
         phases = {requests[request_id].phase for request_id in starts}
         assert plan.phase is (Phase.PREFILL if Phase.PREFILL in phases else Phase.DECODE)
-        moving = {s.request_id for step in plan.groups for s in step.segments if s.query_rank != s.key_rank}
+        moving = {
+            run.request_id
+            for group_idx, group in enumerate(self.scheduler.model.kv_groups)
+            for run in plan.query_runs
+            for table in [requests[run.request_id].allocation.tables[group_idx]]
+            if set(table.ranks_with(group.spec.first_key(run.position), run.position)) - {run.compute_rank}
+        }
         assert len({requests[request_id].phase for request_id in moving}) <= 1, "one strategy for two phases"
         to_sample = {r for r, end in starts.items() if end >= len(requests[r].token_ids)}
         assert [(row.request_id, row.position) for row in plan.samples] == [
@@ -230,7 +289,7 @@ class FakeRanks:
                 seen[run.request_id] = (min(low, start), max(high, run.end))
             for request_id, (start, end) in seen.items():
                 found = 0
-                for rank in plan.ranks:
+                for rank in self._told(plan, request_id):
                     for keys in self.mirrors[rank][group_idx][request_id].key_runs(rank, start, end):
                         for i in range(keys.num_tokens):
                             found += 1
@@ -239,8 +298,20 @@ class FakeRanks:
                             assert key == tuple(tokens), "not the key of this token behind these tokens"
                 assert found == end - start, "the plan leaves out a rank that stores keys"
             step = plan.groups[group_idx]
-            assert {rank for s in step.segments for rank in (s.query_rank, s.key_rank)} <= set(plan.ranks)
-            assert all(set(exchange.participants) <= set(plan.ranks) for exchange in step.exchanges)
+            assert set(step.participants) <= set(plan.ranks)
+            self._check_parts(plan, group_idx, step)
+
+    def _check_parts(self, plan: Plan, group_idx: int, step: GroupStep) -> None:
+        """Every rank derives segments between the plan's ranks, and participants are those whose segments cross."""
+        crossing: set[int] = set()
+        spec = self.scheduler.model.kv_groups[group_idx].spec
+        for rank in plan.ranks:
+            mirrors = self.mirrors[rank][group_idx]
+            known = [r for r in plan.query_runs if r.compute_rank == rank or r.request_id not in plan.packed]
+            segments = make_segments(known, mirrors, spec.window, spec.chunk, rank)
+            assert {other for s in segments for other in (s.query_rank, s.key_rank)} <= set(plan.ranks)
+            crossing |= {o for s in segments if s.query_rank != s.key_rank for o in (s.query_rank, s.key_rank)}
+        assert tuple(sorted(crossing)) == step.participants
 
     def _tokens(self, request: Request) -> list[int]:
         """The tokens, and one more if a plan in flight samples it."""
@@ -256,6 +327,7 @@ class FakeRanks:
         self.in_flight.clear()
         self.written.clear()
         self.mirrors = [[{} for _ in groups] for groups in self.mirrors]
+        self.sender, self.receivers = PlanSender(), [PlanReceiver(rank) for rank in range(len(self.mirrors))]
         assert not self.scheduler.running
         for allocators in self.scheduler.memory.allocators:
             for allocator in allocators:

@@ -100,18 +100,20 @@ def test_the_last_layer_has_a_step_of_its_own_where_rows_are_not_read():
     assert build(part(9, 10, 10), part(3, 4, 4, request_id=1)).last_layer is None
     middle = build(part(0, 8, 16)).last_layer
     assert middle is not None
-    assert (middle.strategy, middle.segments) == (Strategy.LOCAL, ())
-    end = build(part(8, 16, 16), part(3, 4, 4, request_id=1)).last_layer
-    assert {(s.request_id, s.query_start, s.query_end) for s in end.segments} == {(0, 15, 16), (1, 3, 4)}
+    assert middle.strategy is Strategy.LOCAL
+    assert build(part(0, 8, 16)).read_runs == ()
+    end = build(part(8, 16, 16), part(3, 4, 4, request_id=1))
+    assert end.last_layer is not None
+    assert [(run.request_id, run.position, run.end) for run in end.read_runs] == [(0, 15, 16), (1, 3, 4)]
     scores = score_runs(0, table_of(0, 1, 1, 0), range(17), 8, 15, 2)
     assert build(part(8, 16, 16, scores=scores)).last_layer is None, "all rows are read"
 
 
 def test_the_last_layer_is_in_the_group_of_the_highest_layer():
     groups = [make_group([0, 3]), make_group([1, 2], window=2)]
-    assert len(build(part(8, 16, 16), groups=groups).last_layer.segments) == 2
+    assert build(part(8, 16, 16), groups=groups).last_layer.strategy is Strategy.PASS_Q
     groups = [make_group([0, 2]), make_group([1, 3], window=2)]
-    assert len(build(part(8, 16, 16), groups=groups).last_layer.segments) == 1
+    assert build(part(8, 16, 16), groups=groups).last_layer.strategy is Strategy.LOCAL
 
 
 def test_scores_are_cut_where_the_rank_changes():

@@ -2,14 +2,15 @@
 
 import pytest
 
+from longspan.plan.build import count_tokens
 from longspan.plan.fixed_shape import BUCKETS, FixedShape, fixed_shape
 from longspan.plan.types import GroupStep, Literals, Plan, QueryRun, ScoreRun
 from longspan.types import Phase, Strategy
 
 
 def plan_of(runs, strategies=(Strategy.LOCAL,), phase=Phase.DECODE, **options):
-    groups = tuple(GroupStep(strategy, (), nodes=((0,), (1,), (2,))) for strategy in strategies)
-    return Plan(1, phase, (0, 1, 2), tuple(runs), (), groups, (), **options)
+    groups = tuple(GroupStep(strategy, ((0,), (1,), (2,))) for strategy in strategies)
+    return Plan(1, phase, (0, 1, 2), count_tokens(range(3), runs), tuple(runs), (), groups, (), **options)
 
 
 def run_of(request_id, rank, num_tokens=1):

@@ -10,9 +10,13 @@ from itertools import pairwise
 import pytest
 from cp_cases import RANK_COUNTS, Cluster, random_chunk, random_cluster
 
+from longspan.kv.layout import KVSpec
+from longspan.plan.exchanges import DirectExchange, Exchange, RingExchange, count_exchanges
 from longspan.plan.group_step import make_group_step
-from longspan.plan.segments import count_keys, make_segments, moved_keys, remote_ranks
-from longspan.plan.types import DirectExchange, Literals, QueryRun, RingExchange, Segment
+from longspan.plan.query_units import find_meetings, query_units, rank_units
+from longspan.plan.segments import count_keys, keys_of_others, make_segments, moved_keys
+from longspan.plan.step_keys import StepKeys, is_local, step_keys
+from longspan.plan.types import GroupStep, Literals, QueryRun, Segment
 from longspan.sharding.pages import PageTable
 from longspan.sharding.visibility import Visibility
 from longspan.types import Strategy
@@ -55,6 +59,14 @@ def pairs_of(segments: tuple[Segment, ...], tables: dict[int, PageTable], window
     return pairs
 
 
+def spec_of(window: int | None) -> KVSpec:
+    return KVSpec.uniform(1, 1, 1, "float32", window)
+
+
+def exchanges_of(strategy: Strategy, keys: StepKeys) -> tuple[Exchange, ...]:
+    return count_exchanges(strategy, keys, 4, (keys.participants,))
+
+
 def random_steps(num_ranks: int):
     """(query runs, tables, window) of many steps, for each KV group."""
     for seed in range(NUM_CASES):
@@ -73,6 +85,34 @@ def test_segments_cover_every_visible_pair_once_where_query_and_key_lie(num_rank
         segments = make_segments(query_runs, tables, window)
         assert pairs_of(segments, tables, window) == expected_pairs(query_runs, tables, window)
         assert all(seg.visibility is not Visibility.NONE for seg in segments)
+
+
+@pytest.mark.parametrize("num_ranks", RANK_COUNTS)
+def test_a_rank_makes_the_segments_that_concern_it_and_no_others(num_ranks):
+    for query_runs, tables, window in random_steps(num_ranks):
+        segments = make_segments(query_runs, tables, window)
+        for rank in range(num_ranks):
+            own = tuple(s for s in segments if rank in (s.query_rank, s.key_rank))
+            assert make_segments(query_runs, tables, window, rank=rank) == own
+
+
+@pytest.mark.parametrize("num_ranks", RANK_COUNTS)
+def test_a_rank_derives_its_part_of_the_units_of_all_ranks(num_ranks):
+    for query_runs, tables, window in random_steps(num_ranks):
+        keys, everyone = step_keys(query_runs, tables, spec_of(window)), range(num_ranks)
+        meets = find_meetings(query_runs, tables, spec_of(window), everyone, everyone)
+        for strategy, nodes in ((Strategy.PASS_Q, None), (Strategy.TREE, [rank // 2 for rank in everyone])):
+            step = make_group_step(strategy, keys, 12, nodes)
+            units = query_units(meets, step.nodes, step.block_len, step.num_blocks)
+            assert [unit.number for unit in units] == sorted({unit.number for unit in units})
+            for rank in everyone:
+                expected = []
+                for unit in units:
+                    mine = [{p: r for p, r in m.items() if rank in p} for m in (unit.queries, unit.relayed)]
+                    expected += [(unit.number, unit.has_relays, *mine)] if any(mine) else []
+                own = make_segments(query_runs, tables, window, rank=rank)
+                found = rank_units(rank, own, query_runs, tables, spec_of(window), step)
+                assert [tuple(unit) for unit in found] == expected
 
 
 @pytest.mark.parametrize("num_ranks", RANK_COUNTS)
@@ -106,18 +146,24 @@ def test_exchanges_announce_the_rows_that_the_segments_need(num_ranks):
         segments = make_segments(query_runs, tables, window)
         remote = {pair for pair in expected_pairs(query_runs, tables, window) if pair[2] != pair[4]}
         ranks = tuple(sorted({rank for _, _, a, _, b in remote for rank in (a, b)}))
-        assert remote_ranks(segments) == ranks
+        keys = step_keys(query_runs, tables, spec_of(window))
+        assert keys.participants == ranks
+        assert is_local(query_runs, tables, spec_of(window)) == (not ranks)
         if not ranks:
-            assert all(make_group_step(s, segments, tables, 4).exchanges == () for s in Strategy)
+            assert all(make_group_step(s, keys, 4) == GroupStep(Strategy.LOCAL) for s in Strategy)
             continue
 
-        queries, partials = make_group_step(Strategy.PASS_Q, segments, tables, 4).exchanges
+        queries, partials = exchanges_of(Strategy.PASS_Q, keys)
         assert isinstance(queries, DirectExchange)
         assert isinstance(partials, DirectExchange)
         assert (queries.operand, partials.operand) == ("query", "partial")
-        assert queries.participants == partials.participants == ranks
-        for i, a in enumerate(ranks):
-            for j, b in enumerate(ranks):
+        step = make_group_step(Strategy.PASS_Q, keys, 4)
+        assert step.participants == ranks
+        assert queries.ranks == partials.ranks == keys.ranks
+        assert step.num_sent == tuple(queries.num_rows.sum(axis=1)[[keys.ranks.index(rank) for rank in ranks]])
+        assert step.num_received == tuple(queries.num_rows.sum(axis=0)[[keys.ranks.index(rank) for rank in ranks]])
+        for i, a in enumerate(keys.ranks):
+            for j, b in enumerate(keys.ranks):
                 # A query run travels whole, if any of its queries sees a key over there.
                 rows = sum(
                     run.num_tokens
@@ -129,20 +175,23 @@ def test_exchanges_announce_the_rows_that_the_segments_need(num_ranks):
                 )
                 assert queries.num_rows[i][j] == partials.num_rows[j][i] == rows
 
-        (gather,) = make_group_step(Strategy.GATHER_KV, segments, tables, 4).exchanges
-        (ring,) = make_group_step(Strategy.PASS_KV, segments, tables, 4).exchanges
+        (gather,) = exchanges_of(Strategy.GATHER_KV, keys)
+        (ring,) = exchanges_of(Strategy.PASS_KV, keys)
         assert isinstance(gather, DirectExchange)
         assert isinstance(ring, RingExchange)
         assert gather.operand == "kv"
-        assert gather.participants == ring.participants == ranks
+        assert ring.participants == ranks
         assert ring.block_len == 4
+        assert make_group_step(Strategy.PASS_KV, keys, 4).num_sent == tuple(ring.num_rows)
         for i, a in enumerate(ranks):
+            others = keys_of_others(query_runs, tables, spec_of(window), a)
+            assert count_keys(tables, a, others) == ring.num_rows[i]
             seen = {(r, s) for r, _, _, s, k in remote if k == a}
             assert ring.num_rows[i] == count_keys(tables, a, moved_keys(segments, a)) >= len(seen)
             assert bool(ring.num_rows[i]) == bool(seen)
-            for j, b in enumerate(ranks):
+            for b in ranks:
                 seen = {(r, s) for r, _, q, s, k in remote if (q, k) == (b, a)}
-                rows = gather.num_rows[i][j]
+                rows = gather.num_rows[keys.ranks.index(a), keys.ranks.index(b)]
                 assert rows == (count_keys(tables, a, moved_keys(segments, a, b)) if a != b else 0)
                 assert rows >= len(seen)
                 if window is None:
@@ -154,10 +203,9 @@ def test_a_decode_step_moves_only_the_keys_in_the_window():
     cluster.step({0: 20})
     cluster.slide()
     runs = cluster.step({0: 1})  # position 20 on rank 1 sees 16..20; page 4 (16..19) lies on rank 0
-    segments = make_segments(runs, cluster.tables[0], 5)
-    (gather,) = make_group_step(Strategy.GATHER_KV, segments, cluster.tables[0], 4).exchanges
+    (gather,) = exchanges_of(Strategy.GATHER_KV, step_keys(runs, cluster.tables[0], spec_of(5)))
     assert isinstance(gather, DirectExchange)
-    assert gather.num_rows == ((0, 4), (0, 0))
+    assert gather.num_rows.tolist() == [[0, 4], [0, 0]]
 
 
 def test_the_example_of_the_plan_types_holds():
@@ -174,17 +222,20 @@ def test_the_example_of_the_plan_types_holds():
         Segment(7, 12, 16, 0, 1, 0, 12, Visibility.FULL),
         Segment(7, 12, 16, 0, 0, 12, 16, Visibility.CAUSAL),
     )
-    queries, partials = make_group_step(Strategy.PASS_Q, segments, {7: table}, 4).exchanges
-    assert queries == DirectExchange("query", (0, 1), ((0, 4), (4, 0)))
-    assert partials == DirectExchange("partial", (0, 1), ((0, 4), (4, 0)))
-    (ring,) = make_group_step(Strategy.PASS_KV, segments, {7: table}, 4).exchanges
-    assert ring == RingExchange((0, 1), (4, 8), 4)
+    keys = step_keys(runs, {7: table}, spec_of(None))
+    queries, partials = exchanges_of(Strategy.PASS_Q, keys)
+    assert queries.num_rows.tolist() == partials.num_rows.tolist() == [[0, 4], [4, 0]]
+    (ring,) = exchanges_of(Strategy.PASS_KV, keys)
+    assert (ring.participants, ring.num_rows) == ((0, 1), [4, 8])
+    step = make_group_step(Strategy.PASS_Q, keys, 16)
+    assert (step.nodes, step.num_sent, step.num_received) == (((0,), (1,)), (4, 4), (4, 4))
+    assert (step.block_len, step.num_blocks, step.num_ahead) == (4, 1, 2)
 
 
 def test_rejects_a_local_strategy_for_remote_keys():
     table = PageTable(1)
     table.append(0, 0, 1)
     table.append(1, 0, 1)
-    segments = make_segments([QueryRun(0, 1, 1, 1, Literals((0,)))], {0: table}, None)
+    keys = step_keys([QueryRun(0, 1, 1, 1, Literals((0,)))], {0: table}, spec_of(None))
     with pytest.raises(AssertionError, match="local cannot serve"):
-        make_group_step(Strategy.LOCAL, segments, {0: table}, 4)
+        make_group_step(Strategy.LOCAL, keys, 4)

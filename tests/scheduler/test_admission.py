@@ -41,7 +41,7 @@ def cached_on(num_ranks: int, *copies_on: set[int]) -> Cached:
 
 def packed(num_pages: int, cached: Cached, load: list[float], room: list[int]) -> Admission | None:
     rooms = [[pages] for pages in room]
-    return choose_packed(POOLS, SIZE, num_pages, cached.copies_on, cached.taken, load, rooms)
+    return choose_packed(POOLS, SIZE, num_pages, cached.copies_on, cached.taken, load, rooms.__getitem__)
 
 
 def spread(num_pages: int, cached: Cached, room: list[int], placement: Placement = Placement.STRIPED):
@@ -93,7 +93,7 @@ def test_a_hit_of_which_a_page_is_missing_is_no_option():
     def nothing(hit: Sequence[int], home: int | None) -> Room | None:
         return None
 
-    found = choose_packed(POOLS, SIZE, 3, [frozenset({0})] * 2, nothing, [0.0, 1.0], [[9], [9]])
+    found = choose_packed(POOLS, SIZE, 3, [frozenset({0})] * 2, nothing, [0.0, 1.0], lambda rank: [9])
     assert found == Admission([], [(0, 3)], 0)
 
 

@@ -25,7 +25,7 @@ def test_the_placement_of_positions_is_that_of_their_pages(page_size, runs, star
     assert allocation.ranks == set(pages)
     assert all(a[0] != b[0] for a, b in pairwise(allocation.page_ranks))
     start, end = min(start, len(pages) * page_size), min(start + length, len(pages) * page_size)
-    found = allocation.ranks_of(start, end)
+    found = list(allocation.ranks_of(start, end))
     assert [(rank, i) for rank, first, last in found for i in range(first, last)] == [
         (pages[i // page_size], i) for i in range(start, end)
     ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from longspan.kv.allocator import OutOfPagesError
-from longspan.kv.prefix import CachingAllocator, extend_hashes
+from longspan.kv.prefix import CachingAllocator, PageHolders, extend_hashes
 from longspan.plan.types import FailedRow, PlanResult, RankResult
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Request
@@ -186,6 +186,24 @@ def test_rejects_publishing_or_releasing_an_idle_page_and_using_an_unknown_one()
         allocator.publish(b"b", slot)
     with pytest.raises(AssertionError, match="is not in use"):
         allocator.release(slot, 1)
+
+
+def test_holders_of_a_page_are_the_ranks_that_have_published_it_and_not_lost_it():
+    holders = PageHolders()
+    pools = [CachingAllocator(2, holders, rank) for rank in range(3)]
+    for pool in pools:
+        ((slot, _),) = pool.allocate(1)
+        pool.publish(b"a", slot)
+    assert holders.of(b"a") == {0, 1, 2}
+    pools[1].withdraw(b"a")
+    assert holders.of(b"a") == {0, 2}
+    pools[2].release(pools[2].find(b"a"), 1)
+    pools[2].allocate(2)  # evicts it
+    assert holders.of(b"a") == {0}
+    pools[0].forget_all()
+    assert holders.of(b"a") == holders.of(b"unknown") == frozenset()
+    for pool in pools:
+        pool.check_integrity()
 
 
 def test_eviction_makes_room_for_a_run_of_slots_in_large_pools():
@@ -482,7 +500,7 @@ def cache_on(ranks: FakeRanks, rank: int, tokens=SYSTEM) -> None:
     scheduler.waiting.remove(request)
     busy = 1e6
     assert scheduler.memory.admit(request, [busy * (i != rank) for i in range(len(scheduler.memory.allocators))])
-    scheduler.running.append(request)
+    scheduler._begin(request)
     ranks.run_to_the_end()
     assert homes(request) == {rank}
     assert cached_pages(ranks, tokens, rank) == list(range(len(tokens) // 4))

@@ -227,3 +227,21 @@ def test_row_runs_and_counts_agree_with_a_walk_over_all_tokens(page_size, runs, 
         assert [row + i for row, count in found for i in range(count)] == rows
         assert all(a + count != b for (a, count), (b, _) in itertools.pairwise(found)), "runs could be longer"
         assert table.count_on(rank, start, end) == len(rows)
+
+
+@given(histories(), st.integers(0, 60), st.integers(0, 60))
+def test_tokens_per_rank_are_the_models(history, start, end):
+    page_size, operations = history
+    table, model, _ = build(page_size, operations)
+    counts: dict[int, int] = {}
+    for position in range(start, end):
+        if position // page_size in model:
+            rank, _ = model[position // page_size]
+            counts[rank] = counts.get(rank, 0) + 1
+    assert table.tokens_per_rank(start, end) == counts
+    assert table.ranks_with(start, end) == sorted(counts)
+    assert table.ranks == sorted({rank for rank, _ in model.values()})
+    for rank in range(3):
+        last = max((page_idx for page_idx, (owner, _) in model.items() if owner == rank), default=None)
+        assert table.slot_after(rank) == (None if last is None else model[last][1] + 1)
+        assert table.is_on(rank) == (table.ranks == [rank])

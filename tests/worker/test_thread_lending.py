@@ -12,6 +12,7 @@ from longspan.config import EngineConfig
 from longspan.cp.eager import EagerStepAttention
 from longspan.engine import threads
 from longspan.engine.engine import Engine
+from longspan.plan.build import count_tokens
 from longspan.plan.types import Literals, Plan, QueryRun
 from longspan.types import Phase
 from longspan.worker import thread_lending
@@ -21,7 +22,7 @@ from longspan.worker.thread_lending import MIN_LAYER_BYTES, borrowed_threads, le
 
 def plan(phase, num_ranks, *computing):
     runs = tuple(QueryRun(i, 5, 1, rank, Literals((3,))) for i, rank in enumerate(computing))
-    return Plan(0, phase, tuple(range(num_ranks)), runs, (), (), ())
+    return Plan(0, phase, tuple(range(num_ranks)), count_tokens(range(num_ranks), runs), runs, (), (), ())
 
 
 @pytest.mark.parametrize(

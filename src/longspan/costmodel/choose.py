@@ -7,15 +7,17 @@ one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.costmodel.predict import Prediction, predict_attention
 from longspan.costmodel.work import StepWork, count_work
 from longspan.kv.layout import KVGroup
-from longspan.plan.group_step import BLOCK_LEN, make_group_step
+from longspan.plan.exchanges import DirectExchange, Exchange, RingExchange, count_exchanges
+from longspan.plan.group_step import BLOCK_LEN, make_group_step, nodes_of
 from longspan.plan.message_format import row_bytes
-from longspan.plan.segments import make_segments, remote_ranks
-from longspan.plan.types import DirectExchange, GroupStep, QueryRun, RingExchange, Segment
+from longspan.plan.step_keys import StepKeys, is_local, step_keys
+from longspan.plan.types import GroupStep, QueryRun
 from longspan.sharding.pages import PageTable
 from longspan.types import Strategy
 
@@ -23,31 +25,41 @@ CANDIDATES = (Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q, Strategy.TR
 """Strategies that are compared; of equal predicted times the earlier one wins."""
 
 
-def exchange_bytes(exchange: DirectExchange | RingExchange, group: KVGroup) -> int:
+class Candidate(NamedTuple):
+    """Strategy that a step could use."""
+
+    strategy: Strategy
+    exchanges: tuple[Exchange, ...]
+    """What it moves."""
+    prediction: Prediction
+
+
+def exchange_bytes(exchange: Exchange, group: KVGroup) -> int:
     """Most bytes that one participant sends in one layer."""
     if isinstance(exchange, RingExchange):
         # Every participant forwards every block but those of its successor, which have been everywhere.
         total = sum(exchange.num_rows)
         return max(total - rows for rows in exchange.num_rows) * row_bytes("kv", group)
-    return max(map(sum, exchange.num_rows)) * row_bytes(exchange.operand, group)
+    return int(exchange.num_rows.sum(axis=1).max()) * row_bytes(exchange.operand, group)
 
 
-def _gathered_rows(step: GroupStep) -> int:
+def _gathered_rows(gather: Exchange) -> int:
     """Most rows that one rank receives in a gather."""
-    (gather,) = step.exchanges
     assert isinstance(gather, DirectExchange)
-    return max(sum(row[i] for row in gather.num_rows) for i in range(len(gather.participants)))
+    return int(gather.num_rows.sum(axis=0).max())
+
+
+def _least_rows(work: StepWork) -> int:
+    """Lower bound of the keys that some rank receives, if keys move: of every pair the longest piece."""
+    most = work.most_keys
+    return int((most.sum(axis=1) - most.diagonal()).max(initial=0))
 
 
 def _least_keys_s(work: StepWork, group: KVGroup, costs: Costs) -> float:
-    """Lower bound of the seconds for moving keys: what the rank that needs most receives, over the best link."""
-    wanted: dict[int, int] = {}
-    for (query_rank, key_rank), pair in work.pairs.items():
-        if query_rank != key_rank:
-            wanted[query_rank] = wanted.get(query_rank, 0) + max(num_keys for num_keys, _, _ in pair.segments)
+    """Lower bound of the seconds for moving keys: the rows above, over the best link."""
     topology = costs.topology
     best = max(topology.inside.bytes_per_s, topology.between.bytes_per_s * topology.ranks_per_link)
-    return max(wanted.values(), default=0) * group.spec.layout.token_bytes / best
+    return _least_rows(work) * group.spec.layout.token_bytes / best
 
 
 def _has_levels(nodes: Sequence[int]) -> bool:
@@ -55,69 +67,73 @@ def _has_levels(nodes: Sequence[int]) -> bool:
     return 1 < len(set(nodes)) < len(nodes)
 
 
-def predict_candidates(
-    segments: Sequence[Segment],
-    tables: Mapping[int, PageTable],
+def predict_strategy(
+    strategy: Strategy,
+    keys: StepKeys,
     group: KVGroup,
     costs: Costs,
-    *,
-    block_len: int = BLOCK_LEN,
-    prune: bool = False,
-) -> Iterator[tuple[GroupStep, Prediction]]:
-    """Yield a step and its prediction for every strategy that could be used, in the order of `CANDIDATES`.
+    work: StepWork,
+    block_len: int,
+    exchanges: tuple[Exchange, ...] | None = None,
+) -> Candidate:
+    """Predict a step under one strategy, candidate or not."""
+    if exchanges is None:
+        nodes = nodes_of(strategy, keys.participants, costs.topology.nodes)
+        exchanges = count_exchanges(strategy, keys, block_len, nodes)
+    return Candidate(strategy, exchanges, predict_attention(strategy, exchanges, work, group, costs))
+
+
+def predict_candidates(
+    keys: StepKeys, group: KVGroup, costs: Costs, *, block_len: int = BLOCK_LEN, prune: bool = False
+) -> Iterator[Candidate]:
+    """Yield every strategy that could be used, in the order of `CANDIDATES`.
 
     `gather_kv` is a candidate only while the rows that a rank gathers fit two blocks of the ring (which holds three):
     its memory grows with the visible keys. `tree` is a candidate only where the ranks that exchange lie on several
     nodes, and two of them on one: else it equals `pass_q`.
 
     Args:
-        segments: the segments of this KV group in this step.
-        tables: page table per request of this group.
+        keys: keys that the runs of this step see in this KV group.
         group: the KV group.
         costs: topology and rates of the cluster.
         block_len: rows per block of a ring.
         prune: leave out strategies that move keys if the keys alone would take longer than `pass_q`.
     """
-    work = count_work(segments, tables, group, costs.rates)
+    work = count_work(keys, group, costs.rates)
     nodes = costs.topology.nodes
-    candidates: Sequence[Strategy] = CANDIDATES
-    known: dict[Strategy, tuple[GroupStep, Prediction]] = {}
+    strategies: Sequence[Strategy] = CANDIDATES
+    known: dict[Strategy, Candidate] = {}
     if prune:
-        step = make_group_step(Strategy.PASS_Q, segments, tables, block_len, nodes)
-        known[Strategy.PASS_Q] = (step, predict_attention(step, tables, group, costs, work))
-        if _least_keys_s(work, group, costs) > known[Strategy.PASS_Q][1].total_s:
-            candidates = (Strategy.PASS_Q, Strategy.TREE)
-    for strategy in candidates:
+        known[Strategy.PASS_Q] = predict_strategy(Strategy.PASS_Q, keys, group, costs, work, block_len)
+        if _least_keys_s(work, group, costs) > known[Strategy.PASS_Q].prediction.total_s:
+            strategies = (Strategy.PASS_Q, Strategy.TREE)
+    for strategy in strategies:
         if strategy in known:
             yield known[strategy]
             continue
-        if strategy is Strategy.TREE and not _has_levels([nodes[rank] for rank in remote_ranks(segments)]):
+        if strategy is Strategy.TREE and not _has_levels([nodes[rank] for rank in keys.participants]):
             continue
-        step = make_group_step(strategy, segments, tables, block_len, nodes)
-        if strategy is Strategy.GATHER_KV and _gathered_rows(step) > 2 * block_len:
-            continue
-        yield step, predict_attention(step, tables, group, costs, work)
+        exchanges: tuple[Exchange, ...] | None = None
+        if strategy is Strategy.GATHER_KV:
+            if _least_rows(work) > 2 * block_len:
+                continue
+            exchanges = count_exchanges(strategy, keys, block_len, ())
+            if _gathered_rows(exchanges[0]) > 2 * block_len:
+                continue
+        yield predict_strategy(strategy, keys, group, costs, work, block_len, exchanges)
 
 
-def best_candidate(
-    segments: Sequence[Segment],
-    tables: Mapping[int, PageTable],
-    group: KVGroup,
-    costs: Costs,
-    *,
-    block_len: int = BLOCK_LEN,
-) -> tuple[GroupStep, Prediction]:
-    """The step of the strategy with the least predicted time, and its prediction. Arguments: `choose_strategy`."""
-    if all(s.query_rank == s.key_rank for s in segments):
-        step = GroupStep(Strategy.LOCAL, tuple(segments))
-        return step, predict_attention(step, tables, group, costs)
-    candidates = predict_candidates(segments, tables, group, costs, block_len=block_len, prune=True)
-    return min(candidates, key=lambda candidate: candidate[1].total_s)  # the first of equals
+def best_candidate(keys: StepKeys, group: KVGroup, costs: Costs, *, block_len: int = BLOCK_LEN) -> Candidate:
+    """The strategy with the least predicted time. Arguments: `choose_strategy`."""
+    if not keys.participants:
+        work = count_work(keys, group, costs.rates)
+        return Candidate(Strategy.LOCAL, (), predict_attention(Strategy.LOCAL, (), work, group, costs))
+    candidates = predict_candidates(keys, group, costs, block_len=block_len, prune=True)
+    return min(candidates, key=lambda candidate: candidate.prediction.total_s)  # the first of equals
 
 
 def choose_strategy(
-    segments: Sequence[Segment],
-    tables: Mapping[int, PageTable],
+    keys: StepKeys,
     group: KVGroup,
     costs: Costs | None = None,
     *,
@@ -125,11 +141,10 @@ def choose_strategy(
     block_len: int = BLOCK_LEN,
     node_of_rank: Sequence[int] | None = None,
 ) -> GroupStep:
-    """Choose the strategy with the least predicted time, and state its exchanges.
+    """Choose the strategy with the least predicted time.
 
     Args:
-        segments: the segments of this KV group in this step.
-        tables: page table per request of this group.
+        keys: keys that the runs of this step see in this KV group.
         group: the KV group, whose widths give bytes and flops.
         costs: topology and rates of the cluster; None counts bytes alone (`costs_by_bytes`).
         forced: the strategy that the user forces, or None.
@@ -139,14 +154,14 @@ def choose_strategy(
     Returns:
         The group's step; `local` where every key is on the rank of its query, whatever was forced.
     """
-    if all(s.query_rank == s.key_rank for s in segments):
-        return GroupStep(Strategy.LOCAL, tuple(segments))
+    if not keys.participants:
+        return GroupStep(Strategy.LOCAL)
     if costs is None:
-        num_ranks = 1 + max(max(s.query_rank, s.key_rank) for s in segments)
-        costs = costs_by_bytes(node_of_rank or (0,) * num_ranks)
+        costs = costs_by_bytes(node_of_rank or (0,) * (1 + max(keys.ranks)))
     if forced is not None:
-        return make_group_step(forced, segments, tables, block_len, costs.topology.nodes)
-    return best_candidate(segments, tables, group, costs, block_len=block_len)[0]
+        return make_group_step(forced, keys, block_len, costs.topology.nodes)
+    best = best_candidate(keys, group, costs, block_len=block_len)
+    return make_group_step(best.strategy, keys, block_len, costs.topology.nodes, best.exchanges)
 
 
 def plan_group(
@@ -160,7 +175,7 @@ def plan_group(
     node_of_rank: Sequence[int] | None = None,
 ) -> GroupStep:
     """One KV group's step for query runs. Other arguments: `choose_strategy`."""
-    segments = make_segments(query_runs, tables, group.spec.window, group.spec.chunk)
-    return choose_strategy(
-        segments, tables, group, costs, forced=forced, block_len=block_len, node_of_rank=node_of_rank
-    )
+    if is_local(query_runs, tables, group.spec):
+        return GroupStep(Strategy.LOCAL)
+    keys = step_keys(query_runs, tables, group.spec)
+    return choose_strategy(keys, group, costs, forced=forced, block_len=block_len, node_of_rank=node_of_rank)

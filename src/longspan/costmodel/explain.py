@@ -6,16 +6,18 @@ Read next: `longspan.costmodel.choose`; `longspan.cli.explain`, which prints the
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
+import numpy as np
 
-from longspan.costmodel.choose import exchange_bytes, predict_candidates
+from longspan.costmodel.choose import exchange_bytes, predict_candidates, predict_strategy
 from longspan.costmodel.parameters import Costs
-from longspan.costmodel.predict import predict_attention
+from longspan.costmodel.work import count_work
 from longspan.kv.layout import KVGroup
 from longspan.plan.group_step import BLOCK_LEN
-from longspan.plan.types import GroupStep
+from longspan.plan.step_keys import Counts, StepKeys, step_keys
+from longspan.plan.types import GroupStep, QueryRun
 from longspan.sharding.pages import PageTable
 from longspan.types import Phase, Strategy
 
@@ -75,11 +77,17 @@ class StrategyChoices:
             total[choice.strategy.value] += choice.num_steps
         return dict(total)
 
+    def count_again(self, phase: Phase, steps: Sequence[GroupStep]) -> None:
+        """Count a step whose strategies, one per KV group, were chosen for an earlier one."""
+        for group_idx, step in enumerate(steps):
+            self._found[phase, group_idx, step.strategy].num_steps += 1
+
     def note(
         self,
         phase: Phase,
         group_idx: int,
         step: GroupStep,
+        query_runs: Sequence[QueryRun],
         tables: Mapping[int, PageTable],
         group: KVGroup,
         costs: Costs,
@@ -92,38 +100,40 @@ class StrategyChoices:
         if known is not None:
             known.num_steps += 1
             return
-        segments = step.segments
-        runs = {(s.request_id, s.query_start, s.query_end) for s in segments}
+        keys = step_keys(query_runs, tables, group.spec)
+        involved: Counts = (keys.before[keys.lasts] - keys.before[keys.firsts]).sum(axis=0)
+        involved[keys.homes] = 1
         choice = StrategyChoice(
             phase=phase,
             group_idx=group_idx,
             strategy=step.strategy,
             is_forced=is_forced and step.strategy is not Strategy.LOCAL,
-            num_queries=sum(end - start for _, start, end in runs),
-            num_keys=max((s.query_end for s in segments), default=0),
-            num_ranks=len({rank for s in segments for rank in (s.query_rank, s.key_rank)}),
-            candidates=_candidates(step, tables, group, costs, block_len),
+            num_queries=sum(run.num_tokens for run in query_runs),
+            num_keys=max((run.end for run in query_runs), default=0),
+            num_ranks=int(np.count_nonzero(involved)),
+            candidates=_candidates(step.strategy, keys, group, costs, block_len),
         )
         self._found[phase, group_idx, step.strategy] = choice
         _log.debug("%s", choice)
 
 
 def _candidates(
-    step: GroupStep, tables: Mapping[int, PageTable], group: KVGroup, costs: Costs, block_len: int
+    strategy: Strategy, keys: StepKeys, group: KVGroup, costs: Costs, block_len: int
 ) -> tuple[Candidate, ...]:
-    if step.strategy is Strategy.LOCAL:
+    if strategy is Strategy.LOCAL:
         return ()
-    found = list(predict_candidates(step.segments, tables, group, costs, block_len=block_len))
-    if all(candidate.strategy is not step.strategy for candidate, _ in found):  # forced, and no candidate
-        found.append((step, predict_attention(step, tables, group, costs)))
+    found = list(predict_candidates(keys, group, costs, block_len=block_len))
+    if all(candidate.strategy is not strategy for candidate in found):  # forced, and no candidate
+        work = count_work(keys, group, costs.rates)
+        found.append(predict_strategy(strategy, keys, group, costs, work, block_len))
     return tuple(
         Candidate(
             strategy=candidate.strategy,
-            predicted_s=prediction.total_s,
-            compute_s=prediction.compute_s,
-            wait_s=prediction.wait_s,
-            copy_s=prediction.copy_s,
+            predicted_s=candidate.prediction.total_s,
+            compute_s=candidate.prediction.compute_s,
+            wait_s=candidate.prediction.wait_s,
+            copy_s=candidate.prediction.copy_s,
             sent_bytes=sum(exchange_bytes(exchange, group) for exchange in candidate.exchanges),
         )
-        for candidate, prediction in found
+        for candidate in found
     )

@@ -12,7 +12,7 @@ from longspan.costmodel.choose import predict_candidates
 from longspan.costmodel.model_time import StepOptions, step_runs, striped_table
 from longspan.costmodel.parameters import Costs
 from longspan.kv.layout import KVGroup
-from longspan.plan.segments import make_segments
+from longspan.plan.step_keys import step_keys
 from longspan.types import Phase, Strategy
 
 CHUNKS = (1, 128, 1024, 4096, 16384)
@@ -41,13 +41,11 @@ def predict_step_choice(
     """The policy's choice for a step of `chunk` tokens behind `context` others."""
     table = striped_table(context + chunk, options.geometry(costs.topology.num_ranks))
     runs = step_runs(table, context, context + chunk)
-    segments = make_segments(runs, {0: table}, group.spec.window, group.spec.chunk)
+    keys = step_keys(runs, {0: table}, group.spec)
     phase = Phase.DECODE if chunk == 1 else Phase.PREFILL
-    if all(s.query_rank == s.key_rank for s in segments):
+    if not keys.participants:
         return StepChoice(phase, group_idx, chunk, context, Strategy.LOCAL, {})
-    predicted = {
-        step.strategy: prediction.total_s for step, prediction in predict_candidates(segments, {0: table}, group, costs)
-    }
+    predicted = {found.strategy: found.prediction.total_s for found in predict_candidates(keys, group, costs)}
     strategy = min(predicted, key=lambda strategy: predicted[strategy])  # the first of equals
     return StepChoice(phase, group_idx, chunk, context, strategy, {s.value: t for s, t in predicted.items()})
 

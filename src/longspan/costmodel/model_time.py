@@ -24,8 +24,8 @@ from longspan.costmodel.choose import best_candidate
 from longspan.costmodel.parameters import Costs
 from longspan.costmodel.shapes import ModelShape
 from longspan.kv.layout import KVGroup
-from longspan.plan.segments import make_segments
-from longspan.plan.types import Literals, QueryRun
+from longspan.plan.step_keys import step_keys
+from longspan.plan.types import QueryRun
 from longspan.sharding.geometry import StepGeometry
 from longspan.sharding.pages import PageTable
 from longspan.sharding.placement import place
@@ -95,7 +95,7 @@ def striped_table(num_tokens: int, geometry: StepGeometry) -> PageTable:
 
 def step_runs(table: PageTable, start: int, end: int) -> list[QueryRun]:
     """Query runs of a step that computes positions `[start, end)`."""
-    return [QueryRun(_REQUEST_ID, a, b - a, rank, Literals(())) for rank, a, b in table.owners(start, end)]
+    return [QueryRun(_REQUEST_ID, a, b - a, rank, None) for rank, a, b in table.owners(start, end)]
 
 
 def predict_step(
@@ -141,7 +141,7 @@ def predict_step(
     most = max(tokens.values())
     return StepPrediction(
         strategies=tuple(strategies),
-        dense_s=_dense_s(shape, most, len(tokens), costs, num_logit_rows, are_all_read=are_all_read),
+        dense_s=predict_dense(shape, most, len(tokens), costs, num_logit_rows, are_all_read=are_all_read),
         attention_s=attention_s,
         sums_s=_sums_s(shape, most, costs, tensor_parallel_size, are_all_read=are_all_read),
         fixed_s=shape.spec.num_layers * costs.rates.layer_s + options.step_s,
@@ -150,16 +150,23 @@ def predict_step(
 
 def _attention(runs: Sequence[QueryRun], table: PageTable, group: KVGroup, costs: Costs) -> tuple[Strategy, float]:
     """Strategy and seconds of one layer's attention."""
-    tables = {_REQUEST_ID: table}
-    segments = make_segments(runs, tables, group.spec.window, group.spec.chunk)
-    step, prediction = best_candidate(segments, tables, group, costs)
-    return step.strategy, prediction.total_s
+    best = best_candidate(step_keys(runs, {_REQUEST_ID: table}, group.spec), group, costs)
+    return best.strategy, best.prediction.total_s
 
 
-def _dense_s(
+def predict_dense(
     shape: ModelShape, num_tokens: int, num_busy: int, costs: Costs, num_logit_rows: int, *, are_all_read: bool
 ) -> float:
-    """Seconds of a step outside attention, on the rank with most tokens."""
+    """Seconds of a step outside attention, on the rank with most tokens.
+
+    Args:
+        shape: one device's part of the model.
+        num_tokens: tokens of that rank.
+        num_busy: ranks with tokens.
+        costs: rates and links of one device per rank.
+        num_logit_rows: rows that need logits.
+        are_all_read: whether all tokens go through the whole last layer.
+    """
     rates, spec = costs.rates, shape.spec
     item = shape.itemsize_bytes
     layers_s = _product_s(

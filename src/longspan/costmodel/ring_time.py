@@ -5,119 +5,137 @@ Read next: `longspan.cp.pass_kv`, which is modelled here; `longspan.costmodel.pr
 
 Note [Ranks in step]
     A rank starts no hop before its predecessor has finished the previous one, so after a few hops all ranks go at the
-    pace of the slowest: a hop takes as long as its longest computation or message. Rounds of equal blocks take equal
-    time, so each kind of round is computed twice at most: once behind another kind, once behind its own.
+    pace of the slowest: a hop takes as long as its longest computation or message. Rounds of whole blocks take equal
+    time, but for the first: they are computed twice at most, and count as often as they are.
 """
 
 from collections.abc import Mapping, Sequence
 
 import msgspec
+import numpy as np
 
 from longspan.costmodel.parameters import Costs, Link
 from longspan.costmodel.timeline import Clocks
-from longspan.costmodel.work import StepWork
-from longspan.plan.types import RingExchange
+from longspan.costmodel.work import Floats, StepWork
+from longspan.plan.exchanges import RingExchange
+from longspan.plan.step_keys import Counts
 
 
 class RingTime:
-    """Time model of one ring."""
+    """Time model of one ring of P members."""
 
     def __init__(
-        self, ring: RingExchange, clocks: Clocks, costs: Costs, work: StepWork, *, token_bytes: int, row_bytes: int
+        self,
+        ring: RingExchange,
+        members: Counts,
+        clocks: Clocks,
+        costs: Costs,
+        work: StepWork,
+        *,
+        token_bytes: int,
+        row_bytes: int,
     ) -> None:
-        """Take a ring where a key with its value has `token_bytes`, and a row of a partial has `row_bytes`."""
-        self._ring, self._clocks, self._rates, self._work = ring, clocks, costs.rates, work
-        self._token_bytes, self._row_bytes = token_bytes, row_bytes
+        """Take a ring.
+
+        Args:
+            ring: the ring.
+            members: [P] its participants, as indices of the clocks' ranks.
+            clocks: clocks of all ranks, which `run` advances.
+            costs: topology and rates of the cluster.
+            work: kernel calls of the step.
+            token_bytes: bytes of a key with its value.
+            row_bytes: bytes of a row of a partial that is merged.
+        """
+        self._ring, self._members, self._clocks, self._rates = ring, members, clocks, costs.rates
+        self._token_bytes, self._num_rows = token_bytes, np.array(ring.num_rows, dtype=np.float64)
         self._links = _ring_links(ring.participants, costs)
-        self._row_s = {pair: self._seconds_per_row(*pair) for pair in work.pairs}
+        pairs = np.ix_(members, members)
+        num_calls, num_merged = work.in_blocks(ring.block_len)
+        self._own_s = work.pair_s(costs.rates).diagonal()[members]
+        self._kernel_s = work.kernel_s[pairs] + num_calls[pairs] * costs.rates.call_s
+        self._merged_s = num_merged[pairs] * row_bytes / costs.rates.copy_bytes_per_s
+        self._meets = work.num_rows[pairs] > 0
+        for matrix in (self._kernel_s, self._merged_s, self._meets):
+            np.fill_diagonal(matrix, 0)
+        seconds = self._kernel_s + self._merged_s
+        self._row_s = np.divide(seconds, self._num_rows, out=np.zeros_like(seconds), where=self._num_rows > 0)
+        """[P, P] seconds of member i's work on the keys of member j, per key that goes round."""
 
     def run(self) -> None:
         """Set the members' clocks to the end of the ring."""
-        ring, clocks, members = self._ring, self._clocks, self._ring.participants
-        before_s = [self._own_s(rank) for rank in members]  # seconds of compute during the next hop
-        total_s = 0.0
-        round_s: dict[tuple[tuple[int, ...], bool], float] = {}
-        last_blocks: tuple[int, ...] | None = None
-        for index in range(-(-max(ring.num_rows) // ring.block_len)):
-            blocks = tuple(max(0, min(ring.block_len, rows - index * ring.block_len)) for rows in ring.num_rows)
-            kind = (blocks, blocks == last_blocks)
-            if kind not in round_s:
-                round_s[kind], before_s = self._round_s(blocks, before_s)
-            total_s += round_s[kind]
-            last_blocks = blocks
-        total_s += clocks.longest(members, before_s)
-        for i, rank in enumerate(members):
-            clocks.now[rank] = total_s
-            clocks.compute_s[rank], clocks.copy_s[rank] = self._shares_s(i)
+        ring, clocks = self._ring, self._clocks
+        num_full = int(min(ring.num_rows) // ring.block_len)  # rounds where every member has a whole block
+        kinds = [np.full(len(self._num_rows), float(ring.block_len))] * min(num_full, 2)
+        counts = [1, num_full - 1][: len(kinds)]
+        for index in range(num_full, int(-(-max(ring.num_rows) // ring.block_len))):
+            kinds.append(np.clip(self._num_rows - index * ring.block_len, 0, ring.block_len))
+            counts.append(1)
+        round_s, after_s = self._rounds_s(np.stack(kinds))
+        total_s = float(round_s @ np.array(counts))
+        total_s += float(clocks.together(self._all(after_s)).max())
+        clocks.now[self._members] = total_s
+        rounds = -(-self._num_rows // ring.block_len)
+        num_merges = np.where(self._meets, rounds, 0.0)
+        clocks.compute_s[self._members] = self._own_s + self._kernel_s.sum(axis=1)
+        copied_s = self._num_rows * self._token_bytes / self._rates.copy_bytes_per_s
+        merges_s = (self._merged_s + num_merges * self._rates.merge_s).sum(axis=1)
+        clocks.copy_s[self._members] = copied_s + merges_s
 
-    def _round_s(self, blocks: tuple[int, ...], before_s: list[float]) -> tuple[float, list[float]]:
-        """Time one round.
+    def _all(self, loads_s: Floats) -> Floats:
+        """Loads [..., members] as loads of all the clocks' ranks, 0 for those outside of the ring."""
+        if len(self._members) == len(self._clocks.now):
+            return loads_s
+        found = np.zeros((*loads_s.shape[:-1], len(self._clocks.now)))
+        found[..., self._members] = loads_s
+        return found
+
+    def _rounds_s(self, blocks: Floats) -> tuple[Floats, Floats]:
+        """Time rounds that follow each other.
 
         Args:
-            blocks: rows of each member's block.
-            before_s: seconds that each member computes during the first hop.
+            blocks: [rounds, P] rows of each member's block.
 
         Returns:
-            Seconds of the round, and seconds that each member computes during the next hop.
+            Seconds [rounds], and seconds [P] that each member computes after the last hop.
         """
-        members, rates = self._ring.participants, self._rates
-        size = len(members)
-        is_shared = rates.ranks_per_device > 1
-        total_s = 0.0
-        for hop in range(1, size):
-            loads_s: list[float] = []
-            message_s = late_s = 0.0
-            for i in range(size):
-                sent = blocks[(i - hop + 1) % size] * self._token_bytes
-                received = blocks[(i - hop) % size] * self._token_bytes
-                load_s = before_s[i] + (sent + received) * rates.moved_byte_s
-                load_s += ((sent > 0) + (received > 0)) * rates.exchange_s
-                if hop == 1:
-                    load_s += sent / rates.copy_bytes_per_s
-                loads_s.append(load_s)
-                if sent:
-                    link = self._links[i]
-                    message_s = max(message_s, link.message_s(sent))
-                    if is_shared:  # moving long messages waits for a turn on a core, whatever is computed there
-                        late_s = max(late_s, link.latency_of(sent) - link.latency_s)
-            total_s += max(message_s - late_s, self._clocks.longest(members, loads_s)) + late_s
-            before_s = []
-            for i in range(size):
-                origin = (i - hop) % size
-                seconds = blocks[origin] * self._row_s.get((members[i], members[origin]), 0.0)
-                before_s.append(seconds + rates.merge_s if seconds else 0.0)
-        return total_s, before_s
+        rates, size = self._rates, blocks.shape[1]
+        hops, members = np.arange(1, size)[:, None], np.arange(size)
+        origins = (members - hops) % size  # [hops, P] whose block each member receives
+        sent = blocks[:, (members - hops + 1) % size] * self._token_bytes  # [rounds, hops, P]
+        rows = blocks[:, origins]
+        computes_s = rows * self._row_s[members, origins]
+        if rates.merge_s:
+            computes_s[computes_s > 0] += rates.merge_s
+        flat = computes_s.reshape(-1, size)
+        loads_s = np.concatenate([self._own_s[None], flat[:-1]]).reshape(computes_s.shape)
+        if rates.moved_byte_s:
+            loads_s += (sent + rows * self._token_bytes) * rates.moved_byte_s
+        if rates.exchange_s:
+            loads_s += ((sent > 0) * 1 + (rows > 0)) * rates.exchange_s
+        loads_s[:, 0] += sent[:, 0] / rates.copy_bytes_per_s
+        message_s, late_s = self._messages_s(sent)
+        longest_s = self._clocks.together(self._all(loads_s)).max(axis=2)
+        return (np.maximum(message_s - late_s, longest_s) + late_s).sum(axis=1), flat[-1]
 
-    def _own_s(self, rank: int) -> float:
-        return self._work.pair_s(rank, rank, self._rates)
+    def _messages_s(self, sent: Floats) -> tuple[Floats, Floats | float]:
+        """Longest message of each hop [rounds, hops], and how late messages start where devices are shared.
 
-    def _seconds_per_row(self, query_rank: int, key_rank: int) -> float:
-        """Seconds of one rank's work on the keys of another, per key that goes round."""
-        ring, rates = self._ring, self._rates
-        if query_rank == key_rank or key_rank not in ring.participants:
-            return 0.0
-        num_rows = ring.num_rows[ring.participants.index(key_rank)]
-        if not num_rows:
-            return 0.0
-        pair = self._work.pairs[query_rank, key_rank]
-        num_calls, num_merged = pair.in_blocks(ring.block_len)
-        merge_s = num_merged * self._row_bytes / rates.copy_bytes_per_s
-        return (pair.kernel_s + num_calls * rates.call_s + merge_s) / num_rows
-
-    def _shares_s(self, member: int) -> tuple[float, float]:
-        """Seconds that one member spends in kernels, and on packing and merging."""
-        ring, rates = self._ring, self._rates
-        rank = ring.participants[member]
-        compute_s = self._own_s(rank)
-        copy_s = ring.num_rows[member] * self._token_bytes / rates.copy_bytes_per_s
-        for origin, rows in zip(ring.participants, ring.num_rows, strict=True):
-            pair = self._work.pairs.get((rank, origin))
-            if origin != rank and pair is not None:
-                num_calls, num_merged = pair.in_blocks(ring.block_len)
-                compute_s += pair.kernel_s + num_calls * rates.call_s
-                copy_s += num_merged * self._row_bytes / rates.copy_bytes_per_s
-                copy_s += -(-rows // ring.block_len) * rates.merge_s
-        return compute_s, copy_s
+        Args:
+            sent: [rounds, hops, P] bytes that each member sends.
+        """
+        links = self._links
+        if all(link == links[0] for link in links):
+            latency_s = links[0].latencies_of(sent)
+            bandwidth = np.array(links[0].bytes_per_s)
+        else:
+            latency_s = np.stack([link.latencies_of(sent[..., i]) for i, link in enumerate(links)], axis=2)
+            bandwidth = np.array([link.bytes_per_s for link in links])
+        message_s = np.where(sent > 0, latency_s + sent / bandwidth, 0.0).max(axis=2)
+        if self._rates.ranks_per_device == 1:
+            return message_s, 0.0
+        # Moving long messages waits for a turn on a core, whatever is computed there.
+        extra_s = latency_s - np.array([link.latency_s for link in links])
+        return message_s, np.where(sent > 0, extra_s, 0.0).max(axis=2)
 
 
 def _ring_links(members: Sequence[int], costs: Costs) -> list[Link]:

@@ -1,142 +1,187 @@
 """Clocks of the ranks of a step in one layer, which every phase of a strategy advances.
 
-Holds the times of work and of messages, and what ranks share. Must not know strategies.
+Holds the times of work and of messages, and what ranks share, as arrays over ranks. Must not know strategies.
 Read next: `longspan.costmodel.predict`, which runs strategies on these clocks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from longspan.costmodel.parameters import Costs
+from longspan.costmodel.work import Floats
+from longspan.plan.step_keys import Counts
 
-Seconds = dict[int, float]
-"""Seconds by rank."""
 
+@dataclass(frozen=True, eq=False)
+class Messages:
+    """M messages, each from one rank to another, those of lower senders first."""
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """Message from one rank to another."""
+    source: Counts
+    """[M] sender, as an index of the clocks' ranks."""
+    target: Counts
+    """[M] receiver."""
+    num_bytes: Floats
+    """[M] bytes."""
+    num_ranks: int
+    """P."""
 
-    source: int
-    target: int
-    num_bytes: int
+    @classmethod
+    def of(cls, num_rows: Counts, row_bytes: int) -> "Messages":
+        """Messages of an exchange, from the rows [P, P] that rank i sends to rank j."""
+        source, target = np.nonzero(num_rows)
+        num_bytes: Floats = num_rows[source, target].astype(np.float64) * row_bytes
+        return cls(source, target, num_bytes, len(num_rows))
+
+    def per_source(self, values: Floats | None = None) -> Floats:
+        """[P] sum of values [M], or the number of messages, by sender."""
+        found: NDArray[Any] = np.bincount(self.source, values, self.num_ranks) * 1.0
+        return found
+
+    def per_target(self, values: Floats | None = None) -> Floats:
+        """[P] sum of values [M], or the number of messages, by receiver."""
+        found: NDArray[Any] = np.bincount(self.target, values, self.num_ranks) * 1.0
+        return found
 
 
 class Clocks:
-    """Seconds since the layer began, by rank, and their parts for compute and copies; the rest is waits."""
+    """Seconds since the layer began, [P] by rank, and their parts for compute and copies; the rest is waits."""
 
-    def __init__(self, ranks: Iterable[int], costs: Costs) -> None:
-        self.ranks = sorted(ranks)
-        self.costs = costs
-        self.now: Seconds = dict.fromkeys(self.ranks, 0.0)
-        self.compute_s: Seconds = dict.fromkeys(self.ranks, 0.0)
-        self.copy_s: Seconds = dict.fromkeys(self.ranks, 0.0)
-        self._machines = costs.topology.machines or costs.topology.nodes
-        self._busy_s: Seconds = {}  # by machine: loads of all its ranks
+    def __init__(self, ranks: Sequence[int], costs: Costs) -> None:
+        self.costs, self._ranks = costs, ranks
+        self.now = np.zeros(len(ranks))
+        self.compute_s = np.zeros(len(ranks))
+        self.copy_s = np.zeros(len(ranks))
+        self._has_one_node = costs.topology.num_nodes == 1
+        self._is_shared = costs.rates.ranks_per_device > 1
+        self._machine_sizes = np.bincount(costs.topology.machines or costs.topology.nodes).astype(np.float64)
+        self._busy_s = np.zeros(len(self._machine_sizes))  # by machine: loads of all its ranks
+
+    @cached_property
+    def _nodes(self) -> Counts:
+        """[P] node of each rank."""
+        nodes = self.costs.topology.nodes
+        return np.array([nodes[rank] for rank in self._ranks], dtype=np.int64)
+
+    @cached_property
+    def _machines(self) -> Counts:
+        """[P] machine of each rank."""
+        machines = self.costs.topology.machines or self.costs.topology.nodes
+        return np.array([machines[rank] for rank in self._ranks], dtype=np.int64)
 
     @property
     def end_s(self) -> float:
         """Seconds until the last rank is done."""
-        end_s = max(self.now.values(), default=0.0)
-        if self.costs.rates.ranks_per_device > 1:
+        end_s = float(self.now.max(initial=0.0))
+        if self._is_shared:
             # What ranks of a machine do at different times still takes its devices' time.
-            for machine, busy_s in self._busy_s.items():
-                end_s = max(end_s, busy_s / self._machines.count(machine))
+            end_s = max(end_s, float((self._busy_s / self._machine_sizes).max(initial=0.0)))
         return end_s
 
     # -- work --------------------------------------------------------------------------------------------------------
 
-    def run(self, compute_s: Mapping[int, float], copy_s: Mapping[int, float], moved: Sequence[Message] = ()) -> None:
+    def run(self, compute_s: Floats | float, copy_s: Floats | float, moved: Messages | None = None) -> None:
         """Advance every rank by its load, while the messages `moved` are on their way."""
         byte_s = self.costs.rates.moved_byte_s
-        moved_s: Seconds = {}
-        if byte_s:
-            for m in moved:
-                add(moved_s, m.source, m.num_bytes * byte_s)
-                add(moved_s, m.target, m.num_bytes * byte_s)
-        ranks = list({**compute_s, **copy_s, **moved_s})
-        loads = [compute_s.get(r, 0.0) + copy_s.get(r, 0.0) + moved_s.get(r, 0.0) for r in ranks]
-        for rank, load_s, time_s in zip(ranks, loads, self.together(ranks, loads), strict=True):
-            if load_s:
-                self.now[rank] += time_s
-                self.compute_s[rank] += compute_s.get(rank, 0.0) * time_s / load_s
-                self.copy_s[rank] += copy_s.get(rank, 0.0) * time_s / load_s
+        load_s = compute_s + copy_s
+        if byte_s and moved is not None:
+            load_s = load_s + (moved.per_source(moved.num_bytes) + moved.per_target(moved.num_bytes)) * byte_s
+        if not self._is_shared:
+            self.now += load_s
+            self.compute_s += compute_s
+            self.copy_s += copy_s
+            return
+        load_s = load_s + np.zeros_like(self.now)
+        time_s = self.together(load_s)
+        self.now += time_s
+        stretched = np.divide(time_s, load_s, out=np.zeros_like(load_s), where=load_s > 0)
+        self.compute_s += compute_s * stretched
+        self.copy_s += copy_s * stretched
 
-    def together(self, ranks: Sequence[int], loads_s: list[float]) -> list[float]:
-        """Seconds that each rank takes for its load if all start together, devices shared."""
+    def together(self, loads_s: Floats) -> Floats:
+        """Seconds that each rank takes for its load if all start together, devices shared.
+
+        Args:
+            loads_s: [..., P] loads; rows are one after the other.
+        """
         sharing = self.costs.rates.ranks_per_device
-        if sharing == 1:
+        if not self._is_shared:
             return loads_s
-        nodes = self._machines
-        even_s: Seconds = {}  # by machine, if its devices are busy to the end
-        for rank, load_s in zip(ranks, loads_s, strict=True):
-            add(even_s, nodes[rank], load_s / nodes.count(nodes[rank]))
-            add(self._busy_s, nodes[rank], load_s)
-        return [
-            min(load_s, max(load_s / sharing, even_s[nodes[rank]])) for rank, load_s in zip(ranks, loads_s, strict=True)
-        ]
+        members = self._machines[:, None] == np.arange(len(self._machine_sizes))
+        per_machine = loads_s @ members  # [..., machines]
+        self._busy_s += per_machine.reshape(-1, len(self._machine_sizes)).sum(axis=0)
+        even_s = (per_machine / self._machine_sizes)[..., self._machines]  # if its devices are busy to the end
+        found: Floats = np.minimum(loads_s, np.maximum(loads_s / sharing, even_s))
+        return found
 
-    def longest(self, ranks: Sequence[int], loads_s: list[float]) -> float:
-        """Seconds that the slowest rank takes for its load if all start together."""
-        return max(self.together(ranks, loads_s))
-
-    def wait(self, until: Mapping[int, float]) -> None:
+    def wait(self, until: Floats) -> None:
         """Hold ranks back until their times in `until`."""
-        for rank, time_s in until.items():
-            self.now[rank] = max(self.now[rank], time_s)
+        np.maximum(self.now, until, out=self.now)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
-    def sending_s(self, messages: Sequence[Message]) -> Seconds:
+    def sending_s(self, messages: Messages) -> Floats:
         """Seconds in which each rank packs and sends its messages."""
         rates = self.costs.rates
-        seconds: Seconds = {}
-        for m in messages:
-            add(seconds, m.source, rates.exchange_s + m.num_bytes / rates.copy_bytes_per_s)
-        return seconds
+        return messages.per_source(rates.exchange_s + messages.num_bytes / rates.copy_bytes_per_s)
 
-    def receiving_s(self, messages: Sequence[Message]) -> Seconds:
+    def receiving_s(self, messages: Messages) -> Floats:
         """Seconds in which each rank receives its messages."""
-        seconds: Seconds = {}
-        for m in messages:
-            add(seconds, m.target, self.costs.rates.exchange_s)
-        return seconds
+        return messages.per_target() * self.costs.rates.exchange_s
 
-    def queues_s(self, messages: Sequence[Message]) -> list[float]:
+    def queues_s(self, messages: Messages) -> Floats:
         """Seconds that each message's link is busy with all messages of the same sender or receiver."""
-        topology, nodes = self.costs.topology, self.costs.topology.nodes
-        sent: dict[tuple[int, bool], int] = {}
-        received: dict[tuple[int, bool], int] = {}
-        node_sent: dict[int, int] = {}
-        for m in messages:
-            inside = nodes[m.source] == nodes[m.target]
-            sent[m.source, inside] = sent.get((m.source, inside), 0) + m.num_bytes
-            received[m.target, inside] = received.get((m.target, inside), 0) + m.num_bytes
-            if not inside:
-                node_sent[nodes[m.source]] = node_sent.get(nodes[m.source], 0) + m.num_bytes
-        queues_s: list[float] = []
-        for m in messages:
-            inside = nodes[m.source] == nodes[m.target]
-            num_bytes = float(max(sent[m.source, inside], received[m.target, inside]))
-            if inside:
-                queues_s.append(num_bytes / topology.inside.bytes_per_s)
-                continue
-            if topology.ranks_per_link > 1:  # a rank that sends alone has the node's whole link
-                even = node_sent[nodes[m.source]] / nodes.count(nodes[m.source])
-                num_bytes = max(num_bytes / topology.ranks_per_link, min(num_bytes, even))
-            queues_s.append(num_bytes / topology.between.bytes_per_s)
-        return queues_s
+        topology, source, target, num_bytes = self.costs.topology, messages.source, messages.target, messages.num_bytes
+        if self._has_one_node:
+            sent, received = messages.per_source(num_bytes), messages.per_target(num_bytes)
+            inside_s: Floats = np.maximum(sent[source], received[target]) / topology.inside.bytes_per_s
+            return inside_s
+        inside = self._nodes[source] == self._nodes[target]
+        near, far = np.where(inside, num_bytes, 0.0), np.where(inside, 0.0, num_bytes)
+        longer = np.where(
+            inside,
+            np.maximum(messages.per_source(near)[source], messages.per_target(near)[target]),
+            np.maximum(messages.per_source(far)[source], messages.per_target(far)[target]),
+        )
+        if topology.ranks_per_link > 1:  # a rank that sends alone has the node's whole link
+            sizes = np.bincount(topology.nodes)
+            even = (np.bincount(self._nodes[source], far, len(sizes)) / sizes)[self._nodes[source]]
+            shared = np.maximum(longer / topology.ranks_per_link, np.minimum(longer, even))
+            longer = np.where(inside, longer, shared)
+        found: Floats = longer / np.where(inside, topology.inside.bytes_per_s, topology.between.bytes_per_s)
+        return found
 
-    def arrivals(self, messages: Sequence[Message], ready_s: Mapping[int, float]) -> Seconds:
-        """Times at which each rank has all its messages, which leave their senders at `ready_s`."""
-        arrived: Seconds = {}
-        for m, queue_s in zip(messages, self.queues_s(messages), strict=True):
-            link = self.costs.topology.link(m.source, m.target)
-            time_s = ready_s[m.source] + link.latency_of(m.num_bytes) + queue_s
-            arrived[m.target] = max(arrived.get(m.target, 0.0), time_s)
-        return arrived
+    def latencies_s(self, messages: Messages) -> Floats:
+        """Seconds that each message takes beside its bytes over its link's bandwidth."""
+        topology = self.costs.topology
+        inside = topology.inside.latencies_of(messages.num_bytes)
+        if self._has_one_node:
+            return inside
+        is_near = self._nodes[messages.source] == self._nodes[messages.target]
+        found: Floats = np.where(is_near, inside, topology.between.latencies_of(messages.num_bytes))
+        return found
 
+    def alone_s(self, messages: Messages) -> Floats:
+        """Seconds of each message's bytes on its link, if it waits for no other."""
+        topology = self.costs.topology
+        if self._has_one_node:
+            inside_s: Floats = messages.num_bytes / topology.inside.bytes_per_s
+            return inside_s
+        is_near = self._nodes[messages.source] == self._nodes[messages.target]
+        bandwidth = np.where(is_near, topology.inside.bytes_per_s, topology.between.bytes_per_s)
+        found: Floats = messages.num_bytes / bandwidth
+        return found
 
-def add(seconds: Seconds, rank: int, more_s: float) -> None:
-    """Add `more_s` to the seconds of one rank."""
-    seconds[rank] = seconds.get(rank, 0.0) + more_s
+    def arrivals(self, messages: Messages, ready_s: Floats) -> Floats:
+        """Times at which each rank has all its messages, which leave their senders at `ready_s`; 0 without messages."""
+        return self.last(messages, ready_s[messages.source] + self.latencies_s(messages) + self.queues_s(messages))
+
+    def last(self, messages: Messages, times_s: Floats) -> Floats:
+        """[P] latest of the messages' times [M] by receiver; 0 for ranks without messages."""
+        found = np.zeros_like(self.now)
+        np.maximum.at(found, messages.target, times_s)
+        return found

@@ -1,17 +1,25 @@
 """Time of a step's attention kernels, by rank of the queries and rank of the keys.
 
-Holds arithmetic over segments. Must not know which rank computes what: that is the strategy's choice.
+Holds arithmetic over the keys that runs see, for all ranks at once. Must not know which rank computes what: that is the
+strategy's choice.
 Read next: `longspan.costmodel.predict`, which adds messages and waits.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from longspan.costmodel.parameters import KernelRates
 from longspan.kv.layout import KVGroup
-from longspan.plan.types import Segment
-from longspan.sharding.pages import PageTable
+from longspan.plan.step_keys import Counts, Piece, StepKeys
+from longspan.plan.types import QueryRun
 from longspan.sharding.visibility import Visibility
+
+Floats: TypeAlias = NDArray[np.float64]
 
 CAUSAL_BLOCK = 512
 """Keys per block of a kernel, which computes blocks at the diagonal in full, hidden pairs included. (Measured on a CPU,
@@ -21,91 +29,109 @@ BAND_BLOCK = 64
 """Queries per kernel call where a sliding window's edge is masked: each call also computes what its mask hides."""
 
 
-@dataclass(slots=True)
-class PairWork:
-    """Work of one rank's queries on one rank's keys, in one layer."""
-
-    kernel_s: float = 0.0
-    """Time of all kernel calls without their fixed part, and of merging several calls on the same rows."""
-    num_calls: int = 0
-    num_rows: int = 0
-    """Query rows that see a key: the rows of a partial."""
-    segments: list[tuple[int, int, int]] = field(default_factory=list)
-    """Triples (keys, kernel calls, query rows), one per segment."""
-
-    def in_blocks(self, block_len: int) -> tuple[int, int]:
-        """Kernel calls, and query rows to merge, if the keys come in blocks of `block_len`."""
-        num_calls = num_rows = 0
-        for num_keys, calls, rows in self.segments:
-            num_blocks = -(-num_keys // block_len)
-            num_calls += calls * num_blocks
-            num_rows += rows * num_blocks
-        return num_calls, num_rows
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True)
 class StepWork:
-    """Work of one KV group in one layer of a step."""
+    """Work of one KV group in one layer of a step: of rank i's queries on rank j's keys. P ranks, S pieces of runs."""
 
-    pairs: dict[tuple[int, int], PairWork] = field(default_factory=dict)
-    """Work by (rank of the queries, rank of the keys)."""
+    keys: StepKeys
+    kernel_s: Floats
+    """[P, P] time of all kernel calls without their fixed part, and of merging several calls on the same rows."""
+    num_calls: Floats
+    """[P, P] kernel calls."""
+    num_rows: Floats
+    """[P, P] query rows that see a key: the rows of a partial."""
+    num_keys: Counts
+    """[S, P] keys of each piece on each rank."""
+    calls: Floats
+    """[S] kernel calls of each piece, if its keys come at once."""
 
-    def pair_s(self, query_rank: int, key_rank: int, rates: KernelRates) -> float:
-        """Seconds of all kernel calls of one pair, on whichever rank."""
-        pair = self.pairs.get((query_rank, key_rank))
-        return pair.kernel_s + pair.num_calls * rates.call_s if pair else 0.0
+    def pair_s(self, rates: KernelRates) -> Floats:
+        """[P, P] seconds of all kernel calls of each pair, on whichever rank."""
+        found: Floats = self.kernel_s + self.num_calls * rates.call_s
+        return found
 
-    def num_rows(self, query_rank: int, key_rank: int) -> int:
-        """Query rows of one rank that see a key of the other."""
-        pair = self.pairs.get((query_rank, key_rank))
-        return pair.num_rows if pair else 0
+    def in_blocks(self, block_len: int) -> tuple[Floats, Floats]:
+        """Kernel calls, and query rows to merge, [P, P] each, if the keys of other ranks come in blocks."""
+        keys = self.keys
+        num_blocks = -(-self.num_keys // block_len)
+        per_block = np.stack([self.calls, keys.num_queries[keys.piece_runs]], axis=1)  # [S, 2]
+        found = keys.by_home(keys.by_run(num_blocks[:, None] * per_block[:, :, None]))
+        return found[:, 0], found[:, 1]
+
+    @cached_property
+    def most_keys(self) -> Counts:
+        """[P, P] keys of the longest piece."""
+        return self.keys.by_home(self.keys.by_run(self.num_keys, np.maximum), np.maximum)
 
 
-def count_work(
-    segments: Iterable[Segment], tables: Mapping[int, PageTable], group: KVGroup, rates: KernelRates
-) -> StepWork:
-    """Count the kernel calls that a KV group's segments need, on whichever rank.
+class _Kernels:
+    """How pieces are computed: queries per call, calls, and a call's seconds."""
+
+    def __init__(self, group: KVGroup, rates: KernelRates) -> None:
+        self._group, self._rates = group, rates
+        self._pair_s: dict[int, float] = {}
+        self._key_s = group.spec.layout.token_bytes / rates.read_bytes_per_s
+
+    def calls(self, pieces: Sequence[Piece], runs: Sequence[QueryRun]) -> tuple[Floats, Floats]:
+        """Kernel calls of each of S pieces, and the seconds of all its queries per key [S]."""
+        calls: list[float] = []
+        seconds: list[float] = []
+        for piece in pieces:
+            count = call_len = runs[piece.run].num_tokens
+            num_calls, share = 1, 1.0
+            if piece.visibility is Visibility.BAND:
+                window = self._group.spec.window
+                assert window is not None
+                call_len = min(count, BAND_BLOCK)
+                num_calls = -(-count // call_len)
+                share = min(1.0, (window + call_len) / piece.num_positions)
+            pair_s = self._pair_s.get(call_len)
+            if pair_s is None:
+                pair_s = self._group.pair_flops(call_len) / self._rates.attention_rate(call_len)
+                self._pair_s[call_len] = pair_s
+            calls.append(num_calls)
+            seconds.append(count * share * pair_s)
+        return np.array(calls, dtype=np.float64), np.array(seconds)
+
+    def seconds(self, pieces: Sequence[Piece], num_keys: NDArray[Any], per_key_s: Floats) -> Floats:
+        """Seconds of the kernels of S pieces with keys [S, ...], each key taking `per_key_s` [S, ...] if computed."""
+        seen = num_keys  # a query is computed with these, whether it sees them or a block at the diagonal hides them
+        is_causal = [piece.visibility is Visibility.CAUSAL for piece in pieces]
+        if any(is_causal):
+            causal = np.array(is_causal).reshape(-1, *[1] * (num_keys.ndim - 1))
+            seen = np.where(causal, np.minimum(seen, (seen + CAUSAL_BLOCK) / 2), seen)
+        found: Floats = np.maximum(seen * per_key_s, num_keys * self._key_s)
+        return found
+
+
+def count_work(keys: StepKeys, group: KVGroup, rates: KernelRates) -> StepWork:
+    """Count the kernel calls that a KV group's step needs, on whichever rank.
 
     Args:
-        segments: the segments of this KV group in this step.
-        tables: page table per request of this group.
+        keys: keys that the step's runs see.
         group: the KV group, whose widths give bytes and flops.
         rates: the ranks' kernel rates.
     """
-    window, token_bytes = group.spec.window, group.spec.layout.token_bytes
-    row_bytes = group.merged_row_bytes
-    work = StepWork()
-    pairs = work.pairs
-    seen: set[tuple[int, int, int, int]] = set()  # (request, first query, rank of queries, rank of keys)
-    pair_s_of: dict[int, float] = {}  # by queries of a call
-    for s in segments:
-        num_keys = tables[s.request_id].count_on(s.key_rank, s.key_start, s.key_end)
-        if not num_keys:
-            continue
-        num_queries = s.query_end - s.query_start
-        key = (s.query_rank, s.key_rank)
-        pair = pairs.get(key)
-        if pair is None:
-            pair = pairs[key] = PairWork()
-        call_len, num_calls = num_queries, 1
-        seen_keys = float(num_keys)  # per query, as the kernel computes them
-        if s.visibility is Visibility.CAUSAL:
-            seen_keys = min(seen_keys, (seen_keys + CAUSAL_BLOCK) / 2)
-        elif s.visibility is Visibility.BAND:
-            assert window is not None
-            call_len = min(num_queries, BAND_BLOCK)
-            num_calls = -(-num_queries // call_len)
-            seen_keys *= min(1.0, (window + call_len) / (s.key_end - s.key_start))
-        pair_s = pair_s_of.get(call_len)
-        if pair_s is None:
-            pair_s = pair_s_of[call_len] = group.pair_flops(call_len) / rates.attention_rate(call_len)
-        pair.kernel_s += max(num_queries * seen_keys * pair_s, num_keys * token_bytes / rates.read_bytes_per_s)
-        pair.num_calls += num_calls
-        pair.segments.append((num_keys, num_calls, num_queries))
-        run = (s.request_id, s.query_start, *key)
-        if run not in seen:
-            seen.add(run)
-            pair.num_rows += num_queries
-        else:  # the kernel's caller merges what it has of these rows already
-            pair.kernel_s += rates.merge_s + num_queries * row_bytes / rates.copy_bytes_per_s
-    return work
+    kernels, runs, before = _Kernels(group, rates), keys.runs, keys.before
+    calls, per_key_s = kernels.calls(keys.pieces, runs)
+    num_keys = before[[p.end for p in keys.pieces]] - before[[p.start for p in keys.pieces]] if keys.pieces else _NONE
+    num_keys = num_keys.reshape(len(keys.pieces), len(keys.ranks))
+    has_keys = num_keys > 0
+    kernel_s = kernels.seconds(keys.pieces, num_keys, per_key_s[:, None])
+    of_run = keys.by_run(np.stack([kernel_s, has_keys * calls[:, None], has_keys], axis=1))  # [R, 3, P]
+    own = [piece for piece in keys.own if piece is not None]
+    if own:
+        own_calls, own_key_s = kernels.calls(own, runs)
+        own_s = kernels.seconds(own, np.array([piece.num_positions for piece in own], dtype=np.float64), own_key_s)
+        own_runs = [piece.run for piece in own]
+        of_run[own_runs, :, keys.homes[own_runs]] += np.stack([own_s, own_calls, np.ones(len(own))], axis=1)
+    num_pieces = of_run[:, 2]
+    if num_pieces.max(initial=0.0) > 1:  # the kernel's caller merges what it has of a row already with what follows
+        row_s = rates.merge_s + keys.num_queries * (group.merged_row_bytes / rates.copy_bytes_per_s)
+        of_run[:, 0] += np.maximum(num_pieces - 1, 0) * row_s[:, None]
+    np.multiply(num_pieces > 0, keys.num_queries[:, None], out=num_pieces)
+    found = keys.by_home(of_run)
+    return StepWork(keys, found[:, 0], found[:, 1], found[:, 2], num_keys, calls)
+
+
+_NONE = np.zeros(0, dtype=np.int64)

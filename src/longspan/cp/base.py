@@ -17,8 +17,8 @@ from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout, query_rows
 from longspan.kv.layout import KVGroup, KVLayout
-from longspan.plan.segments import cut_runs
-from longspan.plan.types import GroupStep, QueryRun, Range
+from longspan.plan.segments import cut_runs, make_segments
+from longspan.plan.types import GroupStep, QueryRun, Range, Segment
 from longspan.sharding.pages import KeyRun, PageTable
 from longspan.types import AttentionParams
 
@@ -35,6 +35,22 @@ class RankStep:
     """Query runs of all ranks, in plan order."""
     tables: Mapping[int, PageTable]
     """Page table of every request in this KV group, by request id."""
+    segments: Sequence[Segment]
+    """Segments of this rank's queries, and of other ranks' queries over this rank's keys, in plan order."""
+
+    @classmethod
+    def of(
+        cls,
+        comm: Communicator,
+        backend: AttentionBackend,
+        group: KVGroup,
+        step: GroupStep,
+        query_runs: Sequence[QueryRun],
+        tables: Mapping[int, PageTable],
+    ) -> "RankStep":
+        """Derive a rank's view from a plan's query runs and its page tables."""
+        segments = make_segments(query_runs, tables, group.spec.window, group.spec.chunk, comm.rank)
+        return cls(comm, backend, group, step, query_runs, tables, segments)
 
     @property
     def rank(self) -> int:
@@ -48,6 +64,16 @@ class RankStep:
     def local_query_rows(self) -> dict[Range, int]:
         """First packed row of every query run that this rank computes, runs being cut where chunks end."""
         return query_rows(cut_runs(self.query_runs, self.group.spec.chunk), self.rank)
+
+
+def check_rows(step: RankStep, num_sent: int, num_received: int) -> None:
+    """Assert that a rank moves as many rows in a layer as the plan says; both ends of a message do so."""
+    group_step, participants = step.step, step.step.participants
+    said = (0, 0)
+    if step.rank in participants:
+        index = participants.index(step.rank)
+        said = (group_step.num_sent[index], group_step.num_received[index])
+    assert (num_sent, num_received) == said, "plan and page tables disagree"
 
 
 class MovementStrategy(Protocol):

@@ -23,7 +23,6 @@ from longspan.cp.pass_kv import PassKV
 from longspan.cp.pass_q import PassQ
 from longspan.cp.resolve import StoreRun, store_rows, store_runs
 from longspan.kv.pool import PagePool
-from longspan.plan.read_runs import read_runs
 from longspan.plan.types import Plan
 from longspan.sharding.pages import PageTable
 from longspan.types import AttentionParams, Strategy
@@ -84,14 +83,13 @@ class EagerStepAttention:
         self._parts: dict[int, _Part] = {}  # per layer
         last = len(layer_params) - 1
         for group_step, group_tables, pool in zip(plan.groups, tables, pools, strict=True):
-            step = RankStep(comm, backend, pool.group, group_step, plan.query_runs, group_tables)
+            step = RankStep.of(comm, backend, pool.group, group_step, plan.query_runs, group_tables)
             stores = store_runs(step.local_query_rows(), step.pool_layout)
             scattered = _indices(store_rows(stores, self.num_rows), pool.device) if is_scattered(stores) else None
             part = _Part(pool, _STRATEGIES[group_step.strategy](step), group_step.strategy.value, stores, scattered)
             self._parts.update(dict.fromkeys(pool.group.layers, part))
             if plan.last_layer is not None and last in pool.group.layers:
-                read = read_runs(plan.query_runs, plan.samples, plan.scores)
-                reading = RankStep(comm, backend, pool.group, plan.last_layer, read, group_tables)
+                reading = RankStep.of(comm, backend, pool.group, plan.last_layer, plan.read_runs, group_tables)
                 self.read_rows = _indices(_packed_rows(step, reading), pool.device)
                 strategy = plan.last_layer.strategy
                 self._parts[last] = replace(

@@ -24,7 +24,8 @@ from longspan.cp.fixed_buffers import FixedInputs, FixedMessages, PlacedTiles, k
 from longspan.cp.resolve import PoolLayout, query_rows, resolve, store_rows, store_runs
 from longspan.kv.pool import PagePool
 from longspan.plan.fixed_shape import FixedShape
-from longspan.plan.types import Plan, Range
+from longspan.plan.segments import make_segments
+from longspan.plan.types import Plan, Range, Segment
 from longspan.sharding.pages import PageTable
 from longspan.triton_kernels.attention import attention, head_tiles, tiling
 from longspan.triton_kernels.merge import merge
@@ -86,21 +87,29 @@ class FixedStepAttention:
         for i, (step, pool, messages) in enumerate(zip(plan.groups, self._pools, self._messages, strict=True)):
             layout = PoolLayout(tables[i], self.rank)
             self._inputs.put_stores(i, store_rows(store_runs(own, layout), self.shape.num_rows))
-            placed = [] if not self.num_rows else [self._tiles(plan, i, self.rank, own, layout, 0)]
+            spec = pool.group.spec
+            segments = make_segments(plan.query_runs, tables[i], spec.window, spec.chunk, self.rank)
+            placed = [] if not self.num_rows else [self._tiles(segments, i, self.rank, own, layout, 0)]
             for j, home in enumerate(messages.other_homes):  # the other homes' rows are one tensor
-                placed.append(self._tiles(plan, i, home, rows_of[home], layout, j * self.shape.num_rows))
+                placed.append(self._tiles(segments, i, home, rows_of[home], layout, j * self.shape.num_rows))
             self._key_tiles[i] = self._inputs.put_tiles(i, placed)
             is_graphs &= self._key_tiles[i] is self._inputs.key_tiles[i]
             self.bytes_sent[step.strategy.value] += len(pool.group.layers) * messages.layer_bytes
         return is_graphs
 
     def _tiles(
-        self, plan: Plan, group_idx: int, home: int, rows: Mapping[Range, int], layout: PoolLayout, first_row: int
+        self,
+        segments: Sequence[Segment],
+        group_idx: int,
+        home: int,
+        rows: Mapping[Range, int],
+        layout: PoolLayout,
+        first_row: int,
     ) -> PlacedTiles:
         """Tables of the keys on this rank that one home's rows see, with a tile of queries for every row."""
         pool = self._pools[group_idx]
         window = pool.group.spec.window
-        seen = [s for s in plan.groups[group_idx].segments if s.query_rank == home and s.key_rank == self.rank]
+        seen = [s for s in segments if s.query_rank == home and s.key_rank == self.rank]
         found = tile_tables(
             resolve(seen, rows, layout, window),
             self.shape.num_rows,

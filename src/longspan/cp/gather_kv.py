@@ -14,11 +14,12 @@ Read next: `longspan.cp.pass_kv`, which moves the same rows with bounded memory.
 from torch import Tensor
 
 from longspan.attention.partial import PartialAttention
-from longspan.cp.base import KeyShare, KVBlock, RankStep
+from longspan.cp.base import KeyShare, KVBlock, RankStep, check_rows
 from longspan.cp.local import Local
 from longspan.cp.resolve import BufferLayout, PoolLayout, message_runs, resolve
 from longspan.plan.segments import moved_keys
-from longspan.plan.types import DirectExchange
+from longspan.plan.types import Segment
+from longspan.sharding.pages import KeyRun
 from longspan.types import AttentionParams
 
 
@@ -27,23 +28,24 @@ class GatherKV:
 
     def __init__(self, step: RankStep) -> None:
         self._step, self._local = step, Local(step)
-        self._sends, self._recvs = {}, {}
-        rank, segments = step.rank, step.step.segments
-        (exchange,) = step.step.exchanges
-        assert isinstance(exchange, DirectExchange)
-        if rank not in exchange.participants:
-            return
-        me = exchange.participants.index(rank)
-        query_rows = step.local_query_rows()
-        for i, peer in enumerate(exchange.participants):
-            if exchange.num_rows[me][i]:
-                self._sends[peer] = message_runs(step.pool_layout, moved_keys(segments, rank, peer))
-            if exchange.num_rows[i][me]:
-                layout = BufferLayout(message_runs(PoolLayout(step.tables, peer), moved_keys(segments, peer, rank)))
-                assert layout.num_rows == exchange.num_rows[i][me], "plan and page tables disagree"
-                seen = [s for s in segments if s.query_rank == rank and s.key_rank == peer]
-                share = KeyShare(resolve(seen, query_rows, layout, step.group.spec.window))
-                self._recvs[peer] = (layout.num_rows, share)
+        self._sends: dict[int, list[tuple[int, KeyRun]]] = {}
+        self._recvs: dict[int, tuple[int, KeyShare]] = {}
+        rank, query_rows = step.rank, step.local_query_rows()
+        seen_by: dict[int, list[Segment]] = {}  # peer: segments of its queries over this rank's keys
+        seen_on: dict[int, list[Segment]] = {}  # peer: segments of this rank's queries over its keys
+        for s in step.segments:
+            if s.query_rank != rank:
+                seen_by.setdefault(s.query_rank, []).append(s)
+            elif s.key_rank != rank:
+                seen_on.setdefault(s.key_rank, []).append(s)
+        for peer, segments in sorted(seen_by.items()):
+            self._sends[peer] = message_runs(step.pool_layout, moved_keys(segments, rank, peer))
+        for peer, segments in sorted(seen_on.items()):
+            layout = BufferLayout(message_runs(PoolLayout(step.tables, peer), moved_keys(segments, peer, rank)))
+            share = KeyShare(resolve(segments, query_rows, layout, step.group.spec.window))
+            self._recvs[peer] = (layout.num_rows, share)
+        sent = sum(run.num_tokens for runs in self._sends.values() for _, run in runs)
+        check_rows(step, sent, sum(rows for rows, _ in self._recvs.values()))
 
     def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         step, layout = self._step, self._step.group.spec.layout

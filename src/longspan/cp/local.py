@@ -17,7 +17,7 @@ class Local:
 
     def __init__(self, step: RankStep) -> None:
         rank = step.rank
-        own = [s for s in step.step.segments if s.query_rank == rank and s.key_rank == rank]
+        own = [s for s in step.segments if s.query_rank == rank and s.key_rank == rank]
         self._backend = step.backend
         self._segments = resolve(own, step.local_query_rows(), step.pool_layout, step.group.spec.window)
 

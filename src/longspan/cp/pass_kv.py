@@ -29,8 +29,9 @@ from longspan.attention.partial import PartialAttention
 from longspan.cp.base import KeyShare, KVBlock, RankStep
 from longspan.cp.local import Local
 from longspan.cp.resolve import BufferLayout, PoolLayout, cut_blocks, message_runs, resolve
-from longspan.plan.segments import moved_keys
-from longspan.plan.types import RingExchange
+from longspan.plan.segments import keys_of_others
+from longspan.plan.types import Segment
+from longspan.sharding.pages import KeyRun
 from longspan.types import AttentionParams
 
 
@@ -39,39 +40,45 @@ class PassKV:
 
     def __init__(self, step: RankStep) -> None:
         self._step, self._local = step, Local(step)
-        (ring,) = step.step.exchanges
-        assert isinstance(ring, RingExchange)
-        self._ring, self._num_rounds = ring, 0
-        if step.rank not in ring.participants:
+        self._num_rows, self._block_len, self._num_rounds = step.step.num_sent, step.step.block_len, 0
+        self._participants = step.step.participants
+        if step.rank not in self._participants:
             return
-        rank, segments, query_rows = step.rank, step.step.segments, step.local_query_rows()
-        self._me = ring.participants.index(rank)
-        self._num_rounds = -(-max(ring.num_rows) // ring.block_len)
-        self._blocks = cut_blocks(message_runs(step.pool_layout, moved_keys(segments, rank)), ring.block_len)
+        rank, query_rows = step.rank, step.local_query_rows()
+        self._me = self._participants.index(rank)
+        self._num_rounds = -(-max(self._num_rows) // self._block_len)
+        self._blocks: list[list[tuple[int, KeyRun]]] = []
         self._seen: dict[tuple[int, int], KeyShare] = {}  # (origin, round): the keys of the block seen here
-        for origin, peer in enumerate(ring.participants):
+        seen_on: dict[int, list[Segment]] = {}
+        for s in step.segments:
+            if s.query_rank == rank:
+                seen_on.setdefault(s.key_rank, []).append(s)
+        for origin, peer in enumerate(self._participants):
+            others = keys_of_others(step.query_runs, step.tables, step.group.spec, peer)
+            runs = message_runs(PoolLayout(step.tables, peer), others)
+            assert sum(run.num_tokens for _, run in runs) == self._num_rows[origin], "plan and page tables disagree"
+            blocks = cut_blocks(runs, self._block_len)
             if peer == rank:
+                self._blocks = blocks
                 continue
-            runs = message_runs(PoolLayout(step.tables, peer), moved_keys(segments, peer))
-            assert sum(run.num_tokens for _, run in runs) == ring.num_rows[origin], "plan and page tables disagree"
-            mine = [s for s in segments if s.query_rank == rank and s.key_rank == peer]
-            for index, block in enumerate(cut_blocks(runs, ring.block_len)):
+            mine = seen_on.get(peer, [])
+            for index, block in enumerate(blocks):
                 layout = BufferLayout(block)
                 self._seen[origin, index] = KeyShare(resolve(mine, query_rows, layout, step.group.spec.window))
 
     def _block_rows(self, origin: int, index: int) -> int:
         """Number of rows of a participant's block in one round."""
-        left = self._ring.num_rows[origin] - index * self._ring.block_len
-        return max(0, min(self._ring.block_len, left))
+        left = self._num_rows[origin] - index * self._block_len
+        return max(0, min(self._block_len, left))
 
     def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         if self._num_rounds == 0:
             return self._local.run_layer(q, k, v, params)
-        step, participants = self._step, self._ring.participants
+        step, participants = self._step, self._participants
         num_ranks = len(participants)
         successor = participants[(self._me + 1) % num_ranks]
         predecessor = participants[(self._me - 1) % num_ranks]
-        capacity = min(self._ring.block_len, max(self._ring.num_rows))
+        capacity = min(self._block_len, max(self._num_rows))
         free = [KVBlock(step.group.spec.layout, capacity, k.device) for _ in range(3)]
         acc: PartialAttention | None = None
         received: tuple[KVBlock, int, int] | None = None  # buffer, origin, round

@@ -19,11 +19,14 @@ Note [Traffic of one layer]
     `pass_q` sends (N - g) T of its rows between nodes: g times as many as `tree`.
 
 Note [Order]
-    All ranks run the same units, and every rank starts and ends the messages of all units in the same order, a first
-    in, first out queue: the exchange that is waited for first was started first. So no two ranks can wait for each
-    other, and the messages of a pair arrive in the order in which they are expected. How far queries are sent ahead,
-    two blocks, depends on the units alone. While partials of one unit are computed, queries of the next two and
-    partials of the last one are in flight:
+    Exchanges of one pair of ranks must be started in one order on both, though each rank runs only the units in which
+    it has a part, and no rank knows the others' units. So the order follows from numbers that all ranks share. A unit u
+    has up to four exchanges: queries come, leaders pass them on, relayed partials come back, partials go home. With A
+    units ahead (`GroupStep.num_ahead`), step t of the order starts the queries of unit t + A, then passes those of
+    unit t on, then answers the leaders of unit t - A, then sends home the partials of unit t - 2A; a unit without
+    relays sends its partials home in the second place. Before an exchange of step t is started, everything is waited
+    for that was started up to the same unit's last exchange. So no two ranks can wait for each other: whatever is
+    waited for comes earlier in the order than what is started next. With A = 2 and without relays:
 
         start Q0 Q1  local  wait Q0  start Q2  compute 0  start P0  wait Q1  start Q3  compute 1  start P1  wait Q2 ..
 """
@@ -39,12 +42,12 @@ from torch import Tensor
 from longspan.attention.base import RowSegments
 from longspan.attention.partial import PartialAttention
 from longspan.comm.base import Pending
-from longspan.cp.base import RankStep
+from longspan.cp.base import RankStep, check_rows
 from longspan.cp.local import Local
 from longspan.cp.resolve import resolve
 from longspan.cp.wire import PartialMessage
 from longspan.plan.message_format import PartialFormat
-from longspan.plan.query_units import QueryUnit, num_rows, query_units
+from longspan.plan.query_units import QueryUnit, moved_rows, num_rows, rank_units
 from longspan.plan.types import Range, Segment
 from longspan.types import AttentionParams
 
@@ -66,10 +69,10 @@ class _Arrival:
 class _Unit:
     """One rank's part of a `QueryUnit`."""
 
-    num_rows: int
-    """Most query rows of a rank in the unit."""
+    number: int
+    """Place of the unit in the order."""
     has_relays: bool
-    """Whether any rank relays queries: then all ranks start and end the exchanges of relays."""
+    """Whether leaders pass queries on in this unit."""
     sends: dict[int, RowRuns] = field(default_factory=dict)
     """Rows of this rank's queries that go to an owner or leader, by its rank; partials of the same rows come back."""
     arrivals: list[_Arrival] = field(default_factory=list)
@@ -79,31 +82,37 @@ class _Unit:
     relayed: list[_Arrival] = field(default_factory=list)
     """Queries that come from leaders of this node."""
 
+    def starts(self, num_ahead: int) -> list[tuple[int, int]]:
+        """When its exchanges are started, as (step, place in the step). See Note [Order]."""
+        before = (self.number - num_ahead, 0)
+        if not self.has_relays:
+            return [before, (self.number, 1)]
+        return [before, (self.number, 1), (self.number + num_ahead, 2), (self.number + 2 * num_ahead, 3)]
+
 
 class PassQ:
     """Strategy that runs the query units of a step."""
 
     def __init__(self, step: RankStep) -> None:
         self._step, self._local, self._format = step, Local(step), PartialFormat.of(step.group)
-        self._units: list[_Unit] = []
-        self._most_rows_ahead = 0
-        group_step = step.step
-        if step.rank not in {rank for node in group_step.nodes for rank in node}:
-            return
         own_rows = step.local_query_rows()
         seen: dict[Range, list[Segment]] = {}  # other ranks' runs: segments over keys on this rank
-        for s in group_step.segments:
-            if s.key_rank == step.rank != s.query_rank:
+        for s in step.segments:
+            if s.query_rank != step.rank:
                 seen.setdefault((s.request_id, s.query_start, s.query_end), []).append(s)
-        units = query_units(group_step.segments, group_step.nodes, group_step.query_block_len)
+        units = rank_units(step.rank, step.segments, step.query_runs, step.tables, step.group.spec, step.step)
         self._units = [self._own_part(unit, own_rows, seen) for unit in units]
-        self._most_rows_ahead = 2 * group_step.query_block_len
+        check_rows(step, *moved_rows(units, step.rank))
+        self._num_ahead = step.step.num_ahead
+        self._starts = sorted(
+            (start, i) for i, unit in enumerate(self._units) for start in unit.starts(self._num_ahead)
+        )
 
     def _own_part(
         self, unit: QueryUnit, own_rows: Mapping[Range, int], seen: Mapping[Range, Sequence[Segment]]
     ) -> _Unit:
         """This rank's part of a unit."""
-        rank, part = self._step.rank, _Unit(unit.num_rows, bool(unit.relayed))
+        rank, part = self._step.rank, _Unit(unit.number, unit.has_relays)
         places: dict[Range, tuple[int, int]] = {}  # runs that came from homes: index in `arrivals`, first row
         for (home, to), runs in unit.queries.items():
             if home == rank:
@@ -129,29 +138,27 @@ class PassQ:
     def run_layer(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> PartialAttention:
         q = q.contiguous()  # once: what several peers get is not copied again
         own: list[PartialAttention] = []
-        under_way: deque[tuple[Pending, Iterator[Pending], int]] = deque()
-        waiting = deque(self._units)
-        rows_ahead = 0  # of queries that have been sent for, and not come yet
+        going = [self._run(unit, q, k, v, params, own) for unit in self._units]
+        last = [unit.starts(self._num_ahead)[-1] for unit in self._units]
+        under_way: deque[tuple[tuple[int, int], int, Pending]] = deque()
 
-        def start_units() -> None:
-            nonlocal rows_ahead
-            while waiting and (not rows_ahead or rows_ahead + waiting[0].num_rows <= self._most_rows_ahead):
-                unit = waiting.popleft()
-                rows_ahead += unit.num_rows
-                going = self._run(unit, q, k, v, params, own)
-                under_way.append((next(going), going, unit.num_rows))
+        def take_in(until: tuple[int, int] | None) -> None:
+            """Wait for what was started up to `until`, or for all."""
+            while under_way and (until is None or under_way[0][0] <= until):
+                start, i, pending = under_way.popleft()
+                pending.wait()
+                if start == last[i]:
+                    next(going[i], None)  # merges what has come home
 
-        start_units()
-        own.append(self._local.run_layer(q, k, v, params))
-        while under_way:
-            pending, going, rows = under_way.popleft()
-            pending.wait()
-            if rows:  # queries have come: the next ones travel while the partials of these are computed
-                rows_ahead -= rows
-                start_units()
-            following = next(going, None)
-            if following is not None:
-                under_way.append((following, going, 0))
+        for (step, place), i in self._starts:
+            if step >= 0:
+                if not own:
+                    own.append(self._local.run_layer(q, k, v, params))
+                take_in((step - self._num_ahead, max(0, place - 1)))
+            under_way.append(((step, place), i, next(going[i])))
+        if not own:
+            own.append(self._local.run_layer(q, k, v, params))
+        take_in(None)
         return own[0]
 
     def _run(

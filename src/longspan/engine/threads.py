@@ -17,6 +17,7 @@ from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.executor import PendingPlans
 from longspan.errors import LongspanError, WorkerError
 from longspan.group.messages import Measure, Start
+from longspan.group.plans import PlanReceiver, PlanSender
 from longspan.group.shape import speaker
 from longspan.models.speedups import COMPILED, speed_up_
 from longspan.plan.types import Plan, PlanResult
@@ -41,6 +42,7 @@ class ThreadExecutor:
         elif start.config.compile_dense:
             speed_up_(model, [COMPILED])
         self._pending = PendingPlans()
+        self._sender, self._receivers = PlanSender(), [PlanReceiver(rank) for rank in range(size)]
         self._inboxes: list[queue.SimpleQueue[Plan | None]] = []
         self._threads: list[threading.Thread] = []
         comms = thread_group(size, timeout_s=start.config.exchange_timeout_s)
@@ -72,8 +74,11 @@ class ThreadExecutor:
 
     def submit(self, plan: Plan) -> "Future[PlanResult]":
         future = self._pending.add(plan)
-        for rank in plan.ranks:
-            self._inboxes[rank].put(plan)
+        if len(self.runners) == 1:
+            self._inboxes[0].put(plan)
+            return future
+        for rank, message in self._sender.messages(plan).items():  # ranks know what they would know as processes
+            self._inboxes[rank].put(self._receivers[rank].take(message))
         return future
 
     def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:

@@ -15,7 +15,8 @@ from longspan.engine.watch import Watch
 from longspan.errors import LongspanError
 from longspan.group.driver_link import DriverLink
 from longspan.group.membership import Membership
-from longspan.group.messages import Measure, RunPlan, Start, Stop, encode
+from longspan.group.messages import Measure, Start, Stop, encode
+from longspan.group.plans import PlanSender
 from longspan.group.shape import GroupShape
 from longspan.plan.types import Plan, PlanResult
 
@@ -41,6 +42,7 @@ class WorkerExecutor:
             LongspanError: the start was given up.
         """
         self._launcher = launcher
+        self._plans = PlanSender()
         self._is_closed = False
         try:
             self._link = DriverLink(launcher.bind_address, launcher.secret)
@@ -59,8 +61,7 @@ class WorkerExecutor:
     def submit(self, plan: Plan) -> "Future[PlanResult]":
         future = self._watch.pending.add(plan)
         if not future.done():  # else the group has failed
-            message = encode(RunPlan(plan))
-            for rank in plan.ranks:
+            for rank, message in self._plans.messages(plan).items():
                 for voice in self._watch.membership.voices(rank):
                     self._link.send(voice, message)  # the watch notices a process that is gone
         return future

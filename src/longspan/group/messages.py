@@ -16,7 +16,8 @@ import msgspec
 from longspan.config import EngineConfig
 from longspan.costmodel.measured import RankMeasurement
 from longspan.group.shape import ProcessId
-from longspan.plan.types import Plan, RankResult
+from longspan.plan.parts import OwnPart
+from longspan.plan.types import RankResult
 from longspan.types import ModelSpec
 
 
@@ -56,9 +57,21 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class RunPlan(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """Driver to worker: run a plan that names its rank."""
+    """Driver to worker: run a plan that names its rank (`longspan.group.plans`)."""
 
-    plan: Plan
+    shared: msgspec.Raw
+    """`SharedPart`, encoded once for all ranks."""
+    own: OwnPart
+
+
+class RunNext(msgspec.Struct, frozen=True, gc=False, tag=True):
+    """Driver to worker: run the last plan again, one token further."""
+
+    plan_id: int
+    follows: int
+    """Number of the last plan."""
+    token_ids: tuple[int, ...]
+    """Input tokens of the rank's query runs; none if it has no run, or has sampled them itself in the last plan."""
 
 
 class Measure(msgspec.Struct, frozen=True, tag=True):
@@ -160,7 +173,7 @@ class ForkedWorker(msgspec.Struct, frozen=True):
 
 Order = ForkWorkers | KillWorkers
 
-ToWorker = Start | RunPlan | Measure | Stop | Refused | Heartbeat
+ToWorker = Start | RunPlan | RunNext | Measure | Stop | Refused | Heartbeat
 ToDriver = Hello | Files | Ready | Alive | Answer | Measured | Failed
 
 encode = msgspec.msgpack.Encoder().encode

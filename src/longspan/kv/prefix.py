@@ -39,10 +39,41 @@ def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], page_size: int,
         hashes.append(blake2b(page, key=before, digest_size=16).digest())
 
 
+class PageHolders:
+    """Ranks that have each published page of one KV group: what a lookup asks, however many ranks there are."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[bytes, frozenset[int]] = {}
+        self._sets: dict[frozenset[int], frozenset[int]] = {}  # one set for equal ranks: pages are many, sets are few
+
+    def of(self, page_hash: bytes) -> frozenset[int]:
+        """Ranks that have a page."""
+        return self._ranks.get(page_hash, frozenset())
+
+    def add(self, page_hash: bytes, rank: int) -> None:
+        """Take down that a rank has a page."""
+        ranks = self.of(page_hash) | {rank}
+        self._ranks[page_hash] = self._sets.setdefault(ranks, ranks)
+
+    def remove(self, page_hash: bytes, rank: int) -> None:
+        """Take down that a rank has a page no more."""
+        ranks = self._ranks.pop(page_hash) - {rank}
+        if ranks:
+            self._ranks[page_hash] = self._sets.setdefault(ranks, ranks)
+
+
 class CachingAllocator:
     """Page allocator that remembers published pages until it needs their slots."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, holders: PageHolders | None = None, rank: int = 0) -> None:
+        """Start with all pages free.
+
+        Args:
+            num_pages: pages of the pool.
+            holders: record of published pages that all ranks share; None: nobody looks pages up.
+            rank: the pool's rank.
+        """
+        self._holders, self._rank = holders or PageHolders(), rank
         self._slots = PageAllocator(num_pages)
         self._slot_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
@@ -76,7 +107,9 @@ class CachingAllocator:
         """Free the pages that have been idle longest."""
         for slot in list(self._idle)[:num_pages]:
             del self._idle[slot]
-            del self._slot_of[self._hash_of.pop(slot)]
+            page_hash = self._hash_of.pop(slot)
+            del self._slot_of[page_hash]
+            self._holders.remove(page_hash, self._rank)
             self._slots.release(slot, 1)
             self.num_evicted += 1
 
@@ -86,6 +119,7 @@ class CachingAllocator:
         if page_hash not in self._slot_of and slot not in self._hash_of:
             self._slot_of[page_hash] = slot
             self._hash_of[slot] = page_hash
+            self._holders.add(page_hash, self._rank)
 
     def withdraw(self, page_hash: bytes) -> None:
         """Let no later request find a page; requests that use the page keep it."""
@@ -93,6 +127,7 @@ class CachingAllocator:
         if slot is None:
             return
         del self._hash_of[slot]
+        self._holders.remove(page_hash, self._rank)
         if slot in self._idle:
             del self._idle[slot]
             self._slots.release(slot, 1)
@@ -146,6 +181,8 @@ class CachingAllocator:
 
     def forget_all(self) -> None:
         """Start again with a new pool: all pages are free, and none is published. Peaks and counts stay."""
+        for page_hash in self._slot_of:
+            self._holders.remove(page_hash, self._rank)
         self._slots = PageAllocator(self.num_pages)
         self._slot_of, self._hash_of, self._idle = {}, {}, {}
 
@@ -154,5 +191,6 @@ class CachingAllocator:
         self._slots.check_integrity()
         assert len(self._slot_of) == len(self._hash_of)
         assert all(self._slot_of[page_hash] == slot for slot, page_hash in self._hash_of.items())
+        assert all(self._rank in self._holders.of(page_hash) for page_hash in self._slot_of)
         assert all(slot in self._hash_of and self._slots.references(slot) == 1 for slot in self._idle)
         assert all(self._slots.references(slot) > 0 for slot in self._hash_of)

@@ -52,6 +52,8 @@ class RequestStep(msgspec.Struct, frozen=True, gc=False):
     """Rows whose next token is known and is scored."""
     rope_len: int = 0
     """See `QueryRun.rope_len`."""
+    is_packed: bool = False
+    """Whether all its pages lie on the rank that computes it; see `Plan.packed`."""
 
 
 def build_plan(
@@ -91,7 +93,9 @@ def build_plan(
         if request.scores:
             scores += request.scores
     steps = [choose(query_runs, tables[i], group) for i, group in enumerate(groups)]
+    ascending = tuple(sorted(ranks))
     last_layer: GroupStep | None = None
+    read: list[QueryRun] = []
     if is_prefill:  # all rows of a decode are read
         read = read_runs(query_runs, samples, scores)
         if _num_tokens(read) < _num_tokens(query_runs):
@@ -100,7 +104,8 @@ def build_plan(
     return Plan(
         plan_id=plan_id,
         phase=Phase.PREFILL if is_prefill else Phase.DECODE,
-        ranks=tuple(sorted(ranks)),
+        ranks=ascending,
+        num_tokens=count_tokens(ascending, query_runs),
         query_runs=tuple(query_runs),
         table_deltas=tuple(table_deltas),
         groups=tuple(steps),
@@ -108,8 +113,18 @@ def build_plan(
         scores=tuple(scores),
         page_copies=tuple(page_copies),
         released=tuple(sorted(released)),
+        packed=tuple([request.request_id for request in requests if request.is_packed]),
         last_layer=last_layer,
+        read_runs=() if last_layer is None else tuple(read),
     )
+
+
+def count_tokens(ranks: Iterable[int], query_runs: Iterable[QueryRun]) -> tuple[int, ...]:
+    """Tokens that each of some ranks computes."""
+    found = dict.fromkeys(ranks, 0)
+    for run in query_runs:
+        found[run.compute_rank] += run.num_tokens
+    return tuple(found.values())
 
 
 def score_runs(

@@ -4,9 +4,9 @@ Holds one pure function. Must not know tensors, buffers or graphs.
 Read next: `longspan.cp.fixed`, the attention of such steps.
 
 Note [Fixed shapes]
-    Every rank of a plan makes the same `FixedShape` of it, or all make none: it depends on the plan alone. Rows are
-    padded to a bucket on all ranks, so messages have the same sizes however many requests a rank has. A padding row is
-    token 0 at position 0, sees no key, is stored nowhere and never sampled.
+    Every rank of a plan makes the same `FixedShape` of it, or all make none: it depends on what all are told alone.
+    Rows are padded to a bucket on all ranks, so messages have the same sizes however many requests a rank has. A
+    padding row is token 0 at position 0, sees no key, is stored nowhere and never sampled.
 
     Three ranks decode two requests of rank 1, whose keys lie on all three, and none of rank 0 and 2: `homes` is (1,),
     `num_rows` 2. In every layer
@@ -37,21 +37,18 @@ class FixedShape(NamedTuple):
 
 def fixed_shape(plan: Plan) -> FixedShape | None:
     """Shape of a decode step, or None for a step that is not fixed. See Note [Fixed shapes]."""
-    if plan.phase is not Phase.DECODE or plan.scores or plan.last_layer is not None or not plan.query_runs:
+    if plan.phase is not Phase.DECODE or plan.scores or plan.last_layer is not None or not any(plan.num_tokens):
         return None
-    rows: dict[int, int] = {}
-    for run in plan.query_runs:
-        if run.num_tokens != 1:
-            return None
-        rows[run.compute_rank] = rows.get(run.compute_rank, 0) + 1
+    if any(run.num_tokens != 1 for run in plan.query_runs):
+        return None
+    homes = tuple([rank for rank, count in zip(plan.ranks, plan.num_tokens, strict=True) if count])
     participants: list[tuple[int, ...]] = []
     for step in plan.groups:
         if step.strategy is Strategy.LOCAL:
             participants.append(())
         elif step.strategy is Strategy.PASS_Q or (step.strategy is Strategy.TREE and len(step.nodes) == 1):
-            participants.append(tuple(sorted(rank for node in step.nodes for rank in node)))
+            participants.append(step.participants)
         else:
             return None
-    most = max(rows.values())
-    bucket = next((bucket for bucket in BUCKETS if bucket >= most), None)
-    return None if bucket is None else FixedShape(bucket, tuple(sorted(rows)), tuple(participants))
+    bucket = next((bucket for bucket in BUCKETS if bucket >= max(plan.num_tokens)), None)
+    return None if bucket is None else FixedShape(bucket, homes, tuple(participants))

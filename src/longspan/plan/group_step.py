@@ -1,76 +1,91 @@
-"""Builder of one KV group's step under one strategy, with every exchange stated.
+"""Builder of one KV group's step under one strategy: what ranks are told of what moves.
 
 Holds one pure function. Must not know which strategy is best (`longspan.costmodel`), or tensors.
-Read next: `longspan.costmodel.choose`, which builds every candidate; `longspan.cp.eager`, which runs the chosen step.
+Read next: `longspan.costmodel.choose`, which builds the best candidate; `longspan.cp.eager`, which runs it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-from longspan.plan.query_units import Pair, num_rows, query_units
-from longspan.plan.segments import count_keys, moved_keys, remote_ranks
-from longspan.plan.types import DirectExchange, GroupStep, RingExchange, Segment
-from longspan.sharding.pages import PageTable
+import numpy as np
+
+from longspan.plan.exchanges import DirectExchange, Exchange, RingExchange, count_exchanges
+from longspan.plan.query_units import cut_blocks, num_rows
+from longspan.plan.step_keys import Counts, StepKeys
+from longspan.plan.types import GroupStep
 from longspan.types import Strategy
 
 BLOCK_LEN = 2048
 """Rows per block of a ring, and most tokens of a query run: long enough for efficient kernels, while three blocks are a
 ring's whole temporary memory."""
 
+QUERY_BLOCKS = 4
+"""Messages of queries and partials hold this part of a block, so that even a chunk of a few thousand rows is several
+messages, and one travels while another is computed."""
+
+BLOCKS_AHEAD = 2
+"""Blocks of queries that are under way to a rank while it computes."""
+
+
+def nodes_of(
+    strategy: Strategy, ranks: Iterable[int], node_of_rank: Sequence[int] | None
+) -> tuple[tuple[int, ...], ...]:
+    """Participants of a strategy, node by node.
+
+    Args:
+        strategy: the movement strategy; but for `tree`, every rank is a node of its own.
+        ranks: the participants, ascending.
+        node_of_rank: node of each rank; None puts all ranks on one node.
+    """
+    if strategy is not Strategy.TREE:
+        return tuple([(rank,) for rank in ranks])
+    by_node: dict[int, list[int]] = {}
+    for rank in ranks:
+        by_node.setdefault(0 if node_of_rank is None else node_of_rank[rank], []).append(rank)
+    return tuple([tuple(by_node[node]) for node in sorted(by_node)])
+
 
 def make_group_step(
     strategy: Strategy,
-    segments: Sequence[Segment],
-    tables: Mapping[int, PageTable],
-    block_len: int,
+    keys: StepKeys,
+    block_len: int = BLOCK_LEN,
     node_of_rank: Sequence[int] | None = None,
+    exchanges: Sequence[Exchange] | None = None,
 ) -> GroupStep:
-    """Build a KV group's step under a strategy, with the rows that participants exchange in every layer.
+    """Build a KV group's step under a strategy.
 
     Args:
         strategy: the movement strategy; the step is `local` if every key is on the rank of its query.
-        segments: the segments of one KV group.
-        tables: page table per request of that group.
-        block_len: rows per block of a ring; messages of queries and partials hold a quarter of it, so that even a chunk
-            of a few thousand rows is several messages, and one travels while another is computed.
+        keys: keys that the step's runs see.
+        block_len: rows per block of a ring; messages of queries and partials hold a quarter of it.
         node_of_rank: node of each rank, for `tree`; None puts all ranks on one node.
+        exchanges: result of `count_exchanges` for this step; None counts them.
     """
-    ranks = remote_ranks(segments)
+    ranks = keys.participants
     if not ranks:
-        return GroupStep(Strategy.LOCAL, tuple(segments))
-    if strategy is Strategy.PASS_KV:
-        by_rank: dict[int, list[Segment]] = {}
-        for s in segments:
-            by_rank.setdefault(s.key_rank, []).append(s)
-        counts = tuple(count_keys(tables, rank, moved_keys(by_rank.get(rank, ()), rank)) for rank in ranks)
-        return GroupStep(strategy, tuple(segments), (RingExchange(ranks, counts, block_len),))
+        return GroupStep(Strategy.LOCAL)
+    nodes = nodes_of(strategy, ranks, node_of_rank)
+    if exchanges is None:
+        exchanges = count_exchanges(strategy, keys, block_len, nodes)
+    if isinstance(exchanges[0], RingExchange):
+        return GroupStep(strategy, nodes, block_len, tuple(exchanges[0].num_rows))
+    columns = np.searchsorted(keys.ranks, ranks)
+    there = [e.num_rows for e in exchanges if isinstance(e, DirectExchange) and e.operand != "partial"]
+    rows: Counts = np.sum(there, axis=0)
+    sent, received = rows.sum(axis=1)[columns].tolist(), rows.sum(axis=0)[columns].tolist()
     if strategy is Strategy.GATHER_KV:
-        by_pair: dict[Pair, list[Segment]] = {}
-        for s in segments:
-            by_pair.setdefault((s.key_rank, s.query_rank), []).append(s)
-        rows = {(a, b): count_keys(tables, a, moved_keys(seen, a, b)) for (a, b), seen in by_pair.items() if a != b}
-        return GroupStep(strategy, tuple(segments), (DirectExchange("kv", ranks, _matrix(ranks, rows)),))
-    if strategy is Strategy.PASS_Q:
-        nodes: tuple[tuple[int, ...], ...] = tuple((rank,) for rank in ranks)
-    elif strategy is Strategy.TREE:
-        by_node: dict[int, list[int]] = {}
-        for rank in ranks:
-            by_node.setdefault(0 if node_of_rank is None else node_of_rank[rank], []).append(rank)
-        nodes = tuple(tuple(by_node[node]) for node in sorted(by_node))
-    else:
-        raise AssertionError(f"{strategy} cannot serve queries and keys on different ranks")
-    query_block_len = max(1, block_len // 4)
-    queries: dict[Pair, int] = {}
-    relayed: dict[Pair, int] = {}
-    for unit in query_units(segments, nodes, query_block_len):
-        for found, messages in ((queries, unit.queries), (relayed, unit.relayed)):
-            for pair, runs in messages.items():
-                found[pair] = found.get(pair, 0) + num_rows(runs)
-    there = [_matrix(ranks, queries)] + [_matrix(ranks, relayed)] * (strategy is Strategy.TREE)
-    exchanges = [DirectExchange("query", ranks, rows) for rows in there]
-    exchanges += [DirectExchange("partial", ranks, tuple(zip(*rows, strict=True))) for rows in reversed(there)]
-    return GroupStep(strategy, tuple(segments), tuple(exchanges), nodes, query_block_len)
+        return GroupStep(strategy, nodes, block_len, tuple(sent), tuple(received))
+    query_block_len = max(1, block_len // QUERY_BLOCKS)
+    num_blocks, most_rows = _query_blocks(keys, query_block_len)
+    at_once = most_rows * max(map(len, nodes))  # every mate of a leader may pass a block on
+    num_ahead = max(1, BLOCKS_AHEAD * query_block_len // at_once)
+    return GroupStep(strategy, nodes, query_block_len, tuple(sent), tuple(received), num_blocks, num_ahead)
 
 
-def _matrix(ranks: Sequence[int], rows: Mapping[Pair, int]) -> tuple[tuple[int, ...], ...]:
-    """Matrix `num_rows` of a direct exchange, from rows by (sender, receiver)."""
-    return tuple(tuple(rows.get((a, b), 0) for b in ranks) for a in ranks)
+def _query_blocks(keys: StepKeys, block_len: int) -> tuple[int, int]:
+    """Most blocks that a rank's queries for one other rank take, and most rows of a block."""
+    runs_of: dict[int, list[tuple[int, int, int]]] = {}
+    for run, most_keys in zip(keys.runs, keys.remote.max(axis=1).tolist(), strict=True):
+        if most_keys:
+            runs_of.setdefault(run.compute_rank, []).append((run.request_id, run.position, run.end))
+    blocks = [cut_blocks(runs, block_len) for runs in runs_of.values()]
+    return max(map(len, blocks)), max(num_rows(block) for of_rank in blocks for block in of_rank)

@@ -4,9 +4,10 @@ Holds one pure function. Must not know tensors, or how rows are sampled.
 Read next: `longspan.plan.types`, `Plan.last_layer`; `longspan.cp.eager`, which skips the other rows.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from longspan.plan.types import Literals, QueryRun, SampleRow, ScoreRun
+from longspan.plan.types import QueryRun, SampleRow, ScoreRun
 
 
 def read_runs(
@@ -21,15 +22,14 @@ def read_runs(
         read.setdefault(row.request_id, set()).add(row.position)
     for score in scores:
         read.setdefault(score.request_id, set()).update(range(score.position, score.position + len(score.targets)))
+    positions_of = {request_id: sorted(positions) for request_id, positions in read.items()}
     parts: list[QueryRun] = []
     for run in query_runs:
-        start: int | None = None
-        wanted = read.get(run.request_id, set())
-        for position in range(run.position, run.end + 1) if wanted else ():
-            is_read = position in wanted and position < run.end
-            if is_read and start is None:
-                start = position
-            elif not is_read and start is not None:
-                parts.append(QueryRun(run.request_id, start, position - start, run.compute_rank, Literals(())))
-                start = None
+        positions = positions_of.get(run.request_id, [])
+        index, last = bisect_left(positions, run.position), bisect_left(positions, run.end)
+        while index < last:
+            start = end = positions[index]
+            while index < last and positions[index] == end:
+                index, end = index + 1, end + 1
+            parts.append(QueryRun(run.request_id, start, end - start, run.compute_rank, None))
     return parts

@@ -1,16 +1,16 @@
 """Segments, made from query runs and page tables, and the keys of segments that must move.
 
 Holds pure functions. Must not know strategies, bytes, costs or tensors.
-Read next: `longspan.plan.query_units`, the queries that move; `longspan.plan.group_step`, which builds a group's step;
-`longspan.cp.resolve`, which turns segments into rows on a rank.
+Read next: `longspan.plan.query_units`, the queries that move; `longspan.cp.resolve`, which turns segments into rows.
 
-Makers of plans call these functions to state a plan's exchanges; ranks call `moved_keys` again to know *which* rows an
-exchange moves. Both sides see the same segments, so they agree by construction.
+Every rank makes the segments in which it computes the queries or stores the keys, and no others; both ends of a message
+find the same keys, as they see the same query runs and page tables.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
+from longspan.kv.layout import KVSpec
 from longspan.plan.types import QueryRun, Range, Segment
 from longspan.sharding.pages import PageTable
 from longspan.sharding.visibility import split_visible_keys
@@ -40,24 +40,58 @@ def cut_runs(query_runs: Sequence[QueryRun], chunk: int | None) -> Sequence[Quer
 
 
 def make_segments(
-    query_runs: Sequence[QueryRun], tables: Mapping[int, PageTable], window: int | None, chunk: int | None = None
+    query_runs: Sequence[QueryRun],
+    tables: Mapping[int, PageTable],
+    window: int | None,
+    chunk: int | None = None,
+    rank: int | None = None,
 ) -> tuple[Segment, ...]:
-    """All pairs of query run and key range that attention needs, each key range on one rank.
+    """Pairs of query run and key range that attention needs, each key range on one rank.
 
     Args:
         query_runs: the step's query runs.
         tables: page table per request of one KV group, the step's own pages included.
         window: the group's sliding window in tokens, or None.
         chunk: tokens of the group's chunks, or None.
+        rank: the rank that computes the queries or stores the keys; None for the segments of all ranks.
     """
-    return tuple(
-        Segment(run.request_id, run.position, run.end, run.compute_rank, key_rank, start, end, visibility)
-        for run in cut_runs(query_runs, chunk)
-        for start, end, visibility in split_visible_keys(
-            run.position, run.end, window, 0 if chunk is None else run.position // chunk * chunk
-        )
-        for key_rank in tables[run.request_id].ranks_with(start, end)
-    )
+    found: list[Segment] = []
+    for run in cut_runs(query_runs, chunk):
+        first = 0 if chunk is None else run.position // chunk * chunk
+        table, home = tables[run.request_id], run.compute_rank
+        for start, end, visibility in split_visible_keys(run.position, run.end, window, first):
+            if rank in (None, home):
+                key_ranks = table.ranks_with(start, end)
+            else:
+                key_ranks = [rank] if table.count_on(rank, start, end) else []
+            for key_rank in key_ranks:
+                found.append(Segment(run.request_id, run.position, run.end, home, key_rank, start, end, visibility))
+    return tuple(found)
+
+
+def keys_of_others(
+    query_runs: Sequence[QueryRun], tables: Mapping[int, PageTable], spec: KVSpec, key_rank: int
+) -> list[Range]:
+    """Key ranges on `key_rank` that queries of any other rank see, as `moved_keys` finds them among all segments.
+
+    Args:
+        query_runs: the step's query runs.
+        tables: page table per request of one KV group.
+        spec: the group's window or chunks.
+        key_rank: the rank that stores the keys.
+    """
+    if spec.reach is None:  # whoever is furthest sees all that others see
+        ends: dict[int, int] = {}
+        for run in query_runs:
+            if run.compute_rank != key_rank and run.position > ends.get(run.request_id, 0):
+                ends[run.request_id] = run.position
+        return [(number, 0, end) for number, end in ends.items() if tables[number].count_on(key_rank, 0, end)]
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    for run in cut_runs(query_runs, spec.chunk):
+        start, end = spec.first_key(run.position), run.position
+        if run.compute_rank != key_rank and tables[run.request_id].count_on(key_rank, start, end):
+            wanted.setdefault(run.request_id, []).append((start, end))
+    return _union(wanted)
 
 
 def moved_keys(segments: Iterable[Segment], key_rank: int, query_rank: int | None = None) -> list[Range]:
@@ -73,8 +107,13 @@ def moved_keys(segments: Iterable[Segment], key_rank: int, query_rank: int | Non
         is_mover = s.query_rank != key_rank if query_rank is None else s.query_rank == query_rank
         if s.key_rank == key_rank and is_mover:
             wanted.setdefault(s.request_id, []).append((s.key_start, s.key_end))
+    return _union(wanted)
+
+
+def _union(spans_of: Mapping[int, list[tuple[int, int]]]) -> list[Range]:
+    """Disjoint ranges of all spans, those of one request together and ascending."""
     found: list[Range] = []
-    for request_id, spans in wanted.items():
+    for request_id, spans in spans_of.items():
         for start, end in sorted(spans):
             if found and found[-1][0] == request_id and start <= found[-1][2]:
                 found[-1] = (request_id, found[-1][1], max(end, found[-1][2]))
@@ -86,8 +125,3 @@ def moved_keys(segments: Iterable[Segment], key_rank: int, query_rank: int | Non
 def count_keys(tables: Mapping[int, PageTable], key_rank: int, ranges: Iterable[Range]) -> int:
     """Number of tokens in the ranges that one rank stores."""
     return sum(tables[request_id].count_on(key_rank, start, end) for request_id, start, end in ranges)
-
-
-def remote_ranks(segments: Iterable[Segment]) -> tuple[int, ...]:
-    """Ranks with a segment whose queries and keys lie on different ranks, ascending."""
-    return tuple(sorted({rank for s in segments if s.query_rank != s.key_rank for rank in (s.query_rank, s.key_rank)}))

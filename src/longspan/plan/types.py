@@ -1,4 +1,4 @@
-"""Plan types: the tokens that one step computes, their ranks, and every rank's exchanges.
+"""Plan types: the tokens that one step computes, their ranks, and how queries and keys meet.
 
 Holds integers only; a plan is a message from the driver to the ranks it names. Must not know torch, or how a plan is
 made or run.
@@ -9,6 +9,10 @@ Note [A plan by example]
     (rank 1) and 12..15 (rank 0), with `pass_q`:
 
         query_runs   (8..11 on rank 1), (12..15 on rank 0)
+        groups       pass_q between ranks 0 and 1, which send 4 rows each, and receive 4
+
+    From this and the page tables every rank derives its own part, of which this is all:
+
         segments     8..11  on rank 1  x  keys 0..7   on rank 0   full
                      8..11  on rank 1  x  keys 0..7   on rank 1   full
                      8..11  on rank 1  x  keys 8..11  on rank 1   causal
@@ -47,6 +51,10 @@ class SampledBy(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="sam
     plan_id: int
 
 
+Tokens: TypeAlias = Literals | SampledBy
+"""Input tokens of a query run."""
+
+
 class QueryRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Consecutive positions of one request that one rank computes in this step.
 
@@ -59,7 +67,8 @@ class QueryRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     num_tokens: int
     compute_rank: int
     """Rank that computes the tokens; the page table says where their KV is stored."""
-    tokens: Literals | SampledBy
+    tokens: Tokens | None
+    """None where they are not named: on a rank, in the runs of other ranks."""
     rope_len: int = 0
     """Length that counts for RoPE in every row, but where `position + 1` is more; 0 where it does not matter."""
 
@@ -94,38 +103,31 @@ class Segment(msgspec.Struct, frozen=True, gc=False, array_like=True):
     visibility: Visibility
 
 
-class DirectExchange(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="direct"):
-    """Point-to-point messages among participants, once per layer; participants with nothing to send join too."""
+class GroupStep(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Attention of one KV group in this step: every layer of the group does the same.
 
-    operand: Operand
-    participants: tuple[int, ...]
-    num_rows: tuple[tuple[int, ...], ...]
-    """Rows that participant i sends to participant j, in all, as `num_rows[i][j]`; no message is sent for 0."""
-
-
-class RingExchange(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="ring"):
-    """K and V of every participant go once round the ring of participants, once per layer.
-
-    Participant i sends to i + 1. A participant's rows are cut into blocks of `block_len`. In round r every
-    participant's block r makes `len(participants) - 1` hops.
+    Which rows move, every rank derives for itself, and asserts that their number is the one that is said here.
     """
 
-    participants: tuple[int, ...]
-    num_rows: tuple[int, ...]
-    """Rows that each participant contributes."""
-    block_len: int
-
-
-class GroupStep(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """Attention of one KV group in this step: every layer of the group does the same."""
-
     strategy: Strategy
-    segments: tuple[Segment, ...]
-    exchanges: tuple[DirectExchange | RingExchange, ...] = ()
     nodes: tuple[tuple[int, ...], ...] = ()
-    """Participants of `pass_q` and `tree`, node by node; for `pass_q` every rank is a node of its own."""
-    query_block_len: int = 0
-    """Most rows of one message of `pass_q` and `tree`, unless a single query run has more."""
+    """Participants of the exchanges, node by node; but in a `tree`, every rank is a node of its own."""
+    block_len: int = 0
+    """Rows per block of a ring; most rows of one message of `pass_q` and `tree`, unless a single query run has more."""
+    num_sent: tuple[int, ...] = ()
+    """Rows that each participant, in ascending order, sends of its own or passes on, in one layer: keys or queries. In
+    a ring, those that it contributes."""
+    num_received: tuple[int, ...] = ()
+    """Rows that each participant receives; empty for a ring."""
+    num_blocks: int = 0
+    """Messages of `pass_q` and `tree` that one rank's queries for one other rank take at most."""
+    num_ahead: int = 0
+    """Units of `pass_q` and `tree` whose queries may be under way before those of an earlier one are taken in."""
+
+    @property
+    def participants(self) -> tuple[int, ...]:
+        """Ranks that exchange something, ascending."""
+        return tuple(sorted([rank for node in self.nodes for rank in node]))
 
 
 class PageCopy(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -182,6 +184,8 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     phase: Phase
     ranks: tuple[int, ...]
     """Participants, ascending. Those without tokens run the plan too: otherwise the others would wait for ever."""
+    num_tokens: tuple[int, ...]
+    """Tokens that each of `ranks` computes: all of them know it, also of requests that they are told nothing of."""
     query_runs: tuple[QueryRun, ...]
     table_deltas: tuple[TableDelta, ...]
     groups: tuple[GroupStep, ...]
@@ -193,8 +197,14 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     released: tuple[int, ...] = ()
     """Requests that ended: the ranks may forget their tables."""
     last_layer: GroupStep | None = None
-    """Attention of the model's last layer, for the rows that need logits (`longspan.plan.read_runs`). None: all rows,
-    as in the other layers of its KV group."""
+    """Attention of the model's last layer, for `read_runs`. None: all rows, as in the other layers of its KV group."""
+    read_runs: tuple[QueryRun, ...] = ()
+    """Parts of query runs that need logits, if `last_layer` is given (`longspan.plan.read_runs`)."""
+    packed: tuple[int, ...] = ()
+    """Requests whose pages all lie on the rank that computes them: other ranks are told nothing of them. Their query
+    runs come last, so that other ranks know the packed rows of all other runs."""
+    follows: int | None = None
+    """Number of the plan that this one takes one token further, all else being equal (`longspan.plan.advance`)."""
 
 
 class SampledToken(msgspec.Struct, frozen=True, gc=False, array_like=True):

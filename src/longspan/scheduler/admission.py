@@ -43,9 +43,11 @@ def choose_packed(
     copies_on: Sequence[frozenset[int]],
     taken: Taken,
     load: Sequence[float],
-    room: Room,
+    room_on: Callable[[int], Sequence[int]],
 ) -> Admission | None:
     """Put all pages on one rank: the one where the request is done first. See Note [What to do with a hit].
+
+    Ranks are looked at in the order of their loads, and only while one could be better than the best so far.
 
     Args:
         pools: of every rank.
@@ -54,26 +56,36 @@ def choose_packed(
         copies_on: per cached page, the ranks that have it.
         taken: what a hit takes from the room.
         load: work that waits per rank, in tokens to compute.
-        room: of every rank and KV group.
+        room_on: room of a rank, per KV group.
 
     Returns:
         None when they do not fit now.
     """
-    options: list[tuple[float, int, int, list[int]]] = []
-    for rank in range(len(room)):
+    best: tuple[float, int, int, int] | None = None  # cost, rank, copied pages, pages of the hit
+    best_hit: list[int] = []
+    have_any = frozenset[int]().union(*copies_on)
+    num_new = num_pages - len(copies_on)
+    for rank in sorted(range(len(load)), key=load.__getitem__):
+        least = load[rank] + (num_new + (0.0 if rank in have_any else COPY_COST * len(copies_on))) * page_size
+        if best is not None and (least, rank) > best[:2]:
+            if (load[rank] + num_new * page_size, rank) > best[:2]:
+                break  # nor can any rank behind it be better
+            continue
+        room = room_on(rank)
         here = next((i for i, ranks in enumerate(copies_on) if rank not in ranks), len(copies_on))
         for length in sorted({0, here, len(copies_on)}):
             hit = [rank if rank in ranks else min(ranks) for ranks in copies_on[:length]]
-            left = _room_after(room, taken(hit, rank)) if hit else room
-            if left is None or not pools.fit(num_pages - length, left[rank]):
-                continue
             copied = sum(source != rank for source in hit)
             cost = load[rank] + (num_pages - length + COPY_COST * copied) * page_size
-            options.append((cost, rank, copied, hit))
-    if not options:
+            option = (cost, rank, copied, length)
+            if best is not None and best <= option:
+                continue
+            left = room if not hit else _left_on(rank, room_on, taken(hit, rank))
+            if left is not None and pools.fit(num_pages - length, left):
+                best, best_hit = option, hit
+    if best is None:
         return None
-    _, home, _, hit = min(options, key=lambda option: (*option[:3], len(option[3])))
-    return Admission(hit, [(home, num_pages - len(hit))], home)
+    return Admission(best_hit, [(best[1], num_pages - len(best_hit))], best[1])
 
 
 def choose_spread(
@@ -103,6 +115,20 @@ def choose_spread(
     left = _room_after(room, taken(hit, None)) if hit else room
     runs = None if left is None else placer.place(num_pages - len(hit), 0, placement, left)
     return None if runs is None else Admission(hit, runs, None)
+
+
+def _left_on(home: int, room_on: Callable[[int], Sequence[int]], taken: Room | None) -> Sequence[int] | None:
+    """The room of one rank that a hit leaves, or None when there is not enough on some rank."""
+    if taken is None:
+        return None
+    left: Sequence[int] = room_on(home)
+    for rank, of_rank in enumerate(taken):
+        if any(of_rank):
+            here = [free - pages for free, pages in zip(room_on(rank), of_rank, strict=True)]
+            if min(here) < 0:
+                return None
+            left = here if rank == home else left
+    return left
 
 
 def _room_after(room: Room, taken: Room | None) -> Room | None:

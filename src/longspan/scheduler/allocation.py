@@ -6,7 +6,8 @@ Read next: `longspan.scheduler.reservations`, what a request has been promised; 
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 
 from longspan.plan.types import PageCopy
 from longspan.scheduler.reservations import Claims
@@ -56,17 +57,28 @@ class Allocation:
         self.copies: list[PageCopy] = []
         """Cached pages of other ranks to copy in the next step; their sources are kept until it is done."""
 
-    def ranks_of(self, start: int, end: int) -> list[tuple[int, int, int]]:
+    def ranks_of(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(rank, start, end) of the placement of positions `[start, end)`, in sequence order."""
         size = self.page_size
-        found: list[tuple[int, int, int]] = []
         index = bisect_right(self.page_ends, start // size)
         while index < len(self.page_ranks) and start < end:
             last = min(end, self.page_ends[index] * size)
-            found.append((self.page_ranks[index][0], start, last))
+            yield self.page_ranks[index][0], start, last
             start = last
             index += 1
+
+    def ranks_with(self, start: int, end: int) -> AbstractSet[int]:
+        """Ranks of the placement of positions `[start, end)`."""
+        found: set[int] = set()
+        for rank, _, _ in self.ranks_of(start, end):
+            found.add(rank)
+            if len(found) == len(self.ranks):  # a striped prompt comes to all of them soon
+                break
         return found
+
+    def rank_at(self, position: int) -> int:
+        """Rank of a position that is placed."""
+        return self.page_ranks[bisect_right(self.page_ends, position // self.page_size)][0]
 
     def place(self, rank: int, num_pages: int) -> None:
         """Note where the next pages go."""

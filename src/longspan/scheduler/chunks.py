@@ -46,7 +46,7 @@ class Chunks:
         if start == 0 and end >= len(request.token_ids):
             ranks: AbstractSet[int] = allocation.ranks
         else:
-            ranks = {rank for rank, _, _ in allocation.ranks_of(start, end)}
+            ranks = allocation.ranks_with(start, end)
         return ranks | {copy.source.rank for copy in allocation.copies} if allocation.copies else ranks
 
     def next_ranks(self, request: Request, allocation: Allocation) -> AbstractSet[int]:
@@ -61,8 +61,7 @@ class Chunks:
         allocation = request.allocation
         assert allocation is not None
         if request.phase is Phase.DECODE:
-            (owner, _, _), *_ = allocation.ranks_of(request.num_computed, request.num_computed + 1)
-            return request.num_computed + (1 if budget[owner] else 0)
+            return request.num_computed + (1 if budget[allocation.rank_at(request.num_computed)] else 0)
         left = list(budget)
         is_striped = len(allocation.page_ranks) > 1
         if is_striped:

@@ -9,9 +9,18 @@ Read next: `longspan.scheduler.plan_writer`; `longspan.plan.types`, `TableDelta`
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from longspan.plan.types import TableDelta
+from longspan.plan.types import Plan, TableDelta
 from longspan.sharding.pages import PageRun, PageTable
+
+
+class Step(NamedTuple):
+    """A decode step that a plan has written."""
+
+    plan: Plan
+    requests: Sequence[object]
+    """The requests that it computes, in plan order."""
 
 
 @dataclass(slots=True)
@@ -26,6 +35,8 @@ class Delivery:
     """The last plan that computed the request, or the one after which it began to wait for its first."""
     moves_queries: bool = False
     """Whether the last plan brought queries to keys: then attention's work lies where the keys are."""
+    last_step: Step | None = None
+    """The last plan that computed the request, if it was a decode since which the ranks know the page tables."""
 
     def tell(
         self,
@@ -55,9 +66,9 @@ class Delivery:
                 self.informed_ranks &= ranks  # the others miss this one
         return deltas
 
-    def note_plan(self, plan_id: int, *, moves_queries: bool) -> None:
-        """Take down that a plan computes the request."""
-        self.last_plan_id, self.moves_queries = plan_id, moves_queries
+    def note_plan(self, plan_id: int, *, moves_queries: bool, step: Step | None) -> None:
+        """Take down that a plan computes the request; `step` is that plan if it is a decode."""
+        self.last_plan_id, self.moves_queries, self.last_step = plan_id, moves_queries, step
 
     def wait_from(self, plan_id: int) -> None:
         """Count from the given plan on how long the request waits for its next one."""
@@ -67,6 +78,7 @@ class Delivery:
         """Take down that the request has given its pages back: no rank knows its next tables."""
         self.informed_ranks = set()
         self.moves_queries = False
+        self.last_step = None
 
     def lose_ranks(self) -> None:
         """Take down that the ranks are gone, and new ones have heard of nothing."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from longspan.config import EngineConfig
-from longspan.kv.prefix import CachingAllocator
+from longspan.kv.prefix import CachingAllocator, PageHolders
 from longspan.scheduler.admission import Admission, choose_packed, choose_spread
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.page_placer import PagePlacer, pages_for
@@ -33,14 +33,18 @@ class KVMemory:
         """
         self.model, self.config = model, config
         self.num_ranks = config.context_parallel_size
-        self.allocators = [[CachingAllocator(pages) for pages in num_pages] for _ in range(self.num_ranks)]
+        holders = [PageHolders() for _ in num_pages]
+        self.allocators = [
+            [CachingAllocator(pages, of_group, rank) for pages, of_group in zip(num_pages, holders, strict=True)]
+            for rank in range(self.num_ranks)
+        ]
         """[rank][KV group]"""
         self._pools = RankPools.of(model, config, num_pages)
         self.reservations = Reservations(self.num_ranks, self._pools)
         """What running requests may still need."""
         self.placer = PagePlacer(model, config, self._pools)
         """Where new pages go."""
-        self.lookup = PrefixLookup(model, config.page_size, self.allocators)
+        self.lookup = PrefixLookup(model, config.page_size, self.allocators, holders)
         self._specs = [group.spec for group in model.kv_groups]
         self.refused: Request | None = None
         """The request that `admit` refused last, while no room was made and no more of it was cached. The head of the
@@ -54,6 +58,11 @@ class KVMemory:
         """[rank][KV group]: pages that no request holds or has been promised."""
         available = [[allocator.num_available for allocator in allocators] for allocators in self.allocators]
         return self.reservations.room(available)
+
+    def room_on(self, rank: int) -> list[int]:
+        """[KV group]: the room of one rank."""
+        promised = self.reservations.promised[rank]
+        return [a.num_available - pages for a, pages in zip(self.allocators[rank], promised, strict=True)]
 
     @property
     def is_empty(self) -> bool:
@@ -97,9 +106,10 @@ class KVMemory:
         def taken(hit: Sequence[int], home: int | None) -> Room | None:
             return self.lookup.taken(request.page_hashes, hit, home)
 
-        placement, pages, room = self.placer.placement_of(num_tokens), pages_for(num_tokens, size), self.room
+        placement, pages = self.placer.placement_of(num_tokens), pages_for(num_tokens, size)
         if placement is Placement.PACKED:
-            return choose_packed(self._pools, size, pages, copies_on, taken, load, room)
+            return choose_packed(self._pools, size, pages, copies_on, taken, load, self.room_on)
+        room = self.room
         found = choose_spread(self.placer, placement, pages, copies_on, taken, room)
         if found is None and copies_on and self.is_empty:
             # Nobody will make room: do without the hit, whose idle pages may be the room that it needs.
@@ -143,18 +153,24 @@ class KVMemory:
         """
         allocation = request.allocation
         assert allocation is not None
-        ranks = [self.placer.next_rank(allocation, request.prompt_len)]
-        if self.placer.may_leave_home:
-            room, limiting = self.room, self._pools.limiting_group or 0
-            others = [rank for rank in range(self.num_ranks) if rank != ranks[0]]
-            ranks += sorted(others, key=lambda rank: (-room[rank][limiting], rank))
-        for rank in ranks:
-            available = [allocator.num_available for allocator in self.allocators[rank]]
-            if self.reservations.fits_one_more(allocation.claims, rank, available):
-                allocation.place(rank, 1)
-                self.reservations.promise(allocation.claims, rank, 1)
-                return True
-        return False
+        first = self.placer.next_rank(allocation, request.prompt_len)
+        if self._extend_on(allocation, first):
+            return True
+        if not self.placer.may_leave_home:
+            return False
+        room, limiting = self.room, self._pools.limiting_group or 0
+        others = [rank for rank in range(self.num_ranks) if rank != first]
+        others.sort(key=lambda rank: (-room[rank][limiting], rank))
+        return any(self._extend_on(allocation, rank) for rank in others)
+
+    def _extend_on(self, allocation: Allocation, rank: int) -> bool:
+        """Place one more page on a rank, if it has room."""
+        available = [allocator.num_available for allocator in self.allocators[rank]]
+        if not self.reservations.fits_one_more(allocation.claims, rank, available):
+            return False
+        allocation.place(rank, 1)
+        self.reservations.promise(allocation.claims, rank, 1)
+        return True
 
     def grow(self, request: Request, end: int) -> list[list[PageRun]]:
         """Allocate the pages that positions up to `end` need; they have been promised.
@@ -171,8 +187,7 @@ class KVMemory:
             if table.num_pages * size < end:
                 for rank, first, last in allocation.ranks_of(table.num_pages * size, -(-end // size) * size):
                     allocator = self.allocators[rank][group_idx]
-                    near = next((run.slot + run.num_pages for run in reversed(table.runs) if run.rank == rank), None)
-                    for slot, count in allocator.allocate((last - first) // size, near):
+                    for slot, count in allocator.allocate((last - first) // size, table.slot_after(rank)):
                         new.append(table.append(rank, slot, count))
                     self.reservations.hold(allocation.claims, group_idx, rank, (last - first) // size)
             added.append(new)

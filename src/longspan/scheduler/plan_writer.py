@@ -3,19 +3,30 @@
 Holds the costs that strategies are chosen by. Must not know queues, turns or budgets, nor torch.
 Read next: `longspan.plan.build`, which puts a plan together; `longspan.costmodel.choose`, which picks strategies;
 `longspan.scheduler.delivery`, which knows what ranks were told.
+
+Note [Steps that go on]
+    A decode step mostly repeats the last one of the same requests, one token further, on the same pages. Then page
+    tables, strategies and what moves are equal, and a plan is a copy with new tokens and positions
+    (`longspan.plan.advance`), which ranks can make themselves. It holds as long as every token lies in the page of the
+    token before: strategies are chosen anew when a request gets a page, not for every token. Where something moves in a
+    group with a window, its rows are counted again: the window's far end may have left keys, or a rank.
 """
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 
+from msgspec import structs
+
 from longspan.config import EngineConfig
 from longspan.costmodel.choose import plan_group
 from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs, costs_by_bytes
+from longspan.plan.advance import advance
 from longspan.plan.build import RequestStep, build_plan, score_runs
-from longspan.plan.types import PageCopy, Plan, SampledBy, ScoreRun, TableDelta
+from longspan.plan.types import GroupStep, Literals, PageCopy, Plan, SampledBy, ScoreRun, TableDelta, Tokens
 from longspan.scheduler.allocation import Allocation
+from longspan.scheduler.delivery import Step
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
@@ -65,6 +76,71 @@ class PlanWriter:
             behind: the plan that samples the tokens; None if they are known.
         """
         sampled = None if behind is None else SampledBy(behind.plan_id)
+        if len(ranks) > 1:
+            chosen = sorted(chosen, key=lambda entry: _is_packed(entry[0]))  # see `Plan.packed`
+        plan = None if released else self._next(plan_id, ranks, chosen, sampled)
+        if plan is None:
+            plan = self._new(plan_id, ranks, chosen, movers, released, sampled)
+        else:
+            self.choices.count_again(movers or plan.phase, plan.groups)
+        moves_queries = any(step.strategy in MOVE_QUERIES for step in plan.groups)
+        step = Step(plan, [request for request, _ in chosen]) if plan.phase is Phase.DECODE else None
+        for request, end in chosen:
+            request.note_planned(end)
+            is_spread = request.allocation is not None and len(request.allocation.page_ranks) > 1
+            request.delivery.note_plan(plan_id, moves_queries=moves_queries and is_spread, step=step)
+        return plan
+
+    def _next(
+        self, plan_id: int, ranks: AbstractSet[int], chosen: Sequence[tuple[Request, int]], sampled: SampledBy | None
+    ) -> Plan | None:
+        """The plan of a step that goes on from the last one of its requests; None if more than tokens is new.
+
+        See Note [Steps that go on].
+        """
+        last_step = chosen[0][0].delivery.last_step
+        if last_step is None or len(chosen) != len(last_step.requests):
+            return None
+        last, size = last_step.plan, self._config.page_size
+        tokens: list[Tokens] = []
+        for (request, end), run in zip(chosen, last.query_runs, strict=True):
+            position = run.position + 1
+            goes_on = request.delivery.last_step is last_step and request.request_id == run.request_id
+            if not goes_on or end != position + 1 or not position % size or request.next_row is None:
+                return None
+            tokens.append(sampled or Literals((request.token_ids[position],)))
+        if ranks != set(last.ranks):
+            return None
+        plan = advance(last, plan_id, tokens)
+        groups = zip(last.groups, self._model.kv_groups, strict=True)
+        slides = any(step.nodes and group.spec.reach is not None for step, group in groups)
+        return self._slid(plan, chosen) if slides else plan
+
+    def _slid(self, plan: Plan, chosen: Sequence[tuple[Request, int]]) -> Plan | None:
+        """The plan with what moves in groups with windows or chunks counted again, by the strategies that it has; None
+        if nothing moves any more in one of them."""
+        groups: list[GroupStep] = []
+        for i, (step, group) in enumerate(zip(plan.groups, self._model.kv_groups, strict=True)):
+            if step.nodes and group.spec.reach is not None:
+                tables = {r.request_id: r.allocation.tables[i] for r, _ in chosen if r.allocation is not None}
+                step = plan_group(plan.query_runs, tables, group, self.costs, forced=step.strategy)
+                if not step.nodes:
+                    return None
+            groups.append(step)
+        if tuple(groups) == plan.groups:
+            return plan
+        return structs.replace(plan, groups=tuple(groups), follows=None)
+
+    def _new(
+        self,
+        plan_id: int,
+        ranks: AbstractSet[int],
+        chosen: Sequence[tuple[Request, int]],
+        movers: Phase | None,
+        released: set[int],
+        sampled: SampledBy | None,
+    ) -> Plan:
+        """Write a plan with strategies chosen, and page tables brought up to date. Arguments: `write`."""
         copies: list[PageCopy] = []
         deltas: list[TableDelta] = []
         steps: list[RequestStep] = []
@@ -74,8 +150,9 @@ class PlanWriter:
             allocation = request.allocation
             assert allocation is not None, "a request without pages is computed"
             copies += allocation.copies
-            deltas += self._deltas(request, allocation, end, ranks)
-            steps.append(_request_step(request, allocation, end, sampled))
+            is_packed = _is_packed(request)
+            deltas += self._deltas(request, allocation, end, allocation.ranks if is_packed else ranks)
+            steps.append(_request_step(request, allocation, end, sampled, is_packed=is_packed))
             for of_group, table in zip(tables, allocation.tables, strict=True):
                 of_group[request.request_id] = table
         forced = self._config.forced_decode_strategy if movers is Phase.DECODE else self._config.forced_strategy
@@ -83,16 +160,17 @@ class PlanWriter:
         plan = build_plan(
             plan_id, ranks, steps, tables, groups, choose, table_deltas=deltas, page_copies=copies, released=released
         )
-        moves_queries = False
         for i, step in enumerate(plan.groups):
-            moves_queries = moves_queries or step.strategy in MOVE_QUERIES
             self.choices.note(
-                movers or plan.phase, i, step, tables[i], groups[i], self.costs, is_forced=forced is not None
+                movers or plan.phase,
+                i,
+                step,
+                plan.query_runs,
+                tables[i],
+                groups[i],
+                self.costs,
+                is_forced=forced is not None,
             )
-        for request, end in chosen:
-            request.note_planned(end)
-            is_spread = request.allocation is not None and len(request.allocation.page_ranks) > 1
-            request.delivery.note_plan(plan_id, moves_queries=moves_queries and is_spread)
         return plan
 
     def _deltas(self, request: Request, allocation: Allocation, end: int, ranks: AbstractSet[int]) -> list[TableDelta]:
@@ -109,7 +187,15 @@ class PlanWriter:
         return request.delivery.tell(request.request_id, allocation.tables, added, ranks)
 
 
-def _request_step(request: Request, allocation: Allocation, end: int, sampled: SampledBy | None) -> RequestStep:
+def _is_packed(request: Request) -> bool:
+    """Whether a request concerns one rank alone."""
+    allocation = request.allocation
+    return allocation is not None and len(allocation.ranks) == 1 and not allocation.copies
+
+
+def _request_step(
+    request: Request, allocation: Allocation, end: int, sampled: SampledBy | None, *, is_packed: bool
+) -> RequestStep:
     """What a step computes of a request that has its pages already."""
     start, num_known = request.num_planned, len(request.token_ids)
     return RequestStep(
@@ -121,6 +207,7 @@ def _request_step(request: Request, allocation: Allocation, end: int, sampled: S
         sample=None if end < num_known else sample_row(request, end - 1),
         scores=() if request.params.prompt_logprobs is None else _scores(request, allocation, start, end),
         rope_len=request.rope_len,
+        is_packed=is_packed,
     )
 
 

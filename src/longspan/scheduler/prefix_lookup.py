@@ -8,7 +8,7 @@ Read next: `longspan.kv.prefix`, what is searched; `longspan.scheduler.admission
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-from longspan.kv.prefix import CachingAllocator
+from longspan.kv.prefix import CachingAllocator, PageHolders
 from longspan.scheduler.reservations import Room
 from longspan.sharding.pages import PageRun
 from longspan.types import ModelSpec
@@ -17,21 +17,27 @@ from longspan.types import ModelSpec
 class PrefixLookup:
     """Finds the longest prefix that later tokens can go on from."""
 
-    def __init__(self, model: ModelSpec, page_size: int, allocators: Sequence[Sequence[CachingAllocator]]) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        page_size: int,
+        allocators: Sequence[Sequence[CachingAllocator]],
+        holders: Sequence[PageHolders],
+    ) -> None:
         """Search the caches of some ranks.
 
         Args:
             model: its KV groups.
             page_size: tokens per page.
             allocators: [rank][KV group].
+            holders: per KV group, the record of published pages that the ranks' allocators share.
         """
-        self._page_size, self._allocators = page_size, allocators
+        self._page_size, self._allocators, self._holders = page_size, allocators, holders
         self._specs = [group.spec for group in model.kv_groups]
         self._full_groups = [i for i, spec in enumerate(self._specs) if spec.reach is None]
         reaches = [(spec.reach, i) for i, spec in enumerate(self._specs) if spec.reach is not None]
         self._groups_by_reach = [group_idx for _, group_idx in sorted(reaches, reverse=True)]  # widest first
         self._all_ranks = frozenset(range(len(allocators)))
-        self._sets: dict[tuple[int, ...], frozenset[int]] = {}
 
     def first_needed_page(self, group_idx: int, num_pages: int) -> int:
         """The first of `num_pages` cached pages that later tokens still see; at least the last page counts as seen."""
@@ -51,7 +57,7 @@ class PrefixLookup:
         # Level 0: ranks with the page in all groups without a window. Level k: also in the k widest windows, since a
         # page that a narrow window reaches is reached by all wider ones.
         levels = [self._ranks_with(hashes, self._full_groups)]
-        hashes = hashes[: next((i for i, ranks in enumerate(levels[0]) if not ranks), len(hashes))]
+        hashes = hashes[: len(levels[0])]
         for group_idx in self._groups_by_reach:
             with_window = self._ranks_with(hashes, [group_idx])
             levels.append([a & b for a, b in zip(levels[-1], with_window, strict=False)])
@@ -113,17 +119,15 @@ class PrefixLookup:
         return runs
 
     def _ranks_with(self, hashes: Sequence[bytes], groups: Sequence[int]) -> list[frozenset[int]]:
-        """Per page, the ranks that have it in all of some groups."""
+        """Per page, the ranks that have it in all of some groups; up to the first page that none has, if groups are
+        without windows."""
         found = [self._all_ranks] * len(hashes)
         for group_idx in groups:
-            known = [allocators[group_idx].knows for allocators in self._allocators]
-            for i, page_hash in enumerate(hashes):
-                ranks = self._set_of(tuple([rank for rank, knows in enumerate(known) if knows(page_hash)]))
+            holders, stops = self._holders[group_idx], self._specs[group_idx].reach is None
+            for i, page_hash in enumerate(hashes[: len(found)]):
+                ranks = holders.of(page_hash)
                 found[i] = ranks if found[i] is self._all_ranks else found[i] & ranks
+                if stops and not found[i]:
+                    del found[i:]
+                    break
         return found
-
-    def _set_of(self, ranks: tuple[int, ...]) -> frozenset[int]:
-        """One set for equal ranks: a long prompt would make tens of thousands of them."""
-        if ranks not in self._sets:
-            self._sets[ranks] = frozenset(ranks)
-        return self._sets[ranks]

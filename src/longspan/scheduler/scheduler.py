@@ -38,7 +38,7 @@ Note [Lost ranks]
 """
 
 import secrets
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
@@ -52,18 +52,17 @@ from longspan.kv.prefix import extend_hashes
 from longspan.plan.types import Plan, PlanResult
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.chunks import Chunks
+from longspan.scheduler.lanes import Lanes
+from longspan.scheduler.load import RankLoad
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.plan_writer import PlanWriter
 from longspan.scheduler.request import Constraint, Request
-from longspan.scheduler.sampling import can_sample_ahead
+from longspan.scheduler.run_ahead import RunAhead
 from longspan.scheduler.turns import Turn, Turns
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
 
 SUSPECT_CRASHES = 2
 """Losses of the ranks, one after another, after which a request that was in flight each time runs alone."""
-
-DECODE_COST = 16
-"""Cost of a decoding request to its rank's next prefill, in tokens computed: it takes part in every step."""
 
 
 class InFlight(NamedTuple):
@@ -97,6 +96,12 @@ class Scheduler:
         self.writer = PlanWriter(model, config, self.memory)
         self._chunks = Chunks(config, self.memory.placer.geometry, self.step_time)
         self._turns = Turns(config.context_parallel_size)
+        self._lanes = Lanes(self._turns, config.context_parallel_size)
+        self._idle: dict[int, Request] = {}
+        """Running requests that are neither in flight nor ready: new ones, and those that lack a page."""
+        self._ahead = RunAhead(config.page_size, self._chunks, self._extend)
+        self._load = RankLoad(config.context_parallel_size)
+        self._may_suspect = False
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """The oldest first."""
@@ -106,6 +111,8 @@ class Scheduler:
         """Plans that have not come back, by their numbers."""
         self.busy_ranks: set[int] = set()
         """Ranks with a plan in flight."""
+        self._num_plans = [0] * config.context_parallel_size
+        """Plans in flight per rank."""
         self.cancelled: set[int] = set()
         """Numbers of requests that end when a plan that computes them comes back."""
         self.num_preemptions = 0
@@ -214,11 +221,10 @@ class Scheduler:
         request.end(reason)
         self.cancelled.discard(request.request_id)
         self.requests.pop(request.request_id, None)
-        if request in self.waiting:
+        if request.allocation is None:
             self.waiting.remove(request)
         else:
-            self.running.remove(request)
-            self.memory.free(request)
+            self._stop(request)
         for rank in request.delivery.involved_ranks:
             self._unreported[rank].add(request.request_id)
 
@@ -234,10 +240,19 @@ class Scheduler:
         else:
             self.finish(request, FinishReason.ABORT)
 
+    def _stop(self, request: Request) -> None:
+        """Take a request from those that run, and all pages from it."""
+        index = bisect_left(self.running, request.request_id, key=lambda r: r.request_id)
+        assert self.running[index] is request
+        del self.running[index]
+        self._lanes.discard(request)
+        self._idle.pop(request.request_id, None)
+        self._load.remove(request)
+        self.memory.free(request)
+
     def _preempt(self, request: Request) -> None:
         """Take all pages from a running request that is not in flight; it will be computed again."""
-        self.running.remove(request)
-        self.memory.free(request)
+        self._stop(request)
         request.preempt()
         self.num_preemptions += 1
         waiting = list(self.waiting)
@@ -252,6 +267,8 @@ class Scheduler:
         in_flight = {request.request_id for flight in self.in_flight.values() for request in flight.requests}
         self.in_flight.clear()
         self.busy_ranks.clear()
+        self._num_plans = [0] * self.config.context_parallel_size
+        self._ahead.clear()
         for request in [request for request in self.running if request.request_id in self.cancelled]:
             self.finish(request, FinishReason.ABORT)
         for request in self.running:
@@ -260,6 +277,10 @@ class Scheduler:
             request.forget_ranks()
         self.waiting = deque(sorted([*self.waiting, *self.running], key=lambda request: request.request_id))
         self.running = []
+        self._lanes.clear()
+        self._idle.clear()
+        self._load.clear()
+        self._may_suspect = True
         self.memory.forget_all()
         for unreported in self._unreported.values():
             unreported.clear()
@@ -272,7 +293,7 @@ class Scheduler:
             other: not to be used any more.
         """
         assert not other.running, "restart comes first"
-        self.waiting, self.requests = other.waiting, other.requests
+        self.waiting, self.requests, self._may_suspect = other.waiting, other.requests, True
         self.num_preemptions = other.num_preemptions
         self.next_plan_id, self.next_request_id = other.next_plan_id, other.next_request_id
         self.writer.take_over(other.writer)
@@ -285,86 +306,89 @@ class Scheduler:
         self._admit()  # also while all ranks are busy: whoever has a place does not wait for one
         if len(self.busy_ranks) == self.config.context_parallel_size:
             return self._run_ahead()
-        ready: list[Turn] = []
-        candidates = self._candidates()
-        for request in candidates:  # the oldest gets its page first; who is preempted for it is younger
-            allocation = request.allocation
-            if allocation is None or request.in_flight or not self._has_page(request, allocation):
-                continue
-            ranks = self._chunks.next_ranks(request, allocation)
-            ready.append(self._turns.of(request, ranks, self.next_plan_id, len(self.running)))
-        if not ready and candidates and candidates[0] not in self.running:
-            return self.schedule()  # a suspect gave its pages to those that it kept waiting
-        ready.sort()
-        taken = set(self.busy_ranks)
-        for lead in ready:
-            if lead.ranks & taken:
-                taken |= lead.ranks
-                continue
-            return self._make_plan(lead, ready)
-        return self._run_ahead()
+        suspect = self._suspect()
+        if suspect is not None:
+            return self._schedule_alone(suspect)
+        self._make_ready()
+        lead = self._lanes.lead(self.busy_ranks, self.next_plan_id, len(self.running))
+        if lead is None:
+            return self._run_ahead()
+        return self._make_plan(lead, self._lanes.members(lead, self.next_plan_id, len(self.running)))
 
-    def _candidates(self) -> list[Request]:
-        """Running requests that plans may be made for now, the oldest first. See Note [Lost ranks]."""
-        suspect = next((request for request in self.running if request.num_crashes >= SUSPECT_CRASHES), None)
-        if suspect is None:
-            return list(self.running)
-        return [] if self.in_flight else [suspect]
+    def _make_ready(self) -> None:
+        """Give idle requests their next page, the oldest first: who is preempted for it is younger."""
+        if not self._idle:
+            return
+        idle, self._idle = sorted(self._idle.values(), key=lambda request: request.request_id), {}
+        for request in idle:
+            allocation = request.allocation
+            if allocation is None:
+                continue  # preempted for an older one
+            if self._has_page(request, allocation):
+                self._lanes.put(request, self._chunks.next_ranks(request, allocation))
+            elif request.allocation is not None:
+                self._idle[request.request_id] = request
+
+    def _suspect(self) -> Request | None:
+        """The oldest running request that runs alone, if there is any. See Note [Lost ranks]."""
+        if not self._may_suspect:
+            return None
+        self._may_suspect = any(request.num_crashes >= SUSPECT_CRASHES for request in self.requests.values())
+        return next((request for request in self.running if request.num_crashes >= SUSPECT_CRASHES), None)
+
+    def _schedule_alone(self, request: Request) -> Plan | None:
+        """The next plan of a request with nobody beside it."""
+        if self.in_flight:
+            return self._run_ahead()
+        allocation = request.allocation
+        assert allocation is not None
+        if not self._has_page(request, allocation):
+            if request in self.running:
+                return self._run_ahead()
+            return self.schedule()  # it gave its pages to those that it kept waiting
+        ranks = self._chunks.next_ranks(request, allocation)
+        lead = self._turns.of(request, ranks, self.next_plan_id, len(self.running))
+        return self._make_plan(lead, [lead])
 
     def _run_ahead(self) -> Plan | None:
         """The plan behind one of decodes that is in flight, unless a request waits for a rank or for a page."""
-        if self.config.async_scheduling and all(request.in_flight for request in self.running):
-            for plan, requests, _ in self.in_flight.values():
-                is_followed = any(request.delivery.last_plan_id != plan.plan_id for request in requests)
-                if plan.phase is Phase.DECODE and not is_followed and (chosen := self._ahead(plan, requests)):
-                    return self._write_plan(set(plan.ranks), chosen, Phase.DECODE, 0.0, behind=plan)
-        return None
-
-    def _ahead(self, plan: Plan, requests: Sequence[Request]) -> list[tuple[Request, int]]:
-        """The requests that a plan behind this one takes a token further; none if that would leave one behind."""
-        chosen: list[tuple[Request, int]] = []
-        needs_all_ranks, of_plan = False, set(plan.ranks)
-        for request in requests:
-            start, end = request.num_planned, request.num_planned + 1
-            if request.finish_reason is not None or request.request_id in self.cancelled:
-                continue
-            if start + 1 - request.prompt_len >= request.params.max_tokens:
-                continue  # ends with the token that is being sampled
-            if start != len(request.token_ids) or not can_sample_ahead(request) or request.crosses(end):
-                return []
-            allocation = request.allocation
-            assert allocation is not None
-            if end > allocation.num_pages * self.config.page_size and not self.memory.extend(request):
-                return []
-            ranks = self._chunks.ranks(request, end)
-            if not ranks <= of_plan:
-                return []
-            # The token is known where it is sampled, and nowhere else before it has come back.
-            if len(allocation.page_ranks) > 1 and len(allocation.ranks_of(start - 1, end)) > 1:
-                return []
-            needs_all_ranks |= len(ranks) == len(plan.ranks)
-            chosen.append((request, end))
-        return chosen if needs_all_ranks else []
+        if not self.config.async_scheduling or self._idle or len(self._lanes):
+            return None
+        found = self._ahead.find(self.cancelled)
+        if found is None:
+            return None
+        plan, chosen = found
+        return self._write_plan(set(plan.ranks), chosen, Phase.DECODE, 0.0, behind=plan)
 
     def _admit(self) -> None:
         """Let requests in, in order, while they fit."""
         if not self.waiting or len(self.running) >= self.config.max_num_seqs:
             return
-        load = [0.0] * self.config.context_parallel_size
-        for request in self.running:
-            _add_load(load, request)
+        if self.waiting[0] is self.memory.refused:
+            return
         while self.waiting and len(self.running) < self.config.max_num_seqs:
-            if not self.memory.admit(self.waiting[0], load):
+            if not self.memory.admit(self.waiting[0], self._load.per_rank()):
                 return
-            request = self.waiting.popleft()
-            request.delivery.wait_from(self.next_plan_id - 1)  # -1 would overtake all others
-            insort(self.running, request, key=lambda r: r.request_id)
-            _add_load(load, request)
+            self._begin(self.waiting.popleft())
+
+    def _begin(self, request: Request) -> None:
+        """Let a request run that has got its pages."""
+        request.delivery.wait_from(self.next_plan_id - 1)  # -1 would overtake all others
+        insort(self.running, request, key=lambda r: r.request_id)
+        self._load.note(request)
+        self._idle[request.request_id] = request
+
+    def _extend(self, request: Request) -> bool:
+        """Place one more page of a request; False when no rank has room."""
+        is_placed = self.memory.extend(request)
+        if is_placed:
+            self._load.note(request)
+        return is_placed
 
     def _has_page(self, request: Request, allocation: Allocation) -> bool:
         """Make sure that the request's next token has a page, at the cost of younger requests if need be."""
         while len(request.token_ids) > allocation.num_pages * allocation.page_size:
-            if self.memory.extend(request):
+            if self._extend(request):
                 continue
             if self.running[-1] is request:
                 if len(self.running) > 1:
@@ -384,6 +408,14 @@ class Scheduler:
             ready: every request that may take part, in the order of their turns.
         """
         ranks = lead.ranks
+        step = lead.request.delivery.last_step
+        if step is not None and len(step.requests) == len(ready):
+            again, size = [turn.request for turn in ready], self.config.page_size
+            # Decodes that fitted together before, and whose tokens go where those before them went.
+            stay = len(ranks) == 1 or all(request.num_computed % size for request in again)
+            if stay and all(request.delivery.last_step is step for request in again):
+                ends = [(request, request.num_computed + 1) for request in again]
+                return self._write_plan(ranks, ends, Phase.DECODE if len(ranks) > 1 else None, 0.0)
         size = self.config.context_parallel_size
         most = self.config.max_num_batched_tokens
         # However many decode, a lead that prefills gets on by a page, or by half of a smaller budget.
@@ -445,8 +477,17 @@ class Scheduler:
         plan = self.writer.write(self.next_plan_id, ranks, chosen, movers, released, behind)
         self.next_plan_id += 1
         self._turns.note_plan(plan)
+        if plan.phase is Phase.PREFILL:
+            self._lanes.note_prefill(ranks)
         self.busy_ranks |= ranks
-        self.in_flight[plan.plan_id] = InFlight(plan, [request for request, _ in chosen], flops)
+        for rank in ranks:
+            self._num_plans[rank] += 1
+        for request, _ in chosen:
+            self._lanes.discard(request)
+            self._idle.pop(request.request_id, None)
+        requests = [request for request, _ in chosen]
+        self._ahead.note_plan(plan, requests, behind)
+        self.in_flight[plan.plan_id] = InFlight(plan, requests, flops)
         return plan
 
     # -- results -----------------------------------------------------------------------------------------------------
@@ -459,13 +500,20 @@ class Scheduler:
             `finish_reason` have ended; `finish` has been called.
         """
         plan, requests, flops = self.in_flight.pop(result.plan_id)
-        self.busy_ranks = {rank for other, _, _ in self.in_flight.values() for rank in other.ranks}
+        for rank in plan.ranks:
+            self._num_plans[rank] -= 1
+            if not self._num_plans[rank]:
+                self.busy_ranks.discard(rank)
+        self._ahead.note_end(plan.plan_id)
         if plan.phase is Phase.PREFILL and self.config.max_step_ms is not None:
             self.step_time.learn(flops, max(rank_result.step_s for rank_result in result.ranks))
         computed = {run.request_id: run.end for run in plan.query_runs}
         requests = [request for request in requests if request.finish_reason is None]  # the others have ended meanwhile
         for request in requests:
+            is_prompt = request.num_computed < request.prompt_len
             request.note_computed(computed[request.request_id])
+            if is_prompt:
+                self._load.note(request)
             self.memory.release_copied(request)
         failed = {row.request_id: row.reason for rank_result in result.ranks for row in rank_result.failed}
         for request in requests:
@@ -499,13 +547,6 @@ class Scheduler:
                 request.cross()
             else:
                 self.memory.slide(request)
+                if not request.in_flight:
+                    self._idle[request.request_id] = request
             yield request
-
-
-def _add_load(load: list[float], request: Request) -> None:
-    """Add a running request's work per rank, in tokens to compute."""
-    assert request.allocation is not None
-    ranks = request.allocation.ranks
-    work = DECODE_COST + max(0, request.prompt_len - request.num_computed) / len(ranks)
-    for rank in ranks:
-        load[rank] += work

@@ -61,10 +61,16 @@ class Turns:
         """
         is_decode, last_plan_id = request.phase is Phase.DECODE, request.delivery.last_plan_id
         turn = last_plan_id
-        if not is_decode and next_plan_id - turn <= PATIENCE * self._num_ranks * (1 + num_running):
+        if not is_decode and not self.is_too_long(turn, next_plan_id, num_running):
             # Prefill waits as a queue: a rank that ran another prompt's chunk since has given prefill its turn. But not
             # for ever: a request that needs a rank that all others need, and none that is idle, would never be first.
             prefills = [self._last_prefill[rank] for rank in ranks if rank in self._last_prefill]
             if len(prefills) == len(ranks):
                 turn = max(turn, min(prefills))
         return Turn(turn, is_decode, last_plan_id, self._num_ranks - len(ranks), request.request_id, request, ranks)
+
+    def is_too_long(self, last_plan_id: int | None, next_plan_id: int, num_running: int) -> bool:
+        """Whether a prompt that no plan has computed since `last_plan_id` has waited too long; None waits for none."""
+        if last_plan_id is None:
+            return False
+        return next_plan_id - last_plan_id > PATIENCE * self._num_ranks * (1 + num_running)

@@ -59,6 +59,11 @@ class _RankRows:
         self.rows.append(row)
         self.before.append(self.before[-1] + num_tokens)
 
+    @property
+    def end_row(self) -> int:
+        """One past the last row."""
+        return self.rows[-1] + self._len(-1)
+
     def _len(self, index: int) -> int:
         index %= len(self.positions)
         return self.before[index + 1] - self.before[index]
@@ -76,6 +81,18 @@ class _RankRows:
     def count(self, start: int, end: int) -> int:
         """Tokens at positions `[start, end)`."""
         return max(0, self._tokens_before(end) - self._tokens_before(start))
+
+    def key_runs(self, start: int, end: int) -> list[KeyRun]:
+        """Runs of positions `[start, end)`, in sequence order."""
+        found: list[KeyRun] = []
+        index = max(0, bisect_right(self.positions, start) - 1)
+        while index < len(self.positions) and self.positions[index] < end:
+            position = self.positions[index]
+            first, last = max(start, position), min(end, self._end(index))
+            if first < last:
+                found.append(KeyRun(first, self.rows[index] + first - position, last - first))
+            index += 1
+        return found
 
     def row_runs(self, start: int, end: int) -> list[tuple[int, int]]:
         """Runs `(row, tokens)` of positions `[start, end)`, as few as consecutive rows admit."""
@@ -217,12 +234,17 @@ class PageTable:
         Returns:
             Runs in sequence order; tokens on other ranks and in holes are left out.
         """
-        size = self.page_size
-        return [
-            KeyRun(first, run.slot * size + first - run.page_idx * size, last - first)
-            for run, first, last in self._overlapping(start, end)
-            if run.rank == rank
-        ]
+        rows = self._by_rank.get(rank)
+        return [] if rows is None else rows.key_runs(start, end)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks that hold some page, ascending."""
+        return sorted(self._by_rank)
+
+    def is_on(self, rank: int) -> bool:
+        """Whether all pages lie on one rank."""
+        return len(self._by_rank) == 1 and rank in self._by_rank
 
     def ranks_with(self, start: int, end: int) -> list[int]:
         """Ranks that hold some of positions `[start, end)`, ascending."""
@@ -230,7 +252,28 @@ class PageTable:
             run, size = self.runs[0], self.page_size
             is_here = max(start, run.page_idx * size) < min(end, (run.page_idx + run.num_pages) * size)
             return [run.rank] if is_here else []
-        return sorted(rank for rank, rows in self._by_rank.items() if rows.count(start, end))
+        return sorted(self.tokens_per_rank(start, end))
+
+    def tokens_per_rank(self, start: int, end: int) -> dict[int, int]:
+        """Number of positions `[start, end)` that each rank holds; ranks that hold none are left out."""
+        found: dict[int, int] = {}
+        num_runs = bisect_left(self._starts, -(-end // self.page_size)) - bisect_right(
+            self._starts, start // self.page_size
+        )
+        if num_runs < len(self._by_rank):  # a run is walked as fast as a rank is asked
+            for run, first, last in self._overlapping(start, end):
+                found[run.rank] = found.get(run.rank, 0) + last - first
+            return found
+        for rank, rows in self._by_rank.items():
+            count = rows.count(start, end)
+            if count:
+                found[rank] = count
+        return found
+
+    def slot_after(self, rank: int) -> int | None:
+        """Slot behind the last page on a rank; None if the rank has none."""
+        rows = self._by_rank.get(rank)
+        return None if rows is None else rows.end_row // self.page_size
 
     def count_on(self, rank: int, start: int, end: int) -> int:
         """Number of positions `[start, end)` that one rank holds."""

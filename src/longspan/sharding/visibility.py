@@ -86,8 +86,11 @@ def split_visible_keys(
     Returns:
         Ranges `(key_start, key_end, visibility)`, none of them empty.
     """
-    if window is None and query_end - query_start == 1:
-        return [(first, query_end, Visibility.FULL)]
+    if window is None:
+        if query_end - query_start == 1:
+            return [(first, query_end, Visibility.FULL)]
+        if first < query_start < query_end:
+            return [(first, query_start, Visibility.FULL), (query_start, query_end, Visibility.CAUSAL)]
     start, end = visible_keys(query_start, query_end, window, first)
     if start >= end:
         return []

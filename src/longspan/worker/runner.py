@@ -297,6 +297,7 @@ class ModelRunner:
         """Input tokens of a run."""
         if isinstance(run.tokens, Literals):
             return run.tokens.token_ids
+        assert run.tokens is not None, "a rank's own runs name their tokens"
         if run.tokens.plan_id != self._sampled_by or run.num_tokens != 1:
             raise LongspanError(
                 f"plan {plan.plan_id}: needs {run.num_tokens} tokens of plan {run.tokens.plan_id}, rank {self.rank} "

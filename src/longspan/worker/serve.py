@@ -18,7 +18,8 @@ from longspan.comm.threads import thread_group
 from longspan.config import num_cores
 from longspan.errors import ConfigError
 from longspan.group.heartbeat import ProcessProgress
-from longspan.group.messages import Answer, Files, Measure, Measured, Ready, Refused, RunPlan, Start
+from longspan.group.messages import Answer, Files, Measure, Measured, Ready, Refused, RunNext, RunPlan, Start
+from longspan.group.plans import PlanReceiver
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.group.worker_link import WorkerLink
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
@@ -73,17 +74,18 @@ def serve(
 
 def _answer(process: ProcessId, runner: ModelRunner, link: WorkerLink) -> None:
     """Follow the driver's messages until `Stop`, in all processes of a rank; the first process answers."""
-    speaks = process.speaks_for_rank
-    while isinstance(message := link.receive(), (RunPlan, Measure)):
+    speaks, plans = process.speaks_for_rank, PlanReceiver(process.rank)
+    while isinstance(message := link.receive(), (RunPlan, RunNext, Measure)):
         if isinstance(message, Measure):
             measurement = measure(runner, message)
             if speaks:
                 link.send(Measured(measurement))
             continue
+        plan = plans.take(message)
         try:
-            result = runner.run(message.plan)
+            result = runner.run(plan)
         except Exception as error:
-            error.add_note(f"in plan {message.plan.plan_id} ({message.plan.phase})")
+            error.add_note(f"in plan {plan.plan_id} ({plan.phase})")
             raise
         if speaks:
             link.send(Answer(result))

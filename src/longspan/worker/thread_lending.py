@@ -30,6 +30,7 @@ def borrowed_threads(plan: Plan, rank: int) -> int:
     In a decode whose tokens are all computed by one rank, the plan's other ranks only answer queries, so they sleep
     while the dense part of a layer is computed.
     """
-    if plan.phase is not Phase.DECODE or any(run.compute_rank != rank for run in plan.query_runs):
+    others = zip(plan.ranks, plan.num_tokens, strict=True)
+    if plan.phase is not Phase.DECODE or any(count for other, count in others if other != rank):
         return 1
     return min(len(plan.ranks), num_cores())

@@ -158,7 +158,7 @@ class RankModel:
                 token_ids += run.tokens.token_ids
                 positions += range(run.position, run.end)
         if not token_ids:
-            if any(group_step.exchanges for group_step in plan.groups):
+            if any(group_step.nodes for group_step in plan.groups):
                 for layer in range(len(self.specs)):
                     attention.join(layer)
             config = self._config.model_config
