@@ -22,7 +22,7 @@ from longspan.attention import latent
 from longspan.attention.partial import PartialAttention
 from longspan.comm.recording import RecordingCommunicator
 from longspan.comm.threads import thread_group
-from longspan.cp.base import KVBlock
+from longspan.cp.base import KVBlock, RankStep
 from longspan.cp.eager import EagerStepAttention
 from longspan.kv.layout import KVGroup, KVLayout, KVSpec
 from longspan.plan.build import count_tokens
@@ -30,7 +30,7 @@ from longspan.plan.exchanges import RingExchange
 from longspan.plan.group_step import make_group_step
 from longspan.plan.query_units import num_rows
 from longspan.plan.step_keys import step_keys
-from longspan.plan.types import Plan
+from longspan.plan.types import GroupStep, Plan
 from longspan.sharding.pages import PageRun, PageTable
 from longspan.types import Phase, Strategy
 
@@ -490,3 +490,22 @@ def test_the_meter_sees_that_a_gather_grows_with_the_context(monkeypatch):
     peaks = [block_peak(monkeypatch, GATHER_KV, 3, context) for context in (64, 128, 512)]
     assert peaks == sorted(set(peaks))
     assert peaks[2] > 3 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "nodes"),
+    [
+        (Strategy.LOCAL, ()),
+        *((strategy, ((0,), (1,))) for strategy in (Strategy.GATHER_KV, Strategy.PASS_KV, Strategy.PASS_Q)),
+    ],
+)
+def test_a_plan_that_leaves_out_a_rank_with_visible_keys_is_refused_by_every_rank_that_has_part_in_it(strategy, nodes):
+    """Messages that a plan does not know of would be sent and expected by nobody."""
+    cluster = Cluster(random.Random(0), 3, 4, [None], 1, owner_style="striped")
+    ranks = Ranks(cluster, [make_group([0])])
+    runs = cluster.step({0: 24})
+    plan_step = GroupStep(strategy, nodes, 4, (0, 0), (0, 0), 1, 1)
+    for rank in range(3):
+        comm = RecordingCommunicator(thread_group(3, timeout_s=1.0)[rank])
+        with pytest.raises(AssertionError, match="plan and page tables disagree"):
+            RankStep.of(comm, ranks.backend, ranks.groups[0], plan_step, runs, cluster.tables[0])

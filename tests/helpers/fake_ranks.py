@@ -284,7 +284,7 @@ class FakeRanks:
                         self.written[group_idx, run.compute_rank, keys.row + i] = tuple(tokens)
             seen: dict[int, tuple[int, int]] = {}  # per request, hull of the keys seen
             for run in plan.query_runs:
-                start = 0 if group.spec.window is None else max(0, run.position - group.spec.window + 1)
+                start = group.spec.first_key(run.position)
                 low, high = seen.get(run.request_id, (start, run.end))
                 seen[run.request_id] = (min(low, start), max(high, run.end))
             for request_id, (start, end) in seen.items():

@@ -5,7 +5,7 @@ schedulers.
 Read next: `longspan.cp.local`, `longspan.cp.gather_kv`, `longspan.cp.pass_kv`, `longspan.cp.pass_q`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -50,6 +50,7 @@ class RankStep:
     ) -> "RankStep":
         """Derive a rank's view from a plan's query runs and its page tables."""
         segments = make_segments(query_runs, tables, group.spec.window, group.spec.chunk, comm.rank)
+        check_participants(step, segments)
         return cls(comm, backend, group, step, query_runs, tables, segments)
 
     @property
@@ -64,6 +65,13 @@ class RankStep:
     def local_query_rows(self) -> dict[Range, int]:
         """First packed row of every query run that this rank computes, runs being cut where chunks end."""
         return query_rows(cut_runs(self.query_runs, self.group.spec.chunk), self.rank)
+
+
+def check_participants(step: GroupStep, segments: Iterable[Segment]) -> None:
+    """Assert that a plan knows of every pair of ranks that segments bring together: a message that it does not know of
+    would be sent and expected by nobody."""
+    met = {rank for s in segments if s.query_rank != s.key_rank for rank in (s.query_rank, s.key_rank)}
+    assert met <= set(step.participants), "plan and page tables disagree"
 
 
 def check_rows(step: RankStep, num_sent: int, num_received: int) -> None:

@@ -20,6 +20,7 @@ from longspan.attention.partial import PartialAttention
 from longspan.attention.tiles import tile_tables
 from longspan.attention.triton import MAX_SPLITS, WAVES, num_processors, power_of_two
 from longspan.comm.base import Communicator
+from longspan.cp.base import check_participants
 from longspan.cp.fixed_buffers import FixedInputs, FixedMessages, PlacedTiles, keys_per_tile
 from longspan.cp.resolve import PoolLayout, query_rows, resolve, store_rows, store_runs
 from longspan.kv.pool import PagePool
@@ -89,6 +90,7 @@ class FixedStepAttention:
             self._inputs.put_stores(i, store_rows(store_runs(own, layout), self.shape.num_rows))
             spec = pool.group.spec
             segments = make_segments(plan.query_runs, tables[i], spec.window, spec.chunk, self.rank)
+            check_participants(step, segments)
             placed = [] if not self.num_rows else [self._tiles(segments, i, self.rank, own, layout, 0)]
             for j, home in enumerate(messages.other_homes):  # the other homes' rows are one tensor
                 placed.append(self._tiles(segments, i, home, rows_of[home], layout, j * self.shape.num_rows))

@@ -50,16 +50,25 @@ class PageHolders:
         """Ranks that have a page."""
         return self._ranks.get(page_hash, frozenset())
 
+    @property
+    def num_sets(self) -> int:
+        """Number of sets of ranks that are kept."""
+        return len(self._sets)
+
     def add(self, page_hash: bytes, rank: int) -> None:
         """Take down that a rank has a page."""
-        ranks = self.of(page_hash) | {rank}
-        self._ranks[page_hash] = self._sets.setdefault(ranks, ranks)
+        self._note(page_hash, self.of(page_hash) | {rank})
 
     def remove(self, page_hash: bytes, rank: int) -> None:
         """Take down that a rank has a page no more."""
         ranks = self._ranks.pop(page_hash) - {rank}
         if ranks:
-            self._ranks[page_hash] = self._sets.setdefault(ranks, ranks)
+            self._note(page_hash, ranks)
+
+    def _note(self, page_hash: bytes, ranks: frozenset[int]) -> None:
+        self._ranks[page_hash] = self._sets.setdefault(ranks, ranks)
+        if len(self._sets) > 2 * len(self._ranks) + 64:  # sets that no page has any more
+            self._sets = {used: used for used in self._ranks.values()}
 
 
 class CachingAllocator:

@@ -92,6 +92,7 @@ def build_plan(
             samples.append(request.sample)
         if request.scores:
             scores += request.scores
+    assert is_prefill or not scores, "a step that scores known tokens is a prefill"
     steps = [choose(query_runs, tables[i], group) for i, group in enumerate(groups)]
     ascending = tuple(sorted(ranks))
     last_layer: GroupStep | None = None

@@ -5,6 +5,8 @@ Read next: `longspan.cp.fixed`, the attention of such steps.
 
 Note [Fixed shapes]
     Every rank of a plan makes the same `FixedShape` of it, or all make none: it depends on what all are told alone.
+    Scores and packed runs are told to one rank; but a decode scores nothing (`build_plan` asserts it), and its runs are
+    one token each.
     Rows are padded to a bucket on all ranks, so messages have the same sizes however many requests a rank has. A
     padding row is token 0 at position 0, sees no key, is stored nowhere and never sampled.
 

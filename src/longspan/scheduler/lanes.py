@@ -81,6 +81,8 @@ class Lanes:
         self._ranks_of.clear()
         self._wide.clear()
         self._heap.clear()
+        for order in self._order:
+            order.clear()
 
     def lead(self, busy: AbstractSet[int], next_plan_id: int, num_running: int) -> Turn | None:
         """The request that leads the next plan: the first one whose ranks are idle, and claimed by none before it.

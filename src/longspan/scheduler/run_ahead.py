@@ -56,11 +56,12 @@ class RunAhead:
         Args:
             cancelled: numbers of requests that end when their plan comes back.
         """
-        for _, (plan, requests) in sorted(self._leaders.items()):
+        for plan_id, (plan, requests) in sorted(self._leaders.items()):
             if all(request.delivery.last_plan_id == plan.plan_id for request in requests):
                 chosen = self._chosen(plan, requests, cancelled)
                 if chosen:
                     return plan, chosen
+                del self._leaders[plan_id]  # not asked again with every plan: most reasons last
         return None
 
     def _chosen(
