@@ -12,6 +12,7 @@ from fake_ranks import make_config, make_model, make_scheduler
 
 from longspan.costmodel.choose import plan_group
 from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology, costs_by_bytes
+from longspan.integrations.vllm.groups import LayerGroups
 from longspan.integrations.vllm.planning import Row, plan_step
 from longspan.integrations.vllm.requests import RequestState
 from longspan.plan.build import RequestStep, build_plan, score_runs
@@ -141,7 +142,7 @@ def as_in_vllm(request: Request, start: int) -> RequestState:
         prompt_token_ids=request.token_ids[: request.prompt_len],
         output_token_ids=request.output_token_ids,
         sampling_params=SimpleNamespace(prompt_logprobs=num_logprobs),
-        table=table,
+        tables=[table],
         num_computed=start,
         has_prompt_logprobs=num_logprobs is None or start > num_scored,
     )
@@ -190,7 +191,7 @@ def test_both_hosts_make_the_same_plan_of_the_same_requests(strategy, costs):
         states = {f"request-{i}": as_in_vllm(requests[i], start) for i, start in starts.items()}
         counts = {f"request-{i}": ends[i] - start for i, start in starts.items()}
         choose = partial(plan_group, costs=costs, forced=config.forced_strategy)
-        theirs = plan_step(plan.plan_id, counts, states, scheduler.model.kv_groups[0], 3, choose)
+        theirs = plan_step(plan.plan_id, counts, states, LayerGroups(scheduler.model.kv_groups, (0,)), 3, choose)
         for name in ("phase", "query_runs", "groups", "last_layer", "scores"):
             assert getattr(theirs.plan, name) == getattr(plan, name), name
         assert [(s.request_id, s.position) for s in theirs.plan.samples] == [
