@@ -27,15 +27,6 @@ KINDS = {
         "attn_logit_softcapping": 5.0,
         "query_pre_attn_scalar": 32,
     },
-    "llama4_text": {
-        "attention_chunk_size": 200,
-        "num_hidden_layers": 4,
-        "no_rope_layers": [1, 1, 0, 1],
-        "floor_scale": 512,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 1,
-        "intermediate_size_mlp": 192,
-    },
 }
-TABLES = {"mistral": 1, "gpt_oss": 2, "gemma2": 2, "llama4_text": 1}
-"""Block tables of a request of each kind, by vLLM's default: chunks share one with full attention."""
+TABLES = {"mistral": 1, "gpt_oss": 2, "gemma2": 2}
+"""Block tables of a request of each kind, by vLLM's default."""

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from vllm.config import CompilationMode
-from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.utils.cpu_resource_utils import MemoryNodeInfo
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
@@ -105,11 +104,6 @@ def test_layers_with_windows_get_tables_of_their_own_where_vllm_has_them():
     assert rank_model(WindowLayer()).kv_cache_spec(STRIPING) == {"attn0": PlacedWindowSpec(**window)}
     one = rank_model(Layer(), WindowLayer(), is_one_table=True).kv_cache_spec(STRIPING)
     assert set(one.values()) == {PlacedSpec(**SHAPE, striping=STRIPING)}
-    chunked = ChunkedLocalAttention.__new__(ChunkedLocalAttention)
-    shape = {name: getattr(Layer, name) for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl")}
-    chunked.__dict__.update(shape, attention_chunk_size=64, kv_cache_dtype="auto", kv_cache_torch_dtype=torch.float32)
-    one = rank_model(Layer(), chunked).kv_cache_spec(STRIPING)
-    assert set(one.values()) == {PlacedSpec(**SHAPE, striping=STRIPING)}, "vLLM frees no chunks by default"
     with pytest.raises(UnsupportedModelError, match="layer attn0"):
         rank_model(WindowLayer(page_size_padded=1 << 20)).kv_cache_spec(STRIPING)
 

@@ -7,10 +7,8 @@ Read next: `longspan.integrations.vllm.rank_model`.
 from typing import Any
 
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import (
-    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
     SlidingWindowSpec,
@@ -47,7 +45,7 @@ def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_known(layer: Any) -> bool:
-    return type(layer) in (Attention, ChunkedLocalAttention) and isinstance(layer.impl, StepAttentionImpl)
+    return type(layer) is Attention and isinstance(layer.impl, StepAttentionImpl)
 
 
 def layer_spec(layer: Any, dtype: str) -> KVSpec:
@@ -57,8 +55,7 @@ def layer_spec(layer: Any, dtype: str) -> KVSpec:
         layer: a layer of `attention_layers`.
         dtype: the model's dtype.
     """
-    chunk = layer.attention_chunk_size if isinstance(layer, ChunkedLocalAttention) else None
-    return KVSpec.uniform(layer.num_kv_heads, layer.head_size, layer.head_size_v, dtype, layer.impl.window, chunk)
+    return KVSpec.uniform(layer.num_kv_heads, layer.head_size, layer.head_size_v, dtype, layer.impl.window)
 
 
 def layer_params(layer: Any) -> AttentionParams:
@@ -89,8 +86,6 @@ def check_kv_cache_spec(name: str, layer: Any, spec: KVSpec, vllm_config: Any) -
     plain: KVCacheSpec
     if spec.window is not None:
         plain = SlidingWindowSpec(**fields, head_size_v=layout.v_width, sliding_window=spec.window)
-    elif spec.chunk is not None:
-        plain = ChunkedLocalAttentionSpec(**fields, head_size_v=layout.v_width, attention_chunk_size=spec.chunk)
     else:
         plain = FullAttentionSpec(**fields, head_size_v=layout.v_width)
     if own != plain:
