@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from longspan.config import EngineConfig
-from longspan.costmodel.explain import StrategyChoice
 from longspan.engine.closing import ClosedAtExit
 from longspan.engine.output_reader import OutputReader
 from longspan.engine.processes import early_ranks
@@ -29,6 +28,7 @@ from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
+    from longspan.costmodel.explain import StrategyChoice
     from longspan.engine.stats import RankStats
     from longspan.models.grammar import GrammarConstraint, Grammars
 
@@ -255,7 +255,7 @@ class LLM(ClosedAtExit):
         """Return the number of (plan, KV group) pairs per strategy since the LLM was made."""
         return self.engine.strategy_counts
 
-    def explain(self) -> list[StrategyChoice]:
+    def explain(self) -> "list[StrategyChoice]":
         """Return the strategies chosen so far, per phase and KV group, and each candidate's predicted time."""
         return self.engine.choices.all
 

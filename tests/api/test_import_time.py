@@ -46,7 +46,6 @@ except SystemExit as ended:
     [
         "import longspan; longspan.SamplingParams; longspan.ConfigError",
         "from longspan.engine.processes import early_ranks",
-        "from longspan.scheduler import scheduler",
         "from longspan.config import EngineConfig; EngineConfig(model='recall')",
         HELP.format(arguments="'--help'", code=0),
         HELP.format(arguments="'--version'", code=0),
@@ -58,7 +57,6 @@ except SystemExit as ended:
     ids=[
         "package",
         "early_ranks",
-        "scheduler",
         "config",
         "help",
         "version",
@@ -70,6 +68,10 @@ except SystemExit as ended:
 )
 def test_nothing_heavy_is_imported(code):
     assert not modules_after(code) & HEAVY
+
+
+def test_the_scheduler_needs_arrays_and_nothing_else_that_is_heavy():
+    assert modules_after("from longspan.scheduler import scheduler") & HEAVY == {"numpy"}
 
 
 def test_a_worker_can_hear_its_driver_before_it_imports_torch():

@@ -177,7 +177,9 @@ def test_prompt_log_probabilities_outlive_the_crossing():
 
 def _prompts_count_no_more_than_positions(monkeypatch):
     original = plan_writer._request_step
-    monkeypatch.setattr(plan_writer, "_request_step", lambda *arguments: replace(original(*arguments), rope_len=0))
+    monkeypatch.setattr(
+        plan_writer, "_request_step", lambda *arguments, **flags: replace(original(*arguments, **flags), rope_len=0)
+    )
 
 
 def _by_the_step(monkeypatch):

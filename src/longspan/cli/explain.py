@@ -5,18 +5,20 @@ Read next: `longspan.costmodel.explain`, which notes the choices.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from longspan.costmodel.explain import StrategyChoice
+if TYPE_CHECKING:  # it imports numpy, which no help text needs
+    from longspan.costmodel.explain import StrategyChoice
 
 
-def choices_text(choices: Sequence[StrategyChoice]) -> str:
+def choices_text(choices: "Sequence[StrategyChoice]") -> str:
     """One paragraph per choice: its strategy and steps, and the predicted time of each candidate."""
     if not choices:
         return "no step has run"
     return "\n".join(_choice_text(choice) for choice in choices)
 
 
-def _choice_text(choice: StrategyChoice) -> str:
+def _choice_text(choice: "StrategyChoice") -> str:
     forced = ", forced" if choice.is_forced else ""
     steps = f"{choice.num_steps} step{'s' * (choice.num_steps > 1)}"
     first = f"{choice.num_queries} token{'s' * (choice.num_queries > 1)} of up to {choice.num_keys}"

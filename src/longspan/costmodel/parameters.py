@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from longspan.errors import ConfigError
 
@@ -44,13 +42,6 @@ class Link(msgspec.Struct, frozen=True):
         """Seconds that a message takes beside `num_bytes / bytes_per_s`."""
         is_long = self.short_bytes is not None and num_bytes > self.short_bytes
         return self.latency_s + self.long_latency_s if is_long else self.latency_s
-
-    def latencies_of(self, num_bytes: NDArray[np.float64]) -> NDArray[np.float64]:
-        """As `latency_of`, of many messages."""
-        found = np.full(num_bytes.shape, self.latency_s, dtype=np.float64)
-        if self.short_bytes is not None:
-            found[num_bytes > self.short_bytes] = self.latency_s + self.long_latency_s
-        return found
 
     def message_s(self, num_bytes: float) -> float:
         """Seconds of one message."""

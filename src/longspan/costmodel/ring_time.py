@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from longspan.costmodel.parameters import Costs, Link
-from longspan.costmodel.timeline import Clocks
+from longspan.costmodel.timeline import Clocks, latencies
 from longspan.costmodel.work import Floats, StepWork
 from longspan.plan.exchanges import RingExchange
 from longspan.plan.step_keys import Counts
@@ -125,10 +125,10 @@ class RingTime:
         """
         links = self._links
         if all(link == links[0] for link in links):
-            latency_s = links[0].latencies_of(sent)
+            latency_s = latencies(links[0], sent)
             bandwidth = np.array(links[0].bytes_per_s)
         else:
-            latency_s = np.stack([link.latencies_of(sent[..., i]) for i, link in enumerate(links)], axis=2)
+            latency_s = np.stack([latencies(link, sent[..., i]) for i, link in enumerate(links)], axis=2)
             bandwidth = np.array([link.bytes_per_s for link in links])
         message_s = np.where(sent > 0, latency_s + sent / bandwidth, 0.0).max(axis=2)
         if self._rates.ranks_per_device == 1:

@@ -12,9 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.costmodel.parameters import Costs
+from longspan.costmodel.parameters import Costs, Link
 from longspan.costmodel.work import Floats
 from longspan.plan.step_keys import Counts
+
+
+def latencies(link: Link, num_bytes: NDArray[Any]) -> Floats:
+    """Latency of messages of some sizes, in seconds; `Link.latency_of` of each."""
+    found = np.full(num_bytes.shape, link.latency_s, dtype=np.float64)
+    if link.short_bytes is not None:
+        found[num_bytes > link.short_bytes] = link.latency_s + link.long_latency_s
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +166,11 @@ class Clocks:
     def latencies_s(self, messages: Messages) -> Floats:
         """Seconds that each message takes beside its bytes over its link's bandwidth."""
         topology = self.costs.topology
-        inside = topology.inside.latencies_of(messages.num_bytes)
+        inside = latencies(topology.inside, messages.num_bytes)
         if self._has_one_node:
             return inside
         is_near = self._nodes[messages.source] == self._nodes[messages.target]
-        found: Floats = np.where(is_near, inside, topology.between.latencies_of(messages.num_bytes))
+        found: Floats = np.where(is_near, inside, latencies(topology.between, messages.num_bytes))
         return found
 
     def alone_s(self, messages: Messages) -> Floats:
