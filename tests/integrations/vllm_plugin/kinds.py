@@ -20,13 +20,6 @@ KINDS = {
         "num_experts_per_tok": 2,
         "rope_parameters": YARN,
     },
-    "gemma2": {
-        "sliding_window": 100,
-        "num_hidden_layers": 4,
-        "layer_types": [W, F, W, F],
-        "attn_logit_softcapping": 5.0,
-        "query_pre_attn_scalar": 32,
-    },
 }
-TABLES = {"mistral": 1, "gpt_oss": 2, "gemma2": 2}
+TABLES = {"mistral": 1, "gpt_oss": 2}
 """Block tables of a request of each kind, by vLLM's default."""

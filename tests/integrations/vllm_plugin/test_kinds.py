@@ -21,7 +21,6 @@ def num_tables(llm):
         ("gpt_oss", 2, {}, {"enforce_eager": False}),
         ("gpt_oss", 3, {"strategy": "pass_q", "placement": "striped"}, {}),
         ("gpt_oss", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
-        ("gemma2", 2, {"placement": "striped"}, {}),
         ("gpt_oss", 2, {}, {"disable_hybrid_kv_cache_manager": True}),
     ],
 )
@@ -42,12 +41,12 @@ def test_tokens_equal_transformers(model_of_kind, monkeypatch, kind, cp_size, lo
 def test_sixteen_at_once_with_preemptions(model_of_kind):
     model, _ = model_of_kind("gpt_oss")
     asked = random_prompts((300, 500, 700, 900) * 4, seed=5)
-    expected = reference(model, asked, 60)
-    options = {"num_gpu_blocks_override": 180, "max_num_batched_tokens": 256, "max_num_seqs": 16}
+    expected = reference(model, asked, 120)
+    options = {"num_gpu_blocks_override": 150, "max_num_batched_tokens": 256, "max_num_seqs": 16}
     with engine(model, 2, max_model_len=2048, **options) as llm:
-        assert tokens_of(generate(llm, asked, max_tokens=60)) == expected
+        assert tokens_of(generate(llm, asked, max_tokens=120)) == expected
         assert metric(llm, "vllm:num_preemptions") > 0
-        assert tokens_of(generate(llm, asked, max_tokens=60)) == expected
+        assert tokens_of(generate(llm, asked, max_tokens=120)) == expected
 
 
 def test_kv_capacity_is_that_of_all_ranks(model_of_kind):

@@ -54,6 +54,7 @@ class RankModel:
 
         Raises:
             ConfigError: the layers differ in heads or widths.
+            UnsupportedModelError: they have windows and softcaps, which no test has seen together.
         """
         self.module, self.device = module, device
         self._config, self._layers = vllm_config, layers
@@ -66,6 +67,10 @@ class RankModel:
             raise ConfigError("model: its attention layers differ in heads or widths, which longspan does not support")
         ((self._num_heads, _),) = shapes
         self.layer_params = tuple(map(layer_params, layers.values()))
+        if any(spec.window for spec in self.specs) and any(params.softcap for params in self.layer_params):
+            raise UnsupportedModelError(
+                "model: it has sliding windows and softcaps, legal with longspan in vLLM is one of both"
+            )
 
     def kv_cache_spec(self, striping: Striping) -> dict[str, KVCacheSpec]:
         """Return what vLLM's block manager must know of every layer.
