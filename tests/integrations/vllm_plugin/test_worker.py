@@ -111,7 +111,7 @@ def test_layers_with_windows_get_tables_of_their_own_where_vllm_has_them():
 def test_rejects_windows_beside_softcaps():
     both = WindowLayer()
     both.impl = SimpleNamespace(scale=0.1, logits_soft_cap=5.0, window=64)
-    with pytest.raises(UnsupportedModelError, match="sliding windows and softcaps, legal .* is one of both"):
+    with pytest.raises(UnsupportedModelError, match=r"sliding windows and softcaps, legal .* is one of both"):
         rank_model(Layer(), both)
 
 
