@@ -3,7 +3,8 @@
 import pytest
 
 from longspan.errors import ConfigError
-from longspan.integrations.vllm.runner.options import parse_runner_options, striping_of
+from longspan.integrations.vllm.placement import striping_of
+from longspan.integrations.vllm.runner.options import parse_runner_options
 
 
 def parse(num_ranks=2, **given):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from longspan.integrations.vllm.options import Options
 from longspan.sharding.geometry import StepGeometry
 from longspan.sharding.placement import snake_rank
 
@@ -77,3 +78,18 @@ def choose_home(room: Sequence[int], last_rank: int | None, needed: int) -> int:
     if last_rank is not None and room[last_rank] > needed:
         return last_rank
     return max(range(len(room)), key=lambda rank: (room[rank] + (rank == 0), -rank))
+
+
+def striping_of(options: Options, block_size: int, max_num_batched_tokens: int) -> Striping:
+    """Return how prompts are cut.
+
+    Args:
+        options: the user's.
+        block_size: tokens per block.
+        max_num_batched_tokens: most tokens of one step on all ranks together.
+    """
+    shortest = {"packed": 2**31 - 1, "striped": 0, "auto": options.min_striped_len}[options.placement]
+    geometry = StepGeometry.of_step_budget(
+        options.context_parallel_size, block_size, options.stripe_size, max_num_batched_tokens
+    )
+    return Striping(geometry, min_striped_blocks=-(-shortest // block_size))

@@ -32,7 +32,7 @@ from longspan.integrations.vllm.failure import telling_peers
 from longspan.integrations.vllm.group import join_group
 from longspan.integrations.vllm.memory import common_kv_bytes
 from longspan.integrations.vllm.options import parse_options
-from longspan.integrations.vllm.placement import Striping
+from longspan.integrations.vllm.placement import striping_of
 from longspan.integrations.vllm.planning import StepPlan, plan_step
 from longspan.integrations.vllm.rank_model import load_rank_model
 from longspan.integrations.vllm.refused_calls import RefusedCalls
@@ -40,7 +40,6 @@ from longspan.integrations.vllm.requests import Requests
 from longspan.integrations.vllm.sampling import SamplingBatch
 from longspan.integrations.vllm.staging import StagingCommunicator
 from longspan.integrations.vllm.step_sampler import StepSampler
-from longspan.sharding.geometry import StepGeometry
 
 
 class Worker(RefusedCalls):
@@ -87,14 +86,8 @@ class Worker(RefusedCalls):
         return self._model.module
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        size = self.cache_config.block_size
-        options, budget = self._options, self.scheduler_config.max_num_batched_tokens
-        shortest = {"packed": 2**31 - 1, "striped": 0, "auto": options.min_striped_len}[options.placement]
-        striping = Striping(
-            geometry=StepGeometry.of_step_budget(self._cp_size, size, options.stripe_size, budget),
-            min_striped_blocks=-(-shortest // size),
-        )
-        return self._model.kv_cache_spec(striping)
+        budget = self.scheduler_config.max_num_batched_tokens
+        return self._model.kv_cache_spec(striping_of(self._options, self.cache_config.block_size, budget))
 
     def determine_available_memory(self) -> int:
         """Return the KV bytes of all ranks together, in whole blocks: vLLM sees one device with all of them.

@@ -10,8 +10,6 @@ from typing import Any
 
 from longspan.errors import ConfigError
 from longspan.integrations.vllm.options import KEY, Options, parse_options
-from longspan.integrations.vllm.placement import Striping
-from longspan.sharding.geometry import StepGeometry
 
 LEGAL = ("placement", "min_striped_len", "stripe_size")
 """Options that place requests; the others choose strategies, of which there is one here."""
@@ -44,18 +42,3 @@ def parse_runner_options(additional_config: Mapping[str, Any], num_ranks: int) -
     options = parse_options({KEY: given})
     assert options is not None, "the key is there"
     return options
-
-
-def striping_of(options: Options, block_size: int, max_num_batched_tokens: int) -> Striping:
-    """Return how prompts are cut.
-
-    Args:
-        options: the user's.
-        block_size: tokens per block.
-        max_num_batched_tokens: most tokens of one step on all ranks together.
-    """
-    shortest = {"packed": 2**31 - 1, "striped": 0, "auto": options.min_striped_len}[options.placement]
-    geometry = StepGeometry.of_step_budget(
-        options.context_parallel_size, block_size, options.stripe_size, max_num_batched_tokens
-    )
-    return Striping(geometry, min_striped_blocks=-(-shortest // block_size))
