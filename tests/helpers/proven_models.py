@@ -256,6 +256,20 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     ),
     "ministral": ("ministral", LAYERS),
     "ministral3": ("ministral3", WINDOW),
+    "ministral3-far": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.4,
+            }
+        },
+    ),
     "mistral": ("mistral", WINDOW),
     "mixtral": ("mixtral", LOCAL_EXPERTS),
     "mixtral-window": ("mixtral", {**LOCAL_EXPERTS, **WINDOW}),

@@ -116,6 +116,17 @@ def _residual_scale(layer):
     layer.mlp.forward = lambda x: own(x) * 0.9
 
 
+def _factor_of_far_positions(layer):
+    own = layer.self_attn.forward
+
+    def forward(hidden_states, position_embeddings, *args, position_ids, **kwargs):
+        cos, sin = position_embeddings
+        factor = 1 + 0.1 * torch.log(1 + torch.floor(position_ids / 16384))[..., None]
+        return own(hidden_states, (cos * factor, sin * factor), *args, position_ids=position_ids, **kwargs)
+
+    layer.self_attn.forward = forward
+
+
 def _no_rope(layer):
     layer.self_attn.use_rope = False  # says so, and rotates all the same
 
@@ -140,6 +151,7 @@ def _strided_weight(layer):
         _extra_part_in_attention,
         _mlp_bias,
         _residual_scale,
+        _factor_of_far_positions,
         _no_rope,
         _half_precision,
         _strided_weight,

@@ -29,6 +29,10 @@ from longspan.native.layer import FusedLayer, LayerWeights, Matrix
 
 _log = logging.getLogger(__name__)
 
+FAR = 9973
+"""Distance between the positions of the rows that prove a layer: together they span a million tokens, so that a factor
+that depends on the position beyond some length shows."""
+
 
 def fuse_layers_(model: nn.Module) -> int:
     """Let a loaded model's decoder layers use the kernels, if these are proven to compute the same.
@@ -209,7 +213,7 @@ def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
     wanted = layer(
         x[None],
         attention_mask=None,
-        position_ids=torch.arange(len(x))[None],
+        position_ids=torch.arange(len(x))[None] * FAR,
         position_embeddings=(cos[None], sin[None]),
         longspan_attend=attend,
     )
