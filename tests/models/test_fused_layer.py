@@ -14,7 +14,7 @@ from longspan.native import layer as native_layer
 
 needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")
 
-OWN_LAYERS = ("gpt_oss", "llama4", "qwen3_moe", "youtu")
+OWN_LAYERS = ("llama4", "youtu")
 """Families that keep Transformers' layers."""
 
 
@@ -44,7 +44,7 @@ def logits(model: nn.Module, num_tokens: int, first: int = 0) -> torch.Tensor:
 @pytest.mark.cover
 @needs_kernel
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in OWN_LAYERS])
-def test_every_dense_family_is_fused_and_computes_the_same(family, monkeypatch):
+def test_every_family_is_fused_and_computes_the_same(family, monkeypatch):
     model = tiny_model(family).load()
     monkeypatch.setattr(fused_layer_gemm, "BLOCK_ROWS", 16)
     most = kernels.MAX_LINEAR_ROWS
@@ -53,17 +53,14 @@ def test_every_dense_family_is_fused_and_computes_the_same(family, monkeypatch):
     wanted = [logits(model, size, first=1000) for size in sizes]
     assert fuse_layers_(model) == len(model.model.layers)
     rows = {"few": [], "many": []}
-    of_few, of_many = native_layer.FusedLayer.behind_attention, fused_layer_gemm.behind_attention
-    monkeypatch.setattr(
-        native_layer.FusedLayer,
-        "behind_attention",
-        lambda self, a, x: rows["few"].append(len(x)) or of_few(self, a, x),
-    )
-    monkeypatch.setattr(
-        fused_layer_gemm,
-        "behind_attention",
-        lambda fused, a, x: rows["many"].append(len(x)) or of_many(fused, a, x),
-    )
+
+    def count(owner, part, name):
+        own = getattr(owner, part)
+        monkeypatch.setattr(owner, part, lambda fused, a, x: rows[name].append(len(x)) or own(fused, a, x))
+
+    for part in ("behind_attention", "project_attention"):  # of dense layers, of mixtures
+        count(native_layer.FusedLayer, part, "few")
+        count(fused_layer_gemm, part, "many")
     for size, own in zip(sizes, wanted, strict=True):
         found = logits(model, size, first=1000)
         torch.testing.assert_close(found, own, rtol=0, atol=1e-4 * own.abs().max().item())

@@ -14,6 +14,7 @@ Note [Nothing is assumed]
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from longspan.models.last_layer import READ_ROWS
 from longspan.models.packed_linear import PackedLinear
 from longspan.models.same_result import activation_name, agree, random_rows
 from longspan.native.kernels import MAX_LINEAR_ROWS, MAX_ROWS
-from longspan.native.layer import FusedLayer, LayerWeights, Matrix
+from longspan.native.layer import ACTIVATIONS, FusedLayer, LayerWeights, Matrix
 
 _log = logging.getLogger(__name__)
 
@@ -85,15 +86,21 @@ def _fused_forward(layer: nn.Module, *, is_last: bool) -> Callable[..., Tensor]:
                 **others,
             )
         x = hidden_states[0].contiguous()
-        cos, sin = position_embeddings
-        q, k, v = _before_attention(fused, x, cos[0].contiguous(), sin[0].contiguous())
+        cos, sin = (_full_width(angles[0], fused.width) for angles in position_embeddings)
+        q, k, v = _before_attention(fused, x, cos, sin)
         attended = longspan_attend(replace(call, q=q, k=k, v=v)).contiguous()
         read = others.get(READ_ROWS) if is_last else None
+        mlp = None if fused.inner else partial(_compute_mlp, layer.mlp, read, len(x))
         if read is None:
-            return _behind_attention(fused, attended, x)[None]
-        return x.index_copy(0, read, _behind_attention(fused, attended[read], x[read]))[None]
+            return _behind_attention(fused, attended, x, mlp)[None]
+        return x.index_copy(0, read, _behind_attention(fused, attended[read], x[read], mlp))[None]
 
     return forward
+
+
+def _full_width(angles: Tensor, width: int) -> Tensor:
+    """Return cosines or sines [T, D] of a rotary embedding from [T, D], or from [T, D / 2], the half that repeats."""
+    return torch.cat([angles, angles], dim=-1) if 2 * angles.shape[-1] == width else angles.contiguous()
 
 
 def _before_attention(fused: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,10 +109,48 @@ def _before_attention(fused: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor) ->
     return fused_layer_gemm.before_attention(fused, x, cos, sin)
 
 
-def _behind_attention(fused: FusedLayer, attended: Tensor, x: Tensor) -> Tensor:
-    if fused.takes(x.shape[0]):
-        return fused.behind_attention(attended, x)
-    return fused_layer_gemm.behind_attention(fused, attended, x)
+def _behind_attention(fused: FusedLayer, attended: Tensor, x: Tensor, mlp: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Compute what lies behind attention.
+
+    Args:
+        fused: layer.
+        attended: [T, H, D].
+        x: [T, hidden] input of the layer.
+        mlp: function from [T, hidden] to [T, hidden] of a layer without the MLP's weights, else None.
+
+    Returns:
+        [T, hidden].
+    """
+    is_few = fused.takes(x.shape[0])
+    if mlp is None:
+        return fused.behind_attention(attended, x) if is_few else fused_layer_gemm.behind_attention(fused, attended, x)
+    if is_few:
+        added, normed = fused.project_attention(attended, x)
+    else:
+        added, normed = fused_layer_gemm.project_attention(fused, attended, x)
+    y = torch.empty_like(x)
+    if len(x):
+        fused.add_mlp(mlp(normed), added, y)
+    return y
+
+
+def _compute_mlp(mlp: nn.Module, read: Tensor | None, num_rows: int, normed: Tensor) -> Tensor:
+    """Call a layer's own MLP, such as a mixture of experts.
+
+    Args:
+        mlp: module from [1, num_rows, hidden] to the same shape, or to a tuple that begins with that. In the last layer
+            it skips the rows that are not read by itself, and wants all of them.
+        read: [n] rows that are read, or None for all.
+        num_rows: number of rows of the step.
+        normed: [n, hidden] rows that are read.
+
+    Returns:
+        [n, hidden], contiguous.
+    """
+    rows = normed if read is None else normed.new_zeros(num_rows, normed.shape[1]).index_copy(0, read, normed)
+    out = mlp(rows[None])
+    rows = (out[0] if isinstance(out, tuple) else out)[0]
+    return rows.contiguous() if read is None else rows[read]
 
 
 def _fused(layer: Any) -> FusedLayer:
@@ -122,9 +167,10 @@ def _fused(layer: Any) -> FusedLayer:
         norms |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
     _only(layer, {"self_attn", "mlp", *norms})
     _only(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
-    _only(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
-    for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-        if linear.bias is not None:
+    is_mixture = hasattr(mlp, "experts")
+    if not is_mixture:
+        _only(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
+        if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
             raise _UnknownLayerError("a bias in the MLP")
     before, behind = layer.input_layernorm, layer.post_attention_layernorm
     before_mlp = layer.pre_feedforward_layernorm if is_sandwich else behind
@@ -144,16 +190,16 @@ def _fused(layer: Any) -> FusedLayer:
         o_bias=attention.o_proj.bias,
         behind_attention=_scale(behind) if is_sandwich else None,
         before_mlp=_scale(before_mlp),
-        gate=_matrix(mlp.gate_proj),
-        up=_matrix(mlp.up_proj),
-        down=_matrix(mlp.down_proj),
+        gate=None if is_mixture else _matrix(mlp.gate_proj),
+        up=None if is_mixture else _matrix(mlp.up_proj),
+        down=None if is_mixture else _matrix(mlp.down_proj),
         behind_mlp=_scale(layer.post_feedforward_layernorm) if is_sandwich else None,
     )
     return FusedLayer(
         weights,
         width=attention.head_dim,
         has_rope=bool(getattr(attention, "use_rope", True)),
-        activation=activation_name(mlp.act_fn),
+        activation=ACTIVATIONS[0] if is_mixture else activation_name(mlp.act_fn),
         epsilon=_epsilon(over_hidden),
         head_epsilon=_epsilon(per_head) if per_head else 0.0,
     )
@@ -209,18 +255,25 @@ def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
 
     x = random_rows(MAX_LINEAR_ROWS + 1, fused.hidden)
     angles = random_rows(MAX_LINEAR_ROWS + 1, fused.width) * 3
-    cos, sin = angles.cos(), angles.sin()
-    wanted = layer(
+    given = partial(
+        layer,
         x[None],
         attention_mask=None,
         position_ids=torch.arange(len(x))[None] * FAR,
-        position_embeddings=(cos[None], sin[None]),
         longspan_attend=attend,
     )
+    try:
+        wanted = given(position_embeddings=(angles.cos()[None], angles.sin()[None]))
+    except RuntimeError:  # this family says half of them
+        angles = angles[:, : fused.width // 2]
+        wanted = given(position_embeddings=(angles.cos()[None], angles.sin()[None]))
     (call,) = calls
+    cos, sin = (_full_width(some, fused.width) for some in (angles.cos(), angles.sin()))
     for num_rows in (2, MAX_ROWS + 1, len(x)):  # few, some, and many
         q, k, v = _before_attention(fused, x[:num_rows], cos[:num_rows], sin[:num_rows])
-        found = _behind_attention(fused, attend(replace(call, q=q, k=k, v=v)).contiguous(), x[:num_rows])
+        attended = attend(replace(call, q=q, k=k, v=v)).contiguous()
+        mlp = None if fused.inner else partial(_compute_mlp, layer.mlp, None, num_rows)
+        found = _behind_attention(fused, attended, x[:num_rows], mlp)
         if not (torch.is_tensor(wanted) and wanted.shape[0] == 1 and agree(found, wanted[0, :num_rows])):
             raise _UnknownLayerError(f"{type(layer).__name__} computes something else")
     return call

@@ -51,6 +51,12 @@ def behind_attention(layer: FusedLayer, attended: Tensor, x: Tensor) -> Tensor:
     return y
 
 
+def project_attention(layer: FusedLayer, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute output projection and norm like `FusedLayer.project_attention`, for any number of rows."""
+    added = _product(attended.flatten(1), layer.weights.o)
+    return added, layer.add_attention_(added, x) if len(x) else torch.empty_like(x)
+
+
 def _blocks(num_rows: int) -> Iterator[slice]:
     """Cut all rows into few blocks of about equal size."""
     num_blocks = -(-num_rows // BLOCK_ROWS)
@@ -58,7 +64,8 @@ def _blocks(num_rows: int) -> Iterator[slice]:
         yield slice(num_rows * i // num_blocks, num_rows * (i + 1) // num_blocks)
 
 
-def _product(x: Tensor, weight: Matrix) -> Tensor:
+def _product(x: Tensor, weight: Matrix | None) -> Tensor:
+    assert weight is not None, "the MLP is computed elsewhere"
     if isinstance(weight, PackedMatrix):
         return multiply_unpacked(x, weight)
     return onednn.linear(x, weight, None) if onednn.is_available() else F.linear(x, weight)

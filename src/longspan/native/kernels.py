@@ -33,7 +33,7 @@ worth."""
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
-INTERFACE = 2
+INTERFACE = 3
 """Number of the signatures below, as in prefill.c; it changes with them, so that an older binary is not called."""
 
 FAR = 1 << 40
@@ -76,6 +76,7 @@ def library() -> ctypes.CDLL | None:
     ]
     kernels.longspan_before_attention.argtypes = [pointer] * 4 + [integer] * 2 + [pointer] * 4
     kernels.longspan_behind_attention.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] * 2
+    kernels.longspan_project_attention.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] * 2
     kernels.longspan_norm_rows.argtypes = [pointer, pointer, long, integer, pointer]
     kernels.longspan_finish_rows.argtypes = [pointer] * 6 + [long, integer] + [pointer] * 3 + [long]
     kernels.longspan_add_attention_rows.argtypes = [pointer, pointer, long, integer, pointer, pointer]

@@ -21,7 +21,7 @@ typedef struct {
     const float *o_bias;                     /* [hidden] */
     const float *behind_attention;           /* [hidden] norm of what attention adds, or NULL */
     const float *before_mlp;                 /* [hidden] norm */
-    longspan_matrix gate, up, down;          /* [inner, hidden] twice, [hidden, inner] */
+    longspan_matrix gate, up, down;          /* [inner, hidden] twice, [hidden, inner]; unset where inner is 0 */
     const float *behind_mlp;                 /* [hidden] norm of what the MLP adds, or NULL */
     long hidden, inner, heads, kv_heads, width;
     long has_rope, activation;
@@ -117,7 +117,7 @@ static void add_mlp(const longspan_layer *l, const float *mlp, const float *adde
 static int is_supported(const longspan_layer *l, long rows, int num_threads)
 {
     return num_threads >= 1 && rows >= 1 && l->hidden > 0 && l->hidden % LANES == 0 &&
-           l->inner > 0 && l->inner % LANES == 0 && l->width > 0 && l->width % LANES == 0;
+           l->inner >= 0 && l->inner % LANES == 0 && l->width > 0 && l->width % LANES == 0;
 }
 
 /* Outputs of one matrix in [first, last) of the outputs of several matrices, where this one's begin at `offset`. */
@@ -163,6 +163,33 @@ int longspan_before_attention(const longspan_layer *l, const float *x, const flo
     return 0;
 }
 
+/* Output projection, residual and the norm before the MLP, for all threads of a parallel region. */
+static void project_attention(const longspan_layer *l, const float *attended, const float *x, int rows, int num_threads,
+                              float *added, float *normed)
+{
+    const long hidden = l->hidden, share = share_of(hidden, num_threads);
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < num_threads; part++) {
+        const long first = part * share, last = first + share < hidden ? first + share : hidden;
+        longspan_matrix_outputs(attended, &l->o, l->heads * l->width, rows, first, last, added, hidden);
+    }
+#pragma omp for schedule(static, 1)
+    for (int r = 0; r < rows; r++)
+        add_attention(l, x + r * hidden, added + r * hidden, normed + r * hidden);
+}
+
+/* First half of longspan_behind_attention, for a layer whose MLP is computed elsewhere: added and normed [rows, hidden],
+ * the sum with the residual and the MLP's input. Returns 0, or 1 when a size is not supported. */
+int longspan_project_attention(const longspan_layer *l, const float *attended, const float *x, int rows, int num_threads,
+                               float *added, float *normed)
+{
+    if (!is_supported(l, rows, num_threads) || rows > MAX_ROWS)
+        return 1;
+#pragma omp parallel num_threads(num_threads)
+    project_attention(l, attended, x, rows, num_threads, added, normed);
+    return 0;
+}
+
 /* From attended [rows, heads * width] and the layer's input x [rows, hidden] to y [rows, hidden].
  *
  * scratch: rows * (2 * hidden + 2 * inner) floats. All contiguous.
@@ -171,21 +198,14 @@ int longspan_before_attention(const longspan_layer *l, const float *x, const flo
 int longspan_behind_attention(const longspan_layer *l, const float *attended, const float *x, int rows, int num_threads,
                               float *scratch, float *y)
 {
-    if (!is_supported(l, rows, num_threads) || rows > MAX_ROWS)
+    if (!is_supported(l, rows, num_threads) || rows > MAX_ROWS || !l->inner)
         return 1;
     const long hidden = l->hidden, inner = l->inner;
     const long share = share_of(hidden, num_threads), inner_share = share_of(inner, num_threads);
     float *added = scratch, *normed = added + rows * hidden, *gate = normed + rows * hidden, *up = gate + rows * inner;
 #pragma omp parallel num_threads(num_threads)
     {
-#pragma omp for schedule(static, 1)
-        for (int part = 0; part < num_threads; part++) {
-            const long first = part * share, last = first + share < hidden ? first + share : hidden;
-            longspan_matrix_outputs(attended, &l->o, l->heads * l->width, rows, first, last, added, hidden);
-        }
-#pragma omp for schedule(static, 1)
-        for (int r = 0; r < rows; r++)
-            add_attention(l, x + r * hidden, added + r * hidden, normed + r * hidden);
+        project_attention(l, attended, x, rows, num_threads, added, normed);
 #pragma omp for schedule(static, 1)
         for (int part = 0; part < num_threads; part++) {
             const long first = part * inner_share, last = first + inner_share < inner ? first + inner_share : inner;
@@ -255,7 +275,7 @@ int longspan_add_attention_rows(const longspan_layer *l, const float *x, long ro
 /* gate = activation(gate) * up */
 int longspan_gate_rows(const longspan_layer *l, const float *up, long rows, int num_threads, float *gate)
 {
-    if (!is_supported(l, rows, num_threads))
+    if (!is_supported(l, rows, num_threads) || !l->inner)
         return 1;
 #pragma omp parallel for schedule(static) num_threads(num_threads)
     for (long r = 0; r < rows; r++)

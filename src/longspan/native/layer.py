@@ -43,11 +43,11 @@ class LayerWeights:
     behind_attention: Tensor | None
     """[hidden] scale of the norm of the output projection's result."""
     before_mlp: Tensor
-    gate: Matrix
+    gate: Matrix | None
+    """[inner, hidden]; None, like `up` and `down`, where the MLP is computed elsewhere."""
+    up: Matrix | None
     """[inner, hidden]"""
-    up: Matrix
-    """[inner, hidden]"""
-    down: Matrix
+    down: Matrix | None
     """[hidden, inner]"""
     behind_mlp: Tensor | None
 
@@ -108,11 +108,12 @@ class FusedLayer:
         """
         self.weights = weights  # the kernels have their addresses
         self.num_heads, self.num_kv_heads, self.width = weights.q.shape[0] // width, weights.k.shape[0] // width, width
-        self.hidden, self.inner = weights.down.shape
+        self.hidden = weights.before_attention.shape[0]
+        self.inner = 0 if weights.gate is None else weights.gate.shape[0]
         self.max_rows = MAX_LINEAR_ROWS
         """Most rows that `before_attention` and `behind_attention` take."""
         found = library()
-        if found is None or any(size % LANES or not size for size in (self.hidden, self.inner, width)):
+        if found is None or self.inner % LANES or any(size % LANES or not size for size in (self.hidden, width)):
             raise ValueError("no kernel for this layer")
         given: dict[str, _Matrix | int | None] = {}
         for field in fields(weights):
@@ -144,6 +145,7 @@ class FusedLayer:
         )
         self._address = ctypes.addressof(self._layer)
         self._before, self._behind = found.longspan_before_attention, found.longspan_behind_attention
+        self._project = found.longspan_project_attention
         self._norm, self._finish = found.longspan_norm_rows, found.longspan_finish_rows
         self._add_attention, self._add_mlp = found.longspan_add_attention_rows, found.longspan_add_mlp_rows
         self._gate = found.longspan_gate_rows
@@ -176,7 +178,7 @@ class FusedLayer:
         return q, k, v
 
     def behind_attention(self, attended: Tensor, x: Tensor) -> Tensor:
-        """Compute output projection and MLP, each with its residual.
+        """Compute output projection and MLP, each with its residual; the layer has the MLP's weights.
 
         Args:
             attended: [T, H, D] float32, contiguous.
@@ -194,6 +196,25 @@ class FusedLayer:
         )
         assert status == 0, f"layer kernel refused {num_rows} rows"
         return y
+
+    def project_attention(self, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the output projection with its residual, and the norm of the sum.
+
+        Args:
+            attended: [T, H, D] float32, contiguous.
+            x: [T, hidden] input of the layer, as in `before_attention`.
+
+        Returns:
+            The sum [T, hidden], and the MLP's input [T, hidden].
+        """
+        added, normed = torch.empty_like(x), torch.empty_like(x)
+        self._done(
+            self._project(
+                *(self._address, attended.data_ptr(), x.data_ptr(), *self._rows_of(x)),
+                *(added.data_ptr(), normed.data_ptr()),
+            )
+        )
+        return added, normed
 
     # The steps between the products of many rows. All tensors are float32 and contiguous, and T is at least 1.
 
