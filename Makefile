@@ -22,11 +22,13 @@ $(STAMP): pyproject.toml $(wildcard src/longspan/native/*.[ch])
 demo: $(STAMP)
 	$(BIN)/python examples/needle.py
 
-# Everything that proves correctness in minutes: first what runs inside one process, on all cores, then real processes,
-# one test at a time, since they have deadlines.
+# Everything that proves correctness in minutes: first what runs inside one process, on all cores; then real processes,
+# three tests at a time, as they wait for each other more than they compute; then the long-running programs, which count
+# what they leave behind on the machine.
 test: $(STAMP)
 	$(PYTEST) -n auto -m "not slow and not processes" --cover-cases 12
-	$(PYTEST) -m "processes and not slow"
+	$(PYTEST) -n 3 -m "processes and not slow" --ignore tests/endurance
+	$(PYTEST) -m "processes and not slow" tests/endurance
 
 # The all-pairs cover of ranks, strategies, placements, page sizes and chunk cuts; under 30 minutes.
 test-all: $(STAMP)

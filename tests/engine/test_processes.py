@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -106,14 +107,16 @@ class Command:
 
 
 @pytest.fixture
-def command(cache_home, tmp_path):
+def command(cache_home):
     started = []
 
     def start(*options):
-        started.append(Command(tmp_path, *options))
+        started.append(Command(directory, *options))
         return started[-1]
 
-    yield start
+    with tempfile.TemporaryDirectory() as name:  # sockets need short names
+        directory = Path(name)
+        yield start
     for one in started:
         for pid in (*one.workers, one.process.pid):
             if is_alive(pid):
@@ -122,10 +125,11 @@ def command(cache_home, tmp_path):
 
 
 @pytest.fixture
-def own_tmp(cache_home, tmp_path, monkeypatch):
+def own_tmp(cache_home, monkeypatch):
     """A directory for the temporary files of the LLMs in this process."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path
+    with tempfile.TemporaryDirectory() as name:
+        monkeypatch.setattr("tempfile.tempdir", name)
+        yield Path(name)
 
 
 # -- the driver ends ---------------------------------------------------------------------------------------------------
