@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.models.cpu_experts import mixtures_of
 from longspan.models.loader import load_model
+from longspan.models.packed_experts import PackedExperts
 from longspan.models.packed_linear import PackedLinear, linear_names, rounded
 from longspan.models.speedups import FUSED_LAYERS, speed_up_, speedups_of
-from longspan.native import kernels
+from longspan.native import kernels, packed
 from longspan.native.packed import unpack
 from longspan.types import SamplingParams
 
@@ -135,6 +137,9 @@ def rounded_twin(path, name, bits):
     for part in linear_names(model):
         linear = model.get_submodule(part)
         linear.weight.data = unpack(rounded(linear.weight.data, 8 if linear is output else bits))
+    for _, experts in mixtures_of(model):
+        for weight in (experts.gate_up_proj, experts.down_proj):
+            weight.data = torch.stack([unpack(rounded(one, bits)) for one in weight.data])
     model.save_pretrained(path)
     return references_of(path)
 
@@ -146,6 +151,8 @@ ROUNDED = [
     ("qwen3", 4, "pass_q"),
     ("youtu", 8, "pass_q"),
     ("minicpm3", 4, "gather_kv"),
+    ("mixtral", 8, "pass_q"),
+    ("qwen3_moe-mlp", 4, "pass_kv"),
 ]
 
 
@@ -206,12 +213,24 @@ def test_scales_that_the_library_would_round_with_are_kept_as_they_are(tmp_path)
     assert not torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_rejects_rounding_a_mixture_of_experts(quantization, tmp_path):
-    AutoModelForCausalLM.from_config(make_config("mixtral")).save_pretrained(tmp_path)
-    message = f"quantization: got '{quantization}' for a mixture of experts, legal is none: experts have no kernel"
+@needs_kernel
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.inference_mode()
+def test_small_experts_compute_the_same_for_few_tokens_and_for_many(bits):
+    path = proven_model("mixtral").path
+    model = load_model(path, torch.float32, show_progress=False, quantization=f"int{bits}")
+    experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    assert len(experts) == len(model.model.layers)
+    x, scores = torch.randn(100, 64), torch.rand(100, experts[0].num_experts).topk(2)
+    few, many = (experts[0](x[:n], scores.indices[:n], scores.values[:n]) for n in (packed.MAX_ROWS, 100))
+    torch.testing.assert_close(few, many[: packed.MAX_ROWS], rtol=0, atol=1e-5 * many.abs().max().item())
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_rejects_rounding_experts_that_have_no_kernel(family):
+    message = f"quantization: got 'int4' for a {family}, whose experts have no kernel, legal is none"
     with pytest.raises(UnsupportedModelError, match=message):
-        Engine(config_of(tmp_path, quantization=quantization))
+        Engine(config_of(proven_model(family).path, quantization="int4"))
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -41,25 +41,30 @@ def replace_experts_(model: nn.Module) -> int:
     """
     count = 0
     with torch.inference_mode():
-        for module in model.modules():
-            if not all(hasattr(module, name) for name in ("_apply_gate", "has_bias", "is_transposed")):
-                continue
-            experts: Any = module
+        for _, experts in mixtures_of(model):
+            by_expert = partial(compute_by_expert, experts)
             try:
-                _prove(experts, partial(compute_by_expert, experts))
+                _prove(experts, by_expert)
             except (ValueError, AttributeError, TypeError, RuntimeError) as error:
                 _log.debug("experts keep their forward: %s", error)
                 continue
-            experts.forward = partial(_forward, _kernel_of(experts), partial(compute_by_expert, experts))
+            experts.forward = partial(_forward, _kernel_of(experts), by_expert)
             count += 1
     return count
 
 
-def compute_by_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def sum_by_expert(
+    compute: Callable[[int, Tensor], Tensor],
+    num_experts: int,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
     """Sum what the chosen experts make of each token, scaled by its scores; in the order of the experts.
 
     Args:
-        experts: module with the weights and the gate of Transformers' mixtures.
+        compute: function from an expert's number and rows [n, width] to its output [n, width].
+        num_experts: number of experts.
         hidden_states: [T, width].
         top_k_index: [T, k] numbers of experts.
         top_k_weights: [T, k] scores.
@@ -72,13 +77,36 @@ def compute_by_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, 
     tokens, scores = order // top_k_index.shape[1], top_k_weights.flatten()[order, None]
     out = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
     start = 0
-    for expert, count in enumerate(flat.bincount(minlength=experts.down_proj.shape[0]).tolist()):
+    for expert, count in enumerate(flat.bincount(minlength=num_experts).tolist()):
         if count:
             some = slice(start, start + count)
-            each = _expert(experts, expert, hidden_states[tokens[some]])
-            out.index_add_(0, tokens[some], each.mul_(scores[some]).to(out.dtype))
+            each = compute(expert, hidden_states[tokens[some]])
+            out.index_add_(0, tokens[some], each.to(out.dtype).mul_(scores[some]))
             start += count
     return out.to(hidden_states.dtype)
+
+
+def compute_by_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Compute `sum_by_expert` of a module with the weights and the gate of Transformers' mixtures."""
+    compute = partial(_expert, experts)
+    return sum_by_expert(compute, experts.down_proj.shape[0], hidden_states, top_k_index, top_k_weights)
+
+
+def is_plain(experts: Any) -> bool:
+    """Whether experts are gated MLPs without biases, with Transformers' own gate.
+
+    A comparison cannot prove a gate: some families bound what enters theirs, which random rows need not reach.
+    """
+    gate = type(experts)._apply_gate
+    return gate.__module__ == "transformers.integrations.moe" and all(
+        getattr(experts, name, value) is value for name, value in _PLAIN.items()
+    )
+
+
+def mixtures_of(model: nn.Module) -> list[tuple[str, Any]]:
+    """Modules of a model that hold the weights of all experts of a mixture, by name."""
+    names = ("_apply_gate", "has_bias", "is_transposed")
+    return [(name, module) for name, module in model.named_modules() if all(hasattr(module, part) for part in names)]
 
 
 def _expert(experts: Any, expert: int, rows: Tensor) -> Tensor:
@@ -120,18 +148,12 @@ def _forward(
 
 
 def _kernel_of(experts: Any) -> NativeExperts | None:
-    """Kernel that computes what the experts do, if there is one.
-
-    A comparison cannot prove a gate: some families bound what enters theirs, which random rows need not reach. So the
-    kernel serves Transformers' own gate alone.
-    """
-    gate = type(experts)._apply_gate
-    if gate.__module__ != "transformers.integrations.moe" or any(
-        getattr(experts, name, value) is not value for name, value in _PLAIN.items()
-    ):
+    """Kernel that computes what the experts do, if there is one."""
+    if not is_plain(experts):
         return None
+    gate_up, down = experts.gate_up_proj.data, experts.down_proj.data
     try:
-        kernel = NativeExperts(experts.gate_up_proj.data, experts.down_proj.data, activation_name(experts.act_fn))
+        kernel = NativeExperts(gate_up.flatten(0, 1), down.flatten(0, 1), len(down), activation_name(experts.act_fn))
         _prove(experts, kernel)
     except (ValueError, AttributeError, TypeError) as error:
         _log.debug("experts without a kernel: %s", error)

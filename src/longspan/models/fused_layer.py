@@ -26,7 +26,8 @@ from longspan.models.last_layer import READ_ROWS
 from longspan.models.packed_linear import PackedLinear
 from longspan.models.same_result import activation_name, agree, random_rows
 from longspan.native.kernels import MAX_LINEAR_ROWS, MAX_ROWS
-from longspan.native.layer import ACTIVATIONS, FusedLayer, LayerWeights, Matrix
+from longspan.native.layer import ACTIVATIONS, FusedLayer, LayerWeights
+from longspan.native.matrix import Matrix
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from longspan.models import onednn
 from longspan.models.packed_linear import multiply_unpacked
-from longspan.native.layer import FusedLayer, Matrix
+from longspan.native.layer import FusedLayer
+from longspan.native.matrix import Matrix
 from longspan.native.packed import PackedMatrix
 
 BLOCK_ROWS = 1024

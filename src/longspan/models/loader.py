@@ -34,6 +34,7 @@ from longspan.models.hook import ATTENTION_NAME
 from longspan.models.leftovers import leftovers
 from longspan.models.lora import ADAPTER_CONFIG, merge_lora
 from longspan.models.overrides import check_overrides, merge_overrides
+from longspan.models.packed_experts import round_experts_
 from longspan.models.packed_linear import Bits, linear_names, replace_, round_linears_
 from longspan.models.quantization import QuantizedCheckpoint, check_quantization, dense_config, quantization_of
 from longspan.models.recall import recall_path
@@ -250,6 +251,7 @@ def load_model(
         replace_(loaded, module_name, matrix)
     if (bits := ROUNDED_BITS.get(quantization)) is not None:
         round_linears_(loaded, bits)
+        round_experts_(loaded, bits)
     module: nn.Module = loaded.eval().requires_grad_(False).to(device)
     adapt_(module)
     return module

@@ -15,10 +15,19 @@
 #include "linear.h"
 
 typedef struct {
-    const float *gate_up;   /* [experts, 2 * inner, hidden]: an expert's gate, then its up */
-    const float *down;      /* [experts, hidden, inner] */
+    longspan_matrix gate_up;   /* [experts * 2 * inner, hidden]: an expert's gate, then its up */
+    longspan_matrix down;      /* [experts * hidden, inner] */
     long experts, hidden, inner, activation;
 } longspan_mixture;
+
+/* Rows of a matrix from `row` on, as a matrix. */
+INLINE longspan_matrix rows_from(const longspan_matrix *w, long width, long row)
+{
+    const long groups = w->bits == 32 ? 0 : width / w->group;
+    const longspan_matrix rows = {(const char *)w->data + row * width * w->bits / 8, w->scale ? w->scale + row * groups : 0,
+                                  w->zero ? w->zero + row * groups : 0, w->group, w->bits};
+    return rows;
+}
 
 /* Pairs by expert: place[pair] of a pair among the sorted ones, first[expert] of an expert's; 0, or 1 for a number that
  * is no expert. */
@@ -82,9 +91,10 @@ int longspan_experts(const longspan_mixture *m, const float *x, const int64_t *c
                 const long row = first[e], num = first[e + 1] - row;
                 if (!num)
                     continue;
-                const float *w = m->gate_up + e * 2 * inner * hidden;
-                longspan_outputs(rows + row * hidden, w, hidden, num, from, to, 0, gate + row * inner, inner);
-                longspan_outputs(rows + row * hidden, w + inner * hidden, hidden, num, from, to, 0, up + row * inner, inner);
+                const longspan_matrix gates = rows_from(&m->gate_up, hidden, e * 2 * inner);
+                const longspan_matrix ups = rows_from(&m->gate_up, hidden, (e * 2 + 1) * inner);
+                longspan_matrix_outputs(rows + row * hidden, &gates, hidden, num, from, to, gate + row * inner, inner);
+                longspan_matrix_outputs(rows + row * hidden, &ups, hidden, num, from, to, up + row * inner, inner);
                 for (long r = row; r < row + num; r++)
                     gated(gate + r * inner + from, up + r * inner + from, to - from, m->activation);
             }
@@ -96,9 +106,9 @@ int longspan_experts(const longspan_mixture *m, const float *x, const int64_t *c
                 continue;
             for (long e = 0; e < m->experts; e++) {
                 const long row = first[e], num = first[e + 1] - row;
+                const longspan_matrix down = rows_from(&m->down, inner, e * hidden);
                 if (num)
-                    longspan_outputs(gate + row * inner, m->down + e * hidden * inner, inner, num, from, to, 0,
-                                     each + row * hidden, hidden);
+                    longspan_matrix_outputs(gate + row * inner, &down, inner, num, from, to, each + row * hidden, hidden);
             }
             for (long t = 0; t < tokens; t++)
                 add_pairs(each, place + t * num_chosen, scores + t * num_chosen, num_chosen, hidden, from, to,

@@ -9,15 +9,18 @@ import ctypes
 import torch
 from torch import Tensor
 
+from longspan.native import packed
 from longspan.native.kernels import LANES, MAX_LINEAR_ROWS, library
 from longspan.native.layer import ACTIVATIONS
+from longspan.native.matrix import CMatrix, Matrix, c_matrix
+from longspan.native.packed import PackedMatrix
 
 
 class _Mixture(ctypes.Structure):
     """Mixture as `experts.c` declares it."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("gate_up", "down")),
+        *((name, CMatrix) for name in ("gate_up", "down")),
         *((name, ctypes.c_long) for name in ("experts", "hidden", "inner", "activation")),
     ]
 
@@ -25,32 +28,31 @@ class _Mixture(ctypes.Structure):
 class NativeExperts:
     """Experts of one mixture that the kernel can run."""
 
-    max_tokens = MAX_LINEAR_ROWS
-    """Most tokens of a call."""
-
-    def __init__(self, gate_up: Tensor, down: Tensor, activation: str) -> None:
+    def __init__(self, gate_up: Matrix, down: Matrix, num_experts: int, activation: str) -> None:
         """Take the weights.
 
         Args:
-            gate_up: [experts, 2 * inner, hidden] float32, contiguous, on the CPU; an expert's gate, then its up. This
-                object keeps it; it must not change.
-            down: [experts, hidden, inner], likewise.
+            gate_up: [experts * 2 * inner, hidden] float32, contiguous, on the CPU, or packed; an expert's gate, then
+                its up. This object keeps it; it must not change.
+            down: [experts * hidden, inner], likewise.
+            num_experts: number of experts.
             activation: one of `ACTIVATIONS`.
 
         Raises:
             ValueError: the kernel is not available, or does not take these weights.
         """
         found = library()
-        experts, hidden, inner = down.shape
-        if found is None or hidden % LANES or inner % LANES or gate_up.shape != (experts, 2 * inner, hidden):
+        (num_out, hidden), (num_down, inner) = gate_up.shape, down.shape
+        if found is None or hidden % LANES or inner % LANES:
             raise ValueError("no kernel for these experts")
-        if any(
-            w.dtype is not torch.float32 or not w.is_contiguous() or w.device.type != "cpu" for w in (gate_up, down)
-        ):
-            raise ValueError("no kernel for these weights")
+        if (num_out, num_down) != (num_experts * 2 * inner, num_experts * hidden):
+            raise ValueError(f"weights {(num_out, hidden)} and {(num_down, inner)} of {num_experts} experts")
+        is_packed = isinstance(gate_up, PackedMatrix) or isinstance(down, PackedMatrix)
+        self.max_tokens = packed.MAX_ROWS if is_packed else MAX_LINEAR_ROWS
+        """Most tokens of a call."""
         self._weights = gate_up, down  # the kernel has their addresses
         self._mixture = _Mixture(
-            gate_up.data_ptr(), down.data_ptr(), experts, hidden, inner, ACTIVATIONS.index(activation)
+            c_matrix(gate_up), c_matrix(down), num_experts, hidden, inner, ACTIVATIONS.index(activation)
         )
         self._address = ctypes.addressof(self._mixture)
         self._kernel = found.longspan_experts

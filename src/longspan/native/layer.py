@@ -13,10 +13,8 @@ from torch import Tensor
 
 from longspan.native import packed
 from longspan.native.kernels import LANES, MAX_LINEAR_ROWS, library
+from longspan.native.matrix import CMatrix, Matrix, c_matrix, is_taken
 from longspan.native.packed import PackedMatrix
-
-Matrix = Tensor | PackedMatrix
-"""Weight matrix [num_out, width] that a kernel takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +50,6 @@ class LayerWeights:
     behind_mlp: Tensor | None
 
 
-class _Matrix(ctypes.Structure):
-    """Matrix as `linear.h` declares it."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("data", "scale", "zero")),
-        *((name, ctypes.c_long) for name in ("group", "bits")),
-    ]
-
-
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 _NUMBERS = ("hidden", "inner", "heads", "kv_heads", "width", "has_rope", "activation")
 
@@ -69,7 +58,7 @@ class _Layer(ctypes.Structure):
     """Layer as `layer.c` declares it."""
 
     _fields_ = [
-        *((field.name, _Matrix if field.name in _MATRICES else ctypes.c_void_p) for field in fields(LayerWeights)),
+        *((field.name, CMatrix if field.name in _MATRICES else ctypes.c_void_p) for field in fields(LayerWeights)),
         *((name, ctypes.c_long) for name in _NUMBERS),
         ("epsilon", ctypes.c_double),
         ("head_epsilon", ctypes.c_double),
@@ -115,22 +104,18 @@ class FusedLayer:
         found = library()
         if found is None or self.inner % LANES or any(size % LANES or not size for size in (self.hidden, width)):
             raise ValueError("no kernel for this layer")
-        given: dict[str, _Matrix | int | None] = {}
+        given: dict[str, CMatrix | int | None] = {}
         for field in fields(weights):
             weight: Matrix | None = getattr(weights, field.name)
             if isinstance(weight, PackedMatrix):
-                zero = None if weight.zero is None else weight.zero.data_ptr()
-                given[field.name] = _Matrix(
-                    weight.data.data_ptr(), weight.scale.data_ptr(), zero, weight.group_size, weight.bits
-                )
                 self.max_rows = packed.MAX_ROWS
+            if field.name in _MATRICES:
+                given[field.name] = c_matrix(weight)
                 continue
-            if weight is not None and not (
-                weight.dtype is torch.float32 and weight.is_contiguous() and weight.device.type == "cpu"
-            ):
+            assert not isinstance(weight, PackedMatrix)
+            if weight is not None and not is_taken(weight):
                 raise ValueError(f"no kernel for this layer: {field.name}")
-            address = None if weight is None else weight.data_ptr()
-            given[field.name] = _Matrix(address, None, None, 0, 32) if field.name in _MATRICES else address
+            given[field.name] = None if weight is None else weight.data_ptr()
         self._layer = _Layer(
             **given,
             hidden=self.hidden,
