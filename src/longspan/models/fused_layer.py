@@ -65,7 +65,7 @@ class _UnknownLayerError(Exception):
     """A layer for which the kernels are not proven."""
 
 
-def _fused_forward(layer: nn.Module, *, is_last: bool) -> Callable[..., Tensor]:
+def _fused_forward(layer: Any, *, is_last: bool) -> Callable[..., Tensor]:
     """Make a forward of the layer that gives its rows to the kernels."""
     fused = _fused(layer)
     call = _prove(layer, fused)
@@ -135,7 +135,7 @@ def _behind_attention(fused: FusedLayer, attended: Tensor, x: Tensor, mlp: Calla
     return y
 
 
-def _compute_mlp(mlp: nn.Module, read: Tensor | None, num_rows: int, normed: Tensor) -> Tensor:
+def _compute_mlp(mlp: Callable[..., Any], read: Tensor | None, num_rows: int, normed: Tensor) -> Tensor:
     """Call a layer's own MLP, such as a mixture of experts.
 
     Args:
@@ -149,7 +149,7 @@ def _compute_mlp(mlp: nn.Module, read: Tensor | None, num_rows: int, normed: Ten
         [n, hidden], contiguous.
     """
     rows = normed if read is None else normed.new_zeros(num_rows, normed.shape[1]).index_copy(0, read, normed)
-    out = mlp(rows[None])
+    out: Tensor | tuple[Tensor, ...] = mlp(rows[None])
     rows = (out[0] if isinstance(out, tuple) else out)[0]
     return rows.contiguous() if read is None else rows[read]
 

@@ -77,8 +77,8 @@ def can_round(experts: Any) -> bool:
         activation_name(experts.act_fn)
     except ValueError:
         return False
-    _, hidden, inner = experts.down_proj.shape
-    return hidden % BLOCK == 0 and inner % BLOCK == 0
+    shape: torch.Size = experts.down_proj.shape  # [experts, hidden, inner]
+    return shape[1] % BLOCK == 0 and shape[2] % BLOCK == 0
 
 
 def round_experts_(model: nn.Module, bits: Bits) -> int:
