@@ -21,6 +21,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 PlacementName = Literal["auto", "packed", "striped", "spill"]
 StrategyName = Literal["auto", "local", "gather_kv", "pass_kv", "pass_q", "tree"]
 PartialDTypeName = Literal["auto", "float32"]
+KVDTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8_e4m3"]
 ExecutorName = Literal["processes", "threads", "external", "ray"]
 REMOTE_EXECUTORS = ("external", "ray")
 """Executors whose workers reach the driver over the network."""
@@ -77,7 +78,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Annotated[
         DTypeName, Option("Of weights and KV; auto: float32 on a CPU, bfloat16 on a GPU.", Group.MODEL)
     ] = "auto"
-    """Dtype of weights, activations and KV. `auto` is float32 on a CPU and bfloat16 on a GPU; float16 needs a GPU."""
+    """Dtype of weights, activations and, unless `kv_cache_dtype` says another, of KV. `auto` is float32 on a CPU and
+    bfloat16 on a GPU; float16 needs a GPU."""
     hf_overrides: Annotated[
         dict[str, Any] | None,
         Option(
@@ -182,6 +184,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     """Tokens of a prompt below which placement `auto` keeps it on one rank. None takes the number predicted to be best
     for a lone request, or, where nothing was measured, two stripes per rank."""
+    kv_cache_dtype: Annotated[
+        KVDTypeName, Option("Of stored keys and values; auto: that of the weights.", Group.MEMORY)
+    ] = "auto"
+    """Dtype in which keys and values are stored and travel; they are rounded once, when they are written. `int8` and
+    `fp8_e4m3` have a scale per token and KV head. `auto` is the dtype of the weights; others than that need the CPU."""
     kv_cache_memory: Annotated[
         int | None,
         Option(
@@ -372,6 +379,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def _check_device(self) -> None:
         if self.device == "cpu" and self.dtype == "float16":
             raise ConfigError("dtype: got 'float16' with device 'cpu', legal there is auto, float32 or bfloat16")
+        if self.device == "cpu" and self.kv_cache_dtype == "float16":
+            legal = "auto, float32, bfloat16, int8 or fp8_e4m3"
+            raise ConfigError(f"kv_cache_dtype: got 'float16' with device 'cpu', legal there is {legal}")
         if self.device == "cpu" and self.compile_dense:
             raise ConfigError("compile_dense: got true with device 'cpu', legal there is false")
         if self.lora is not None and self.quantization == "keep":

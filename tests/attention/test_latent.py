@@ -10,7 +10,8 @@ from native_stand_ins import NativeStandIns
 from longspan.attention import latent
 from longspan.attention.base import RowSegment, RowSegments
 from longspan.attention.cpu import CPUBackend
-from longspan.attention.latent import LatentBackend, LatentParams, LatentWeights, divide
+from longspan.attention.key_blocks import divide
+from longspan.attention.latent import LatentBackend, LatentParams, LatentWeights
 from longspan.attention.reference import ReferenceBackend, visible_pairs
 from longspan.kv.layout import EXPANSION_WEIGHT, KVGroup, KVSpec
 from longspan.types import AttentionParams
@@ -155,8 +156,8 @@ def test_the_notes_example():
         RowSegment(256, 256, 2256, 0, 1024, None, FULL),
     ]
     work = divide(segments, None, 300, 512)
-    assert [(block.runs, len(block.segments)) for block in work.expanded] == [(((0, 512),), 2), (((512, 1024),), 2)]
-    assert [(s.query_row, s.key_row, s.num_keys) for s in work.absorbed] == [(0, 1024, 256)]
+    assert [(block.runs, len(block.segments)) for block in work.blocks] == [(((0, 512),), 2), (((512, 1024),), 2)]
+    assert [(s.query_row, s.key_row, s.num_keys) for s in work.left] == [(0, 1024, 256)]
 
 
 @settings(max_examples=150, deadline=None)
@@ -164,8 +165,8 @@ def test_the_notes_example():
 def test_every_pair_of_query_and_key_is_met_once(case, least, most_keys):
     num_rows, num_keys, segments, params = case
     work = divide(segments, params.window, least, most_keys)
-    found = visible_pairs(num_rows, num_keys, work.absorbed, params.window, "cpu").int()
-    for block in work.expanded:
+    found = visible_pairs(num_rows, num_keys, work.left, params.window, "cpu").int()
+    for block in work.blocks:
         rows = torch.cat([torch.arange(start, end) for start, end in block.runs])
         assert 0 < len(rows) <= most_keys
         num_queries = block.last_row - block.first_row
@@ -178,14 +179,14 @@ def test_a_batch_of_decodes_over_a_shared_prefix_is_expanded_and_its_tails_are_n
     prefix = [RowSegment(i, 1, 900 + i, 0, 512, None, FULL) for i in range(200)]
     tails = [RowSegment(i, 1, 900 + i, 512 + 16 * i, 16, None, FULL) for i in range(200)]
     work = divide([*prefix, *tails], None, 171, 4096)
-    (block,) = work.expanded
+    (block,) = work.blocks
     assert (block.runs, block.first_row, block.last_row) == (((0, 512),), 0, 200)
-    assert sum(s.num_queries * s.num_keys for s in work.absorbed) == 200 * 16
+    assert sum(s.num_queries * s.num_keys for s in work.left) == 200 * 16
 
 
 def test_a_decode_keeps_its_segments_as_they_are():
     segments = RowSegments([RowSegment(0, 1, 900, 0, 800, None, FULL), RowSegment(0, 1, 900, 816, 100, None, FULL)])
-    assert divide(segments, None, 171, 4096).absorbed is segments
+    assert divide(segments, None, 171, 4096).left is segments
 
 
 def test_keys_are_expanded_a_few_at_a_time(monkeypatch):

@@ -19,7 +19,7 @@ class NativeStandIns(CPUBackend):
     def partial_attention(self, q, k, v, segments, params):
         stand_ins = {
             "is_available": lambda: True,
-            "can_prefill": lambda width, v_width, dtype: True,
+            "can_prefill": lambda width, v_width, dtype, kv_dtype: True,
             "can_decode": lambda num_rows, width, v_width, dtype: 1 <= num_rows <= kernels.MAX_ROWS,
             "prefill": prefill,
             "decode": decode,

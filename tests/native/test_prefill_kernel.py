@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from longspan.native import kernels
 
 needs_kernel = pytest.mark.skipif(
-    not kernels.can_prefill(64, 64, torch.float32), reason="no C compiler, or no 512-bit registers"
+    not kernels.can_prefill(64, 64, torch.float32, torch.float32), reason="no C compiler, or no 512-bit registers"
 )
 
 
@@ -155,4 +155,4 @@ def test_a_row_that_sees_nothing_stays_empty_when_threads_share_its_keys():
 
 @pytest.mark.parametrize(("width", "v_width", "dtype"), [(40, 64, "float32"), (64, 8, "float32"), (64, 64, "float64")])
 def test_other_sizes_and_dtypes_are_not_for_the_kernel(width, v_width, dtype):
-    assert not kernels.can_prefill(width, v_width, getattr(torch, dtype))
+    assert not kernels.can_prefill(width, v_width, *[getattr(torch, dtype)] * 2)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from longspan.attention.partial import PartialAttention, accumulation_dtype
-from longspan.errors import UnsupportedModelError
 from longspan.kv.layout import KVComponent, KVLayout, KVSpec
 from longspan.kv.pool import are_in_keys
+from longspan.kv.stored import row_width
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
@@ -80,9 +80,10 @@ class AttentionBackend(Protocol):
 
         Args:
             q: [T, H, D], any strides, T may be 0.
-            k: [Hkv, S, D], dtype of `q`, contiguous in the last dimension; a view of a page pool or a received buffer.
-                H is a multiple of Hkv; query head h reads KV head `h // (H // Hkv)`. S may be 0.
-            v: [Hkv, S, Dv], dtype and strides as for `k`; may be the first elements of `k`, in the same memory.
+            k: [Hkv, S, stored D], contiguous in the last dimension; a view of a page pool or a received buffer, of the
+                dtype of `q` or as `longspan.kv.stored` describes rows. H is a multiple of Hkv; query head h reads KV
+                head `h // (H // Hkv)`. S may be 0.
+            v: [Hkv, S, stored Dv], dtype and strides as for `k`; or the first Dv elements of `k`, in the same memory.
             segments: in any order. Several may cover the same query rows, with disjoint keys; rows that none covers
                 come out empty. Rows of q, k and v outside every segment are never read: they may hold NaN.
             params: the layer's scale, window and softcap.
@@ -96,18 +97,11 @@ class AttentionBackend(Protocol):
         ...
 
 
-def check_stored(spec: KVSpec) -> None:
-    """Check that keys and values are stored as every kernel, pool and message takes them; called once per rank.
-
-    Raises:
-        UnsupportedModelError: they have scales or another dtype than kernels compute in.
-    """
-    layout, dtype = spec.layout, spec.compute_dtype
-    has_scales = any(component.scale_dtype is not None for component in layout.components)
-    if has_scales or layout.dtypes != (dtype,):
-        raise UnsupportedModelError(
-            f"model: got keys and values as {layout}, legal is all of it stored in {dtype}, without scales"
-        )
+def other_storage(spec: KVSpec, backend: str) -> str | None:
+    """Reason of a backend that reads keys and values in the dtype of queries alone; None if they are stored so."""
+    if spec.layout.dtypes == (spec.compute_dtype,):
+        return None
+    return f"kv_cache_dtype: got {', '.join(spec.layout.dtypes)}, the {backend} backend takes {spec.compute_dtype}"
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegment], params: AttentionParams) -> None:
@@ -115,10 +109,10 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegme
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ValueError(f"q, k and v need 3 dimensions, got {q.dim()}, {k.dim()} and {v.dim()}")
     num_rows, num_heads, width = q.shape
-    num_kv_heads, num_keys, k_width = k.shape
-    if k_width != width or v.shape[:2] != k.shape[:2] or num_kv_heads == 0 or num_heads % num_kv_heads:
+    num_kv_heads, num_keys, _ = k.shape
+    if row_width(k) != width or v.shape[:2] != k.shape[:2] or num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
-    if q.dtype != k.dtype or q.dtype != v.dtype:
+    if k.dtype != v.dtype:
         raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
     for segment in segments:
         if segment.query_row + segment.num_queries > num_rows or segment.key_row + segment.num_keys > num_keys:
@@ -129,6 +123,8 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegme
 
 def check_supported(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> None:
     """Raise ValueError if a backend does not take these arguments of `partial_attention`."""
+    if k.dtype != q.dtype:
+        raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
     in_keys = v.shape[2] < k.shape[2] and are_in_keys(v, k)
     spec = _stored_spec(k.shape[0], k.shape[2], v.shape[2], in_keys, q.dtype, params.window)
     if (reason := backend.unsupported(spec, params)) is not None:
@@ -146,5 +142,5 @@ def _stored_spec(
 
 
 def empty_like_queries(q: Tensor, v: Tensor) -> PartialAttention:
-    """Empty partial for queries `q` [T, H, D] and values `v` [Hkv, S, Dv]."""
-    return PartialAttention.empty(q.shape[0], q.shape[1], v.shape[2], accumulation_dtype(q.dtype), q.device)
+    """Empty partial for queries `q` [T, H, D] and values `v` [Hkv, S, stored Dv]."""
+    return PartialAttention.empty(q.shape[0], q.shape[1], row_width(v), accumulation_dtype(q.dtype), q.device)

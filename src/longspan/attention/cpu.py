@@ -15,6 +15,7 @@ from torch import Tensor
 from longspan.attention import flash_cpu, native_cpu, softcap_cpu
 from longspan.attention.base import RowSegment, check_arguments, empty_like_queries
 from longspan.attention.partial import PartialAttention
+from longspan.attention.stored import are_stored, attend_converted
 from longspan.kv.layout import KVSpec
 from longspan.types import AttentionParams
 
@@ -50,6 +51,8 @@ class CPUBackend:
             q = q.contiguous()
         if q.shape[1] == 0:
             return empty_like_queries(q, v)
+        if are_stored(q, k) and (params.softcap is not None or not native_cpu.takes(q, v)):
+            return attend_converted(self.partial_attention, q, k, v, segments, params)
         if params.softcap is not None:
             return softcap_cpu.partial_attention(q, k, v, segments, params)
         if native_cpu.takes(q, v):

@@ -34,6 +34,7 @@ from longspan.attention.base import (
     check_arguments,
     check_supported,
     empty_like_queries,
+    other_storage,
 )
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.attention.staging import to_device
@@ -112,6 +113,8 @@ class DenseBackend:
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
         """See `AttentionBackend.unsupported`."""
+        if (reason := other_storage(spec, self.name)) is not None:
+            return reason
         if self._others is None:
             if params.window is not None:
                 return f"window: got {params.window}, the {self.name} backend takes none"

@@ -14,6 +14,7 @@ from longspan.attention.base import AttentionBackend, RowSegment
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.costmodel.parameters import KernelRates
 from longspan.kv.layout import KVGroup
+from longspan.kv.stored import round_rows
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
@@ -99,10 +100,9 @@ def _measure_attention(
     """
     layout, heads = group.spec.layout, group.num_query_heads
     dtype: torch.dtype = getattr(torch, group.spec.compute_dtype)
-    k = torch.randn(layout.num_kv_heads, MOST_KEYS, layout.k_width, device=device).to(dtype)  # [Hkv, S, D]
-    v = torch.randn(layout.num_kv_heads, MOST_KEYS, layout.v_width, device=device).to(dtype)
-    if layout.v_width_in_k is not None:
-        v = k[:, :, : layout.v_width_in_k]
+    rows = [torch.randn(part.num_heads, MOST_KEYS, part.width, device=device) for part in layout.components]
+    stored = [round_rows(*pair) for pair in zip(rows, layout.components, strict=True)]  # [Hkv, S, stored width]
+    k, v = stored[0], stored[1] if layout.v_width_in_k is None else stored[0][:, :, : layout.v_width_in_k]
     q = torch.randn(QUERY_LENS[-1], heads, group.spec.q_width, device=device).to(dtype)  # [T, H, D]
 
     def one(num_queries: int, num_keys: int) -> Callable[[], object]:

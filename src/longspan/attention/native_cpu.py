@@ -15,14 +15,15 @@ from longspan.attention.base import RowSegment
 from longspan.attention.folding import count_key_runs, fold, merge_key_runs, unfold
 from longspan.attention.partial import PartialAttention, merge_views_
 from longspan.attention.pieces import Piece, RowMerger, run_only_piece
+from longspan.kv.stored import row_width
 from longspan.native import kernels
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
 
 def takes(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels can compute every call without a softcap, given the head sizes, the dtype and the CPU."""
-    return kernels.can_prefill(q.shape[2], v.shape[2], q.dtype)
+    """Whether the kernels can compute every call without a softcap, given the head sizes, the dtypes and the CPU."""
+    return kernels.can_prefill(q.shape[2], row_width(v), q.dtype, v.dtype)
 
 
 def partial_attention(
@@ -74,7 +75,7 @@ def _seen_keys(segment: RowSegment, window: int | None) -> kernels.SeenKeys:
 def can_decode(q: Tensor, v: Tensor) -> bool:
     """Whether `decode` takes the queries [t, Hkv, G, D] and values [Hkv, s, Dv]."""
     num_queries, _, group_size, width = q.shape
-    return kernels.can_decode(num_queries * group_size, width, v.shape[2], q.dtype) and kernels.is_available()
+    return kernels.can_decode(num_queries * group_size, width, row_width(v), v.dtype) and kernels.is_available()
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -82,8 +83,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
     Args:
         q: [t, Hkv, G, D]; `can_decode(q, v)` is true.
-        k: [Hkv, s, D].
-        v: [Hkv, s, Dv].
+        k: [Hkv, s, stored D].
+        v: [Hkv, s, stored Dv].
         scale: factor of the scores.
 
     Returns:
@@ -109,18 +110,18 @@ def decode_lone_queries(
     Args:
         merger: the call's partial, still empty; the results are written into it.
         q: [T, H, D].
-        k: [Hkv, S, D].
-        v: [Hkv, S, Dv].
+        k: [Hkv, S, stored D].
+        v: [Hkv, S, stored Dv].
         pieces: all pieces of the call.
         params: the layer's parameters.
 
     Returns:
         The pieces that are left.
     """
-    num_kv_heads, width = k.shape[0], k.shape[2]
-    if k.dtype is not q.dtype or num_kv_heads == 0 or not kernels.is_available():
+    num_kv_heads, width = k.shape[0], q.shape[2]
+    if num_kv_heads == 0 or not kernels.is_available() or q.dtype not in kernels.DTYPES:
         return pieces
-    if not kernels.can_decode(q.shape[1] // num_kv_heads, width, v.shape[2], q.dtype):
+    if not kernels.can_decode(q.shape[1] // num_kv_heads, width, row_width(v), k.dtype):
         return pieces
     lone = [piece for piece in pieces if _is_lone(piece)]
     keys_of: dict[int, list[tuple[int, int]]] = {}

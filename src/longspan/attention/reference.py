@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longspan.attention.base import RowSegment, check_arguments, empty_like_queries
 from longspan.attention.partial import PartialAttention, accumulation_dtype
+from longspan.attention.stored import are_stored, attend_converted
 from longspan.kv.layout import KVSpec
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
@@ -35,6 +36,8 @@ class ReferenceBackend:
             ValueError: also if two segments show one key to one query twice.
         """
         check_arguments(q, k, v, segments, params)
+        if are_stored(q, k):
+            return attend_converted(self.partial_attention, q, k, v, segments, params)
         num_rows, num_heads, _ = q.shape
         num_kv_heads, num_keys, _ = k.shape
         if num_rows == 0 or num_keys == 0 or num_heads == 0:

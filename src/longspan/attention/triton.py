@@ -12,7 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.attention.base import RowSegment, RowSegments, check_arguments, check_supported, empty_like_queries
+from longspan.attention.base import (
+    RowSegment,
+    RowSegments,
+    check_arguments,
+    check_supported,
+    empty_like_queries,
+    other_storage,
+)
 from longspan.attention.partial import PartialAttention
 from longspan.attention.staging import to_device
 from longspan.attention.tiles import TileTables, tile_tables
@@ -56,6 +63,8 @@ class TritonBackend:
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
         """See `AttentionBackend.unsupported`."""
+        if (reason := other_storage(spec, self.name)) is not None:
+            return reason
         names = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
         if spec.compute_dtype not in names:
             return f"dtype: got {spec.compute_dtype}, the triton backend takes {', '.join(names)}"

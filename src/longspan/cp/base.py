@@ -17,6 +17,7 @@ from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.comm.base import Communicator
 from longspan.cp.resolve import PoolLayout, query_rows
 from longspan.kv.layout import KVGroup, KVLayout
+from longspan.kv.stored import holds
 from longspan.plan.segments import cut_runs, make_segments
 from longspan.plan.types import GroupStep, QueryRun, Range, Segment
 from longspan.sharding.pages import KeyRun, PageTable
@@ -128,29 +129,29 @@ class KeyShare:
 class KVBlock:
     """Buffer for the KV of up to `capacity` tokens in one layer, sent as one message.
 
-    A message holds the layout's components one after the other, each as [heads, rows, width].
+    A message holds the layout's components one after the other, each as [heads, rows, stored width].
     """
 
     def __init__(self, layout: KVLayout, capacity: int, device: torch.device) -> None:
-        (dtype,) = layout.dtypes  # a message is one tensor
+        (dtype,) = {holds(component) for component in layout.components}  # a message is one tensor
         self._layout = layout
-        self._flat = torch.empty(capacity * layout.token_elements, dtype=getattr(torch, dtype), device=device)
+        self._flat = torch.empty(capacity * layout.stored_elements, dtype=dtype, device=device)
 
     def message(self, num_rows: int) -> Tensor:
         """Part of the buffer [elements] that `num_rows` tokens take."""
-        return self._flat[: num_rows * self._layout.token_elements]
+        return self._flat[: num_rows * self._layout.stored_elements]
 
     def views(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """K [Hkv, num_rows, D] and V [Hkv, num_rows, Dv] in the buffer."""
+        """K [Hkv, num_rows, stored D] and V [Hkv, num_rows, stored Dv] in the buffer."""
         stored, width = self._stored(num_rows), self._layout.v_width_in_k
         return stored[0], stored[1] if width is None else stored[0][:, :, :width]
 
     def _stored(self, num_rows: int) -> list[Tensor]:
-        """Views [heads, num_rows, width] of the buffer, one per component."""
+        """Views [heads, num_rows, stored width] of the buffer, one per component."""
         stored: list[Tensor] = []
         start = 0
         for component in self._layout.components:
-            heads, width = component.num_heads, component.width
+            heads, width = component.num_heads, component.stored_width
             stored.append(self._flat.as_strided((heads, num_rows, width), (num_rows * width, width, 1), start))
             start += heads * num_rows * width
         return stored

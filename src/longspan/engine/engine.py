@@ -28,6 +28,7 @@ from longspan.engine.recovery import fail_poison, fail_unfit
 from longspan.engine.stats import Capacity, EngineStats, RankStats, WorkDone
 from longspan.errors import ConfigError
 from longspan.group.messages import Start
+from longspan.kv.layout import stored_as
 from longspan.models.gguf_files import is_gguf
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
@@ -54,7 +55,8 @@ def _completed(spec: ModelSpec, config: EngineConfig, end_token_ids: Sequence[in
         print(f"longspan: {config.model}: dequantised weights take {memory_gb:.2f} GB of {dtype}", file=sys.stderr)
     if not ends:
         print("longspan: the model names no end token: answers end by max_tokens or a stop text", file=sys.stderr)
-    return structs.replace(spec, kv_groups=tuple(groups), eos_token_ids=tuple(sorted(ends)))
+    stored = stored_as(groups, config.kv_cache_dtype)
+    return structs.replace(spec, kv_groups=stored, eos_token_ids=tuple(sorted(ends)))
 
 
 class Engine(ClosedAtExit):

@@ -14,7 +14,8 @@ Note [Dtypes]
     queries on the wire   `KVGroup.wire_dtype`; keys and values travel as they are stored
     partials on the wire  `KVGroup.partial_dtype`
 
-    Models of today have one dtype for all (`KVSpec.uniform`), except partials where the user wants float32.
+    They are one dtype (`KVSpec.uniform`), except partials where the user wants float32, and stored elements where the
+    user wants smaller ones: these are rounded once, when they are written (`longspan.kv.stored`).
 
 Note [Latents]
     Multi-head latent attention caches one latent c of `rank` elements per token, and a part r that carries the
@@ -35,14 +36,21 @@ Note [Latents]
     Source: DeepSeek-V2, 2405.04434 section 2.1.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 from math import inf
 from typing import Literal
 
 import msgspec
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
 """Bytes of one element."""
+
+STORED_DTYPES = {"fp8_e4m3": "float8_e4m3fn"}
+"""PyTorch's names of values of the option `kv_cache_dtype`, where they are others."""
+
+SCALED_DTYPES = ("int8", "float8_e4m3fn")
+"""Dtypes of stored elements that have a scale, in float32, for each head of each token."""
 
 EXPANSION_WEIGHT = 1.4
 """Time of an expansion's flop, which also writes keys and values, in flops of attention. Measured on one core with
@@ -64,8 +72,14 @@ class KVComponent(msgspec.Struct, frozen=True):
     """Dtype of the scale that each head of each token has beside its elements; None if there are no scales."""
 
     @property
+    def stored_width(self) -> int:
+        """Elements that one head of one token takes in memory: its own, and its scale's bytes behind them."""
+        scale_bytes = 0 if self.scale_dtype is None else DTYPE_BYTES[self.scale_dtype]
+        return self.width + scale_bytes // DTYPE_BYTES[self.dtype]
+
+    @property
     def token_elements(self) -> int:
-        """Elements of one token in one layer."""
+        """Elements of one token in one layer, scales not counted."""
         return self.num_heads * self.width
 
     @property
@@ -122,6 +136,19 @@ class KVLayout(msgspec.Struct, frozen=True, dict=True):
         """Bytes of one token in one layer, in a pool and in a message alike."""
         return sum(component.token_bytes for component in self.components)
 
+    @cached_property
+    def stored_elements(self) -> int:
+        """Elements that one token takes in one layer, in a pool and in a message alike, scales included."""
+        return sum(component.num_heads * component.stored_width for component in self.components)
+
+    def stored_as(self, dtype: str) -> "KVLayout":
+        """This layout with elements in another dtype, and scales where that has them."""
+        scale = "float32" if dtype in SCALED_DTYPES else None
+        components = [
+            msgspec.structs.replace(component, dtype=dtype, scale_dtype=scale) for component in self.components
+        ]
+        return msgspec.structs.replace(self, components=tuple(components))
+
     def with_kv_heads(self, num_kv_heads: int) -> "KVLayout":
         """This layout with another number of KV heads."""
         components = [msgspec.structs.replace(component, num_heads=num_kv_heads) for component in self.components]
@@ -154,6 +181,10 @@ class KVSpec(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.window is not None and self.chunk is not None:
             raise ValueError(f"chunk: got {self.chunk} with a window of {self.window}, legal is one of them")
+
+    def stored_as(self, dtype: str) -> "KVSpec":
+        """Return this spec with keys and values stored in a dtype, computed with as before."""
+        return msgspec.structs.replace(self, layout=self.layout.stored_as(dtype))
 
     @property
     def reach(self) -> int | None:
@@ -302,3 +333,11 @@ class KVGroup(msgspec.Struct, frozen=True, dict=True):
         heads, spec = self.num_query_heads, self.spec
         uniform = KVSpec.uniform(heads, spec.q_width, spec.out_width, spec.compute_dtype, spec.window, spec.chunk)
         return KVGroup(self.layers, uniform, heads, self.float32_partials)
+
+
+def stored_as(groups: Iterable[KVGroup], kv_cache_dtype: str) -> tuple[KVGroup, ...]:
+    """Return groups with keys and values stored as the option `kv_cache_dtype` says."""
+    if kv_cache_dtype == "auto":
+        return tuple(groups)
+    dtype = STORED_DTYPES.get(kv_cache_dtype, kv_cache_dtype)
+    return tuple(msgspec.structs.replace(group, spec=group.spec.stored_as(dtype)) for group in groups)

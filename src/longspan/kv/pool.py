@@ -3,8 +3,8 @@
 Holds tensors and row copies. Must not know requests, page tables or free slots.
 Read next: `longspan.cp.eager`, which writes and reads it.
 
-Layout: `[num_kv_heads, rows, width]` per layer. A run of consecutive slots is then one view for each head, and one
-kernel call reads it at the full memory bandwidth.
+Layout: `[num_kv_heads, rows, stored width]` per layer. A run of consecutive slots is then one view for each head, and
+one kernel call reads it at the full memory bandwidth.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.kv.layout import KVComponent, KVGroup
+from longspan.kv.stored import holds, round_rows
 
 
 class PagePool:
@@ -39,7 +40,6 @@ class PagePool:
                 allocates.
         """
         layout = group.spec.layout
-        self._are_values_stored = layout.v_width_in_k is None
         self.group, self.page_size, self.num_rows = group, page_size, num_pages * page_size
         self.device = device
         if memory is None:
@@ -50,14 +50,13 @@ class PagePool:
             assert self.num_rows == memory.num_rows, "groups that share memory have the same pages"
             self._stored = [dict(zip(group.layers, given.values(), strict=False)) for given in memory._stored]
         self.k = self._stored[0]
-        """Keys by layer, [Hkv, rows, Dk] in the dtype of their component."""
+        """Keys by layer, [Hkv, rows, stored Dk] as `longspan.kv.stored` describes rows."""
         self.v = self._stored[1] if layout.v_width_in_k is None else self._starts_of_keys(layout.v_width)
-        """Values by layer, [Hkv, rows, Dv]; views of `k` where values are a part of keys."""
+        """Values by layer, [Hkv, rows, stored Dv]; views of `k` where values are a part of keys, [Hkv, rows, Dv]."""
 
     def _component(self, component: KVComponent) -> dict[int, Tensor]:
-        """Tensors of one component by layer, [heads, rows, width]."""
-        assert component.scale_dtype is None, "no kernel reads scales"
-        shape, dtype = (component.num_heads, self.num_rows, component.width), getattr(torch, component.dtype)
+        """Tensors of one component by layer, [heads, rows, stored width]."""
+        shape, dtype = (component.num_heads, self.num_rows, component.stored_width), holds(component)
         # empty, not zeros: the operating system gives memory on first touch, so an unused pool costs nothing
         return {layer: torch.empty(shape, dtype=dtype, device=self.device) for layer in self.group.layers}
 
@@ -70,13 +69,12 @@ class PagePool:
 
         Args:
             layer: layer of the model.
-            k: [Hkv, T, Dk], keys of new tokens.
+            k: [Hkv, T, Dk], keys of new tokens, in the dtype of computation.
             v: [Hkv, T, Dv], values of new tokens; not read where values are a part of keys.
             stores: (first token in k and v, first row in the pool, number of tokens).
         """
-        pairs = [(self.k[layer], k), (self.v[layer], v)] if self._are_values_stored else [(self.k[layer], k)]
-        for token, row, count in stores:
-            for pool, new in pairs:
+        for pool, new in self._rounded(layer, k, v):
+            for token, row, count in stores:
                 pool[:, row : row + count] = new[:, token : token + count]
 
     def scatter(self, layer: int, k: Tensor, v: Tensor, rows: Tensor) -> None:
@@ -84,16 +82,21 @@ class PagePool:
 
         Args:
             layer: layer of the model.
-            k: [Hkv, T, Dk], keys of new tokens.
+            k: [Hkv, T, Dk], keys of new tokens, in the dtype of computation.
             v: [Hkv, T, Dv], values of new tokens; not read where values are a part of keys.
             rows: [T] int64, each token's row in the pool.
         """
-        self.k[layer].index_copy_(1, rows, k)
-        if self._are_values_stored:
-            self.v[layer].index_copy_(1, rows, v)
+        for pool, new in self._rounded(layer, k, v):
+            pool.index_copy_(1, rows, new)
+
+    def _rounded(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of a layer's tensor and the new rows that it gets, as it stores them."""
+        components = self.group.spec.layout.components
+        new = (round_rows(rows, component) for rows, component in zip((k, v), components, strict=False))
+        return [(pool[layer], rows) for pool, rows in zip(self._stored, new, strict=True)]
 
     def rows(self, slot: int, num_pages: int) -> list[Tensor]:
-        """Views of whole pages, [Hkv, rows, width] of every component and layer, in the same order on every rank."""
+        """Views of whole pages, [Hkv, rows, stored width] of all components and layers, in one order on every rank."""
         part = slice(slot * self.page_size, (slot + num_pages) * self.page_size)
         return [tensor[:, part] for pool in self._stored for tensor in pool.values()]
 

@@ -32,19 +32,31 @@ INLINE vec larger(vec a, vec b)
     return (vec)(((veci)a & mask) | ((veci)b & ~mask));
 }
 
-/* Keys or values of one KV head; stride in elements. */
+/* Keys or values of one KV head; stride in elements; kind and wide are constants in every kernel. */
 struct matrix {
     const void *base;
     long stride;
-    int is_bf16;
+    int kind, wide;
 };
 
-INLINE vec part_of(struct matrix m, long row, long c) { return load(m.base, row * m.stride + c, m.is_bf16); }
+INLINE vec part_of(struct matrix m, long row, long c) { return stored(m.base, row * m.stride + c, m.kind, m.wide); }
+
+/* Multiply what belongs to each key, values [keys, padded], by the scale of the key's row in m. */
+INLINE void apply_scales(struct matrix m, long first, long keys, long padded, long width, float *values)
+{
+    if (m.kind < INT8)
+        return;
+    for (long s = 0; s < keys; s++) {
+        const float scale = scale_behind(m.base, first + s, m.stride, width);
+        for (long r = 0; r < padded; r++)
+            values[s * padded + r] *= scale;
+    }
+}
 
 /* Prefetch the memory AHEAD of `count` elements from (row, c) on: it is read next where rows follow each other. */
 INLINE void prefetch(struct matrix m, long row, long c, long count)
 {
-    const long item = m.is_bf16 ? 2 : 4;
+    const long item = bytes_of(m.kind);
     const char *start = (const char *)m.base + (row * m.stride + c) * item + AHEAD;
     for (long byte = 0; byte < count * item; byte += 64)
         __builtin_prefetch(start + byte);
@@ -184,7 +196,9 @@ INLINE void attend(const float *q, struct matrix k, struct matrix v, const long 
         start = left > most ? start + most : 0;
         run += left <= most;
         score(q, k, first, keys, rows, padded, width, tile, scores);
+        apply_scales(k, first, keys, padded, width, scores);
         soften(scores, keys * padded, padded, &state);
+        apply_scales(v, first, keys, padded, v_width, scores);
         add_values(v, first, keys, rows, padded, v_width, tile, scores, state.shrink, acc);
     }
     for (long r = 0; r < rows; r++) {
@@ -203,12 +217,13 @@ INLINE void attend(const float *q, struct matrix k, struct matrix v, const long 
     case n:                                                                                                            \
         attend(q, k, v, starts, lengths, num_runs, n, width, v_width, tile, out, lse);                                 \
         break;
-#define HEAD(attributes, name, tile, bf16)                                                                             \
+#define HEAD(attributes, name, tile, stored_kind)                                                                             \
     attributes static void name(const float *q, struct matrix k, struct matrix v, const long *starts,                  \
                                 const long *lengths, long num_runs, int rows, int width, int v_width, float *out,      \
                                 float *lse)                                                                            \
     {                                                                                                                  \
-        k.is_bf16 = v.is_bf16 = bf16;                                                                                  \
+        k.kind = v.kind = stored_kind;                                                                                 \
+        k.wide = v.wide = tile == WIDE_TILE;                                                                           \
         switch (rows) {                                                                                                \
             ROWS(1, tile)                                                                                              \
             ROWS(2, tile)                                                                                              \
@@ -224,50 +239,54 @@ INLINE void attend(const float *q, struct matrix k, struct matrix v, const long 
 typedef void head(const float *, struct matrix, struct matrix, const long *, const long *, long, int, int, int,
                   float *, float *);
 
-HEAD(MULTIVERSION, narrow_float32, NARROW_TILE, 0)
-HEAD(MULTIVERSION, narrow_bfloat16, NARROW_TILE, 1)
+HEAD(MULTIVERSION, narrow_float32, NARROW_TILE, FLOAT32)
+HEAD(MULTIVERSION, narrow_bfloat16, NARROW_TILE, BFLOAT16)
 #ifdef WIDE
-HEAD(WIDE, wide_float32, WIDE_TILE, 0)
-HEAD(WIDE, wide_bfloat16, WIDE_TILE, 1)
+HEAD(WIDE, wide_float32, WIDE_TILE, FLOAT32)
+HEAD(WIDE, wide_bfloat16, WIDE_TILE, BFLOAT16)
+HEAD(WIDE, wide_int8, WIDE_TILE, INT8)
+HEAD(WIDE, wide_float8, WIDE_TILE, FLOAT8)
 #endif
 
-/* The kernel for a dtype on this CPU. */
-static head *head_for(int is_bf16)
+/* The kernel for a kind on this CPU; NULL if there is none. */
+static head *head_for(int kind)
 {
 #ifdef WIDE
-    if (longspan_has_wide_registers())
-        return is_bf16 ? wide_bfloat16 : wide_float32;
+    if (longspan_has_wide_registers()) {
+        head *const wide[] = {wide_float32, wide_bfloat16, wide_int8, wide_float8};
+        return kind >= FLOAT32 && kind <= FLOAT8 ? wide[kind] : NULL;
+    }
 #endif
-    return is_bf16 ? narrow_bfloat16 : narrow_float32;
+    return kind == FLOAT32 ? narrow_float32 : kind == BFLOAT16 ? narrow_bfloat16 : NULL;
 }
 
 static int is_width(int width) { return width >= LANES && width <= MAX_WIDTH && width % LANES == 0; }
 
 /* Every row of q over every key, once per run of keys, runs and KV heads in parallel.
  *
- * q [heads, rows, width] float32, contiguous and already scaled. k [.., width] and v [.., v_width]: float32 or bfloat16;
- * strides in elements; the last dimension contiguous. Keys are cut into num_runs equal runs (the last one shorter).
+ * q [heads, rows, width] float32, contiguous and already scaled. k [.., width] and v [.., v_width] of one kind, with scales
+ * behind rows where it has them; strides in elements; the last dimension contiguous. Keys are cut into num_runs equal runs (the last one shorter).
  * out [num_runs, heads, rows, v_width] and lse [num_runs, heads, rows]: float32, contiguous; natural logarithm.
  * Returns 0, or 1 when a size is not supported (nothing is written then).
  */
 int longspan_decode(const float *q, const void *k, const void *v, long k_head_stride, long k_stride, long v_head_stride,
-                    long v_stride, int heads, int rows, long num_keys, int width, int v_width, int is_bf16,
+                    long v_stride, int heads, int rows, long num_keys, int width, int v_width, int kind,
                     int num_runs, int num_threads, float *out, float *lse)
 {
-    if (num_threads < 1 || rows < 1 || rows > MAX_ROWS || !is_width(width) || !is_width(v_width) || num_runs < 1)
+    head *const attend_head = head_for(kind);
+    if (!attend_head || num_threads < 1 || rows < 1 || rows > MAX_ROWS || !is_width(width) || !is_width(v_width) || num_runs < 1)
         return 1;
     const long run_len = (num_keys + num_runs - 1) / num_runs;
     if (run_len * (num_runs - 1) >= num_keys)
         return 1; /* a run would be empty */
-    const long item = is_bf16 ? 2 : 4;
-    head *const attend_head = head_for(is_bf16);
+    const long item = bytes_of(kind);
 #pragma omp parallel for collapse(2) schedule(static, 1) num_threads(num_threads)
     for (int run = 0; run < num_runs; run++) {
         for (int h = 0; h < heads; h++) {
             const long first = run * run_len;
             const long count = num_keys - first < run_len ? num_keys - first : run_len;
-            const struct matrix keys = {(const char *)k + h * k_head_stride * item, k_stride, is_bf16};
-            const struct matrix values = {(const char *)v + h * v_head_stride * item, v_stride, is_bf16};
+            const struct matrix keys = {(const char *)k + h * k_head_stride * item, k_stride};
+            const struct matrix values = {(const char *)v + h * v_head_stride * item, v_stride};
             const long row = ((long)run * heads + h) * rows;
             attend_head(q + (long)h * rows * width, keys, values, &first, &count, 1, rows, width, v_width,
                         out + row * v_width, lse + row);
@@ -278,34 +297,34 @@ int longspan_decode(const float *q, const void *k, const void *v, long k_head_st
 
 /* Many queries at once, each over its own runs of keys: the decode of a batch. Queries and KV heads in parallel.
  *
- * q [T, heads, rows, width] of k's dtype, contiguous; scaled here. k and v as above. Query i is row query_rows[i] of q,
+ * q [T, heads, rows, width] float32 or bfloat16, contiguous; scaled here. k and v as above. Query i is row query_rows[i] of q,
  * out and lse, and sees runs[offsets[i]] up to runs[offsets[i + 1]]: keys [starts[j], starts[j] + lengths[j]), no run
  * empty. out [T, heads, rows, v_width] and lse [T, heads, rows]: float32, contiguous; other rows are left alone.
  * Returns 0, or 1 when a size is not supported (nothing is written then).
  */
 int longspan_decode_batch(const void *q, const void *k, const void *v, long k_head_stride, long k_stride,
-                          long v_head_stride, long v_stride, int heads, int rows, int width, int v_width, int is_bf16,
+                          long v_head_stride, long v_stride, int heads, int rows, int width, int v_width, int is_q_bf16, int kind,
                           float scale, long num_queries, const long *query_rows, const long *offsets,
                           const long *starts, const long *lengths, int num_threads, float *out, float *lse)
 {
-    if (num_threads < 1 || rows < 1 || rows > MAX_ROWS || !is_width(width) || !is_width(v_width))
+    head *const attend_head = head_for(kind);
+    if (!attend_head || num_threads < 1 || rows < 1 || rows > MAX_ROWS || !is_width(width) || !is_width(v_width))
         return 1;
     for (long i = 0; i < num_queries; i++)
         if (offsets[i] == offsets[i + 1])
             return 1;
-    const long item = is_bf16 ? 2 : 4;
-    head *const attend_head = head_for(is_bf16);
+    const long item = bytes_of(kind);
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(num_threads)
     for (long i = 0; i < num_queries; i++) {
         for (int h = 0; h < heads; h++) {
             float scaled[MAX_ROWS * MAX_WIDTH] __attribute__((aligned(64)));
             const long row = (query_rows[i] * heads + h) * rows;
             for (long c = 0; c < (long)rows * width; c += LANES) {
-                const vec value = load(q, row * width + c, is_bf16) * scale;
+                const vec value = load(q, row * width + c, is_q_bf16) * scale;
                 memcpy(scaled + c, &value, sizeof value);
             }
-            const struct matrix keys = {(const char *)k + h * k_head_stride * item, k_stride, is_bf16};
-            const struct matrix values = {(const char *)v + h * v_head_stride * item, v_stride, is_bf16};
+            const struct matrix keys = {(const char *)k + h * k_head_stride * item, k_stride};
+            const struct matrix values = {(const char *)v + h * v_head_stride * item, v_stride};
             attend_head(scaled, keys, values, starts + offsets[i], lengths + offsets[i], offsets[i + 1] - offsets[i],
                         rows, width, v_width, out + row * v_width, lse + row);
         }

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longspan.kv.stored import row_width
+
 MAX_ROWS, MAX_WIDTH, LANES = 8, 576, 16
 """Limits of decode.c and linear.h (FEW_ROWS), and the vector width of lanes.h."""
 
@@ -33,13 +35,16 @@ worth."""
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
-INTERFACE = 3
+INTERFACE = 4
 """Number of the signatures below, as in prefill.c; it changes with them, so that an older binary is not called."""
 
 FAR = 1 << 40
 """Distance in tokens that is larger than any between a key and a query."""
 
-_DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of queries and weights."""
+_KINDS = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
+"""Of keys and values, in the order of `lanes.h`. See `longspan.kv.stored`, Note [Stored rows]."""
 
 
 @cache
@@ -71,7 +76,8 @@ def library() -> ctypes.CDLL | None:
     ]
     kernels.longspan_decode_batch.argtypes = [
         *(pointer, pointer, pointer, long, long, long, long),
-        *(integer, integer, integer, integer, integer, ctypes.c_float, long, pointer, pointer, pointer, pointer),
+        *(integer, integer, integer, integer, integer, integer, ctypes.c_float, long),
+        *(pointer, pointer, pointer, pointer),
         *(integer, pointer, pointer),
     ]
     kernels.longspan_before_attention.argtypes = [pointer] * 4 + [integer] * 2 + [pointer] * 4
@@ -84,7 +90,7 @@ def library() -> ctypes.CDLL | None:
     kernels.longspan_add_mlp_rows.argtypes = [pointer] * 3 + [long, integer, pointer]
     kernels.longspan_prefill.argtypes = [
         *(pointer, pointer, pointer, long, long, long, long, long, long),
-        *(integer, integer, integer, integer, integer, long),
+        *(integer, integer, integer, integer, integer, integer, long),
         *(pointer, long, ctypes.c_float, long, integer, pointer, pointer),
     ]
     kernels.longspan_merge_rows.argtypes = [pointer] * 4 + [long, integer, integer]
@@ -117,17 +123,19 @@ def _is_width(width: int) -> bool:
 
 
 def can_decode(num_rows: int, width: int, v_width: int, dtype: torch.dtype) -> bool:
-    """Whether `decode` takes this number of query rows per KV head, these head sizes and this dtype."""
-    return 1 <= num_rows <= MAX_ROWS and _is_width(width) and _is_width(v_width) and dtype in _DTYPES
+    """Whether `decode` takes this number of query rows per KV head, these head sizes and this dtype of keys."""
+    is_kind = dtype in DTYPES or (dtype in _KINDS and _has_wide_registers())
+    return 1 <= num_rows <= MAX_ROWS and _is_width(width) and _is_width(v_width) and is_kind
 
 
 def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> tuple[Tensor, Tensor]:
     """Compute attention of every query row over every key of its KV head.
 
     Args:
-        rows: [Hkv, r, D], of a shape and dtype that `can_decode` admits.
-        k: [Hkv, s, D], contiguous in the last dimension, s >= 1.
-        v: [Hkv, s, Dv], contiguous in the last dimension; may be the first elements of `k`.
+        rows: [Hkv, r, D], of a shape that `can_decode` admits.
+        k: [Hkv, s, stored D] of a dtype that it admits, contiguous in the last dimension, s >= 1.
+        v: [Hkv, s, stored Dv], contiguous in the last dimension; may be the first elements of `k` if these have no
+            scales.
         scale: factor on the dot products.
         num_runs: number of runs that the keys are cut into, for more parallel work; no run may be empty.
 
@@ -137,14 +145,14 @@ def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> t
     found = library()
     assert found is not None
     num_heads, num_rows, width = rows.shape
-    v_width, num_threads = v.shape[2], torch.get_num_threads()
+    v_width, num_threads = row_width(v), torch.get_num_threads()
     scaled = (rows.float() * scale).contiguous()
     out = torch.empty(num_runs, num_heads, num_rows, v_width)
     lse = torch.empty(num_runs, num_heads, num_rows)
     status = found.longspan_decode(
         *(scaled.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
-        *(num_heads, num_rows, k.shape[1], width, v_width, k.dtype is torch.bfloat16, num_runs, num_threads),
+        *(num_heads, num_rows, k.shape[1], width, v_width, _KINDS.index(k.dtype), num_runs, num_threads),
         *(out.data_ptr(), lse.data_ptr()),
     )
     assert status == 0, f"decode kernel refused {num_heads} heads, {num_rows} rows, {k.shape[1]} keys, {num_runs} runs"
@@ -174,9 +182,10 @@ def decode_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: DecodeBat
     """Compute attention of every query of a batch over its own keys; other rows of `out` and `lse` are left alone.
 
     Args:
-        q: [T, H, D] of k's dtype, contiguous; H / Hkv, D, Dv and dtype such that `can_decode` admits them.
-        k: [Hkv, rows, D], contiguous in the last dimension.
-        v: [Hkv, rows, Dv], contiguous in the last dimension; may be the first elements of `k`.
+        q: [T, H, D] float32 or bfloat16, contiguous; H / Hkv, D, Dv and k's dtype such that `can_decode` admits them.
+        k: [Hkv, rows, stored D], contiguous in the last dimension.
+        v: [Hkv, rows, stored Dv], contiguous in the last dimension; may be the first elements of `k` if these have no
+            scales.
         scale: factor on the dot products.
         batch: keys that each query sees.
         out: [T, H, Dv] float32, contiguous, written.
@@ -185,13 +194,13 @@ def decode_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: DecodeBat
     found = library()
     assert found is not None
     assert q.is_contiguous()
-    assert q.dtype is k.dtype
-    num_kv_heads, _, width = k.shape
-    group_size, is_bf16 = q.shape[1] // num_kv_heads, k.dtype is torch.bfloat16
+    assert q.dtype in DTYPES
+    num_kv_heads, width = k.shape[0], q.shape[2]
+    group_size, kind = q.shape[1] // num_kv_heads, _KINDS.index(k.dtype)
     status = found.longspan_decode_batch(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
-        *(num_kv_heads, group_size, width, v.shape[2], is_bf16, scale, batch.num_queries),
+        *(num_kv_heads, group_size, width, row_width(v), q.dtype is torch.bfloat16, kind, scale, batch.num_queries),
         *(batch.query_rows.ctypes.data, batch.offsets.ctypes.data, batch.starts.ctypes.data, batch.lengths.ctypes.data),
         *(torch.get_num_threads(), out.data_ptr(), lse.data_ptr()),
     )
@@ -204,10 +213,10 @@ def _has_wide_registers() -> bool:
     return found is not None and bool(found.longspan_has_wide_registers())
 
 
-def can_prefill(width: int, v_width: int, dtype: torch.dtype) -> bool:
-    """Whether `prefill` takes these head sizes and this dtype, and this CPU has 512-bit registers."""
-    fits = _is_width(width) and _is_width(v_width)
-    return fits and dtype in _DTYPES and is_available() and _has_wide_registers()
+def can_prefill(width: int, v_width: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
+    """Whether `prefill` takes these head sizes and dtypes of queries and keys, and this CPU has 512-bit registers."""
+    fits = _is_width(width) and _is_width(v_width) and dtype in DTYPES and kv_dtype in _KINDS
+    return fits and is_available() and _has_wide_registers()
 
 
 class SeenKeys(NamedTuple):
@@ -225,9 +234,11 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKe
     """Compute attention of consecutive queries over several runs of keys in one call.
 
     Args:
-        q: [t, H, D] of k's dtype, contiguous in the last dimension; sizes and dtype that `can_prefill` admits.
-        k: [Hkv, rows, D], contiguous in the last dimension.
-        v: [Hkv, rows, Dv], contiguous in the last dimension; may be the first elements of `k`.
+        q: [t, H, D], contiguous in the last dimension; sizes and dtypes of q and k are such that `can_prefill` admits
+            them.
+        k: [Hkv, rows, stored D], contiguous in the last dimension.
+        v: [Hkv, rows, stored Dv], contiguous in the last dimension; may be the first elements of `k` if these have no
+            scales.
         scale: factor on the dot products.
         seen: disjoint runs of keys.
         out: [t, H, Dv] float32, contiguous, written; 0 for a query that sees nothing.
@@ -235,7 +246,7 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKe
     """
     found = library()
     assert found is not None
-    assert q.dtype is k.dtype
+    assert q.dtype in DTYPES
     num_queries, num_heads, width = q.shape
     num_kv_heads, num_threads = k.shape[0], torch.get_num_threads()
     spans = np.array(seen, dtype=np.int64)  # [runs, 4]
@@ -247,7 +258,8 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKe
     status = found.longspan_prefill(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
-        *(num_kv_heads, num_heads // num_kv_heads, width, v.shape[2], k.dtype is torch.bfloat16, num_queries),
+        *(num_kv_heads, num_heads // num_kv_heads, width, row_width(v), q.dtype is torch.bfloat16),
+        *(_KINDS.index(k.dtype), num_queries),
         *(spans.ctypes.data, len(seen), scale, num_runs, num_threads, outs.data_ptr(), lses.data_ptr()),
     )
     assert status == 0, f"prefill kernel refused {num_queries} queries of {num_heads} heads of {width}, {v.shape[2]}"
@@ -286,7 +298,7 @@ def merge_rows(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> No
 def can_multiply(num_rows: int, width: int, dtype: torch.dtype) -> bool:
     """Whether `linear` takes this number of rows, this number of inputs and this dtype."""
     most = MAX_LINEAR_ROWS if dtype is torch.float32 else MAX_ROWS
-    return 1 <= num_rows <= most and width % LANES == 0 and width > 0 and dtype in _DTYPES
+    return 1 <= num_rows <= most and width % LANES == 0 and width > 0 and dtype in DTYPES
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

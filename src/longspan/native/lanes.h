@@ -49,6 +49,66 @@ INLINE vec load(const void *base, long element, int is_bf16)
     return value;
 }
 
+typedef int16_t shorts16 __attribute__((vector_size(32), aligned(2)));
+typedef int8_t bytes16 __attribute__((vector_size(16), aligned(1)));
+typedef uint8_t ubytes16 __attribute__((vector_size(16), aligned(1)));
+
+#if defined(WIDE) && !defined(__clang__)
+#define LOOKUP
+#endif
+
+/* Sixteen bytes as whole numbers; is_signed and wide are constants in every caller.
+ *
+ * In two steps, as GCC takes vectors apart where it should widen fourfold; with wide registers by the one instruction. */
+INLINE veci widen(const uint8_t *data, int is_signed, int wide)
+{
+#ifdef LOOKUP
+    if (wide) {
+        veci numbers;
+        if (is_signed)
+            __asm__("vpmovsxbd %1, %0" : "=v"(numbers) : "m"(*(const bytes16 *)data));
+        else
+            __asm__("vpmovzxbd %1, %0" : "=v"(numbers) : "m"(*(const bytes16 *)data));
+        return numbers;
+    }
+#endif
+    bytes16 raw;
+    memcpy(&raw, data, sizeof raw);
+    if (is_signed)
+        return __builtin_convertvector(__builtin_convertvector(raw, shorts16), veci);
+    return (veci)__builtin_convertvector(__builtin_convertvector((ubytes16)raw, half16), vecu);
+}
+
+/* Kinds of stored keys and values, in the order of kernels.py. Rows of the last two end with a float32 scale. */
+enum { FLOAT32, BFLOAT16, INT8, FLOAT8 };
+
+INLINE long bytes_of(int kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
+
+/* 16 stored elements as float32, a scale not applied; kind and wide are constants in every caller. */
+INLINE vec stored(const void *base, long element, int kind, int wide)
+{
+    if (kind < INT8)
+        return load(base, element, kind == BFLOAT16);
+    const uint8_t *data = (const uint8_t *)base + element;
+    if (kind == INT8)
+        return __builtin_convertvector(widen(data, 1, wide), vec);
+    /* Sign, 4 bits of exponent, 3 of fraction. As float32 the exponent moves by 120; a number without one is 2^-6 too
+     * large when it gets the next. */
+    const veci bits = widen(data, 0, wide), low = (bits & 127) << 20, sign = (bits & 128) << 24;
+    const veci is_small = low < (1 << 23);
+    const vec number = (vec)(low + (((120 << 23) & ~is_small) | ((121 << 23) & is_small)));
+    const vec shift = (vec)((veci)((vec){0} + 0.015625f) & is_small);
+    return (vec)((veci)(number - shift) | sign);
+}
+
+/* Scale behind a row's `width` elements of one byte. */
+INLINE float scale_behind(const void *base, long row, long stride, long width)
+{
+    float scale;
+    memcpy(&scale, (const char *)base + row * stride + width, sizeof scale);
+    return scale;
+}
+
 INLINE long smaller(long a, long b)
 {
     return a < b ? a : b;

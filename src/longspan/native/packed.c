@@ -12,44 +12,14 @@
 
 #include "linear.h"
 
-#if defined(WIDE) && !defined(__clang__)
-#define LOOKUP
-#endif
-
 #define BLOCK 32         /* weights that are unpacked together; a group is a multiple */
 #define AHEAD_BYTES 2048 /* prefetch distance; measured: 512 is 30 % slower, 4096 about the same */
-
-typedef int16_t shorts16 __attribute__((vector_size(32), aligned(2)));
-typedef int8_t bytes16 __attribute__((vector_size(16), aligned(1)));
-typedef uint8_t ubytes16 __attribute__((vector_size(16), aligned(1)));
 
 /* Values of the sixteen numbers of four bits in one group. */
 INLINE vec table_of(float scale, float zero)
 {
     const vec numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return (numbers - zero) * scale;
-}
-
-/* Sixteen bytes as whole numbers; is_signed and wide are constants in every caller.
- *
- * In two steps, as GCC takes vectors apart where it should widen fourfold; with wide registers by the one instruction. */
-INLINE veci widen(const uint8_t *data, int is_signed, int wide)
-{
-#ifdef LOOKUP
-    if (wide) {
-        veci numbers;
-        if (is_signed)
-            __asm__("vpmovsxbd %1, %0" : "=v"(numbers) : "m"(*(const bytes16 *)data));
-        else
-            __asm__("vpmovzxbd %1, %0" : "=v"(numbers) : "m"(*(const bytes16 *)data));
-        return numbers;
-    }
-#endif
-    bytes16 raw;
-    memcpy(&raw, data, sizeof raw);
-    if (is_signed)
-        return __builtin_convertvector(__builtin_convertvector(raw, shorts16), veci);
-    return (veci)__builtin_convertvector(__builtin_convertvector((ubytes16)raw, half16), vecu);
 }
 
 /* One block of weights; bits and wide are constants in every caller. */

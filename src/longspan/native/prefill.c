@@ -196,7 +196,7 @@ MEET_ALL(meet_full, 0)
 struct call {
     const void *q, *k, *v;
     long q_stride, q_head_stride, k_head_stride, k_stride, v_head_stride, v_stride; /* in elements */
-    int heads, group, width, v_width, is_bf16;
+    int heads, group, width, v_width, is_q_bf16, kind;
     const struct span *spans;
     long num_spans, num_runs;
     float scale;
@@ -212,12 +212,23 @@ WIDE static float element(const void *base, long i, int is_bf16)
     return value;
 }
 
-/* [count, width] bfloat16 rows as float32, contiguous. */
-WIDE static void widen(const void *base, long first, long stride, long count, int width, float *out)
+/* [count, width] rows of a kind as float32, contiguous. */
+#define CONVERT(name, kind)                                                                                            \
+    WIDE static void name(const void *base, long stride, long count, int width, float *out)                            \
+    {                                                                                                                  \
+        for (long j = 0; j < count; j++) {                                                                             \
+            const float scale = kind < INT8 ? 1.0f : scale_behind(base, j, stride, width);                             \
+            for (int d = 0; d < width; d += LANES)                                                                     \
+                put(out + j * width + d, stored(base, j * stride + d, kind, 1) * scale);                               \
+        }                                                                                                              \
+    }
+CONVERT(convert_bfloat16, BFLOAT16)
+CONVERT(convert_int8, INT8)
+CONVERT(convert_float8, FLOAT8)
+
+static void convert(const void *base, int kind, long stride, long count, int width, float *out)
 {
-    for (long j = 0; j < count; j++)
-        for (int d = 0; d < width; d += LANES)
-            put(out + j * width + d, load(base, first + j * stride + d, 1));
+    (kind == BFLOAT16 ? convert_bfloat16 : kind == INT8 ? convert_int8 : convert_float8)(base, stride, count, width, out);
 }
 
 /* A new state of `count` rows from `row` of a head's matrix of queries. */
@@ -235,7 +246,7 @@ WIDE static void read_rows(const struct call *c, int head, long row, long count,
             continue;
         const long start = query * c->q_stride + (head * c->group + r % c->group) * c->q_head_stride;
         for (int d = 0; d < c->width; d++)
-            rows->queries[d * ROWS + lane] = element(c->q, start + d, c->is_bf16) * scale;
+            rows->queries[d * ROWS + lane] = element(c->q, start + d, c->is_q_bf16) * scale;
     }
     rows->first = row / c->group;
     rows->last = (row + count - 1) / c->group;
@@ -257,13 +268,13 @@ WIDE static void write_rows(const struct call *c, int head, long row, long count
 }
 
 static long state_floats(const struct call *c) { return (c->width + c->v_width + 2) * ROWS; }
-static long block_floats(const struct call *c) { return BLOCK * (ROWS + (c->is_bf16 ? c->width + c->v_width : 0)); }
+static long block_floats(const struct call *c) { return BLOCK * (ROWS + (c->kind != FLOAT32 ? c->width + c->v_width : 0)); }
 
 /* Rows [first, first + num_rows) of a KV head's matrix of queries, over one run of every span's keys. */
 WIDE static void run_task(const struct call *c, int head, long first, long num_rows, long run, float *out, float *lse,
                           float *scratch)
 {
-    const long num_states = (num_rows + ROWS - 1) / ROWS, item = c->is_bf16 ? 2 : 4;
+    const long num_states = (num_rows + ROWS - 1) / ROWS, item = bytes_of(c->kind);
     float *scores = scratch, *wide_k = scores + BLOCK * ROWS, *wide_v = wide_k + BLOCK * c->width;
     struct rows states[num_states];
     for (long s = 0; s < num_states; s++) {
@@ -285,11 +296,11 @@ WIDE static void run_task(const struct call *c, int head, long first, long num_r
             long k_stride = c->k_stride, v_stride = c->v_stride;
             const float *k = (const float *)(head_k + key * k_stride * item);
             const float *v = (const float *)(head_v + key * v_stride * item);
-            if (c->is_bf16) {
+            if (c->kind != FLOAT32) {
                 const int is_one = k == v && k_stride == v_stride; /* values are the first elements of keys */
-                widen(k, 0, k_stride, end - key, c->width, wide_k);
+                convert(k, c->kind, k_stride, end - key, c->width, wide_k);
                 if (!is_one)
-                    widen(v, 0, v_stride, end - key, c->v_width, wide_v);
+                    convert(v, c->kind, v_stride, end - key, c->v_width, wide_v);
                 k = wide_k, v = is_one ? wide_k : wide_v, k_stride = c->width, v_stride = is_one ? c->width : c->v_width;
             }
             for (long s = 0; s < num_states; s++) {
@@ -313,7 +324,7 @@ WIDE static void run_task(const struct call *c, int head, long first, long num_r
 #endif
 
 /* Number of the kernels' signatures, INTERFACE of kernels.py: a binary of other ones must not be called. */
-int longspan_interface(void) { return 3; }
+int longspan_interface(void) { return 4; }
 
 /* Whether this CPU has the registers that the kernel is made of. */
 int longspan_has_wide_registers(void)
@@ -328,23 +339,23 @@ int longspan_has_wide_registers(void)
 
 /* Consecutive queries over spans of keys.
  *
- * q [num_queries, heads * group, width], k [heads, rows, width], v [heads, rows, v_width]: float32 or bfloat16, strides
- * in elements, contiguous in the last dimension. The keys of every span are cut into num_runs equal runs, each with a
+ * q [num_queries, heads * group, width] float32 or bfloat16; k [heads, rows, width] and v [heads, rows, v_width] of one
+ * kind, with scales behind rows where it has them; strides in elements, contiguous in the last dimension. The keys of every span are cut into num_runs equal runs, each with a
  * partial of its own. out [num_runs, num_queries, heads * group, v_width] and lse [num_runs, num_queries, heads * group]:
  * float32, contiguous, natural logarithm; 0 and -inf for a query that sees nothing of a run.
  * Returns 0, or 1 when a size or this CPU is not supported or memory is short (nothing is written then).
  */
 int longspan_prefill(const void *q, const void *k, const void *v, long q_stride, long q_head_stride, long k_head_stride,
                      long k_stride, long v_head_stride, long v_stride, int heads, int group, int width, int v_width,
-                     int is_bf16, long num_queries, const struct span *spans, long num_spans, float scale,
+                     int is_q_bf16, int kind, long num_queries, const struct span *spans, long num_spans, float scale,
                      long num_runs, int num_threads, float *out, float *lse)
 {
 #ifdef WIDE
     if (num_threads < 1 || heads < 1 || group < 1 || width < LANES || width % LANES || v_width < LANES ||
-        v_width % LANES || num_queries < 1 || num_queries > MOST_QUERIES || num_runs < 1)
+        v_width % LANES || kind < FLOAT32 || kind > FLOAT8 || num_queries < 1 || num_queries > MOST_QUERIES || num_runs < 1)
         return 1;
     const struct call call = {q,       k,        v,       q_stride, q_head_stride, k_head_stride, k_stride,
-                              v_head_stride, v_stride, heads, group, width, v_width, is_bf16,
+                              v_head_stride, v_stride, heads, group, width, v_width, is_q_bf16, kind,
                               spans, num_spans, num_runs, scale};
     const long num_rows = num_queries * group;
     long task_rows = STATE_BYTES / (long)sizeof(float) / state_floats(&call) * ROWS;
