@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast, get_args
 import click
 import msgspec
 
-from longspan.config import parse_overrides
+from longspan.config import KVDTypeName, parse_overrides
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
 from longspan.quantities import parse_size, parse_tokens
@@ -42,6 +42,13 @@ def _dtypes() -> click.Choice[str]:
 )
 @click.option("--dtype", type=_dtypes(), help="Default: that of measured rates, else bfloat16.")
 @click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(get_args(KVDTypeName)),
+    default="auto",
+    show_default=True,
+    help="Of stored keys and values; auto: that of the weights.",
+)
+@click.option(
     "--memory-utilization", type=float, default=0.9, show_default=True, help="Share that weights and KV may take."
 )
 @click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step.")
@@ -58,6 +65,7 @@ def plan(
     tensor_parallel_size: int,
     context: str,
     dtype: str | None,
+    kv_cache_dtype: str,
     memory_utilization: float,
     max_num_batched_tokens: int,
     hf_overrides: str | None,
@@ -88,7 +96,7 @@ def plan(
         from longspan.planner.report import make_plan
 
     report = make_plan(
-        load_shape(model, planned_dtype, overrides),
+        load_shape(model, planned_dtype, overrides, kv_cache_dtype),
         described,
         sorted(contexts),
         model=model,

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import structs
 from transformers import PreTrainedConfig
 
 from longspan.costmodel.shapes import ModelShape, PlannedDType
 from longspan.errors import ConfigError, UnsupportedModelError
+from longspan.kv.layout import stored_as
 from longspan.models.gguf_files import is_gguf
 from longspan.models.inspect import check_proven, trace_model
 from longspan.models.loader import load_config, load_config_file
@@ -29,13 +31,16 @@ _WRONG_FIELDS = {
 """Config fields that, where they are set, mean that dense arithmetic does not hold."""
 
 
-def load_shape(model: str, dtype: PlannedDType, overrides: Mapping[str, Any] | None = None) -> ModelShape:
+def load_shape(
+    model: str, dtype: PlannedDType, overrides: Mapping[str, Any] | None = None, kv_cache_dtype: str = "auto"
+) -> ModelShape:
     """Read a model's shape.
 
     Args:
         model: a directory, a `.gguf` file, a config file, `recall`, `smollm2` or a Hub id.
-        dtype: dtype of weights and KV.
+        dtype: dtype of weights.
         overrides: fields of the config that the user gives in place of the file's.
+        kv_cache_dtype: how keys and values are stored, as the engine's option says it.
 
     Raises:
         ConfigError: there is no such model, or dense arithmetic does not hold for it.
@@ -43,7 +48,9 @@ def load_shape(model: str, dtype: PlannedDType, overrides: Mapping[str, Any] | N
     path = Path(model).expanduser()
     is_config = path.is_file() and not is_gguf(model)
     config = load_config_file(path, overrides) if is_config else load_config(model, overrides)[0]
-    return model_shape(config, dtype)
+    shape = model_shape(config, dtype)
+    stored = stored_as(shape.spec.kv_groups, kv_cache_dtype)
+    return structs.replace(shape, spec=structs.replace(shape.spec, kv_groups=stored))
 
 
 def model_shape(config: PreTrainedConfig, dtype: PlannedDType) -> ModelShape:
