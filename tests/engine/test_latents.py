@@ -146,7 +146,7 @@ def lose_an_expanded_block(monkeypatch):
 
     def wrong(*args):
         work = honest(*args)
-        return latent.Work(work.absorbed, work.expanded[1:])
+        return latent.Work(work.left, work.blocks[1:])
 
     monkeypatch.setattr(latent, "divide", wrong)
 
