@@ -212,5 +212,5 @@ def test_the_perplexity_of_a_real_model_and_text_stays(smollm2):
             tokens = llm.tokenizer(text)["input_ids"][:8000]
             (output,) = llm.generate([tokens], SamplingParams(max_tokens=1, prompt_logprobs=0))
         losses[dtype] = -fmean(one.logprob for one in output.prompt_logprobs[1:])
-    for dtype, most in (("bfloat16", 0.005), ("int8", 0.005), ("fp8_e4m3", 0.01)):
+    for dtype, most in (("bfloat16", 0.005), ("int8", 0.005), ("fp8_e4m3", 0.015)):
         assert abs(exp(losses[dtype] - losses["auto"]) - 1) <= most
