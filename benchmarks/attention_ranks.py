@@ -25,8 +25,9 @@ from longspan.plan.build import count_tokens
 from longspan.plan.group_step import make_group_step
 from longspan.plan.step_keys import step_keys
 from longspan.plan.types import GroupStep, Literals, Plan, QueryRun
+from longspan.sharding.geometry import StepGeometry
 from longspan.sharding.pages import PageTable
-from longspan.sharding.placement import chunk_len, place, stripe_lengths
+from longspan.sharding.placement import place
 from longspan.simulation import parse_simulated_links
 from longspan.types import Phase, Placement, Strategy
 
@@ -52,8 +53,7 @@ def striped(shape: Shape, num_ranks: int) -> tuple[list[QueryRun], PageTable]:
     """The step of one striped request, as the scheduler cuts it."""
     end = shape.context + shape.chunk
     num_pages = -(-end // PAGE)
-    chunk = chunk_len(2048, STRIPE, num_ranks)
-    stripes = stripe_lengths(num_pages, STRIPE // PAGE, chunk // PAGE, num_ranks, 0)
+    stripes = StepGeometry.of_rank_budget(num_ranks, PAGE, STRIPE, 2048).stripes(num_pages)
     runs = place(Placement.STRIPED, stripes, [num_pages] * num_ranks, 0)
     assert runs is not None
     table, used = PageTable(PAGE), [0] * num_ranks

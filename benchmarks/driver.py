@@ -71,7 +71,8 @@ def make_scheduler(num_ranks: int, tokens_per_rank: int, **options: Any) -> Sche
         threads_per_rank=1,
         **options,
     )
-    return Scheduler(model, config, pool_pages(model, tokens_per_rank * TOKEN_BYTES, PAGE_SIZE, CHUNK_PER_RANK))
+    pages = pool_pages(model, tokens_per_rank * TOKEN_BYTES, PAGE_SIZE, CHUNK_PER_RANK)
+    return Scheduler(model, config, [pages] * num_ranks)
 
 
 def answer(plan: Plan) -> PlanResult:

@@ -154,7 +154,7 @@ class Day:
         """Begin with new ranks."""
         model, config = llama_8b(), config_of(num_ranks, self.max_num_seqs)
         pages = pool_pages(model, TOKENS_PER_RANK * TOKEN_BYTES, PAGE_SIZE, CHUNK_PER_RANK)
-        self.scheduler = Scheduler(model, config, pages)
+        self.scheduler = Scheduler(model, config, [pages] * num_ranks)
         costs = costs_of(num_ranks)
         self.scheduler.use_costs(costs, None)
         self._clock, self._sender = StepClock(shape_8b(), costs), PlanSender()

@@ -61,6 +61,20 @@ def parse_overrides(text: str, field: str = "hf_overrides") -> dict[str, Any]:
         raise ConfigError(f"{field}: got {text[:200]!r}, legal is {legal}: {error}") from None
 
 
+def parse_weights(text: str, field: str = "rank_weights") -> tuple[float, ...] | Literal["auto"]:
+    """Weight of every rank, from a text such as `2,1,1`, or `auto`.
+
+    Raises:
+        ConfigError: the text is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return tuple([float(weight) for weight in text.split(",")])
+    except ValueError:
+        raise ConfigError(f"{field}: got {text!r}, legal is auto, or a number per rank such as 2,1,1") from None
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Options for splitting and running one model.
 
@@ -154,6 +168,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     """Node that each rank runs on, counted from 0; None: all ranks of one host are a node."""
+    rank_weights: Annotated[
+        tuple[float, ...] | Literal["auto"] | None,
+        Option(
+            "Share of every rank in memory and work; auto: as fast as it is measured, and as much memory as it has.",
+            Group.RANKS,
+            metavar="W,W,...",
+            parse=parse_weights,
+            unset="all ranks are equal",
+        ),
+    ] = None
+    """Weight of every rank, for ranks that are unequal: what it holds and computes of a long prompt is in proportion,
+    to within a page of every chunk. The rank with the largest weight has all of `kv_cache_memory` and of
+    `max_num_batched_tokens`. `auto` takes the speeds that are measured when the ranks have started (equal ones where
+    nothing is measured), and on GPUs the memory that each of them has. None: all ranks are equal."""
     max_restarts: Annotated[
         int, Option("Replace lost ranks, so often within 10 minutes; 0: never.", Group.RANKS, least=0, most=MAX_COUNT)
     ] = 0
@@ -201,8 +229,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             unset="4Gi or half of what is free; on a GPU most of it",
         ),
     ] = None
-    """KV memory of one rank in bytes. None takes 4 GiB, or less if half of the free memory is less, and on a GPU most
-    of the memory that the weights leave free."""
+    """KV memory of one rank in bytes, with `rank_weights` of the largest one. None takes 4 GiB, or less if half of the
+    free memory is less, and on a GPU most of the memory that the weights leave free."""
     enable_prefix_caching: Annotated[
         bool, Option("Go on from the KV of earlier prompts and answers.", Group.MEMORY, only_servers=True)
     ] = True
@@ -271,10 +299,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             "Network interface of Ray's nodes, such as eth0.",
             Group.NETWORK,
             metavar="NAME",
-            unset="left to Ray and gloo",
+            unset="the one towards rank 0 or the driver",
         ),
     ] = None
-    """Network interface of Ray's nodes for messages between ranks; None leaves the choice to Ray and gloo."""
+    """Network interface of Ray's nodes for messages between ranks; None takes that of the route to rank 0's node, or to
+    the driver."""
     connect_timeout_s: Annotated[
         float,
         Option("Longest wait for all workers to connect.", Group.NETWORK, above=0, most=MAX_TIMEOUT_S, note="seconds"),
@@ -342,6 +371,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.executor == "threads" and self.measure == "again":
             raise ConfigError("measure: got 'again' with executor 'threads', legal there is auto or never")
         self._check_nodes()
+        self._check_weights()
         if self.stripe_size % self.page_size:
             raise ConfigError(
                 f"stripe_size: got {self.stripe_size}, legal is a multiple of page_size ({self.page_size})"
@@ -415,6 +445,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"nodes: got {nodes!r}, legal is one node for each of {size} ranks, counted from 0 without gaps"
             )
 
+    def _check_weights(self) -> None:
+        weights, size = self.rank_weights, self.context_parallel_size
+        if isinstance(weights, list):
+            msgspec.structs.force_setattr(self, "rank_weights", weights := tuple(weights))
+        if weights is None or weights == "auto":
+            return
+        is_legal = isinstance(weights, tuple) and all(is_number(weight) and weight > 0 for weight in weights)
+        if not is_legal or len(weights) != size:
+            raise ConfigError(
+                f"rank_weights: got {weights!r}, legal is auto, or one number above 0 for each of {size} ranks"
+            )
+
     def _check_link(self) -> None:
         """Check that options of the link to workers on other hosts are given if needed, and only then."""
         if self.listen is not None:
@@ -461,6 +503,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def known_nodes(self) -> tuple[int, ...] | None:
         """Node of each rank if options name them; None makes the ranks of one host a node."""
         return self.nodes if self.simulation is None else self.simulation.nodes
+
+    @property
+    def known_weights(self) -> tuple[float, ...] | None:
+        """Weight of each rank if the option names them; None makes all ranks equal, unless `auto` finds out later."""
+        return self.rank_weights if isinstance(self.rank_weights, tuple) else None
 
     @property
     def num_threads(self) -> int:

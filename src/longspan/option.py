@@ -163,7 +163,7 @@ def _read(name: str, annotation: Any, default: Any) -> OptionField | None:
     if option is None:
         return None
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    (kind,) = [part for part in parts if part is not type(None)]
+    kind, *_ = [part for part in parts if part is not type(None)]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     kind = str if choices else get_origin(kind) or kind
     return OptionField(name, option, kind, choices, type(None) in parts, default)

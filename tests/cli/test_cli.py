@@ -15,8 +15,9 @@ from tiny_models import write_model
 
 from longspan.cli.generate import read_prompt
 from longspan.config import EngineConfig
-from longspan.engine.memory import _memory_bytes, kv_cache_memory
+from longspan.engine.memory import kv_cache_memory
 from longspan.errors import ConfigError
+from longspan.group.host_memory import memory_bytes
 from longspan.llm import CompletionOutput, RequestOutput
 from longspan.models.recall import recall_path
 from longspan.quantities import parse_size
@@ -101,6 +102,7 @@ def test_json_has_exactly_the_documented_keys(longspan):
     (rank,) = report["ranks"]
     assert list(rank) == [
         "rank",
+        "share",
         "kv_pages_used",
         "kv_pages_total",
         "kv_bytes",
@@ -555,22 +557,22 @@ def test_memory_is_what_the_container_admits(tmp_path):
     for directory in (proc, cgroup):
         directory.mkdir()
     (proc / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable:      900 kB\n")
-    total, free = _memory_bytes(proc, cgroup)
+    total, free = memory_bytes(proc, cgroup)
     assert (total, free) == (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 900 * 1024)
     for name, text in (("max", "600000"), ("current", "500000"), ("stat", "anon 1\ninactive_file 70000\n")):
         (cgroup / f"memory.{name}").write_text(text)
-    assert _memory_bytes(proc, cgroup) == (600_000, 170_000)
+    assert memory_bytes(proc, cgroup) == (600_000, 170_000)
     (cgroup / "memory.max").write_text("max\n")
-    assert _memory_bytes(proc, cgroup) == (total, free)
+    assert memory_bytes(proc, cgroup) == (total, free)
 
 
 def test_kv_memory_defaults_to_a_share_of_what_is_free(monkeypatch):
-    monkeypatch.setattr("longspan.engine.memory._memory_bytes", lambda: (1000, 800))
+    monkeypatch.setattr("longspan.engine.memory.memory_bytes", lambda: (1000, 800))
     assert kv_cache_memory(None, 2) == 200
     assert kv_cache_memory(500, 2) == 500
     with pytest.raises(ConfigError, match="kv_cache_memory: got 501 bytes per rank, legal is at most 500"):
         kv_cache_memory(501, 2)
-    monkeypatch.setattr("longspan.engine.memory._memory_bytes", lambda: (2**50, 2**49))
+    monkeypatch.setattr("longspan.engine.memory.memory_bytes", lambda: (2**50, 2**49))
     assert kv_cache_memory(None, 2) == 4 * 2**30
 
 

@@ -86,7 +86,7 @@ def test_topology_measures_real_ranks_and_saves_what_a_run_can_use(longspan, tmp
     outcome = longspan("topology", *TWO_RANKS, "--json", "--simulated-links", links, "--save", str(path))
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
-    assert set(report) == {"model", "dtype", "striped_from", "topology", "rates", "choices"}
+    assert set(report) == {"model", "dtype", "striped_from", "topology", "rates", "speeds", "choices"}
     assert report["topology"]["nodes"] == [0, 1]
     assert report["topology"]["between"]["latency_s"] > 2e-3, "measured through the simulated link"
     assert report["rates"]["matmul_flops_per_s"] > 1e8

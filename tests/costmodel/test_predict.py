@@ -118,6 +118,22 @@ def test_a_rank_that_computes_alone_has_the_shared_device_to_itself():
     assert attention_time(even, GROUP, costs_of(ranks_per_device=2, **rates)) == pytest.approx(8e-3)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_slow_rank_takes_longer_for_all_that_it_does_itself(strategy):
+    """17 keys of a lone decode on its rank, or 9 and 8 on both; rank 0 has the query."""
+    step = striped_step(strategy, 2, 16, 1)
+    rates = {"attention_flops_per_s": ((1, PAIR_FLOPS * 1000.0),)}
+    times = {}
+    for speeds in (None, (1.0, 1.0), (2.0, 1.0), (1.0, 2.0), (1.0, 0.5), (2.0, 2.0)):
+        costs = msgspec.structs.replace(costs_of(**rates), speeds=speeds)
+        times[speeds] = attention_time(step, GROUP, costs)
+    assert times[None] == times[1.0, 1.0]
+    assert times[2.0, 2.0] == pytest.approx(times[None] / 2)
+    home, other = (9e-3, 8e-3) if strategy is PASS_Q else (17e-3, 0.0)
+    for speeds in ((2.0, 1.0), (1.0, 2.0), (1.0, 0.5)):
+        assert times[speeds] == pytest.approx(max(home / speeds[0], other / speeds[1]))
+
+
 def test_moving_bytes_may_take_from_the_ranks_own_compute():
     step = striped_step(PASS_KV, 2, 0, 8)
     assert attention_time(step, GROUP, costs_of(moved_byte_s=1e-3 / KEY_BYTES)) == pytest.approx(4e-3)

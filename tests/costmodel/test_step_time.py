@@ -186,7 +186,7 @@ def timed_ranks(num_ranks: int, windows=(None,), rate=RATE, **options) -> TimedR
     config = make_config(
         num_ranks, **{"max_num_batched_tokens": 256, "max_step_ms": 100, "max_num_seqs": 64, **options}
     )
-    scheduler = Scheduler(cost_model(*windows), config, (2000,) * len(windows))
+    scheduler = Scheduler(cost_model(*windows), config, [(2000,) * len(windows)] * num_ranks)
     scheduler.step_time.flops_per_s = rate
     return TimedRanks(scheduler, random.Random(0), rate=rate)
 

@@ -22,11 +22,11 @@ from longspan.costmodel.measured import LinkMeasurement, RankMeasurement, combin
 from longspan.costmodel.parameters import KernelRates, Link
 from longspan.costmodel.topology_file import load_topology, topology_text
 from longspan.engine import cost_parameters
-from longspan.engine.cost_parameters import MeasuredOn, file_costs, find_costs, nodes_of, striped_from
+from longspan.engine.cost_parameters import MeasuredOn, file_costs, find_costs, nodes_of, striped_from, weights_of
 from longspan.errors import ConfigError
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.scheduler.scheduler import Scheduler
-from longspan.types import AttentionParams, ModelSpec
+from longspan.types import AttentionParams, ModelSpec, SamplingParams
 
 GROUP = KVGroup((0, 1), KVSpec.uniform(2, 8, 8, "float32"), 4)
 MODEL = ModelSpec("Test", 2, 100, None, (), (GROUP,), (AttentionParams(0.3),) * 2, num_parameters=10_000)
@@ -51,7 +51,10 @@ def saved(path: Path, costs=None, **changes) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("costs", [gpus(2, 2), cores(4), gpus(4, 1)])
+UNEQUAL = msgspec.structs.replace(gpus(2, 2), speeds=(2.0, 1.0, 1.0, 1.5))
+
+
+@pytest.mark.parametrize("costs", [gpus(2, 2), cores(4), gpus(4, 1), UNEQUAL])
 def test_a_file_gives_back_what_was_saved(tmp_path, costs):
     assert load_topology(saved(tmp_path / "t.yaml", costs), 4, "float32") == costs
 
@@ -90,6 +93,9 @@ def test_numbers_without_a_point_or_sign_are_numbers(tmp_path):
         ({"topology.color": "red"}, "'color'"),
         ({"color": "red"}, "'color'"),
         ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"speeds": [1, 2, 3]}, "speeds: got .* one number above 0 per rank"),
+        ({"speeds": [1, 2, 3, 0]}, "speeds"),
+        ({"speeds": "fast"}, "speeds"),
     ],
 )
 def test_rejects_files_in_one_line_that_names_the_field(tmp_path, changes, words):
@@ -186,7 +192,7 @@ def test_every_difference_that_matters_is_measured_apart(measuring):
 
 
 def test_the_keys_of_the_cache_differ_in_every_field():
-    base = MeasuredOn(("a",), (0,), "cpu", 2, 1, "heads", 5, "none 20", None, "ray eth0", ("1",))
+    base = MeasuredOn(("a",), (0,), "cpu", 2, 1, "heads", 5, "none 20", None, "ray eth0", True, ("1",))
     others = {
         "hosts": ("b",),
         "nodes": (1,),
@@ -198,6 +204,7 @@ def test_the_keys_of_the_cache_differ_in_every_field():
         "quantization": "int8 5",
         "simulated_links": "x",
         "executor": "ray ib0",
+        "are_equal": False,
         "versions": ("2",),
     }
     assert set(others) == set(MeasuredOn.__struct_fields__)
@@ -267,16 +274,18 @@ def test_nodes_are_hosts_unless_the_user_says_otherwise():
 
 def test_measured_costs_set_strategies_and_striped_prompts_of_a_scheduler():
     config = EngineConfig(model="recall", context_parallel_size=2, measure="never")
-    scheduler = Scheduler(MODEL, config, (64,))
+    scheduler = Scheduler(MODEL, config, [(64,)] * 2)
     assert scheduler.memory.placer.striped_from == config.striped_from
-    found = striped_from(config, MODEL, cores(2), 16, (64,))
+    found = striped_from(config, MODEL, cores(2), 16, [(64,)] * 2)
     scheduler.use_costs(cores(2), found)
     assert scheduler.writer.costs == cores(2)
     assert scheduler.memory.placer.striped_from == found != config.striped_from
     forced = msgspec.structs.replace(config, min_striped_len=77)
-    assert striped_from(forced, MODEL, cores(2), 16, (64,)) is None
-    assert striped_from(msgspec.structs.replace(config, context_parallel_size=1), MODEL, cores(1), 16, (64,)) is None
-    scheduler = Scheduler(MODEL, forced, (64,))
+    assert striped_from(forced, MODEL, cores(2), 16, [(64,)] * 2) is None
+    assert (
+        striped_from(msgspec.structs.replace(config, context_parallel_size=1), MODEL, cores(1), 16, [(64,)] * 2) is None
+    )
+    scheduler = Scheduler(MODEL, forced, [(64,)] * 2)
     scheduler.use_costs(cores(2), None)
     assert scheduler.memory.placer.striped_from == 77
 
@@ -404,3 +413,61 @@ def test_the_slowest_rank_counts_number_by_number():
     assert costs.rates == KernelRates(
         10.0, 19.0, 30.0, ((1, 5.0), (16, 8.0)), 2.0, 2e-6, layer_s=0.1, merge_s=3.0, moved_byte_s=1e-9
     )
+
+
+# -- unequal ranks -----------------------------------------------------------------------------------------------------
+
+
+def measured_as(*speeds: float) -> list[RankMeasurement]:
+    """Ranks that are so fast in all that they compute."""
+    base, links = cores(2).rates, LinkMeasurement(Link(1e-6, 5e9), None, None, 1e-6, 0.0)
+    return [
+        RankMeasurement(
+            rank,
+            msgspec.structs.replace(
+                base,
+                matmul_flops_per_s=base.matmul_flops_per_s * speed,
+                attention_flops_per_s=tuple((n, rate * speed) for n, rate in base.attention_flops_per_s),
+            ),
+            links,
+        )
+        for rank, speed in enumerate(speeds)
+    ]
+
+
+def test_speeds_are_relative_to_the_slowest_rank_and_noise_is_no_difference():
+    nodes = (0, 0, 0)
+    assert combine(measured_as(2.0, 1.0, 1.5), nodes).speeds is None, "ranks are equal unless the user says otherwise"
+    found = combine(measured_as(2.0, 1.0, 1.5), nodes, are_equal=False).speeds
+    assert found == pytest.approx((2.0, 1.0, 1.5))
+    assert combine(measured_as(1.05, 1.0, 1.08), nodes, are_equal=False).speeds == (1.0, 1.0, 1.0)
+
+
+def test_auto_weights_are_measured_speeds_and_a_rank_far_slower_has_one_page_of_a_chunk():
+    config = EngineConfig(model="recall", context_parallel_size=3, rank_weights="auto")
+    assert weights_of(config, None) is None
+    assert weights_of(config, cores(3)) is None, "nothing was measured"
+    costs = msgspec.structs.replace(cores(3), speeds=(3.0, 1.0, 1.5))
+    assert weights_of(config, costs) == (3.0, 1.0, 1.5)
+    assert weights_of(msgspec.structs.replace(config, rank_weights=(1, 2, 3)), costs) == (1, 2, 3)
+    assert weights_of(msgspec.structs.replace(config, rank_weights=None), costs) is None
+    slow = msgspec.structs.replace(cores(3), speeds=(1000.0, 1.0, 900.0))
+    scheduler = Scheduler(MODEL, config, [(64,)] * 3)
+    scheduler.use_costs(slow, None, weights_of(config, slow))
+    assert scheduler.memory.placer.geometry.shares == (128, 1, 115)
+
+
+def test_auto_weights_change_how_prompts_are_cut(measuring):
+    config = msgspec.structs.replace(measuring, rank_weights="auto")
+    scheduler = Scheduler(MODEL, config, [(640,)] * 2)
+    ranks = FakeRanks()
+    ranks.measure = lambda nodes, machines: measured_as(2.0, 1.0)
+    costs = costs_for(config, ranks)
+    assert costs.speeds == pytest.approx((2.0, 1.0))
+    shortest = striped_from(config, MODEL, costs, 16, [(640,)] * 2)
+    scheduler.use_costs(costs, shortest, weights_of(config, costs))
+    assert scheduler.memory.placer.geometry.tokens_per_rank == (2048, 1024)
+    request = scheduler.add_request([3] * 6144, SamplingParams(max_tokens=1))
+    plan = scheduler.schedule()
+    assert sum(run.num_tokens for run in plan.query_runs if run.compute_rank == 0) == 2048
+    assert sum(run.num_tokens for run in plan.query_runs) == 3072 < len(request.token_ids)

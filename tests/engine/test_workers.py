@@ -25,7 +25,7 @@ SHAPE = GroupShape(num_ranks=2, processes_per_rank=2)
 START = Start(
     EngineConfig(model="fake", context_parallel_size=2, connect_timeout_s=20.0),
     ModelSpec("fake", 1, 50, None, (), (), ()),
-    (),
+    ((), ()),
     None,
 )
 
@@ -145,7 +145,7 @@ def test_a_group_that_lacks_a_process_is_not_ready_and_names_it(launcher, monkey
 
     launcher.start = start
     start_message = Start(
-        EngineConfig(model="fake", context_parallel_size=2, connect_timeout_s=1.0), START.spec, (), None
+        EngineConfig(model="fake", context_parallel_size=2, connect_timeout_s=1.0), START.spec, ((), ()), None
     )
     with pytest.raises(WorkerError, match=r"^rank 1, process 1 did not connect to tcp://\S+ within 1 s"):
         WorkerExecutor(start_message, SHAPE, launcher, threading.Event())

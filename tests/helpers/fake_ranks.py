@@ -57,7 +57,13 @@ def make_scheduler(model: ModelSpec, config: EngineConfig, memory_tokens: int) -
     """Ranks with memory for `memory_tokens` tokens in every group together."""
     num_bytes = memory_tokens * sum(group.token_bytes for group in model.kv_groups)
     num_pages = pool_pages(model, num_bytes, config.page_size, config.max_num_batched_tokens)
-    return Scheduler(model, config, num_pages)
+    return Scheduler(model, config, pools_of(config, num_pages))
+
+
+def pools_of(config: EngineConfig, num_pages: Sequence[int]) -> list[tuple[int, ...]]:
+    """Pools [rank][KV group] where the rank with the largest weight has `num_pages`."""
+    weights = config.known_weights or (1.0,) * config.context_parallel_size
+    return [tuple(max(1, int(pages * weight / max(weights))) for pages in num_pages) for weight in weights]
 
 
 def runs_from(table: PageTable, page_idx: int) -> list[PageRun]:

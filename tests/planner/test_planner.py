@@ -27,6 +27,7 @@ from longspan.planner.memory_fit import cluster_sizes, fit, fits, needed_bytes, 
 from longspan.planner.report import make_plan
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pool_bytes, pool_pages, window_pages
+from longspan.sharding.placement import snake_rank
 from longspan.types import Phase, SamplingParams, Strategy
 
 OPTIONS = StepOptions(step_s=2e-3)
@@ -67,6 +68,52 @@ def test_steps_and_strategies_are_those_of_the_scheduler(num_ranks, prompt_len, 
         assert step.strategies == tuple(group.strategy for group in plan.groups)
 
 
+@pytest.mark.parametrize("weights", [(2, 1), (1, 2, 1), (1, 4, 2, 3)])
+@pytest.mark.parametrize("prompt_len", [31, 257, 1000])
+def test_steps_of_unequal_ranks_are_those_of_the_scheduler(weights, prompt_len):
+    num_ranks = len(weights)
+    model, config = make_model(None), make_config(num_ranks, placement="striped", rank_weights=weights)
+    scheduler = make_scheduler(model, config, 4000)
+    scheduler.add_request([3] * prompt_len, SamplingParams(max_tokens=2, ignore_eos=True))
+    ranks = FakeRanks(scheduler, random.Random(0))
+    ranks.run_to_the_end()
+    options = StepOptions(page_size=4, stripe_size=8, max_num_batched_tokens=16, rank_weights=weights)
+    geometry = options.geometry(num_ranks)
+    home = max(range(num_ranks), key=lambda rank: (weights[rank], -rank))  # the planner starts at rank 0
+    stripes = geometry.stripes(-(-prompt_len // 4), 0, home)
+    spans = [(start, min(prompt_len, start + geometry.chunk_len)) for start in range(0, prompt_len, geometry.chunk_len)]
+    planned = [run for plan in ranks.plans[:-1] for run in plan.query_runs]
+    assert len(ranks.plans) == len(spans) + 1
+    assert [(plan.query_runs[0].position, plan.query_runs[-1].end) for plan in ranks.plans[:-1]] == spans
+    for rank in range(num_ranks):
+        pages = sum(count for i, count in enumerate(stripes) if snake_rank(i, home, num_ranks) == rank)
+        tokens = sum(run.num_tokens for run in planned if run.compute_rank == rank)
+        assert 4 * pages - 3 <= tokens <= 4 * pages
+
+
+def test_unequal_ranks_are_planned_as_fast_and_as_large_as_they_are():
+    shape, cluster = make_shape(), make_cluster(4)
+    even = make_plan(shape, cluster, [131072], model="x")
+    same = make_plan(shape, cluster, [131072], model="x", rank_weights=(3, 3, 3, 3))
+    assert same.contexts[0].prefill.total_s == pytest.approx(even.contexts[0].prefill.total_s)
+    uneven = make_plan(shape, cluster, [131072], model="x", rank_weights=(2, 1, 1, 2))
+    assert uneven.fit.tokens_per_rank[1] == pytest.approx(even.fit.tokens_per_rank[1] / 2, rel=0.001)
+    assert uneven.fit.num_tokens == pytest.approx(0.75 * even.fit.num_tokens, rel=0.001)
+    # Three quarters of the devices, and work that follows them: four thirds of the time.
+    ratio = uneven.contexts[0].prefill.dense_s / even.contexts[0].prefill.dense_s
+    assert ratio == pytest.approx(4 / 3, rel=0.03)
+    assert uneven.contexts[0].prefill_floor_s == pytest.approx(even.contexts[0].prefill_floor_s * 4 / 3)
+    assert uneven.contexts[0].memory_bytes > even.contexts[0].memory_bytes
+
+
+@pytest.mark.parametrize("weights", [(1, 2), (1, 1, 1, 0)])
+def test_rejects_weights_that_are_not_one_per_rank(weights):
+    with pytest.raises(
+        ConfigError, match=r"^rank_weights: got \(1, .*\), legal is one number above 0 for each of the "
+    ):
+        make_plan(make_shape(), make_cluster(4), [4096], model="x", rank_weights=weights)
+
+
 def test_defaults_are_the_engines():
     engine, options = EngineConfig(model="recall"), StepOptions()
     assert options.page_size == engine.page_size
@@ -93,7 +140,7 @@ def test_what_fits_is_what_the_engine_allocates_and_admits(windows, num_ranks, k
     config = EngineConfig(
         model="x", context_parallel_size=num_ranks, placement="striped", max_num_batched_tokens=budget
     )
-    placer = Scheduler(shape.spec, config, found.num_pages).memory.placer
+    placer = Scheduler(shape.spec, config, [found.num_pages] * num_ranks).memory.placer
     if found.longest_request is None:
         assert windows == (512,)
         placer.check_fits(10**7, 1)

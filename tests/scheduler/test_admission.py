@@ -14,7 +14,7 @@ from longspan.scheduler.reservations import RankPools, Room
 from longspan.types import Placement
 
 SIZE = 4
-POOLS = RankPools(num_pages=(20,), most_held=(None,))
+POOLS = RankPools(num_pages=((20,),), most_held=(None,))
 
 
 @dataclass
@@ -41,11 +41,13 @@ def cached_on(num_ranks: int, *copies_on: set[int]) -> Cached:
 
 def packed(num_pages: int, cached: Cached, load: list[float], room: list[int]) -> Admission | None:
     rooms = [[pages] for pages in room]
-    return choose_packed(POOLS, SIZE, num_pages, cached.copies_on, cached.taken, load, rooms.__getitem__)
+    return choose_packed(
+        POOLS, SIZE, num_pages, cached.copies_on, cached.taken, load, rooms.__getitem__, [1.0] * len(room)
+    )
 
 
 def spread(num_pages: int, cached: Cached, room: list[int], placement: Placement = Placement.STRIPED):
-    pools, config = RankPools((20,), (None,)), make_config(len(room))
+    pools, config = RankPools(((20,),) * len(room), (None,)), make_config(len(room))
     placer = PagePlacer(make_model(None), config, pools)
     return choose_spread(placer, placement, num_pages, cached.copies_on, cached.taken, [[pages] for pages in room])
 
@@ -93,7 +95,7 @@ def test_a_hit_of_which_a_page_is_missing_is_no_option():
     def nothing(hit: Sequence[int], home: int | None) -> Room | None:
         return None
 
-    found = choose_packed(POOLS, SIZE, 3, [frozenset({0})] * 2, nothing, [0.0, 1.0], lambda rank: [9])
+    found = choose_packed(POOLS, SIZE, 3, [frozenset({0})] * 2, nothing, [0.0, 1.0], lambda rank: [9], [1.0] * 2)
     assert found == Admission([], [(0, 3)], 0)
 
 

@@ -109,6 +109,10 @@ def test_a_prompt_that_has_waited_too_long_goes_first_though_nothing_has_touched
 # -- load --------------------------------------------------------------------------------------------------------------
 
 
+EQUAL = (1, 1, 1)
+"""Shares of ranks."""
+
+
 class Pages:
     """Of an allocation, the ranks."""
 
@@ -127,18 +131,19 @@ def test_the_load_of_a_rank_is_what_its_running_requests_still_compute():
     packed, striped = running(0, 100, 0, 1), running(1, 90, 30, 0, 2)
     load.note(packed)
     load.note(striped)
-    assert load.per_rank() == [DECODE_COST + 30.0, DECODE_COST + 100.0, DECODE_COST + 30.0]
+    assert load.per_rank(EQUAL) == [DECODE_COST + 30.0, DECODE_COST + 100.0, DECODE_COST + 30.0]
+    assert load.per_rank((3, 1, 1)) == [DECODE_COST + 45.0, DECODE_COST + 100.0, DECODE_COST + 15.0]
     packed.num_computed, striped.num_computed = 100, 60
     load.note(packed)
     load.note(striped)
-    assert load.per_rank() == [DECODE_COST + 15.0, DECODE_COST, DECODE_COST + 15.0]
+    assert load.per_rank(EQUAL) == [DECODE_COST + 15.0, DECODE_COST, DECODE_COST + 15.0]
     packed.allocation = Pages(1, 2)  # type: ignore[assignment]
     load.note(packed)
-    assert load.per_rank() == [DECODE_COST + 15.0, DECODE_COST, 2 * DECODE_COST + 15.0]
+    assert load.per_rank(EQUAL) == [DECODE_COST + 15.0, DECODE_COST, 2 * DECODE_COST + 15.0]
     load.remove(packed)
     load.remove(packed)
     load.remove(striped)
-    assert load.per_rank() == [0.0, 0.0, 0.0]
+    assert load.per_rank(EQUAL) == [0.0, 0.0, 0.0]
     load.note(packed)
     load.clear()
-    assert load.per_rank() == [0.0, 0.0, 0.0]
+    assert load.per_rank(EQUAL) == [0.0, 0.0, 0.0]

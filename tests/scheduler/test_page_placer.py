@@ -1,7 +1,7 @@
 """Placement by policy, and refusals of what never fits. No scheduler."""
 
 import pytest
-from fake_ranks import make_config, make_model
+from fake_ranks import make_config, make_model, pools_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ from longspan.types import Placement
 
 def make_placer(num_pages: tuple[int, ...] = (20,), windows=(None,), num_ranks: int = 2, **options) -> PagePlacer:
     model, config = make_model(*windows), make_config(num_ranks, **options)
-    return PagePlacer(model, config, RankPools.of(model, config, num_pages))
+    return PagePlacer(model, config, RankPools.of(model, config, pools_of(config, num_pages)))
 
 
 def placed(placer: PagePlacer, runs: list[tuple[int, int]]) -> Allocation:
@@ -52,7 +52,7 @@ def test_the_users_policy_is_taken_for_any_length(placement):
 )
 def test_pages_are_placed_where_every_group_has_room(windows, placement, prompt_pages, tail_pages, room):
     placer = make_placer((20,) * len(windows), windows, num_ranks=3)
-    pools = RankPools.of(make_model(*windows), make_config(3), (20,) * len(windows))
+    pools = RankPools.of(make_model(*windows), make_config(3), [(20,) * len(windows)] * 3)
     rooms = [[pages] * len(windows) for pages in room]
     runs = placer.place(prompt_pages, tail_pages, placement, rooms)
     if runs is None:

@@ -744,7 +744,7 @@ def test_a_request_that_must_wait_is_let_in_once_somebody_caches_what_it_lacked(
 def test_a_request_that_must_wait_is_let_in_when_a_window_leaves_the_pages_of_a_hit():
     """Nobody ends and nothing new is cached: a request slides past cached pages, whose place nobody was promised."""
     config = make_config(1, page_size=4, max_num_batched_tokens=8)
-    ranks = FakeRanks(Scheduler(make_model(40), config, (28,)), random.Random(0))
+    ranks = FakeRanks(Scheduler(make_model(40), config, [(28,)]), random.Random(0))
     run_one(ranks, TEXT[:60])
     params = SamplingParams(max_tokens=1, seed=0)
     first = ranks.scheduler.add_request(TEXT[:60] + TEXT[100:300], params)  # 10 pages of a hit, 14 new ones at once
@@ -760,7 +760,7 @@ def test_a_request_that_must_wait_is_let_in_when_a_window_leaves_the_pages_of_a_
 def test_a_hit_that_does_not_fit_beside_what_is_new_is_given_up_when_nobody_will_make_room():
     """Window only: the pages of a hit and those of one step together are more than the pool has."""
     config = make_config(1, max_num_batched_tokens=16)
-    ranks = FakeRanks(Scheduler(make_model(8), config, (8,)), random.Random(0))
+    ranks = FakeRanks(Scheduler(make_model(8), config, [(8,)]), random.Random(0))
     run_one(ranks, TEXT[:41])
     request = run_one(ranks, TEXT[:200])
     assert request.num_computed == 200

@@ -9,12 +9,18 @@ from longspan.scheduler.reservations import Claims, RankPools, Reservations
 from longspan.sharding.capacity import window_pages
 
 NUM_RANKS = 3
-POOLS = RankPools(num_pages=(40, 10), most_held=(None, 4))
-"""A group without a window, and one where a request holds at most four pages on a rank."""
+
+
+def pools_of(num_ranks: int) -> RankPools:
+    """A group without a window, and one where a request holds at most four pages on a rank."""
+    return RankPools(num_pages=((40, 10),) * num_ranks, most_held=(None, 4))
+
+
+POOLS = pools_of(NUM_RANKS)
 
 
 def test_a_rank_holds_all_pages_of_a_request_or_those_of_a_window_and_a_step():
-    pools = RankPools.of(make_model(None, 20), make_config(), (40, 10))
+    pools = RankPools.of(make_model(None, 20), make_config(), [(40, 10)] * 2)
     assert pools.most_held == (None, window_pages(20, 4, 16))
     assert [pools.needed(0, n) for n in (0, 3, 4000)] == [0, 3, 4000]
     assert [POOLS.needed(1, n) for n in (0, 3, 4, 4000)] == [0, 3, 4, 4]
@@ -25,8 +31,8 @@ def test_a_rank_holds_all_pages_of_a_request_or_those_of_a_window_and_a_step():
     [((None, 4), 0, 40), ((4, None), 1, 10), ((4, 5), None, 40), ((None, None), 0, 40)],
 )
 def test_the_first_group_without_a_window_limits_lengths(most_held, limiting, limit):
-    pools = RankPools((40, 10), most_held)
-    assert (pools.limiting_group, pools.limit) == (limiting, limit)
+    pools = RankPools(((40, 10),), most_held)
+    assert (pools.limiting_group, pools.limits) == (limiting, (limit,))
 
 
 def test_pages_fit_a_rank_if_every_group_has_room_for_what_is_held_at_once():
@@ -40,7 +46,7 @@ class Books:
     """Requests that place, hold and give back pages, in any order."""
 
     def __init__(self) -> None:
-        self.reservations = Reservations(NUM_RANKS, POOLS)
+        self.reservations = Reservations(POOLS)
         self.claims: list[Claims] = []
         self.shared = [0] * NUM_RANKS
 
@@ -101,7 +107,7 @@ def test_promises_are_what_requests_may_still_need(actions):
 
 
 def test_room_is_what_is_available_and_not_promised():
-    reservations, claims = Reservations(2, POOLS), Claims(2)
+    reservations, claims = Reservations(pools_of(2)), Claims(2)
     reservations.promise(claims, 1, 7)
     assert reservations.room([[10, 5], [10, 5]]) == [[10, 5], [3, 1]]
     reservations.hold(claims, 0, 1, 2)  # what is held was promised
@@ -109,7 +115,7 @@ def test_room_is_what_is_available_and_not_promised():
 
 
 def test_one_more_page_fits_where_every_group_has_room_or_holds_all_it_ever_will():
-    reservations, claims = Reservations(2, POOLS), Claims(2)
+    reservations, claims = Reservations(pools_of(2)), Claims(2)
     reservations.promise(claims, 0, 4)
     assert reservations.fits_one_more(claims, 0, [5, 4]), "a window's fourth page is its last"
     assert not reservations.fits_one_more(claims, 0, [4, 4])
@@ -118,7 +124,7 @@ def test_one_more_page_fits_where_every_group_has_room_or_holds_all_it_ever_will
 
 
 def test_a_page_given_back_behind_a_window_is_counted_on_again():
-    reservations, claims = Reservations(1, POOLS), Claims(2)
+    reservations, claims = Reservations(pools_of(1)), Claims(2)
     reservations.promise(claims, 0, 9)
     for _ in range(4):
         reservations.hold(claims, 1, 0, 1)
@@ -128,7 +134,7 @@ def test_a_page_given_back_behind_a_window_is_counted_on_again():
 
 
 def test_rejects_an_end_of_a_request_that_holds_pages():
-    reservations, claims = Reservations(1, POOLS), Claims(2)
+    reservations, claims = Reservations(pools_of(1)), Claims(2)
     reservations.promise(claims, 0, 1)
     reservations.hold(claims, 0, 0, 1)
     with pytest.raises(AssertionError, match="holds pages"):
@@ -136,7 +142,7 @@ def test_rejects_an_end_of_a_request_that_holds_pages():
 
 
 def test_nothing_is_promised_after_all_is_forgotten():
-    reservations = Reservations(2, POOLS)
+    reservations = Reservations(pools_of(2))
     reservations.promise(Claims(2), 1, 3)
     reservations.forget_all()
     assert reservations.promised == [[0, 0], [0, 0]]

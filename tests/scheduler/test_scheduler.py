@@ -17,6 +17,7 @@ from fake_ranks import (
     make_config,
     make_model,
     make_scheduler,
+    pools_of,
 )
 
 from longspan.errors import CapacityError, ConfigError
@@ -398,7 +399,7 @@ def test_rejects_a_request_that_never_fits_with_the_numbers_and_ways_out_that_wo
     scheduler.add_request([5] * (limit - 3), SamplingParams(max_tokens=3))
     (num_bytes,) = map(int, re.findall(r"kv_cache_memory of at least (\d+) bytes", message))
     num_pages = pool_pages(model, num_bytes, config.page_size, config.max_num_batched_tokens)
-    Scheduler(model, config, num_pages).add_request([5] * 990, SamplingParams(max_tokens=11))
+    Scheduler(model, config, pools_of(config, num_pages)).add_request([5] * 990, SamplingParams(max_tokens=11))
     (more_ranks,) = map(int, re.findall(r"context_parallel_size of at least (\d+)", message))
     wider = make_config(more_ranks, placement="striped" if placement == "packed" else placement)
     make_scheduler(model, wider, 40).add_request([5] * 990, SamplingParams(max_tokens=11))
@@ -442,7 +443,7 @@ def test_every_chunk_of_a_striped_prompt_is_balanced(num_ranks, stripe_size, bud
 def test_spill_goes_on_to_the_next_rank_where_every_group_has_a_window():
     config = make_config(2, placement="spill", max_num_batched_tokens=64)
     model = make_model(64)
-    scheduler = Scheduler(model, config, (20,))  # 80 tokens: less than one window and one step
+    scheduler = Scheduler(model, config, [(20,)] * 2)  # 80 tokens: less than one window and one step
     request = scheduler.add_request([5] * 100, SamplingParams(max_tokens=5))
     FakeRanks(scheduler, random.Random(0)).run_to_the_end()
     assert request.finish_reason is not None
@@ -461,7 +462,7 @@ def test_ended_requests_are_reported_only_to_ranks_that_knew_them():
 
 def test_the_ways_out_of_a_refusal_are_themselves_legal():
     config = make_config(2, strategy="local", stripe_size=12, page_size=12)
-    message = refuse(Scheduler(make_model(None), config, (1,)), [5] * 20, max_tokens=1)
+    message = refuse(Scheduler(make_model(None), config, [(1,)] * 2), [5] * 20, max_tokens=1)
     assert "placement striped or spill, and another strategy than local" in message
     assert "page_size 6" not in message or 12 % 6 == 0
     config = make_config(1, stripe_size=50, page_size=50, kv_cache_memory=8 * 100)

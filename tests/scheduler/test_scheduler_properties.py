@@ -8,7 +8,16 @@ import random
 from collections import Counter
 
 import pytest
-from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, make_config, make_model, tokens_alone
+from fake_ranks import (
+    VOCAB,
+    FakeRanks,
+    assert_all_free,
+    check_finished,
+    make_config,
+    make_model,
+    pools_of,
+    tokens_alone,
+)
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -38,12 +47,19 @@ REACHED: Counter[str] = Counter()
 
 @st.composite
 def configs(draw: st.DrawFn) -> EngineConfig:
-    page_size = draw(st.sampled_from([4, 1, 2, 16]))
+    page_size, num_ranks = draw(st.sampled_from([4, 1, 2, 16])), draw(st.sampled_from([2, 3, 1, 4, 5, 8]))
+    stripe_size, budget = page_size * draw(st.sampled_from([2, 1, 4, 16])), draw(st.sampled_from([16, 3, 8, 40, 1]))
+    # A rank with less than half of the largest weight may be left without a page by a budget of one.
+    least = 1.0 if budget < 2 * page_size else 0.5 if budget < 4 * page_size else 0.25
+    weights = draw(
+        st.none() | st.lists(st.sampled_from([1.0, 0.5, 0.7, least]), min_size=num_ranks, max_size=num_ranks)
+    )
     return make_config(
-        draw(st.sampled_from([2, 3, 1, 4, 5, 8])),
+        num_ranks,
         page_size=page_size,
-        stripe_size=page_size * draw(st.sampled_from([2, 1, 4, 16])),
-        max_num_batched_tokens=draw(st.sampled_from([16, 3, 8, 40, 1])),
+        stripe_size=stripe_size,
+        max_num_batched_tokens=budget,
+        rank_weights=weights,
         max_num_seqs=draw(st.sampled_from([64, 5, 2, 1])),
         placement=draw(st.sampled_from(["auto", "auto", "packed", "striped", "spill"])),
         strategy=draw(st.sampled_from(["auto", "pass_q", "pass_kv", "gather_kv"])),
@@ -97,7 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         model = make_model(*windows)
         num_pages = max(1, memory_tokens // config.page_size)
         pages = pages_by_group(model, num_pages, config.page_size, config.max_num_batched_tokens)
-        self.scheduler = Scheduler(model, config, pages)
+        self.scheduler = Scheduler(model, config, pools_of(config, pages))
         self.ranks = FakeRanks(self.scheduler, random.Random(seed), checks_books=False)
         self.requests: list[Request] = []
         self.ended_early: set[int] = set()
@@ -419,7 +435,7 @@ def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens_ofte
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_a_request_that_is_cancelled_after_its_preemption_leaves_nothing_behind(num_ranks):
-    ranks = FakeRanks(Scheduler(make_model(None, 6), make_config(num_ranks), (20, 20)), random.Random(0))
+    ranks = FakeRanks(Scheduler(make_model(None, 6), make_config(num_ranks), [(20, 20)] * num_ranks), random.Random(0))
     scheduler, params = ranks.scheduler, SamplingParams(max_tokens=50, ignore_eos=True, seed=0)
     requests = [scheduler.add_request([i] * 9, params) for i in range(6 * num_ranks)]
     cancelled: list[Request] = []
@@ -439,7 +455,7 @@ def test_a_request_that_is_cancelled_after_its_preemption_leaves_nothing_behind(
 def run_small(budget: int, num_decodes: int, prompt_len: int, num_ranks: int = 1) -> tuple[FakeRanks, list[Request]]:
     """Requests that decode, more than one step may compute, then one with a prompt."""
     config = make_config(num_ranks, max_num_batched_tokens=budget, placement="packed" if num_ranks == 1 else "auto")
-    ranks = FakeRanks(Scheduler(make_model(None), config, (400,)), random.Random(0))
+    ranks = FakeRanks(Scheduler(make_model(None), config, pools_of(config, (400,))), random.Random(0))
     params = SamplingParams(max_tokens=60, ignore_eos=True, seed=0)
     decoding = [ranks.scheduler.add_request([i], params) for i in range(num_decodes)]
     while not all(request.num_generated for request in decoding):

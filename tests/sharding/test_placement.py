@@ -10,11 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.sharding.placement import chunk_len, place, snake_order, snake_rank, stripe_lengths
+from longspan.sharding.geometry import StepGeometry
+from longspan.sharding.placement import chunk_len, place, snake_order, snake_rank
 from longspan.types import Placement
 
 PACKED, STRIPED, SPILL = Placement.PACKED, Placement.STRIPED, Placement.SPILL
 RANK_COUNTS = range(1, 9)
+
+
+def stripe_lengths(num_pages, stripe_pages, chunk_pages, num_ranks, tail_pages):
+    """Stripes of equal ranks, with pages of one token."""
+    return StepGeometry(num_ranks, 1, stripe_pages, chunk_pages).stripes(num_pages, tail_pages)
 
 
 def causal_work(runs: list[tuple[int, int]], num_ranks: int) -> list[int]:

@@ -21,6 +21,6 @@ def test_rejects_an_adapter_that_is_on_other_hosts_alone(tmp_path, monkeypatch):
     config = EngineConfig(
         model=path, lora=str(tmp_path / "adapter"), device="cpu", dtype="float32", kv_cache_memory=2**20
     )
-    start = Start(config, inspect_model(*load_config(path), torch.float32), (1,), None)
+    start = Start(config, inspect_model(*load_config(path), torch.float32), ((1,),), None)
     with pytest.raises(ConfigError, match=r"lora: got .*adapter', legal is a directory with adapter_config\.json"):
         serve(ProcessId(0, 0), start, None, None, torch.get_num_threads(), ProcessProgress())

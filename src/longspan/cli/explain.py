@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it imports numpy, which no help text needs
     from longspan.costmodel.explain import StrategyChoice
+    from longspan.engine.stats import RankStats
 
 
 def choices_text(choices: "Sequence[StrategyChoice]") -> str:
@@ -16,6 +17,14 @@ def choices_text(choices: "Sequence[StrategyChoice]") -> str:
     if not choices:
         return "no step has run"
     return "\n".join(_choice_text(choice) for choice in choices)
+
+
+def shares_text(ranks: "Sequence[RankStats]") -> str | None:
+    """Line that says what unequal ranks share; None where they are equal."""
+    if len({rank.share for rank in ranks}) == 1 and len({rank.kv_pages_total for rank in ranks}) == 1:
+        return None
+    each = [f"rank {r.rank} {100 * r.share:.1f} % of a striped prompt, {r.kv_pages_total} KV pages" for r in ranks]
+    return f"unequal ranks: {'; '.join(each)}"
 
 
 def _choice_text(choice: "StrategyChoice") -> str:

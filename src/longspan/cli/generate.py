@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from longspan.cli.explain import choices_text
+from longspan.cli.explain import choices_text, shares_text
 from longspan.cli.options import GroupedCommand, engine_config, options_of, take
 from longspan.cli.progress import ProgressPrinter
 from longspan.config import EngineConfig
@@ -57,6 +57,8 @@ def generate(
         (output,) = llm.generate(text, params, on_progress=progress.update)
         progress.close()
         if explain:
+            if (shares := shares_text(llm.rank_stats())) is not None:
+                click.echo(shares, err=True)
             click.echo(choices_text(llm.explain()), err=True)
         completion = output.outputs[0]
         if completion.error is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast, get_args
 import click
 import msgspec
 
-from longspan.config import KVDTypeName, parse_overrides
+from longspan.config import KVDTypeName, parse_overrides, parse_weights
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
 from longspan.quantities import parse_size, parse_tokens
@@ -52,6 +52,7 @@ def _dtypes() -> click.Choice[str]:
     "--memory-utilization", type=float, default=0.9, show_default=True, help="Share that weights and KV may take."
 )
 @click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True, help="Per rank and step.")
+@click.option("--rank-weights", metavar="W,W,...", help="Memory and speed of every rank; the device is the largest's.")
 @click.option("--hf-overrides", metavar="JSON", help="Fields of the model's config, in place of its file's.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object on standard output.")
 @click.option("--plot", metavar="FILE.png", help="Write a picture of time and memory against the context.")
@@ -68,6 +69,7 @@ def plan(
     kv_cache_dtype: str,
     memory_utilization: float,
     max_num_batched_tokens: int,
+    rank_weights: str | None,
     hf_overrides: str | None,
     as_json: bool,
     plot: str | None,
@@ -81,6 +83,9 @@ def plan(
     if len(set(contexts)) < len(contexts):
         raise ConfigError(f"context: got {context!r} with a length twice, legal are different lengths")
     overrides = None if hf_overrides is None else parse_overrides(hf_overrides)
+    weights = None if rank_weights is None else parse_weights(rank_weights)
+    if weights == "auto":
+        raise ConfigError("rank_weights: got 'auto', legal here is a number per rank: nothing is measured")
     memory_bytes = None if memory is None else parse_size(memory, "memory")
     described = _cluster(gpu, gpus_per_node, nodes, cluster, memory_bytes)
     if plot is not None:
@@ -103,6 +108,7 @@ def plan(
         tensor_parallel_size=tensor_parallel_size,
         memory_utilization=memory_utilization,
         max_num_batched_tokens=max_num_batched_tokens,
+        rank_weights=weights,
     )
     if plot is not None:
         from longspan.cli.plan_plot import write_plot

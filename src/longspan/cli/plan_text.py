@@ -62,10 +62,17 @@ def plan_facts(report: PlanReport) -> list[tuple[str, str]]:
     )
     longest = "windows admit any length" if fit.longest_request is None else f"longest request {fit.longest_request:,}"
     limit = "does not say" if report.max_position is None else f"{report.max_position:,} tokens"
+    unequal: list[tuple[str, str]] = []
+    if (weights := report.options.rank_weights) is not None:
+        each = [
+            f"{weight:g} with {tokens:,} tokens" for weight, tokens in zip(weights, fit.tokens_per_rank, strict=True)
+        ]
+        unequal = [("weights", f"{'; '.join(each)}; the largest is the device below, the others in proportion")]
     return [
         ("model", f"{report.model} ({report.architecture}), {_count(report.num_weights)} weights in {report.dtype}"),
         ("cluster", _cluster_words(cluster)),
         ("ranks", f"{report.num_ranks} of {_number_of(tp, 'device')}; placement {report.placement}"),
+        *unequal,
         ("steps", f"chunks of {report.chunk_len:,} tokens, {report.options.max_num_batched_tokens:,} or less per rank"),
         ("rates", _rates_words(report)),
         ("fixed times", _fixed_words(report)),

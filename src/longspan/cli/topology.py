@@ -62,7 +62,7 @@ def topology(model: str, save: str | None, as_json: bool, **options: Any) -> Non
             Path(save).write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"save: got {save!r}, legal is a file that can be written: {error.strerror}") from error
-    choices = predict_grid(groups, costs, step_options(config))
+    choices = predict_grid(groups, costs, step_options(config, costs))
     if as_json:
         report = {"model": model, "dtype": dtype, "striped_from": striped_from, **msgspec.structs.asdict(costs)}
         click.echo(msgspec.json.encode({**report, "choices": choices}))
@@ -94,6 +94,8 @@ def costs_text(costs: "Costs") -> str:
         f"fixed times            kernel call {rates.call_s * 1e6:.0f} us, merge {rates.merge_s * 1e6:.0f} us, "
         f"message {rates.exchange_s * 1e6:.0f} us, layer {rates.layer_s * 1e6:.0f} us",
     ]
+    if costs.speeds is not None:
+        lines.append(f"speeds of ranks        {', '.join(f'{speed:.2f}' for speed in costs.speeds)}")
     if rates.ranks_per_device > 1:
         lines.append(f"  a rank that computes alone is {rates.ranks_per_device:.1f} times faster")
     return "\n".join(lines)

@@ -5,11 +5,15 @@ Read next: `longspan.costmodel.parameters`, the combined costs; `longspan.comm.m
 `longspan.attention.measure`, which measure.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
 from longspan.costmodel.parameters import NO_LINK, Costs, KernelRates, Link, Topology
+
+NOISE = 1.1
+"""Most that the fastest rank's speed is of the slowest's where ranks count as equal: measurements differ by as much."""
 
 
 class LinkMeasurement(msgspec.Struct, frozen=True):
@@ -35,7 +39,11 @@ class RankMeasurement(msgspec.Struct, frozen=True):
 
 
 def combine(
-    measurements: Sequence[RankMeasurement], nodes: tuple[int, ...], machines: tuple[int, ...] | None = None
+    measurements: Sequence[RankMeasurement],
+    nodes: tuple[int, ...],
+    machines: tuple[int, ...] | None = None,
+    *,
+    are_equal: bool = True,
 ) -> Costs:
     """Combine the measurements of all ranks: each number is that of the rank where it is slowest.
 
@@ -43,6 +51,7 @@ def combine(
         measurements: one measurement per rank.
         nodes: node of each rank.
         machines: machine of each rank, or None where that is its node.
+        are_equal: whether the ranks are taken to be equally fast, and what differs for noise.
     """
     links = [m.links for m in measurements]
     inside = _slowest_link(link.inside for link in links)
@@ -80,7 +89,19 @@ def combine(
             moved_byte_s=max(link.moved_byte_s for link in links),
             ranks_per_device=most(lambda rate: rate.ranks_per_device),
         ),
+        None if are_equal else _speeds(rates),
     )
+
+
+def _speeds(rates: Sequence[KernelRates]) -> tuple[float, ...]:
+    """Speed of each rank relative to the slowest one: of matrix products, and of attention with many queries."""
+    matmul = [rate.matmul_flops_per_s for rate in rates]
+    attention = [rate.attention_flops_per_s[-1][1] for rate in rates]
+    speeds = [math.sqrt(a / min(matmul) * b / min(attention)) for a, b in zip(matmul, attention, strict=True)]
+    slowest = min(speeds)
+    if max(speeds) < NOISE * slowest:
+        return (1.0,) * len(rates)
+    return tuple([speed / slowest for speed in speeds])
 
 
 def _slowest_link(links: Iterable[Link | None]) -> Link | None:

@@ -52,10 +52,14 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 2048
     step_s: float = 0.0
     """Fixed time of a step outside its layers."""
+    rank_weights: tuple[float, ...] | None = None
+    """What each rank's part of a prompt is in proportion to; None: all parts are equal."""
 
     def geometry(self, num_ranks: int) -> StepGeometry:
         """Cuts of prompts for so many ranks."""
-        return StepGeometry.of_rank_budget(num_ranks, self.page_size, self.stripe_size, self.max_num_batched_tokens)
+        return StepGeometry.of_rank_budget(
+            num_ranks, self.page_size, self.stripe_size, self.max_num_batched_tokens, self.rank_weights
+        )
 
 
 class StepPrediction(msgspec.Struct, frozen=True):
@@ -82,7 +86,7 @@ def striped_table(num_tokens: int, geometry: StepGeometry) -> PageTable:
     size, num_ranks = geometry.page_size, geometry.num_ranks
     num_pages = -(-num_tokens // size)
     tail_pages = num_tokens // size + 1 - num_pages
-    stripes = geometry.stripes(num_pages, tail_pages)
+    stripes = geometry.stripes(num_pages, tail_pages)  # from rank 0 on
     runs = place(Placement.STRIPED, stripes, [num_pages + tail_pages] * num_ranks, 0)
     assert runs is not None
     table = PageTable(size)
@@ -141,7 +145,10 @@ def predict_step(
     most = max(tokens.values())
     return StepPrediction(
         strategies=tuple(strategies),
-        dense_s=predict_dense(shape, most, len(tokens), costs, num_logit_rows, are_all_read=are_all_read),
+        dense_s=max(
+            predict_dense(shape, count, len(tokens), costs, num_logit_rows, are_all_read=are_all_read) / speed
+            for count, speed in {(count, costs.speed(rank)) for rank, count in tokens.items()}
+        ),
         attention_s=attention_s,
         sums_s=_sums_s(shape, most, costs, tensor_parallel_size, are_all_read=are_all_read),
         fixed_s=shape.spec.num_layers * costs.rates.layer_s + options.step_s,
@@ -157,11 +164,11 @@ def _attention(runs: Sequence[QueryRun], table: PageTable, group: KVGroup, costs
 def predict_dense(
     shape: ModelShape, num_tokens: int, num_busy: int, costs: Costs, num_logit_rows: int, *, are_all_read: bool
 ) -> float:
-    """Seconds of a step outside attention, on the rank with most tokens.
+    """Seconds of a step outside attention, on a rank as fast as `costs.rates`.
 
     Args:
         shape: one device's part of the model.
-        num_tokens: tokens of that rank.
+        num_tokens: tokens of the rank.
         num_busy: ranks with tokens.
         costs: rates and links of one device per rank.
         num_logit_rows: rows that need logits.
@@ -218,11 +225,11 @@ def predict_last_row(shape: ModelShape, table: PageTable, prompt_len: int, costs
         Seconds of matrix products, and of attention.
     """
     (last_group,) = [group for group in shape.spec.kv_groups if shape.spec.num_layers - 1 in group.layers]
-    attention_s = _attention(step_runs(table, prompt_len - 1, prompt_len), table, last_group, costs)[1]
+    runs = step_runs(table, prompt_len - 1, prompt_len)
+    attention_s = _attention(runs, table, last_group, costs)[1]
     num_weights = shape.num_logit_weights + shape.unread_weights()
-    return _product_s(
-        num_weights, num_weights, shape.itemsize_bytes, 1, costs
-    ) / costs.rates.ranks_per_device, attention_s
+    product_s = _product_s(num_weights, num_weights, shape.itemsize_bytes, 1, costs)
+    return product_s / costs.rates.ranks_per_device / costs.speed(runs[0].compute_rank), attention_s
 
 
 def predict_decode(

@@ -158,6 +158,18 @@ class Costs(msgspec.Struct, frozen=True):
 
     topology: Topology
     rates: KernelRates
+    speeds: tuple[float, ...] | None = None
+    """Speed of each rank relative to `rates`, in all that it does itself; None where all are equally fast."""
+
+    def __post_init__(self) -> None:
+        if self.speeds is None:
+            return
+        if len(self.speeds) != self.topology.num_ranks or not all(0 < speed < math.inf for speed in self.speeds):
+            raise ConfigError(f"speeds: got {self.speeds!r}, legal is none or one number above 0 per rank")
+
+    def speed(self, rank: int) -> float:
+        """Speed of a rank relative to `rates`."""
+        return 1.0 if self.speeds is None else self.speeds[rank]
 
 
 def costs_by_bytes(nodes: Sequence[int]) -> Costs:

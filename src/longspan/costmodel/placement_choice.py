@@ -26,8 +26,9 @@ def request_s(shape: ModelShape, prompt_len: int, costs: Costs, options: StepOpt
 
 
 def on_one_rank(costs: Costs) -> Costs:
-    """Costs of one rank whose peers are idle."""
-    rates, sharing = costs.rates, costs.rates.ranks_per_device
+    """Costs of one rank, the fastest, whose peers are idle."""
+    rates = costs.rates
+    sharing = rates.ranks_per_device * max(costs.speeds or (1.0,))
     alone = msgspec.structs.replace(
         rates,
         matmul_flops_per_s=rates.matmul_flops_per_s * sharing,
@@ -56,11 +57,11 @@ def shortest_striped_len(
     Returns:
         Tokens, in whole pages; None if no prompt up to `longest_len` gains.
     """
-    packed = on_one_rank(costs)
+    packed, alone = on_one_rank(costs), msgspec.structs.replace(options, rank_weights=None)
 
     def gains(num_pages: int) -> bool:
         prompt_len = num_pages * options.page_size
-        return request_s(shape, prompt_len, costs, options) < request_s(shape, prompt_len, packed, options)
+        return request_s(shape, prompt_len, costs, options) < request_s(shape, prompt_len, packed, alone)
 
     high = 1
     while not gains(high):

@@ -113,7 +113,8 @@ def predict_prefill(
 def _coarser(geometry: StepGeometry) -> StepGeometry:
     """Longer stripes, of chunks as long, where a step would have too many segments to look at each."""
     num_ranks, chunk, stripe_len = geometry.num_ranks, geometry.chunk_len, geometry.stripe_len
-    while 2 * chunk // stripe_len * num_ranks > STEP_SEGMENTS and chunk % (4 * num_ranks * stripe_len) == 0:
+    most = max(geometry.tokens_per_rank)
+    while 2 * chunk // stripe_len * num_ranks > STEP_SEGMENTS and most % (4 * stripe_len) == 0:
         stripe_len *= 2
     return replace(geometry, stripe_len=stripe_len)
 

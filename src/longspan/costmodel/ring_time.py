@@ -76,10 +76,11 @@ class RingTime:
         clocks.now[self._members] = total_s
         rounds = -(-self._num_rows // ring.block_len)
         num_merges = np.where(self._meets, rounds, 0.0)
-        clocks.compute_s[self._members] = self._own_s + self._kernel_s.sum(axis=1)
+        slowness = clocks.slowness[self._members]
+        clocks.compute_s[self._members] = (self._own_s + self._kernel_s.sum(axis=1)) * slowness
         copied_s = self._num_rows * self._token_bytes / self._rates.copy_bytes_per_s
         merges_s = (self._merged_s + num_merges * self._rates.merge_s).sum(axis=1)
-        clocks.copy_s[self._members] = copied_s + merges_s
+        clocks.copy_s[self._members] = (copied_s + merges_s) * slowness
 
     def _all(self, loads_s: Floats) -> Floats:
         """Loads [..., members] as loads of all the clocks' ranks, 0 for those outside of the ring."""

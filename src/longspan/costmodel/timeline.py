@@ -66,6 +66,9 @@ class Clocks:
         self.copy_s = np.zeros(len(ranks))
         self._has_one_node = costs.topology.num_nodes == 1
         self._is_shared = costs.rates.ranks_per_device > 1
+        self.slowness = np.array([1 / costs.speed(rank) for rank in ranks])
+        """[P] seconds that each rank takes for a second of work at `costs.rates`."""
+        self._are_alike = costs.speeds is None and not self._is_shared
         self._machine_sizes = np.bincount(costs.topology.machines or costs.topology.nodes).astype(np.float64)
         self._busy_s = np.zeros(len(self._machine_sizes))  # by machine: loads of all its ranks
 
@@ -98,7 +101,7 @@ class Clocks:
         load_s = compute_s + copy_s
         if byte_s and moved is not None:
             load_s = load_s + (moved.per_source(moved.num_bytes) + moved.per_target(moved.num_bytes)) * byte_s
-        if not self._is_shared:
+        if self._are_alike:
             self.now += load_s
             self.compute_s += compute_s
             self.copy_s += copy_s
@@ -111,12 +114,14 @@ class Clocks:
         self.copy_s += copy_s * stretched
 
     def together(self, loads_s: Floats) -> Floats:
-        """Seconds that each rank takes for its load if all start together, devices shared.
+        """Seconds that each rank takes for its load if all start together, slow ranks longer, devices shared.
 
         Args:
             loads_s: [..., P] loads; rows are one after the other.
         """
         sharing = self.costs.rates.ranks_per_device
+        if self.costs.speeds is not None:
+            loads_s = loads_s * self.slowness
         if not self._is_shared:
             return loads_s
         members = self._machines[:, None] == np.arange(len(self._machine_sizes))

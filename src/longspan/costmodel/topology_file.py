@@ -27,7 +27,7 @@ import yaml
 from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology
 from longspan.errors import ConfigError
 
-FIELDS = ("name", "dtype", "memory_bytes", "topology", "rates")
+FIELDS = ("name", "dtype", "memory_bytes", "topology", "rates", "speeds")
 """Legal fields of a file; `memory_bytes`, of one rank, is for planning with the file."""
 
 _Struct = TypeVar("_Struct", Topology, KernelRates, Link)
@@ -49,7 +49,7 @@ def load_topology(path: str, num_ranks: int, dtype: str) -> Costs:
     _check_fields(f"topology {path!r}", data, FIELDS, ("topology", "rates"))
     if data.get("dtype", dtype) != dtype:
         raise ConfigError(f"topology {path!r}: got rates for dtype {data['dtype']!r}, legal with this run is {dtype!r}")
-    costs = parse_costs(data["topology"], data["rates"])
+    costs = parse_costs(data["topology"], data["rates"], data.get("speeds"))
     if costs.topology.num_ranks != num_ranks:
         raise ConfigError(
             f"topology.nodes: got {costs.topology.num_ranks} ranks in {path!r}, legal is context_parallel_size "
@@ -58,8 +58,8 @@ def load_topology(path: str, num_ranks: int, dtype: str) -> Costs:
     return costs
 
 
-def parse_costs(links: Any, rates: Any) -> Costs:
-    """Costs from a file's fields `topology` and `rates`.
+def parse_costs(links: Any, rates: Any, speeds: Any = None) -> Costs:
+    """Costs from a file's fields `topology` and `rates`, and `speeds` where ranks are not equally fast.
 
     Raises:
         ConfigError: a field is unknown or missing, or a value is illegal.
@@ -74,12 +74,16 @@ def parse_costs(links: Any, rates: Any) -> Costs:
         raise ConfigError("topology.between: the file does not say, legal is a link, as there are several nodes")
     required = ("matmul_flops_per_s", "read_bytes_per_s", "copy_bytes_per_s", "attention_flops_per_s", "call_s")
     _check_fields("rates", rates, KernelRates.__struct_fields__, required)
-    return Costs(topology, _convert("rates", rates, KernelRates))
+    try:
+        known_speeds = msgspec.convert(speeds, tuple[float, ...] | None, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"speeds: {error}") from error
+    return Costs(topology, _convert("rates", rates, KernelRates), known_speeds)
 
 
 def topology_text(costs: Costs, *, name: str, dtype: str, memory_bytes: int) -> str:
     """Text of a file that `load_topology` reads, in YAML."""
-    numbers = msgspec.to_builtins(costs)
+    numbers = {field: value for field, value in msgspec.to_builtins(costs).items() if value is not None}
     data = {"name": name, "dtype": dtype, "memory_bytes": memory_bytes, **numbers}
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
 

@@ -27,6 +27,7 @@ from longspan.costmodel.topology_file import load_topology
 from longspan.engine.executor import Executor
 from longspan.errors import ConfigError
 from longspan.native import kernels
+from longspan.sharding.geometry import StepGeometry
 from longspan.types import ModelSpec
 
 MEASURE = "LONGSPAN_MEASURE"
@@ -50,6 +51,8 @@ class MeasuredOn(msgspec.Struct, frozen=True):
     simulated_links: str | None
     executor: str
     """Executor, and the network interface that it was told to use."""
+    are_equal: bool
+    """Whether the ranks are taken to be equally fast."""
     versions: tuple[str, ...]
 
     @property
@@ -121,38 +124,54 @@ def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts
     cached = _load(measured_on) if asked == "auto" else None
     if cached is not None:
         return cached
-    costs = measure_costs(executor, nodes, hosts)
+    costs = measure_costs(executor, nodes, hosts, are_equal=config.rank_weights is None)
     _store(measured_on, costs)
     return costs
 
 
-def measure_costs(executor: Executor, nodes: tuple[int, ...], hosts: Sequence[str]) -> Costs:
+def measure_costs(executor: Executor, nodes: tuple[int, ...], hosts: Sequence[str], *, are_equal: bool = True) -> Costs:
     """Let the ranks measure, even if an earlier measurement is known.
 
     Args:
         executor: executor of the ranks, which run no plan yet.
         nodes: node of every rank.
         hosts: name of every rank's host.
+        are_equal: whether the ranks are taken to be equally fast.
 
     Raises:
         LongspanError: as in `Executor.measure`.
     """
     names = list(dict.fromkeys(hosts))
     machines = tuple(names.index(host) for host in hosts)
-    return combine(executor.measure(nodes, machines), nodes, machines)
+    return combine(executor.measure(nodes, machines), nodes, machines, are_equal=are_equal)
 
 
-def step_options(config: EngineConfig) -> StepOptions:
-    """Return the options that shape the steps of a striped request."""
+def weights_of(config: EngineConfig, costs: Costs | None) -> tuple[float, ...] | None:
+    """Return the weight of every rank: as configured, or with `auto` by its speed; None where all are equal.
+
+    A rank that is slower than any weight could say has the weight of one page in every chunk.
+    """
+    if config.rank_weights != "auto":
+        return config.known_weights
+    if costs is None or costs.speeds is None:
+        return None
+    geometry = StepGeometry.of_rank_budget(1, config.page_size, config.stripe_size, config.max_num_batched_tokens)
+    least = max(costs.speeds) * config.page_size / geometry.chunk_len
+    return tuple([max(speed, least) for speed in costs.speeds])
+
+
+def step_options(config: EngineConfig, costs: Costs | None) -> StepOptions:
+    """Return the options that shape the steps of a striped request, on ranks with some costs."""
     return StepOptions(
         page_size=config.page_size,
         stripe_size=config.stripe_size,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        rank_weights=weights_of(config, costs),
     )
 
 
 def striped_from(
-    config: EngineConfig, model: ModelSpec, costs: Costs, hidden_size: int, num_pages: Sequence[int]
+    config: EngineConfig, model: ModelSpec, costs: Costs, hidden_size: int, num_pages: Sequence[Sequence[int]]
 ) -> int | None:
     """Return the prompt length from which all ranks are predicted to be faster than one.
 
@@ -161,7 +180,7 @@ def striped_from(
         model: the model's facts.
         costs: costs of the ranks.
         hidden_size: width of the model's hidden states.
-        num_pages: pages of every rank, per KV group.
+        num_pages: pages of every pool, [rank][KV group].
 
     Returns:
         Tokens; None where the user has set the length, or there is one rank.
@@ -178,12 +197,12 @@ def striped_from(
         num_logit_weights=num_logit_weights,
     )
     fitting = (
-        pages * config.context_parallel_size * config.page_size
-        for group, pages in zip(model.kv_groups, num_pages, strict=True)
+        sum(of_group) * config.page_size
+        for group, of_group in zip(model.kv_groups, zip(*num_pages, strict=True), strict=True)
         if group.spec.reach is None
     )
     longest = min(*fitting, model.max_position or LONGEST_LEN, LONGEST_LEN)
-    return shortest_striped_len(shape, costs, step_options(config), longest) or LONGEST_LEN
+    return shortest_striped_len(shape, costs, step_options(config, costs), longest) or LONGEST_LEN
 
 
 def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], nodes: tuple[int, ...]) -> MeasuredOn:
@@ -203,6 +222,7 @@ def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], n
         quantization=f"{config.quantization} {model.weight_bytes}",
         simulated_links=config.simulated_links,
         executor=f"{config.executor} {config.interface}",
+        are_equal=config.rank_weights is None,
         versions=(version("longspan"), str(torch.__version__), platform.python_version()),
     )
 

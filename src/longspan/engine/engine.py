@@ -17,7 +17,7 @@ from longspan.config import EngineConfig
 from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs
 from longspan.engine.closing import ClosedAtExit
-from longspan.engine.cost_parameters import striped_from
+from longspan.engine.cost_parameters import striped_from, weights_of
 from longspan.engine.gpus import choose_device
 from longspan.engine.in_flight import PlansInFlight
 from longspan.engine.interrupts import deferred_interrupt
@@ -38,7 +38,7 @@ from longspan.plan.types import PlanResult
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
-from longspan.sharding.capacity import pool_pages
+from longspan.sharding.capacity import pages_of_ranks
 from longspan.types import FinishReason, ModelSpec, SamplingParams
 
 IDLE_CHECK_S = 0.5
@@ -99,9 +99,9 @@ class Engine(ClosedAtExit):
         spec = with_small_weights(spec, config.model, model_config, dtype, config.quantization)
         self.spec: ModelSpec = _completed(spec, config, end_token_ids)
         hidden_size: int = model_config.get_text_config().hidden_size
-        memory = rank_cache_memory(config, gpus, self.spec, hidden_size, is_loaded=model is not None)
-        self.config = config = structs.replace(config, kv_cache_memory=memory)
-        num_pages = pool_pages(self.spec, memory, config.page_size, config.max_num_batched_tokens)
+        memories = rank_cache_memory(config, gpus, self.spec, hidden_size, is_loaded=model is not None)
+        self.config = config = structs.replace(config, kv_cache_memory=max(memories))
+        num_pages = pages_of_ranks(self.spec, memories, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
         self.in_flight = PlansInFlight()
         """Plans that the ranks have not answered."""
@@ -112,8 +112,9 @@ class Engine(ClosedAtExit):
         self._recovered: list[Request] = []  # requests that `recover` returns, once it is done
 
         def use(costs: Costs) -> None:
-            shortest = striped_from(self.config, self.spec, costs, hidden_size, num_pages)
-            self.scheduler.use_costs(costs, shortest)
+            config, pages = self.config, self.ranks.told.num_pages
+            shortest = striped_from(config, self.spec, costs, hidden_size, pages)
+            self.scheduler.use_costs(costs, shortest, weights_of(config, costs))
 
         self.ranks = Ranks(Start(config, self.spec, num_pages, None), model, launcher, use)
         """The ranks, and the means to start new ones."""
@@ -295,8 +296,8 @@ class Engine(ClosedAtExit):
     def capacity(self) -> Capacity:
         """Return what the ranks can hold."""
         num_pages = self.ranks.told.num_pages
-        unbounded = [n for n, group in zip(num_pages, self.spec.kv_groups, strict=True) if group.spec.reach is None]
-        pages_per_rank = min(unbounded) if unbounded else num_pages[0]
+        unbounded = [i for i, group in enumerate(self.spec.kv_groups) if group.spec.reach is None] or [0]
+        pages_per_rank = tuple([min(of_rank[i] for i in unbounded) for of_rank in num_pages])
         return Capacity(self.config.context_parallel_size, self.config.page_size, pages_per_rank)
 
     def check_fits(self, prompt_len: int, max_tokens: int) -> None:
@@ -318,6 +319,7 @@ class Engine(ClosedAtExit):
             kv_pages_total=tuple(rank.kv_pages_total for rank in ranks),
             busy_s=tuple(rank.busy_s for rank in ranks),
             tokens_computed=tuple(rank.tokens_computed for rank in ranks),
+            rank_shares=tuple(rank.share for rank in ranks),
             steps_per_strategy=self.strategy_counts,
             bytes_per_strategy=self._work.bytes_per_strategy(),
             num_preemptions=scheduler.num_preemptions,
@@ -331,12 +333,14 @@ class Engine(ClosedAtExit):
     def rank_stats(self) -> list[RankStats]:
         """Return what every rank holds and has done."""
         stats: list[RankStats] = []
-        done = self._work.per_rank()
-        for rank, allocators in enumerate(self.scheduler.memory.allocators):
+        done, memory = self._work.per_rank(), self.scheduler.memory
+        shares = memory.placer.geometry.rank_shares
+        for rank, (allocators, share) in enumerate(zip(memory.allocators, shares, strict=True)):
             last = done.get(rank)
             stats.append(
                 RankStats(
                     rank=rank,
+                    share=share,
                     kv_pages_used=sum(allocator.peak_used for allocator in allocators),
                     kv_pages_total=sum(allocator.num_pages for allocator in allocators),
                     kv_bytes=sum(

@@ -1,16 +1,15 @@
 """Memory that ranks on this machine may use for KV.
 
-Holds the query of the machine's memory. Must not know pages.
+Holds the ranks' shares of a machine or of its GPUs. Must not know pages.
 Read next: `longspan.sharding.capacity`, which divides the memory into pages.
 """
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from longspan.config import REMOTE_EXECUTORS, EngineConfig
 from longspan.engine.gpus import GPU
 from longspan.errors import ConfigError
+from longspan.group.host_memory import memory_bytes
 from longspan.kv.layout import DTYPE_BYTES
 from longspan.types import ModelSpec
 
@@ -19,8 +18,8 @@ DEFAULT_KV_CACHE_MEMORY = 4 * 2**30
 
 def rank_cache_memory(
     config: EngineConfig, gpus: Sequence[GPU], spec: ModelSpec, hidden_size: int, *, is_loaded: bool
-) -> int:
-    """Return the bytes for KV per rank.
+) -> tuple[int, ...]:
+    """Return the bytes for KV of every rank.
 
     Args:
         config: what the user asked for, with the device that was chosen.
@@ -32,36 +31,58 @@ def rank_cache_memory(
     Raises:
         ConfigError: there is not enough memory, or its size cannot be known.
     """
-    asked, size = config.kv_cache_memory, config.context_parallel_size
+    asked, size, weights = config.kv_cache_memory, config.context_parallel_size, config.known_weights
+    shares = (1.0,) * size if weights is None else tuple([weight / max(weights) for weight in weights])
     if config.device == "cpu":
-        return kv_cache_memory(asked, size)
+        whole = kv_cache_memory(asked, sum(shares))
+        return tuple([int(whole * share) for share in shares])
     if config.executor in REMOTE_EXECUTORS:
         if asked is None:
             raise ConfigError(
                 f"kv_cache_memory: got none with executor {config.executor!r} and device 'cuda', legal is a size: "
                 "the GPUs are elsewhere"
             )
-        return asked
-    sharing = size // len(gpus)  # threads share one GPU
+        return tuple([int(asked * share) for share in shares])
     weight_bytes = 0 if is_loaded else spec.weight_bytes
-    together = None if asked is None else asked * sharing
-    tokens = config.max_num_batched_tokens * sharing
-    return gpu_cache_memory(together, gpus, spec, weight_bytes, hidden_size, tokens) // sharing
+    if len(gpus) < size:  # threads share one GPU
+        together = None if asked is None else int(asked * sum(shares))
+        tokens = config.max_num_batched_tokens * size
+        left = gpu_cache_memory(together, gpus, spec, weight_bytes, hidden_size, tokens)
+        return tuple([int(left / sum(shares) * share) for share in shares])
+    rooms = [
+        gpu_cache_memory(
+            None if asked is None else int(asked * share),
+            [gpu],
+            spec,
+            weight_bytes,
+            hidden_size,
+            config.max_num_batched_tokens,
+        )
+        for gpu, share in zip(gpus, shares, strict=True)
+    ]
+    if config.rank_weights == "auto":
+        return tuple(rooms)
+    smallest = min(room / share for room, share in zip(rooms, shares, strict=True))
+    return tuple([int(smallest * share) for share in shares])
 
 
-def kv_cache_memory(asked: int | None, num_ranks: int) -> int:
-    """Return the bytes for KV per rank: those asked for, or at most 4 GiB and an equal share of half the free memory.
+def kv_cache_memory(asked: int | None, num_shares: float) -> int:
+    """Return the bytes for KV of the largest rank: those asked for, or 4 GiB at most and its share of half the memory.
+
+    Args:
+        asked: bytes that the user asked for, or None.
+        num_shares: ranks on this machine, each counted by its share of what the rank with most has.
 
     Raises:
         ConfigError: all ranks together would take more than the machine has.
     """
-    total, free = _memory_bytes()
+    total, free = memory_bytes()
     if asked is None:
-        return min(DEFAULT_KV_CACHE_MEMORY, free // 2 // num_ranks)
-    if asked * num_ranks > total:
+        return min(DEFAULT_KV_CACHE_MEMORY, int(free // 2 // num_shares))
+    if asked * num_shares > total:
         raise ConfigError(
-            f"kv_cache_memory: got {asked} bytes per rank, legal is at most {total // num_ranks}: {num_ranks} "
-            f"rank{'s' * (num_ranks > 1)} share this machine's {total} bytes"
+            f"kv_cache_memory: got {asked} bytes per rank, legal is at most {int(total // num_shares)}: "
+            f"{num_shares:g} rank{'s' * (num_shares > 1)} share this machine's {total} bytes"
         )
     return asked
 
@@ -102,22 +123,3 @@ def gpu_cache_memory(
             f"{CONTEXT_BYTES + step_bytes}; or device cpu"
         )
     return left if asked is None else asked
-
-
-def _memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """Return the bytes that this process may use, and those that are free now; file caches count as free."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        lines = (proc / "meminfo").read_text().splitlines()
-        fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-        free = fields["MemAvailable"]
-    except (OSError, KeyError, ValueError, IndexError):
-        pass  # not Linux
-    try:
-        limit = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
-        inactive = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())["inactive_file"]
-    except (OSError, KeyError, ValueError):
-        return total, free  # no container, or one without a limit ("max")
-    return min(total, limit), min(free, max(0, limit - used + int(inactive)))

@@ -79,7 +79,8 @@ class Ranks:
                 continue
             if (config := fewer_ranks(self.told.config)) is not None:
                 with deferred_interrupt():
-                    self.told, self.costs = structs.replace(self.told, config=config), None
+                    num_pages = self.told.num_pages[: config.context_parallel_size]
+                    self.told, self.costs = structs.replace(self.told, config=config, num_pages=num_pages), None
                     lose_rank(config)
 
     def _start_once(self, launcher: Launcher | None) -> Executor:

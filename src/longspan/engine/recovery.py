@@ -114,7 +114,9 @@ def fewer_ranks(config: EngineConfig) -> EngineConfig | None:
     if nodes is not None:
         names = sorted(set(nodes[:size]))
         nodes = tuple(names.index(node) for node in nodes[:size])
-    return structs.replace(config, context_parallel_size=size, nodes=nodes)
+    weights = config.rank_weights
+    weights = weights[:size] if isinstance(weights, tuple) else weights
+    return structs.replace(config, context_parallel_size=size, nodes=nodes, rank_weights=weights)
 
 
 def fail_unfit(scheduler: Scheduler) -> list[Request]:

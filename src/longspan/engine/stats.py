@@ -20,24 +20,26 @@ class Capacity(msgspec.Struct, frozen=True):
     num_ranks: int
     page_size: int
     """Tokens per page."""
-    pages_per_rank: int
-    """Pages of one rank in the KV group that limits a request's length: one without a window, if there is one."""
+    pages_per_rank: tuple[int, ...]
+    """Pages of each rank in the KV group that limits a request's length: one without a window, if there is one."""
 
     @property
-    def tokens_per_rank(self) -> int:
-        """Tokens whose KV one rank can hold."""
-        return self.pages_per_rank * self.page_size
+    def tokens_per_rank(self) -> tuple[int, ...]:
+        """Tokens whose KV each rank can hold."""
+        return tuple([pages * self.page_size for pages in self.pages_per_rank])
 
     @property
     def num_tokens(self) -> int:
         """Tokens whose KV all ranks can hold."""
-        return self.tokens_per_rank * self.num_ranks
+        return sum(self.tokens_per_rank)
 
 
 class RankStats(msgspec.Struct, frozen=True):
     """One rank's share of the work so far. Page and byte figures are peaks, summed over KV groups."""
 
     rank: int
+    share: float
+    """Part of a striped prompt that it holds and computes."""
     kv_pages_used: int
     kv_pages_total: int
     kv_bytes: int
@@ -63,6 +65,8 @@ class EngineStats:
     """Seconds that each rank spent on plans."""
     tokens_computed: tuple[int, ...]
     """Tokens that each rank computed."""
+    rank_shares: tuple[float, ...] = ()
+    """Part of a striped prompt that each rank holds and computes."""
     steps_per_strategy: Mapping[str, int] = field(default_factory=dict)
     """(plan, KV group) pairs that used each strategy."""
     bytes_per_strategy: Mapping[str, int] = field(default_factory=dict)

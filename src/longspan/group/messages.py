@@ -48,8 +48,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
     config: EngineConfig
     spec: ModelSpec
-    num_pages: tuple[int, ...]
-    """Pages of the pool per KV group."""
+    num_pages: tuple[tuple[int, ...], ...]
+    """Pages of every pool, [rank][KV group]."""
     directory: str | None
     """Directory where processes on the driver's machine meet, theirs alone; None: their environment says where."""
     generation: int = 0

@@ -4,6 +4,7 @@ Holds arithmetic on top of the engine's own (`longspan.sharding.capacity`). Must
 Read next: `longspan.planner.report`.
 """
 
+import math
 from collections.abc import Iterator
 
 import msgspec
@@ -13,7 +14,7 @@ from longspan.costmodel.model_time import StepOptions
 from longspan.costmodel.shapes import ModelShape
 from longspan.errors import ConfigError
 from longspan.planner.clusters import Cluster
-from longspan.sharding.capacity import pool_bytes, pool_pages, window_pages
+from longspan.sharding.capacity import pages_of_ranks, pool_bytes, window_pages
 
 
 class Fit(msgspec.Struct, frozen=True):
@@ -27,7 +28,9 @@ class Fit(msgspec.Struct, frozen=True):
     kv_bytes: float
     """Memory of one device for KV; below 0 where the weights alone are too much."""
     num_pages: tuple[int, ...]
-    """Pages on one rank, per KV group."""
+    """Pages on one rank, per KV group; where ranks are unequal, on the one with the largest weight."""
+    tokens_per_rank: tuple[int, ...]
+    """Tokens whose KV fits each rank, in groups of full attention if there are any."""
     num_tokens: int
     """Tokens whose KV fits all ranks together, in groups of full attention if there are any."""
     longest_request: int | None
@@ -36,6 +39,9 @@ class Fit(msgspec.Struct, frozen=True):
 
 def fit(shape: ModelShape, num_ranks: int, memory_bytes: float, memory_utilization: float, options: StepOptions) -> Fit:
     """Divide a device's memory among weights and KV.
+
+    Where ranks are unequal, the device is that of the rank with the largest weight, and the others have KV memory in
+    proportion.
 
     Args:
         shape: one device's part of the model.
@@ -47,21 +53,29 @@ def fit(shape: ModelShape, num_ranks: int, memory_bytes: float, memory_utilizati
     spec, size, budget = shape.spec, options.page_size, options.max_num_batched_tokens
     usable_bytes = memory_bytes * memory_utilization
     kv_bytes = usable_bytes - shape.weight_bytes
+    memories = [int(max(0.0, kv_bytes) * share) for share in relative_shares(num_ranks, options)]
     try:
-        num_pages = pool_pages(spec, int(kv_bytes), size, budget) if kv_bytes >= 1 else None
+        pools = pages_of_ranks(spec, memories, size, budget) if min(memories) else None
     except ConfigError:  # not one page
-        num_pages = None
-    if num_pages is None:
-        return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, (0,) * len(spec.kv_groups), 0, 0)
-    full = [pages for pages, group in zip(num_pages, spec.kv_groups, strict=True) if group.spec.reach is None]
-    limit = full[0] if full else num_pages[0]
-    longest: int | None = num_ranks * limit * size + 1  # the last token needs no page
+        pools = None
+    if pools is None:
+        none = (0,) * len(spec.kv_groups)
+        return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, none, (0,) * num_ranks, 0, 0)
+    full = [i for i, group in enumerate(spec.kv_groups) if group.spec.reach is None]
+    tokens = tuple([of_rank[full[0] if full else 0] * size for of_rank in pools])
+    longest: int | None = sum(tokens) + 1  # the last token needs no page
     if not full and all(
         pages >= window_pages(group.spec.reach or 0, size, budget)
-        for pages, group in zip(num_pages, spec.kv_groups, strict=True)
+        for pages, group in zip(max(pools), spec.kv_groups, strict=True)
     ):
         longest = None
-    return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, num_pages, num_ranks * limit * size, longest)
+    return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, max(pools), tokens, sum(tokens), longest)
+
+
+def relative_shares(num_ranks: int, options: StepOptions) -> tuple[float, ...]:
+    """Memory and speed of every rank, relative to the largest."""
+    weights = options.rank_weights or (1.0,) * num_ranks
+    return tuple([weight / max(weights) for weight in weights])
 
 
 def fits(found: Fit, num_tokens: int) -> bool:
@@ -72,8 +86,7 @@ def fits(found: Fit, num_tokens: int) -> bool:
 def request_kv_bytes(shape: ModelShape, num_tokens: int, num_ranks: int, options: StepOptions) -> int:
     """Bytes of KV that a request of `num_tokens` holds at its end, on the device that has most of it."""
     size = options.page_size
-    pages = -(-num_tokens // size)
-    here = -(-pages // num_ranks)
+    here = math.ceil(-(-num_tokens // size) / sum(relative_shares(num_ranks, options)))
     held = 0
     for group in shape.spec.kv_groups:
         reach = group.spec.reach
@@ -87,7 +100,7 @@ def needed_bytes(
 ) -> float:
     """Least memory of one device, in bytes, with which a request of `num_tokens` fits `num_ranks` ranks."""
     size, budget = options.page_size, options.max_num_batched_tokens
-    here = -(-max(1, num_tokens - 1) // (size * num_ranks))
+    here = math.ceil(max(1, num_tokens - 1) / (size * sum(relative_shares(num_ranks, options))))
     if all(group.spec.reach is not None for group in shape.spec.kv_groups):
         here = min(here, max(window_pages(group.spec.reach or 0, size, budget) for group in shape.spec.kv_groups))
     return (shape.weight_bytes + pool_bytes(shape.spec, here, size, budget)) / memory_utilization
@@ -108,8 +121,12 @@ def smallest_cluster(
     memory_utilization: float,
     options: StepOptions,
 ) -> int | None:
-    """Devices of the smallest cluster of this kind that holds a request of `num_tokens`, or None if none does."""
-    for num_devices in cluster_sizes(cluster, tensor_parallel_size):
+    """Devices of the smallest cluster of this kind that holds a request of `num_tokens`, or None if none does.
+
+    Unequal ranks are those of one cluster: no other is looked at.
+    """
+    sizes = cluster_sizes(cluster, tensor_parallel_size) if options.rank_weights is None else (cluster.num_devices,)
+    for num_devices in sizes:
         num_ranks = num_devices // tensor_parallel_size
         if fits(fit(shape, num_ranks, cluster.memory_bytes, memory_utilization, options), num_tokens):
             return num_devices

@@ -13,7 +13,15 @@ from longspan.costmodel.prompt_time import PrefillPrediction, predict_prefill
 from longspan.costmodel.shapes import ModelShape, PlannedDType
 from longspan.errors import ConfigError
 from longspan.planner.clusters import Cluster, check_count, check_number
-from longspan.planner.memory_fit import Fit, fit, fits, needed_bytes, request_kv_bytes, smallest_cluster
+from longspan.planner.memory_fit import (
+    Fit,
+    fit,
+    fits,
+    needed_bytes,
+    relative_shares,
+    request_kv_bytes,
+    smallest_cluster,
+)
 
 DEFAULT_UTILIZATION = 0.9
 
@@ -77,6 +85,7 @@ def make_plan(
     tensor_parallel_size: int = 1,
     memory_utilization: float = DEFAULT_UTILIZATION,
     max_num_batched_tokens: int = StepOptions().max_num_batched_tokens,
+    rank_weights: tuple[float, ...] | None = None,
 ) -> PlanReport:
     """Predict memory and time of every context.
 
@@ -88,6 +97,8 @@ def make_plan(
         tensor_parallel_size: devices per rank.
         memory_utilization: share of a device's memory that weights and KV may take.
         max_num_batched_tokens: most tokens that one rank computes in one step.
+        rank_weights: weight of every rank, where they are unequal: the cluster's device is that of the rank with the
+            largest one, and the others have KV memory and speed in proportion.
 
     Raises:
         ConfigError: a value is illegal, or the model cannot be divided by `tensor_parallel_size`.
@@ -98,7 +109,15 @@ def make_plan(
     if not contexts:
         raise ConfigError("context: got none, legal is at least one length")
     part = shape.divided(tensor_parallel_size)
-    options = StepOptions(max_num_batched_tokens=max_num_batched_tokens, step_s=cluster.assumptions.step_s)
+    num_ranks = cluster.num_devices // tensor_parallel_size
+    if rank_weights is not None and (len(rank_weights) != num_ranks or min(rank_weights) <= 0):
+        raise ConfigError(
+            f"rank_weights: got {rank_weights!r}, legal is one number above 0 for each of the cluster's {num_ranks} "
+            f"rank{'s' * (num_ranks > 1)}"
+        )
+    options = StepOptions(
+        max_num_batched_tokens=max_num_batched_tokens, step_s=cluster.assumptions.step_s, rank_weights=rank_weights
+    )
     setup = _Setup(shape, part, cluster, tensor_parallel_size, memory_utilization, options)
     return PlanReport(
         model=model,
@@ -138,6 +157,9 @@ class _Setup:
         self.num_ranks = cluster.num_devices // tensor_parallel_size
         self.fit = fit(part, self.num_ranks, cluster.memory_bytes, memory_utilization, options)
         self._costs = cluster.costs(cluster.num_devices, tensor_parallel_size, shape.dtype)
+        self._shares = relative_shares(self.num_ranks, options)
+        if options.rank_weights is not None:
+            self._costs = msgspec.structs.replace(self._costs, speeds=self._shares)
 
     def plan(self, context_len: int) -> ContextPlan:
         """Memory and time of one context with one more token, and the floors of the whole cluster."""
@@ -149,7 +171,8 @@ class _Setup:
         if is_held:
             prefill = predict_prefill(part, context_len, self._costs, options, tensor_parallel_size=size)
             decode = predict_decode(part, context_len, self._costs, options, tensor_parallel_size=size)
-        peak_flops_per_s = cluster.peak_flops_per_s(shape.dtype) * cluster.num_devices
+        num_devices = sum(self._shares) * size  # of the speed of the fastest
+        peak_flops_per_s = cluster.peak_flops_per_s(shape.dtype) * num_devices
         return ContextPlan(
             context_len=context_len,
             fits=is_held,
@@ -157,7 +180,7 @@ class _Setup:
             prefill=prefill,
             decode=decode,
             prefill_floor_s=prefill_flops(shape, context_len) / peak_flops_per_s,
-            decode_floor_s=decode_bytes(shape, context_len) / (cluster.read_bytes_per_s * cluster.num_devices),
+            decode_floor_s=decode_bytes(shape, context_len) / (cluster.read_bytes_per_s * num_devices),
             memory_bytes=part.weight_bytes + request_kv_bytes(part, context_len, self.num_ranks, options),
             needed_device_bytes=needed_bytes(part, num_tokens, self.num_ranks, used, options),
             smallest_devices=smallest_cluster(part, cluster, size, num_tokens, used, options),
@@ -175,7 +198,10 @@ def _fitting_size(
     memory_utilization: float,
     options: StepOptions,
 ) -> int | None:
-    """The smallest larger `tensor_parallel_size` with which a request would fit the same devices."""
+    """The smallest larger `tensor_parallel_size` with which a request would fit the same devices; none is looked for
+    where ranks are unequal."""
+    if options.rank_weights is not None:
+        return None
     for size in range(tensor_parallel_size + 1, cluster.devices_per_node + 1):
         if cluster.devices_per_node % size or not shape.is_divisible(size):
             continue

@@ -44,19 +44,22 @@ def choose_packed(
     taken: Taken,
     load: Sequence[float],
     room_on: Callable[[int], Sequence[int]],
+    slowness: Sequence[float],
 ) -> Admission | None:
     """Put all pages on one rank: the one where the request is done first. See Note [What to do with a hit].
 
-    Ranks are looked at in the order of their loads, and only while one could be better than the best so far.
+    Ranks are looked at in the order of the least that they could take, and only while one could be better than the best
+    so far.
 
     Args:
-        pools: of every rank.
+        pools: of all ranks.
         page_size: tokens per page.
         num_pages: pages of all known tokens; at least the last token's is new.
         copies_on: per cached page, the ranks that have it.
         taken: what a hit takes from the room.
         load: work that waits per rank, in tokens to compute.
         room_on: room of a rank, per KV group.
+        slowness: time that each rank takes for a token, relative to the fastest one.
 
     Returns:
         None when they do not fit now.
@@ -65,10 +68,12 @@ def choose_packed(
     best_hit: list[int] = []
     have_any = frozenset[int]().union(*copies_on)
     num_new = num_pages - len(copies_on)
-    for rank in sorted(range(len(load)), key=load.__getitem__):
-        least = load[rank] + (num_new + (0.0 if rank in have_any else COPY_COST * len(copies_on))) * page_size
+    at_least = [(work + num_new * page_size) * slow for work, slow in zip(load, slowness, strict=True)]
+    for rank in sorted(range(len(load)), key=at_least.__getitem__):
+        num_copied = 0.0 if rank in have_any else COPY_COST * len(copies_on)
+        least = (load[rank] + (num_new + num_copied) * page_size) * slowness[rank]
         if best is not None and (least, rank) > best[:2]:
-            if (load[rank] + num_new * page_size, rank) > best[:2]:
+            if (at_least[rank], rank) > best[:2]:
                 break  # nor can any rank behind it be better
             continue
         room = room_on(rank)
@@ -76,7 +81,7 @@ def choose_packed(
         for length in sorted({0, here, len(copies_on)}):
             hit = [rank if rank in ranks else min(ranks) for ranks in copies_on[:length]]
             copied = sum(source != rank for source in hit)
-            cost = load[rank] + (num_pages - length + COPY_COST * copied) * page_size
+            cost = (load[rank] + (num_pages - length + COPY_COST * copied) * page_size) * slowness[rank]
             option = (cost, rank, copied, length)
             if best is not None and best <= option:
                 continue

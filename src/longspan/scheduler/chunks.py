@@ -4,6 +4,7 @@ Holds the cutting of prompts. Must not know which requests share a step, or plan
 Read next: `longspan.costmodel.step_time`, which predicts; `longspan.scheduler.scheduler`, which asks.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -33,10 +34,19 @@ class Chunks:
         self._config, self._geometry, self._step_time = config, geometry, step_time
         self._full_budget = (config.max_num_batched_tokens,) * config.context_parallel_size
 
+    def use_geometry(self, geometry: StepGeometry) -> None:
+        """Cut prompts that are striped in another way from now on."""
+        self._geometry = geometry
+
     @property
-    def step_flops(self) -> float:
-        """What a rank may compute in one step, if `max_step_ms` is set."""
-        return self._step_time.flops_within((self._config.max_step_ms or 0) * 1e-3)
+    def step_flops(self) -> list[float]:
+        """What every rank may compute in one step, if `max_step_ms` is set; ranks are as fast as their shares say."""
+        flops = self._step_time.flops_within((self._config.max_step_ms or 0) * 1e-3)
+        return [flops * share for share in self._geometry.relative_shares]
+
+    def busiest(self, flops: Sequence[float]) -> float:
+        """Flops that the fastest rank would do in the time of a step with these, one number per rank."""
+        return max(work / share for work, share in zip(flops, self._geometry.relative_shares, strict=True))
 
     def ranks(self, request: Request, end: int) -> AbstractSet[int]:
         """Ranks that a step up to `end` may involve: those with a key that it may see, or a page to copy."""
@@ -65,7 +75,7 @@ class Chunks:
         left = list(budget)
         is_striped = len(allocation.page_ranks) > 1
         if is_striped:
-            left = [min(tokens, self._geometry.tokens_per_rank) for tokens in left]
+            left = [min(tokens, most) for tokens, most in zip(left, self._geometry.tokens_per_rank, strict=True)]
         if request.params.prompt_logprobs is not None:
             left = [min(tokens, MAX_SCORED_TOKENS) for tokens in left]
         end = request.num_computed
@@ -75,17 +85,18 @@ class Chunks:
             end += taken
             if start + taken < stop:
                 break
-        if is_striped and min(budget) < self._geometry.tokens_per_rank:  # decodes took some of it
+        if is_striped and any(map(operator.lt, budget, self._geometry.tokens_per_rank)):  # decodes took some of it
             return self._balanced_end(request.num_computed, allocation, end)
         return end
 
     def _balanced_end(self, start: int, allocation: Allocation, end: int) -> int:
         """Round a chunk's end down to where snake order has come round, or at least to where a stripe ends, so that
         the ranks share the work of this chunk and the next."""
-        size, num_ranks = allocation.page_size, len(allocation.ranks)
-        stripe = self._geometry.stripe_len if num_ranks > 1 else size
+        size, num_ranks, geometry = allocation.page_size, len(allocation.ranks), self._geometry
+        stripe = geometry.stripe_len if num_ranks > 1 else size
+        whole = geometry.pass_len if num_ranks == geometry.num_ranks > 1 else num_ranks * stripe
         origin = allocation.num_hit_pages * size
-        for unit in (2 * num_ranks * stripe, num_ranks * stripe, stripe, size):
+        for unit in (2 * whole, whole, stripe, size):
             rounded = origin + (end - origin) // unit * unit
             if rounded > start:
                 return rounded

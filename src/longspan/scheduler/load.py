@@ -4,6 +4,8 @@ Holds sums that change with the requests, so that no admission goes through all 
 Read next: `longspan.scheduler.admission`, which compares loads; `longspan.scheduler.scheduler`, which notes changes.
 """
 
+from collections.abc import Sequence
+
 from longspan.scheduler.request import Request
 
 DECODE_COST = 16
@@ -19,15 +21,15 @@ class RankLoad:
         self._noted: dict[int, tuple[int, int]] = {}  # request on one rank: the rank, and what it counts for
         self._on_several: dict[int, Request] = {}
 
-    def per_rank(self) -> list[float]:
-        """Load of every rank."""
+    def per_rank(self, shares: Sequence[int]) -> list[float]:
+        """Load of every rank. Args: `shares` are what the ranks' parts of a striped prompt are in proportion to."""
         found = [float(load) for load in self._on_one]
         for _, request in sorted(self._on_several.items()):
             assert request.allocation is not None
             ranks = request.allocation.ranks
-            work = DECODE_COST + _left(request) / len(ranks)
+            left, whole = _left(request), sum([shares[rank] for rank in ranks])
             for rank in ranks:
-                found[rank] += work
+                found[rank] += DECODE_COST + left * shares[rank] / whole
         return found
 
     def note(self, request: Request) -> None:

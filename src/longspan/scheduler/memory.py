@@ -23,24 +23,24 @@ from longspan.types import ModelSpec, Placement
 class KVMemory:
     """Pages of all ranks."""
 
-    def __init__(self, model: ModelSpec, config: EngineConfig, num_pages: Sequence[int]) -> None:
+    def __init__(self, model: ModelSpec, config: EngineConfig, num_pages: Sequence[Sequence[int]]) -> None:
         """Make empty pools.
 
         Args:
             model: its KV groups.
             config: of the engine.
-            num_pages: per KV group, the same on every rank.
+            num_pages: pages of every pool, [rank][KV group].
         """
         self.model, self.config = model, config
         self.num_ranks = config.context_parallel_size
-        holders = [PageHolders() for _ in num_pages]
+        holders = [PageHolders() for _ in model.kv_groups]
         self.allocators = [
-            [CachingAllocator(pages, of_group, rank) for pages, of_group in zip(num_pages, holders, strict=True)]
-            for rank in range(self.num_ranks)
+            [CachingAllocator(pages, of_group, rank) for pages, of_group in zip(of_rank, holders, strict=True)]
+            for rank, of_rank in enumerate(num_pages)
         ]
         """[rank][KV group]"""
         self._pools = RankPools.of(model, config, num_pages)
-        self.reservations = Reservations(self.num_ranks, self._pools)
+        self.reservations = Reservations(self._pools)
         """What running requests may still need."""
         self.placer = PagePlacer(model, config, self._pools)
         """Where new pages go."""
@@ -108,7 +108,8 @@ class KVMemory:
 
         placement, pages = self.placer.placement_of(num_tokens), pages_for(num_tokens, size)
         if placement is Placement.PACKED:
-            return choose_packed(self._pools, size, pages, copies_on, taken, load, self.room_on)
+            slowness = [1 / share for share in self.placer.geometry.relative_shares]
+            return choose_packed(self._pools, size, pages, copies_on, taken, load, self.room_on, slowness)
         room = self.room
         found = choose_spread(self.placer, placement, pages, copies_on, taken, room)
         if found is None and copies_on and self.is_empty:

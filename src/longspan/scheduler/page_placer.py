@@ -5,6 +5,7 @@ moment (callers say it), which are cached, or requests.
 Read next: `longspan.sharding.placement`, which lays stripes on ranks; `longspan.scheduler.admission`, which asks first.
 """
 
+import math
 from collections.abc import Sequence
 
 from longspan.config import EngineConfig
@@ -13,7 +14,7 @@ from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.reservations import RankPools
 from longspan.sharding.capacity import pool_bytes
 from longspan.sharding.geometry import StepGeometry
-from longspan.sharding.placement import place, snake_rank
+from longspan.sharding.placement import place
 from longspan.types import ModelSpec, Placement
 
 
@@ -26,13 +27,14 @@ class PagePlacer:
         Args:
             model: its KV groups.
             config: of the engine.
-            pools: of every rank.
+            pools: of all ranks.
+
+        Raises:
+            ConfigError: the weights leave a rank without a page.
         """
         self._model, self._config, self._pools = model, config, pools
         self._num_ranks = config.context_parallel_size
-        self.geometry = StepGeometry.of_rank_budget(
-            self._num_ranks, config.page_size, config.stripe_size, config.max_num_batched_tokens
-        )
+        self.geometry = self._geometry(config.known_weights)
         """How striped prompts are cut."""
         self.striped_from = config.striped_from
         """Tokens of a prompt from which on `auto` stripes it."""
@@ -40,6 +42,15 @@ class PagePlacer:
     def stripe_from(self, num_tokens: int) -> None:
         """Let `auto` stripe prompts of this length and longer."""
         self.striped_from = num_tokens
+
+    def weigh(self, weights: Sequence[float]) -> None:
+        """Divide prompts and answers that come from now on by these weights, one per rank."""
+        self.geometry = self._geometry(weights)
+
+    def _geometry(self, weights: Sequence[float] | None) -> StepGeometry:
+        config = self._config
+        size, budget = config.page_size, config.max_num_batched_tokens
+        return StepGeometry.of_rank_budget(self._num_ranks, size, config.stripe_size, budget, weights)
 
     @property
     def may_leave_home(self) -> bool:
@@ -49,8 +60,8 @@ class PagePlacer:
     @property
     def max_request_len(self) -> int:
         """Most tokens of one request, prompt and output together; windows may admit more than this."""
-        used_ranks = self._num_ranks if self.may_leave_home else 1
-        return used_ranks * self._pools.limit * self._config.page_size + 1
+        limits = self._pools.limits
+        return (sum(limits) if self.may_leave_home else max(limits)) * self._config.page_size + 1
 
     def placement_of(self, num_tokens: int) -> Placement:
         """By the user's policy, or by ours: packed when short (and when one rank can hold it), else striped."""
@@ -58,7 +69,7 @@ class PagePlacer:
         if forced is not None:
             return forced
         is_short = self._num_ranks == 1 or num_tokens < self.striped_from
-        if is_short and self._pools.fit(pages_for(num_tokens, self._config.page_size), self._pools.num_pages):
+        if is_short and self._pools.fit_some_rank(pages_for(num_tokens, self._config.page_size)):
             return Placement.PACKED
         return Placement.STRIPED
 
@@ -84,7 +95,9 @@ class PagePlacer:
             # Windows only: a rank with room for one window and one step holds any length, as pages get freed.
             by_rank = [total if self._pools.needed(0, total) <= pages else pages for pages in free]
         home = max(range(self._num_ranks), key=lambda rank: (free[rank], -rank))
-        runs = place(placement, self.geometry.stripes(prompt_pages, tail_pages), by_rank, home)
+        is_striped = placement is Placement.STRIPED
+        stripes = self.geometry.stripes(prompt_pages, tail_pages, home) if is_striped else [total]
+        runs = place(placement, stripes, by_rank, home)
         if runs is None:
             return None
         counts = [0] * self._num_ranks
@@ -102,7 +115,7 @@ class PagePlacer:
             return allocation.page_ranks[-1][0]
         tail_pages = allocation.num_pages - pages_for(prompt_len, self._config.page_size)
         home = allocation.page_ranks[0][0]
-        return snake_rank(max(0, tail_pages) // self.geometry.stripe_pages, home, self._num_ranks)
+        return self.geometry.tail_rank(max(0, tail_pages), home)
 
     def check_fits(self, prompt_len: int, max_tokens: int) -> None:
         """Refuse a request that would not fit even on empty ranks.
@@ -116,32 +129,43 @@ class PagePlacer:
         if placement is Placement.PACKED and self.may_leave_home:
             placement = Placement.SPILL  # what is generated may go on to other ranks
         prompt_pages = pages_for(prompt_len, size)
-        empty = [self._pools.num_pages] * self._num_ranks
-        if self.place(prompt_pages, pages_for(end, size) - prompt_pages, placement, empty) is not None:
+        if self.place(prompt_pages, pages_for(end, size) - prompt_pages, placement, self._pools.num_pages) is not None:
             return
-        used_ranks, limit = self._num_ranks if self.may_leave_home else 1, self._pools.limit
-        room = f"{used_ranks} rank{'s' * (used_ranks > 1)} x {limit} page{'s' * (limit > 1)} x {size} tokens"
         raise CapacityError(
             f"prompt + max_tokens: got {prompt_len} + {max_tokens} = {prompt_len + max_tokens} tokens, "
-            f"legal is at most {self.max_request_len} ({room}, and one that needs no page); "
-            f"what would fit it: {'; or '.join(self._ways_to_fit(end, used_ranks))}"
+            f"legal is at most {self.max_request_len} ({self._room_words()}, and one that needs no page); "
+            f"what would fit it: {'; or '.join(self._ways_to_fit(end))}"
         )
 
-    def _ways_to_fit(self, end: int, used_ranks: int) -> list[str]:
+    def _room_words(self) -> str:
+        """What a request may use, in words."""
+        limits, size = self._pools.limits, self._config.page_size
+        limits = limits if self.may_leave_home else (max(limits),)
+        if len(set(limits)) > 1:
+            return f"ranks with {', '.join(map(str, limits))} pages x {size} tokens"
+        ranks, pages = f"{len(limits)} rank{'s' * (len(limits) > 1)}", f"{limits[0]} page{'s' * (limits[0] > 1)}"
+        return f"{ranks} x {pages} x {size} tokens"
+
+    def _ways_to_fit(self, end: int) -> list[str]:
         """What would make a request with `end` tokens in pages fit."""
-        size, config, limit = self._config.page_size, self._config, self._pools.limit
-        budget, pages = config.max_num_batched_tokens, pages_for(end, size)
+        size, config, limits = self._config.page_size, self._config, self._pools.limits
+        budget, pages, most = config.max_num_batched_tokens, pages_for(end, size), max(limits)
+        used_ranks = sum(limits) / most if self.may_leave_home else 1.0  # of the size of the largest one
+
+        def bytes_for(num_pages: int, page_size: int) -> int:
+            """Memory of the largest rank, if the request takes so many pages."""
+            return pool_bytes(self._model, math.ceil(num_pages / used_ranks), page_size, budget)
+
         others = "" if self.may_leave_home else " and placement striped or spill"
-        ways = [f"context_parallel_size of at least {-(-pages // limit)}{others}"]
-        if not self.may_leave_home and pages <= limit * self._num_ranks:
+        ways = [] if min(limits) < most else [f"context_parallel_size of at least {-(-pages // most)}{others}"]
+        if not self.may_leave_home and pages <= sum(limits):
             ways = ["placement striped or spill" + (", and another strategy than local") * (config.placement == "auto")]
-        needed = pool_bytes(self._model, -(-pages // used_ranks), size, budget)
-        ways.append(f"kv_cache_memory of at least {needed} bytes per rank")
-        memory = config.kv_cache_memory or pool_bytes(self._model, limit, size, budget)
+        ways.append(f"kv_cache_memory of at least {bytes_for(pages, size)} bytes per rank")
+        memory = config.kv_cache_memory or pool_bytes(self._model, most, size, budget)
         for smaller in (size >> shift for shift in range(1, size.bit_length())):
             if config.stripe_size % smaller:
                 continue
-            if pool_bytes(self._model, -(-pages_for(end, smaller) // used_ranks), smaller, budget) <= memory:
+            if bytes_for(pages_for(end, smaller), smaller) <= memory:
                 ways.append(f"page_size {smaller}")
                 break
         return ways

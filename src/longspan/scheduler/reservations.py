@@ -31,26 +31,27 @@ Room: TypeAlias = list[list[int]]
 
 @dataclass(frozen=True, slots=True)
 class RankPools:
-    """The pools of one rank, in pages; all ranks have the same."""
+    """The pools of all ranks, in pages."""
 
-    num_pages: tuple[int, ...]
-    """Per KV group."""
+    num_pages: tuple[tuple[int, ...], ...]
+    """[rank][KV group]"""
     most_held: tuple[int | None, ...]
     """Per KV group, most pages that a request of any length holds at once on a rank; None in a group without a window,
     where it holds all of them."""
 
     @classmethod
-    def of(cls, model: ModelSpec, config: EngineConfig, num_pages: Sequence[int]) -> "RankPools":
+    def of(cls, model: ModelSpec, config: EngineConfig, num_pages: Sequence[Sequence[int]]) -> "RankPools":
         """The pools of an engine.
 
         Args:
             model: its KV groups.
             config: of the engine.
-            num_pages: per KV group.
+            num_pages: [rank][KV group].
         """
         reaches = [group.spec.reach for group in model.kv_groups]
         size, budget = config.page_size, config.max_num_batched_tokens
-        return cls(tuple(num_pages), tuple([None if r is None else window_pages(r, size, budget) for r in reaches]))
+        most_held = tuple([None if r is None else window_pages(r, size, budget) for r in reaches])
+        return cls(tuple([tuple(of_rank) for of_rank in num_pages]), most_held)
 
     @property
     def limiting_group(self) -> int | None:
@@ -58,9 +59,9 @@ class RankPools:
         return self.most_held.index(None) if None in self.most_held else None
 
     @property
-    def limit(self) -> int:
-        """Pages of the group that limits a request's length, or of the first if all have windows."""
-        return self.num_pages[self.limiting_group or 0]
+    def limits(self) -> tuple[int, ...]:
+        """Per rank, pages of the group that limits a request's length, or of the first if all have windows."""
+        return tuple([of_rank[self.limiting_group or 0] for of_rank in self.num_pages])
 
     def needed(self, group_idx: int, num_pages: int) -> int:
         """Pages that a request with `num_pages` new pages on a rank ever holds there at once."""
@@ -70,6 +71,10 @@ class RankPools:
     def fit(self, num_pages: int, room: Sequence[int]) -> bool:
         """Whether so many new pages of a request fit the room of one rank."""
         return all(self.needed(group_idx, num_pages) <= free for group_idx, free in enumerate(room))
+
+    def fit_some_rank(self, num_pages: int) -> bool:
+        """Whether some rank, if it is empty, has room for so many pages of a request."""
+        return any(self.fit(num_pages, of_rank) for of_rank in self.num_pages)
 
 
 class Claims:
@@ -90,15 +95,14 @@ class Claims:
 class Reservations:
     """Promises to all running requests."""
 
-    def __init__(self, num_ranks: int, pools: RankPools) -> None:
+    def __init__(self, pools: RankPools) -> None:
         """Promise nothing yet.
 
         Args:
-            num_ranks: ranks of the engine.
-            pools: of each of them.
+            pools: of all ranks.
         """
         self._pools = pools
-        self.promised: Room = [[0] * len(pools.num_pages) for _ in range(num_ranks)]
+        self.promised: Room = [[0] * len(of_rank) for of_rank in pools.num_pages]
         """[rank][KV group]: pages that running requests may still need."""
 
     def room(self, available: Sequence[Sequence[int]]) -> Room:

@@ -72,7 +72,7 @@ class InFlight(NamedTuple):
     requests: list[Request]
     """That it computes."""
     flops: float
-    """Of the rank with most."""
+    """Of the busiest rank (`Chunks.busiest`)."""
 
 
 class Scheduler:
@@ -82,13 +82,13 @@ class Scheduler:
     however many wait.
     """
 
-    def __init__(self, model: ModelSpec, config: EngineConfig, num_pages: Sequence[int]) -> None:
+    def __init__(self, model: ModelSpec, config: EngineConfig, num_pages: Sequence[Sequence[int]]) -> None:
         """Begin without requests.
 
         Args:
             model: its KV groups, vocabulary and limits.
             config: of the engine.
-            num_pages: per KV group, the same on every rank.
+            num_pages: pages of every pool, [rank][KV group].
         """
         self.model, self.config = model, config
         self.memory = KVMemory(model, config, num_pages)
@@ -120,14 +120,18 @@ class Scheduler:
         self.next_request_id = 0
         self._unreported: dict[int, set[int]] = {rank: set() for rank in range(config.context_parallel_size)}
 
-    def use_costs(self, costs: Costs, striped_from: int | None) -> None:
+    def use_costs(self, costs: Costs, striped_from: int | None, weights: Sequence[float] | None = None) -> None:
         """Choose by what the ranks measured: a scheduler is there before they are. Call it before the first plan.
 
         Args:
             costs: what ranks and links can do.
             striped_from: length from which on prompts are striped by default; None leaves it as it is.
+            weights: what every rank's part of a prompt is in proportion to; None leaves it as it is.
         """
         self.writer.use_costs(costs)
+        if weights is not None:
+            self.memory.placer.weigh(weights)
+            self._chunks.use_geometry(self.memory.placer.geometry)
         if striped_from is not None:
             self.memory.placer.stripe_from(striped_from)
 
@@ -367,7 +371,7 @@ class Scheduler:
         if self.waiting[0] is self.memory.refused:
             return
         while self.waiting and len(self.running) < self.config.max_num_seqs:
-            if not self.memory.admit(self.waiting[0], self._load.per_rank()):
+            if not self.memory.admit(self.waiting[0], self._load.per_rank(self.memory.placer.geometry.tokens_per_rank)):
                 return
             self._begin(self.waiting.popleft())
 
@@ -425,7 +429,7 @@ class Scheduler:
         is_timed = self.config.max_step_ms is not None and any(
             not other.is_decode and other.ranks <= ranks for other in ready
         )
-        flops_left, flops = [self._chunks.step_flops] * size, [0.0] * size
+        flops_left, flops = self._chunks.step_flops if is_timed else [], [0.0] * size
         movers = lead.request.phase if len(ranks) > 1 else None  # the phase of all requests that move something
         chosen: list[tuple[Request, int]] = []
         # Decodes first, they are small; the lead before all others of its phase.
@@ -451,7 +455,7 @@ class Scheduler:
             for rank, start, stop in allocation.ranks_of(request.num_computed, end):
                 budget[rank] -= stop - start
             chosen.append((request, end))
-        return self._write_plan(ranks, chosen, movers, max(flops))
+        return self._write_plan(ranks, chosen, movers, self._chunks.busiest(flops) if is_timed else 0.0)
 
     def _write_plan(
         self,
@@ -467,7 +471,7 @@ class Scheduler:
             ranks: that run it.
             chosen: (request, end).
             movers: the phase of requests with keys on several ranks.
-            flops: of the rank with most.
+            flops: of the busiest rank (`Chunks.busiest`).
             behind: the plan that samples the tokens; None if they are known.
         """
         released: set[int] = set()

@@ -131,6 +131,13 @@ class _EngineCollector(Collector):
         )
         yield self._per("rank", GaugeMetricFamily, "longspan:kv_pages_used", "KV pages in use.", stats.kv_pages_used)
         yield self._per("rank", GaugeMetricFamily, "longspan:kv_pages_total", "KV pages.", stats.kv_pages_total)
+        yield self._per(
+            "rank",
+            GaugeMetricFamily,
+            "longspan:rank_share",
+            "Part of a striped prompt that a rank holds and computes.",
+            stats.rank_shares,
+        )
         yield self._per("rank", CounterMetricFamily, "longspan:busy_seconds", "Time spent on plans.", stats.busy_s)
         yield self._per(
             "rank", CounterMetricFamily, "longspan:tokens_computed", "Tokens computed.", stats.tokens_computed

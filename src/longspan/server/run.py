@@ -227,9 +227,11 @@ def _url(listener: socket.socket) -> str:
 
 def _capacity(state: ServerState) -> str:
     capacity, longest = state.engine.capacity(), state.lengths.longest_request
+    tokens = capacity.tokens_per_rank
+    each = tokens[:1] if len(set(tokens)) == 1 else tokens
     return (
         f"model {state.model_name} on {capacity.num_ranks} rank{'s' * (capacity.num_ranks > 1)}: KV for "
-        f"{capacity.num_tokens} tokens, {capacity.tokens_per_rank} per rank; longest request {longest} tokens, prompt "
+        f"{capacity.num_tokens} tokens, {', '.join(map(str, each))} per rank; longest request {longest} tokens, prompt "
         "and answer together"
     )
 

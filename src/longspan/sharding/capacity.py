@@ -4,6 +4,8 @@ Holds arithmetic. Must not know tensors or free memory.
 Read next: `longspan.kv.allocator`.
 """
 
+from collections.abc import Sequence
+
 from longspan.errors import ConfigError
 from longspan.types import ModelSpec
 
@@ -37,6 +39,34 @@ def pool_bytes(model: ModelSpec, num_pages: int, page_size: int, max_num_batched
     """Bytes of one rank's pools. Arguments: `pages_by_group`."""
     pages = pages_by_group(model, num_pages, page_size, max_num_batched_tokens)
     return sum(count * group.page_bytes(page_size) for count, group in zip(pages, model.kv_groups, strict=True))
+
+
+def pages_of_ranks(
+    model: ModelSpec, memories: Sequence[int], page_size: int, max_num_batched_tokens: int
+) -> tuple[tuple[int, ...], ...]:
+    """Most pages that the KV memory of every rank holds.
+
+    Args:
+        model: the model, for its KV groups.
+        memories: KV memory of every rank in bytes.
+        page_size: tokens per page.
+        max_num_batched_tokens: most tokens that one rank computes in one step.
+
+    Returns:
+        Pages, [rank][KV group].
+
+    Raises:
+        ConfigError: not even one page fits a rank.
+    """
+    known: dict[int, tuple[int, ...]] = {}
+    for rank, memory in enumerate(memories):
+        try:
+            known[memory] = known.get(memory) or pool_pages(model, memory, page_size, max_num_batched_tokens)
+        except ConfigError as error:
+            if len(set(memories)) == 1:
+                raise
+            raise ConfigError(f"rank_weights: they leave rank {rank} without a page: {error}") from error
+    return tuple([known[memory] for memory in memories])
 
 
 def pool_pages(model: ModelSpec, kv_cache_memory: int, page_size: int, max_num_batched_tokens: int) -> tuple[int, ...]:

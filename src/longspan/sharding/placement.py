@@ -10,7 +10,16 @@ Note [Snake order]
         stripe        0  1  2  3        work  rank 0: 1 + 7 = 8
         rank          0  1  1  0              rank 1: 3 + 5 = 8      (round-robin: 6 and 10)
 
-    The excess is 0 whenever the number of stripes is a multiple of 2N; `stripe_lengths` cuts chunks that way.
+    The excess is 0 whenever the number of stripes is a multiple of 2N; `StepGeometry.stripes` cuts chunks that way. A
+    *pass* is one stripe on every rank, forwards or backwards.
+
+Note [Weighted stripes]
+    A rank with twice the weight of another gets stripes of twice the length, and snake order balances as before: the
+    tokens of a rank in a pass and in the pass back lie around the same mean position, whatever the lengths. With
+    weights 2 and 1, and passes of 3 tokens:
+
+        token         0 1 2 3 4 5       work  rank 0: 1 + 3 + 9 + 11 = 24
+        rank          0 0 1 1 0 0             rank 1: 5 + 7          = 12
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,31 +52,33 @@ def chunk_len(max_tokens_per_rank: int, stripe_len: int, num_ranks: int) -> int:
     return per_rank * stripe_len * num_ranks
 
 
-def stripe_lengths(num_pages: int, stripe_pages: int, chunk_pages: int, num_ranks: int, tail_pages: int) -> list[int]:
-    """Cut `num_pages` pages of prompt, then `tail_pages` of generated tokens, into stripes.
+def equal_stripes(num_pages: int, stripe_pages: int, cycle: int) -> list[int]:
+    """Cut pages into the fewest stripes of at most `stripe_pages` whose number is a multiple of `cycle`.
 
-    Full chunks take stripes of `stripe_pages`. A last, shorter chunk is cut into the fewest stripes of at most
-    `stripe_pages` whose number is a multiple of `2 * num_ranks`. These are as equal as pages allow (some are empty when
-    there are fewer pages than stripes), so that the chunk balances too and snake order starts anew behind it.
-
-    Returns:
-        Pages per stripe, in sequence order; they sum to `num_pages + tail_pages`.
+    They are as equal as pages allow, longer ones first; some are empty when there are fewer pages than stripes.
     """
-    lengths: list[int] = []
-    left = num_pages
-    while left >= chunk_pages:
-        lengths += [stripe_pages] * (chunk_pages // stripe_pages)
-        lengths += [chunk_pages % stripe_pages] * (chunk_pages % stripe_pages > 0)
-        left -= chunk_pages
-    if left:
-        cycle = 2 * num_ranks
-        num_stripes = cycle * -(-left // (cycle * stripe_pages))
-        short, longer = divmod(left, num_stripes)
-        lengths += [short + 1] * longer + [short] * (num_stripes - longer)
-    lengths += [stripe_pages] * (tail_pages // stripe_pages)
-    if tail_pages % stripe_pages:
-        lengths.append(tail_pages % stripe_pages)
-    return lengths
+    num_stripes = cycle * -(-num_pages // (cycle * stripe_pages))
+    short, longer = divmod(num_pages, max(1, num_stripes))
+    return [short + 1] * longer + [short] * (num_stripes - longer)
+
+
+def weighted_stripes(num_pages: int, num_passes: int, shares: Sequence[int], order: Sequence[int]) -> list[int]:
+    """Cut pages into one stripe per rank and pass, so that every rank gets its share to within a page.
+
+    A rank's own stripes are as equal as pages allow, longer ones first; some are empty where there are few pages.
+
+    Args:
+        num_pages: pages to cut.
+        num_passes: passes over all ranks.
+        shares: what each rank's pages are in proportion to.
+        order: rank of every stripe: in each pass every rank once.
+    """
+    num_ranks, whole = len(shares), sum(shares)
+    pages = [num_pages * share // whole for share in shares]
+    lacking = sorted(range(num_ranks), key=lambda rank: num_pages * shares[rank] % whole, reverse=True)
+    for rank in lacking[: num_pages - sum(pages)]:
+        pages[rank] += 1
+    return [pages[rank] // num_passes + (i // num_ranks < pages[rank] % num_passes) for i, rank in enumerate(order)]
 
 
 def place(placement: Placement, stripes: Sequence[int], room: Sequence[int], home: int) -> list[tuple[int, int]] | None:

@@ -39,7 +39,7 @@ def open_device(start: Start, process: ProcessId, *, ranks_on_device: int = 1, i
     Args:
         start: the driver's start message.
         process: this process.
-        ranks_on_device: ranks that share the device and one set of weights; more than one if ranks are threads.
+        ranks_on_device: ranks that share the device and one set of weights: all of them if ranks are threads, else 1.
         is_loaded: whether the weights are loaded already.
 
     Raises:
@@ -48,7 +48,8 @@ def open_device(start: Start, process: ProcessId, *, ranks_on_device: int = 1, i
     """
     config, shape = start.config, GroupShape.of(start.config)
     device = process_device(config, shape, process, os.environ)
-    num_pages = [pages * ranks_on_device for pages in start.num_pages]
+    here = start.num_pages if ranks_on_device > 1 else start.num_pages[process.rank : process.rank + 1]
+    num_pages = [sum(of_group) for of_group in zip(*here, strict=True)]
     check_memory(start.spec, 0 if is_loaded else start.spec.weight_bytes, num_pages, config.page_size, device)
     backend = device_backend(config, start.spec, device)
     if device.type == "cuda" and shape.number(process) == 0:
@@ -119,7 +120,7 @@ def build_runner(
     return ModelRunner(
         model,
         start.spec,
-        num_pages=start.num_pages,
+        num_pages=start.num_pages[comm.rank],
         page_size=start.config.page_size,
         comm=comm,
         backend=backend,
