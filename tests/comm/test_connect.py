@@ -17,10 +17,13 @@ from longspan.comm.connect import (
     address_towards,
     connect_all,
     interface_address,
+    interface_with,
+    is_loopback,
     local_meeting,
+    reachable_address,
     receive_exactly,
 )
-from longspan.errors import ConfigError
+from longspan.errors import CommunicationError, ConfigError
 
 
 def connect_ranks(size, meetings):
@@ -109,3 +112,29 @@ def test_addresses_are_found_by_interface_and_by_route():
     with pytest.raises(ConfigError, match=r"^interface: got 'nothing0', legal is one of this host's .*lo"):
         interface_address("nothing0")
     assert local_meeting(Path("/x")) == Meeting("file:///x/rendezvous", Path("/x"), None, b"")
+
+
+def test_an_address_that_others_reach_comes_before_loopback(monkeypatch):
+    routes = {"localhost": "127.0.0.1", "me": "127.0.0.1", "10.0.0.9": "10.0.0.1"}
+
+    def towards(host):
+        if host not in routes:
+            raise CommunicationError(f"no way to {host}")
+        return routes[host]
+
+    monkeypatch.setattr(connect, "address_towards", towards)
+    assert reachable_address(["10.0.0.9", "localhost"]) == "10.0.0.1"
+    assert reachable_address(["me", "10.0.0.9"]) == "10.0.0.1"
+    assert reachable_address(["nowhere", "10.0.0.9"]) == "10.0.0.1"
+    assert reachable_address(["localhost", "me"]) == "127.0.0.1", "all on one host"
+    with pytest.raises(CommunicationError, match="no way to nowhere"):
+        reachable_address(["nowhere"])
+
+
+def test_interfaces_are_found_by_their_addresses_and_loopback_by_name():
+    assert interface_with("127.0.0.1") == "lo"
+    assert interface_with("192.0.2.1") is None
+    assert is_loopback("127.0.1.1")
+    assert is_loopback("localhost")
+    assert not is_loopback("192.0.2.1")
+    assert not is_loopback("no.such.host.invalid")

@@ -27,6 +27,8 @@ PREFIX = "longspan-"
 BRIDGE = f"{PREFIX}br"
 NETWORK = "10.77.0"
 DRIVER_ADDRESS = f"{NETWORK}.254"
+NETNS_FILES = Path("/etc/netns")
+"""Where `ip netns exec` looks for files that a namespace has in place of those in /etc."""
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -83,6 +85,18 @@ class Host:
             start_new_session=True,
         )
 
+    def name_addresses(self, addresses: Mapping[str, str] | None) -> None:
+        """Let commands that start here from now on resolve names by a file of their own; None: by the machine's.
+
+        `ip netns exec` puts /etc/netns/NAME/hosts in the place of /etc/hosts.
+        """
+        directory = NETNS_FILES / self.namespace
+        shutil.rmtree(directory, ignore_errors=True)
+        if addresses is not None:
+            directory.mkdir(parents=True)
+            lines = [f"{address} {name}\n" for name, address in addresses.items()]
+            (directory / "hosts").write_text("".join(lines))
+
     def pids(self) -> list[int]:
         """Processes that run here."""
         return [int(pid) for pid in _run("ip", "netns", "pids", self.namespace).stdout.split()]
@@ -123,6 +137,8 @@ def down() -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             _run("ip", "netns", "del", namespace)
+    for directory in NETNS_FILES.glob(f"{PREFIX}*"):
+        shutil.rmtree(directory, ignore_errors=True)
     for line in _run("ip", "-o", "link", "show").stdout.splitlines():
         name = line.split(": ")[1].partition("@")[0]
         if name.startswith(PREFIX):

@@ -48,8 +48,17 @@ class Workers:
     """The workers of some hosts: under torchrun, or started by hand with what torchrun would have set."""
 
     def __init__(
-        self, hosts, *, ranks_per_host=1, world_size=None, torchrun=False, environments=None, directories=None
+        self,
+        hosts,
+        *,
+        ranks_per_host=1,
+        world_size=None,
+        torchrun=False,
+        environments=None,
+        directories=None,
+        interface="eth0",
     ):
+        self._interface = [] if interface is None else ["--interface", interface]
         self.hosts, self._ranks_per_host, self._torchrun = hosts, ranks_per_host, torchrun
         self._world_size = world_size or ranks_per_host * len(hosts)
         self._environments, self._directories = environments or {}, directories or {}
@@ -59,7 +68,7 @@ class Workers:
         """Also again, when all have ended."""
         hosts, ranks_per_host = self.hosts, self._ranks_per_host
         self.processes = []
-        common = ["longspan.worker", "--driver", f"tcp://{DRIVER}", "--interface", "eth0", "--connect-timeout-s", "60"]
+        common = ["longspan.worker", "--driver", f"tcp://{DRIVER}", *self._interface, "--connect-timeout-s", "60"]
         master = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29571"}
         for host in hosts:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._environments.get(host.index, {})}
@@ -128,6 +137,39 @@ def test_tokens_over_several_hosts_are_those_of_transformers(hosts, num_hosts, r
         assert [r.output_token_ids for r in requests] == [reference.token_ids for reference in model.references]
         outcomes = running.end()
     assert [code for code, _ in outcomes] == [0] * num_hosts, outcomes
+
+
+@pytest.fixture
+def loopback_names(hosts):
+    """Hosts whose own names resolve to their loopback, as distributions set them up."""
+    for host in hosts:
+        host.name_addresses({"localhost": "127.0.0.1", host.name: "127.0.1.1"})
+    yield
+    for host in hosts:
+        host.name_addresses(None)
+
+
+def test_hosts_whose_names_resolve_to_loopback_find_each_other_without_an_interface(hosts, loopback_names):
+    model = tiny_model("llama")
+    with workers(hosts[:2], interface=None) as running:
+        with Engine(config(model.path, 2, strategy="pass_kv", exchange_timeout_s=10.0)) as engine:
+            requests = [engine.add_request(reference.prompt, greedy()) for reference in model.references]
+            run_all(engine)
+        assert [r.output_token_ids for r in requests] == [reference.token_ids for reference in model.references]
+        outcomes = running.end()
+    assert [code for code, _ in outcomes] == [0, 0], outcomes
+
+
+def test_rejects_a_meeting_point_that_is_every_hosts_own(hosts, loopback_names):
+    with workers(hosts[:2], interface=None, environments={1: {"MASTER_ADDR": "localhost"}}) as running:
+        with pytest.raises(ConfigError) as caught:
+            Engine(config("recall", 2))
+        outcomes = running.end()
+    message = (
+        r"MASTER_ADDR: got 'localhost' from rank 1 \(pid \d+ on host-1\), where that is its own host, legal is an "
+    )
+    assert re.match(message, str(caught.value))
+    assert all(code for code, _ in outcomes)
 
 
 def test_a_worker_killed_on_another_host_is_named_with_its_host(hosts):

@@ -39,8 +39,8 @@ def messages(rng, pid):
     versions = own_versions()
     return rng.choice(
         [
-            Hello(rank, rng.choice((2, 3, 0)), "here", pid, versions),
-            Hello(rank, 2, "here", pid, msgspec.structs.replace(versions, longspan="0.0.0")),
+            Hello(rank, rng.choice((2, 3, 0)), "here", pid, versions, 2**40),
+            Hello(rank, 2, "here", pid, msgspec.structs.replace(versions, longspan="0.0.0"), 2**40),
             Alive(rank, rng.choice(("here", "")), rng.choice((pid, 0)), rng.randrange(2**40)),
             Answer(result),
             Ready(process),
@@ -163,7 +163,7 @@ def test_who_is_not_in_the_group_is_told_so(cache_home):
             stranger.connect(llm.engine.executor.address)
             for message, reason in (
                 (encode(ANSWER), "Answer came from a worker that is not in this group"),
-                (encode(Hello(1, 2, "here", 7, own_versions())), "legal is each number once"),
+                (encode(Hello(1, 2, "here", 7, own_versions(), 2**40)), "legal is each number once"),
                 (b"\xc1", "message: got one of another version of longspan"),
             ):
                 stranger.send(message)

@@ -36,7 +36,7 @@ class FakeWorker:
     def __init__(self, address, number):
         self.process = SHAPE.process(number)
         self.link = WorkerLink(address, SECRET)
-        hello = Hello(number, SHAPE.world_size, "here", number, own_versions())
+        hello = Hello(number, SHAPE.world_size, "here", number, own_versions(), 2**40)
         assert isinstance(self.link.introduce(hello, 20.0), Start)
 
     def say(self, message):

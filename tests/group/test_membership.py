@@ -93,3 +93,47 @@ def test_rejects_ranks_with_different_model_files():
 def test_versions_are_those_of_the_modules():
     versions = own_versions()
     assert (versions.torch, versions.transformers) == (torch.__version__.partition("+")[0], transformers.__version__)
+
+
+def test_rejects_a_rank_whose_host_has_less_memory_than_its_ranks_are_to_hold():
+    group = Membership(GroupShape(3, 1), VERSIONS, pool_bytes=[600, 300, 300])
+    group.admit(a_hello(number=1, world_size=3, memory_bytes=500), b"1")
+    group.admit(a_hello(number=0, world_size=3, host="a", memory_bytes=600), b"0")
+    with pytest.raises(ConfigError) as caught:
+        group.admit(a_hello(number=2, world_size=3, pid=8, memory_bytes=500), b"2")
+    assert str(caught.value) == (
+        "kv_cache_memory: got 300 bytes for rank 2 (pid 8 on b), and 600 with all ranks of its host so far, legal is "
+        "what the host has, 500 bytes"
+    )
+    assert group.admit(a_hello(number=2, world_size=3, pid=8, memory_bytes=600), b"2") == speaker(2)
+
+
+@pytest.mark.parametrize("comes_last", [0, 1])
+def test_rejects_an_address_that_other_hosts_cannot_reach(comes_last):
+    group = a_group()
+    hellos = {0: a_hello(number=0, host="a", address="10.0.0.1"), 1: a_hello(address="127.0.1.1")}
+    group.admit(hellos[1 - comes_last], b"first")
+    with pytest.raises(ConfigError) as caught:
+        group.admit(hellos[comes_last], b"last")
+    assert str(caught.value) == (
+        "interface: got none for rank 1 (pid 7 on b), whose address would be 127.0.1.1, its own host's alone, while "
+        "others are on other hosts; legal is --interface with one that they reach"
+    )
+
+
+def test_rejects_a_process_that_looks_for_the_first_one_on_its_own_host():
+    group = a_group(3)
+    group.admit(a_hello(number=0, world_size=3, host="a", address="10.0.0.1", master="a"), b"0")
+    with pytest.raises(ConfigError) as caught:
+        group.admit(a_hello(world_size=3, address="10.0.0.2", master="localhost"), b"1")
+    assert str(caught.value) == (
+        "MASTER_ADDR: got 'localhost' from rank 1 (pid 7 on b), where that is its own host, legal is an address of a, "
+        "the host of rank 0"
+    )
+
+
+def test_processes_of_one_host_may_meet_at_its_loopback():
+    group = a_group()
+    for number in (0, 1):
+        group.admit(a_hello(number=number, address="127.0.0.1", master="localhost"), b"%d" % number)
+    assert group.missing == []

@@ -10,7 +10,9 @@ VERSIONS = Versions("1", "3.11", "2.11.0", "5.16.0")
 
 
 def a_hello(**options):
-    return Hello(**{"number": 1, "world_size": 2, "host": "b", "pid": 7, "versions": VERSIONS, **options})
+    return Hello(
+        **{"number": 1, "world_size": 2, "host": "b", "pid": 7, "versions": VERSIONS, "memory_bytes": 2**40, **options}
+    )
 
 
 def receive_one(link):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from longspan.errors import ConfigError
-from longspan.worker.remote import Place, read_place
+from longspan.worker.remote import Place, _choose_interface, read_place
 
 PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 
@@ -53,3 +53,14 @@ def test_rejects_worker_commands_that_lack_something(arguments, environment, mes
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"longspan: {message}")
     assert done.stderr.count("\n") == 1
+
+
+def test_gloo_is_told_the_interface_of_the_address_unless_the_user_has(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    assert _choose_interface(None, "127.0.0.1", "tcp://127.0.0.1:7000") == "127.0.0.1"
+    assert os.environ == {"GLOO_SOCKET_IFNAME": "lo"}
+    monkeypatch.setattr(os, "environ", {"GLOO_SOCKET_IFNAME": "eth7"})
+    assert _choose_interface(None, "127.0.0.1", "tcp://127.0.0.1:7000") == "127.0.0.1"
+    assert os.environ == {"GLOO_SOCKET_IFNAME": "eth7"}
+    assert _choose_interface("lo", "nowhere.invalid", "tcp://nowhere.invalid:7000") == "127.0.0.1"
+    assert os.environ == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}

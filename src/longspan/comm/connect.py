@@ -19,6 +19,7 @@ is empty, and the handshake only tells the rank's number.
 
 import fcntl
 import hmac
+import ipaddress
 import os
 import platform
 import queue
@@ -28,6 +29,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -250,6 +252,50 @@ def interface_address(interface: str) -> str:
                 f"interface: got {interface!r}, legal is one of this host's with an IPv4 address, among {names}"
             ) from error
     return socket.inet_ntoa(found[20:24])
+
+
+def interface_with(address: str) -> str | None:
+    """Name of the network interface that has an IPv4 address; None if there is none, or it is not its first one."""
+    for _, name in socket.if_nameindex():
+        try:
+            if interface_address(name) == address:
+                return name
+        except ConfigError:  # it has no IPv4 address
+            continue
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address leads back to this host alone."""
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except OSError:
+        return False  # whoever connects to it says why it cannot
+
+
+def reachable_address(hosts: Sequence[str]) -> str:
+    """IPv4 address from which this machine reaches others: towards the first that is not this machine's loopback.
+
+    Args:
+        hosts: names or addresses to reach, at least one.
+
+    Raises:
+        CommunicationError: none of them can be reached.
+    """
+    found: list[str] = []
+    failure: CommunicationError | None = None
+    for host in hosts:
+        try:
+            found.append(address_towards(host))
+        except CommunicationError as error:
+            failure = failure or error
+            continue
+        if not is_loopback(found[-1]):
+            return found[-1]
+    if not found:
+        assert failure is not None
+        raise failure
+    return found[0]
 
 
 def address_towards(host: str) -> str:

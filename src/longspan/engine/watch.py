@@ -71,7 +71,7 @@ class Watch:
         self._connect_timeout_s = start.config.connect_timeout_s
         self._failures = Failures(shape)
         self._liveness = Liveness(shape.processes, start.config.exchange_timeout_s)
-        self.membership = Membership(shape, own_versions())
+        self.membership = Membership(shape, own_versions(), _pool_bytes(start))
         """Processes that have connected."""
         self.pending = PendingPlans()
         """Plans in flight."""
@@ -279,6 +279,14 @@ class Watch:
 
     def _name(self, process: ProcessId) -> str:
         return self._launcher.name(process) or self.membership.name(process)
+
+
+def _pool_bytes(start: Start) -> list[int] | None:
+    """KV of every rank in the memory of its host, in bytes; None if it is elsewhere."""
+    if start.config.device == "cuda":
+        return None
+    pages = [group.page_bytes(start.config.page_size) for group in start.spec.kv_groups]
+    return [sum(count * size for count, size in zip(of_rank, pages, strict=True)) for of_rank in start.num_pages]
 
 
 def _may_say(process: ProcessId, message: Answer | Measured | Files | Ready | Failed) -> bool:

@@ -5,6 +5,7 @@ process is started.
 Read next: `longspan.group.shape`; `longspan.engine.watch`, which uses this.
 """
 
+import ipaddress
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -37,14 +38,16 @@ class Member:
 class Membership:
     """Processes of one group, from their admission on."""
 
-    def __init__(self, shape: GroupShape, versions: Versions) -> None:
+    def __init__(self, shape: GroupShape, versions: Versions, pool_bytes: Sequence[int] | None = None) -> None:
         """Start without a member.
 
         Args:
             shape: ranks and processes that are expected.
             versions: the driver's own versions.
+            pool_bytes: memory of its host that every rank is to hold KV in; None for none.
         """
         self._shape, self._versions = shape, versions
+        self._pool_bytes = pool_bytes or (0,) * shape.num_ranks
         self._members: dict[ProcessId, Member] = {}
         # For every plan and answer, so kept: connections of each rank, and the process at each connection.
         self._voices: list[list[bytes]] = [[] for _ in range(shape.num_ranks)]
@@ -75,10 +78,50 @@ class Membership:
             theirs, ours = getattr(hello.versions, package), getattr(self._versions, package)
             if theirs != ours:
                 raise ConfigError(f"version of {package}: got {theirs} from {who}, legal is the driver's, {ours}")
+        self._check_memory(process.rank, hello, who)
+        self._check_addresses(hello)
         self._members[process] = Member(hello, voice)
         self._voices[process.rank].append(voice)
         self._speakers[voice] = process
         return process
+
+    def _check_memory(self, rank: int, hello: Hello, who: str) -> None:
+        """Check that a host has the memory that the driver means its ranks to have.
+
+        Raises:
+            ConfigError: the pools of this rank and of those that came before it from its host are too large.
+        """
+        others = [p.rank for p, member in self._members.items() if member.hello.host == hello.host and p.rank != rank]
+        ranks = sorted({rank, *others})
+        needed = sum(self._pool_bytes[one] for one in ranks)
+        if needed > hello.memory_bytes:
+            raise ConfigError(
+                f"kv_cache_memory: got {self._pool_bytes[rank]} bytes for {who}, and {needed} with all ranks of its "
+                f"host so far, legal is what the host has, {hello.memory_bytes} bytes"
+            )
+
+    def _check_addresses(self, hello: Hello) -> None:
+        """Check that processes on several hosts can find each other, when one more has come.
+
+        Raises:
+            ConfigError: one of them is found at its own host's loopback, or looks for process 0 there.
+        """
+        hellos = [member.hello for member in self._members.values()] + [hello]
+        if len({one.host for one in hellos}) == 1:
+            return
+        first = next((one for one in hellos if one.number == 0), None)
+        for one in hellos:
+            who = self._described(one)
+            if one.address is not None and ipaddress.ip_address(one.address).is_loopback:
+                raise ConfigError(
+                    f"interface: got none for {who}, whose address would be {one.address}, its own host's alone, while "
+                    "others are on other hosts; legal is --interface with one that they reach"
+                )
+            if one.master is not None and first is not None and first.host != one.host:
+                raise ConfigError(
+                    f"MASTER_ADDR: got {one.master!r} from {who}, where that is its own host, legal is an address of "
+                    f"{first.host}, the host of {self._shape.name(self._shape.process(0))}"
+                )
 
     def compare_files(self, process: ProcessId, fingerprint: str) -> None:
         """Note the fingerprint of the model's files on a process's host.

@@ -41,6 +41,12 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     host: str
     pid: int
     versions: Versions
+    memory_bytes: int
+    """Memory that the processes of this host may use."""
+    address: str | None = None
+    """IPv4 address where processes on other hosts find this one; None where all are on the driver's machine."""
+    master: str | None = None
+    """MASTER_ADDR, if it is this host's loopback here, as seen by this process; None if it is not, or is not used."""
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):

@@ -15,6 +15,7 @@ from typing import Literal
 from longspan.comm.connect import Meeting, local_meeting
 from longspan.errors import CommunicationError, ConfigError, LongspanError
 from longspan.group.heartbeat import HeartbeatThread, ProcessProgress
+from longspan.group.host_memory import memory_bytes
 from longspan.group.messages import Failed, Hello, Start
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.group.versions import own_versions
@@ -22,9 +23,17 @@ from longspan.group.worker_link import WorkerLink
 from longspan.imports import quick_imports
 
 
-def own_hello(number: int, world_size: int) -> Hello:
-    """Make the introduction of this process."""
-    return Hello(number, world_size, platform.node(), os.getpid(), own_versions())
+def own_hello(number: int, world_size: int, address: str | None = None, master: str | None = None) -> Hello:
+    """Make the introduction of this process.
+
+    Args:
+        number: of this process in the group.
+        world_size: processes of the group.
+        address: where processes on other hosts find this one; None where there are none.
+        master: where this process looks for process 0; None where all are on one host.
+    """
+    host, pid, memory = platform.node(), os.getpid(), memory_bytes()[0]
+    return Hello(number, world_size, host, pid, own_versions(), memory, address, master)
 
 
 def last_words(process: ProcessId, error: Exception) -> Failed:

@@ -11,8 +11,9 @@ import threading
 import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
-from longspan.comm.connect import Meeting, address_towards, interface_address
+from longspan.comm.connect import Meeting, interface_address, interface_with, is_loopback, reachable_address
 from longspan.comm.secret import Secret
 from longspan.config import num_cores
 from longspan.errors import ConfigError, LongspanError
@@ -70,8 +71,8 @@ def run_remote(place: Place, driver: str, secret: Secret, interface: str | None,
         place: this worker's place in the group.
         driver: address of the driver's link.
         secret: the group's secret.
-        interface: network interface for messages between ranks; None takes the one towards process 0's host, and
-            leaves gloo its choice.
+        interface: network interface for messages between ranks; None takes the one towards process 0's host, or, where
+            that is this host, towards the driver's.
         connect_timeout_s: longest wait for the driver.
 
     Returns:
@@ -82,11 +83,11 @@ def run_remote(place: Place, driver: str, secret: Secret, interface: str | None,
     if not os.environ.get("LONGSPAN_DEBUG"):  # torch has not been imported yet
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.simplefilter("ignore")
-    if interface is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
-    link, hello, progress = WorkerLink(driver, secret), own_hello(place.number, place.world_size), ProcessProgress()
+    link, progress = WorkerLink(driver, secret), ProcessProgress()
     try:
-        address = interface_address(interface) if interface else address_towards(place.master_address)
+        address = _choose_interface(interface, place.master_address, driver)
+        master = place.master_address if is_loopback(place.master_address) else None
+        hello = own_hello(place.number, place.world_size, address, master)
         start = link.introduce(hello, connect_timeout_s)
     except LongspanError as error:
         link.close(linger_ms=0)
@@ -103,3 +104,24 @@ def run_remote(place: Place, driver: str, secret: Secret, interface: str | None,
         return 0
     say_last(f"{who}: {failed.reason.removeprefix(f'{who}: ')}")
     return 2 if failed.blames == "user" else 1
+
+
+def _choose_interface(interface: str | None, master_address: str, driver: str) -> str:
+    """Choose this process's address, and tell gloo, which else takes what the host's name resolves to: often loopback.
+
+    Args:
+        interface: network interface that the user names, or None.
+        master_address: host of process 0.
+        driver: address of the driver's link.
+
+    Raises:
+        ConfigError: the interface does not exist, or has no IPv4 address.
+        CommunicationError: there is no way to either host.
+    """
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+        return interface_address(interface)
+    address = reachable_address([master_address, urlsplit(driver).hostname or master_address])
+    if (found := interface_with(address)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
+    return address
