@@ -48,33 +48,35 @@ class PageAllocator:
             raise OutOfPagesError(f"{num_pages} pages asked, {self.num_free} of {self.num_pages} free")
         runs: list[tuple[int, int]] = []
         while num_pages:
-            start, end = self._find_gap(num_pages, near)
-            taken = min(num_pages, end - start)
-            self._take(start, taken)
-            runs.append((start, taken))
+            index, slot = self._find_place(num_pages, near)
+            taken = min(num_pages, self._gaps[index][1] - slot)
+            self._take(index, slot, taken)
+            runs.append((slot, taken))
             num_pages -= taken
-            near = start + taken
+            near = slot + taken
         self.peak_used = max(self.peak_used, self.num_used)
         return runs
 
-    def _find_gap(self, num_pages: int, near: int | None) -> tuple[int, int]:
-        """Free slots `[start, end)` from which to take up to `num_pages` pages."""
-        for start, end in self._gaps:
-            if near is not None and start <= near < end:
-                return near, end
-        start, end = max(self._gaps, key=lambda gap: gap[1] - gap[0])
+    def _find_place(self, num_pages: int, near: int | None) -> tuple[int, int]:
+        """Gap by its index, and the free slot in it, from which to take up to `num_pages` pages."""
+        gaps = self._gaps
+        if near is not None:
+            for index, (start, end) in enumerate(gaps):
+                if start <= near < end:
+                    return index, near
+        index = max(range(len(gaps)), key=lambda index: gaps[index][1] - gaps[index][0])
+        start, end = gaps[index]
         if start > 0 and end - start > num_pages:
             start += (end - start - num_pages) // 2
-        return start, end
+        return index, start
 
-    def _take(self, slot: int, num_pages: int) -> None:
-        index = next(i for i, (start, end) in enumerate(self._gaps) if start <= slot < end)
-        start, end = self._gaps[index]
-        assert slot + num_pages <= end
-        self._gaps[index : index + 1] = [gap for gap in ((start, slot), (slot + num_pages, end)) if gap[0] < gap[1]]
-        for i in range(slot, slot + num_pages):
-            assert self._references[i] == 0, f"slot {i} is in use"
-            self._references[i] = 1
+    def _take(self, index: int, slot: int, num_pages: int) -> None:
+        """Take pages from slot `slot` on, which are free in gap `index`."""
+        (start, end), stop = self._gaps[index], slot + num_pages
+        assert start <= slot <= stop <= end
+        assert not any(self._references[slot:stop]), f"one of slots {slot} to {stop - 1} is in use"
+        self._gaps[index : index + 1] = [gap for gap in ((start, slot), (stop, end)) if gap[0] < gap[1]]
+        self._references[slot:stop] = [1] * num_pages
         self.num_free -= num_pages
 
     def retain(self, slot: int, num_pages: int) -> None:

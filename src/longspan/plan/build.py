@@ -45,7 +45,9 @@ class RequestStep(msgspec.Struct, frozen=True, gc=False):
     num_known: int
     """Tokens of the request that are known before the step."""
     tokens: Sequence[int] | SampledBy
-    """Input tokens at `[start, end)`, or the earlier plan that samples the only one."""
+    """Input tokens, of which the first `num_skipped` are not of this step; or the plan that samples the only one.
+
+    A host's own list of all tokens: a copy of a chunk of many ranks would take a millisecond."""
     sample: SampleRow | None
     """Row that the request's next token is sampled from; None if this step does not compute the last known token."""
     scores: Sequence[ScoreRun]
@@ -54,6 +56,8 @@ class RequestStep(msgspec.Struct, frozen=True, gc=False):
     """See `QueryRun.rope_len`."""
     is_packed: bool = False
     """Whether all its pages lie on the rank that computes it; see `Plan.packed`."""
+    num_skipped: int = 0
+    """Entries of `tokens` before the token at `start`."""
 
 
 def build_plan(
@@ -151,14 +155,14 @@ def score_runs(
 
 def _add_runs(query_runs: list[QueryRun], request: RequestStep, table: PageTable) -> None:
     """Cut a request's positions where the computing rank changes; no run is longer than a block of queries."""
-    start, tokens = request.start, request.tokens
-    for rank, first, last in table.owners(start, request.end):
+    tokens, offset = request.tokens, request.num_skipped - request.start
+    for rank, first, last in table.owners(request.start, request.end):
         for position in range(first, last, BLOCK_LEN):
             stop = min(last, position + BLOCK_LEN)
             if isinstance(tokens, SampledBy):
                 named: Literals | SampledBy = tokens
             else:
-                named = Literals(tuple(tokens[position - start : stop - start]))
+                named = Literals(tuple(tokens[position + offset : stop + offset]))
             query_runs.append(QueryRun(request.request_id, position, stop - position, rank, named, request.rope_len))
 
 

@@ -133,24 +133,28 @@ class PageTable:
             The pages added, as one run.
         """
         added = PageRun(self.num_pages, rank, slot, num_pages)
-        self.apply([added])
+        self._add(added)
         return added
 
     def apply(self, added: list[PageRun]) -> None:
         """Add runs at the page indices that they name; there may be a hole before the first new page."""
         for run in added:
-            assert run.page_idx >= self.num_pages, f"pages {run.page_idx}.. are in the table already"
-            assert run.num_pages > 0, run
-            self.num_pages = run.page_idx + run.num_pages
-            self._index(run)
-            if self.runs:
-                last = self.runs[-1]
-                follows = (last.page_idx + last.num_pages, last.rank, last.slot + last.num_pages)
-                if follows == (run.page_idx, run.rank, run.slot):
+            self._add(run)
+
+    def _add(self, run: PageRun) -> None:
+        assert run.page_idx >= self.num_pages, f"pages {run.page_idx}.. are in the table already"
+        assert run.num_pages > 0, run
+        self.num_pages = run.page_idx + run.num_pages
+        self._index(run)
+        if self.runs:
+            last = self.runs[-1]
+            if last.rank == run.rank:
+                follows = (last.page_idx + last.num_pages, last.slot + last.num_pages)
+                if follows == (run.page_idx, run.slot):
                     self.runs[-1] = PageRun(last.page_idx, last.rank, last.slot, last.num_pages + run.num_pages)
-                    continue
-            self.runs.append(run)
-            self._starts.append(run.page_idx)
+                    return
+        self.runs.append(run)
+        self._starts.append(run.page_idx)
 
     def free_before(self, page_idx: int) -> list[PageRun]:
         """Drop all pages before `page_idx`.
@@ -176,8 +180,9 @@ class PageTable:
         return freed
 
     def _index(self, run: PageRun) -> None:
-        rows = self._by_rank.setdefault(run.rank, _RankRows())
-        size = self.page_size
+        rows, size = self._by_rank.get(run.rank), self.page_size
+        if rows is None:
+            rows = self._by_rank[run.rank] = _RankRows()
         rows.add(run.page_idx * size, run.slot * size, run.num_pages * size)
 
     def _overlapping(self, start: int, end: int) -> Iterator[tuple[PageRun, int, int]]:
