@@ -16,6 +16,7 @@ from longspan.kv.allocator import OutOfPagesError
 from longspan.kv.prefix import CachingAllocator, PageHolders, extend_hashes
 from longspan.plan.types import FailedRow, PlanResult, RankResult
 from longspan.scheduler.invariants import check_books
+from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.types import FinishReason, SamplingParams
@@ -495,13 +496,12 @@ def copied_pages(request: Request) -> list[tuple[int, int]]:
 
 def cache_on(ranks: FakeRanks, rank: int, tokens=SYSTEM) -> None:
     """Let one rank compute a prompt, whatever the others have cached."""
-    scheduler = ranks.scheduler
+    scheduler, memory = ranks.scheduler, ranks.scheduler.memory
+    others_are_busy = [1e6 * (i != rank) for i in range(len(memory.allocators))]
+    memory.admit = lambda request, load: KVMemory.admit(memory, request, others_are_busy)
     request = scheduler.add_request(tokens, SamplingParams(max_tokens=1, seed=0, prompt_logprobs=0))
-    scheduler.waiting.remove(request)
-    busy = 1e6
-    assert scheduler.memory.admit(request, [busy * (i != rank) for i in range(len(scheduler.memory.allocators))])
-    scheduler._begin(request)
     ranks.run_to_the_end()
+    del memory.admit
     assert homes(request) == {rank}
     assert cached_pages(ranks, tokens, rank) == list(range(len(tokens) // 4))
 

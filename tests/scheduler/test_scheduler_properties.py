@@ -34,7 +34,8 @@ from longspan.errors import CapacityError
 from longspan.plan.types import SampledBy
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Request
-from longspan.scheduler.scheduler import SUSPECT_CRASHES, Scheduler
+from longspan.scheduler.scheduler import Scheduler
+from longspan.scheduler.suspects import SUSPECT_CRASHES
 from longspan.sharding.capacity import pages_by_group
 from longspan.types import FinishReason, Phase, SamplingParams
 

@@ -98,7 +98,7 @@ class AsyncEngine:
         """Queue a request.
 
         Raises:
-            ConfigError, CapacityError: as in `Scheduler.check_request`.
+            ConfigError, CapacityError: as in `Intake.check`.
             QueueFullError: too many requests wait.
             LongspanError: the engine has failed or is closed.
         """
@@ -109,7 +109,7 @@ class AsyncEngine:
         with self._lock:
             self._num_arriving += 1
         try:
-            check = self.engine.scheduler.check_request
+            check = self.engine.scheduler.intake.check
             if len(prompt_token_ids) > CHECK_INLINE_TOKENS:
                 page_hashes = await asyncio.to_thread(check, prompt_token_ids, params)
             else:

@@ -37,32 +37,28 @@ Note [Lost ranks]
     twice more, the one in flight is to blame, and the others are not. Once more may be chance.
 """
 
-import secrets
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from longspan.config import EngineConfig
 from longspan.costmodel.parameters import Costs
 from longspan.costmodel.step_time import StepTime
-from longspan.errors import ConfigError
-from longspan.kv.prefix import extend_hashes
 from longspan.plan.types import Plan, PlanResult
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.chunks import Chunks
+from longspan.scheduler.filling import ChosenStep, fill_step
+from longspan.scheduler.intake import Intake
 from longspan.scheduler.lanes import Lanes
 from longspan.scheduler.load import RankLoad
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.plan_writer import PlanWriter
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.run_ahead import RunAhead
-from longspan.scheduler.turns import Turn, Turns
+from longspan.scheduler.suspects import Suspects
+from longspan.scheduler.turns import Turns
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
-
-SUSPECT_CRASHES = 2
-"""Losses of the ranks, one after another, after which a request that was in flight each time runs alone."""
 
 
 class InFlight(NamedTuple):
@@ -94,6 +90,8 @@ class Scheduler:
         self.memory = KVMemory(model, config, num_pages)
         self.step_time = StepTime(model, config.num_threads)
         self.writer = PlanWriter(model, config, self.memory)
+        self.intake = Intake(model, config, self.memory.placer)
+        """Checks requests; any thread may use it."""
         self._chunks = Chunks(config, self.memory.placer.geometry, self.step_time)
         self._turns = Turns(config.context_parallel_size)
         self._lanes = Lanes(self._turns, config.context_parallel_size)
@@ -101,7 +99,7 @@ class Scheduler:
         """Running requests that are neither in flight nor ready: new ones, and those that lack a page."""
         self._ahead = RunAhead(config.page_size, self._chunks, self._extend)
         self._load = RankLoad(config.context_parallel_size)
-        self._may_suspect = False
+        self._suspects = Suspects()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """The oldest first."""
@@ -151,69 +149,18 @@ class Scheduler:
             prompt_token_ids: the prompt.
             params: how to continue it.
             constraint: which tokens are allowed next, or None.
-            page_hashes: what `check_request` returned, if it has been called already.
+            page_hashes: what `Intake.check` returned, if it has been called already.
 
         Raises:
             ConfigError: the prompt is empty, too long for the model, or holds a token that it does not know.
             CapacityError: it would not fit even on empty ranks.
         """
         prompt = list(prompt_token_ids)
-        if page_hashes is None:
-            page_hashes = self.check_request(prompt, params)
-        else:
-            self.memory.placer.check_fits(len(prompt), params.max_tokens)  # there may be fewer ranks since
-        if params.json_schema is not None and constraint is None:
-            raise ConfigError("json_schema: got no constraint with it, legal is one that `models.grammar` made of it")
-        request = Request(
-            request_id=self.next_request_id,
-            params=params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            token_ids=prompt,
-            prompt_len=len(prompt),
-            eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
-            constraint=constraint,
-            page_hashes=page_hashes,
-            rope_lengths=self.model.rope_lengths,
-            rope_len=0 if self.model.rope_lengths is None else len(prompt),
-        )
+        request = self.intake.take(self.next_request_id, prompt, params, constraint, page_hashes)
         self.next_request_id += 1
         self.requests[request.request_id] = request
         self.waiting.append(request)
         return request
-
-    def check_request(self, prompt: Sequence[int], params: SamplingParams) -> list[bytes]:
-        """Refuse a request that can never run. Reads only what never changes: any thread may call it.
-
-        Returns:
-            Hashes of the prompt's full pages, for the prefix cache; none where it is off.
-
-        Raises:
-            ConfigError: the prompt is empty, too long for the model, or holds a token that it does not know.
-            CapacityError: it would not fit even on empty ranks.
-        """
-        if not prompt:
-            raise ConfigError("prompt: got no tokens, legal is at least one")
-        biased = [token_id for token_id, _ in params.logit_bias]
-        for token_id in (min(prompt), max(prompt), *params.stop_token_ids, *biased):
-            if not 0 <= token_id < self.model.vocab_size:
-                raise ConfigError(f"token id: got {token_id}, legal is 0 to {self.model.vocab_size - 1}")
-        if params.min_tokens and len({*self.model.eos_token_ids, *params.stop_token_ids}) >= self.model.vocab_size:
-            raise ConfigError("stop_token_ids: got all tokens of the model, legal with min_tokens is not all")
-        limit = self.model.max_position
-        if limit is not None and len(prompt) + params.max_tokens > limit:
-            total = len(prompt) + params.max_tokens
-            raise ConfigError(
-                f"prompt + max_tokens: got {len(prompt)} + {params.max_tokens} = {total} tokens, legal is at most "
-                f"{limit} (max_position_embeddings of the model)"
-            )
-        self.memory.placer.check_fits(len(prompt), params.max_tokens)
-        page_hashes: list[bytes] = []
-        if self.config.enable_prefix_caching:
-            rope = self.model.rope_lengths
-            extend_hashes(
-                page_hashes, prompt, self.config.page_size, b"" if rope is None else rope.hash_root(len(prompt))
-            )
-        return page_hashes
 
     @property
     def has_requests(self) -> bool:
@@ -284,7 +231,7 @@ class Scheduler:
         self._lanes.clear()
         self._idle.clear()
         self._load.clear()
-        self._may_suspect = True
+        self._suspects.note_loss()
         self.memory.forget_all()
         for unreported in self._unreported.values():
             unreported.clear()
@@ -297,7 +244,8 @@ class Scheduler:
             other: not to be used any more.
         """
         assert not other.running, "restart comes first"
-        self.waiting, self.requests, self._may_suspect = other.waiting, other.requests, True
+        self.waiting, self.requests = other.waiting, other.requests
+        self._suspects.note_loss()
         self.num_preemptions = other.num_preemptions
         self.next_plan_id, self.next_request_id = other.next_plan_id, other.next_request_id
         self.writer.take_over(other.writer)
@@ -310,14 +258,15 @@ class Scheduler:
         self._admit()  # also while all ranks are busy: whoever has a place does not wait for one
         if len(self.busy_ranks) == self.config.context_parallel_size:
             return self._run_ahead()
-        suspect = self._suspect()
+        suspect = self._suspects.find(self.requests.values(), self.running)
         if suspect is not None:
             return self._schedule_alone(suspect)
         self._make_ready()
         lead = self._lanes.lead(self.busy_ranks, self.next_plan_id, len(self.running))
         if lead is None:
             return self._run_ahead()
-        return self._make_plan(lead, self._lanes.members(lead, self.next_plan_id, len(self.running)))
+        ready = self._lanes.members(lead, self.next_plan_id, len(self.running))
+        return self._write_plan(fill_step(lead, ready, self.config, self._chunks))
 
     def _make_ready(self) -> None:
         """Give idle requests their next page, the oldest first: who is preempted for it is younger."""
@@ -333,13 +282,6 @@ class Scheduler:
             elif request.allocation is not None:
                 self._idle[request.request_id] = request
 
-    def _suspect(self) -> Request | None:
-        """The oldest running request that runs alone, if there is any. See Note [Lost ranks]."""
-        if not self._may_suspect:
-            return None
-        self._may_suspect = any(request.num_crashes >= SUSPECT_CRASHES for request in self.requests.values())
-        return next((request for request in self.running if request.num_crashes >= SUSPECT_CRASHES), None)
-
     def _schedule_alone(self, request: Request) -> Plan | None:
         """The next plan of a request with nobody beside it."""
         if self.in_flight:
@@ -352,7 +294,7 @@ class Scheduler:
             return self.schedule()  # it gave its pages to those that it kept waiting
         ranks = self._chunks.next_ranks(request, allocation)
         lead = self._turns.of(request, ranks, self.next_plan_id, len(self.running))
-        return self._make_plan(lead, [lead])
+        return self._write_plan(fill_step(lead, [lead], self.config, self._chunks))
 
     def _run_ahead(self) -> Plan | None:
         """The plan behind one of decodes that is in flight, unless a request waits for a rank or for a page."""
@@ -362,7 +304,7 @@ class Scheduler:
         if found is None:
             return None
         plan, chosen = found
-        return self._write_plan(set(plan.ranks), chosen, Phase.DECODE, 0.0, behind=plan)
+        return self._write_plan(ChosenStep(set(plan.ranks), chosen, Phase.DECODE, behind=plan))
 
     def _admit(self) -> None:
         """Let requests in, in order, while they fit."""
@@ -373,14 +315,11 @@ class Scheduler:
         while self.waiting and len(self.running) < self.config.max_num_seqs:
             if not self.memory.admit(self.waiting[0], self._load.per_rank(self.memory.placer.geometry.tokens_per_rank)):
                 return
-            self._begin(self.waiting.popleft())
-
-    def _begin(self, request: Request) -> None:
-        """Let a request run that has got its pages."""
-        request.delivery.wait_from(self.next_plan_id - 1)  # -1 would overtake all others
-        insort(self.running, request, key=lambda r: r.request_id)
-        self._load.note(request)
-        self._idle[request.request_id] = request
+            request = self.waiting.popleft()
+            request.delivery.wait_from(self.next_plan_id - 1)  # -1 would overtake all others
+            insort(self.running, request, key=lambda r: r.request_id)
+            self._load.note(request)
+            self._idle[request.request_id] = request
 
     def _extend(self, request: Request) -> bool:
         """Place one more page of a request; False when no rank has room."""
@@ -404,76 +343,9 @@ class Scheduler:
             self._preempt(idle[-1])
         return True
 
-    def _make_plan(self, lead: Turn, ready: Sequence[Turn]) -> Plan:
-        """Fill a plan with all requests that fit its ranks, their budgets, and what moves.
-
-        Args:
-            lead: has a place for certain; the plan's ranks are its ranks.
-            ready: every request that may take part, in the order of their turns.
-        """
-        ranks = lead.ranks
-        step = lead.request.delivery.last_step
-        if step is not None and len(step.requests) == len(ready):
-            again, size = [turn.request for turn in ready], self.config.page_size
-            # Decodes that fitted together before, and whose tokens go where those before them went.
-            stay = len(ranks) == 1 or all(request.num_computed % size for request in again)
-            if stay and all(request.delivery.last_step is step for request in again):
-                ends = [(request, request.num_computed + 1) for request in again]
-                return self._write_plan(ranks, ends, Phase.DECODE if len(ranks) > 1 else None, 0.0)
-        size = self.config.context_parallel_size
-        most = self.config.max_num_batched_tokens
-        # However many decode, a lead that prefills gets on by a page, or by half of a smaller budget.
-        reserved = min(self.config.page_size, (most + 1) // 2) if not lead.is_decode else 0
-        budget = [most - reserved] * size
-        # Decodes alone are never cut by time, and nothing is learnt from them.
-        is_timed = self.config.max_step_ms is not None and any(
-            not other.is_decode and other.ranks <= ranks for other in ready
-        )
-        flops_left, flops = self._chunks.step_flops if is_timed else [], [0.0] * size
-        movers = lead.request.phase if len(ranks) > 1 else None  # the phase of all requests that move something
-        chosen: list[tuple[Request, int]] = []
-        # Decodes first, they are small; the lead before all others of its phase.
-        for other in sorted(ready, key=lambda other: (not other.is_decode, other is not lead)):
-            request, allocation = other.request, other.request.allocation
-            assert allocation is not None
-            if not other.ranks <= ranks or (allocation.copies and other is not lead):
-                continue
-            if len(other.ranks) > 1:
-                if movers not in (None, request.phase):
-                    continue
-                movers = request.phase
-            if other is lead:
-                budget = [tokens + reserved for tokens in budget]
-            end = self._chunks.end(request, budget)
-            if is_timed and not other.is_decode:
-                end = self._chunks.end_in_time(request, end, flops_left, is_lead=other is lead)
-            if end == request.num_computed:
-                continue
-            for rank, work in self._chunks.work(request, end).items() if is_timed else ():
-                flops_left[rank] -= work
-                flops[rank] += work
-            for rank, start, stop in allocation.ranks_of(request.num_computed, end):
-                budget[rank] -= stop - start
-            chosen.append((request, end))
-        return self._write_plan(ranks, chosen, movers, self._chunks.busiest(flops) if is_timed else 0.0)
-
-    def _write_plan(
-        self,
-        ranks: AbstractSet[int],
-        chosen: Sequence[tuple[Request, int]],
-        movers: Phase | None,
-        flops: float,
-        behind: Plan | None = None,
-    ) -> Plan:
-        """The plan that takes every chosen request to its end.
-
-        Args:
-            ranks: that run it.
-            chosen: (request, end).
-            movers: the phase of requests with keys on several ranks.
-            flops: of the busiest rank (`Chunks.busiest`).
-            behind: the plan that samples the tokens; None if they are known.
-        """
+    def _write_plan(self, step: ChosenStep) -> Plan:
+        """The plan of a step that is decided; it is in flight from now on."""
+        ranks, chosen, movers, flops, behind = step
         released: set[int] = set()
         for rank in ranks:
             released |= self._unreported[rank]
