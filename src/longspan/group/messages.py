@@ -49,7 +49,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     config: EngineConfig
     spec: ModelSpec
     num_pages: tuple[int, ...]
-    """Pages of the pool per KV group."""
+    """Pages of the pool per KV group; behind them slots of states, if the model has recurrent layers."""
     directory: str | None
     """Directory where processes on the driver's machine meet, theirs alone; None: their environment says where."""
     generation: int = 0

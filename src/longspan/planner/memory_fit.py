@@ -14,6 +14,7 @@ from longspan.costmodel.shapes import ModelShape
 from longspan.errors import ConfigError
 from longspan.planner.clusters import Cluster
 from longspan.sharding.capacity import pool_bytes, pool_pages, window_pages
+from longspan.types import ModelSpec
 
 
 class Fit(msgspec.Struct, frozen=True):
@@ -27,7 +28,7 @@ class Fit(msgspec.Struct, frozen=True):
     kv_bytes: float
     """Memory of one device for KV; below 0 where the weights alone are too much."""
     num_pages: tuple[int, ...]
-    """Pages on one rank, per KV group."""
+    """Pages on one rank, per KV group; behind them slots of states, if the model has recurrent layers."""
     num_tokens: int
     """Tokens whose KV fits all ranks together, in groups of full attention if there are any."""
     longest_request: int | None
@@ -52,16 +53,20 @@ def fit(shape: ModelShape, num_ranks: int, memory_bytes: float, memory_utilizati
     except ConfigError:  # not one page
         num_pages = None
     if num_pages is None:
-        return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, (0,) * len(spec.kv_groups), 0, 0)
-    full = [pages for pages, group in zip(num_pages, spec.kv_groups, strict=True) if group.spec.reach is None]
+        return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, _no_pages(spec), 0, 0)
+    full = [pages for pages, group in zip(num_pages, spec.kv_groups, strict=False) if group.spec.reach is None]
     limit = full[0] if full else num_pages[0]
     longest: int | None = num_ranks * limit * size + 1  # the last token needs no page
     if not full and all(
         pages >= window_pages(group.spec.reach or 0, size, budget)
-        for pages, group in zip(num_pages, spec.kv_groups, strict=True)
+        for pages, group in zip(num_pages, spec.kv_groups, strict=False)
     ):
         longest = None
     return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, num_pages, num_ranks * limit * size, longest)
+
+
+def _no_pages(spec: ModelSpec) -> tuple[int, ...]:
+    return (0,) * (len(spec.kv_groups) + bool(spec.state_groups))
 
 
 def fits(found: Fit, num_tokens: int) -> bool:
@@ -70,11 +75,11 @@ def fits(found: Fit, num_tokens: int) -> bool:
 
 
 def request_kv_bytes(shape: ModelShape, num_tokens: int, num_ranks: int, options: StepOptions) -> int:
-    """Bytes of KV that a request of `num_tokens` holds at its end, on the device that has most of it."""
+    """Bytes of KV, and of a state, that a request of `num_tokens` holds at its end, on the device that has most."""
     size = options.page_size
     pages = -(-num_tokens // size)
     here = -(-pages // num_ranks)
-    held = 0
+    held = shape.spec.state_bytes
     for group in shape.spec.kv_groups:
         reach = group.spec.reach
         most = here if reach is None else min(here, window_pages(reach, size, options.max_num_batched_tokens))

@@ -88,7 +88,8 @@ class Scheduler:
         Args:
             model: its KV groups, vocabulary and limits.
             config: of the engine.
-            num_pages: per KV group, the same on every rank.
+            num_pages: per KV group, the same on every rank; behind them slots of states, if the model has recurrent
+                layers.
         """
         self.model, self.config = model, config
         self.memory = KVMemory(model, config, num_pages)

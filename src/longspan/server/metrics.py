@@ -131,6 +131,9 @@ class _EngineCollector(Collector):
         )
         yield self._per("rank", GaugeMetricFamily, "longspan:kv_pages_used", "KV pages in use.", stats.kv_pages_used)
         yield self._per("rank", GaugeMetricFamily, "longspan:kv_pages_total", "KV pages.", stats.kv_pages_total)
+        used, total_slots = stats.state_slots_used, stats.state_slots_total
+        yield self._per("rank", GaugeMetricFamily, "longspan:state_slots_used", "States in use.", used)
+        yield self._per("rank", GaugeMetricFamily, "longspan:state_slots_total", "Slots for states.", total_slots)
         yield self._per("rank", CounterMetricFamily, "longspan:busy_seconds", "Time spent on plans.", stats.busy_s)
         yield self._per(
             "rank", CounterMetricFamily, "longspan:tokens_computed", "Tokens computed.", stats.tokens_computed
