@@ -6,6 +6,7 @@ nobody wrote cannot pass for one.
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -39,6 +40,13 @@ def compute(rows, state, is_new):
         outs.append(total + halo[..., 0])
         halo.copy_(torch.stack([halo[..., 1], row], dim=-1))
     return torch.stack(outs, dim=1)
+
+
+def compute_rows(hidden, rows, state, is_new):
+    """The layer as ranks call it, over some of the packed rows [T, width]."""
+    if isinstance(rows, slice):
+        return compute(hidden[None, rows], state, is_new)[0]
+    return compute(hidden[rows][:, None], state, is_new)[:, 0]
 
 
 def alone(rows):
@@ -87,7 +95,7 @@ class Ranks:
             rows = torch.cat([tokens[run.request_id][run.position : run.end] for run in own])
             found = {}
             for layer in LAYERS:
-                out = relay.run_layer(layer, rows, compute).split([run.num_tokens for run in own])
+                out = relay.run_layer(layer, partial(compute_rows, rows)).split([run.num_tokens for run in own])
                 found.update({(layer, run.request_id, run.position): part for run, part in zip(own, out, strict=True)})
             return found
 
@@ -179,11 +187,13 @@ def test_single_rows_of_many_requests_are_one_call_and_no_message():
         ranks.comms[0],
     )
 
-    def counted(rows, state, is_new):
-        calls.append(tuple(rows.shape))
-        return compute(rows, state, is_new)
+    hidden = torch.stack([rows[3] for rows in tokens])
 
-    out = relay.run_layer(LAYERS[0], torch.stack([rows[3] for rows in tokens]), counted)
-    assert calls == [(5, 1, WIDTH)]
+    def counted(rows, state, is_new):
+        calls.append(rows.tolist())
+        return compute_rows(hidden, rows, state, is_new)
+
+    out = relay.run_layer(LAYERS[0], counted)
+    assert calls == [[0, 1, 2, 3, 4]]
     torch.testing.assert_close(out, torch.stack([alone(rows)[0][3] for rows in tokens]))
     assert ranks.comms[0].bytes_sent == 0

@@ -77,8 +77,8 @@ class ModelShape(msgspec.Struct, frozen=True):
             return self
         if self.spec.state_groups:
             raise ConfigError(
-                f"tensor_parallel_size: got {size} for a model with recurrent layers, plannable is 1: how devices share "
-                "a state is not modelled"
+                f"tensor_parallel_size: got {size} for a model with recurrent layers, plannable is 1: how devices "
+                "share a state is not modelled"
             )
         groups: list[KVGroup] = []
         for group in self.spec.kv_groups:

@@ -35,9 +35,12 @@ from longspan.plan.types import Plan, StatePlace, StateStep
 State: TypeAlias = list[Tensor]
 """State of B requests in one layer: [B, *shape] per component."""
 
-ComputeLayer: TypeAlias = Callable[[Tensor, State, bool], Tensor]
-"""Function from rows [B, t, width], t consecutive tokens of each of B requests, the state before them, which it changes
-to that behind them, and whether there is none yet, to output rows [B, t, out]."""
+Rows: TypeAlias = slice | Tensor
+"""Packed rows of a rank: t consecutive tokens of one request, or [B] int64 single tokens of B requests."""
+
+ComputeLayer: TypeAlias = Callable[[Rows, State, bool], Tensor]
+"""Function from rows, the state before them, which it changes to that behind them, and whether there is none yet, to
+output [t, out] or [B, out]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class Relay:
         Collective: all ranks of the plan make one, before their model runs.
         """
         self._pool, self._comm, self._rank = pool, comm, comm.rank
+        self.bytes_sent = 0
+        """Bytes that this rank sent in this step; complete when all layers have run."""
         self._steps = {step.request_id: step for step in plan.states}
         assert len(self._steps) == len({run.request_id for run in plan.query_runs}), "a request has no state"
         self._arrived: dict[int, dict[int, State]] = {}  # request to layer to the state that was sent here
@@ -87,45 +92,44 @@ class Relay:
         )
         self._rows = torch.tensor([piece.row for piece in self._together], dtype=torch.long, device=pool.device)
 
-    def run_layer(self, layer: int, rows: Tensor, compute: ComputeLayer) -> Tensor:
+    def run_layer(self, layer: int, compute: ComputeLayer) -> Tensor:
         """Compute one recurrent layer.
 
         Args:
             layer: layer of the model.
-            rows: [T, width] input of this rank's packed rows.
             compute: the layer's arithmetic.
 
         Returns:
-            [T, out].
+            [T, out], for this rank's packed rows.
 
         Collective: all ranks with rows call it for every recurrent layer in ascending order.
         """
-        parts: list[tuple[Tensor | slice, Tensor]] = []
+        parts: list[tuple[Rows, Tensor]] = []
         sent: list[Pending] = []
         states: dict[int, State] = {}  # of requests between two pieces
         for piece in self._chained:
             state = self._state_before(piece, layer, states)
-            here = slice(piece.row, piece.row + piece.num_tokens)
-            parts.append((here, compute(rows[None, here], state, piece.position == 0)[0]))
+            tokens = slice(piece.row, piece.row + piece.num_tokens)
+            parts.append((tokens, compute(tokens, state, piece.position == 0)))
             if piece.kept is not None:
                 _copy_(self._pool.state(layer, piece.kept.slot), state)
             if piece.after is not None:
-                sent.append(self._comm.exchange([(piece.after, part.clone()) for part in state], []))
+                sent.append(self._exchange([(piece.after, part.clone()) for part in state], []))
         if self._together:
-            parts.append((self._rows, self._run_together(layer, rows, compute)))
+            parts.append((self._rows, self._run_together(layer, compute)))
         for pending in sent:
             pending.wait()
-        out = parts[0][1].new_empty(len(rows), parts[0][1].shape[-1])
-        for where, part in parts:
-            out[where] = part
+        out = parts[0][1].new_empty(sum(len(part) for _, part in parts), parts[0][1].shape[-1])
+        for rows, part in parts:
+            out[rows] = part
         return out
 
-    def _run_together(self, layer: int, rows: Tensor, compute: ComputeLayer) -> Tensor:
-        """Compute the single rows [B, width] of requests that hand nothing on; return [B, out]."""
+    def _run_together(self, layer: int, compute: ComputeLayer) -> Tensor:
+        """Compute the single rows of requests that hand nothing on; return [B, out]."""
         state = self._pool.gather(layer, self._slots)
-        out = compute(rows[self._rows][:, None], state, False)
+        out = compute(self._rows, state, False)
         self._pool.scatter(layer, self._slots, state)
-        return out[:, 0]
+        return out
 
     def _state_before(self, piece: _Piece, layer: int, states: dict[int, State]) -> State:
         """Make the state before a piece ready to be changed, in the target's slot if that is on this rank."""
@@ -137,7 +141,7 @@ class Relay:
             )
         state = states[step.request_id]
         if piece.before is not None:
-            self._comm.exchange([], [(piece.before, part) for part in state]).wait()
+            self._exchange([], [(piece.before, part) for part in state]).wait()
         elif piece.is_first and step.request_id in self._arrived:
             _copy_(state, self._arrived[step.request_id][layer])
         elif piece.is_first and step.source is not None and step.source != step.target:
@@ -171,7 +175,11 @@ class Relay:
                 recvs += [(source.rank, part) for state in arrived.values() for part in state]
                 self._arrived[request_id] = arrived
         if sends or recvs:
-            self._comm.exchange(sends, recvs).wait()
+            self._exchange(sends, recvs).wait()
+
+    def _exchange(self, sends: list[tuple[int, Tensor]], recvs: list[tuple[int, Tensor]]) -> Pending:
+        self.bytes_sent += sum(part.nbytes for _, part in sends)
+        return self._comm.exchange(sends, recvs)
 
 
 def _own_pieces(plan: Plan, steps: dict[int, StateStep], rank: int) -> list[_Piece]:

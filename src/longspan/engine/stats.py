@@ -74,7 +74,7 @@ class EngineStats:
     steps_per_strategy: Mapping[str, int] = field(default_factory=dict)
     """(plan, KV group) pairs that used each strategy."""
     bytes_per_strategy: Mapping[str, int] = field(default_factory=dict)
-    """Bytes that ranks sent each other, by strategy."""
+    """Bytes that ranks sent each other, by strategy; those of states as `states`."""
     num_preemptions: int = 0
     """Times that a running request gave its pages back and started again later."""
     prefix_queries_tokens: int = 0

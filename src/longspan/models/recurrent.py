@@ -17,15 +17,16 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from longspan.cp.relay import ComputeLayer, State
+from longspan.cp.relay import ComputeLayer, Rows, State
 from longspan.errors import UnsupportedModelError
 from longspan.kv.state_layout import StateComponent, StateGroup
+from longspan.models.row_products import RowProducts
 
 CACHE_CALLS = ("update_conv_state", "update_recurrent_state")
 """Calls in a module's source that say that it keeps a state."""
 
-RunLayer: TypeAlias = Callable[[int, Tensor, ComputeLayer], Tensor]
-"""Function of (layer, rows [T, width], the layer's arithmetic) that returns output rows [T, out]."""
+RunLayer: TypeAlias = Callable[[int, ComputeLayer], Tensor]
+"""Function of (layer, the layer's arithmetic) that returns output rows [T, out]."""
 
 Key: TypeAlias = tuple[Literal["conv", "recurrent"], int]
 """Role and index of a tensor of a layer's state."""
@@ -54,21 +55,29 @@ class StepCache:
         """Keys that queries see and the first one's position, without a cache."""
         return query_len, 0
 
-    def run(self, layer: int, hidden: Tensor, forward: Callable[..., Any]) -> Tensor:
+    def run(self, layer: int, hidden: Tensor, forward: Callable[..., Any], products: RowProducts) -> Tensor:
         """Compute a recurrent layer, for its module.
 
         Args:
             layer: layer of the model.
             hidden: [1, T, width] input.
             forward: the module's own.
+            products: what is computed for all rows at once.
         """
-        components = self._layouts[layer]
+        components, first = self._layouts[layer], products.first(hidden)
 
-        def compute(rows: Tensor, state: State, is_new: bool) -> Tensor:
-            out: Tensor = forward(rows, cache=LayerCache(components, state, is_new=is_new))
-            return out
+        def compute(rows: Rows, state: State, is_new: bool) -> Tensor:
+            cache = LayerCache(components, state, is_new=is_new)
+            with products.run({module: _some(out, rows) for module, out in first.items()}):
+                out: Tensor = forward(_some(hidden, rows), cache=cache)
+            return out[0] if isinstance(rows, slice) else out[:, 0]
 
-        return self._run_layer(layer, hidden[0], compute)[None]
+        return products.last(self._run_layer(layer, compute)[None])
+
+
+def _some(hidden: Tensor, rows: Rows) -> Tensor:
+    """Rows of [1, T, width], as a module takes them: [1, t, width] of one request, or [B, 1, width] of B."""
+    return hidden[:, rows] if isinstance(rows, slice) else hidden[0, rows][:, None]
 
 
 class LayerCache:
@@ -114,11 +123,11 @@ class TraceCache(StepCache):
     """Finds the layout of every layer's state while a model runs on the meta device."""
 
     def __init__(self) -> None:
-        super().__init__({}, lambda _layer, rows, _compute: rows)
+        super().__init__({}, lambda _layer, _compute: torch.empty(0))
         self.layers: dict[int, tuple[StateComponent, ...]] = {}
         """Layout by layer, in the order of calls."""
 
-    def run(self, layer: int, hidden: Tensor, forward: Callable[..., Any]) -> Tensor:
+    def run(self, layer: int, hidden: Tensor, forward: Callable[..., Any], products: RowProducts) -> Tensor:
         """Note the state that a module keeps. See `StepCache.run`."""
         recorder = _LayerRecorder()
         out: Tensor = forward(hidden, cache=recorder)
@@ -191,24 +200,26 @@ def _cache_calls(cls: type) -> list[bool]:
     return [name in source for name in CACHE_CALLS]
 
 
-def compute_runs_(model: nn.Module) -> int:
+def compute_runs_(model: Any) -> int:
     """Let modules that keep a state compute a step's rows run by run, where they are called with a `StepCache`.
 
     Returns:
         Number of changed modules.
     """
     modules = recurrent_modules(model)
+    width = int(model.config.hidden_size)
     for module in modules:
-        module.forward = _by_runs(module.forward, int(module.layer_idx))
+        products = RowProducts(module, module.forward, _LayerRecorder(), width)
+        module.forward = _by_runs(module.forward, int(module.layer_idx), products)
     return len(modules)
 
 
-def _by_runs(own: Callable[..., Any], layer: int) -> Callable[..., Any]:
+def _by_runs(own: Callable[..., Any], layer: int, products: RowProducts) -> Callable[..., Any]:
     """Wrap a module's `forward`. A step has no padding, so that nothing but the input counts beside the cache."""
 
     def forward(hidden_states: Tensor, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
         if isinstance(cache, StepCache):
-            return cache.run(layer, hidden_states, own)
+            return cache.run(layer, hidden_states, own, products)
         return own(hidden_states, *args, cache=cache, **kwargs)
 
     return forward

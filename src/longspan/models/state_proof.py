@@ -65,7 +65,8 @@ def _error(module: Any, components: Sequence[StateComponent], width: int) -> flo
 def _with_random_weights(module: Any, generator: torch.Generator) -> nn.Module:
     """Copy of a module on the CPU, in float32, that keeps the size of what it is given."""
     network: nn.Module = copy.deepcopy(module).float().to_empty(device="cpu")
-    network.__dict__.pop("forward", None)  # by runs, of the module that was copied
+    for changed in network.modules():
+        changed.__dict__.pop("forward", None)  # of the module that was copied
     for weight in network.parameters():
         if weight.ndim > 1:
             weight.copy_(torch.randn(weight.shape, generator=generator) * weight[0].numel() ** -0.5)

@@ -281,7 +281,7 @@ class RankResult(msgspec.Struct, frozen=True, gc=False):
     """Seconds that this rank took for all plans since the worker started, waits for peers included."""
     failed: tuple[FailedRow, ...] = ()
     strategy_bytes: dict[str, int] = {}
-    """Bytes sent per strategy since the worker started."""
+    """Bytes sent per strategy, and for states of recurrent layers as `states`, since the worker started."""
 
 
 class PlanResult(msgspec.Struct, frozen=True, gc=False):

@@ -123,9 +123,9 @@ class ModelForward:
         return logits
 
     def _cache(self, states: Relay) -> StepCache:
-        def run_layer(layer: int, rows: Tensor, compute: ComputeLayer) -> Tensor:
+        def run_layer(layer: int, compute: ComputeLayer) -> Tensor:
             self._before_layer(layer)
-            return states.run_layer(layer, rows, compute)
+            return states.run_layer(layer, compute)
 
         return StepCache(self._state_layouts, run_layer)
 

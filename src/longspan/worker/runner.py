@@ -48,6 +48,9 @@ from longspan.worker.sampler import sample_all, token_logprobs
 if TYPE_CHECKING:
     from longspan.worker.graphs import FixedSteps
 
+STATES = "states"
+"""Name of states among strategies, where the bytes that ranks send are counted."""
+
 GraphMode = Literal["never", "launched", "captured"]
 """Way to run decode steps: in any shape; in fixed shapes, kernel by kernel; in fixed shapes, as CUDA graphs."""
 
@@ -253,19 +256,22 @@ class ModelRunner:
         """Run a plan of any shape."""
         attention = EagerStepAttention(plan, self._tables, self.pools, self.comm, self.backend, self.layer_params)
         states = None if self._states is None else Relay(plan, self._states, self.comm)
+        logits: Tensor | None = None
         if not attention.num_rows:
             self._forward.join(attention)
-            return StepOutput(None, attention.bytes_sent)
-        logits = self._forward.run(
-            attention,
-            self._ids(rows.token_ids),
-            self._ids(rows.positions),
-            self._ids(rows.read),
-            states=states,
-            dense_threads=None if self._dense_threads is None else self._dense_threads(plan, self.rank),
-            row_lengths=rows.lengths,
-        )
-        return StepOutput(logits, attention.bytes_sent)
+        else:
+            logits = self._forward.run(
+                attention,
+                self._ids(rows.token_ids),
+                self._ids(rows.positions),
+                self._ids(rows.read),
+                states=states,
+                dense_threads=None if self._dense_threads is None else self._dense_threads(plan, self.rank),
+                row_lengths=rows.lengths,
+            )
+        if states is None:
+            return StepOutput(logits, attention.bytes_sent)
+        return StepOutput(logits, {**attention.bytes_sent, STATES: states.bytes_sent})
 
     def _read(self, plan: Plan, rows: _PackedStep, logits: Tensor) -> _Answer:
         """Sample and score.
