@@ -126,6 +126,8 @@ class Relay:
 
     def _run_together(self, layer: int, compute: ComputeLayer) -> Tensor:
         """Compute the single rows of requests that hand nothing on; return [B, out]."""
+        if len(self._together) == 1:  # in its slot: a state is large
+            return compute(self._rows, self._pool.state(layer, self._together[0].step.target.slot), False)
         state = self._pool.gather(layer, self._slots)
         out = compute(self._rows, state, False)
         self._pool.scatter(layer, self._slots, state)
