@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from longspan.cp.relay import ComputeLayer, Rows, State
 from longspan.errors import UnsupportedModelError
 from longspan.kv.state_layout import StateComponent, StateGroup
-from longspan.models.row_products import RowProducts
+from longspan.models.row_products import RowProducts, find_products
 
 CACHE_CALLS = ("update_conv_state", "update_recurrent_state")
 """Calls in a module's source that say that it keeps a state."""
@@ -207,9 +207,11 @@ def compute_runs_(model: Any) -> int:
         Number of changed modules.
     """
     modules = recurrent_modules(model)
+    first_of = {type(module): module for module in reversed(modules)}
     width = int(model.config.hidden_size)
+    names = {kind: find_products(module, _LayerRecorder(), width) for kind, module in first_of.items()}
     for module in modules:
-        products = RowProducts(module, module.forward, _LayerRecorder(), width)
+        products = RowProducts(module, names[type(module)])
         module.forward = _by_runs(module.forward, int(module.layer_idx), products)
     return len(modules)
 

@@ -16,7 +16,7 @@ Which they are is found by running the module on the meta device.
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +30,23 @@ class _Current(threading.local):
     """Rows of the run, by the layer that computed them; None outside of runs."""
 
 
+class ProductNames(NamedTuple):
+    """Names of a module's linear layers that can be computed for all rows at once."""
+
+    first: tuple[str, ...] = ()
+    """Those that take the module's input as it is."""
+    last: str | None = None
+    """The one whose output is the module's; None if there is none."""
+
+
 class RowProducts:
     """Linear layers of one module that are computed for all rows at once."""
 
-    def __init__(self, module: nn.Module, forward: Callable[..., Any], cache: object, width: int) -> None:
-        """Find them, and change them.
-
-        Args:
-            module: a recurrent module.
-            forward: its own forward.
-            cache: cache for one call without a state.
-            width: elements of a row.
-        """
+    def __init__(self, module: nn.Module, names: ProductNames) -> None:
+        """Change the layers of these names in a recurrent module."""
         self._current = _Current()
-        self._first, self._last = _find(module, forward, cache, width)
+        self._first = [module.get_submodule(name) for name in names.first]
+        self._last = None if names.last is None else module.get_submodule(names.last)
         for layer in self._first:
             layer.forward = self._served(layer)
         if self._last is not None:
@@ -86,30 +89,35 @@ def _compute(layer: Any, rows: Tensor) -> Tensor:
     return out
 
 
-def _find(
-    module: nn.Module, forward: Callable[..., Any], cache: object, width: int
-) -> tuple[list[nn.Module], nn.Module | None]:
-    """Linear layers that take a module's input, and the one that gives its output; none of a module that does not run
-    on the meta device."""
-    layers = [child for child in module.children() if isinstance(child, nn.Linear)]
+def find_products(module: nn.Module, cache: object, width: int) -> ProductNames:
+    """Find linear layers that can be computed for all rows at once.
+
+    None are found in a module that does not run on the meta device.
+
+    Args:
+        module: a recurrent module that nothing has changed.
+        cache: cache for one call without a state.
+        width: elements of a row.
+    """
+    layers = {child: name for name, child in module.named_children() if isinstance(child, nn.Linear)}
     hidden = torch.empty(1, 1, width, device="meta", dtype=next(module.parameters()).dtype)
-    calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers.values()}
 
     def note(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        calls[layer].append((args[0], out))
+        calls[layers[layer]].append((args[0], out))
 
     hooks = [layer.register_forward_hook(note) for layer in layers]
-    weights = {name: torch.empty_like(one, device="meta") for name, one in module.state_dict(keep_vars=True).items()}
+    weights = {name: torch.empty_like(one, device="meta") for name, one in module.named_parameters()}
     weights |= {name: torch.empty_like(one, device="meta") for name, one in module.named_buffers()}
     try:
         with torch.inference_mode():
-            out = functional_call(module, weights, (hidden,), {"cache": cache})
+            result = functional_call(module, weights, (hidden,), {"cache": cache})
     except Exception:  # weights that other libraries hold fail on the meta device in their own ways
-        return [], None
+        return ProductNames()
     finally:
         for hook in hooks:
             hook.remove()
-    once = [(layer, *found[0]) for layer, found in calls.items() if len(found) == 1]
-    first = [layer for layer, given, _ in once if given is hidden]
-    last = [layer for layer, _, given in once if given is out and layer not in first]
-    return first, last[0] if last else None
+    once = [(name, *found[0]) for name, found in calls.items() if len(found) == 1]
+    first = tuple([name for name, given, _ in once if given is hidden])
+    last = [name for name, _, out in once if out is result and name not in first]
+    return ProductNames(first, last[0] if last else None)
