@@ -99,7 +99,9 @@ def find_products(module: nn.Module, cache: object, width: int) -> ProductNames:
         cache: cache for one call without a state.
         width: elements of a row.
     """
-    layers = {child: name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    layers: dict[nn.Module, str] = {
+        child: name for name, child in module.named_children() if isinstance(child, nn.Linear)
+    }
     hidden = torch.empty(1, 1, width, device="meta", dtype=next(module.parameters()).dtype)
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers.values()}
 
