@@ -94,8 +94,8 @@ def test_tokens_are_those_of_transformers_in_every_spread(case):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
-@pytest.mark.parametrize("name", [DELTA, BOTH])
-def test_preempted_requests_get_their_tokens(name, num_ranks):
+def test_preempted_requests_get_their_tokens(num_ranks):
+    name = BOTH
     model = proven_model(name)
     spec = inspect.inspect_model(load_config(model.path)[0], None, recurrent.torch.float32)
     memory = pool_bytes(spec, 360 // PAGE // num_ranks + 8, PAGE, 50)
