@@ -235,6 +235,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         bool, Option("Go on from the KV of earlier prompts and answers.", Group.MEMORY, only_servers=True)
     ] = True
     """Whether the KV of prompts and answers is kept, and reused when a prompt starts with the same tokens."""
+    state_snapshot_tokens: Annotated[
+        int | None,
+        Option(
+            "Keep a recurrent model's state every so many tokens of a prompt, whole pages.",
+            Group.MEMORY,
+            least=1,
+            most=MAX_COUNT,
+            unset="tokens whose KV takes as much as a state, 512 or more",
+            only_servers=True,
+        ),
+    ] = None
+    """Tokens from one kept state of a prompt to the next, a multiple of `page_size`: where the prefix cache of a model
+    with recurrent layers can go on, beside a prompt's last full page. None takes as many tokens as have the KV of a
+    state's size, but at least 512."""
     max_num_batched_tokens: Annotated[
         int, Option("Most tokens that one rank computes in one step.", Group.SCHEDULING, least=1, most=MAX_COUNT)
     ] = 2048
@@ -375,6 +389,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.stripe_size % self.page_size:
             raise ConfigError(
                 f"stripe_size: got {self.stripe_size}, legal is a multiple of page_size ({self.page_size})"
+            )
+        if self.state_snapshot_tokens is not None and self.state_snapshot_tokens % self.page_size:
+            raise ConfigError(
+                f"state_snapshot_tokens: got {self.state_snapshot_tokens}, legal is a multiple of page_size "
+                f"({self.page_size})"
             )
         self._check_link()
         self._check_min_ranks()

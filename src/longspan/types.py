@@ -14,6 +14,7 @@ import msgspec
 
 from longspan.errors import ConfigError
 from longspan.kv.layout import KVGroup
+from longspan.kv.state_layout import StateGroup
 from longspan.option import Group, Option, check_options, is_number, refusal
 
 
@@ -132,8 +133,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...]
     """Tokens any of which ends a request; see Note [End tokens] in `longspan.models.generation`."""
     kv_groups: tuple[KVGroup, ...]
-    layer_params: tuple[AttentionParams, ...]
-    """Attention parameters of each layer."""
+    layer_params: tuple[AttentionParams | None, ...]
+    """Attention parameters of each layer; None in a layer without attention."""
     num_parameters: int = 0
     """All weights, embeddings not counted."""
     weight_bytes: int = 0
@@ -142,6 +143,28 @@ class ModelSpec(msgspec.Struct, frozen=True):
     """Part of `num_parameters` that lies in experts; None where every token meets every weight."""
     rope_lengths: RopeLengths | None = None
     """How RoPE depends on a request's length; None where it does not."""
+    state_groups: tuple[StateGroup, ...] = ()
+    """Recurrent layers; a layer may be in one of these, in one of `kv_groups`, in both or in neither."""
+
+    def attention_params(self, layer: int) -> AttentionParams:
+        """Attention parameters of a layer that has attention."""
+        params = self.layer_params[layer]
+        assert params is not None, f"layer {layer} has no attention"
+        return params
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one request's state in all recurrent layers; 0 where there are none."""
+        return sum(group.state_bytes for group in self.state_groups)
+
+    @property
+    def last_group(self) -> KVGroup | None:
+        """KV group of the last layer, if rows of the layer that nobody reads need no attention; None where the layer
+        has none, or carries a state on."""
+        last = self.num_layers - 1
+        if any(last in group.layers for group in self.state_groups):
+            return None
+        return next((group for group in self.kv_groups if last in group.layers), None)
 
     @property
     def active_parameters(self) -> float:

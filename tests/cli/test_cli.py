@@ -109,6 +109,8 @@ def test_json_has_exactly_the_documented_keys(longspan):
         "tokens_computed",
         "bytes_sent",
         "busy_s",
+        "state_slots_used",
+        "state_slots_total",
     ]
     assert rank["rank"] == 0
     assert rank["bytes_sent"] == 0

@@ -230,6 +230,19 @@ def test_latent_attention_is_planned_with_what_it_stores(tmp_path):
     assert shape.divided(4).kv_token_bytes == 31_104, "every device of a rank holds the one latent"
 
 
+@pytest.mark.cover
+def test_states_of_recurrent_layers_are_counted_beside_kv(tmp_path):
+    """A quarter of Qwen3-Next: 9 layers of 32 heads of 128 x 128 in float32, and 8192 channels of four inputs; 3 of
+    attention."""
+    config = {"model_type": "qwen3_next", "num_hidden_layers": 12}
+    shape = load_shape(write_config(tmp_path, config), "bfloat16")
+    assert shape.not_run is None
+    assert shape.kv_token_bytes == 3 * 2 * 256 * 2 * 2 == 24_576 // 4
+    assert shape.spec.state_bytes == 9 * (32 * 128 * 128 * 4 + 8192 * 4 * 2) == 77_856_768 // 4
+    with pytest.raises(ConfigError, match="tensor_parallel_size: got 2 for a model with recurrent layers"):
+        shape.divided(2)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

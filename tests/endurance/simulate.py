@@ -126,7 +126,7 @@ class World:
         self.ended_early: set[int] = set()
         page_size = rng.choice((4, 1, 2, 16))
         num_ranks = rng.choice((2, 3, 1, 4, 8))
-        model = make_model(*rng.choice([(None,), (None, 5), (None, 20, 3), (7,)]))
+        model = make_model(*rng.choice([(None,), (None, 5), (None, 20, 3), (7,)]), has_state=rng.random() < 0.4)
         config = make_config(
             num_ranks,
             page_size=page_size,
@@ -138,6 +138,7 @@ class World:
             enable_prefix_caching=rng.random() < 0.8,
             async_scheduling=rng.random() < 0.5,
             kv_cache_memory=rng.choice((60, 100, 200)) * sum(group.token_bytes for group in model.kv_groups),
+            state_snapshot_tokens=None if not model.state_groups else page_size * rng.choice((1, 2, 8)),
             max_restarts=rng.choice((1000, 1000, 1000, 3)),
             min_ranks=rng.choice((None, num_ranks)),
             measure="never",

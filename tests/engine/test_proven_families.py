@@ -7,7 +7,7 @@ from tiny_models import run_all
 
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
-from longspan.models.families import PROVEN_FAMILIES, version_of
+from longspan.models.families import PROVEN_FAMILIES, Need, version_of
 from longspan.types import SamplingParams
 
 FAST = ("gather_kv", "pass_q", "pass_kv", "tree", "auto")
@@ -18,9 +18,12 @@ SLOW_CASES = [(name, spread) for name in PROVEN_MODELS for spread in SPREADS]
 
 
 def check(name: str, spread: str) -> None:
-    since = PROVEN_FAMILIES[PROVEN_MODELS[name][0]].since
-    if version_of(transformers.__version__) < version_of(since):
-        pytest.skip(f"proven from Transformers {since} on")
+    family = PROVEN_FAMILIES[PROVEN_MODELS[name][0]]
+    if version_of(transformers.__version__) < version_of(family.since):
+        pytest.skip(f"proven from Transformers {family.since} on")
+    # Recurrences are float32 in float64 models too, and cut elsewhere they round elsewhere: Transformers' own chunks of
+    # a prompt change log-probabilities of these models by 6e-5 to 3e-4.
+    slack = 1e-4 if Need.STATES in family.needs else 2e-6
     model = proven_model(name)
     config = EngineConfig(
         model=model.path,
@@ -40,7 +43,7 @@ def check(name: str, spread: str) -> None:
         assert request.output_token_ids == reference.token_ids
         found = [one.logprob for one in request.logprobs]
         error = max(abs(a - b) for a, b in zip(found, reference.logprobs, strict=True))
-        assert error <= 3 * model.eager_error + 2e-6, f"{error:.1e} beside Transformers' own {model.eager_error:.1e}"
+        assert error <= 3 * model.eager_error + slack, f"{error:.1e} beside Transformers' own {model.eager_error:.1e}"
     assert all(counts), "every rank computed something"
 
 

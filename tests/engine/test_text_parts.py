@@ -136,5 +136,6 @@ def test_every_proven_text_part_has_a_model():
 
 
 def test_rejects_a_text_part_of_a_family_that_is_not_proven(tmp_path):
-    with pytest.raises(UnsupportedModelError, match="model_type: got 'qwen3_5_text', proven is "):
-        check_proven(load_config(write(tmp_path, AutoConfig.for_model("qwen3_5")))[0])
+    config = AutoConfig.for_model("mistral3", text_config={"model_type": "jamba"})
+    with pytest.raises(UnsupportedModelError, match="model_type: got 'jamba', proven is "):
+        check_proven(load_config(write(tmp_path, config))[0])

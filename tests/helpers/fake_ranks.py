@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fake_states import STATE_GROUP, FakeStates
 from msgspec import structs
 
 from longspan.config import EngineConfig
@@ -41,11 +42,12 @@ VOCAB = 50
 EOS = 1
 
 
-def make_model(*windows: int | None, max_position: int | None = None) -> ModelSpec:
-    """One layer and one KV group per window, 8 bytes per token and layer."""
+def make_model(*windows: int | None, max_position: int | None = None, has_state: bool = False) -> ModelSpec:
+    """One layer and one KV group per window, 8 bytes per token and layer; the first may have a state as well."""
     groups = tuple(KVGroup((i,), KVSpec.uniform(1, 1, 1, "float32", window), 4) for i, window in enumerate(windows))
     params = tuple(AttentionParams(1.0, window=window) for window in windows)
-    return ModelSpec("fake", len(windows), VOCAB, max_position, (EOS,), groups, params)
+    states = (STATE_GROUP,) if has_state else ()
+    return ModelSpec("fake", len(windows), VOCAB, max_position, (EOS,), groups, params, state_groups=states)
 
 
 def make_config(num_ranks: int = 2, **options) -> EngineConfig:
@@ -112,6 +114,7 @@ class FakeRanks:
     """Per rank, what puts its plans together."""
     written: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
     """(KV group, rank, row) to the tokens up to the one whose key lies there: what the key depends on."""
+    states: FakeStates = field(default_factory=FakeStates)
 
     def __post_init__(self) -> None:
         groups = self.scheduler.model.kv_groups
@@ -147,6 +150,9 @@ class FakeRanks:
         self._check_tables(plan)
         self._check_requests(plan)
         self._check_keys(plan)
+        requests = {request.request_id: request for request in self.scheduler.running}
+        if self.scheduler.model.state_groups:
+            self.states.run(plan, lambda request_id: self._tokens(requests[request_id]))
         self.in_flight[plan.plan_id] = plan
         self.plans.append(plan)
 
@@ -168,6 +174,7 @@ class FakeRanks:
         assert received.samples == tuple(row for row in plan.samples if (row.request_id, row.position) in here)
         assert received.scores == tuple(run for run in plan.scores if (run.request_id, run.position) in here)
         assert set(received.table_deltas) == {delta for delta in plan.table_deltas if delta.request_id in kept}
+        assert set(received.states) == {state for state in plan.states if state.request_id in kept}
         assert fixed_shape(received) == fixed_shape(plan), "all ranks make one shape"
         for field_name in (
             "plan_id",
@@ -224,7 +231,7 @@ class FakeRanks:
         """Every page that the prefix cache offers holds the keys of the tokens that its hash says."""
         size = self.scheduler.config.page_size
         for rank, allocators in enumerate(self.scheduler.memory.allocators):
-            for group_idx, allocator in enumerate(allocators):
+            for group_idx, allocator in enumerate(allocators[: len(self.mirrors[rank])]):
                 for slot, page_hash in allocator._hash_of.items():
                     keys = [self.written[group_idx, rank, slot * size + i] for i in range(size)]
                     assert all(keys[-1][: len(keys[-1]) - size + 1 + i] == key for i, key in enumerate(keys))
@@ -232,6 +239,8 @@ class FakeRanks:
                     extend_hashes(hashes, keys[-1], size)
                     assert len(hashes) * size == len(keys[-1])
                     assert hashes[-1] == page_hash
+        slots = [pools[len(self.mirrors[0]) :] for pools in self.scheduler.memory.allocators]
+        self.states.check_cached([allocator for of_rank in slots for allocator in of_rank], size)
 
     def _check_requests(self, plan: Plan) -> None:
         """Runs continue where the request stands, with its tokens; who computes a token stores it, in every group."""
@@ -332,6 +341,7 @@ class FakeRanks:
         self.scheduler.restart()
         self.in_flight.clear()
         self.written.clear()
+        self.states = FakeStates()
         self.mirrors = [[{} for _ in groups] for groups in self.mirrors]
         self.sender, self.receivers = PlanSender(), [PlanReceiver(rank) for rank in range(len(self.mirrors))]
         assert not self.scheduler.running

@@ -23,6 +23,16 @@ _VISION = {
     "patch_size": 14,
 }
 _LLAMA4_VISION = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
+_QWEN_TOKENS = {"video_token_id": 298, "vision_start_token_id": 297, "vision_end_token_id": 296}
 _GEMMA4_VISION = {"num_key_value_heads": 2, "head_dim": 16}
 
 VISION_FIELDS = {
@@ -30,8 +40,17 @@ VISION_FIELDS = {
     "gemma4": {"vision_config": {**_VISION, **_GEMMA4_VISION, "model_type": "gemma4_vision"}, "audio_config": None},
     "llama4": {"vision_config": {**_VISION, **_LLAMA4_VISION, "model_type": "llama4_vision_model"}},
     "mistral3": {"vision_config": {**_VISION, "head_dim": 16, "model_type": "pixtral"}},
+    "qwen3_5": {"vision_config": {**_QWEN_VISION, "model_type": "qwen3_5_vision"}, **_QWEN_TOKENS},
+    "qwen3_5_moe": {"vision_config": {**_QWEN_VISION, "model_type": "qwen3_5_moe_vision"}, **_QWEN_TOKENS},
 }
-TEXT_MODELS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "llama4": "llama4_text", "mistral3": "ministral3"}
+TEXT_MODELS = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "llama4": "llama4_text",
+    "mistral3": "ministral3",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
 """Per repository, the tiny text model of `proven_models` that it holds."""
 
 
@@ -47,7 +66,8 @@ def multimodal_config(model_type: str, **text_fields: object) -> PreTrainedConfi
     """Config of a tiny repository; `text_fields` replace some of the text model's."""
     text_type, options = PROVEN_MODELS[TEXT_MODELS[model_type]]
     fields = {**COMMON, **options, "model_type": text_type, **text_fields}
-    image_token = {"image_token_id" if model_type == "gemma4" else "image_token_index": IMAGE_TOKEN}
+    has_id = model_type == "gemma4" or model_type.startswith("qwen")
+    image_token = {"image_token_id" if has_id else "image_token_index": IMAGE_TOKEN}
     return AutoConfig.for_model(
         model_type,
         text_config={name: value for name, value in fields.items() if value is not None},

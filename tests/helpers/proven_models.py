@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from hybrid_models import HYBRIDS
 from tiny_models import COMMON, model_root, random_prompt, randomize_
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -308,6 +309,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "starcoder2-window": ("starcoder2", {"head_dim": None, **WINDOW}),
     "vaultgemma": ("vaultgemma", {**LAYERS, "attn_logit_softcapping": 3.0}),
     "youtu": ("youtu", LATENTS),
+    **HYBRIDS,
 }
 
 

@@ -67,6 +67,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
         decode_strategy=draw(st.sampled_from([None, "pass_q", "pass_kv", "gather_kv"])),
         max_step_ms=draw(st.sampled_from([None, 1, 100, 1000])),
         enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
+        state_snapshot_tokens=page_size * draw(st.sampled_from([1, 2, 8])),
         async_scheduling=draw(st.booleans()),
     )
 
@@ -108,13 +109,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         config=configs(),
         windows=st.sampled_from([(None,), (None, 5), (None, 20, 3), (7,), (1, 30)]),
         memory_tokens=st.sampled_from([100, 60, 30, 200, 8]),
+        num_slots=st.sampled_from([None, None, 2, 1, 5, 20]),
         seed=st.integers(0, 1000),
     )
-    def start(self, config: EngineConfig, windows: tuple[int | None, ...], memory_tokens: int, seed: int) -> None:
-        model = make_model(*windows)
+    def start(
+        self,
+        config: EngineConfig,
+        windows: tuple[int | None, ...],
+        memory_tokens: int,
+        num_slots: int | None,
+        seed: int,
+    ) -> None:
+        model = make_model(*windows, has_state=num_slots is not None)
         num_pages = max(1, memory_tokens // config.page_size)
         pages = pages_by_group(model, num_pages, config.page_size, config.max_num_batched_tokens)
-        self.scheduler = Scheduler(model, config, pools_of(config, pages))
+        pools = pools_of(config, pages)
+        slots = () if num_slots is None else (num_slots,)
+        self.scheduler = Scheduler(model, config, tuple([(*of_rank, *slots) for of_rank in pools]))
         self.ranks = FakeRanks(self.scheduler, random.Random(seed), checks_books=False)
         self.requests: list[Request] = []
         self.ended_early: set[int] = set()
@@ -285,6 +296,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         for step in plan.groups:
             REACHED[step.strategy.value] += 1
         copied = [copy for copy in plan.page_copies if copy.source.rank != copy.target.rank]
+        REACHED["moved states"] += sum(
+            step.source is not None and step.source.rank != step.target.rank for step in plan.states
+        )
+        REACHED["hits from states"] += sum(
+            step.source not in (None, step.target) and step.source.rank == step.target.rank for step in plan.states
+        )
+        REACHED["kept states"] += sum(len(step.kept) for step in plan.states)
         REACHED["copied pages"] += sum(copy.source.num_pages for copy in copied)
         num_requests = len({run.request_id for run in plan.query_runs})
         in_flight = [request for request in self.scheduler.running if request.in_flight]
@@ -400,6 +418,9 @@ ALWAYS_IN_MANY = OFTEN | {
     "cancelled when waiting",
     "copied pages",
     "gather_kv",
+    "hits from states",
+    "kept states",
+    "moved states",
     "pass_kv",
     "pass_q",
     "refused",

@@ -5,10 +5,13 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from longspan.errors import ConfigError
 from longspan.kv.layout import KVGroup, KVSpec
-from longspan.sharding.capacity import pool_pages, window_pages
+from longspan.kv.state_layout import StateComponent, StateGroup
+from longspan.sharding import capacity
+from longspan.sharding.capacity import pool_pages, snapshot_len, window_pages
 from longspan.types import AttentionParams, ModelSpec
 
 
@@ -99,3 +102,36 @@ def test_rejects_too_little_memory_with_the_numbers_and_accepts_the_number_it_na
     assert min(pool_pages(model, least, 16, 64)) == 1
     with pytest.raises(ConfigError, match=f"at least {least}"):
         pool_pages(model, least - 1, 16, 64)
+
+
+def hybrid(state_elements: int) -> ModelSpec:
+    states = StateGroup((1, 2), (StateComponent("recurrent", 0, (state_elements,), "float32"),))
+    return structs.replace(make_model((3, 1, None)), state_groups=(states,))
+
+
+@pytest.mark.parametrize("memory", [10_000, 123_456, 1_000_000])
+def test_states_take_at_most_a_quarter_and_pages_the_rest(memory):
+    spec = hybrid(100)
+    pages, slots = pool_pages(spec, memory, 16, 64)
+    page_bytes = spec.kv_groups[0].page_bytes(16)
+    assert slots == max(1, min(memory // 4 // 800, memory // (800 + page_bytes)))
+    assert pages == (memory - slots * 800) // page_bytes
+    assert capacity.pool_bytes(spec, pages, 16, 64) <= memory + 800 + 2 * page_bytes
+    assert pool_pages(spec, capacity.pool_bytes(spec, pages, 16, 64), 16, 64)[0] >= pages
+
+
+def test_a_state_and_a_page_must_fit():
+    spec = hybrid(100)
+    least = 800 + spec.kv_groups[0].page_bytes(16)
+    assert pool_pages(spec, least, 16, 64) == (1, 1)
+    with pytest.raises(
+        ConfigError, match=rf"got {least - 1} bytes .* at least {least} \(one state of 800 bytes and one"
+    ):
+        pool_pages(spec, least - 1, 16, 64)
+
+
+def test_kept_states_take_no_more_than_the_tokens_between_them():
+    assert snapshot_len(hybrid(100), 16) == 512
+    spec = hybrid(1_000_000)
+    assert snapshot_len(spec, 16) % 16 == 0
+    assert snapshot_len(spec, 16) * spec.kv_groups[0].token_bytes >= spec.state_bytes

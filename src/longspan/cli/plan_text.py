@@ -81,8 +81,16 @@ def plan_facts(report: PlanReport) -> list[tuple[str, str]]:
             f"per device: {_bytes(fit.weight_bytes)} weights, {room}, {_bytes(kept)} kept back ({kept_share:.0f} %)",
         ),
         ("KV", f"{_bytes(report.kv_token_bytes)} per token; {fit.num_tokens:,} tokens fit in all; {longest}"),
+        *_states(report),
         ("positions", f"the model's config admits {limit}" if report.max_position else f"the model's config {limit}"),
     ]
+
+
+def _states(report: PlanReport) -> list[tuple[str, str]]:
+    """What recurrent layers take, if there are any."""
+    if not report.state_bytes:
+        return []
+    return [("states", f"{_bytes(report.state_bytes)} per request; {report.fit.num_pages[-1]:,} fit on a rank")]
 
 
 def plan_remarks(report: PlanReport) -> list[str]:
@@ -96,6 +104,8 @@ def plan_remarks(report: PlanReport) -> list[str]:
     for one in report.contexts:
         if one.prefill is not None and len(one.prefill.changes) > 1:
             remarks.append(f"{_tokens(one.context_len)}: prefill by {_changes(one.prefill.changes)}.")
+    if report.state_bytes and report.num_ranks > 1:
+        remarks.append("Recurrent layers are reckoned as if ranks shared them; a chunk's are computed rank after rank.")
     if report.not_run is not None:
         remarks.append(f"The engine does not run this model yet ({report.not_run}).")
     if report.tensor_parallel_size > 1:

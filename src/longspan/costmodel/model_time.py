@@ -130,14 +130,14 @@ def predict_step(
     for run in runs:
         tokens[run.compute_rank] = tokens.get(run.compute_rank, 0) + run.num_tokens
     are_all_read = num_logit_rows == end - start
-    last_layer = shape.spec.num_layers - 1
+    last_group = shape.spec.last_group
     strategies: list[Strategy] = []
     attention_s = 0.0
     for group in shape.spec.kv_groups:
         strategy, layer_s = _attention(runs, table, group, costs)
         strategies.append(strategy)
         num_layers = len(group.layers)
-        if last_layer in group.layers and not are_all_read:
+        if group is last_group and not are_all_read:
             num_layers -= 1
             if num_logit_rows:
                 attention_s += _attention(step_runs(table, end - num_logit_rows, end), table, group, costs)[1]
@@ -224,9 +224,10 @@ def predict_last_row(shape: ModelShape, table: PageTable, prompt_len: int, costs
     Returns:
         Seconds of matrix products, and of attention.
     """
-    (last_group,) = [group for group in shape.spec.kv_groups if shape.spec.num_layers - 1 in group.layers]
+    last_group, attention_s = shape.spec.last_group, 0.0
     runs = step_runs(table, prompt_len - 1, prompt_len)
-    attention_s = _attention(runs, table, last_group, costs)[1]
+    if last_group is not None:
+        attention_s = _attention(runs, table, last_group, costs)[1]
     num_weights = shape.num_logit_weights + shape.unread_weights()
     product_s = _product_s(num_weights, num_weights, shape.itemsize_bytes, 1, costs)
     return product_s / costs.rates.ranks_per_device / costs.speed(runs[0].compute_rank), attention_s
@@ -269,7 +270,7 @@ def prefill_flops(shape: ModelShape, prompt_len: int) -> float:
     """
     total = 2.0 * (shape.spec.active_parameters - shape.unread_weights()) * prompt_len + 2.0 * shape.num_logit_weights
     for group in shape.spec.kv_groups:
-        num_layers = len(group.layers) - (shape.spec.num_layers - 1 in group.layers)
+        num_layers = len(group.layers) - (group is shape.spec.last_group)
         pairs = group.spec.num_pairs(0, prompt_len)
         total += pairs * num_layers * group.pair_flops(pairs / prompt_len)
     return total

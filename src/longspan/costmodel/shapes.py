@@ -46,17 +46,22 @@ class ModelShape(msgspec.Struct, frozen=True):
         return sum(group.token_bytes for group in self.spec.kv_groups)
 
     def unread_weights(self, num_tokens: int = 1) -> float:
-        """Weights of the last layer that tokens without logits do not read: all but those of q, k and v.
+        """Weights of the last layer that tokens without logits do not read: all but those of q, k and v; none where the
+        layer has no attention, or carries a state on.
 
         Args:
             num_tokens: tokens of the step; only where there are experts the result depends on it.
         """
-        (last,) = [group for group in self.spec.kv_groups if self.spec.num_layers - 1 in group.layers]
+        last = self.spec.last_group
+        if last is None:
+            return 0.0
         widths = last.query_elements + last.spec.layout.token_elements
         return max(0.0, self.spec.parameters_read(num_tokens) / self.spec.num_layers - self.hidden_size * widths)
 
     def is_divisible(self, tensor_parallel_size: int) -> bool:
         """Whether `divided` accepts this size."""
+        if self.spec.state_groups and tensor_parallel_size > 1:
+            return False
         return all(_is_divisible(group, tensor_parallel_size) for group in self.spec.kv_groups)
 
     def divided(self, tensor_parallel_size: int) -> "ModelShape":
@@ -70,6 +75,11 @@ class ModelShape(msgspec.Struct, frozen=True):
         size = tensor_parallel_size
         if size == 1:
             return self
+        if self.spec.state_groups:
+            raise ConfigError(
+                f"tensor_parallel_size: got {size} for a model with recurrent layers, plannable is 1: how devices "
+                "share a state is not modelled"
+            )
         groups: list[KVGroup] = []
         for group in self.spec.kv_groups:
             query_heads, kv_heads = group.num_query_heads, group.spec.layout.num_kv_heads

@@ -63,7 +63,7 @@ class EagerStepAttention:
         pools: Sequence[PagePool],
         comm: RecordingCommunicator,
         backend: AttentionBackend,
-        layer_params: Sequence[AttentionParams],
+        layer_params: Sequence[AttentionParams | None],
     ) -> None:
         """Resolve the plan to rows.
 
@@ -73,7 +73,8 @@ class EagerStepAttention:
             pools: this rank's pool per KV group.
             comm: this rank's communicator.
             backend: this rank's kernels.
-            layer_params: attention parameters of every layer, also on a rank that computes only for others.
+            layer_params: attention parameters of every layer, also on a rank that computes only for others; None in
+                a layer without attention.
         """
         self.rank = comm.rank
         self.num_rows = sum(run.num_tokens for run in plan.query_runs if run.compute_rank == self.rank)
@@ -131,8 +132,9 @@ class EagerStepAttention:
 
         Collective: like `attend`, which calls it.
         """
-        part, before = self._parts[layer], self._comm.bytes_sent
-        partial = part.strategy.run_layer(q, part.pool.k[layer], part.pool.v[layer], self._layer_params[layer])
+        part, before, params = self._parts[layer], self._comm.bytes_sent, self._layer_params[layer]
+        assert params is not None, f"layer {layer} has no attention"
+        partial = part.strategy.run_layer(q, part.pool.k[layer], part.pool.v[layer], params)
         self.bytes_sent[part.name] += self._comm.bytes_sent - before
         return partial
 

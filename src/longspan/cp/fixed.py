@@ -46,7 +46,7 @@ class FixedStepAttention:
         inputs: FixedInputs,
         pools: Sequence[PagePool],
         comm: Communicator,
-        layer_params: Sequence[AttentionParams],
+        layer_params: Sequence[AttentionParams | None],
     ) -> None:
         """Allocate messages.
 
@@ -190,6 +190,7 @@ class FixedStepAttention:
     def _split_partials(self, layer: int, q: Tensor, *, is_remote: bool) -> tuple[Tensor, Tensor]:
         """Compute every split's partial: [splits, T, H, Dv] and [splits, T, H]."""
         group_idx, params = self._group_of_layer[layer], self._layer_params[layer]
+        assert params is not None, f"layer {layer} has no attention"
         pool = self._pools[group_idx]
         layout = pool.group.spec.layout
         first = self.num_rows if is_remote else 0

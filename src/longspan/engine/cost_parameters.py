@@ -180,7 +180,7 @@ def striped_from(
         model: the model's facts.
         costs: costs of the ranks.
         hidden_size: width of the model's hidden states.
-        num_pages: pages of every pool, [rank][KV group].
+        num_pages: pages of every pool, [rank][KV group]; slots of states behind them do not matter.
 
     Returns:
         Tokens; None where the user has set the length, or there is one rank.
@@ -198,7 +198,7 @@ def striped_from(
     )
     fitting = (
         sum(of_group) * config.page_size
-        for group, of_group in zip(model.kv_groups, zip(*num_pages, strict=True), strict=True)
+        for group, of_group in zip(model.kv_groups, zip(*num_pages, strict=True), strict=False)
         if group.spec.reach is None
     )
     longest = min(*fitting, model.max_position or LONGEST_LEN, LONGEST_LEN)
@@ -207,7 +207,7 @@ def striped_from(
 
 def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], nodes: tuple[int, ...]) -> MeasuredOn:
     group = model.kv_groups[0]
-    softcap = model.layer_params[group.layers[0]].softcap
+    softcap = model.attention_params(group.layers[0]).softcap
     return MeasuredOn(
         hosts=tuple(hosts),
         nodes=nodes,

@@ -98,6 +98,11 @@ class Engine(ClosedAtExit):
         spec = inspect_model(model_config, generation_config, dtype)
         spec = with_small_weights(spec, config.model, model_config, dtype, config.quantization)
         self.spec: ModelSpec = _completed(spec, config, end_token_ids)
+        if config.state_snapshot_tokens is not None and not spec.state_groups:
+            raise ConfigError(
+                f"state_snapshot_tokens: got {config.state_snapshot_tokens} for a model without recurrent layers, "
+                "legal is none"
+            )
         hidden_size: int = model_config.get_text_config().hidden_size
         memories = rank_cache_memory(config, gpus, self.spec, hidden_size, is_loaded=model is not None)
         self.config = config = structs.replace(config, kv_cache_memory=max(memories))
@@ -311,12 +316,14 @@ class Engine(ClosedAtExit):
     def stats(self) -> EngineStats:
         """Return what the engine is doing and has done."""
         scheduler, memory, restarts = self.scheduler, self.scheduler.memory, self.restarts
-        ranks = self.rank_stats()
+        ranks, num_groups = self.rank_stats(), len(self.spec.kv_groups)
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            kv_pages_used=tuple(sum(group.num_used for group in groups) for groups in memory.allocators),
+            kv_pages_used=tuple(sum(group.num_used for group in pools[:num_groups]) for pools in memory.allocators),
             kv_pages_total=tuple(rank.kv_pages_total for rank in ranks),
+            state_slots_used=tuple(sum(pool.num_used for pool in pools[num_groups:]) for pools in memory.allocators),
+            state_slots_total=tuple(rank.state_slots_total for rank in ranks),
             busy_s=tuple(rank.busy_s for rank in ranks),
             tokens_computed=tuple(rank.tokens_computed for rank in ranks),
             rank_shares=tuple(rank.share for rank in ranks),
@@ -335,8 +342,9 @@ class Engine(ClosedAtExit):
         stats: list[RankStats] = []
         done, memory = self._work.per_rank(), self.scheduler.memory
         shares = memory.placer.geometry.rank_shares
-        for rank, (allocators, share) in enumerate(zip(memory.allocators, shares, strict=True)):
+        for rank, (pools, share) in enumerate(zip(memory.allocators, shares, strict=True)):
             last = done.get(rank)
+            allocators, slots = pools[: len(self.spec.kv_groups)], pools[len(self.spec.kv_groups) :]
             stats.append(
                 RankStats(
                     rank=rank,
@@ -346,7 +354,10 @@ class Engine(ClosedAtExit):
                     kv_bytes=sum(
                         allocator.peak_used * group.page_bytes(self.config.page_size)
                         for allocator, group in zip(allocators, self.spec.kv_groups, strict=True)
-                    ),
+                    )
+                    + sum(pool.peak_used * self.spec.state_bytes for pool in slots),
+                    state_slots_used=sum(pool.peak_used for pool in slots),
+                    state_slots_total=sum(pool.num_pages for pool in slots),
                     tokens_computed=last.tokens_computed if last else 0,
                     bytes_sent=last.bytes_sent if last else 0,
                     busy_s=last.busy_s if last else 0.0,

@@ -35,7 +35,8 @@ class Capacity(msgspec.Struct, frozen=True):
 
 
 class RankStats(msgspec.Struct, frozen=True):
-    """One rank's share of the work so far. Page and byte figures are peaks, summed over KV groups."""
+    """One rank's share of the work so far. Figures of pages, slots and bytes are peaks; pages are summed over KV
+    groups, bytes are those of pages and states."""
 
     rank: int
     share: float
@@ -47,6 +48,9 @@ class RankStats(msgspec.Struct, frozen=True):
     bytes_sent: int
     busy_s: float
     """Seconds spent on plans, waits for peers included."""
+    state_slots_used: int = 0
+    """Slots with the state of a running request, or one that it goes on from; 0 for a model without states."""
+    state_slots_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,10 @@ class EngineStats:
     """Pages in use per rank, summed over KV groups."""
     kv_pages_total: tuple[int, ...]
     """Pages per rank, in use or free, summed over KV groups."""
+    state_slots_used: tuple[int, ...]
+    """Slots of states in use per rank; 0 for a model without recurrent layers."""
+    state_slots_total: tuple[int, ...]
+    """Slots of states per rank, in use or free."""
     busy_s: tuple[float, ...]
     """Seconds that each rank spent on plans."""
     tokens_computed: tuple[int, ...]
@@ -70,7 +78,7 @@ class EngineStats:
     steps_per_strategy: Mapping[str, int] = field(default_factory=dict)
     """(plan, KV group) pairs that used each strategy."""
     bytes_per_strategy: Mapping[str, int] = field(default_factory=dict)
-    """Bytes that ranks sent each other, by strategy."""
+    """Bytes that ranks sent each other, by strategy; those of states as `states`."""
     num_preemptions: int = 0
     """Times that a running request gave its pages back and started again later."""
     prefix_queries_tokens: int = 0

@@ -282,11 +282,13 @@ class Watch:
 
 
 def _pool_bytes(start: Start) -> list[int] | None:
-    """KV of every rank in the memory of its host, in bytes; None if it is elsewhere."""
+    """KV and states of every rank in the memory of its host, in bytes; None if they are elsewhere."""
     if start.config.device == "cuda":
         return None
-    pages = [group.page_bytes(start.config.page_size) for group in start.spec.kv_groups]
-    return [sum(count * size for count, size in zip(of_rank, pages, strict=True)) for of_rank in start.num_pages]
+    sizes = [group.page_bytes(start.config.page_size) for group in start.spec.kv_groups]
+    if start.spec.state_groups:
+        sizes.append(start.spec.state_bytes)
+    return [sum(count * size for count, size in zip(of_rank, sizes, strict=True)) for of_rank in start.num_pages]
 
 
 def _may_say(process: ProcessId, message: Answer | Measured | Files | Ready | Failed) -> bool:

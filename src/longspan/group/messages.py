@@ -55,7 +55,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     config: EngineConfig
     spec: ModelSpec
     num_pages: tuple[tuple[int, ...], ...]
-    """Pages of every pool, [rank][KV group]."""
+    """Pages of every pool, [rank][KV group]; behind a rank's groups slots of states, if the model has recurrent
+    layers."""
     directory: str | None
     """Directory where processes on the driver's machine meet, theirs alone; None: their environment says where."""
     generation: int = 0

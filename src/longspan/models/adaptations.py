@@ -14,6 +14,7 @@ from torch import nn
 from longspan.models.chosen_experts import compute_chosen_experts_
 from longspan.models.keywords import hand_on_keywords_
 from longspan.models.latent import hand_over_latents_
+from longspan.models.recurrent import compute_runs_
 from longspan.models.row_positions import give_positions_
 from longspan.models.row_rope import choose_frequencies_by_row_
 
@@ -23,6 +24,7 @@ ADAPTATIONS: tuple[Callable[[Any], int], ...] = (
     compute_chosen_experts_,
     choose_frequencies_by_row_,
     hand_over_latents_,
+    compute_runs_,
 )
 """Functions that change a model in place, each if it knows the model, and return the number of changed modules."""
 

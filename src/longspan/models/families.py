@@ -26,6 +26,7 @@ class Need(StrEnum):
     EXPERTS = "mixture of experts"
     KEYWORDS = "keywords handed on to attention"
     LATENTS = "latent attention"
+    STATES = "recurrent layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ _WINDOWS = Family(needs=(Need.WINDOWS,))
 _EXPERTS = Family(needs=(Need.EXPERTS,))
 _WINDOWS_EXPERTS = Family(needs=(Need.WINDOWS, Need.EXPERTS))
 _LATENTS = Family(needs=(Need.LATENTS,))
+_STATES = Family(since="5.24", needs=(Need.STATES,))
+_STATES_EXPERTS = Family(since="5.24", needs=(Need.STATES, Need.EXPERTS))
 _LATENTS_EXPERTS = Family(needs=(Need.LATENTS, Need.EXPERTS))
 
 PROVEN_FAMILIES: Mapping[str, Family] = {
@@ -50,6 +53,7 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "arcee": Family(),
     "axk1": _LATENTS_EXPERTS,
     "aria_text": Family(since="5.24", needs=(Need.EXPERTS,)),
+    "bamba": _STATES,
     "biogpt": Family(),
     "bitnet": Family(),
     "cohere": Family(),
@@ -64,6 +68,7 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "exaone": Family(since="5.24"),
     "exaone4": _WINDOWS,
     "exaone_moe": _WINDOWS_EXPERTS,
+    "falcon_h1": _STATES,
     "flex_olmo": _EXPERTS,
     "gemma": Family(),
     "gemma2": Family(needs=(Need.WINDOWS, Need.SOFTCAP)),
@@ -82,6 +87,7 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "granite_swa": _WINDOWS,
     "granitemoe": _EXPERTS,
     "granitemoe_swa": _WINDOWS_EXPERTS,
+    "granitemoehybrid": _STATES_EXPERTS,
     "granitemoeshared": _EXPERTS,
     "helium": Family(),
     "hunyuan_v1_dense": Family(),
@@ -91,7 +97,10 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "internlm3": Family(since="5.24"),
     "iquestcoder": Family(since="5.24"),
     "jais2": Family(),
+    "kimi_linear": Family(since="5.24", needs=(Need.STATES, Need.LATENTS, Need.EXPERTS)),
     "laguna": _WINDOWS_EXPERTS,
+    "lfm2": _STATES,
+    "lfm2_moe": _STATES_EXPERTS,
     "llama": Family(),
     "llama4_text": Family(needs=(Need.CHUNKS, Need.EXPERTS)),
     "mellum": _WINDOWS_EXPERTS,
@@ -105,9 +114,11 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "modernbert-decoder": _WINDOWS,
     "nanochat": Family(),
     "nemotron": Family(needs=(Need.KEYWORDS,)),
+    "nemotron_h": _STATES_EXPERTS,
     "olmo": Family(),
     "olmo2": Family(),
     "olmo3": _WINDOWS,
+    "olmo_hybrid": _STATES,
     "olmoe": _EXPERTS,
     "opt": Family(),
     "persimmon": Family(),
@@ -117,7 +128,10 @@ PROVEN_FAMILIES: Mapping[str, Family] = {
     "qwen2": _WINDOWS,
     "qwen2_moe": _WINDOWS_EXPERTS,
     "qwen3": _WINDOWS,
+    "qwen3_5_moe_text": _STATES_EXPERTS,
+    "qwen3_5_text": _STATES,
     "qwen3_moe": _WINDOWS_EXPERTS,
+    "qwen3_next": _STATES_EXPERTS,
     "sarvam_mla": Family(since="5.24", needs=(Need.LATENTS, Need.EXPERTS)),
     "sarvam_moe": Family(since="5.24", needs=(Need.EXPERTS,)),
     "seed_oss": Family(),
@@ -148,6 +162,7 @@ TEXT_PARTS: Mapping[str, tuple[str, ...]] = {
     "llama4": ("llama4_text",),
     "mistral3": ("ministral3", "mistral"),
     "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
 """Per `model_type` of a multimodal repository whose text part can be loaded alone: the families that this part has."""
 

@@ -5,7 +5,8 @@ that are not proven exact. Allocates no weights. Must not know ranks or plans.
 Read next: `longspan.models.loader`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from longspan.models.hook import ATTENTION_NAME, AttentionCall
 from longspan.models.latent import latent_spec
 from longspan.models.mask_rule import check_mask, find_chunk
 from longspan.models.quantization import check_quantization, dense_config
+from longspan.models.recurrent import TraceCache, recurrent_modules
 from longspan.models.rope import check_applied, check_rope, longest_request, rope_lengths
+from longspan.models.state_proof import check_recurrence
 from longspan.types import AttentionParams, ModelSpec
 
 MAX_SIZES = {
@@ -101,7 +104,11 @@ def inspect_model(
     """
     check_proven(config)
     try:
-        return trace_model(config, generation_config, dtype)[0]
+        spec, model = trace_model(config, generation_config, dtype)
+        if spec.state_groups:
+            layouts = {layer: group.components for group in spec.state_groups for layer in group.layers}
+            check_recurrence(recurrent_modules(model), layouts, config.hidden_size)
+        return spec
     except LongspanError:
         raise
     except Exception as error:  # sizes that do not go together fail wherever the model divides by them
@@ -126,7 +133,7 @@ def trace_model(
         )
         adapt_(model)
         check_applied(config, model)
-        recorder = _Recorder()
+        recorder, states = _Recorder(), TraceCache()
         experts = ExpertRecorder(model)
         token = torch.zeros(1, 1, dtype=torch.long)
         model.eval()(
@@ -136,14 +143,11 @@ def trace_model(
             attention_mask=torch.ones(1, 1, dtype=torch.long),
             use_cache=False,
             longspan_attend=recorder,
+            **({"cache": states} if recurrent_modules(model) else {}),
         )
     calls = recorder.calls
     num_layers: int = config.num_hidden_layers
-    if [call.layer for call in calls] != list(range(num_layers)):
-        raise UnsupportedModelError(
-            f"num_hidden_layers: got {num_layers} layers, of which {len(calls)} called attention in order; proven is "
-            "one attention call per layer"
-        )
+    _check_layers([call.layer for call in calls], states.layers, num_layers)
     groups: dict[tuple[KVSpec, int], list[int]] = {}
     for call in calls:
         check_mask(call)
@@ -157,6 +161,7 @@ def trace_model(
         spec = _kv_spec(call, str(dtype).removeprefix("torch."))
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
     _check_reaches([spec for spec, _ in groups])
+    params = {call.layer: AttentionParams(call.scale, call.softcap, call.window) for call in calls}
     facts = ModelSpec(
         architecture=type(model).__name__,
         num_layers=num_layers,
@@ -164,13 +169,28 @@ def trace_model(
         max_position=longest_request(config),
         eos_token_ids=end_token_ids(config, generation_config),
         kv_groups=tuple(KVGroup(tuple(layers), spec, heads) for (spec, heads), layers in groups.items()),
-        layer_params=tuple(AttentionParams(call.scale, call.softcap, call.window) for call in calls),
+        layer_params=tuple([params.get(layer) for layer in range(num_layers)]),
         num_parameters=_count_parameters(model),
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
         experts=experts.weights(),
         rope_lengths=rope_lengths(config),
+        state_groups=states.groups(),
     )
     return facts, model
+
+
+def _check_layers(with_attention: Sequence[int], with_state: Collection[int], num_layers: int) -> None:
+    """Refuse a model whose layers are not of the kinds that are proven: attention, recurrent, both; in a hybrid,
+    neither. Layers are given in the order of calls."""
+    ascends = all(a < b for order in (with_attention, list(with_state)) for a, b in pairwise(order))
+    is_whole = bool(with_state) or len(with_attention) == num_layers
+    if not with_attention or not ascends or not is_whole or not {*with_attention, *with_state} <= {*range(num_layers)}:
+        raise UnsupportedModelError(
+            f"num_hidden_layers: got {num_layers} layers, of which {len(with_attention)} called attention in order; "
+            "proven is one attention call per layer"
+            + f", or less beside layers with a state, of which there are {len(with_state)}"
+            * bool(with_state)
+        )
 
 
 def _kv_spec(call: AttentionCall, dtype: str) -> KVSpec:

@@ -82,16 +82,17 @@ def latent_spec(weights: LatentWeights, q: Tensor, k: Tensor, dtype: str) -> KVS
     return KVSpec.latents(rank, k.shape[2] - rank, q.shape[2], weights.w_v.shape[1], dtype)
 
 
-def params_with_weights(spec: ModelSpec, model: nn.Module) -> Sequence[AttentionParams]:
+def params_with_weights(spec: ModelSpec, model: nn.Module) -> Sequence[AttentionParams | None]:
     """Attention parameters of every layer, with a loaded model's weights where attention needs them.
 
     A rank needs them also for layers that it only joins.
     """
     modules: list[Any] = [module for module in model.modules() if hasattr(module, WEIGHTS)]
     found: dict[int, LatentWeights] = {module.layer_idx: getattr(module, WEIGHTS) for module in modules}
-    params: list[AttentionParams] = list(spec.layer_params)
+    params: list[AttentionParams | None] = list(spec.layer_params)
     for group in spec.kv_groups:
         for layer in group.layers if group.spec.latent is not None else ():
             one = params[layer]
+            assert one is not None, f"layer {layer} has no attention"
             params[layer] = LatentParams(one.scale, one.softcap, one.window, weights=found[layer], spec=group.spec)
     return params

@@ -23,9 +23,6 @@ from longspan.types import ExpertWeights
 
 _WRONG_FIELDS = {
     "index_topk": "sparse attention reads an index, and not all keys",
-    "mamba_d_state": "state space layers keep no keys and values",
-    "ssm_state_size": "state space layers keep no keys and values",
-    "state_size": "state space layers keep no keys and values",
     "num_kv_shared_layers": "layers that share keys and values take less memory",
 }
 """Config fields that, where they are set, mean that dense arithmetic does not hold."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
-from longspan.plan.types import Plan, QueryRun, Tokens
+from longspan.plan.types import Plan, QueryRun, StateStep, Tokens
 
 
 def advance(plan: Plan, plan_id: int, tokens: Sequence[Tokens | None]) -> Plan:
@@ -33,6 +33,7 @@ def advance(plan: Plan, plan_id: int, tokens: Sequence[Tokens | None]) -> Plan:
         table_deltas=(),
         groups=plan.groups,
         samples=tuple([structs.replace(row, position=row.position + 1) for row in plan.samples]),
+        states=tuple([StateStep(state.request_id, state.target, state.target) for state in plan.states]),
         packed=plan.packed,
         follows=plan.plan_id,
     )

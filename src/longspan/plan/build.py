@@ -23,6 +23,7 @@ from longspan.plan.types import (
     SampledBy,
     SampleRow,
     ScoreRun,
+    StateStep,
     TableDelta,
 )
 from longspan.sharding.pages import PageTable
@@ -70,6 +71,8 @@ def build_plan(
     *,
     table_deltas: Iterable[TableDelta] = (),
     page_copies: Iterable[PageCopy] = (),
+    states: Iterable[StateStep] = (),
+    is_last_read_alone: bool = True,
     released: Iterable[int] = (),
 ) -> Plan:
     """Build the plan of one step.
@@ -83,6 +86,8 @@ def build_plan(
         choose: the host's function that chooses a strategy.
         table_deltas: changes of page tables that the ranks must learn; none where they hold the tables themselves.
         page_copies: pages that are copied before the step.
+        states: state of every request, if the model has recurrent layers.
+        is_last_read_alone: whether the last layer may leave rows out that nobody reads.
         released: requests that the ranks may forget.
     """
     is_prefill = False
@@ -101,7 +106,7 @@ def build_plan(
     ascending = tuple(sorted(ranks))
     last_layer: GroupStep | None = None
     read: list[QueryRun] = []
-    if is_prefill:  # all rows of a decode are read
+    if is_prefill and is_last_read_alone:  # all rows of a decode are read
         read = read_runs(query_runs, samples, scores)
         if _num_tokens(read) < _num_tokens(query_runs):
             last = max(range(len(groups)), key=lambda i: max(groups[i].layers))
@@ -117,6 +122,7 @@ def build_plan(
         samples=tuple(samples),
         scores=tuple(scores),
         page_copies=tuple(page_copies),
+        states=tuple(states),
         released=tuple(sorted(released)),
         packed=tuple([request.request_id for request in requests if request.is_packed]),
         last_layer=last_layer,

@@ -25,12 +25,13 @@ from longspan.plan.types import (
     QueryRun,
     SampleRow,
     ScoreRun,
+    StateStep,
     TableDelta,
     Tokens,
 )
 from longspan.types import Phase
 
-T = TypeVar("T", "RequestRuns", TableDelta)
+T = TypeVar("T", "RequestRuns", TableDelta, StateStep)
 
 
 class RequestRuns(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -65,6 +66,8 @@ class SharedPart(msgspec.Struct, frozen=True, gc=False, array_like=True):
     last_layer: GroupStep | None
     read_runs: tuple[RequestRuns, ...]
     """Of requests on several ranks."""
+    states: tuple[StateStep, ...] = ()
+    """Of requests on several ranks."""
 
 
 class OwnPart(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -79,6 +82,8 @@ class OwnPart(msgspec.Struct, frozen=True, gc=False, array_like=True):
     table_deltas: tuple[TableDelta, ...]
     """Of requests on this rank alone."""
     read_runs: tuple[RequestRuns, ...]
+    """Of requests on this rank alone."""
+    states: tuple[StateStep, ...] = ()
     """Of requests on this rank alone."""
 
 
@@ -99,6 +104,7 @@ def split(plan: Plan) -> tuple[SharedPart, dict[int, OwnPart]]:
     shared_runs, own_runs = _by_rank(_gathered(plan.query_runs), rank_of)
     shared_reads, own_reads = _by_rank(_gathered(plan.read_runs), rank_of)
     shared_deltas, own_deltas = _by_rank(plan.table_deltas, rank_of)
+    shared_states, own_states = _by_rank(plan.states, rank_of)
     samples: dict[int, list[SampleRow]] = {}
     for row in plan.samples:
         samples.setdefault(_rank_at(runs_of[row.request_id], row.position), []).append(row)
@@ -117,6 +123,7 @@ def split(plan: Plan) -> tuple[SharedPart, dict[int, OwnPart]]:
         plan.released,
         plan.last_layer,
         tuple(shared_reads),
+        tuple(shared_states),
     )
     own = {
         rank: OwnPart(
@@ -126,6 +133,7 @@ def split(plan: Plan) -> tuple[SharedPart, dict[int, OwnPart]]:
             tuple(own_runs.get(rank, ())),
             tuple(own_deltas.get(rank, ())),
             tuple(own_reads.get(rank, ())),
+            tuple(own_states.get(rank, ())),
         )
         for rank in plan.ranks
     }
@@ -150,6 +158,7 @@ def join(shared: SharedPart, own: OwnPart, rank: int) -> Plan:
         samples=own.samples,
         scores=own.scores,
         page_copies=shared.page_copies,
+        states=(*shared.states, *own.states),
         released=shared.released,
         last_layer=shared.last_layer,
         read_runs=tuple(_spread([*shared.read_runs, *own.read_runs])),

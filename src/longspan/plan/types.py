@@ -138,6 +138,35 @@ class PageCopy(msgspec.Struct, frozen=True, gc=False, array_like=True):
     target: PageRun
 
 
+class StatePlace(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Slot of one rank that holds the state of a request in all recurrent layers."""
+
+    rank: int
+    slot: int
+
+
+class KeptState(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Copy of a state that outlives the request, so that later requests may go on from it."""
+
+    position: int
+    """Number of tokens that the state has seen."""
+    place: StatePlace
+    """On the rank that computes the last of them."""
+
+
+class StateStep(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """State of one request in this step: it is read where it lies, handed along the request's query runs in the order
+    of positions, and left in a slot of the rank that computes the last run."""
+
+    request_id: int
+    source: StatePlace | None
+    """State before the step's first token, which is not changed unless it is `target`; None at position 0."""
+    target: StatePlace
+    """State behind the step's last token."""
+    kept: tuple[KeptState, ...] = ()
+    """In the order of positions."""
+
+
 class SampleRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Sample the token that follows `position`; the row's logits exist on the rank that computes the position."""
 
@@ -194,6 +223,8 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     """Rows that are sampled from; these and the rows of `scores` need logits."""
     scores: tuple[ScoreRun, ...] = ()
     page_copies: tuple[PageCopy, ...] = ()
+    states: tuple[StateStep, ...] = ()
+    """State of every request of the step, if the model has recurrent layers."""
     released: tuple[int, ...] = ()
     """Requests that ended: the ranks may forget their tables."""
     last_layer: GroupStep | None = None
@@ -250,7 +281,7 @@ class RankResult(msgspec.Struct, frozen=True, gc=False):
     """Seconds that this rank took for all plans since the worker started, waits for peers included."""
     failed: tuple[FailedRow, ...] = ()
     strategy_bytes: dict[str, int] = {}
-    """Bytes sent per strategy since the worker started."""
+    """Bytes sent per strategy, and for states of recurrent layers as `states`, since the worker started."""
 
 
 class PlanResult(msgspec.Struct, frozen=True, gc=False):

@@ -15,6 +15,7 @@ from longspan.costmodel.shapes import ModelShape
 from longspan.errors import ConfigError
 from longspan.planner.clusters import Cluster
 from longspan.sharding.capacity import pages_of_ranks, pool_bytes, window_pages
+from longspan.types import ModelSpec
 
 
 class Fit(msgspec.Struct, frozen=True):
@@ -28,7 +29,8 @@ class Fit(msgspec.Struct, frozen=True):
     kv_bytes: float
     """Memory of one device for KV; below 0 where the weights alone are too much."""
     num_pages: tuple[int, ...]
-    """Pages on one rank, per KV group; where ranks are unequal, on the one with the largest weight."""
+    """Pages on one rank, per KV group; where ranks are unequal, on the one with the largest weight; behind them slots
+    of states, if the model has recurrent layers."""
     tokens_per_rank: tuple[int, ...]
     """Tokens whose KV fits each rank, in groups of full attention if there are any."""
     num_tokens: int
@@ -59,14 +61,14 @@ def fit(shape: ModelShape, num_ranks: int, memory_bytes: float, memory_utilizati
     except ConfigError:  # not one page
         pools = None
     if pools is None:
-        none = (0,) * len(spec.kv_groups)
-        return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, none, (0,) * num_ranks, 0, 0)
+        none = (0,) * num_ranks
+        return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, _no_pages(spec), none, 0, 0)
     full = [i for i, group in enumerate(spec.kv_groups) if group.spec.reach is None]
     tokens = tuple([of_rank[full[0] if full else 0] * size for of_rank in pools])
     longest: int | None = sum(tokens) + 1  # the last token needs no page
     if not full and all(
         pages >= window_pages(group.spec.reach or 0, size, budget)
-        for pages, group in zip(max(pools), spec.kv_groups, strict=True)
+        for pages, group in zip(max(pools), spec.kv_groups, strict=False)
     ):
         longest = None
     return Fit(num_ranks, usable_bytes, shape.weight_bytes, kv_bytes, max(pools), tokens, sum(tokens), longest)
@@ -78,16 +80,20 @@ def relative_shares(num_ranks: int, options: StepOptions) -> tuple[float, ...]:
     return tuple([weight / max(weights) for weight in weights])
 
 
+def _no_pages(spec: ModelSpec) -> tuple[int, ...]:
+    return (0,) * (len(spec.kv_groups) + bool(spec.state_groups))
+
+
 def fits(found: Fit, num_tokens: int) -> bool:
     """Whether a request of `num_tokens` fits."""
     return found.longest_request is None or num_tokens <= found.longest_request
 
 
 def request_kv_bytes(shape: ModelShape, num_tokens: int, num_ranks: int, options: StepOptions) -> int:
-    """Bytes of KV that a request of `num_tokens` holds at its end, on the device that has most of it."""
+    """Bytes of KV, and of a state, that a request of `num_tokens` holds at its end, on the device that has most."""
     size = options.page_size
     here = math.ceil(-(-num_tokens // size) / sum(relative_shares(num_ranks, options)))
-    held = 0
+    held = shape.spec.state_bytes
     for group in shape.spec.kv_groups:
         reach = group.spec.reach
         most = here if reach is None else min(here, window_pages(reach, size, options.max_num_batched_tokens))

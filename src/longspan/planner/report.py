@@ -71,6 +71,8 @@ class PlanReport(msgspec.Struct, frozen=True):
     num_weights: float
     kv_token_bytes: int
     """KV bytes of one token in the whole model; heads that several devices hold count once."""
+    state_bytes: int
+    """Bytes of one request's state in all recurrent layers; 0 where there are none."""
     max_position: int | None
     fit: Fit
     contexts: tuple[ContextPlan, ...]
@@ -134,6 +136,7 @@ def make_plan(
         chunk_len=options.geometry(setup.num_ranks).chunk_len,
         num_weights=shape.num_weights,
         kv_token_bytes=shape.kv_token_bytes,
+        state_bytes=shape.spec.state_bytes,
         max_position=shape.spec.max_position,
         fit=setup.fit,
         contexts=tuple(setup.plan(context_len) for context_len in contexts),

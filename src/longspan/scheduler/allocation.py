@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 
-from longspan.plan.types import PageCopy
+from longspan.plan.types import KeptState, PageCopy, StatePlace
 from longspan.scheduler.reservations import Claims
 from longspan.sharding.pages import PageRun, PageTable
 
@@ -20,6 +20,8 @@ class Allocation:
     __slots__ = (
         "claims",
         "copies",
+        "kept_states",
+        "left_states",
         "num_hit_pages",
         "num_pages",
         "num_published",
@@ -27,15 +29,18 @@ class Allocation:
         "page_ranks",
         "page_size",
         "ranks",
+        "state",
+        "state_source",
         "tables",
     )
 
-    def __init__(self, page_size: int, num_groups: int) -> None:
+    def __init__(self, page_size: int, num_groups: int, num_pools: int | None = None) -> None:
         """Hold nothing yet.
 
         Args:
             page_size: tokens per page.
             num_groups: KV groups of the model.
+            num_pools: pools of a rank, if there are more than one per KV group.
         """
         self.page_size = page_size
         self.tables = [PageTable(page_size) for _ in range(num_groups)]
@@ -48,7 +53,7 @@ class Allocation:
         """Pages that are placed."""
         self.ranks: frozenset[int] = frozenset()
         """Ranks that have a page of the request, or will have."""
-        self.claims = Claims(num_groups)
+        self.claims = Claims(num_pools or num_groups)
         """What the request has been promised."""
         self.num_hit_pages = 0
         """Pages that were found in the prefix cache at admission."""
@@ -56,6 +61,14 @@ class Allocation:
         """Pages that the prefix cache knows."""
         self.copies: list[PageCopy] = []
         """Cached pages of other ranks to copy in the next step; their sources are kept until it is done."""
+        self.state: StatePlace | None = None
+        """Where the state of recurrent layers is left by the last step that was planned."""
+        self.state_source: StatePlace | None = None
+        """Cached state that the first step goes on from; it is kept until that is done."""
+        self.left_states: list[StatePlace] = []
+        """Where the state was before the step in flight, if elsewhere."""
+        self.kept_states: list[KeptState] = []
+        """Copies of states that steps in flight make, in the order of positions."""
 
     def ranks_of(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(rank, start, end) of the placement of positions `[start, end)`, in sequence order."""
@@ -79,6 +92,15 @@ class Allocation:
     def rank_at(self, position: int) -> int:
         """Rank of a position that is placed."""
         return self.page_ranks[bisect_right(self.page_ends, position // self.page_size)][0]
+
+    @property
+    def source_ranks(self) -> frozenset[int]:
+        """Ranks with something that the next step takes from where it lies: pages to copy, the state."""
+        if not self.copies and self.state is None and self.state_source is None:
+            return frozenset()
+        places = [copy.source.rank for copy in self.copies]
+        states = [place.rank for place in (self.state or self.state_source,) if place is not None]
+        return frozenset((*places, *states))
 
     def place(self, rank: int, num_pages: int) -> None:
         """Note where the next pages go."""

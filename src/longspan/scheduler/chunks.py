@@ -57,11 +57,12 @@ class Chunks:
             ranks: AbstractSet[int] = allocation.ranks
         else:
             ranks = allocation.ranks_with(start, end)
-        return ranks | {copy.source.rank for copy in allocation.copies} if allocation.copies else ranks
+        sources = allocation.source_ranks
+        return ranks if sources <= ranks else ranks | sources
 
     def next_ranks(self, request: Request, allocation: Allocation) -> AbstractSet[int]:
         """Ranks that a request's next step may involve, if it has the whole token budget."""
-        if len(allocation.page_ranks) == 1 and not allocation.copies:
+        if len(allocation.page_ranks) == 1 and allocation.source_ranks <= allocation.ranks:
             return allocation.ranks
         end = len(request.token_ids) if request.phase is Phase.DECODE else self.end(request, self._full_budget)
         return self.ranks(request, end)

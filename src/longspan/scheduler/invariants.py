@@ -30,13 +30,18 @@ def _check_owners(scheduler: Scheduler) -> None:
         for run in (*table.runs, *(copy.source for copy in allocation.copies if copy.group_idx == group_idx))
         for i in range(run.num_pages)
     )
-    promised = [[0] * len(memory.model.kv_groups) for _ in memory.allocators]
+    for allocation in allocations:
+        places = [*allocation.left_states, *(kept.place for kept in allocation.kept_states)]
+        places += [place for place in (allocation.state, allocation.state_source) if place is not None]
+        owners.update((place.rank, len(memory.model.kv_groups), place.slot) for place in places)
+    promised = [[0] * len(allocators) for allocators in memory.allocators]
     for (rank, group_idx, slot), count in owners.items():
         allocator = memory.allocators[rank][group_idx]
         assert 0 <= slot < allocator.num_pages
         assert not allocator.is_idle(slot), "a page with an owner is idle"
         assert allocator.references(slot) == count, "owners and references differ"
-        if memory.model.kv_groups[group_idx].spec.reach is not None:
+        is_state = group_idx == len(memory.model.kv_groups)
+        if not is_state and memory.model.kv_groups[group_idx].spec.reach is not None:
             promised[rank][group_idx] += count - 1
     for allocation in allocations:
         for group_idx, table in enumerate(allocation.tables):
@@ -48,6 +53,10 @@ def _check_owners(scheduler: Scheduler) -> None:
             )
             for rank, claim in allocation.claims.promised[group_idx].items():
                 promised[rank][group_idx] += max(0, claim - new[rank])
+        if memory.states is not None:
+            held = Counter(place.rank for place in (*allocation.left_states, allocation.state) if place is not None)
+            for rank, claim in allocation.claims.promised[memory.states.pool_idx].items():
+                promised[rank][memory.states.pool_idx] += max(0, claim - held[rank])
     assert promised == memory.reservations.promised, "not what running requests may still need"
     used = Counter((rank, group_idx) for rank, group_idx, _ in owners)
     for rank, allocators in enumerate(memory.allocators):

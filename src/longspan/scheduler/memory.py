@@ -16,6 +16,8 @@ from longspan.scheduler.page_placer import PagePlacer, pages_for
 from longspan.scheduler.prefix_lookup import PrefixLookup
 from longspan.scheduler.request import Request
 from longspan.scheduler.reservations import RankPools, Reservations, Room
+from longspan.scheduler.states import StateMemory
+from longspan.sharding.capacity import snapshot_len
 from longspan.sharding.pages import PageRun
 from longspan.types import ModelSpec, Placement
 
@@ -29,7 +31,8 @@ class KVMemory:
         Args:
             model: its KV groups.
             config: of the engine.
-            num_pages: pages of every pool, [rank][KV group].
+            num_pages: pages of every pool, [rank][KV group]; behind a rank's groups slots of states, if the model has
+                recurrent layers.
         """
         self.model, self.config = model, config
         self.num_ranks = config.context_parallel_size
@@ -38,13 +41,15 @@ class KVMemory:
             [CachingAllocator(pages, of_group, rank) for pages, of_group in zip(of_rank, holders, strict=True)]
             for rank, of_rank in enumerate(num_pages)
         ]
-        """[rank][KV group]"""
+        """[rank][pool]; see `longspan.scheduler.reservations.Room`."""
         self._pools = RankPools.of(model, config, num_pages)
         self.reservations = Reservations(self._pools)
         """What running requests may still need."""
         self.placer = PagePlacer(model, config, self._pools)
         """Where new pages go."""
-        self.lookup = PrefixLookup(model, config.page_size, self.allocators, holders)
+        self.states = self._state_memory(holders[-1]) if model.state_groups else None
+        """Slots of states, if the model has recurrent layers."""
+        self.lookup = PrefixLookup(model, config.page_size, self.allocators, holders, self.states)
         self._specs = [group.spec for group in model.kv_groups]
         self.refused: Request | None = None
         """The request that `admit` refused last, while no room was made and no more of it was cached. The head of the
@@ -52,6 +57,15 @@ class KVMemory:
         self.num_queried_tokens = 0
         """Tokens of admitted requests that might have been cached."""
         self.num_hit_tokens = 0
+
+    def _state_memory(self, holders: PageHolders) -> StateMemory:
+        size, asked = self.config.page_size, self.config.state_snapshot_tokens
+        every = snapshot_len(self.model, size) if asked is None else asked
+        pool_idx = len(self.model.kv_groups)
+        slots = [allocators[pool_idx] for allocators in self.allocators]
+        return StateMemory(
+            slots, holders, self.reservations, pool_idx, size, every if self.config.enable_prefix_caching else None
+        )
 
     @property
     def room(self) -> Room:
@@ -120,7 +134,11 @@ class KVMemory:
     def _allocate(self, admission: Admission, hashes: Sequence[bytes]) -> Allocation:
         """Take references to an admitted request's cached pages, and promise it its new ones."""
         hit, runs, home = admission
-        allocation = Allocation(self.config.page_size, len(self._specs))
+        allocation = Allocation(self.config.page_size, len(self._specs), len(self._pools.num_pages))
+        if self.states is not None and hit:
+            place = self.states.find(hashes[len(hit) - 1], home)
+            assert place is not None, "a hit ends where a state is kept"
+            self.states.begin_from(allocation, place)
         used = [self.lookup.runs(hashes, hit, group_idx) for group_idx in range(len(self._specs))]
         for group_idx, cached in enumerate(used):  # all of them, before copies ask for room
             for run in cached:
@@ -199,6 +217,9 @@ class KVMemory:
         allocation = request.allocation
         assert allocation is not None
         full = request.num_computed // self.config.page_size
+        if allocation.kept_states and self.states is not None:
+            self.states.publish(request, request.hash_pages(self.config.page_size))
+            self.refused = None
         if full <= allocation.num_published or not self.config.enable_prefix_caching:
             return
         hashes = request.hash_pages(self.config.page_size)
@@ -224,6 +245,9 @@ class KVMemory:
         """Give the sources of a request's copies back: they are no longer needed."""
         allocation = request.allocation
         assert allocation is not None
+        if self.states is not None and (allocation.left_states or allocation.state_source is not None):
+            self.refused = None
+            self.states.release_left(allocation)
         if not allocation.copies:
             return
         self.refused = None
@@ -247,6 +271,8 @@ class KVMemory:
         self.release_copied(request)
         allocation = request.allocation
         assert allocation is not None
+        if self.states is not None:
+            self.states.free(allocation)
         for group_idx, table in enumerate(allocation.tables):
             self._release(allocation, group_idx, table.free_before(table.num_pages))
         self.reservations.release(allocation.claims)

@@ -89,7 +89,7 @@ class PagePlacer:
         """
         total = prompt_pages + tail_pages
         limiting = self._pools.limiting_group
-        free = [of_rank[limiting or 0] for of_rank in room]
+        free = [of_rank[limiting or 0] if self._pools.fit(1, of_rank) else 0 for of_rank in room]
         by_rank = free
         if limiting is None:
             # Windows only: a rank with room for one window and one step holds any length, as pages get freed.
@@ -108,9 +108,12 @@ class PagePlacer:
     def next_rank(self, allocation: Allocation, prompt_len: int) -> int:
         """Where the next page of generated tokens should go.
 
-        A packed request's next page goes to the rank of its last one, a striped one's follows snake order.
+        A packed request's next page goes to the rank of its last one, as does any with a state; a striped one's follows
+        snake order.
         """
         forced = self._config.forced_placement
+        if self._model.state_groups:  # or the state, as large as thousands of tokens' KV, would move once a stripe
+            return allocation.page_ranks[-1][0]
         if forced in (Placement.PACKED, Placement.SPILL) or (forced is None and len(allocation.page_ranks) == 1):
             return allocation.page_ranks[-1][0]
         tail_pages = allocation.num_pages - pages_for(prompt_len, self._config.page_size)

@@ -24,7 +24,7 @@ from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.plan.advance import advance
 from longspan.plan.build import RequestStep, build_plan, score_runs
-from longspan.plan.types import GroupStep, Literals, PageCopy, Plan, SampledBy, ScoreRun, TableDelta, Tokens
+from longspan.plan.types import GroupStep, Literals, PageCopy, Plan, SampledBy, ScoreRun, StateStep, TableDelta, Tokens
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.delivery import Step
 from longspan.scheduler.memory import KVMemory
@@ -108,6 +108,8 @@ class PlanWriter:
             goes_on = request.delivery.last_step is last_step and request.request_id == run.request_id
             if not goes_on or end != position + 1 or not position % size or request.next_row is None:
                 return None
+            if self._memory.states is not None and self._memory.states.keeps_at(request, end):
+                return None
             tokens.append(sampled or Literals((request.token_ids[position],)))
         if ranks != set(last.ranks):
             return None
@@ -144,6 +146,7 @@ class PlanWriter:
         copies: list[PageCopy] = []
         deltas: list[TableDelta] = []
         steps: list[RequestStep] = []
+        states: list[StateStep] = []
         groups = self._model.kv_groups
         tables: list[dict[int, PageTable]] = [{} for _ in groups]
         for request, end in chosen:
@@ -153,12 +156,24 @@ class PlanWriter:
             is_packed = _is_packed(request)
             deltas += self._deltas(request, allocation, end, allocation.ranks if is_packed else ranks)
             steps.append(_request_step(request, allocation, end, sampled, is_packed=is_packed))
+            if self._memory.states is not None:
+                states.append(self._memory.states.step(request, request.num_planned, end))
             for of_group, table in zip(tables, allocation.tables, strict=True):
                 of_group[request.request_id] = table
         forced = self._config.forced_decode_strategy if movers is Phase.DECODE else self._config.forced_strategy
         choose = partial(plan_group, costs=self.costs, forced=forced)
         plan = build_plan(
-            plan_id, ranks, steps, tables, groups, choose, table_deltas=deltas, page_copies=copies, released=released
+            plan_id,
+            ranks,
+            steps,
+            tables,
+            groups,
+            choose,
+            table_deltas=deltas,
+            page_copies=copies,
+            states=states,
+            is_last_read_alone=self._model.last_group is not None,
+            released=released,
         )
         for i, step in enumerate(plan.groups):
             self.choices.note(
@@ -190,7 +205,7 @@ class PlanWriter:
 def _is_packed(request: Request) -> bool:
     """Whether a request concerns one rank alone."""
     allocation = request.allocation
-    return allocation is not None and len(allocation.ranks) == 1 and not allocation.copies
+    return allocation is not None and len(allocation.ranks) == 1 and allocation.source_ranks <= allocation.ranks
 
 
 def _request_step(

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 
 from longspan.kv.prefix import CachingAllocator, PageHolders
 from longspan.scheduler.reservations import Room
+from longspan.scheduler.states import StateMemory
 from longspan.sharding.pages import PageRun
 from longspan.types import ModelSpec
 
@@ -23,16 +24,19 @@ class PrefixLookup:
         page_size: int,
         allocators: Sequence[Sequence[CachingAllocator]],
         holders: Sequence[PageHolders],
+        states: StateMemory | None = None,
     ) -> None:
         """Search the caches of some ranks.
 
         Args:
             model: its KV groups.
             page_size: tokens per page.
-            allocators: [rank][KV group].
-            holders: per KV group, the record of published pages that the ranks' allocators share.
+            allocators: [rank][pool].
+            holders: per pool, the record of published pages that the ranks' allocators share.
+            states: states that are kept, if the model has recurrent layers: a prefix is of use where it has one.
         """
         self._page_size, self._allocators, self._holders = page_size, allocators, holders
+        self._states = states
         self._specs = [group.spec for group in model.kv_groups]
         self._full_groups = [i for i, spec in enumerate(self._specs) if spec.reach is None]
         reaches = [(spec.reach, i) for i, spec in enumerate(self._specs) if spec.reach is not None]
@@ -63,6 +67,8 @@ class PrefixLookup:
             levels.append([a & b for a, b in zip(levels[-1], with_window, strict=False)])
         last_gap = [list(accumulate((i if not r else -1 for i, r in enumerate(ranks)), max)) for ranks in levels]
         for length in range(len(hashes), 0, -1):
+            if self._states is not None and self._states.find(hashes[length - 1], None) is None:
+                continue
             firsts = [0, *(self.first_needed_page(g, length) for g in self._groups_by_reach), length]
             spans = [(ranks, gap, a, b) for ranks, gap, (a, b) in zip(levels, last_gap, pairwise(firsts), strict=True)]
             if all(a == b or gap[b - 1] < a for _, gap, a, b in spans):
@@ -78,9 +84,15 @@ class PrefixLookup:
             home: where pages that lie elsewhere are copied to, or None to use them where they lie.
 
         Returns:
-            Pages, [rank][KV group]; None where a page is missing.
+            Pages, [rank][pool]; None where a page is missing.
         """
-        taken = [[0] * len(self._specs) for _ in self._allocators]
+        taken = [[0] * len(allocators) for allocators in self._allocators]
+        if self._states is not None and hit:
+            place = self._states.find(hashes[len(hit) - 1], home)
+            if place is None:
+                return None  # a shorter prefix than was found has no state at its end
+            pool_idx = self._states.pool_idx
+            taken[place.rank][pool_idx] += self._allocators[place.rank][pool_idx].is_idle(place.slot)
         for group_idx, spec in enumerate(self._specs):
             for page_idx in range(self.first_needed_page(group_idx, len(hit)), len(hit)):
                 rank = hit[page_idx]

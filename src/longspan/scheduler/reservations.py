@@ -26,7 +26,8 @@ from longspan.sharding.capacity import window_pages
 from longspan.types import ModelSpec
 
 Room: TypeAlias = list[list[int]]
-"""[rank][KV group]: pages that no request holds or has been promised."""
+"""[rank][pool]: pages that no request holds or has been promised. A rank has a pool per KV group, and behind them one
+of slots for states, if the model has recurrent layers; here a slot is a page, of which a request holds one at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,9 @@ class RankPools:
     """The pools of all ranks, in pages."""
 
     num_pages: tuple[tuple[int, ...], ...]
-    """[rank][KV group]"""
+    """[rank][KV group]; behind a rank's groups slots of states, if the model has recurrent layers."""
     most_held: tuple[int | None, ...]
-    """Per KV group, most pages that a request of any length holds at once on a rank; None in a group without a window,
+    """Per pool, most pages that a request of any length holds at once on a rank; None in a group without a window,
     where it holds all of them."""
 
     @classmethod
@@ -46,12 +47,13 @@ class RankPools:
         Args:
             model: its KV groups.
             config: of the engine.
-            num_pages: [rank][KV group].
+            num_pages: [rank][KV group]; behind a rank's groups slots of states, if the model has recurrent layers.
         """
         reaches = [group.spec.reach for group in model.kv_groups]
         size, budget = config.page_size, config.max_num_batched_tokens
-        most_held = tuple([None if r is None else window_pages(r, size, budget) for r in reaches])
-        return cls(tuple([tuple(of_rank) for of_rank in num_pages]), most_held)
+        most_held = [None if r is None else window_pages(r, size, budget) for r in reaches]
+        most_held += [1] * bool(model.state_groups)  # one state, however many pages
+        return cls(tuple([tuple(of_rank) for of_rank in num_pages]), tuple(most_held))
 
     @property
     def limiting_group(self) -> int | None:

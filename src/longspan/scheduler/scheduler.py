@@ -84,7 +84,8 @@ class Scheduler:
         Args:
             model: its KV groups, vocabulary and limits.
             config: of the engine.
-            num_pages: pages of every pool, [rank][KV group].
+            num_pages: pages of every pool, [rank][KV group]; behind a rank's groups slots of states, if the model has
+                recurrent layers.
         """
         self.model, self.config = model, config
         self.memory = KVMemory(model, config, num_pages)

@@ -138,6 +138,9 @@ class _EngineCollector(Collector):
             "Part of a striped prompt that a rank holds and computes.",
             stats.rank_shares,
         )
+        used, total_slots = stats.state_slots_used, stats.state_slots_total
+        yield self._per("rank", GaugeMetricFamily, "longspan:state_slots_used", "States in use.", used)
+        yield self._per("rank", GaugeMetricFamily, "longspan:state_slots_total", "Slots for states.", total_slots)
         yield self._per("rank", CounterMetricFamily, "longspan:busy_seconds", "Time spent on plans.", stats.busy_s)
         yield self._per(
             "rank", CounterMetricFamily, "longspan:tokens_computed", "Tokens computed.", stats.tokens_computed

@@ -1,4 +1,4 @@
-"""Number of pages that each KV group's pool gets from a rank's memory.
+"""Number of pages that each KV group's pool gets from a rank's memory, and of slots for states.
 
 Holds arithmetic. Must not know tensors or free memory.
 Read next: `longspan.kv.allocator`.
@@ -8,6 +8,13 @@ from collections.abc import Sequence
 
 from longspan.errors import ConfigError
 from longspan.types import ModelSpec
+
+STATE_SHARE = 4
+"""States get at most one part in so many of a rank's KV memory: a state is as large as hundreds or thousands of
+tokens' KV, and a request that runs has one, but the more states are kept of prompts, the more is found again."""
+
+MIN_SNAPSHOT_LEN = 512
+"""Fewest tokens between two kept states of a prompt by default: each takes a copy of the state."""
 
 
 def window_pages(reach: int, page_size: int, max_num_batched_tokens: int) -> int:
@@ -36,9 +43,14 @@ def pages_by_group(model: ModelSpec, num_pages: int, page_size: int, max_num_bat
 
 
 def pool_bytes(model: ModelSpec, num_pages: int, page_size: int, max_num_batched_tokens: int) -> int:
-    """Bytes of one rank's pools. Arguments: `pages_by_group`."""
-    pages = pages_by_group(model, num_pages, page_size, max_num_batched_tokens)
-    return sum(count * group.page_bytes(page_size) for count, group in zip(pages, model.kv_groups, strict=True))
+    """Bytes of one rank's pools, slots of states included. Arguments: `pages_by_group`."""
+    pages_bytes = _pages_bytes(model, num_pages, page_size, max_num_batched_tokens)
+    if not model.state_groups:
+        return pages_bytes
+    one_page = _pages_bytes(model, 1, page_size, max_num_batched_tokens)
+    beside_share = -(-pages_bytes * STATE_SHARE // (STATE_SHARE - 1))
+    beside_one_each = -(-pages_bytes * (one_page + model.state_bytes) // one_page)
+    return max(pages_bytes + model.state_bytes, min(beside_share, beside_one_each))
 
 
 def pages_of_ranks(
@@ -70,29 +82,52 @@ def pages_of_ranks(
 
 
 def pool_pages(model: ModelSpec, kv_cache_memory: int, page_size: int, max_num_batched_tokens: int) -> tuple[int, ...]:
-    """Most pages that a rank's KV memory holds.
+    """Most pages that a rank's KV memory holds, and slots for the states of recurrent layers beside them.
 
     Args:
-        model: the model, for its KV groups.
+        model: the model, for its KV groups and states.
         kv_cache_memory: KV memory of one rank in bytes.
         page_size: tokens per page.
         max_num_batched_tokens: most tokens that one rank computes in one step.
 
     Returns:
-        Pages per KV group.
+        Pages per KV group; behind them the slots, if the model has states.
 
     Raises:
-        ConfigError: not even one page fits.
+        ConfigError: not even one page fits, or one state and one page.
     """
+    one_page = _pages_bytes(model, 1, page_size, max_num_batched_tokens)
+    if kv_cache_memory < model.state_bytes + one_page:
+        needed = f"one page of {page_size} tokens"
+        if model.state_groups:
+            needed = f"one state of {model.state_bytes} bytes and {needed}"
+        raise ConfigError(
+            f"kv_cache_memory: got {kv_cache_memory} bytes per rank, legal is at least {model.state_bytes + one_page} "
+            f"({needed})"
+        )
+    slots: tuple[int, ...] = ()
+    if model.state_groups:
+        share = kv_cache_memory // STATE_SHARE // model.state_bytes  # more than pages would be of no use
+        slots = (max(1, min(share, kv_cache_memory // (model.state_bytes + one_page))),)
+        kv_cache_memory -= slots[0] * model.state_bytes
     low, high = 0, kv_cache_memory // min(group.page_bytes(page_size) for group in model.kv_groups) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        fits = pool_bytes(model, middle, page_size, max_num_batched_tokens) <= kv_cache_memory
+        fits = _pages_bytes(model, middle, page_size, max_num_batched_tokens) <= kv_cache_memory
         low, high = (middle, high) if fits else (low, middle)
-    if low == 0:
-        one_page = pool_bytes(model, 1, page_size, max_num_batched_tokens)
-        raise ConfigError(
-            f"kv_cache_memory: got {kv_cache_memory} bytes per rank, legal is at least {one_page} (one page of "
-            f"{page_size} tokens)"
-        )
-    return pages_by_group(model, low, page_size, max_num_batched_tokens)
+    return (*pages_by_group(model, low, page_size, max_num_batched_tokens), *slots)
+
+
+def snapshot_len(model: ModelSpec, page_size: int) -> int:
+    """Tokens from one kept state of a prompt to the next, unless the user says otherwise: a multiple of pages.
+
+    So many that their KV is no less than a state, so that kept states at most double what a cached prefix takes.
+    """
+    equal = -(-model.state_bytes // sum(group.token_bytes for group in model.kv_groups))
+    return -(-max(equal, MIN_SNAPSHOT_LEN) // page_size) * page_size
+
+
+def _pages_bytes(model: ModelSpec, num_pages: int, page_size: int, max_num_batched_tokens: int) -> int:
+    """Bytes of one rank's pages. Arguments: `pages_by_group`."""
+    pages = pages_by_group(model, num_pages, page_size, max_num_batched_tokens)
+    return sum(count * group.page_bytes(page_size) for count, group in zip(pages, model.kv_groups, strict=True))

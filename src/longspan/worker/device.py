@@ -81,7 +81,7 @@ def device_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) 
         LongspanError: the kernels are wrong on this GPU.
     """
     backend = make_backend(config.attention_backend, device)
-    kinds = {(group, spec.layer_params[layer]) for group in spec.kv_groups for layer in group.layers}
+    kinds = {(group, spec.attention_params(layer)) for group in spec.kv_groups for layer in group.layers}
     for group, params in kinds:
         if (reason := backend.unsupported(group.spec, params)) is not None:
             raise ConfigError(
@@ -104,7 +104,8 @@ def check_memory(
     Args:
         spec: the model's facts.
         weight_bytes: bytes of weights that are still to be loaded.
-        num_pages: pages per KV group, of all ranks that share the device.
+        num_pages: pages per KV group, of all ranks that share the device; behind them slots of states, if the model has
+            recurrent layers.
         page_size: tokens per page.
         device: the device.
 
@@ -114,7 +115,8 @@ def check_memory(
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
-    pools = sum(pages * group.page_bytes(page_size) for group, pages in zip(spec.kv_groups, num_pages, strict=True))
+    pools = sum(pages * group.page_bytes(page_size) for group, pages in zip(spec.kv_groups, num_pages, strict=False))
+    pools += num_pages[-1] * spec.state_bytes
     if weight_bytes + pools > free:
         raise ConfigError(
             f"kv_cache_memory: got pools of {pools} bytes beside weights of {weight_bytes} bytes, legal is what "

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longspan.cp.relay import ComputeLayer, Relay
 from longspan.cp.step import StepAttention
+from longspan.kv.state_layout import StateComponent
 from longspan.models.hook import AttentionCall
 from longspan.models.last_layer import READ_ROWS
+from longspan.models.recurrent import StepCache
 from longspan.models.row_rope import ROW_LENGTHS
 from longspan.types import AttentionParams
 
@@ -33,17 +36,23 @@ class ModelForward:
     """Runner of a step's layers: the model's, or on a rank without rows those of attention alone."""
 
     def __init__(
-        self, model: nn.Module, layer_params: Sequence[AttentionParams], before_layer: Callable[[int], None]
+        self,
+        model: nn.Module,
+        layer_params: Sequence[AttentionParams | None],
+        before_layer: Callable[[int], None],
+        state_layouts: Mapping[int, Sequence[StateComponent]] | None = None,
     ) -> None:
         """Take a model.
 
         Args:
             model: model with the `longspan` attention function.
-            layer_params: attention parameters of every layer.
+            layer_params: attention parameters of every layer; None in a layer without attention.
             before_layer: function called with the layer's index before every layer.
+            state_layouts: layout of the state of every recurrent layer; None if there are none.
         """
         self._model: Any = model
         self._before_layer = before_layer
+        self._state_layouts = state_layouts or {}
         self.layer_params = layer_params
         self.device = next(model.parameters()).device
         # A mask with four dimensions is taken as it is; without one, Transformers looks for packed rows in every step.
@@ -56,6 +65,7 @@ class ModelForward:
         positions: Tensor,
         logit_rows: Tensor,
         *,
+        states: Relay | None = None,
         dense_threads: int | None = None,
         row_lengths: Sequence[int] | None = None,
     ) -> Tensor:
@@ -66,6 +76,7 @@ class ModelForward:
             token_ids: [T] input tokens.
             positions: [T] global positions.
             logit_rows: [n] int64 packed rows that need logits.
+            states: states of the step, if the model has recurrent layers; without, every state is new.
             dense_threads: threads for all but attention and exchanges; None: as many as for these.
             row_lengths: [T] length that counts for RoPE in every row; None where it does not matter.
 
@@ -81,6 +92,7 @@ class ModelForward:
         def attend(call: AttentionCall) -> Tensor:
             self._before_layer(call.layer)
             expected = params[call.layer]
+            assert expected is not None, f"layer {call.layer} had no attention"
             assert (call.scale, call.softcap, call.window) == (expected.scale, expected.softcap, expected.window)
             if is_lent:
                 torch.set_num_threads(own_threads)  # the others compute too
@@ -100,6 +112,7 @@ class ModelForward:
                 logits_to_keep=logit_rows,
                 longspan_attend=attend,
                 **{READ_ROWS: attention.read_rows},
+                **({} if states is None else {"cache": self._cache(states)}),
                 **({} if row_lengths is None else {ROW_LENGTHS: row_lengths}),
             )
         finally:
@@ -109,14 +122,22 @@ class ModelForward:
         assert logits.shape[0] == len(logit_rows)
         return logits
 
+    def _cache(self, states: Relay) -> StepCache:
+        def run_layer(layer: int, compute: ComputeLayer) -> Tensor:
+            self._before_layer(layer)
+            return states.run_layer(layer, compute)
+
+        return StepCache(self._state_layouts, run_layer)
+
     def join(self, attention: StepAttention) -> None:
         """Take part in all layers of a step on a rank without rows.
 
         Collective: all ranks of the step call `run` or this.
         """
-        for layer in range(len(self.layer_params)):
+        for layer, params in enumerate(self.layer_params):
             self._before_layer(layer)
-            attention.join(layer)
+            if params is not None:
+                attention.join(layer)
 
     def begin_layers(self) -> None:
         """Call `before_layer` for all layers at once, for a launch that repeats a whole step."""

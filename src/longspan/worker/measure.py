@@ -18,6 +18,7 @@ from longspan.config import num_cores
 from longspan.costmodel.measured import RankMeasurement
 from longspan.cp.measure import measure_messages
 from longspan.group.messages import Measure
+from longspan.types import AttentionParams
 from longspan.worker.forward import ModelForward
 from longspan.worker.runner import ModelRunner
 
@@ -47,7 +48,7 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
     rates = measure_kernels(
         runner.backend,
         group,
-        runner.layer_params[group.layers[0]],
+        _params(runner, group.layers[0]),
         ranks_per_device=max(1.0, num_ranks * torch.get_num_threads() / num_cores()),
         sync=sync,
         device=runner.device,
@@ -60,6 +61,12 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
     token_s = _token_s(runner, rates.matmul_flops_per_s, layer_s)
     links = measure_links(comm, message.nodes)
     return RankMeasurement(runner.rank, msgspec.structs.replace(rates, layer_s=layer_s, token_s=token_s), links)
+
+
+def _params(runner: ModelRunner, layer: int) -> AttentionParams:
+    params = runner.layer_params[layer]
+    assert params is not None, f"layer {layer} has no attention"
+    return params
 
 
 def _layer_s(runner: ModelRunner, read_bytes_per_s: float) -> float:

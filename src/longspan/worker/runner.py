@@ -20,9 +20,11 @@ from longspan.attention.base import AttentionBackend
 from longspan.comm.base import Communicator
 from longspan.comm.recording import RecordingCommunicator
 from longspan.cp.eager import EagerStepAttention
+from longspan.cp.relay import Relay
 from longspan.errors import LongspanError
 from longspan.group.heartbeat import ProcessProgress
 from longspan.kv.pool import PagePool
+from longspan.kv.state_pool import StatePool
 from longspan.models.latent import params_with_weights
 from longspan.plan.fixed_shape import fixed_shape
 from longspan.plan.types import (
@@ -45,6 +47,9 @@ from longspan.worker.sampler import sample_all, token_logprobs
 
 if TYPE_CHECKING:
     from longspan.worker.graphs import FixedSteps
+
+STATES = "states"
+"""Name of states among strategies, where the bytes that ranks send are counted."""
 
 GraphMode = Literal["never", "launched", "captured"]
 """Way to run decode steps: in any shape; in fixed shapes, kernel by kernel; in fixed shapes, as CUDA graphs."""
@@ -106,7 +111,7 @@ class ModelRunner:
         Args:
             model: model with the `longspan` attention function.
             spec: the model's facts.
-            num_pages: pages of the pool per KV group.
+            num_pages: pages of the pool per KV group; behind them slots of states, if the model has recurrent layers.
             page_size: tokens per page.
             comm: this rank's communicator.
             backend: this rank's attention kernels.
@@ -124,17 +129,19 @@ class ModelRunner:
         self.device = next(model.parameters()).device
         self.pools = [
             PagePool(group, pages, page_size, self.device)
-            for group, pages in zip(spec.kv_groups, num_pages, strict=True)
+            for group, pages in zip(spec.kv_groups, num_pages, strict=False)
         ]
         """This rank's pool of every KV group."""
+        self._states = StatePool(spec.state_groups, num_pages[-1], self.device) if spec.state_groups else None
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
         self._progress = progress or ProcessProgress()
         self._layer_start = _LayerStart(self._progress, faults or Injector(None))
         self.layer_params = params_with_weights(spec, model)
         """Attention parameters of every layer, with this rank's weights where attention needs them."""
-        self._forward = ModelForward(model, self.layer_params, self._layer_start)
-        # Where rows differ in frequencies, launches do.
-        may_be_fixed = graphs != "never" and spec.rope_lengths is None
+        layouts = None if self._states is None else self._states.components
+        self._forward = ModelForward(model, self.layer_params, self._layer_start, layouts)
+        # Where rows differ in frequencies, launches do; and where states go from rank to rank.
+        may_be_fixed = graphs != "never" and spec.rope_lengths is None and self._states is None
         self.fixed = self._fixed_steps(graphs) if may_be_fixed else None
         """Runner of decode steps in fixed shapes; None if all steps run in any shape."""
         self._sampled_by = -1  # the last plan that sampled here
@@ -248,18 +255,23 @@ class ModelRunner:
     def _run_eagerly(self, plan: Plan, rows: _PackedStep) -> StepOutput:
         """Run a plan of any shape."""
         attention = EagerStepAttention(plan, self._tables, self.pools, self.comm, self.backend, self.layer_params)
+        states = None if self._states is None else Relay(plan, self._states, self.comm)
+        logits: Tensor | None = None
         if not attention.num_rows:
             self._forward.join(attention)
-            return StepOutput(None, attention.bytes_sent)
-        logits = self._forward.run(
-            attention,
-            self._ids(rows.token_ids),
-            self._ids(rows.positions),
-            self._ids(rows.read),
-            dense_threads=None if self._dense_threads is None else self._dense_threads(plan, self.rank),
-            row_lengths=rows.lengths,
-        )
-        return StepOutput(logits, attention.bytes_sent)
+        else:
+            logits = self._forward.run(
+                attention,
+                self._ids(rows.token_ids),
+                self._ids(rows.positions),
+                self._ids(rows.read),
+                states=states,
+                dense_threads=None if self._dense_threads is None else self._dense_threads(plan, self.rank),
+                row_lengths=rows.lengths,
+            )
+        if states is None:
+            return StepOutput(logits, attention.bytes_sent)
+        return StepOutput(logits, {**attention.bytes_sent, STATES: states.bytes_sent})
 
     def _read(self, plan: Plan, rows: _PackedStep, logits: Tensor) -> _Answer:
         """Sample and score.
