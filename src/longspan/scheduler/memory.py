@@ -134,7 +134,7 @@ class KVMemory:
     def _allocate(self, admission: Admission, hashes: Sequence[bytes]) -> Allocation:
         """Take references to an admitted request's cached pages, and promise it its new ones."""
         hit, runs, home = admission
-        allocation = Allocation(self.config.page_size, len(self._specs), len(self._pools.num_pages))
+        allocation = Allocation(self.config.page_size, len(self._specs), len(self._pools.most_held))
         if self.states is not None and hit:
             place = self.states.find(hashes[len(hit) - 1], home)
             assert place is not None, "a hit ends where a state is kept"
