@@ -36,7 +36,7 @@ class KVMemory:
         """
         self.model, self.config = model, config
         self.num_ranks = config.context_parallel_size
-        holders = [PageHolders() for _ in model.kv_groups]
+        holders = [PageHolders() for _ in num_pages[0]]
         self.allocators = [
             [CachingAllocator(pages, of_group, rank) for pages, of_group in zip(of_rank, holders, strict=True)]
             for rank, of_rank in enumerate(num_pages)
