@@ -15,9 +15,8 @@ from vllm.model_executor.layers.attention.static_sink_attention import StaticSin
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.integrations.vllm.backend import StepAttentionImpl
 from longspan.integrations.vllm.layers import attention_layers
-from longspan.integrations.vllm.options import Options
 from longspan.integrations.vllm.plugin import WORKER, register
-from longspan.integrations.vllm.refusals import check_config, check_version
+from longspan.integrations.vllm.refusals import check_config, check_platform, check_version
 
 
 def config(model, longspan=None, **options):
@@ -66,8 +65,6 @@ def test_another_engine_of_the_process_keeps_the_runner_that_vllm_chooses(models
         ({"context_parallel_size": 2, "ranks": 3}, "ranks"),
         ({"context_parallel_size": 2, "strategy": "ring"}, "strategy"),
         ({"context_parallel_size": 2, "placement": "spill"}, "placement"),
-        ({"context_parallel_size": 2, "untested_cuda": 1}, "untested_cuda"),
-        ({"context_parallel_size": 2, "untested_cuda": True}, "device"),  # this is no GPU
         ([2], "longspan"),
     ],
 )
@@ -103,13 +100,10 @@ def test_rejects_what_vllm_offers_and_the_plugin_does_not(models, options, name)
         config(models["llama"], {"context_parallel_size": 2}, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [({"async_scheduling": True}, "async_scheduling"), ({"attention_backend": "FLASHINFER"}, "attention_backend")],
-)
-def test_rejects_what_the_path_for_gpus_would_overrule(models, options, name):
-    with pytest.raises(ConfigError, match=name):
-        config(models["llama"], {"context_parallel_size": 2, "untested_cuda": True}, **options)
+def test_rejects_gpus_and_names_the_option_that_chooses_their_worker():
+    check_platform("cpu")
+    with pytest.raises(ConfigError, match=r"^device: got cuda, legal .* --prefill-context-parallel-size"):
+        check_platform("cuda")
 
 
 def test_rejects_the_v2_runner(models, monkeypatch):
@@ -119,7 +113,6 @@ def test_rejects_the_v2_runner(models, monkeypatch):
 
 
 PLAIN = {
-    "device_config.device_type": "cpu",
     "compilation_config.mode": CompilationMode.DYNAMO_TRACE_ONCE,
     "parallel_config.pipeline_parallel_size": 1,
     "parallel_config.prefill_context_parallel_size": 1,
@@ -162,14 +155,12 @@ def stub(**changed):
 
 
 def test_accepts_a_plain_configuration():
-    check_config(stub(), Options(context_parallel_size=2))
-    check_config(stub(device_config__device_type="cuda"), Options(context_parallel_size=2, untested_cuda=True))
+    check_config(stub())
 
 
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"device_config__device_type": "cuda"}, "device"),
         ({"compilation_config__mode": CompilationMode.STOCK_TORCH_COMPILE}, "compilation_config.mode"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
@@ -192,7 +183,7 @@ def test_accepts_a_plain_configuration():
 )
 def test_rejects_configurations(changed, what):
     with pytest.raises(ConfigError, match=f"^{what}: "):
-        check_config(stub(**changed), Options(context_parallel_size=2))
+        check_config(stub(**changed))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +202,7 @@ def test_rejects_configurations(changed, what):
 )
 def test_rejects_models(changed, what):
     with pytest.raises(UnsupportedModelError, match=what):
-        check_config(stub(**changed), Options(context_parallel_size=2))
+        check_config(stub(**changed))
 
 
 @pytest.mark.parametrize(

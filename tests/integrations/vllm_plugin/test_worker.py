@@ -69,7 +69,7 @@ def rank_model(*layers, module=None, mode=CompilationMode.NONE, is_one_table=Fal
         model_config=SimpleNamespace(dtype=torch.float32),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=is_one_table),
     )
-    return RankModel(module, {f"attn{i}": layer for i, layer in enumerate(layers)}, config, torch.device("cpu"))
+    return RankModel(module, {f"attn{i}": layer for i, layer in enumerate(layers)}, config)
 
 
 def cache_config(share):
@@ -138,11 +138,11 @@ def test_all_ranks_refuse_where_one_has_no_memory(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda blocks, op: blocks.zero_())  # another rank's 0
     monkeypatch.setattr(dist, "all_gather_object", lambda nodes, node: nodes.__setitem__(slice(None), [node] * 2))
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
-        common_kv_bytes(cache_config(0.5), 2, 1 << 16, torch.device("cpu"))
+        common_kv_bytes(cache_config(0.5), 2, 1 << 16)
 
 
 def test_a_rank_without_memory_says_zero():
-    assert local_kv_bytes(cache_config(1e-9), 2, 0, torch.device("cpu")) == 0
+    assert local_kv_bytes(cache_config(1e-9), 2, 0) == 0
 
 
 def test_processes_of_one_memory_node_divide_its_memory(monkeypatch):
@@ -152,20 +152,20 @@ def test_processes_of_one_memory_node_divide_its_memory(monkeypatch):
     def gather(nodes, node):
         nodes[:] = [node, node + 1, node, node + 1]
 
-    def share(config, num_sharing, node_id, device):
+    def share(config, num_sharing, node_id):
         shared.append(num_sharing)
         return 64
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
     monkeypatch.setattr(dist, "all_reduce", lambda blocks, op: None)
     monkeypatch.setattr(memory, "local_kv_bytes", share)
-    assert common_kv_bytes(cache_config(0.5), 4, 16, torch.device("cpu")) == 64
+    assert common_kv_bytes(cache_config(0.5), 4, 16) == 64
     assert shared == [2]
     monkeypatch.undo()
     node = MemoryNodeInfo(total_memory=1000 << 30, available_memory=500 << 30)
     monkeypatch.setattr(memory, "get_memory_node_info", lambda node_id: node)
-    assert local_kv_bytes(cache_config(1.0), 2, 0, torch.device("cpu")) == 250 << 30
-    assert 50 << 30 < local_kv_bytes(cache_config(0.2), 2, 0, torch.device("cpu")) < 100 << 30, "its own memory counts"
+    assert local_kv_bytes(cache_config(1.0), 2, 0) == 250 << 30
+    assert 50 << 30 < local_kv_bytes(cache_config(0.2), 2, 0) < 100 << 30, "its own memory counts"
 
 
 def test_other_processes_than_the_first_end_where_they_fail(monkeypatch):

@@ -21,7 +21,7 @@ def test_rejects_another_number_of_ranks():
         parse(context_parallel_size=3)
 
 
-@pytest.mark.parametrize("given", [{"strategy": "pass_kv"}, {"measure": "never"}, {"untested_cuda": True}])
+@pytest.mark.parametrize("given", [{"strategy": "pass_kv"}, {"measure": "never"}])
 def test_rejects_options_of_strategies(given):
     (name,) = given
     with pytest.raises(ConfigError, match=f"longspan.{name}: got .*, legal with prefill_context_parallel_size are"):

@@ -110,9 +110,6 @@ class StepAttentionBackend(CPUAttentionBackend):
         return StepAttentionImpl
 
 
-def install_backend(device_type: str) -> None:
-    """Register our backend for this process; under vLLM's own names, as its CPU platform takes no other."""
-    if device_type == "cpu":
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{StepAttentionBackend.__qualname__}")
-    else:
-        register_backend(AttentionBackendEnum.FLASH_ATTN, "longspan.integrations.vllm.flash.FlashStepBackend")
+def install_backend() -> None:
+    """Register our backend for this process; under vLLM's own name, as its CPU platform takes no other."""
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{StepAttentionBackend.__qualname__}")

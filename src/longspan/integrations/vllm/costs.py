@@ -32,7 +32,7 @@ def agree_on_costs(
 ) -> Costs:
     """Measure all processes of this machine at the same time, and take the slowest's numbers.
 
-    Strategies are chosen by bytes, without a measurement, with one rank, a forced strategy, `measure: never`, or GPUs.
+    Strategies are chosen by bytes, without a measurement, with one rank, a forced strategy, or `measure: never`.
 
     Args:
         options: the user's options.
@@ -48,7 +48,7 @@ def agree_on_costs(
     Collective: every process of the default group, once, before the first step; half a second to a second.
     """
     nodes = (0,) * comm.size
-    if comm.size == 1 or options.forced_strategy or options.measure == "never" or device.type != "cpu":
+    if comm.size == 1 or options.forced_strategy or options.measure == "never":
         return costs_by_bytes(nodes)
     num_threads = dist.get_world_size() * torch.get_num_threads()
     ranks_per_device = max(1.0, num_threads / (os.cpu_count() or 1))  # vLLM binds this process to some of the cores

@@ -15,18 +15,16 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_
 from longspan.errors import ConfigError
 
 
-def local_kv_bytes(cache_config: Any, num_sharing: int, node_id: int | None, device: torch.device) -> int:
+def local_kv_bytes(cache_config: Any, num_sharing: int, node_id: int) -> int:
     """Return the bytes for keys and values in this process.
 
     This is the user's number (`--kv-cache-memory-bytes` or VLLM_CPU_KVCACHE_SPACE), which is per process, as in vLLM;
-    else this process's share of the memory that vLLM may use, less what the process has already. A GPU is not shared
-    with other processes.
+    else this process's share of the memory that vLLM may use, less what the process has already.
 
     Args:
         cache_config: vLLM's configuration of KV caches.
         num_sharing: processes that share this process's memory node.
-        node_id: the memory node; None on a GPU.
-        device: where the model lies.
+        node_id: the memory node.
 
     Returns:
         Bytes; 0 if none are left, which all ranks refuse together: a rank that raised here would let the others wait.
@@ -34,16 +32,13 @@ def local_kv_bytes(cache_config: Any, num_sharing: int, node_id: int | None, dev
     explicit: int | None = cache_config.kv_cache_memory_bytes
     if explicit is not None:
         return explicit
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(cache_config.gpu_memory_utilization * total) - (total - free))
     memory = get_memory_node_info(node_id)  # knows the limits of containers
     share = cache_config.gpu_memory_utilization * memory.total_memory / num_sharing
     left = min(share - psutil.Process(os.getpid()).memory_info().rss, memory.available_memory / num_sharing)
     return max(0, int(left))
 
 
-def common_kv_bytes(cache_config: Any, num_processes: int, block_bytes: int, device: torch.device) -> int:
+def common_kv_bytes(cache_config: Any, num_processes: int, block_bytes: int) -> int:
     """Return the bytes that every process has for keys and values, in whole blocks.
 
     Raises:
@@ -52,11 +47,11 @@ def common_kv_bytes(cache_config: Any, num_processes: int, block_bytes: int, dev
     Collective: every process of the default group.
     """
     # vLLM's rule: a process uses the memory node of the first core that it may run on.
-    node_id = get_allowed_cpu_list()[0].numa_node if device.type == "cpu" else None
+    node_id: int = get_allowed_cpu_list()[0].numa_node
     nodes: list[int | None] = [None] * num_processes
     dist.all_gather_object(nodes, node_id)
-    local = local_kv_bytes(cache_config, nodes.count(node_id), node_id, device)
-    blocks = torch.tensor([local // block_bytes], device=device)
+    local = local_kv_bytes(cache_config, nodes.count(node_id), node_id)
+    blocks = torch.tensor([local // block_bytes])
     dist.all_reduce(blocks, dist.ReduceOp.MIN)
     if not blocks.item():
         raise ConfigError(

@@ -36,8 +36,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Tensors that move where queries and keys are on different ranks; `auto` takes the fastest by prediction."""
     measure: MeasureName = "auto"
     """Whether ranks measure kernels and links at start, to predict times; `never` makes them compare bytes."""
-    untested_cuda: bool = False
-    """Whether to run on GPUs, which is untested; without this option GPUs are refused."""
 
     @property
     def forced_strategy(self) -> Strategy | None:
@@ -77,6 +75,4 @@ def parse_options(additional_config: Mapping[str, Any]) -> Options | None:
     ):
         if given.get(name, "auto") not in names:
             raise ConfigError(f"{KEY}.{name}: got {given[name]!r}, legal is one of {', '.join(names)}")
-    if not isinstance(given.get("untested_cuda", False), bool):
-        raise ConfigError(f"{KEY}.untested_cuda: got {given['untested_cuda']!r}, legal is true or false")
     return Options(**given)

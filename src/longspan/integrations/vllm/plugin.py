@@ -10,7 +10,7 @@ import functools
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.platforms import current_platform
 
 from longspan.integrations.vllm.options import KEY, parse_options
 
@@ -33,21 +33,18 @@ def register() -> None:
         options = parse_options(self.additional_config or {})
         if options is None:
             return original(self, *args, **kwargs)
-        from longspan.integrations.vllm.refusals import check_arguments, check_config, check_version
+        from longspan.integrations.vllm.refusals import check_arguments, check_config, check_platform, check_version
         from longspan.integrations.vllm.runner_choice import V1Config, choosing_v1_runner
 
         check_version()
-        check_arguments(self, options)
+        check_platform(current_platform.device_type)
+        check_arguments(self)
         ours = copy.copy(self)
         ours.worker_cls, ours.distributed_executor_backend = WORKER, _executor()
-        if options.untested_cuda:
-            # On GPUs, the plugin supports only eager steps, one after another.
-            ours.enforce_eager, ours.async_scheduling = True, False
-            ours.attention_backend = AttentionBackendEnum.FLASH_ATTN
         with choosing_v1_runner():
             config = original(ours, *args, **kwargs)
         config.__class__ = V1Config
-        check_config(config, options)
+        check_config(config)
         return config
 
     setattr(create_engine_config, _MARK, original)

@@ -18,9 +18,6 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from longspan.attention.base import AttentionBackend
-from longspan.attention.check import check_against_reference
-from longspan.attention.select import make_backend
 from longspan.cp.step import StepAttention
 from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
 from longspan.integrations.vllm.backend import StepMetadata, WarmUp
@@ -43,20 +40,19 @@ MAX_TABLES = 2
 class RankModel:
     """Model of one process, with its tensor parallel part of every head."""
 
-    def __init__(self, module: torch.nn.Module, layers: dict[str, Any], vllm_config: Any, device: torch.device) -> None:
+    def __init__(self, module: torch.nn.Module, layers: dict[str, Any], vllm_config: Any) -> None:
         """Take a loaded model over.
 
         Args:
             module: the model.
             layers: attention layers by name, in the order in which the model runs them.
             vllm_config: vLLM's configuration.
-            device: where the model lies.
 
         Raises:
             ConfigError: the layers differ in heads or widths.
             UnsupportedModelError: they have windows and softcaps, which no test has seen together.
         """
-        self.module, self.device = module, device
+        self.module = module
         self._config, self._layers = vllm_config, layers
         self._index_of_layer = {name: i for i, name in enumerate(layers)}
         dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
@@ -109,39 +105,15 @@ class RankModel:
         indices = [[self._index_of_layer[name] for name in names] for names in tables]
         return divide_layers(self.specs, self._num_heads, indices)
 
-    def make_attention(self, groups: LayerGroups) -> AttentionBackend:
-        """Make the attention backend of this process.
-
-        Args:
-            groups: the model's KV groups.
-
-        Raises:
-            LongspanError: a GPU's kernels differ from the reference, or vLLM has none for this model.
-        """
-        if self.device.type == "cpu":
-            return make_backend("auto", self.device)
-        from longspan.integrations.vllm.flash import make_flash_backend
-
-        with set_current_vllm_config(self._config):
-            backend: AttentionBackend = make_flash_backend(
-                self.specs[0], any(params.softcap for params in self.layer_params)
-            )
-        for group in groups.groups:
-            for params in {self.layer_params[layer] for layer in group.layers}:
-                if (why := backend.unsupported(group.spec, params)) is not None:
-                    raise UnsupportedModelError(f"model: {why}")
-                check_against_reference(backend, group, params, self.device)
-        return backend
-
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
         """Let vLLM compile the model, if allowed, with as many rows as a rank can get in a step.
 
         Collective: the processes of one rank, once.
         """
-        if self._config.compilation_config.mode == CompilationMode.NONE and self.device.type == "cpu":
-            return  # a GPU runs it also to learn how much memory it takes
-        with _no_accelerator_cache(self.device):
+        if self._config.compilation_config.mode == CompilationMode.NONE:
+            return
+        with _no_accelerator_cache():
             # Position 0 for all: a model may have fewer positions than a step may have tokens.
             positions = torch.zeros(num_tokens, dtype=torch.int64)
             self._run(WarmUp(), torch.zeros(num_tokens, dtype=torch.int32), positions)
@@ -167,14 +139,14 @@ class RankModel:
                 for layer in range(len(self.specs)):
                     attention.join(layer)
             config = self._config.model_config
-            return torch.empty((0, config.get_hidden_size()), dtype=config.dtype, device=self.device)
+            return torch.empty((0, config.get_hidden_size()), dtype=config.dtype)
         metadata = StepMetadata(attention, self._index_of_layer)
         return self._run(metadata, torch.tensor(token_ids, dtype=torch.int32), torch.tensor(positions))
 
     def _run(self, metadata: StepMetadata | WarmUp, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Return hidden states [T, hidden] of `token_ids` [T] int32 at `positions` [T] int64; T is not 0."""
         with set_forward_context(metadata, self._config, num_tokens=len(token_ids), slot_mapping={}):
-            hidden: Tensor = self.module(input_ids=token_ids.to(self.device), positions=positions.to(self.device))
+            hidden: Tensor = self.module(input_ids=token_ids, positions=positions)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -188,26 +160,23 @@ class RankModel:
         return logits
 
 
-def load_rank_model(vllm_config: Any, device: torch.device) -> RankModel:
+def load_rank_model(vllm_config: Any) -> RankModel:
     """Load the model that vLLM is configured for.
 
     Raises:
         ConfigError: the model's layers differ in heads or widths.
         UnsupportedModelError: a layer is not vLLM's plain attention.
     """
-    with set_current_vllm_config(vllm_config), _no_accelerator_cache(device):
+    with set_current_vllm_config(vllm_config), _no_accelerator_cache():
         module = get_model(vllm_config=vllm_config)
     keep_freed_memory()
     layers = attention_layers(vllm_config.compilation_config.static_forward_context)
-    return RankModel(module, layers, vllm_config, device)
+    return RankModel(module, layers, vllm_config)
 
 
 @contextmanager
-def _no_accelerator_cache(device: torch.device) -> Iterator[None]:
-    """On a CPU, let `torch.accelerator.empty_cache` do nothing inside the block."""
-    if device.type != "cpu":
-        yield
-        return
+def _no_accelerator_cache() -> Iterator[None]:
+    """Let `torch.accelerator.empty_cache` do nothing inside the block."""
     original = torch.accelerator.empty_cache
     torch.accelerator.empty_cache = lambda: None
     try:

@@ -9,10 +9,9 @@ from typing import Any
 import vllm
 import vllm.envs as envs
 from vllm.config import CompilationMode
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from longspan.errors import ConfigError, UnsupportedModelError
-from longspan.integrations.vllm.options import KEY, Options
+from longspan.integrations.vllm.options import KEY
 
 SUPPORTED_MINORS = ((0, 32), (0, 33))
 """Versions of vLLM that the tests ran with. Others are refused, as vLLM may change all that the plugin uses."""
@@ -31,12 +30,24 @@ def check_version(version: str | None = None) -> None:
         raise ConfigError(f"vllm: got version {version}, legal with {KEY} in additional_config is {legal}")
 
 
-def check_arguments(arguments: Any, options: Options) -> None:
+def check_platform(device_type: str) -> None:
+    """Refuse devices other than CPUs.
+
+    Args:
+        device_type: vLLM's name of the platform's devices.
+
+    Raises:
+        ConfigError: names the device, and what a user of GPUs does.
+    """
+    if device_type != "cpu":
+        _refuse("device", device_type, "cpu; GPUs need --prefill-context-parallel-size, not context_parallel_size")
+
+
+def check_arguments(arguments: Any) -> None:
     """Refuse arguments that the plugin would have to overrule.
 
     Args:
         arguments: vLLM's arguments, as the user gave them.
-        options: options of the plugin.
 
     Raises:
         ConfigError: names the argument.
@@ -45,11 +56,6 @@ def check_arguments(arguments: Any, options: Options) -> None:
         _refuse("worker_cls", arguments.worker_cls, "auto")
     if arguments.distributed_executor_backend not in (None, "mp"):
         _refuse("distributed_executor_backend", arguments.distributed_executor_backend, "mp")
-    if options.untested_cuda and arguments.async_scheduling:
-        _refuse("async_scheduling", True, "false")
-    backend = arguments.attention_backend  # a name, or vLLM's enumeration
-    if options.untested_cuda and backend not in (None, "FLASH_ATTN", AttentionBackendEnum.FLASH_ATTN):
-        _refuse("attention_backend", backend, "FLASH_ATTN")
     if envs.VLLM_USE_V2_MODEL_RUNNER:
         _refuse("VLLM_USE_V2_MODEL_RUNNER", "1", "0, or unset")
     # Only vLLM's V2 model runner has these; vLLM's own checks name the runner, not the option.
@@ -64,7 +70,7 @@ def check_arguments(arguments: Any, options: Options) -> None:
         _refuse("watermark_config", "a value", "none (watermarks)")
 
 
-def check_config(config: Any, options: Options) -> None:
+def check_config(config: Any) -> None:
     """Refuse what does not work with context parallelism.
 
     Raises:
@@ -72,11 +78,6 @@ def check_config(config: Any, options: Options) -> None:
         UnsupportedModelError: names the model.
     """
     parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
-    device_type, device = config.device_config.device_type, "cpu, or cuda with untested_cuda: true"
-    if device_type != "cpu" and (device_type != "cuda" or not options.untested_cuda):
-        _refuse("device", device_type, device)
-    if device_type == "cpu" and options.untested_cuda:
-        _refuse("device", "cpu with untested_cuda: true", device)
     for name in (
         "pipeline_parallel_size",
         "prefill_context_parallel_size",

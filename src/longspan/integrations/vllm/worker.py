@@ -20,7 +20,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from longspan.comm.base import Communicator
+from longspan.attention.select import make_backend
 from longspan.comm.recording import RecordingCommunicator
 from longspan.costmodel.choose import plan_group
 from longspan.cp.eager import EagerStepAttention
@@ -38,7 +38,6 @@ from longspan.integrations.vllm.rank_model import load_rank_model
 from longspan.integrations.vllm.refused_calls import RefusedCalls
 from longspan.integrations.vllm.requests import Requests
 from longspan.integrations.vllm.sampling import SamplingBatch
-from longspan.integrations.vllm.staging import StagingCommunicator
 from longspan.integrations.vllm.step_sampler import StepSampler
 
 
@@ -56,31 +55,25 @@ class Worker(RefusedCalls):
         self._num_steps = 0
         self._pending: tuple[StepPlan, Any, Tensor] | None = None  # between execute_model and sample_tokens
         self._failure: Exception | None = None
-        install_backend(self.vllm_config.device_config.device_type)
+        install_backend()
 
     # -- start -------------------------------------------------------------------------------------------------------
 
     def init_device(self) -> None:
         self.device = torch.device("cpu")
-        if self.vllm_config.device_config.device_type == "cuda":
-            self.device = torch.device(f"cuda:{self.local_rank}")
-            torch.cuda.set_device(self.device)
         init_method = self.distributed_init_method
         os.environ["VLLM_DIST_IDENT"] = os.path.basename(init_method.removeprefix("file://")).split(":")[-1]
         init_worker_distributed_environment(
             self.vllm_config, self.rank, init_method, self.local_rank, self.current_platform.dist_backend
         )
-        comm: Communicator = join_group(self.rank, self._cp_size, self._tp_size)
-        if self.device.type == "cuda":
-            comm = StagingCommunicator(comm)
-        self._comm = RecordingCommunicator(comm)
+        self._comm = RecordingCommunicator(join_group(self.rank, self._cp_size, self._tp_size))
         self._exchange = StepExchange(self._comm)
         set_random_seed(self.model_config.seed)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         if load_dummy_weights:
             raise ConfigError("load_dummy_weights: got True, legal with longspan is False")
-        self._model = load_rank_model(self.vllm_config, self.device)
+        self._model = load_rank_model(self.vllm_config)
 
     def get_model(self) -> torch.nn.Module:
         return self._model.module
@@ -99,9 +92,7 @@ class Worker(RefusedCalls):
         """
         self._model.warm_up(self.scheduler_config.max_num_batched_tokens)
         block_bytes = self._model.page_bytes(self.cache_config.block_size)
-        return self._cp_size * common_kv_bytes(
-            self.cache_config, self.parallel_config.world_size, block_bytes, self.device
-        )
+        return self._cp_size * common_kv_bytes(self.cache_config, self.parallel_config.world_size, block_bytes)
 
     def update_max_model_len(self, max_model_len: int) -> None:
         self.model_config.max_model_len = max_model_len
@@ -112,7 +103,7 @@ class Worker(RefusedCalls):
         table_specs = [groups.table_spec(table) for table in range(groups.num_tables)]
         self._requests = Requests(num_blocks, self._cp_size, size, table_specs)
         self._pools = groups.make_pools(-(-num_blocks // self._cp_size), size, self.device)
-        self._backend = self._model.make_attention(groups)
+        self._backend = make_backend("auto", self.device)
         self._sampler: StepSampler | None = None
         if self._cp_rank == 0:
             batch = SamplingBatch(self.vllm_config, self.device)
