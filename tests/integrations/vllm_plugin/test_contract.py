@@ -22,6 +22,7 @@ from vllm.config.aux_output import AuxOutputConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.sampling_params import SamplingParams, SamplingType
@@ -42,6 +43,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
@@ -175,6 +177,7 @@ FIELDS = [
     ),
     (SlidingWindowSpec, ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window"]),
     (KVCacheConfig, ["num_blocks", "kv_cache_groups"]),
+    (ChunkedLocalAttentionSpec, ["block_size", "num_kv_heads", "head_size", "dtype", "attention_chunk_size"]),
     (KVCacheGroupSpec, ["layer_names"]),
     (
         ModelRunnerOutput,
@@ -366,6 +369,7 @@ def test_attention_layers_have_what_we_read():
     assert "sliding_window," in source, "the implementation learns of the layer's window"
     for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl", "layer_name"):
         assert f"self.{name} = " in source, name
+    assert "self.attention_chunk_size = " in inspect.getsource(ChunkedLocalAttention.__init__)
 
 
 def test_our_queue_has_all_that_vllm_asks_of_one():

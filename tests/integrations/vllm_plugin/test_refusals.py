@@ -1,22 +1,26 @@
-"""What does not work is refused before a worker starts, with the option's name."""
+"""What does not work is refused before a worker starts, with the option's name; and how the CPU's worker is chosen."""
 
 import os
 import pickle
-from types import SimpleNamespace
 
 import pytest
-import torch
+from plain_config import stub
 from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention
 from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
 from vllm.model_executor.layers.attention.static_sink_attention import StaticSinkAttention
 
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.integrations.vllm.backend import StepAttentionImpl
-from longspan.integrations.vllm.layers import attention_layers
-from longspan.integrations.vllm.plugin import WORKER, register
-from longspan.integrations.vllm.refusals import check_config, check_platform, check_version
+from longspan.integrations.vllm.layers import CLASSES
+from longspan.integrations.vllm.plain_attention import attention_layers
+from longspan.integrations.vllm.plugin import register
+from longspan.integrations.vllm.refusals import check_config, check_version
+from longspan.integrations.vllm.runner.backend import RankedAttentionImpl
+from longspan.integrations.vllm.start import WORKER, check_platform
 
 
 def config(model, longspan=None, **options):
@@ -112,48 +116,6 @@ def test_rejects_the_v2_runner(models, monkeypatch):
         config(models["llama"], {"context_parallel_size": 2})
 
 
-PLAIN = {
-    "compilation_config.mode": CompilationMode.DYNAMO_TRACE_ONCE,
-    "parallel_config.pipeline_parallel_size": 1,
-    "parallel_config.prefill_context_parallel_size": 1,
-    "parallel_config.decode_context_parallel_size": 1,
-    "parallel_config.data_parallel_size": 1,
-    "parallel_config.nnodes": 1,
-    "parallel_config.enable_expert_parallel": False,
-    "parallel_config.enable_dbo": False,
-    "parallel_config.ubatch_size": 0,
-    "speculative_config": None,
-    "lora_config": None,
-    "kv_transfer_config": None,
-    "ec_transfer_config": None,
-    "cache_config.cache_dtype": "auto",
-    "model_config.model": "m",
-    "model_config.dtype": torch.float32,
-    "model_config.enable_sleep_mode": False,
-    "model_config.runner_type": "generate",
-    "model_config.enable_prompt_embeds": False,
-    "model_config.is_multimodal_model": False,
-    "model_config.uses_mrope": False,
-    "model_config.is_encoder_decoder": False,
-    "model_config.use_mla": False,
-    "model_config.attention_chunk_size": None,
-    "model_config.is_hybrid": False,
-    "model_config.has_inner_state": False,
-}
-"""What `check_config` reads of a configuration that it accepts."""
-
-
-def stub(**changed):
-    """A VllmConfig of `PLAIN` with changes, where `__` stands for the dot."""
-    found = SimpleNamespace()
-    for path, value in {**PLAIN, **{name.replace("__", "."): value for name, value in changed.items()}}.items():
-        *outer, name = path.split(".")
-        for part in outer:
-            found.__dict__.setdefault(part, SimpleNamespace())
-        setattr(getattr(found, outer[0]) if outer else found, name, value)
-    return found
-
-
 def test_accepts_a_plain_configuration():
     check_config(stub())
 
@@ -163,18 +125,21 @@ def test_accepts_a_plain_configuration():
     [
         ({"compilation_config__mode": CompilationMode.STOCK_TORCH_COMPILE}, "compilation_config.mode"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size"),
-        ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),
         ({"parallel_config__data_parallel_size": 2}, "data_parallel_size"),
         ({"parallel_config__nnodes": 2}, "nnodes"),
         ({"parallel_config__enable_expert_parallel": True}, "enable_expert_parallel"),
+        ({"parallel_config__enable_eplb": True}, "enable_eplb"),
         ({"parallel_config__enable_dbo": True}, "enable_dbo"),
+        ({"parallel_config__enable_batch_sharded_sampling": True}, "enable_batch_sharded_sampling"),
+        ({"parallel_config__enable_fault_tolerance": True}, "enable_fault_tolerance"),
         ({"parallel_config__ubatch_size": 2}, "ubatch_size"),
         ({"speculative_config": object()}, "speculative_config"),
         ({"lora_config": object()}, "lora_config"),
         ({"kv_transfer_config": object()}, "kv_transfer_config"),
         ({"ec_transfer_config": object()}, "ec_transfer_config"),
         ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"model_config__enable_sleep_mode": True}, "enable_sleep_mode"),
         ({"model_config__runner_type": "pooling"}, "runner"),
         ({"model_config__enable_prompt_embeds": True}, "enable_prompt_embeds"),
@@ -189,7 +154,7 @@ def test_rejects_configurations(changed, what):
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"model_config__is_multimodal_model": True}, "multimodal model"),
+        ({"model_config__is_multimodal_model": True}, "several modalities"),
         ({"model_config__use_mla": True}, "latent attention"),
         ({"model_config__attention_chunk_size": 64}, "chunked attention"),
         ({"model_config__uses_mrope": True}, "multimodal positions"),
@@ -215,9 +180,10 @@ def test_rejects_models(changed, what):
         ({"chunk_lookback": 1}, "chunk_lookback"),
     ],
 )
-def test_rejects_layers_that_need_more(options, what):
+@pytest.mark.parametrize("impl", [StepAttentionImpl, RankedAttentionImpl])
+def test_rejects_layers_that_need_more(impl, options, what):
     with pytest.raises(UnsupportedModelError, match=what):
-        StepAttentionImpl(4, 32, 0.1, **options)
+        impl(4, 32, 0.1, **options)
 
 
 def test_accepts_windows(tmp_path):
@@ -235,12 +201,35 @@ def test_names_only_what_a_layer_needs():
     assert "mystery" not in str(raised.value)
 
 
-@pytest.mark.parametrize("cls", [PrefillPrefixLMAttention, RSWAAttention, StaticSinkAttention])
-def test_rejects_subclasses_of_attention(cls):
-    layer = cls.__new__(cls)  # as vLLM makes one, with our implementation inside: the mask is in the class
-    layer.__dict__["impl"] = StepAttentionImpl(4, 32, 0.1)
+def layer_of(cls, impl=None):
+    """A layer as vLLM makes one, with our implementation inside: the mask is in the class."""
+    layer = cls.__new__(cls)
+    layer.__dict__["impl"] = impl or StepAttentionImpl(4, 32, 0.1)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("cls", "classes"),
+    [
+        (PrefillPrefixLMAttention, CLASSES),
+        (RSWAAttention, CLASSES),
+        (StaticSinkAttention, CLASSES),
+        (ChunkedLocalAttention, (Attention,)),
+    ],
+)
+def test_rejects_subclasses_of_attention(cls, classes):
     with pytest.raises(UnsupportedModelError, match=cls.__name__):
-        attention_layers({"model.layers.0.self_attn.attn": layer})
+        attention_layers({"model.layers.0.self_attn.attn": layer_of(cls)}, classes)
+
+
+def test_rejects_layers_of_other_backends():
+    with pytest.raises(UnsupportedModelError, match=r"layer layers\.0\.attn is Attention"):
+        attention_layers({"layers.0.attn": layer_of(Attention, impl=object())})
+
+
+def test_finds_plain_layers_in_their_order():
+    names = ["layers.10.attn", "layers.9.attn"]
+    assert list(attention_layers({**{name: layer_of(Attention) for name in names}, "experts": object()})) == names[::-1]
 
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.32.0", "dev"])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_v2_refusals import stub
+from plain_config import stub
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
@@ -30,6 +30,7 @@ def arguments(**changed):
             "attention_backend": None,
             "return_sampling_mask": False,
             "enable_trace_replay": False,
+            "aux_output_config": SimpleNamespace(enable_return_routed_experts=False),
             "watermark_config": None,
             "compilation_config": SimpleNamespace(cudagraph_mode=None),
             **changed,

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from vllm.config import CompilationMode
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.utils.cpu_resource_utils import MemoryNodeInfo
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
@@ -52,7 +53,7 @@ class Layer:
     """An attention layer of vLLM's."""
 
     num_heads, num_kv_heads, head_size, head_size_v = 4, 2, 32, 32
-    impl = SimpleNamespace(scale=0.1, logits_soft_cap=None, window=None)
+    impl = SimpleNamespace(scale=0.1, softcap=None, window=None)
 
     def __init__(self, **more):
         self.more = more
@@ -89,7 +90,7 @@ def test_only_layers_with_plain_full_attention_are_placed(more):
 class WindowLayer(Layer):
     """An attention layer with a sliding window."""
 
-    impl = SimpleNamespace(scale=0.1, logits_soft_cap=None, window=64)
+    impl = SimpleNamespace(scale=0.1, softcap=None, window=64)
 
     def get_kv_cache_spec(self, vllm_config):
         return SlidingWindowSpec(**{**SHAPE, "block_size": 16, **self.more}, sliding_window=64)
@@ -104,13 +105,18 @@ def test_layers_with_windows_get_tables_of_their_own_where_vllm_has_them():
     assert rank_model(WindowLayer()).kv_cache_spec(STRIPING) == {"attn0": PlacedWindowSpec(**window)}
     one = rank_model(Layer(), WindowLayer(), is_one_table=True).kv_cache_spec(STRIPING)
     assert set(one.values()) == {PlacedSpec(**SHAPE, striping=STRIPING)}
+    chunked = ChunkedLocalAttention.__new__(ChunkedLocalAttention)
+    shape = {name: getattr(Layer, name) for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl")}
+    chunked.__dict__.update(shape, attention_chunk_size=64, kv_cache_dtype="auto", kv_cache_torch_dtype=torch.float32)
+    one = rank_model(Layer(), chunked).kv_cache_spec(STRIPING)
+    assert set(one.values()) == {PlacedSpec(**SHAPE, striping=STRIPING)}, "vLLM frees no chunks by default"
     with pytest.raises(UnsupportedModelError, match="layer attn0"):
         rank_model(WindowLayer(page_size_padded=1 << 20)).kv_cache_spec(STRIPING)
 
 
 def test_rejects_windows_beside_softcaps():
     both = WindowLayer()
-    both.impl = SimpleNamespace(scale=0.1, logits_soft_cap=5.0, window=64)
+    both.impl = SimpleNamespace(scale=0.1, softcap=5.0, window=64)
     with pytest.raises(UnsupportedModelError, match=r"sliding windows and softcaps, legal .* is one of both"):
         rank_model(Layer(), both)
 

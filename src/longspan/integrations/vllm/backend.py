@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from longspan.cp.step import StepAttention
-from longspan.errors import UnsupportedModelError
+from longspan.integrations.vllm.plain_attention import PlainAttentionImpl
 
 
 @dataclass(frozen=True)
@@ -30,47 +29,8 @@ class WarmUp:
     """Metadata in place of `StepMetadata` while a model is compiled: no KV is stored, and attention gives zeros."""
 
 
-class StepAttentionImpl(AttentionImpl[StepMetadata | WarmUp]):
+class StepAttentionImpl(PlainAttentionImpl):
     """Attention of one layer, which hands queries, keys and values to the step."""
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: Tensor | None = None,
-        **others: Any,
-    ) -> None:
-        """Check that the layer is causal attention with at most a scale, a softcap, a sliding window and sinks.
-
-        Raises:
-            UnsupportedModelError: the layer needs more.
-        """
-        needed = sorted(name for name, value in others.items() if value is not None)
-        for wrong, what in (
-            (alibi_slopes is not None, "ALiBi"),
-            (attn_type != AttentionType.DECODER, f"attention of type {attn_type}"),
-            (kv_sharing_target_layer_name is not None, "layers that share keys and values"),
-            (kv_cache_dtype.startswith(("fp8", "nvfp4", "int")), f"a KV cache of {kv_cache_dtype}"),
-            (bool(needed), ", ".join(needed)),
-        ):
-            if wrong:
-                raise UnsupportedModelError(f"model: a layer has {what}, which longspan does not support in vLLM")
-        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.kv_cache_dtype = kv_cache_dtype
-        self.logits_soft_cap = logits_soft_cap or None
-        self.window = sliding_window
-        """Tokens that a query sees, its own included; None for all before it."""
-        self.sinks = sinks
-        """[H] logits that join the softmax without a value, loaded with the weights; None for none."""
 
     def forward(
         self,

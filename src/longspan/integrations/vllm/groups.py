@@ -13,7 +13,7 @@ Note [Tables and groups]
         first memory      f0        w1        w2
         second memory     f3        w4        w5
 
-    Without vLLM's hybrid manager (`--disable-hybrid-kv-cache-manager`) all layers
+    Without vLLM's hybrid manager (`--disable-hybrid-kv-cache-manager`; vLLM's default for chunked attention) all layers
     share one table: then every kind of layer is a group of its own over that table, with memory of its own.
 """
 

@@ -1,66 +1,42 @@
 """vLLM's attention layers: what each caches and sees, in our words and in vLLM's.
 
 Holds functions of one layer. Must not know requests, ranks or block tables.
-Read next: `longspan.integrations.vllm.rank_model`.
+Read next: `longspan.integrations.vllm.plain_attention`, `longspan.integrations.vllm.rank_model`.
 """
 
 from typing import Any
 
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
     SlidingWindowSpec,
 )
 
 from longspan.errors import UnsupportedModelError
-from longspan.integrations.vllm.backend import StepAttentionImpl
 from longspan.kv.layout import KVSpec
 from longspan.types import AttentionParams
 
-
-def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:
-    """Return the model's attention layers by name, in the order in which it runs them.
-
-    Raises:
-        UnsupportedModelError: a layer is of another class than `layer_spec` knows. Prefix and other masks are
-            subclasses, which share our backend and would be computed as causal.
-    """
-    found: dict[int, tuple[str, Any]] = {}
-    for name, layer in static_forward_context.items():
-        if not hasattr(layer, "get_kv_cache_spec"):
-            continue  # fused MoE registers itself too
-        if not _is_known(layer):
-            raise UnsupportedModelError(
-                f"model: layer {name} is {type(layer).__name__}, which longspan does not support in vLLM"
-            )
-        index = extract_layer_index(name)
-        if index in found:
-            raise UnsupportedModelError(f"model: layers {found[index][0]} and {name} have one index")
-        found[index] = (name, layer)
-    if not found:
-        raise UnsupportedModelError("model: it has no attention layers")
-    return dict(found[index] for index in sorted(found))
-
-
-def _is_known(layer: Any) -> bool:
-    return type(layer) is Attention and isinstance(layer.impl, StepAttentionImpl)
+CLASSES = (Attention, ChunkedLocalAttention)
+"""Classes of layers that `layer_spec` knows."""
 
 
 def layer_spec(layer: Any, dtype: str) -> KVSpec:
     """Return what a layer caches and sees.
 
     Args:
-        layer: a layer of `attention_layers`.
+        layer: a layer of `CLASSES`.
         dtype: the model's dtype.
     """
-    return KVSpec.uniform(layer.num_kv_heads, layer.head_size, layer.head_size_v, dtype, layer.impl.window)
+    chunk = layer.attention_chunk_size if isinstance(layer, ChunkedLocalAttention) else None
+    return KVSpec.uniform(layer.num_kv_heads, layer.head_size, layer.head_size_v, dtype, layer.impl.window, chunk)
 
 
 def layer_params(layer: Any) -> AttentionParams:
     """Return how a layer turns dot products into scores."""
-    return AttentionParams(layer.impl.scale, layer.impl.logits_soft_cap, layer.impl.window)
+    return AttentionParams(layer.impl.scale, layer.impl.softcap, layer.impl.window)
 
 
 def check_kv_cache_spec(name: str, layer: Any, spec: KVSpec, vllm_config: Any) -> KVCacheSpec:
@@ -86,6 +62,8 @@ def check_kv_cache_spec(name: str, layer: Any, spec: KVSpec, vllm_config: Any) -
     plain: KVCacheSpec
     if spec.window is not None:
         plain = SlidingWindowSpec(**fields, head_size_v=layout.v_width, sliding_window=spec.window)
+    elif spec.chunk is not None:
+        plain = ChunkedLocalAttentionSpec(**fields, head_size_v=layout.v_width, attention_chunk_size=spec.chunk)
     else:
         plain = FullAttentionSpec(**fields, head_size_v=layout.v_width)
     if own != plain:

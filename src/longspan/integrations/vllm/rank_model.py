@@ -23,12 +23,13 @@ from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
 from longspan.integrations.vllm.backend import StepMetadata, WarmUp
 from longspan.integrations.vllm.groups import LayerGroups, divide_layers
 from longspan.integrations.vllm.layers import (
-    attention_layers,
+    CLASSES,
     check_kv_cache_spec,
     layer_params,
     layer_spec,
 )
 from longspan.integrations.vllm.placement import Striping
+from longspan.integrations.vllm.plain_attention import attention_layers
 from longspan.integrations.vllm.spec import place
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.types import Literals, Plan
@@ -170,7 +171,7 @@ def load_rank_model(vllm_config: Any) -> RankModel:
     with set_current_vllm_config(vllm_config), _no_accelerator_cache():
         module = get_model(vllm_config=vllm_config)
     keep_freed_memory()
-    layers = attention_layers(vllm_config.compilation_config.static_forward_context)
+    layers = attention_layers(vllm_config.compilation_config.static_forward_context, CLASSES)
     return RankModel(module, layers, vllm_config)
 
 

@@ -123,10 +123,10 @@ def place(spec: KVCacheSpec, striping: Striping, spare_blocks: int, *, is_freed:
         spec: vLLM's own.
         striping: sizes of stripes.
         spare_blocks: see `_Placed.spare_blocks`.
-        is_freed: whether blocks behind a window are freed; else they are kept.
+        is_freed: whether blocks behind a window are freed; else they are kept, like those of a chunk.
     """
     ours = {"striping": striping, "spare_blocks": spare_blocks}
     if isinstance(spec, SlidingWindowSpec) and is_freed:
         return replace_as(spec, PlacedWindowSpec, **ours)
-    names = {"sliding_window", "extra_retained_tokens"}
+    names = {"sliding_window", "extra_retained_tokens", "attention_chunk_size"}
     return replace_as(spec, PlacedSpec, drop=names & {field.name for field in fields(spec)}, **ours)

@@ -8,59 +8,34 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder, AttentionType
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from longspan.errors import UnsupportedModelError
+from longspan.integrations.vllm.plain_attention import PlainAttentionImpl, refuse_layer
 from longspan.integrations.vllm.runner.kernels import Kernels
 from longspan.integrations.vllm.runner.manager import OwnerManager
 from longspan.integrations.vllm.runner.step import RankedStep
 from longspan.types import AttentionParams
 
 
-class RankedAttentionImpl(AttentionImpl[RankedStep]):
+class RankedAttentionImpl(PlainAttentionImpl):
     """Attention of one layer."""
 
     supports_pcp = True
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        **others: Any,
-    ) -> None:
-        """Check that the layer is causal attention with at most a scale and a softcap.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Check that the layer is causal attention with at most a scale and a softcap; the arguments are vLLM's.
 
         Raises:
             UnsupportedModelError: the layer needs more.
         """
-        needed = sorted(name for name, value in others.items() if value is not None)
-        for wrong, what in (
-            (alibi_slopes is not None, "ALiBi"),
-            (sliding_window is not None, "a sliding window"),
-            (attn_type != AttentionType.DECODER, f"attention of type {attn_type}"),
-            (kv_sharing_target_layer_name is not None, "layers that share keys and values"),
-            (kv_cache_dtype.startswith(("fp8", "nvfp4", "int")), f"a KV cache of {kv_cache_dtype}"),
-            (bool(needed), ", ".join(needed)),
-        ):
-            if wrong:
-                raise UnsupportedModelError(
-                    f"model: a layer has {what}, which longspan does not support with prefill_context_parallel_size"
-                )
-        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.kv_cache_dtype = kv_cache_dtype
-        self.params = AttentionParams(self.scale, logits_soft_cap or None)
+        super().__init__(*args, **kwargs)
+        if self.window is not None:
+            refuse_layer("a sliding window (with prefill_context_parallel_size)")
+        if self.sinks is not None:
+            refuse_layer("sinks (with prefill_context_parallel_size)")
+        self.params = AttentionParams(self.scale, self.softcap)
         self.kernels: Kernels | None = None  # the runner chooses them when it knows the device
 
     def forward(
@@ -160,20 +135,3 @@ def install_backend(device_type: str) -> None:
     """Register our backend for this process: as the custom one, or as the only one that vLLM's CPU platform takes."""
     name = AttentionBackendEnum.CPU_ATTN if device_type == "cpu" else AttentionBackendEnum.CUSTOM
     register_backend(name, f"{__name__}.{RankedBackend.__qualname__}")
-
-
-def attention_layers(static_forward_context: dict[str, Any]) -> dict[str, Any]:
-    """Return the layers with KV by name.
-
-    Raises:
-        UnsupportedModelError: a layer is not vLLM's `Attention` itself over our backend. Chunked, prefix and other
-            masks are subclasses, which share our backend and would be computed as causal.
-    """
-    found = {name: layer for name, layer in static_forward_context.items() if hasattr(layer, "get_kv_cache_spec")}
-    for name, layer in found.items():
-        if type(layer) is not Attention or not isinstance(layer.impl, RankedAttentionImpl):
-            raise UnsupportedModelError(
-                f"model: layer {name} is {type(layer).__name__}, which longspan does not support with "
-                "prefill_context_parallel_size"
-            )
-    return found

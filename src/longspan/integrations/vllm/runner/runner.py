@@ -12,7 +12,7 @@ from vllm.distributed.parallel_state import get_pcp_group
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from longspan.errors import UnsupportedModelError
-from longspan.integrations.vllm.runner.backend import attention_layers
+from longspan.integrations.vllm.plain_attention import attention_layers
 from longspan.integrations.vllm.runner.blocks import RequestBlocks
 from longspan.integrations.vllm.runner.kernels import Kernels, TorchKernels
 from longspan.integrations.vllm.runner.manager import OwnerManager

@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from longspan.integrations.vllm.refusals import check_version
+from longspan.integrations.vllm import refusals
 from longspan.integrations.vllm.runner.checks import check_arguments, check_config, check_platform
 from longspan.integrations.vllm.runner.options import parse_runner_options
 
@@ -35,14 +35,16 @@ def create_owner_config(original: Callable[..., Any], arguments: Any, *args: Any
         UnsupportedModelError: the model is not supported.
     """
     device_type = current_platform.device_type
-    check_version()
+    refusals.check_version()
     check_platform(device_type, HAS_TRITON)
     parse_runner_options(arguments.additional_config, arguments.prefill_context_parallel_size)
+    refusals.check_arguments(arguments)
     check_arguments(arguments)
     ours = copy.copy(arguments)
     ours.worker_cls, ours.distributed_executor_backend = WORKERS[device_type], "mp"
     if device_type == "cuda":
         ours.attention_backend = AttentionBackendEnum.CUSTOM
     config = original(ours, *args, **kwargs)
+    refusals.check_config(config)
     check_config(config)
     return config

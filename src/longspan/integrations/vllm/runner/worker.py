@@ -15,7 +15,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from longspan.errors import UnsupportedModelError
 from longspan.integrations.vllm.options import KEY
 from longspan.integrations.vllm.placement import Striping, striping_of
-from longspan.integrations.vllm.runner.backend import attention_layers, install_backend
+from longspan.integrations.vllm.plain_attention import attention_layers
+from longspan.integrations.vllm.runner.backend import install_backend
 from longspan.integrations.vllm.runner.messages import warm_up
 from longspan.integrations.vllm.runner.options import parse_runner_options
 from longspan.integrations.vllm.runner.runner import OwnerRunner
