@@ -55,6 +55,8 @@ def _save_random(loader, config, directory) -> str:
                 weight.normal_(0, 0.2 if "lm_head" in name else 2.5 * weight.shape[-1] ** -0.5)
             elif "sinks" in name:
                 weight.normal_(0, 2)
+            elif "q_norm" in name or "k_norm" in name:
+                weight += 1  # attention is sharp, so that tokens depend on what is far away
     model.save_pretrained(directory)
     build_tokenizer(4096).save_pretrained(directory)
     return str(directory)
@@ -70,14 +72,14 @@ def models(tmp_path_factory):
 def model_of_kind(tmp_path_factory):
     """Function of a kind in `kinds`: its directory, and what Transformers answers to `engines.prompts`."""
     from engines import prompts, reference
-    from kinds import KINDS
+    from kinds import IN_TRANSFORMERS, KINDS
 
     known = {}
 
     def make(kind):
         if kind not in known:
             model = save_model(kind, tmp_path_factory.mktemp(kind), **KINDS[kind])
-            known[kind] = (model, reference(model, prompts()))
+            known[kind] = (model, reference(model, prompts(), **IN_TRANSFORMERS.get(kind, {})))
         return known[kind]
 
     return make

@@ -68,11 +68,11 @@ def prompts():
     return [*found, found[4][:320] + found[1], found[2] + found[3]]
 
 
-def reference(model, prompts, num_tokens=40):
-    """Greedy tokens of Transformers, one prompt at a time."""
+def reference(model, prompts, num_tokens=40, **loading):
+    """Greedy tokens of Transformers, one prompt at a time; `loading` are further arguments of `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **loading)
     found = []
     for prompt in prompts:
         with torch.no_grad():

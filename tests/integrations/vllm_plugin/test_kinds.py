@@ -1,9 +1,11 @@
-"""Windows and sinks: tokens are those of Transformers; blocks behind windows are freed."""
+"""Experts, windows, chunks and sinks: tokens are those of Transformers; blocks behind windows are freed."""
 
 import pytest
 from engines import engine, generate, metric, num_blocks, prompts, random_prompts, reference, tokens_of
 from kinds import TABLES
 
+TUNED = {"override_generation_config": {"attn_temperature_tuning": True}}
+"""Llama 4's temperature by position, which Transformers takes from the model and vLLM from here."""
 CAPACITY = {}
 """KV blocks per kind and number of ranks, as engines of this run have reported; None is vLLM without the plugin."""
 
@@ -15,13 +17,28 @@ def num_tables(llm):
 @pytest.mark.parametrize(
     ("kind", "cp_size", "longspan", "options"),
     [
+        ("mistral", 1, {}, {}),
         ("mistral", 2, {}, {}),
         ("mistral", 3, {"placement": "striped"}, {}),
+        ("mistral", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
+        ("qwen3_moe", 1, {}, {}),
+        ("qwen3_moe", 2, {}, {"enforce_eager": False}),
+        ("qwen3_moe", 3, {"placement": "striped"}, {}),
+        ("qwen3_moe", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
         ("gpt_oss", 1, {}, {}),
         ("gpt_oss", 2, {}, {"enforce_eager": False}),
         ("gpt_oss", 3, {"strategy": "pass_q", "placement": "striped"}, {}),
         ("gpt_oss", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
         ("gpt_oss", 2, {}, {"disable_hybrid_kv_cache_manager": True}),
+        ("gemma3_text", 1, {}, {}),
+        ("gemma3_text", 2, {}, {"enforce_eager": False}),
+        ("gemma3_text", 3, {"strategy": "pass_kv", "placement": "striped"}, {}),
+        ("gemma3_text", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
+        ("cohere2", 2, {}, {}),
+        ("cohere2", 3, {"placement": "striped"}, {}),
+        ("llama4_text", 1, {}, TUNED),
+        ("llama4_text", 2, {}, TUNED),
+        ("llama4_text", 3, {"strategy": "pass_kv", "placement": "striped", "stripe_size": 32}, TUNED),
     ],
 )
 def test_tokens_equal_transformers(model_of_kind, monkeypatch, kind, cp_size, longspan, options):
@@ -38,11 +55,16 @@ def test_tokens_equal_transformers(model_of_kind, monkeypatch, kind, cp_size, lo
         assert metric(llm, "vllm:prefix_cache_hits") > hits
 
 
-def test_sixteen_at_once_with_preemptions(model_of_kind):
-    model, _ = model_of_kind("gpt_oss")
+BLOCKS = {"mistral": 200, "qwen3_moe": 200, "gpt_oss": 150, "gemma3_text": 240}
+"""Blocks that are too few for sixteen requests."""
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_sixteen_at_once_with_preemptions(model_of_kind, kind):
+    model, _ = model_of_kind(kind)
     asked = random_prompts((300, 500, 700, 900) * 4, seed=5)
     expected = reference(model, asked, 120)
-    options = {"num_gpu_blocks_override": 150, "max_num_batched_tokens": 256, "max_num_seqs": 16}
+    options = {"num_gpu_blocks_override": BLOCKS[kind], "max_num_batched_tokens": 256, "max_num_seqs": 16}
     with engine(model, 2, max_model_len=2048, **options) as llm:
         assert tokens_of(generate(llm, asked, max_tokens=120)) == expected
         assert metric(llm, "vllm:num_preemptions") > 0

@@ -11,14 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from conftest import save_model
 
-MOE = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "norm_topk_prob": True,
-}
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 QUANTISED = {
     "quant_method": "compressed-tensors",
@@ -49,12 +41,6 @@ def quantise(directory):
     save_file(stored, file, {"format": "pt"})
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": QUANTISED}))
     return meant
-
-
-def test_a_fused_mixture_of_experts(tmp_path):
-    model = save_model("qwen3_moe", tmp_path, **MOE)
-    with engine(model, 2) as llm:
-        assert tokens_of(generate(llm, prompts())) == reference(model, prompts())
 
 
 def test_a_model_of_transformers(models):

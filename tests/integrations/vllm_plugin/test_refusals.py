@@ -156,7 +156,6 @@ def test_rejects_configurations(changed, what):
     [
         ({"model_config__is_multimodal_model": True}, "several modalities"),
         ({"model_config__use_mla": True}, "latent attention"),
-        ({"model_config__attention_chunk_size": 64}, "chunked attention"),
         ({"model_config__uses_mrope": True}, "multimodal positions"),
         ({"model_config__is_encoder_decoder": True}, "encoder"),
         ({"model_config__is_hybrid": True}, "recurrent"),
@@ -186,10 +185,17 @@ def test_rejects_layers_that_need_more(impl, options, what):
         impl(4, 32, 0.1, **options)
 
 
-def test_accepts_windows(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "architecture", "fields"),
+    [
+        ("mistral", "MistralForCausalLM", {"sliding_window": 64}),
+        ("llama4_text", "Llama4ForCausalLM", {"attention_chunk_size": 64}),
+    ],
+)
+def test_accepts_windows_and_chunks(tmp_path, kind, architecture, fields):
     from transformers import AutoConfig
 
-    AutoConfig.for_model("mistral", sliding_window=64, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
+    AutoConfig.for_model(kind, **fields, architectures=[architecture]).save_pretrained(tmp_path)
     found = config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
     assert found.parallel_config.worker_cls == WORKER
 

@@ -121,11 +121,11 @@ def test_rejects_windows_beside_softcaps():
         rank_model(Layer(), both)
 
 
-def test_rejects_more_block_tables_than_were_tested():
+def test_layers_are_divided_by_vllms_block_tables():
     model = rank_model(Layer(), WindowLayer(), WindowLayer())
     assert model.groups([["attn0"], ["attn1", "attn2"]]).num_tables == 2
-    with pytest.raises(UnsupportedModelError, match="3 block tables"):
-        model.groups([["attn0"], ["attn1"], ["attn2"]])
+    found = model.groups([["attn0"], ["attn1"], ["attn2"]])
+    assert (found.num_tables, [group.layers for group in found.groups]) == (3, [(0,), (1,), (2,)])
 
 
 def test_vllm_is_told_what_the_longest_request_takes():

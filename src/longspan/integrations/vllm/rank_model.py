@@ -34,9 +34,6 @@ from longspan.integrations.vllm.spec import place
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.types import Literals, Plan
 
-MAX_TABLES = 2
-"""Most block tables of a request that tests have seen."""
-
 
 class RankModel:
     """Model of one process, with its tensor parallel part of every head."""
@@ -94,15 +91,7 @@ class RankModel:
 
         Args:
             tables: names of the layers of each of vLLM's block tables.
-
-        Raises:
-            UnsupportedModelError: there are more tables than tests have seen.
         """
-        if len(tables) > MAX_TABLES:
-            raise UnsupportedModelError(
-                f"model: vLLM gives a request {len(tables)} block tables, legal with longspan is at most {MAX_TABLES}; "
-                "--disable-hybrid-kv-cache-manager makes it one"
-            )
         indices = [[self._index_of_layer[name] for name in names] for names in tables]
         return divide_layers(self.specs, self._num_heads, indices)
 

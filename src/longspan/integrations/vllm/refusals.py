@@ -98,7 +98,6 @@ def check_config(config: Any) -> None:
         (model.uses_mrope, "multimodal positions"),
         (model.is_encoder_decoder, "an encoder and a decoder"),
         (model.use_mla, "multi-head latent attention"),
-        (model.attention_chunk_size, "chunked attention"),
         (model.is_hybrid or model.has_inner_state, "layers with a recurrent state"),
         (getattr(model, "supports_kv_cache_grouping", False), "groups of KV caches of its own"),  # new in 0.33
     ):
