@@ -6,7 +6,7 @@ STAMP := .venv/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 PROGRAM := PYTHONPATH=tests/helpers $(BIN)/python
 
-.PHONY: install demo test test-all test-gpu test-vllm check chaos hostile simulate soak bench clean
+.PHONY: install demo test test-all test-gpu test-vllm test-vllm-all check chaos hostile simulate soak bench clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -68,9 +68,17 @@ $(NEWER_VLLM_STAMP): $(VLLM_STAMP) tests/integrations/vllm_plugin/newer_vllm.py
 	.venv-vllm/bin/python tests/integrations/vllm_plugin/newer_vllm.py $(NEWER_VLLM) .venv-vllm/newer
 	touch $(NEWER_VLLM_STAMP)
 
+VLLM_TESTS := .venv-vllm/bin/python -m pytest tests/integrations/vllm_plugin --timeout 600
+
+# Every kind of model and feature, with each version.
 test-vllm: $(VLLM_STAMP) $(NEWER_VLLM_STAMP)
-	.venv-vllm/bin/python -m pytest tests/integrations/vllm_plugin --timeout 600
-	PYTHONPATH=.venv-vllm/newer .venv-vllm/bin/python -m pytest tests/integrations/vllm_plugin --timeout 600
+	$(VLLM_TESTS) -m "not slow"
+	PYTHONPATH=.venv-vllm/newer $(VLLM_TESTS) -m "not slow"
+
+# Also every kind of model on every number of ranks.
+test-vllm-all: $(VLLM_STAMP) $(NEWER_VLLM_STAMP)
+	$(VLLM_TESTS)
+	PYTHONPATH=.venv-vllm/newer $(VLLM_TESTS)
 
 # Loses ranks under many streams, 200 times; ends with one line of JSON. CHAOS="--kills 20 --seed 1" and the like.
 chaos: $(STAMP)
