@@ -53,6 +53,8 @@ def _save_random(loader, config, directory) -> str:
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
                 weight.normal_(0, 0.2 if "lm_head" in name else 2.5 * weight.shape[-1] ** -0.5)
+                if config.model_type == "gemma2" and "embed_tokens" in name:
+                    weight *= 0.05  # they are multiplied, and are the head's too: every token would follow itself
             elif "sinks" in name:
                 weight.normal_(0, 2)
             elif "q_norm" in name or "k_norm" in name:

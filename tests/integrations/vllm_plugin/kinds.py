@@ -37,6 +37,14 @@ KINDS = {
         "num_experts_per_tok": 1,
         "intermediate_size_mlp": 192,
     },
+    "gemma2": {
+        "sliding_window": 100,
+        "num_hidden_layers": 4,
+        "layer_types": [W, F, W, F],
+        "attn_logit_softcapping": 20.0,
+        "query_pre_attn_scalar": 32,
+        "tie_word_embeddings": True,  # vLLM reads no other weights
+    },
     "gemma3_text": {
         "sliding_window": 400,
         "num_hidden_layers": 6,
@@ -51,6 +59,7 @@ KINDS = {
     },
 }
 IN_TRANSFORMERS = {
+    "gemma2": {"attn_implementation": "eager"},  # the only one with softcaps on a CPU
     "cohere2": {"sliding_window": 101},  # vLLM's queries see one token more
 }
 """How Transformers must load a model to compute what vLLM does."""
@@ -59,6 +68,7 @@ TABLES = {
     "qwen3_moe": 1,
     "gpt_oss": 2,
     "llama4_text": 1,
+    "gemma2": 2,
     "gemma3_text": 6,
     "cohere2": 4,
 }

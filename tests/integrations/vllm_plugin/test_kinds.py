@@ -35,6 +35,7 @@ def slow(*case):
         ("gpt_oss", 3, {"strategy": "pass_q", "placement": "striped"}, {}),
         ("gpt_oss", 2, {"placement": "striped"}, {"tensor_parallel_size": 2}),
         ("gpt_oss", 2, {}, {"disable_hybrid_kv_cache_manager": True}),
+        ("gemma2", 2, {"placement": "striped"}, {}),
         slow("gemma3_text", 1, {}, {}),
         slow("gemma3_text", 2, {}, {"enforce_eager": False}),
         ("gemma3_text", 3, {"strategy": "pass_kv", "placement": "striped"}, {}),

@@ -114,13 +114,6 @@ def test_layers_with_windows_get_tables_of_their_own_where_vllm_has_them():
         rank_model(WindowLayer(page_size_padded=1 << 20)).kv_cache_spec(STRIPING)
 
 
-def test_rejects_windows_beside_softcaps():
-    both = WindowLayer()
-    both.impl = SimpleNamespace(scale=0.1, softcap=5.0, window=64)
-    with pytest.raises(UnsupportedModelError, match=r"sliding windows and softcaps, legal .* is one of both"):
-        rank_model(Layer(), both)
-
-
 def test_layers_are_divided_by_vllms_block_tables():
     model = rank_model(Layer(), WindowLayer(), WindowLayer())
     assert model.groups([["attn0"], ["attn1", "attn2"]]).num_tables == 2

@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader import get_model
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from longspan.cp.step import StepAttention
-from longspan.errors import ConfigError, LongspanError, UnsupportedModelError
+from longspan.errors import ConfigError, LongspanError
 from longspan.integrations.vllm.backend import StepMetadata, WarmUp
 from longspan.integrations.vllm.groups import LayerGroups, divide_layers
 from longspan.integrations.vllm.layers import (
@@ -48,7 +48,6 @@ class RankModel:
 
         Raises:
             ConfigError: the layers differ in heads or widths.
-            UnsupportedModelError: they have windows and softcaps, which no test has seen together.
         """
         self.module = module
         self._config, self._layers = vllm_config, layers
@@ -61,10 +60,6 @@ class RankModel:
             raise ConfigError("model: its attention layers differ in heads or widths, which longspan does not support")
         ((self._num_heads, _),) = shapes
         self.layer_params = tuple(map(layer_params, layers.values()))
-        if any(spec.window for spec in self.specs) and any(params.softcap for params in self.layer_params):
-            raise UnsupportedModelError(
-                "model: it has sliding windows and softcaps, legal with longspan in vLLM is one of both"
-            )
 
     def kv_cache_spec(self, striping: Striping) -> dict[str, KVCacheSpec]:
         """Return what vLLM's block manager must know of every layer.
