@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from longspan.cgroups import cpu_quota
 from longspan.errors import ConfigError
-from longspan.option import Group, Option, check_options, is_number
+from longspan.option import Group, Option, check_options, is_number, take_texts_
 from longspan.quantities import MAX_COUNT, parse_listen, parse_size
 from longspan.simulation import SimulatedLinks, parse_simulated_links
 from longspan.types import Placement, Strategy
@@ -377,6 +378,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not isinstance(self.model, str):
             raise ConfigError(f"model: got {self.model!r}, legal is a text that names one")
+        take_texts_(self)
         check_options(self)
         self._check_overrides()
         self._check_device()
@@ -565,5 +567,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on; at most as many whole ones as its quota of time is worth, but one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))

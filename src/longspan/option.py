@@ -136,6 +136,18 @@ def option_fields(config: type[msgspec.Struct]) -> tuple[OptionField, ...]:
     )
 
 
+def take_texts_(config: msgspec.Struct) -> None:
+    """Replace texts by the values that they stand for, as on the command line: `"32Mi"` by a number of bytes.
+
+    Raises:
+        ConfigError: a text cannot be read.
+    """
+    for field in option_fields(type(config)):
+        value = getattr(config, field.name)
+        if field.option.parse is not None and isinstance(value, str):
+            msgspec.structs.force_setattr(config, field.name, field.option.parse(value, field.name))
+
+
 def check_options(config: msgspec.Struct) -> None:
     """Refuse a configuration with a value that its field does not admit.
 
