@@ -6,6 +6,7 @@ Read next: `longspan.cli.generate`.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -101,6 +102,8 @@ def run_command() -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell runs this in the background
         signal.signal(signal.SIGINT, _raise_signalled)
     signal.signal(signal.SIGTERM, _raise_signalled)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may hold what a terminal of Latin-1 cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     debug = bool(os.environ.get(DEBUG))
     if not debug:
         if not sys.warnoptions:

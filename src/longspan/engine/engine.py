@@ -29,10 +29,10 @@ from longspan.engine.stats import Capacity, EngineStats, RankStats, WorkDone
 from longspan.errors import ConfigError
 from longspan.group.messages import Start
 from longspan.kv.layout import stored_as
-from longspan.models.gguf_files import is_gguf
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.models.lora import check_lora
+from longspan.models.names import is_gguf
 from longspan.models.small_weights import with_small_weights
 from longspan.plan.types import PlanResult
 from longspan.scheduler.invariants import check_books

@@ -30,11 +30,12 @@ from longspan.errors import ConfigError, LongspanError
 from longspan.models import gguf_metadata, gguf_sentencepiece, gguf_tokenizer
 from longspan.models.gguf_metadata import Metadata
 from longspan.models.model_cache import cache_path, draft_of
+from longspan.models.names import GGUF_SUFFIX
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-SUFFIX = ".gguf"
+SUFFIX = GGUF_SUFFIX
 
 EXTRA = "gguf"
 """Extra of this package with what reads GGUF files."""
@@ -43,12 +44,6 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 _HEAD_BYTES = 2**20
 """Bytes of a file that its fingerprint covers, beside its size and time of change."""
-
-
-def is_gguf(model: str) -> bool:
-    """Whether a model, as the user named it, is a GGUF file."""
-    path = Path(model).expanduser()
-    return path.suffix == SUFFIX and path.is_file()
 
 
 def gguf_path(file: Path) -> Path:

@@ -29,10 +29,11 @@ from longspan.errors import ConfigError
 from longspan.models.adaptations import adapt_
 from longspan.models.checkpoint import find_checkpoint
 from longspan.models.generation import EOS
-from longspan.models.gguf_files import SUFFIX, gguf_path, is_gguf
+from longspan.models.gguf_files import gguf_path
 from longspan.models.hook import ATTENTION_NAME
 from longspan.models.leftovers import leftovers
 from longspan.models.lora import ADAPTER_CONFIG, merge_lora
+from longspan.models.names import LEGAL_MODELS, OWN_NAMES, is_gguf, local_directory
 from longspan.models.overrides import check_overrides, merge_overrides
 from longspan.models.packed_experts import round_experts_
 from longspan.models.packed_linear import Bits, linear_names, replace_, round_linears_
@@ -47,11 +48,8 @@ CPU = torch.device("cpu")
 ROUNDED_BITS: Mapping[str, Bits] = {"int8": 8, "int4": 4}
 """Bits to which linear layers are rounded, by the option `quantization`."""
 
-OWN_MODELS: Mapping[str, Callable[[], Path]] = {"recall": recall_path, "smollm2": smollm2_path}
+OWN_MODELS: Mapping[str, Callable[[], Path]] = dict(zip(OWN_NAMES, (recall_path, smollm2_path), strict=True))
 """Directory of the models that have a name here, wherever a user names a model."""
-
-LEGAL_MODELS = f"a model directory, a {SUFFIX} file, {', '.join(map(repr, OWN_MODELS))} or a Hub id"
-"""What a user may name, in words."""
 
 
 def quiet_transformers() -> None:
@@ -68,18 +66,10 @@ def resolve_model(model: str) -> str:
     """
     if model in OWN_MODELS:
         return str(OWN_MODELS[model]())
-    path = Path(model).expanduser()
     if is_gguf(model):
-        return str(gguf_path(path))
-    if path.is_dir() and (path / "config.json").is_file() and model:
-        return str(path)
-    is_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == SUFFIX
-    if is_path or not model.strip():
-        raise ConfigError(
-            f"model: got {model!r}, legal is {LEGAL_MODELS} such as 'org/name'"
-            + "; this directory has no config.json" * (path.is_dir() and bool(model))
-        )
-    return model
+        return str(gguf_path(Path(model).expanduser()))
+    path = local_directory(model)
+    return model if path is None else str(path)
 
 
 @functools.cache

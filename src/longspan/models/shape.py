@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig
 from longspan.costmodel.shapes import ModelShape, PlannedDType
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.kv.layout import stored_as
-from longspan.models.gguf_files import is_gguf
 from longspan.models.inspect import check_proven, trace_model
 from longspan.models.loader import load_config, load_config_file
+from longspan.models.names import is_gguf
 from longspan.types import ExpertWeights
 
 _WRONG_FIELDS = {
