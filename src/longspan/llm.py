@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
+
 from longspan.config import EngineConfig
 from longspan.engine.closing import ClosedAtExit
 from longspan.engine.output_reader import OutputReader
@@ -23,7 +25,8 @@ from longspan.engine.processes import early_ranks
 from longspan.engine.update import update_of
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
-from longspan.models.detokenizer import encode_prompt
+from longspan.models.detokenizer import encode_prompt, with_special_stops
+from longspan.models.names import check_early
 from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
 
@@ -150,6 +153,7 @@ class LLM(ClosedAtExit):
             if name not in legal:
                 raise ConfigError(f"option: got {name!r}, legal is one of {', '.join(legal)}")
         config = EngineConfig(model=model, **options)
+        check_early(model, config.hf_overrides)
         started = time.perf_counter()
         self._grammars: Grammars | None = None
         with early_ranks(config) as launcher:
@@ -171,6 +175,7 @@ class LLM(ClosedAtExit):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_progress: Callable[[Progress], None] | None = None,
+        clamps_max_tokens: bool = False,
     ) -> list[RequestOutput]:
         """Continue prompts, all at once.
 
@@ -178,6 +183,8 @@ class LLM(ClosedAtExit):
             prompts: one prompt or several. Text is used raw: nothing stripped, no chat template.
             sampling_params: one for all prompts, or one per prompt; None takes the defaults.
             on_progress: called after every step for every request that advanced.
+            clamps_max_tokens: whether `max_tokens` counts only as far as it fits behind a prompt, instead of refusing
+                it; always so for the defaults.
 
         Returns:
             One output per prompt, in the order of the prompts.
@@ -188,7 +195,7 @@ class LLM(ClosedAtExit):
         """
         several = _as_prompts(prompts)
         if sampling_params is None:
-            sampling_params = SamplingParams()
+            sampling_params, clamps_max_tokens = SamplingParams(), True
         params = _as_params(sampling_params, len(several))
         if len(params) != len(several):
             raise ConfigError(
@@ -199,6 +206,9 @@ class LLM(ClosedAtExit):
         try:
             for i, (prompt, one) in enumerate(zip(several, params, strict=True)):
                 text, token_ids = self._token_ids(prompt)
+                one = with_special_stops(self.tokenizer, one)
+                if clamps_max_tokens:
+                    one = self._clamped(one, len(token_ids))
                 request = self.engine.add_request(token_ids, one, constraint=self._constraint(one))
                 reader = OutputReader(self.tokenizer, token_ids, one)
                 running[request.request_id] = _Running(i, text, request, reader)
@@ -215,6 +225,15 @@ class LLM(ClosedAtExit):
                 self.engine.abort(state.request)
             raise
         return [state.output() for state in running.values()]
+
+    def _clamped(self, params: SamplingParams, prompt_len: int) -> SamplingParams:
+        """Return parameters with as much of `max_tokens` as fits behind a prompt, but at least `min_tokens`."""
+        from longspan.engine.room import find_room
+
+        limit = self.engine.spec.max_position
+        most = self.engine.capacity().num_tokens + 1 if limit is None else limit
+        room = find_room(prompt_len, most, self.engine.check_fits, params.max_tokens)
+        return msgspec.structs.replace(params, max_tokens=max(room, params.min_tokens))
 
     def _token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -237,15 +256,15 @@ class LLM(ClosedAtExit):
         return None, [int(token_id) for token_id in prompt]
 
     def _constraint(self, params: SamplingParams) -> "GrammarConstraint | None":
-        """Return the constraint that `json_schema` asks for, or None."""
-        if params.json_schema is None:
+        """Return the constraint that `json_schema` or `grammar` asks for, or None."""
+        if not params.is_constrained:
             return None
         if self._grammars is None:
             from longspan.models.grammar import make_grammars
 
             spec = self.engine.spec
             self._grammars = make_grammars(self.tokenizer, spec.vocab_size, spec.eos_token_ids)
-        return self._grammars.compile(params.json_schema)
+        return self._grammars.constraint(params)
 
     def rank_stats(self) -> "list[RankStats]":
         """Return what every rank holds and has done since the LLM was made."""

@@ -265,6 +265,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     Only an end token may follow a complete output, so `min_tokens` yields where nothing but tokens that end the request
     may follow. `longspan.models.grammar` says which schemas are legal.
     """
+    grammar: Annotated[
+        str | None,
+        Option("Grammar that the output follows.", Group.SAMPLING, metavar="llguidance's Lark", on_command_line=False),
+    ] = None
+    """Grammar that the output follows, in llguidance's dialect of Lark; else as `json_schema`, which it excludes."""
     seed: Annotated[
         int | None, Option("Key of the random numbers.", Group.SAMPLING, least=0, most=2**63 - 1, unset="random")
     ] = None
@@ -278,6 +283,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         Option("Tokens that end the request.", Group.SAMPLING, metavar="token ids", on_command_line=False),
     ] = ()
     """Tokens that end the request, as the model's end tokens do; the output text leaves them out."""
+    include_stop_str_in_output: Annotated[
+        bool, Option("Whether the text has the stop text that ended it.", Group.SAMPLING, on_command_line=False)
+    ] = False
+    """Whether the output text has the text or token of `stop` or `stop_token_ids` that ended it."""
+    skip_special_tokens: Annotated[
+        bool, Option("Whether special tokens are left out of the text.", Group.SAMPLING, on_command_line=False)
+    ] = True
+    """Whether special tokens are left out of the output text; the token that ends it is in any case."""
+    priority: Annotated[
+        int,
+        Option(
+            "Place in the queue; lower comes first.",
+            Group.SAMPLING,
+            least=-(2**31),
+            most=2**31 - 1,
+            on_command_line=False,
+        ),
+    ] = 0
+    """Place in the queue of requests that wait: lower comes first. One more counts like having come 1,000 requests
+    later, so that nothing waits for ever."""
     ignore_eos: Annotated[bool, Option("Go on after an end token.", Group.SAMPLING)] = False
     """Whether the request goes on after an end token of the model."""
     logprobs: Annotated[
@@ -311,8 +336,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         ids = self.stop_token_ids
         if not isinstance(ids, tuple) or not all(is_number(i, whole=True) and i >= 0 for i in ids):
             self._refuse("stop_token_ids", "whole numbers from 0")
-        if self.ignore_eos and self.json_schema is not None:
+        if self.grammar is not None and (not isinstance(self.grammar, str) or not self.grammar):
+            self._refuse("grammar", "None or the text of a grammar")
+        if self.grammar is not None and self.json_schema is not None:
+            self._refuse("grammar", "None with json_schema")
+        if self.ignore_eos and self.is_constrained:
             self._refuse("ignore_eos", "false with json_schema: only an end token may follow a complete output")
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the output must have a form."""
+        return self.json_schema is not None or self.grammar is not None
 
     def _take_other_types(self) -> None:
         """Take a lone stop string, lists and dicts for the tuples that they stand for."""

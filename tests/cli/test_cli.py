@@ -1,6 +1,7 @@
 """`longspan generate` does what its help says, and refuses everything else in one line."""
 
 import argparse
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 
+from longspan.cgroups import MemoryLimit
 from longspan.cli.generate import read_prompt
 from longspan.config import EngineConfig
 from longspan.engine.memory import kv_cache_memory
@@ -231,8 +233,8 @@ def test_every_option_arrives(longspan, monkeypatch):
         def __init__(self, model, **options):
             seen["config"] = EngineConfig(model=model, **options)
 
-        def generate(self, text, params, *, on_progress):
-            seen.update(text=text, params=params)
+        def generate(self, text, params, *, on_progress, clamps_max_tokens):
+            seen.update(text=text, params=params, clamps=clamps_max_tokens)
             done = CompletionOutput("out", [1], FinishReason.LENGTH, None)
             return [RequestOutput(0, text, [1, 2], [done], None, 1.0, None, 0)]
 
@@ -279,6 +281,7 @@ def test_every_option_arrives(longspan, monkeypatch):
     )
     longspan("generate", "recall", "--prompt", "p")
     assert seen["params"] == SamplingParams(max_tokens=128)
+    assert seen["clamps"]  # nobody asked for 128
     assert seen["config"] == EngineConfig(model="recall")
     assert seen["params"].temperature == 0
     assert (seen["config"].context_parallel_size, seen["config"].dtype) == (1, "auto")
@@ -444,7 +447,7 @@ def test_rejects_unproven_families_and_rope_types(longspan, recall_copy):
     config.write_text('{"model_type": "bloom"}')
     assert_refused(longspan(*arguments), "model_type", "'bloom'", "proven is ")
     config.write_text('{"model_type": "never-heard-of"}')
-    assert_refused(longspan(*arguments), "model", str(recall_copy), "config")
+    assert_refused(longspan(*arguments), "model_type", "'never-heard-of'", "proven is ")
     for broken in ("", "{", "[]"):
         config.write_text(broken)
         assert_refused(longspan(*arguments), "model", str(recall_copy), "config")
@@ -554,18 +557,46 @@ def test_rejects_a_model_that_is_no_text():
         EngineConfig(model=7)
 
 
-def test_memory_is_what_the_container_admits(tmp_path):
-    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
-    for directory in (proc, cgroup):
-        directory.mkdir()
-    (proc / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable:      900 kB\n")
-    total, free = memory_bytes(proc, cgroup)
+def test_what_a_terminal_cannot_show_is_escaped(longspan, monkeypatch):
+    class FakeLLM:
+        def __init__(self, model, **options):
+            pass
+
+        def generate(self, text, params, **_):
+            done = CompletionOutput("fish 🐟, \udcff, é", [1], FinishReason.LENGTH, None)
+            return [RequestOutput(0, text, [1, 2], [done], None, 1.0, None, 0)]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("longspan.llm.LLM", FakeLLM)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    outcome = longspan("generate", "recall", "--prompt", "p")
+    sys.stdout.flush()
+    assert (outcome.code, outcome.err) == (0, "")
+    assert written.getvalue() == b"fish \\U0001f41f, \\udcff, \xe9\n"
+
+
+def test_sizes_are_texts_in_python_too():
+    assert EngineConfig(model="recall", kv_cache_memory="32Mi").kv_cache_memory == 2**25
+    assert EngineConfig(model="recall", context_parallel_size=2, nodes="0,1").nodes == (0, 1)
+    with pytest.raises(ConfigError, match="kv_cache_memory: got 'much', legal is a positive number of bytes"):
+        EngineConfig(model="recall", kv_cache_memory="much")
+
+
+def test_memory_is_what_the_container_admits(tmp_path, monkeypatch):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8 kB\nMemAvailable:      900 kB\n")
+    monkeypatch.setattr("longspan.group.host_memory.memory_limits", lambda root: [])
+    total, free = memory_bytes(tmp_path)
     assert (total, free) == (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 900 * 1024)
-    for name, text in (("max", "600000"), ("current", "500000"), ("stat", "anon 1\ninactive_file 70000\n")):
-        (cgroup / f"memory.{name}").write_text(text)
-    assert memory_bytes(proc, cgroup) == (600_000, 170_000)
-    (cgroup / "memory.max").write_text("max\n")
-    assert memory_bytes(proc, cgroup) == (total, free)
+    limits = [MemoryLimit(600_000, 170_000), MemoryLimit(700_000, 50_000)]
+    monkeypatch.setattr("longspan.group.host_memory.memory_limits", lambda root: limits)
+    assert memory_bytes(tmp_path) == (600_000, 50_000)
 
 
 def test_kv_memory_defaults_to_a_share_of_what_is_free(monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from tiny_models import VOCAB_SIZE, write_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from longspan import LLM, ConfigError, LongspanError, SamplingParams
 from longspan.models import grammar
@@ -295,7 +296,6 @@ class Slow:
     [
         (word_piece, "it has no token 'a', or adds something between tokens"),
         (letters_only, "no token stands for b' ' alone"),
-        (unigram, "no token stands for b'\\x80' alone"),
         (partly_python, "it cannot be copied (Custom PreTokenizer cannot be serialized)"),
         (Slow, "it has no fast implementation"),
     ],
@@ -307,6 +307,36 @@ def test_rejects_tokenizers_whose_tokens_are_no_bytes(make, reason):
     assert str(caught.value) == (
         f"json_schema: got {type(tokenizer).__name__}, legal is a tokenizer whose tokens stand for bytes: {reason}"
     )
+
+
+def without_tokens(*dropped):
+    """The byte-level tokenizer without the tokens of some bytes, and without what is merged from them."""
+    spec = json.loads(byte_level().backend_tokenizer.to_str())
+    names = {bytes_to_unicode()[byte] for byte in dropped}
+    kept = [name for name in spec["model"]["vocab"] if not names & set(name)]
+    spec["model"]["vocab"] = {name: token_id for token_id, name in enumerate(kept)}
+    spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if not names & set("".join(pair))]
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in SPECIAL_TOKENS]
+    return wrapped(Tokenizer.from_str(json.dumps(spec)))
+
+
+@pytest.mark.parametrize("dropped", [(0xF1, 0xF2), (0x9F,), range(0x80, 0xF5)], ids=["rare", "later", "all"])
+def test_a_vocabulary_without_some_bytes_writes_what_it_can(dropped):
+    tokenizer = without_tokens(*dropped)
+    grammars = make_grammars(tokenizer, len(tokenizer), [END_ID])
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}}, "required": ["name"]}
+    for seed in range(8):
+        output, _ = random_output(grammars.compile(json.dumps(schema)), END_ID, seed)
+        jsonschema.validate(json.loads(tokenizer.decode(output, skip_special_tokens=True)), schema)
+    with pytest.raises(ConfigError, match=r"json_schema: got the character .*, legal are those that the model can"):
+        grammars.compile(json.dumps({"const": "\U00050000" if 0xF1 in dropped else "\U0001f642"}))
+
+
+def test_a_vocabulary_of_whole_characters_is_taken():
+    tokenizer = unigram()
+    grammars = make_grammars(tokenizer, len(tokenizer), [2])
+    output, _ = random_output(grammars.compile('{"enum": ["red", "green"]}'), 2, 1)
+    assert json.loads(tokenizer.decode(output, skip_special_tokens=True)) in ("red", "green")
 
 
 @pytest.mark.parametrize("eos_token_ids", [(), (VOCAB_SIZE, VOCAB_SIZE + 5)])

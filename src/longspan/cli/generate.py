@@ -13,12 +13,15 @@ import click
 import msgspec
 
 from longspan.cli.explain import choices_text, shares_text
-from longspan.cli.options import GroupedCommand, engine_config, options_of, take
+from longspan.cli.options import GroupedCommand, Later, engine_config, options_of, take
 from longspan.cli.progress import ProgressPrinter
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError, LongspanError
 from longspan.imports import quick_imports
 from longspan.types import SamplingParams
+
+MAX_TOKENS = 128
+"""Default of `max_tokens`, where so many fit."""
 
 
 @click.command(cls=GroupedCommand)
@@ -26,7 +29,7 @@ from longspan.types import SamplingParams
 @click.argument("stdin", metavar="[-]", required=False)
 @click.option("--prompt", help="The prompt's text, used raw.")
 @click.option("--prompt-file", metavar="FILE", help="Read the prompt from a UTF-8 file; a lone - reads standard input.")
-@options_of(SamplingParams, {"max_tokens": 128})
+@options_of(SamplingParams, {"max_tokens": Later(f"{MAX_TOKENS}, or what fits")})
 @options_of(EngineConfig, serves=False)
 @click.option("--explain", is_flag=True, help="Say on standard error which strategies were chosen, and why.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
@@ -43,6 +46,9 @@ def generate(
 
     The text goes to standard output, progress to standard error.
     """
+    is_default = options["max_tokens"] is None
+    if is_default:
+        options["max_tokens"] = max(MAX_TOKENS, options["min_tokens"])
     params = SamplingParams(**take(SamplingParams, options))
     config = engine_config(model, options)  # refuse illegal values before anything is read or imported
     assert not options
@@ -54,7 +60,7 @@ def generate(
         opened = LLM(**msgspec.structs.asdict(config))
     progress = ProgressPrinter(params.max_tokens)
     with opened as llm, progress:
-        (output,) = llm.generate(text, params, on_progress=progress.update)
+        (output,) = llm.generate(text, params, on_progress=progress.update, clamps_max_tokens=is_default)
         progress.close()
         if explain:
             if (shares := shares_text(llm.rank_stats())) is not None:

@@ -28,6 +28,8 @@ class OutputDelta(msgspec.Struct, frozen=True):
 
     text: str
     """New text that no stop string can take back any more."""
+    token_ids: list[int]
+    """New tokens, without those after a stop string."""
     offsets: list[int]
     """Start of each new token, in characters of the output's text."""
     logprobs: list[TokenLogprobs]
@@ -65,7 +67,8 @@ class OutputReader:
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        self._detokenizer, self._params = Detokenizer(tokenizer, prompt_token_ids), params
+        self._params = params
+        self._detokenizer = Detokenizer(tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
         self._prompt_len = len(prompt_token_ids)
         self.text = ""
         """Text so far, cut before a stop string, without an unfinished character at its end."""
@@ -76,6 +79,8 @@ class OutputReader:
         """Prompt tokens that were found in the prefix cache."""
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         """One entry per prompt token but the first, if asked for; None before the first generated token."""
+        self.stop_text: str | None = None
+        """Stop string at which the text ended; None if it ended in another way."""
         self._is_stopped = False  # the text was cut before a stop string
         self._num_searched = 0  # characters in which no stop string begins and ends
         self._num_told = 0  # characters that deltas have carried
@@ -92,9 +97,10 @@ class OutputReader:
             self.prompt_logprobs = update.prompt_logprobs
         has_prefilled = self._read_prefill(update)
         offsets: list[int] = []
-        for token_id in update.token_ids:
+        last = len(update.token_ids) - 1 if update.finish_reason is FinishReason.STOP else None
+        for i, token_id in enumerate(update.token_ids):
             offsets.append(len(self.text))
-            self._add(token_id)
+            self._add(token_id, is_end=i == last)
             if self._is_stopped:
                 break
         if update.finish_reason is not None and not self._is_stopped:
@@ -102,7 +108,8 @@ class OutputReader:
             self._cut_at_stop()
         self.finish_reason = FinishReason.STOP if self._is_stopped else update.finish_reason
         logprobs = update.logprobs[: len(offsets)]
-        return OutputDelta(self._untold(), offsets, logprobs, has_prefilled, self.finish_reason)
+        token_ids = update.token_ids[: len(offsets)]
+        return OutputDelta(self._untold(), token_ids, offsets, logprobs, has_prefilled, self.finish_reason)
 
     def end(self, reason: FinishReason) -> None:
         """End reading, for a reason that the engine does not know."""
@@ -131,13 +138,24 @@ class OutputReader:
         self._is_recovering, self._progress = update.is_recovering, None
         return True
 
-    def _add(self, token_id: int) -> None:
-        """Take the next token. Stop token ids and stop strings count from `min_tokens` on."""
+    def _add(self, token_id: int, *, is_end: bool) -> None:
+        """Take the next token. Stop token ids and stop strings count from `min_tokens` on.
+
+        Args:
+            token_id: the token.
+            is_end: whether the engine ended the request at this token.
+        """
         params = self._params
         if self.num_generated == params.min_tokens:
             self._num_searched = len(self.text)
         self.num_generated += 1
-        if token_id in params.stop_token_ids and self.num_generated > params.min_tokens:
+        is_stop = token_id in params.stop_token_ids and self.num_generated > params.min_tokens
+        if is_end and not is_stop and not params.skip_special_tokens:
+            return  # an end token of the model
+        if is_stop:
+            name = self._detokenizer.name_of(token_id)
+            self.stop_text = name if name in params.stop else None
+        if is_stop and not params.include_stop_str_in_output:
             return
         self.text += self._detokenizer.add(token_id)
         self._cut_at_stop()
@@ -146,12 +164,14 @@ class OutputReader:
         if not self._params.stop or self.num_generated <= self._params.min_tokens:
             return
         found = [
-            place
+            (place, len(stop), stop)
             for stop in self._params.stop
             if (place := self.text.find(stop, max(0, self._num_searched - len(stop) + 1))) >= 0
         ]
         if found:
-            self.text, self._is_stopped = self.text[: min(found)], True
+            place, length, self.stop_text = min(found)
+            end = place + length if self._params.include_stop_str_in_output else place
+            self.text, self._is_stopped = self.text[:end], True
         self._num_searched = len(self.text)
 
     def _untold(self) -> str:

@@ -7,7 +7,10 @@ Read next: `longspan.engine.output_reader`, which reads text with this.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from longspan.errors import ConfigError
+from longspan.types import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,16 +44,40 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, add_specia
     return token_ids
 
 
+def with_special_stops(tokenizer: "PreTrainedTokenizerBase", params: SamplingParams) -> SamplingParams:
+    """Return parameters whose stop strings that are special tokens also stand among `stop_token_ids`.
+
+    The text has no special tokens, so that such a string would never be found there.
+    """
+    if not params.stop:
+        return params
+    special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = {special[stop] for stop in params.stop if stop in special} - {*params.stop_token_ids}
+    if not ids:
+        return params
+    return msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ids)))
+
+
 class Detokenizer:
     """Incremental decoder that turns tokens into text, whole characters only.
 
     Decision 0027 says why `tokenizers.decoders.DecodeStream` is not used.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        prompt_token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._tokenizer, self._skips = tokenizer, skip_special_tokens
         self._ids = list(prompt_token_ids[-_CONTEXT_TOKENS:])
         self._prefix, self._read = 0, len(self._ids)  # ids [prefix, read) are decoded; the rest is not
+
+    def name_of(self, token_id: int) -> str:
+        """Return a token's name in the vocabulary, which of a special token is its text."""
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
     def add(self, token_id: int) -> str:
         """Take the next token; return the text that it completes, which may be empty."""
@@ -83,7 +110,7 @@ class Detokenizer:
 
     def _decode(self, first: int, last: int | None = None) -> str:
         text = self._tokenizer.decode(
-            self._ids[first:last], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._ids[first:last], skip_special_tokens=self._skips, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)
         return text

@@ -22,26 +22,35 @@ Note [Which schemas]
     (`not`, `if`, `uniqueItems`, ...), an unknown `format`, a remote `$ref` or a schema that nothing satisfies is
     refused. Properties come in the schema's order. A key that the schema does not name may occur twice.
     White space between elements is free, up to a length: small models would fill the context with it.
+
+Note [What a vocabulary cannot write]
+    Some byte-level vocabularies lack bytes that begin rare characters (SmolLM2: 0xF1 and 0xF2), and some vocabularies
+    have no bytes at all. What they cannot write is not generated: a token that ends inside a character is allowed only
+    where every continuation byte has a token, so that no output gets stuck there. A schema that names a character that
+    cannot be written is refused.
 """
 
 import importlib.metadata
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from longspan.errors import ConfigError, LongspanError
+from longspan.types import SamplingParams
 
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 _ANCHOR = "a"
 _INCOMPLETE = "\ufffd"
 """Character to which part of a character decodes."""
-_NEEDED = {bytes([byte]) for byte in (*range(0x20, 0x7F), *range(0x80, 0xF5)) if byte not in (0xC0, 0xC1)}
-"""Bytes that JSON in UTF-8 may hold. With a token for each of them, every allowed text can be written."""
+_ASCII = {bytes([byte]) for byte in range(0x20, 0x7F)}
+"""Bytes that JSON is made of: there must be a token for each of them."""
+_LATER_BYTES = {bytes([byte]) for byte in range(0x80, 0xC0)}
+"""Bytes that end a character of several bytes: with a token for each, every character that was begun can be ended."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -59,6 +68,11 @@ class GrammarConstraint:
     def copy(self) -> "GrammarConstraint":
         """Copy the state; the compiled grammar is shared."""
         return GrammarConstraint(self._matcher.deep_copy())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the output could end here."""
+        return bool(self._matcher.is_accepting())
 
     def accept(self, token_id: int) -> None:
         """Take the token that came next.
@@ -95,9 +109,10 @@ def _reason(matcher: LLMatcher) -> str:
 class Grammars:
     """Compiler of schemas for one model. Any thread may use it."""
 
-    def __init__(self, tokenizer: LLTokenizer) -> None:
-        """Take a prepared tokenizer; `make_grammars` makes one."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: LLTokenizer, tokens: Sequence[bytes], marks: Mapping[int, str]) -> None:
+        """Take a prepared tokenizer, the bytes of its tokens, and those that are no text; `make_grammars` makes all."""
+        self._tokenizer, self._tokens, self._marks = tokenizer, tokens, marks
+        self._known = frozenset(token for token in tokens if token and not token.isascii())
         self._version = importlib.metadata.version("llguidance")
 
     def compile(self, json_schema: str) -> GrammarConstraint:
@@ -111,8 +126,10 @@ class Grammars:
         """
         _check_version(self._version)
         try:
-            if "x-guidance" in json.loads(json_schema):
+            schema = json.loads(json_schema)
+            if "x-guidance" in schema:
                 raise ConfigError("json_schema: got the key 'x-guidance', legal are those of JSON Schema")
+            self._check_characters(json.dumps(schema, ensure_ascii=False))
             grammar = LLMatcher.grammar_from_json_schema(json_schema, defaults={"whitespace_pattern": _WHITE_SPACE})
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
             if matcher.is_error():
@@ -126,6 +143,48 @@ class Grammars:
             raise ConfigError(
                 f"json_schema: got {shown!r}, legal is a JSON Schema that can be enforced and satisfied: {reason}"
             ) from None
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes of a token, of a mark such as `<tool_call>` its name's; none where they are unknown."""
+        return self._marks[token_id].encode() if token_id in self._marks else self._tokens[token_id]
+
+    def constraint(self, params: SamplingParams) -> GrammarConstraint | None:
+        """Compile what sampling parameters ask for; None if the output is free.
+
+        Raises:
+            ConfigError: as `compile` and `compile_grammar`.
+        """
+        if params.json_schema is not None:
+            return self.compile(params.json_schema)
+        return None if params.grammar is None else self.compile_grammar(params.grammar)
+
+    def compile_grammar(self, grammar: str) -> GrammarConstraint:
+        """Compile a grammar in llguidance's dialect of Lark.
+
+        Raises:
+            ConfigError: the grammar is invalid, or nothing satisfies it.
+        """
+        _check_version(self._version)
+        try:
+            text = LLMatcher.grammar_from_lark(grammar)
+            matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
+            if matcher.is_error():
+                raise LongspanError(_reason(matcher))
+            return GrammarConstraint(matcher)
+        except (ValueError, LongspanError) as error:
+            shown = grammar if len(grammar) <= 200 else f"{grammar[:200]}..."
+            raise ConfigError(f"grammar: got {shown!r}, legal is one that can be satisfied: {error}") from None
+
+    def _check_characters(self, text: str) -> None:
+        """Refuse a schema with a character that no tokens of the model write."""
+        for char in sorted(set(text)):
+            if "\ud800" <= char <= "\udfff":
+                continue  # no character: the compiler refuses it
+            data = char.encode()
+            if len(data) == 1 or data in self._known or all(bytes([byte]) in self._known for byte in data):
+                continue
+            if not any(data in token for token in self._known):  # else a longer token may hold it
+                raise ConfigError(f"json_schema: got the character {char!r}, legal are those that the model can write")
 
 
 def make_grammars(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Sequence[int]) -> Grammars:
@@ -148,12 +207,36 @@ def make_grammars(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token
     tokens = _token_bytes(tokenizer, backend, vocab_size)
     for token_id in end_ids:
         tokens[token_id] = b""
-    missing = _NEEDED - set(tokens)
-    if missing:
+    if missing := _ASCII - set(tokens):
         raise _unmapped(tokenizer, f"no token stands for {min(missing)!r} alone")
+    if not set(tokens) >= _LATER_BYTES:
+        tokens = [token if _is_text(token) else b"" for token in tokens]  # see "what a vocabulary cannot write"
     vocabulary = _Vocabulary(tokens, end_ids[0], backend)
     vocabulary.mapped = LLTokenizer(vocabulary, eos_token=end_ids)
-    return Grammars(vocabulary.mapped)
+    return Grammars(vocabulary.mapped, tokens, _marks(backend.get_added_tokens_decoder()))
+
+
+def _is_text(data: bytes) -> bool:
+    """Whether bytes are whole characters."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def marks_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the tokens that are no text, such as `<tool_call>`, with their ids: a grammar writes `<[ID]>` for them."""
+    return {name: token_id for token_id, name in _marks(tokenizer.added_tokens_decoder).items()}
+
+
+def _marks(added: Mapping[int, AddedToken]) -> dict[int, str]:
+    """Special tokens among those that were added to a vocabulary, and by convention all marks like `<think>`."""
+    return {
+        token_id: token.content
+        for token_id, token in added.items()
+        if token.special or (token.content.startswith("<") and token.content.endswith(">"))
+    }
 
 
 def _unmapped(tokenizer: PreTrainedTokenizerBase, reason: str) -> ConfigError:
@@ -179,10 +262,7 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, vocab_s
     anchor = backend.token_to_id(_ANCHOR)
     if anchor is None or backend.decode([anchor] * 3) != _ANCHOR * 3:
         raise _unmapped(tokenizer, f"it has no token {_ANCHOR!r}, or adds something between tokens")
-    special = set(tokenizer.all_special_ids)
-    for token_id, token in backend.get_added_tokens_decoder().items():
-        if token.special or (token.content.startswith("<") and token.content.endswith(">")):
-            special.add(token_id)  # by convention, marks like <think> and <tool_call> are no text either
+    special = {*tokenizer.all_special_ids, *_marks(backend.get_added_tokens_decoder())}
     names = [
         (name, token_id)
         for name, token_id in backend.get_vocab(with_added_tokens=True).items()

@@ -88,7 +88,7 @@ class Intake:
             page_hashes = self.check(prompt, params)
         else:
             self._placer.check_fits(len(prompt), params.max_tokens)  # there may be fewer ranks since
-        if params.json_schema is not None and constraint is None:
+        if params.is_constrained and constraint is None:
             raise ConfigError("json_schema: got no constraint with it, legal is one that `models.grammar` made of it")
         rope = self._model.rope_lengths
         return Request(

@@ -17,6 +17,9 @@ from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.delivery import Delivery
 from longspan.types import FinishReason, Phase, RopeLengths, SamplingParams, TokenLogprobs
 
+PRIORITY_REQUESTS = 1000
+"""Requests that may come later and go first, per unit of `priority`: bounded, so that nothing waits for ever."""
+
 
 class Constraint(Protocol):
     """What a request's output must look like, one token at a time."""
@@ -89,6 +92,11 @@ class Request:
     def in_flight(self) -> bool:
         """Whether a plan that computes some of the tokens has not come back."""
         return self.num_planned > self.num_computed
+
+    @property
+    def queue_key(self) -> int:
+        """Place in the queue: that of the request that would come as late without a priority."""
+        return self.request_id + PRIORITY_REQUESTS * self.params.priority
 
     @property
     def num_generated(self) -> int:

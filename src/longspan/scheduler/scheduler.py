@@ -37,7 +37,7 @@ Note [Lost ranks]
     twice more, the one in flight is to blame, and the others are not. Once more may be chance.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -160,8 +160,15 @@ class Scheduler:
         request = self.intake.take(self.next_request_id, prompt, params, constraint, page_hashes)
         self.next_request_id += 1
         self.requests[request.request_id] = request
-        self.waiting.append(request)
+        self._enqueue(request)
         return request
+
+    def _enqueue(self, request: Request) -> None:
+        """Put a request in its place among those that wait."""
+        if not self.waiting or self.waiting[-1].queue_key <= request.queue_key:
+            self.waiting.append(request)
+        else:
+            self.waiting.insert(bisect_right(self.waiting, request.queue_key, key=lambda r: r.queue_key), request)
 
     @property
     def has_requests(self) -> bool:
@@ -207,9 +214,7 @@ class Scheduler:
         self._stop(request)
         request.preempt()
         self.num_preemptions += 1
-        waiting = list(self.waiting)
-        insort(waiting, request, key=lambda r: r.request_id)
-        self.waiting = deque(waiting)
+        self._enqueue(request)
 
     def restart(self) -> None:
         """The ranks were lost, and new ones hold nothing: compute all running requests again, with their tokens kept.
@@ -227,7 +232,7 @@ class Scheduler:
             request.lose_ranks(was_in_flight=request.request_id in in_flight)
         for request in self.waiting:
             request.forget_ranks()
-        self.waiting = deque(sorted([*self.waiting, *self.running], key=lambda request: request.request_id))
+        self.waiting = deque(sorted([*self.waiting, *self.running], key=lambda request: request.queue_key))
         self.running = []
         self._lanes.clear()
         self._idle.clear()
