@@ -53,6 +53,8 @@ except SystemExit as ended:
         HELP.format(arguments="'generate', 'recall', '--prompt', ''", code=2),
         HELP.format(arguments="'serve', '--help'", code=0),
         HELP.format(arguments="'serve', 'recall', '--port', '-1'", code=2),
+        HELP.format(arguments="'generate', './no-such-model', '--prompt', 'a'", code=2),
+        HELP.format(arguments="'serve', './no-such-model', '--port', '0'", code=2),
     ],
     ids=[
         "package",
@@ -64,6 +66,8 @@ except SystemExit as ended:
         "refusal",
         "serve_help",
         "serve_refusal",
+        "generate_without_a_model",
+        "serve_without_a_model",
     ],
 )
 def test_nothing_heavy_is_imported(code):

@@ -8,7 +8,7 @@ bodies that are cut off or no JSON, and connections that stop at every stage. `-
 while, and one client asks the same short question again and again, whose answer is known. Ends with one line of JSON;
 exit status 0 if
 
-- no answer was 5xx, and every 4xx has OpenAI's shape of an error,
+- no answer was 5xx, and every 4xx has the shape of an error of its API,
 - every answer to the known question was right, at any time,
 - afterwards no request runs, no page is held, no file descriptor or process is left.
 
@@ -38,6 +38,9 @@ QUESTION = {"model": "recall", "prompt": "The magic number is 4711. Once more: T
 RIGHT = {
     "/v1/completions": {"prompt": "a b c", "max_tokens": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2},
+    "/v1/responses": {"input": "hello", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hello"}]},
     "/tokenize": {"prompt": "a b c"},
     "/detokenize": {"tokens": [65, 66]},
 }
@@ -71,6 +74,28 @@ FIELDS = [
     "metadata",
     "return_progress",
     "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "structured_outputs",
+    "guided_regex",
+    "guided_choice",
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
+    "priority",
+    "request_id",
+    "return_token_ids",
+    "skip_special_tokens",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "reasoning_effort",
+    "input",
+    "instructions",
+    "previous_response_id",
+    "store",
+    "text",
+    "system",
+    "thinking",
+    "stop_sequences",
     "tokens",
     "add_special_tokens",
 ]
@@ -190,7 +215,9 @@ def complaint(answer: httpx.Response) -> str | None:
     if answer.status_code >= 400:
         try:
             error = answer.json()["error"]
-            if set(error) == {"message", "type", "param", "code"} and error["message"]:
+            is_anthropic = answer.request.url.path.startswith("/v1/messages")
+            fields = {"message", "type"} if is_anthropic else {"message", "type", "param", "code"}
+            if set(error) == fields and error["message"]:
                 return None
         except (ValueError, KeyError, TypeError):
             pass

@@ -21,10 +21,8 @@ from longspan.engine.async_engine import AsyncEngine
 from longspan.engine.engine import Engine
 from longspan.models.loader import load_tokenizer
 from longspan.models.recall_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
-from longspan.server.app import make_app
 from longspan.server.config import ServerConfig
-from longspan.server.run import make_state
-from longspan.server.sse import HttpProtocol
+from longspan.server.run import http_config, make_state
 from longspan.server.state import ServerState
 
 
@@ -111,18 +109,18 @@ def serving(
     with tiny_engine(model, **options) as engine:
         async_engine = AsyncEngine(engine, max_queued_requests=(config or ServerConfig()).max_queued_requests)
         state = make_state(async_engine, load_tokenizer(model.path), config or ServerConfig(), defaults)
-        server = uvicorn.Server(
-            uvicorn.Config(make_app(state), port=0, http=HttpProtocol, lifespan="off", log_config=None)
-        )
+        settings = http_config(state)
+        settings.port = 0
+        server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
         host, port = server.servers[0].sockets[0].getsockname()
-        url = f"http://{host}:{port}"
+        url = f"{'http' if state.config.ssl_certfile is None else 'https'}://{host}:{port}"
         try:
-            with httpx.Client(base_url=url, timeout=60) as client:
+            with httpx.Client(base_url=url, timeout=60, verify=False) as client:
                 served = Served(state, url, client)
                 yield served
                 if async_engine.failure is None:

@@ -31,15 +31,12 @@ REFUSED = {
         "use_beam_search": True,
         "tools": [],
         "max_completion_tokens": 5,
-        "length_penalty": 1.0,
-        "guided_json": {},
-        "prompt_logprobs": 1,
-        "truncate_prompt_tokens": 5,
+        "length_penalty": 1.5,
+        "guided_decoding_backend": "outlines",
+        "bad_words": ["a"],
         "logprob": 1,
     },
     CHAT: {
-        "tools": [{"type": "function", "function": {"name": "f"}}],
-        "tool_choice": "required",
         "functions": [{"name": "f"}],
         "function_call": {"name": "f"},
         "modalities": ["text", "audio"],
@@ -51,9 +48,8 @@ REFUSED = {
         "service_tier": "flex",
         "echo": True,
         "best_of": 2,
-        "add_generation_prompt": False,
         "chat_template": "x",
-        "documents": [],
+        "documents": [{}],
     },
 }
 BODIES = {COMPLETIONS: {"prompt": "a"}, CHAT: {"messages": MESSAGES}}
@@ -88,6 +84,7 @@ def test_a_refused_field_may_say_that_it_asks_for_nothing(server, kind):
     assert server.ok(path, **(optional | fields))["choices"] == plain
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 WRONG = [
     (COMPLETIONS, {}, "prompt"),
     (COMPLETIONS, {"prompt": ""}, "prompt"),
@@ -124,7 +121,7 @@ WRONG = [
     (COMPLETIONS, {"prompt": ["a"] * 17, "n": 128}, "n"),
     (COMPLETIONS, {"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids"),
     (COMPLETIONS, {"prompt": "a", "stop_token_ids": [5000]}, None),
-    (COMPLETIONS, {"prompt": "a", "min_tokens": 17}, "min_tokens"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 16, "min_tokens": 17}, "min_tokens"),
     (COMPLETIONS, {"prompt": "a", "presence_penalty": 3}, "presence_penalty"),
     (COMPLETIONS, {"prompt": "a", "frequency_penalty": -3}, "frequency_penalty"),
     (COMPLETIONS, {"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
@@ -134,7 +131,19 @@ WRONG = [
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {str(i): 1 for i in range(1000)}}, "logit_bias"),
     (COMPLETIONS, {"prompt": "a", "logprobs": -1}, "logprobs"),
-    (COMPLETIONS, {"prompt": "a", "logprobs": True}, "logprobs"),
+    (COMPLETIONS, {"prompt": "a", "logprobs": "1"}, "logprobs"),
+    (COMPLETIONS, {"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    (COMPLETIONS, {"prompt": "a", "prompt_logprobs": -1}, "prompt_logprobs"),
+    (COMPLETIONS, {"prompt": "a", "priority": 2**40}, "priority"),
+    (COMPLETIONS, {"prompt": "a", "request_id": "a b"}, "request_id"),
+    (COMPLETIONS, {"prompt": "a", "skip_special_tokens": "yes"}, "skip_special_tokens"),
+    (COMPLETIONS, {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens"),
+    (COMPLETIONS, {"prompt": "a", "include_stop_str_in_output": 1}, "include_stop_str_in_output"),
+    (COMPLETIONS, {"prompt": "a", "return_token_ids": 1}, "return_token_ids"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+    (COMPLETIONS, {"prompt": "a", "guided_choice": []}, "guided_choice"),
+    (COMPLETIONS, {"prompt": "a", "guided_regex": "("}, "guided_regex"),
+    (COMPLETIONS, {"prompt": "a", "guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
     (COMPLETIONS, {"prompt": "a", "echo": "yes"}, "echo"),
     (COMPLETIONS, {"prompt": "a", "stream": "yes"}, "stream"),
     (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
@@ -147,8 +156,37 @@ WRONG = [
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content"),
     (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
-    (CHAT, {"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}, "messages.0.role"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}]},
+        "messages.0.tool_calls",
+    ),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "tool_call_id": "1"}]}, "messages.0.tool_call_id"),
+    (
+        CHAT,
+        {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "a b"}}]},
+        "tools.0.function.name",
+    ),
+    (CHAT, {"messages": MESSAGES, "tools": [{"type": "web_search"}]}, "tools.0.type"),
+    (CHAT, {"messages": MESSAGES, "tools": [TOOL, TOOL]}, "tools"),
+    (CHAT, {"messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"messages": MESSAGES, "tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+    (
+        CHAT,
+        {"messages": MESSAGES, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        "tool_choice",
+    ),
+    (
+        CHAT,
+        {"messages": MESSAGES, "tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
+        "tool_choice",
+    ),
+    (CHAT, {"messages": MESSAGES, "reasoning_effort": "huge"}, "reasoning_effort"),
+    (CHAT, {"messages": MESSAGES, "reasoning_effort": "high"}, "reasoning_effort"),
+    (CHAT, {"messages": MESSAGES, "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+    (CHAT, {"messages": MESSAGES, "continue_final_message": True}, "continue_final_message"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
+    (CHAT, {"messages": [{"role": "user", "content": 7}]}, "messages.0.content"),
     (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT, {"messages": MESSAGES, "max_tokens": 2, "max_completion_tokens": 3}, None),
@@ -233,7 +271,7 @@ def test_a_request_is_no_longer_than_the_model_or_the_option_admit(server):
     with serving(config=ServerConfig(max_model_len=20)) as served:
         error = served.refused(COMPLETIONS, prompt="x" * 30)
         assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
-        assert "31 + 16 = 47 tokens, legal is at most 20" in error["message"]
+        assert "31 + 1 = 32 tokens, legal is at most 20" in error["message"]
         assert "--max-model-len" in error["message"]
         served.ok(COMPLETIONS, prompt="xxx", max_tokens=16)
         assert served.state.lengths.longest_request == 20
@@ -581,6 +619,19 @@ def _broken(plan):
         ("max_body_bytes", 0),
         ("keep_alive_s", 0),
         ("keep_alive_s", float("nan")),
+        ("idle_timeout_s", 0),
+        ("root_path", "llm"),
+        ("root_path", "/llm/"),
+        ("uds", ""),
+        ("uds", "x" * 200),
+        ("ssl_certfile", "./no-such-file"),
+        ("ssl_keyfile", "./no-such-file"),
+        ("allowed_origins", ("a.example",)),
+        ("allowed_origins", ("https://a.example/path",)),
+        ("unknown_fields", "ignore"),
+        ("log_format", "xml"),
+        ("tool_call_parser", "x"),
+        ("reasoning_parser", "x"),
     ],
 )
 def test_rejects_illegal_options_of_the_server(field, value):
@@ -600,10 +651,14 @@ def test_every_option_of_the_command_arrives(longspan, monkeypatch):
         return 0
 
     monkeypatch.setattr("longspan.server.run.serve", run)
+    monkeypatch.setattr("longspan.cli.serve.listen", lambda config: [])
+    monkeypatch.setattr("longspan.cli.serve.check_early", lambda model, overrides: None)
     options = (
         "--host=0.0.0.0 --port=99 --api-key=k --served-model-name=m --max-model-len=50 --max-queued-requests=7 "
         "--max-num-seqs=5 --max-step-ms=40 --no-enable-prefix-caching --max-body-size=1Ki --keep-alive-s=2 "
-        "--context-parallel-size=3 --kv-cache-memory=2MiB --placement=packed --executor=threads"
+        "--context-parallel-size=3 --kv-cache-memory=2MiB --placement=packed --executor=threads --access-log "
+        "--allowed-origins=https://a.example --allowed-origins=* --idle-timeout-s=9 --root-path=/llm --log-format=json "
+        "--unknown-fields=warn --clamp-max-tokens --tool-call-parser=hermes --reasoning-parser=none --chat-template=x"
     )
     assert longspan("serve", "some/model", *options.split()).code == 0
     assert seen["launcher"] is None  # threads: there is nothing to start early
@@ -616,6 +671,16 @@ def test_every_option_of_the_command_arrives(longspan, monkeypatch):
         max_queued_requests=7,
         max_body_bytes=1024,
         keep_alive_s=2.0,
+        access_log=True,
+        allowed_origins=("https://a.example", "*"),
+        idle_timeout_s=9.0,
+        root_path="/llm",
+        log_format="json",
+        unknown_fields="warn",
+        clamp_max_tokens=True,
+        tool_call_parser="hermes",
+        reasoning_parser="none",
+        chat_template="x",
     )
     engine = seen["engine"]
     assert (engine.model, engine.max_num_seqs, engine.max_step_ms) == ("some/model", 5, 40)

@@ -38,7 +38,7 @@ def client(server):
 
 
 def test_the_command_says_where_it_is_and_what_it_holds(server):
-    capacity, ready = server.lines[:2]
+    capacity, parsers, ready = server.lines[:3]
     numbers = re.fullmatch(
         r"longspan: model recall on 2 ranks: KV for (\d+) tokens, (\d+) per rank; "
         r"longest request (\d+) tokens, prompt and answer together\n",
@@ -47,6 +47,7 @@ def test_the_command_says_where_it_is_and_what_it_holds(server):
     total, per_rank, longest = map(int, numbers.groups())
     assert total == 2 * per_rank
     assert longest == total + 1
+    assert parsers == "longspan: parsers: tool calls hermes, reasoning none\n"
     assert ready == f"longspan: ready at {server.url}\n"
     assert len(server.workers()) == 2
 

@@ -12,7 +12,9 @@ import click
 from longspan.cli.options import GroupedCommand, Later, engine_config, options_of, take
 from longspan.config import EngineConfig
 from longspan.imports import quick_imports
+from longspan.models.names import check_early
 from longspan.server.config import ServerConfig
+from longspan.server.listener import close, listen
 
 SHORT_STRIPE = 64
 """Tokens per stripe: chunks that take `--max-step-ms` are short, and each should have work for all ranks."""
@@ -53,6 +55,10 @@ def serve(model: str, **options: Any) -> None:
     config = engine_config(model, options)
     server_config = ServerConfig(**take(ServerConfig, options))
     assert not options
+
+    # Checked before anything is imported; opened when all is ready, so that no client waits.
+    close(listen(server_config), server_config.uds)
+    check_early(model, config.hf_overrides)
 
     from longspan.engine.processes import early_ranks
 

@@ -11,6 +11,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, ClassVar, TypeVar
 
 from fastapi import Response
@@ -19,6 +20,7 @@ from longspan.engine.output_reader import OutputDelta
 from longspan.errors import LongspanError
 from longspan.server.errors import ApiError, as_api_error, json_response
 from longspan.server.generation import AnswerChoice, Generation
+from longspan.server.protocol import Common
 from longspan.server.sse import DONE, KEEP_ALIVE, EventStream, event
 from longspan.server.state import ServerState
 from longspan.server.token_texts import TokenTexts
@@ -36,11 +38,20 @@ class Answer(ABC):
     OBJECT: ClassVar[str]
     CHUNK_OBJECT: ClassVar[str]
 
-    def __init__(self, state: ServerState, generation: Generation, *, wants_usage: bool, wants_progress: bool) -> None:
+    def __init__(self, state: ServerState, generation: Generation, asked: Common) -> None:
+        """Answer nothing yet.
+
+        Args:
+            state: state of the server.
+            generation: what generates.
+            asked: the request.
+        """
         self.state, self.generation = state, generation
-        self._wants_usage, self._wants_progress = wants_usage, wants_progress
+        self._wants_usage, self._wants_progress = asked.wants_usage, bool(asked.return_progress)
+        self._counts_always = asked.counts_always
+        self.wants_token_ids, self.num_prompt_logprobs = bool(asked.return_token_ids), asked.prompt_logprobs
         self._head = {
-            "id": f"{self.ID_PREFIX}-{uuid.uuid4().hex}",
+            "id": f"{self.ID_PREFIX}-{asked.request_id or uuid.uuid4().hex}",
             "object": self.OBJECT,
             "created": int(time.time()),
             "model": state.model_name,
@@ -53,6 +64,14 @@ class Answer(ABC):
     @abstractmethod
     def chunks(self, choice: AnswerChoice, delta: OutputDelta, texts: TokenTexts) -> list[dict[str, Any]]:
         """Return what a delta adds to its choice: the JSON of one choice per chunk."""
+
+    def tells(self, delta: OutputDelta) -> bool:
+        """Whether a stream may have a chunk for a delta."""
+        return delta.is_output or (self.wants_token_ids and bool(delta.token_ids))
+
+    def more(self, texts: TokenTexts) -> dict[str, Any]:
+        """Return fields of the answer beside its choices; none by default."""
+        return {}
 
     def size(self, choice: AnswerChoice) -> int:
         """Return the number of tokens that the answer has for one choice."""
@@ -72,7 +91,7 @@ class Answer(ABC):
             choices = [
                 self.choice(choice, found, texts) for choice, found in zip(self.generation.choices, deltas, strict=True)
             ]
-            return json_response({**self._head, "choices": choices, "usage": self.usage()})
+            return json_response({**self._head, "choices": choices, "usage": self.usage(), **self.more(texts)})
 
         return await self._build(build, sum(self.size(choice) for choice in self.generation.choices))
 
@@ -89,18 +108,19 @@ class Answer(ABC):
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         try:
-            async for found in self.generation.deltas(self.state.config.keep_alive_s):
-                if found is None:
-                    yield KEEP_ALIVE
-                    continue
-                choice, delta = found
-                if delta.has_prefilled and self._wants_progress:
-                    yield self._chunk([], prompt_progress=_progress(choice))
-                if delta.is_output:
-                    size = self.size(choice) if choice.reader.num_generated <= len(delta.offsets) else 0
-                    build = functools.partial(self.chunks, choice, delta)
-                    for one in await self._build(build, size):
-                        yield self._chunk([one])
+            async with aclosing(self.generation.deltas(self.state.config.keep_alive_s)) as deltas:
+                async for found in deltas:
+                    if found is None:
+                        yield KEEP_ALIVE
+                        continue
+                    choice, delta = found
+                    if delta.has_prefilled and self._wants_progress:
+                        yield self._chunk([], prompt_progress=_progress(choice))
+                    if self.tells(delta):
+                        size = self.size(choice) if choice.reader.num_generated <= len(delta.offsets) else 0
+                        build = functools.partial(self.chunks, choice, delta)
+                        for one in await self._build(build, size):
+                            yield self._chunk([one])
             if self._wants_usage:
                 yield event({**self._head, "object": self.CHUNK_OBJECT, "choices": [], "usage": self.usage()})
             yield DONE
@@ -111,7 +131,9 @@ class Answer(ABC):
             yield event(ApiError(500, f"internal error: {type(error).__name__}").body)
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        usage = {"usage": None} if self._wants_usage else {}
+        usage: dict[str, Any] = {"usage": None} if self._wants_usage else {}
+        if self._counts_always:
+            usage = {"usage": self.usage()}
         return event({**self._head, "object": self.CHUNK_OBJECT, "choices": choices, **usage, **more})
 
 

@@ -11,18 +11,26 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute, APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import LongspanError
 from longspan.models.detokenizer import encode_prompt
+from longspan.server.access_log import AccessLog, record_of
+from longspan.server.anthropic import count_tokens, messages
+from longspan.server.anthropic_types import CountRequest, MessagesRequest
 from longspan.server.bodies import LONG_BODY, kind_of, read_body
-from longspan.server.chat import chat, encode_messages
+from longspan.server.chat import chat
 from longspan.server.completions import complete
 from longspan.server.errors import ApiError, as_api_error, error_handlers, json_response
 from longspan.server.limits import HEALTH_PATH, Gate
 from longspan.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from longspan.server.responses import respond
+from longspan.server.responses_types import ResponsesRequest
 from longspan.server.sse import unless_gone
 from longspan.server.state import ServerState
+from longspan.server.templates import Conversation, render
 
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -55,6 +63,16 @@ def _json_route(state: ServerState) -> type[APIRoute]:
     return JsonRoute
 
 
+class _UnderPath:
+    """Middleware that tells routes the path under which a proxy serves them, whether the proxy leaves it in or not."""
+
+    def __init__(self, app: ASGIApp, path: str) -> None:
+        self._app, self._path = app, path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "root_path": self._path}, receive, send)
+
+
 def make_app(state: ServerState) -> FastAPI:
     """Make the application around one server's state."""
     app = FastAPI(
@@ -67,6 +85,17 @@ def make_app(state: ServerState) -> FastAPI:
     )
     app.router.redirect_slashes = False
     app.add_middleware(Gate, state=state)
+    if state.config.allowed_origins:  # outside of the gate: a browser's preflight has no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=state.config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    app.add_middleware(AccessLog, config=state.config)
+    if state.config.root_path:
+        app.add_middleware(_UnderPath, path=state.config.root_path)
     router = APIRouter(route_class=_json_route(state))
     _add_text_routes(router, state)
     _add_server_routes(router, state)
@@ -81,13 +110,31 @@ def _add_text_routes(router: APIRouter, state: ServerState) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
         state.check_model(body.model)
-        return await unless_gone(request, complete(state, body))
+        return await unless_gone(request, complete(state, body, record_of(request)))
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
         state.check_model(body.model)
-        return await unless_gone(request, chat(state, body))
+        return await unless_gone(request, chat(state, body, record_of(request)))
+
+    @router.post("/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """Continue a conversation, in items."""
+        state.check_model(body.model)
+        return await unless_gone(request, respond(state, body, record_of(request)))
+
+    @router.post("/v1/messages")
+    async def anthropic_messages(body: MessagesRequest, request: Request) -> Response:
+        """Continue a conversation, in Anthropic's words."""
+        state.check_model(body.model)
+        return await unless_gone(request, messages(state, body, record_of(request)))
+
+    @router.post("/v1/messages/count_tokens")
+    async def anthropic_count(body: CountRequest, request: Request) -> Response:
+        """Count the tokens of a conversation, in Anthropic's words."""
+        state.check_model(body.model)
+        return await unless_gone(request, count_tokens(state, body))
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
@@ -116,6 +163,7 @@ def _add_server_routes(router: APIRouter, state: ServerState) -> None:
         state.check_model(name)
         return json_response(_model(state))
 
+    @router.head(HEALTH_PATH, include_in_schema=False)
     @router.get(HEALTH_PATH)
     async def health() -> Response:
         """Answer 200 while requests can be served."""
@@ -127,6 +175,11 @@ def _add_server_routes(router: APIRouter, state: ServerState) -> None:
         if state.is_draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         return json_response({"status": "ok"})
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """Describe the tokenizer."""
+        return json_response(_tokenizer_info(state))
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -145,11 +198,31 @@ def _model(state: ServerState) -> dict[str, Any]:
     }
 
 
+def _tokenizer_info(state: ServerState) -> dict[str, Any]:
+    """Return the tokenizer's class, special tokens and chat template, as far as clients use them."""
+    tokenizer = state.tokenizers.tokenizer
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        **{name: getattr(tokenizer, name, None) for name in names},
+        **{f"{name}_id": getattr(tokenizer, f"{name}_id", None) for name in names},
+        "vocab_size": len(tokenizer),
+        "model_max_length": state.lengths.longest_request,
+        "chat_template": tokenizer.chat_template,
+    }
+
+
 async def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
     if body.messages is not None:
-        wants_answer = body.add_generation_prompt is not False
-        special = body.add_special_tokens is True
-        token_ids = await encode_messages(state, body.messages, wants_answer=wants_answer, add_special_tokens=special)
+        conversation = Conversation(
+            body.messages,
+            tools=body.tools or (),
+            variables=body.chat_template_kwargs or {},
+            wants_answer=body.add_generation_prompt is not False,
+            continues=bool(body.continue_final_message),
+            add_special_tokens=body.add_special_tokens is True,
+        )
+        token_ids = (await render(state, conversation)).token_ids
     else:
         text = body.prompt or ""
         add_special_tokens = body.add_special_tokens is not False

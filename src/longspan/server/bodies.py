@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 from pydantic import ValidationError
 
-from longspan.server.errors import ApiError, describe
-from longspan.server.protocol import MAX_MESSAGES, MAX_PARTS, MAX_PROMPTS, PROMPT_RULE, Body, Message, TextPart
+from longspan.server.errors import ApiError, describe, describe_place, is_tag
+from longspan.server.fields import Body
+from longspan.server.protocol import MAX_PROMPTS, PROMPT_RULE
 from longspan.server.state import ServerState
 
 LONG_BODY = 2**16
@@ -26,9 +27,17 @@ LONG_BODY = 2**16
 MAX_FIELD = 2**18
 """Most bytes of JSON of one field of a long body, unless `MAX_FIELDS` or `UNLIMITED` has the field."""
 
-MAX_FIELDS = {"response_format": 2**20, "logit_bias": 2**22}
-UNLIMITED = ("prompt", "messages", "tokens", "content", "text")
+MAX_FIELDS = {"response_format": 2**20, "logit_bias": 2**22, "tools": 2**22, "tool_calls": 2**22}
+UNLIMITED = (
+    *("prompt", "messages", "tokens", "content", "text", "reasoning_content"),
+    *("system", "input", "instructions"),
+)
 """Fields that only the limit of the whole body bounds."""
+
+MAX_UNKNOWN = 8
+"""Unknown fields of a long body, beyond which no more are looked for: each takes another look at the whole body."""
+
+BOM = b"\xef\xbb\xbf"
 
 _HOLDS_PROMPTS = re.compile(rb'\[\s*["\[]')
 _PIECE = 2**18
@@ -46,6 +55,7 @@ def read_body(raw: bytes, kind: type[Body], state: ServerState) -> Any:
     Raises:
         LongspanError, ApiError: the body is not JSON, or no legal request.
     """
+    raw = raw.removeprefix(BOM)  # some clients write files as Windows does
     try:
         # Unlike the standard library's parser this one refuses NaN, lone surrogates and bytes that are not UTF-8.
         data = msgspec.json.decode(raw) if len(raw) < LONG_BODY else _LongBody(state).fields(raw, kind)
@@ -57,11 +67,30 @@ def read_body(raw: bytes, kind: type[Body], state: ServerState) -> Any:
         value = data.get(name)
         if isinstance(value, (list, dict)):
             _check_count(name, len(value), state)
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        message, param = describe(error.errors(include_url=False))
-        raise ApiError(400, message, param=param) from None
+    return _validate(kind, data, state)
+
+
+def _validate(kind: type[Body], data: dict[str, Any], state: ServerState) -> Body:
+    """Make the request of a body, without its unknown fields if the server drops these."""
+    while True:
+        try:
+            return kind.model_validate(data)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+            unknown = [one["loc"] for one in errors if one["type"] == "extra_forbidden"]
+            if not unknown or not state.drops_unknown(describe_place(place) for place in unknown):
+                message, param = describe(errors)
+                raise ApiError(400, message, param=param) from None
+            for place in unknown:
+                _drop(data, place)
+
+
+def _drop(data: Any, place: tuple[int | str, ...]) -> None:
+    """Remove a field from a body, by the place that pydantic names."""
+    *outer, name = [part for part in place if not is_tag(part)]
+    for part in outer:
+        data = data[part]
+    del data[name]
 
 
 def _check_count(name: str, count: int, state: ServerState) -> None:
@@ -81,15 +110,9 @@ class _LongBody:
 
     def fields(self, raw: "bytes | msgspec.Raw", kind: type[Body]) -> dict[str, Any]:
         """Return the fields of a JSON object, cut by the fields of a request type."""
-        try:
-            cut = msgspec.json.decode(raw, type=_cut(kind))
-        except msgspec.ValidationError as error:
-            unknown = re.search("unknown field `(.*)`", str(error), re.DOTALL)
-            if unknown is None:
-                raise ApiError(400, "body: legal is a JSON object") from None
-            name = unknown[1] if len(unknown[1]) <= 100 else f"{unknown[1][:100]}..."
-            raise ApiError(400, f"{name}: not supported by this server; leave it out", param=name) from None
-        found = {name: value for name in cut.__struct_fields__ if (value := getattr(cut, name)) is not msgspec.UNSET}
+        cut, unknown = _decode(raw, kind)
+        names = type(cut).__struct_fields__[: len(type(cut).__struct_fields__) - len(unknown)]
+        found = {name: value for name in names if (value := getattr(cut, name)) is not msgspec.UNSET}
         for name, value in found.items():
             limit = None if name in UNLIMITED else MAX_FIELDS.get(name, MAX_FIELD)
             if limit is not None and len(memoryview(value)) > limit:
@@ -100,9 +123,10 @@ class _LongBody:
         if "max_tokens" in found:
             max_tokens = msgspec.json.decode(found["max_tokens"])
             self._max_tokens = max(1, max_tokens) if type(max_tokens) is int else 1
-        return {name: self._field(name, value) for name, value in found.items()}
+        # Unknown fields go on without their values, for pydantic to name and refuse them, as those of short bodies.
+        return {name: self._field(name, value, kind) for name, value in found.items()} | dict.fromkeys(unknown)
 
-    def _field(self, name: str, raw: msgspec.Raw) -> Any:
+    def _field(self, name: str, raw: msgspec.Raw, kind: type[Body]) -> Any:
         text = bytes(raw).strip()
         if name not in UNLIMITED or len(text) < LONG_BODY or text.startswith(b'"'):
             return msgspec.json.decode(text)
@@ -112,15 +136,18 @@ class _LongBody:
             if not _HOLDS_PROMPTS.match(text):
                 return self._token_ids(name, text)
             rule = f"legal is {PROMPT_RULE}"
-            return [self._field(name, entry) for entry in _entries(name, text, MAX_PROMPTS, rule)]
+            return [self._field(name, entry, kind) for entry in _entries(name, text, MAX_PROMPTS, rule)]
         if name == "tokens":
             return self._token_ids(name, text)
-        kind, most = (Message, MAX_MESSAGES) if name == "messages" else (TextPart, MAX_PARTS)
+        if name not in kind.ENTRIES:
+            raise ApiError(400, f"{name}: legal is a text", param=name)
+        entry_kind, most = kind.ENTRIES[name]
         entries = _entries(name, text, most, f"legal is a list of at most {most}")
-        return [self._entry(entry, kind) for entry in entries]
+        return [self._entry(entry, entry_kind) for entry in entries]
 
-    def _entry(self, raw: msgspec.Raw, kind: type[Body]) -> Any:
-        return msgspec.json.decode(raw) if len(memoryview(raw)) < LONG_BODY else self.fields(raw, kind)
+    def _entry(self, raw: msgspec.Raw, kind: type[Body] | None) -> Any:
+        is_whole = kind is None or len(memoryview(raw)) < LONG_BODY
+        return msgspec.json.decode(raw) if kind is None or is_whole else self.fields(raw, kind)
 
     def _token_ids(self, name: str, text: bytes) -> list[int]:
         count = text.count(b",") + 1
@@ -149,10 +176,35 @@ def _entries(name: str, text: bytes, most: int, rule: str) -> list[msgspec.Raw]:
     return [entry for name in cut.__struct_fields__ if (entry := getattr(cut, name)) is not msgspec.UNSET]
 
 
+def _decode(raw: "bytes | msgspec.Raw", kind: type[Body]) -> tuple[Any, list[str]]:
+    """Cut an object into the raw text of its fields; return these, and the names of unknown ones.
+
+    Raises:
+        ApiError: it is no object, or has more than `MAX_UNKNOWN` unknown fields.
+    """
+    unknown: list[str] = []
+    cut = _cut(kind)
+    while True:
+        try:
+            return msgspec.json.decode(raw, type=cut), unknown
+        except msgspec.ValidationError as error:
+            found = re.search("unknown field `(.*)`", str(error), re.DOTALL)
+            if found is None:
+                raise ApiError(400, "body: legal is a JSON object") from None
+            unknown.append(found[1])
+        if len(unknown) > MAX_UNKNOWN:
+            message, param = describe([{"type": "extra_forbidden", "loc": (name,)} for name in unknown])
+            raise ApiError(400, message, param=param)
+        ignored = {f"unknown{i}": name for i, name in enumerate(unknown)}
+        fields: Any = [(name, msgspec.Raw, msgspec.UNSET) for name in ignored]
+        bases = (_cut(kind),)
+        cut = msgspec.defstruct("CutWithUnknown", fields, bases=bases, rename=ignored, forbid_unknown_fields=True)
+
+
 @functools.cache
 def _cut(kind: type[Body]) -> Any:
     """Make a type that keeps the raw text of each field and refuses fields that are not there."""
-    names = {field.alias or name for name, field in kind.model_fields.items()} | set(kind.REFUSED)
+    names = {field.alias or name for name, field in kind.model_fields.items()} | set(kind.REFUSED) | kind.TAKEN
     fields: Any = [(name, msgspec.Raw, msgspec.UNSET) for name in sorted(names)]
     return msgspec.defstruct(f"Cut{kind.__name__}", fields, forbid_unknown_fields=True)
 

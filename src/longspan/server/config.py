@@ -4,6 +4,9 @@ Holds values and their legal ranges. Must not import what a server needs: `longs
 Read next: `longspan.cli.serve`, which sets these; `longspan.server.run`, which uses them.
 """
 
+import os
+import re
+import ssl
 from typing import Annotated, Literal
 
 import msgspec
@@ -78,6 +81,72 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 32 * 2**20
     """Longest request body; a longer one is answered 413."""
+    chat_template: Annotated[
+        str | None,
+        Option(
+            "Chat template: a file, its text, or the name of one of the model's own.",
+            Group.SERVER,
+            metavar="FILE|TEXT|NAME",
+            unset="the model's own",
+        ),
+    ] = None
+    """Chat template in place of the model's own: a file, the text of one, or the name of one of several that the model
+    has."""
+    tool_call_parser: Annotated[
+        Literal["auto", "harmony", "qwen_xml", "deepseek", "mistral", "llama3_json", "hermes"],
+        Option("Format in which the model writes calls; auto: that of its chat template.", Group.SERVER),
+    ] = "auto"
+    """Format in which the model writes calls of tools. `auto` is that of its chat template, and hermes where that knows
+    no tools."""
+    reasoning_parser: Annotated[
+        Literal["auto", "none", "think", "mistral", "harmony"],
+        Option("Marks of what the model thinks; none: thoughts are text.", Group.SERVER),
+    ] = "auto"
+    """Marks between which the model thinks before it answers. `auto` is what its chat template has; with `none`
+    thoughts are part of the text."""
+    root_path: Annotated[str, Option("Path under which a proxy serves this server.", Group.SERVER, metavar="PATH")] = ""
+    """Path under which a proxy serves this server, such as `/llm`; requests are answered with it and without it."""
+    ssl_certfile: Annotated[
+        str | None,
+        Option("Certificate of HTTPS; needs --ssl-keyfile.", Group.SERVER, metavar="FILE", unset="plain HTTP"),
+    ] = None
+    """PEM file with the certificate chain of HTTPS; None serves plain HTTP."""
+    ssl_keyfile: Annotated[str | None, Option("Private key of the certificate.", Group.SERVER, metavar="FILE")] = None
+    """PEM file with the private key of the certificate, without a password."""
+    uds: Annotated[
+        str | None,
+        Option("Unix socket to listen on, instead of host and port.", Group.SERVER, metavar="PATH"),
+    ] = None
+    """Path of a Unix socket to listen on, in place of host and port."""
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Option(
+            "Web page that may call, such as https://chat.example.org, or *; may be given several times.",
+            Group.SERVER,
+            metavar="ORIGIN",
+        ),
+    ] = ()
+    """Origins of web pages whose scripts may call this server (CORS); `*` admits all, none is the default."""
+    idle_timeout_s: Annotated[
+        float,
+        Option("Silence after which an idle connection is closed.", Group.SERVER, above=0, most=86400, note="seconds"),
+    ] = 75.0
+    """Seconds after which a connection without a request is closed. It must exceed the time that a proxy in front keeps
+    its connections (60 s is usual), or the proxy sends requests into connections that are being closed."""
+    unknown_fields: Annotated[
+        Literal["refuse", "warn"],
+        Option("What becomes of fields that the server does not know; warn says so once and drops them.", Group.SERVER),
+    ] = "refuse"
+    """What becomes of a request with fields that nobody knows here: `refuse` answers 400 and names them all, `warn`
+    drops them, and names each on standard error once. Fields that are known and not supported are always refused."""
+    clamp_max_tokens: Annotated[
+        bool, Option("Cut max_tokens down to what fits, instead of refusing the request.", Group.SERVER)
+    ] = False
+    """Whether `max_tokens` that do not fit behind the prompt are cut down to what fits; else the request is refused."""
+    access_log: Annotated[bool, Option("One line per request on standard error.", Group.SERVER)] = False
+    """Whether every request, also a refused one, leaves one line on standard error."""
+    log_format: Annotated[Literal["text", "json"], Option("Form of the lines of --access-log.", Group.SERVER)] = "text"
+    """Form of the lines of `access_log`."""
     keep_alive_s: Annotated[
         float, Option("Silence after which a stream sends a comment.", Group.SERVER, above=0, most=3600, note="seconds")
     ] = 5.0
@@ -93,3 +162,59 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("api_key: got a key that is empty or not ASCII, legal is ASCII text")
         if self.served_model_name is not None and not self.served_model_name.strip():
             raise ConfigError(f"served_model_name: got {self.served_model_name!r}, legal is a name that is not empty")
+        self._check_place()
+        self._check_origins()
+
+    def _check_place(self) -> None:
+        if self.root_path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", self.root_path):
+            raise ConfigError(f"root_path: got {self.root_path!r}, legal is a path such as /llm")
+        if self.uds is not None and (not self.uds or len(os.fsencode(self.uds)) > MAX_UDS_BYTES):
+            raise ConfigError(f"uds: got {self.uds!r}, legal is a path of 1 to {MAX_UDS_BYTES} bytes")
+        given = {name: getattr(self, name) for name in ("ssl_certfile", "ssl_keyfile")}
+        for name, path in given.items():
+            if path is not None:
+                _check_readable(name, path)
+        for name, path in given.items():
+            if path is None and any(given.values()):
+                raise ConfigError(f"{name}: got none, legal with the other of {' and '.join(given)} is a PEM file")
+        if self.ssl_certfile is not None and self.ssl_keyfile is not None:
+            check_certificate(self.ssl_certfile, self.ssl_keyfile)
+
+    def _check_origins(self) -> None:
+        if isinstance(self.allowed_origins, list):
+            msgspec.structs.force_setattr(self, "allowed_origins", tuple(self.allowed_origins))
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s,]+", origin):
+                raise ConfigError(
+                    f"allowed_origins: got {origin!r}, legal is * or an origin such as https://chat.example.org"
+                )
+
+
+MAX_UDS_BYTES = 107
+"""Most bytes in the path of a Unix socket, by Linux."""
+
+
+def _check_readable(name: str, path: str) -> None:
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{name}: got {path!r}, legal is a file that can be read: {error.strerror}") from None
+
+
+def check_certificate(certfile: str, keyfile: str) -> None:
+    """Refuse a file that is no certificate or key, and a key of another certificate.
+
+    Raises:
+        ConfigError: names the file.
+    """
+
+    def refuse_password() -> str:
+        raise ConfigError(f"ssl_keyfile: got {keyfile!r} with a password, legal is a key without one")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, refuse_password)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"ssl_certfile: got {certfile!r} with {keyfile!r}, legal is a PEM certificate and its key: {error.reason}"
+        ) from None

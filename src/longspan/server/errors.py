@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from longspan.engine.async_engine import QueueFullError
@@ -47,9 +48,27 @@ class ApiError(HTTPException):
             kind = "rate_limit_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        """Return the error as an HTTP response."""
-        return json_response(self.body, self.status_code, self.headers)
+    def response(self, path: str) -> Response:
+        """Return the error as an HTTP response, in the shape of the API to which a path belongs."""
+        is_anthropic = path.startswith(ANTHROPIC_PATH)
+        return json_response(anthropic_body(self) if is_anthropic else self.body, self.status_code, self.headers)
+
+
+ANTHROPIC_PATH = "/v1/messages"
+
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """Return the JSON object of an error in Anthropic's shape."""
+    kind = _ANTHROPIC_KINDS.get(error.status_code, "invalid_request_error" if error.status_code < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def json_response(body: object, status: int = 200, headers: Any = None) -> Response:
@@ -79,19 +98,38 @@ def _param(message: str) -> str | None:
 # -- handlers ----------------------------------------------------------------------------------------------------------
 
 
+MAX_NAMED = 20
+"""Most unknown fields that one error names."""
+
+
+def is_tag(part: int | str) -> bool:
+    """Whether a part of pydantic's place of an error is the name of an alternative, and no field of the body."""
+    return isinstance(part, str) and part.startswith("(") and part.endswith(")")
+
+
+def describe_place(place: Sequence[int | str]) -> str:
+    """Return the name of a field from the place that pydantic gives it, such as `messages.0.role`."""
+    return ".".join(str(part) for part in place if part not in ("body", "path", "query") and not is_tag(part))
+
+
 def describe(errors: Sequence[Any]) -> tuple[str, str | None]:
     """Return a message, and a field's name or None, for what pydantic found wrong with a request."""
     first = errors[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "path", "query")]
-    name = ".".join(place) or None
+    name = describe_place(first["loc"]) or None
     if first["type"] == "json_invalid":
-        return f"body: not JSON at character {place[0]}: {first['ctx']['error']}", None
+        return f"body: not JSON at character {name}: {first['ctx']['error']}", None
     if first["type"] == "extra_forbidden":
-        return f"{name}: not supported by this server; leave it out", name
+        unknown = [describe_place(one["loc"]) for one in errors if one["type"] == "extra_forbidden"]
+        names = ", ".join(one if len(one) <= 100 else f"{one[:100]}..." for one in unknown[:MAX_NAMED])
+        rest = f" and {len(unknown) - MAX_NAMED} more" if len(unknown) > MAX_NAMED else ""
+        it = "it" if len(unknown) == 1 else "them"
+        return f"{names}{rest}: not supported by this server; leave {it} out", unknown[0][:100]
     if first["type"] == "missing" and name is None:
         return "body: got none, legal is a JSON object", None
     if first["type"] == "longspan" and name is None:
         return first["msg"], _param(first["msg"])
+    if first["type"] == "longspan" and (inner := re.match(r"(\w+): ", first["msg"])):  # of a part, about its field
+        return f"{name}.{first['msg']}", f"{name}.{inner[1]}"
     if name is None:
         return "body: legal is a JSON object, sent with the header Content-Type: application/json", None
     message = first["msg"][:1].lower() + first["msg"][1:]
@@ -106,31 +144,35 @@ def _shown(value: object) -> str:
     return repr(value) if isinstance(value, (str, int, float, bool)) or value is None else f"a {type(value).__name__}"
 
 
-async def _on_validation_error(_request: Request, error: Exception) -> Response:
+def _path(request: Request) -> str:
+    return get_route_path(request.scope)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     message, param = describe(error.errors())
-    return ApiError(400, message, param=param).response()
+    return ApiError(400, message, param=param).response(_path(request))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
     if isinstance(error, ApiError):
-        return error.response()
+        return error.response(_path(request))
     message = str(error.detail)
     if error.status_code == 404:
         message = f"no such address: {request.url.path}"
     elif error.status_code == 405:
         message = f"{request.method} is not allowed for {request.url.path}"
     headers = dict(error.headers) if error.headers else None
-    return ApiError(error.status_code, message, headers=headers).response()
+    return ApiError(error.status_code, message, headers=headers).response(_path(request))
 
 
-async def _on_longspan_error(_request: Request, error: Exception) -> Response:
-    return as_api_error(error).response()
+async def _on_longspan_error(request: Request, error: Exception) -> Response:
+    return as_api_error(error).response(_path(request))
 
 
-async def _on_any_error(_request: Request, error: Exception) -> Response:
-    return ApiError(500, f"internal error: {type(error).__name__}").response()
+async def _on_any_error(request: Request, error: Exception) -> Response:
+    return ApiError(500, f"internal error: {type(error).__name__}").response(_path(request))
 
 
 def error_handlers() -> dict[Any, Any]:

@@ -8,14 +8,20 @@ deltas into JSON.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from longspan.engine.output_reader import OutputDelta, OutputReader
 from longspan.engine.request_stream import RequestStream
 from longspan.engine.update import Update
 from longspan.errors import LongspanError
+from longspan.models.detokenizer import with_special_stops
+from longspan.scheduler.request import Constraint
+from longspan.server.access_log import RequestRecord
 from longspan.server.errors import ApiError
+from longspan.server.grammars import CallRule
 from longspan.server.metrics import RequestMetrics
 from longspan.server.protocol import MAX_PROMPTS, nth_choice
 from longspan.server.state import ServerState
@@ -47,17 +53,28 @@ class AnswerChoice:
 class Generation:
     """All answers to one HTTP request."""
 
-    def __init__(self, state: ServerState, num_prompts: int) -> None:
+    def __init__(self, state: ServerState, num_prompts: int, record: RequestRecord) -> None:
         self._state = state
         self.choices: list[AnswerChoice] = []
         self.num_prompts = num_prompts
         self._queue: asyncio.Queue[tuple[AnswerChoice, Update | LongspanError]] = asyncio.Queue()
         self._pumps: list[asyncio.Task[None]] = []
         self._metrics = RequestMetrics(state.metrics)
+        self._record = record
+        self._started_s = time.perf_counter()
 
     @classmethod
     async def start(
-        cls, state: ServerState, prompts: Sequence[EncodedPrompt], params: SamplingParams, num_choices: int
+        cls,
+        state: ServerState,
+        prompts: Sequence[EncodedPrompt],
+        params: SamplingParams,
+        num_choices: int,
+        record: RequestRecord,
+        *,
+        field: str = "response_format",
+        calls: CallRule | None = None,
+        wrap: Callable[[Constraint], Constraint] | None = None,
     ) -> "Generation":
         """Submit all choices, or none.
 
@@ -66,6 +83,10 @@ class Generation:
             prompts: prompts, each of which gets `num_choices` answers.
             params: sampling parameters of every prompt's first choice.
             num_choices: answers per prompt.
+            record: where the log finds what is told of the request.
+            field: field of the request that says which form answers have, for errors.
+            calls: rule for calls in an answer that is free else.
+            wrap: makes of a choice's constraint the one that counts.
 
         Raises:
             LongspanError, ApiError: a choice was refused; nothing runs.
@@ -83,13 +104,17 @@ class Generation:
             )
         for prompt in prompts:
             state.lengths.check(len(prompt.token_ids), params.max_tokens)
-        generation = cls(state, len(prompts))
+        record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        generation = cls(state, len(prompts), record)
+        params = with_special_stops(state.tokenizers.tokenizer, params)
         try:
-            constraint = await state.grammars.constraints(params)
+            constraint = await state.grammars.constraints(params, field, calls)
             for prompt in prompts:
                 for i in range(num_choices):
                     one = nth_choice(params, i)
-                    stream = await state.engine.submit(prompt.token_ids, one, constraint=constraint())
+                    made = constraint()
+                    made = wrap(made) if made is not None and wrap is not None else made
+                    stream = await state.engine.submit(prompt.token_ids, one, constraint=made)
                     reader = OutputReader(state.tokenizers.tokenizer, prompt.token_ids, one)
                     generation.choices.append(AnswerChoice(len(generation.choices), prompt, stream, reader))
                     await asyncio.sleep(0)  # a thousand choices must not hold up other requests
@@ -113,8 +138,10 @@ class Generation:
         except LongspanError as error:
             self._queue.put_nowait((choice, error))
 
-    async def deltas(self, silence_s: float | None = None) -> AsyncIterator[tuple[AnswerChoice, OutputDelta] | None]:
-        """Yield every choice's deltas until all choices have ended.
+    async def deltas(
+        self, silence_s: float | None = None
+    ) -> AsyncGenerator[tuple[AnswerChoice, OutputDelta] | None, None]:
+        """Yield every choice's deltas until all choices have ended. Close it, for the log to know what was generated.
 
         Args:
             silence_s: seconds without a delta after which None is yielded; with None, it never is.
@@ -137,6 +164,8 @@ class Generation:
                 if choice.reader.finish_reason is not None:
                     continue  # the choice ended at a stop string before this update came
                 delta = choice.reader.read(update)
+                if self._record.first_token_s is None and update.token_ids:
+                    self._record.first_token_s = time.perf_counter() - self._started_s
                 self._metrics.advanced(choice.index, len(choice.prompt.token_ids), len(update.token_ids))
                 if delta.finish_reason is not None:
                     num_running -= 1
@@ -146,6 +175,15 @@ class Generation:
                 yield choice, delta
         finally:
             self.cancel()
+            self._note()
+
+    def _note(self) -> None:
+        """Take down for the log what became of the choices."""
+        usage = self.usage()
+        self._record.generated_tokens = usage["completion_tokens"]
+        self._record.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+        reasons = [choice.reader.finish_reason for choice in self.choices]
+        self._record.reasons = tuple(dict.fromkeys("abort" if one is None else one.value for one in reasons))
 
     async def finish(self) -> list[list[OutputDelta]]:
         """Wait for all choices to end; return the deltas of each."""
@@ -166,7 +204,7 @@ class Generation:
                 choice.reader.end(reason)
                 self._metrics.ended(reason)
 
-    def usage(self) -> dict[str, object]:
+    def usage(self) -> dict[str, Any]:
         """Return the token counts of all choices, as OpenAI counts: a prompt once, however many answers it has."""
         per_prompt = max(1, len(self.choices) // self.num_prompts)
         first = self.choices[::per_prompt]

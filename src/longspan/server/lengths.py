@@ -4,10 +4,10 @@ Holds limits and their refusals. Must not know HTTP routes, nor how tokens are c
 Read next: `longspan.server.state`, which every route has; `Engine.check_fits` in `longspan.engine.engine`.
 """
 
-from collections.abc import Callable
 from typing import NoReturn
 
 from longspan.engine.async_engine import AsyncEngine
+from longspan.engine.room import find_room, largest
 from longspan.errors import CapacityError, ConfigError
 from longspan.server.errors import TOO_LONG, ApiError
 
@@ -26,7 +26,7 @@ class Lengths:
         limits = [max_model_len, engine.model.max_position]
         self.max_len = min((limit for limit in limits if limit is not None), default=None)
         """Most tokens of prompt and answer together that model and options admit; memory may admit fewer."""
-        self.longest_request = _largest(self._most_tokens() - 1, lambda prompt_len: self._fits(prompt_len, 1)) + 1
+        self.longest_request = largest(self._most_tokens() - 1, lambda prompt_len: self._fits(prompt_len, 1)) + 1
         """Tokens of the longest request that can run, prompt and answer together; found at the start."""
 
     def check(self, prompt_len: int, max_tokens: int) -> None:
@@ -60,9 +60,24 @@ class Lengths:
         limit = self.longest_request
         raise ApiError(400, f"{name}: got {num_tokens} token ids, legal is at most {limit}", param=name, code=TOO_LONG)
 
-    def find_room(self, prompt_len: int) -> int:
-        """Return the most tokens that can follow a prompt; at least 1, so that submitting it says what is wrong."""
-        return _largest(self._most_tokens() - prompt_len, lambda max_tokens: self._fits(prompt_len, max_tokens))
+    def find_room(self, prompt_len: int, wanted: int | None = None) -> int:
+        """Return the most tokens that can follow a prompt, `wanted` at most; at least 1, so that submitting it says
+        what is wrong.
+        """
+        return find_room(prompt_len, self._most_tokens(), self._engine.check_fits, wanted)
+
+    def max_tokens(self, prompt_len: int, asked: int | None, default: int, *, clamps: bool) -> int:
+        """Return the most tokens of an answer.
+
+        Args:
+            prompt_len: tokens of the prompt.
+            asked: what the request says.
+            default: what counts where it says nothing, as far as it fits.
+            clamps: whether what was asked for counts only as far as it fits, too.
+        """
+        if asked is not None and (asked < 1 or not clamps):
+            return asked
+        return self.find_room(prompt_len, default if asked is None else asked)
 
     def _most_tokens(self) -> int:
         """Return a length that no request exceeds."""
@@ -74,17 +89,6 @@ class Lengths:
         except CapacityError:
             return False
         return True
-
-
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest number from 1 to `most` that fits, if all below it do; 1 if none does."""
-    least, most = 1, max(1, most)
-    if fits(most):
-        return most
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle)
-    return least
 
 
 def check_max_model_len(max_model_len: int | None, max_position: int | None) -> None:

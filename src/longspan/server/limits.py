@@ -7,6 +7,7 @@ Read next: `longspan.server.app`.
 import asyncio
 import hmac
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,7 +46,7 @@ class Gate:
         state.idle.clear()
         try:
             if error is not None:
-                await error.response()(scope, receive, send)
+                await error.response(get_route_path(scope))(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
         finally:
@@ -55,7 +56,7 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
-        if scope["path"] != HEALTH_PATH and not self._knows(headers):
+        if get_route_path(scope) != HEALTH_PATH and not self._knows(headers):
             return ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
@@ -77,7 +78,9 @@ class Gate:
         if key is None:
             return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key", "")  # as Anthropic's clients send it
+        return hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
 
     def _too_long(self) -> ApiError:
         limit = self._state.config.max_body_bytes

@@ -31,6 +31,19 @@ def chat_logprobs(texts: TokenTexts, logprobs: Sequence[TokenLogprobs]) -> dict[
     return {"content": content, "refusal": None}
 
 
+def prompt_entries(texts: TokenTexts, logprobs: Sequence[TokenLogprobs], num_top: int) -> list[dict[str, Any] | None]:
+    """Return the log-probabilities of a prompt as vLLM does: by token id, None for the first token."""
+
+    def entry(one: TokenLogprobs) -> dict[str, Any]:
+        ranked = [(token_id, value, i + 1) for i, (token_id, value) in enumerate(one.top[:num_top])]
+        return {
+            str(token_id): {"logprob": max(value, LEAST), "rank": rank, "decoded_token": texts.text_of(token_id)}
+            for token_id, value, rank in [*ranked, (one.token_id, one.logprob, one.rank)]
+        }
+
+    return [None, *(entry(one) for one in logprobs)]
+
+
 class LegacyLogprobs:
     """Log-probabilities of a completion's choice: lists of equal length."""
 

@@ -1,12 +1,8 @@
 """Requests of clients: OpenAI's, with the fields that vLLM adds and that are honoured here.
 
 Holds the request types, and their conversion to sampling parameters. Must not know engines, streams or answers.
-Read next: `longspan.server.completions`, `longspan.server.chat`.
-
-Note [No field is ignored]
-    A field that is declared here is honoured. A field in a class's `REFUSED`, unless its value asks for nothing, and an
-    unknown field are answered 400 by name. The exceptions are fields in `_Common` about an account at OpenAI, which are
-    accepted and mean nothing here.
+Read next: `longspan.server.fields`, the base class and Note [No field is ignored]; `longspan.server.messages`;
+`longspan.server.completions`, `longspan.server.chat`.
 """
 
 import asyncio
@@ -17,10 +13,12 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WrapValidator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 from longspan.errors import ConfigError
+from longspan.server.fields import Body, ResponseFormat, StreamOptions, StructuredOutputs, legal
+from longspan.server.messages import MAX_MESSAGES, MAX_TOOLS, Message, NamedTool, Tool
 from longspan.types import SamplingParams
 
 Result = TypeVar("Result")
@@ -36,101 +34,36 @@ MAX_N = 128
 MAX_PROMPTS = 2048
 """Most prompts in one request, and most answers to all of them together."""
 
-MAX_MESSAGES, MAX_PARTS = 16_384, 2048
-"""Most messages of a conversation, and most parts of one message."""
-
 MAX_STOPS, MAX_STOP_LEN = 16, 1000
 """Most stop strings, and most characters of each: every new token is compared with all of them."""
 
 
-def _legal(rule: str) -> WrapValidator:
-    """Make a validator with one message for a field of several types; pydantic would give one for each."""
-
-    def check(value: Any, inner: Callable[[Any], Any]) -> Any:
-        try:
-            return inner(value)
-        except ValidationError:
-            raise PydanticCustomError("longspan", "legal is {rule}", {"rule": rule}) from None
-
-    return WrapValidator(check)
-
-
-class Body(BaseModel):
-    """Request type that refuses unknown fields and converts no types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    REFUSED: ClassVar[dict[str, tuple[object, ...]]] = {}
-    """Fields of the API that are not supported, with the values, beside null, that ask for nothing and are accepted."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        """Drop refused fields that ask for nothing; the others are refused here, or later as unknown fields."""
-        if not isinstance(data, dict):
-            return data
-        kept = dict(data)
-        for name, harmless in cls.REFUSED.items():
-            if name in kept:
-                value = kept[name]
-                if value is None or any(type(value) is type(other) and value == other for other in harmless):
-                    del kept[name]
-                elif harmless:
-                    rule = " or ".join(msgspec.json.encode(other).decode() for other in harmless)
-                    error = PydanticCustomError("longspan", "only {rule} is supported", {"rule": rule})
-                    details = InitErrorDetails(type=error, loc=(name,), input=value)
-                    raise ValidationError.from_exception_data(cls.__name__, [details])
-        return kept
-
-
 # -- what completions and chat share -----------------------------------------------------------------------------------
-
-
-class StreamOptions(Body):
-    """Options of a stream."""
-
-    REFUSED: ClassVar = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
-
-    include_usage: bool | None = None
-    """Whether a last chunk without choices has `usage`."""
-
-
-class JsonSchema(Body):
-    """A named JSON schema."""
-
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-    """Accepted without effect: the answer always follows the schema."""
-
-
-class ResponseFormat(Body):
-    """Form that the answer must have."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _fits(self) -> "ResponseFormat":
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise PydanticCustomError("longspan", "json_schema goes with the type 'json_schema', and only with it")
-        return self
-
-    def schema_text(self) -> str | None:
-        """Return the JSON schema that the answer must follow, as JSON; None for plain text."""
-        if self.type == "text":
-            return None
-        schema = {"type": "object"} if self.json_schema is None else self.json_schema.schema_
-        return msgspec.json.encode(schema).decode()
-
 
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LEN)]
 _STOP_RULE = f"a text of 1 to {MAX_STOP_LEN} characters, or a list of up to {MAX_STOPS} such texts"
 
 
-class _Common(Body):
+_GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+"""Older names in vLLM of the fields of `structured_outputs`."""
+
+
+class Common(Body):
     """Fields that completions and chats share."""
+
+    REFUSED: ClassVar = {
+        "best_of": (1,),
+        "use_beam_search": (False,),
+        "length_penalty": (1, 1.0),
+        "early_stopping": (False,),
+        "spaces_between_special_tokens": (True,),
+        "guided_decoding_backend": (),
+        "guided_whitespace_pattern": (),
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "logits_processors": ([],),
+        "kv_transfer_params": (),
+    }
 
     model: str | None = None
     """The served model's name; may be left out."""
@@ -141,7 +74,7 @@ class _Common(Body):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: Annotated[_Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None, _legal(_STOP_RULE)] = None
+    stop: Annotated[_Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None, legal(_STOP_RULE)] = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
@@ -150,6 +83,24 @@ class _Common(Body):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = Field(default=None, min_length=1)
+    guided_choice: list[str] | None = Field(default=None, min_length=1)
+    guided_grammar: str | None = Field(default=None, min_length=1)
+
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its special tokens; by default only to a prompt, as chat templates have their own."""
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Number of tokens at a prompt's end that are kept."""
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    """Whether the answer has the token ids of prompt and choices."""
+    priority: int | None = None
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,200}$")] | None = None
+    """Last part of the answer's id."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -164,11 +115,36 @@ class _Common(Body):
     prompt_cache_key: str | None = None
 
     @model_validator(mode="after")
-    def _needs_stream(self) -> "_Common":
+    def _needs_stream(self) -> "Common":
         for name in ("stream_options", "return_progress"):
             if getattr(self, name) and not self.stream:
                 raise PydanticCustomError("longspan", "{name} needs stream to be true", {"name": name})
         return self
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> "Common":
+        forms = [name for name in _FORMS if getattr(self, name) is not None]
+        if self.response_format is not None and self.response_format.type == "text":
+            forms.remove("response_format")
+        if len(forms) > 1:
+            raise PydanticCustomError(
+                "longspan", "{name}: legal is one of {all}", {"name": forms[1], "all": " and ".join(forms)}
+            )
+        return self
+
+    @property
+    def form_field(self) -> str:
+        """Name of the field that says which form the answer must have."""
+        return next((name for name in _FORMS if getattr(self, name) is not None), "response_format")
+
+    def form(self) -> dict[str, str | None]:
+        """Return the field of `SamplingParams` that says which form the answer must have; nothing for free text."""
+        for name, other in _GUIDED.items():
+            if (value := getattr(self, name)) is not None:
+                return dict(StructuredOutputs.model_validate({other: value}).params())
+        if self.structured_outputs is not None:
+            return dict(self.structured_outputs.params())
+        return {} if self.response_format is None else {"json_schema": self.response_format.schema_text()}
 
     @property
     def num_choices(self) -> int:
@@ -185,6 +161,15 @@ class _Common(Body):
     def wants_usage(self) -> bool:
         """Whether a stream ends with a chunk that counts tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def counts_always(self) -> bool:
+        """Whether every chunk of a stream counts the tokens so far."""
+        return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def truncated(self, token_ids: list[int]) -> list[int]:
+        """Return the tokens at a prompt's end that are kept."""
+        return token_ids if self.truncate_prompt_tokens is None else token_ids[-self.truncate_prompt_tokens :]
 
     def _sampling(self, defaults: Mapping[str, Any], **more: Any) -> SamplingParams:
         """Return the sampling parameters of the first choice.
@@ -203,9 +188,10 @@ class _Common(Body):
         }
         if self.logit_bias is not None:
             given["logit_bias"] = _token_biases(self.logit_bias)
-        if self.response_format is not None:
-            given["json_schema"] = self.response_format.schema_text()
-        return SamplingParams(**{"temperature": 1.0, **defaults, **given, **more})
+        return SamplingParams(**{"temperature": 1.0, **defaults, **given, **self.form(), **more})
+
+
+_FORMS = ("response_format", "structured_outputs", *_GUIDED)
 
 
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,18}")
@@ -270,17 +256,23 @@ def _check_token_ids(value: Any) -> Any:
     return value
 
 
-class CompletionRequest(_Common):
+class CompletionRequest(Common):
     """Body of `POST /v1/completions`."""
 
-    REFUSED: ClassVar = {"suffix": ("",), "best_of": (1,), "use_beam_search": (False,)}
+    REFUSED: ClassVar = {**Common.REFUSED, "suffix": ("",)}
 
     prompt: Annotated[_Prompt, PlainValidator(_check_prompt, json_schema_input_type=_Prompt)]
     max_tokens: int | None = None
     """Most tokens to generate; 0, which generates none, is legal with `echo`."""
     echo: bool | None = None
     """Whether the text starts with the prompt."""
-    logprobs: int | None = None
+    logprobs: Annotated[int | bool | None, legal("a whole number, or true for 1")] = None
+    """Number of most probable tokens to tell beside each token; true is 1, as lm-eval sends it."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Number of most probable tokens to tell; None tells nothing."""
+        return (1 if self.logprobs else None) if isinstance(self.logprobs, bool) else self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -296,81 +288,60 @@ class CompletionRequest(_Common):
         """Whether only the prompt is asked for."""
         return bool(self.echo) and self.max_tokens == 0
 
-    def sampling_params(self, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
+    def sampling_params(self, max_tokens: int, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
         """Return the sampling parameters of every prompt's first choice.
 
         Args:
+            max_tokens: most tokens to generate.
             defaults: fields of `SamplingParams` that a request need not set.
 
         Raises:
             ConfigError: a value is outside its legal range.
         """
-        max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        more: dict[str, Any] = {"max_tokens": 1 if self.is_only_echo else max_tokens}
-        if self.echo and self.logprobs is not None:
-            more["prompt_logprobs"] = self.logprobs
+        more: dict[str, Any] = {"max_tokens": 1 if self.is_only_echo else max_tokens, "logprobs": self.num_logprobs}
+        if self.echo and self.num_logprobs is not None:
+            more["prompt_logprobs"] = max(self.num_logprobs, self.prompt_logprobs or 0)
         return self._sampling(defaults, **more)
 
 
 # -- /v1/chat/completions ----------------------------------------------------------------------------------------------
 
 MAX_TOP_LOGPROBS = 20
+_CHOICE_RULE = 'none, auto, required, or {"type": "function", "function": {"name": NAME}}'
 
 
-class TextPart(Body):
-    """Text part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """One message of a conversation."""
-
-    REFUSED: ClassVar = {
-        "tool_calls": ([],),
-        "tool_call_id": (),
-        "function_call": (),
-        "refusal": (),
-        "audio": (),
-        "annotations": ([],),
-    }
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)],
-        _legal(f"a text, or a list of up to {MAX_PARTS} parts of the type 'text'"),
-    ]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """Return the message in the form that chat templates read."""
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
-
-
-class ChatRequest(_Common):
+class ChatRequest(Common):
     """Body of `POST /v1/chat/completions`."""
 
     REFUSED: ClassVar = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
+        **Common.REFUSED,
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
-        "reasoning_effort": ("none",),
         "verbosity": (),
         "web_search_options": (),
-        "best_of": (1,),
-        "use_beam_search": (False,),
         "echo": (False,),
+        "chat_template": (),
+        "documents": ([],),
+        "mm_processor_kwargs": ({},),
     }
+    ENTRIES: ClassVar = {"messages": (Message, MAX_MESSAGES)}
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool | None, legal(_CHOICE_RULE)] = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, such as `enable_thinking`."""
+    include_reasoning: bool | None = None
+    """Whether the answer tells what the model thought, if a reasoning parser is in use; true by default."""
+    add_generation_prompt: bool | None = None
+    """Whether the template ends where the model's answer begins; true by default."""
+    continue_final_message: bool | None = None
+    """Whether the answer goes on in the last message, which must be the assistant's."""
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     """Newer name of `max_tokens`; without both, the answer may have all tokens that fit."""
@@ -383,25 +354,63 @@ class ChatRequest(_Common):
             raise PydanticCustomError("longspan", "top_logprobs needs logprobs to be true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise PydanticCustomError("longspan", "max_tokens and max_completion_tokens differ; send one of them")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise PydanticCustomError("longspan", "continue_final_message: legal with add_generation_prompt false")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise PydanticCustomError("longspan", "continue_final_message: legal if the last message is an assistant's")
         return self
+
+    @model_validator(mode="after")
+    def _has_tools(self) -> "ChatRequest":
+        if self.tools:
+            names = [tool.function.name for tool in self.tools]
+            if len(set(names)) < len(names):
+                raise PydanticCustomError("longspan", "tools: got one name twice, legal is a name for each")
+            if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+                raise PydanticCustomError(
+                    "longspan",
+                    "tool_choice: got {name}, legal is a function of tools",
+                    {"name": repr(self.tool_choice.function.name[:100])},
+                )
+        elif self.tool_choice not in (None, "none", "auto"):
+            raise PydanticCustomError("longspan", "tool_choice: legal without tools is none or auto")
+        if self.forced_tools and self.form():
+            raise PydanticCustomError("longspan", "tool_choice: legal with response_format is none or auto")
+        return self
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """Tools that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def forced_tools(self) -> list[Tool]:
+        """Tools of which the model must call one; empty where it may answer as it likes."""
+        if isinstance(self.tool_choice, NamedTool):
+            wanted = self.tool_choice.function.name
+            return [tool for tool in self.tools or () if tool.function.name == wanted]
+        return list(self.tools or ()) if self.tool_choice == "required" else []
 
     @property
     def asked_max_tokens(self) -> int | None:
         """Most tokens to generate; None asks for all that fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling_params(self, max_tokens: int, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
+    def sampling_params(
+        self, max_tokens: int, defaults: Mapping[str, Any] = NO_DEFAULTS, **more: Any
+    ) -> SamplingParams:
         """Return the sampling parameters of the first choice.
 
         Args:
             max_tokens: most tokens to generate.
             defaults: fields of `SamplingParams` that a request need not set.
+            more: fields of `SamplingParams` that stand whatever the request says.
 
         Raises:
             ConfigError: a value is outside its legal range.
         """
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling(defaults, max_tokens=max_tokens, logprobs=logprobs)
+        return self._sampling(defaults, max_tokens=max_tokens, logprobs=logprobs, **more)
 
 
 # -- /tokenize, /detokenize --------------------------------------------------------------------------------------------
@@ -409,6 +418,8 @@ class ChatRequest(_Common):
 
 class TokenizeRequest(Body):
     """Body of `POST /tokenize`: a text, or messages for the chat template."""
+
+    ENTRIES: ClassVar = {"messages": (Message, MAX_MESSAGES)}
 
     model: str | None = None
     prompt: str | None = None
@@ -418,13 +429,17 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool | None = None
     """Whether the template of `messages` ends where an answer begins; true by default."""
     return_token_strs: bool | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
 
     @model_validator(mode="after")
     def _has_one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("longspan", "legal is exactly one of prompt and messages")
-        if self.prompt is not None and self.add_generation_prompt is not None:
-            raise PydanticCustomError("longspan", "add_generation_prompt needs messages")
+        for name in ("add_generation_prompt", "tools", "chat_template_kwargs", "continue_final_message"):
+            if self.prompt is not None and getattr(self, name) is not None:
+                raise PydanticCustomError("longspan", "{name} needs messages", {"name": name})
         return self
 
 

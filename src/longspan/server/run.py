@@ -15,7 +15,6 @@ import contextlib
 import copy
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -29,18 +28,21 @@ from longspan.config import EngineConfig
 from longspan.engine.async_engine import AsyncEngine
 from longspan.engine.engine import Engine
 from longspan.engine.launcher import Launcher
-from longspan.errors import ConfigError, LongspanError
+from longspan.errors import LongspanError
 from longspan.models.generation import sampling_defaults, tokenizer_end_ids
-from longspan.models.grammar import make_grammars
+from longspan.models.grammar import make_grammars, marks_of
 from longspan.models.inspect import check_proven
 from longspan.models.loader import load_config, load_tokenizer
 from longspan.server.app import make_app
 from longspan.server.config import ServerConfig
 from longspan.server.grammars import LazyGrammars
 from longspan.server.lengths import Lengths, check_max_model_len
+from longspan.server.listener import close, listen, url_of
 from longspan.server.metrics import Metrics
+from longspan.server.parsing.select import choose_parsers
 from longspan.server.sse import HttpProtocol
 from longspan.server.state import ServerState
+from longspan.server.templates import template_text, use_template_
 from longspan.server.token_texts import TokenTexts
 from longspan.server.tokenizers import TokenizerPool
 
@@ -49,8 +51,6 @@ ANSWER_S = 5.0
 
 AT_ONCE_S = 0.5
 """Seconds that a server may take to end after a second signal."""
-
-BACKLOG = 2048
 
 
 def make_state(
@@ -77,6 +77,8 @@ def make_state(
         config=config,
         metrics=Metrics(name, engine.stats),
         token_texts=TokenTexts(tokenizer),
+        parsers=choose_parsers(config.tool_call_parser, config.reasoning_parser, template_text(tokenizer)),
+        marks=marks_of(tokenizer),
         model_name=name,
         sampling_defaults=defaults or {},
         created=int(time.time()),
@@ -95,14 +97,32 @@ def serve(engine_config: EngineConfig, config: ServerConfig, launcher: Launcher 
         ConfigError: something is illegal, or the port is in use.
         LongspanError: the ranks died.
     """
-    _listen(config).close()  # checked before loading; opened when ready, so that no client waits
     model_config, generation_config = load_config(engine_config.model, engine_config.hf_overrides)
     check_proven(model_config)
     defaults = sampling_defaults(generation_config) if config.generation_config == "auto" else {}
     tokenizer = load_tokenizer(engine_config.model)
+    use_template_(tokenizer, config.chat_template)
     with Engine(engine_config, launcher=launcher, end_token_ids=tokenizer_end_ids(tokenizer)) as engine:
         check_max_model_len(config.max_model_len, engine.spec.max_position)
         return asyncio.run(_serve(engine, tokenizer, config, defaults))
+
+
+def http_config(state: ServerState) -> uvicorn.Config:
+    """Return uvicorn's settings for a server's state."""
+    config = state.config
+    return uvicorn.Config(
+        make_app(state),
+        http=HttpProtocol,
+        ws="none",
+        proxy_headers=False,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=config.idle_timeout_s,  # type: ignore[arg-type]  # it counts in seconds, whole or not
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+    )
 
 
 class _Server(uvicorn.Server):
@@ -128,27 +148,20 @@ async def _serve(
 
     async_engine = AsyncEngine(engine, max_queued_requests=config.max_queued_requests, on_failure=on_failure)
     state = make_state(async_engine, tokenizer, config, defaults)
-    listener = _listen(config)
-    server = _Server(
-        uvicorn.Config(
-            make_app(state),
-            http=HttpProtocol,
-            ws="none",
-            proxy_headers=False,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=1,
-        )
-    )
-    serving = asyncio.create_task(server.serve([listener]))
+    listeners = listen(config)
+    server = _Server(http_config(state))
+    serving = asyncio.create_task(server.serve(listeners))
     try:
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
         _say(_capacity(state))
         if defaults:
             _say(f"sampling defaults of generation_config.json: {', '.join(f'{k} {v}' for k, v in defaults.items())}")
-        _say(f"ready at {_url(listener)}")
+        scheme = "http" if config.ssl_certfile is None else "https"
+        if state.tokenizers.tokenizer.chat_template is not None:
+            thoughts = state.parsers.reasoning or "none"
+            _say(f"parsers: tool calls {state.parsers.calls}, reasoning {thoughts}")
+        _say(f"ready at {' and '.join(url_of(listener, scheme) for listener in listeners)}")
         number = await _next(signals, failed)
         state.is_draining = True
         if number is not None:
@@ -165,6 +178,7 @@ async def _serve(
         server.should_exit = True
         server.force_exit = number is not None  # uvicorn would wait for clients that do not read
         await serving
+        close(listeners, config.uds)
         state.tokenizers.close()
     if async_engine.failure is not None:
         raise LongspanError(str(async_engine.failure)) from async_engine.failure
@@ -193,36 +207,6 @@ async def _next(signals: "asyncio.Queue[int]", *events: asyncio.Event) -> int | 
     finally:
         for task in (signalled, *tasks):
             task.cancel()
-
-
-def _listen(config: ServerConfig) -> socket.socket:
-    """Open a socket that listens where the user wants it.
-
-    Raises:
-        ConfigError: the address is not this machine's, or the port is in use.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (socket.gaierror, UnicodeError) as error:
-        raise ConfigError(f"host: got {config.host!r}, legal is an address of this machine: {error}") from None
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"port: got {config.port} on {config.host}, legal is one that is free there: {error.strerror}"
-        ) from None
-    return listener
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _capacity(state: ServerState) -> str:

@@ -5,21 +5,30 @@ Read next: `longspan.server.app`; `longspan.server.lengths`.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from longspan.engine.async_engine import CHECK_INLINE_TOKENS, AsyncEngine
 from longspan.server.config import ServerConfig
-from longspan.server.errors import ApiError
+from longspan.server.errors import ApiError, describe
 from longspan.server.grammars import LazyGrammars
 from longspan.server.lengths import Lengths
 from longspan.server.metrics import Metrics
+from longspan.server.parsing.select import Parsers
 from longspan.server.protocol import pieces_of
+from longspan.server.response_store import ResponseStore
 from longspan.server.token_texts import TokenTexts
 from longspan.server.tokenizers import TokenizerPool
+
+Result = TypeVar("Result")
+
+MAX_DROPPED = 1000
+"""Most names of dropped fields that are told, and kept."""
 
 
 @dataclass(slots=True)
@@ -33,6 +42,9 @@ class ServerState:
     config: ServerConfig
     metrics: Metrics
     token_texts: TokenTexts
+    parsers: Parsers
+    marks: Mapping[str, int]
+    """Tokens of the vocabulary that are no text, with their ids."""
     model_name: str
     sampling_defaults: Mapping[str, Any]
     """Fields of `SamplingParams` for requests that do not set them; `max_tokens` for chats alone."""
@@ -44,9 +56,35 @@ class ServerState:
     """Whether new requests are refused, while those that run may end."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     """Event that is set while no HTTP request is being answered."""
+    responses: ResponseStore = field(default_factory=ResponseStore)
+    """Conversations that `/v1/responses` can go on from."""
+    _dropped: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.idle.set()
+
+    def drops_unknown(self, names: Iterable[str]) -> bool:
+        """Whether unknown fields are dropped; each is then named on standard error, once."""
+        if self.config.unknown_fields == "refuse":
+            return False
+        for name in names:
+            if name not in self._dropped and len(self._dropped) < MAX_DROPPED:
+                self._dropped.add(name)
+                shown = name if len(name) <= 100 else f"{name[:100]}..."
+                print(f"longspan: the unknown field {shown!r} of a request was dropped", file=sys.stderr, flush=True)
+        return True
+
+    def checked(self, make: Callable[[], Result]) -> Result:
+        """Make a request out of another one.
+
+        Raises:
+            ApiError: its fields contradict each other.
+        """
+        try:
+            return make()
+        except ValidationError as error:
+            message, param = describe(error.errors(include_url=False))
+            raise ApiError(400, message, param=param) from None
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.

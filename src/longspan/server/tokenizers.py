@@ -20,24 +20,25 @@ from transformers import PreTrainedTokenizerBase
 
 Result = TypeVar("Result")
 
-LONG_TEXT = 50_000
-"""Characters or tokens from which work is long, and must not delay short work: 50,000 took 30 ms."""
+LONG_TEXT, VERY_LONG_TEXT = 50_000, 500_000
+"""Characters or tokens from which work must not delay shorter work: 50,000 took 30 ms, a million over a second."""
 
-NUM_LONG_THREADS = 2
+NUM_VERY_LONG_THREADS = 2
 
 
 class TokenizerPool:
-    """A tokenizer for the event loop, and copies of it for threads: one for short work, some for long work."""
+    """A tokenizer for the event loop, and copies of it for threads: work waits only for work of about its length."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         """Tokenizer that only the event loop may use."""
         self._local = threading.local()
         self._copies: queue.SimpleQueue[PreTrainedTokenizerBase] = queue.SimpleQueue()
-        for _ in range(1 + NUM_LONG_THREADS):
+        for _ in range(2 + NUM_VERY_LONG_THREADS):
             self._copies.put(copy.deepcopy(tokenizer))
         self._short = self._threads(1, "longspan-text")
-        self._long = self._threads(NUM_LONG_THREADS, "longspan-long-text")
+        self._long = self._threads(1, "longspan-long-text")
+        self._very_long = self._threads(NUM_VERY_LONG_THREADS, "longspan-very-long-text")
 
     def _threads(self, count: int, name: str) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(count, name, initializer=self._take_copy)
@@ -52,10 +53,10 @@ class TokenizerPool:
             work: function of a tokenizer.
             size: size of the work, in characters or tokens.
         """
-        threads = self._long if size >= LONG_TEXT else self._short
+        threads = self._short if size < LONG_TEXT else self._long if size < VERY_LONG_TEXT else self._very_long
         return await asyncio.get_running_loop().run_in_executor(threads, lambda: work(self._local.tokenizer))
 
     def close(self) -> None:
         """End the threads; work that has not begun is dropped."""
-        for threads in (self._short, self._long):
+        for threads in (self._short, self._long, self._very_long):
             threads.shutdown(wait=False, cancel_futures=True)
