@@ -18,7 +18,7 @@ from longspan.models.recall_tokenizer import EOS_ID, VOCAB_SIZE
 from longspan.server.config import ServerConfig
 from longspan.server.grammars import AfterThoughts, InCalls
 from longspan.server.messages import Message
-from longspan.server.parsing.base import CallArguments
+from longspan.server.parsing.base import CallArguments, CallStart, Text, Thought
 from longspan.server.parsing.formats import CALL_FORMATS
 from longspan.server.parsing.grammar import calls_grammar, strict_calls
 from longspan.server.parsing.select import choose_parsers
@@ -376,10 +376,53 @@ def test_messages_call_tools_and_take_results(server):
     check_call(start["name"], arguments)
 
 
-def test_thoughts_are_blocks_and_items(thinking):
-    text = "<think>I see.</think>Yes."
-    chat = thinking.state.parsers.make(None, "")
-    assert [type(piece).__name__ for piece in [*chat.feed(text), *chat.finish()]] == ["Thought", "Text"]
+class Scripted:
+    """A parser that finds the same in every output: thoughts, text and a call."""
+
+    def __init__(self):
+        self.left = [Thought("I "), Thought("see."), Text("Yes."), CallStart("stop"), CallArguments("{}")]
+
+    def feed(self, _text):
+        return [self.left.pop(0)] if self.left else []
+
+    def finish(self):
+        return self.left
+
+
+def test_thoughts_text_and_calls_are_blocks_and_items(cache_home):
+    with serving() as served:
+        served.state.parsers = SimpleNamespace(
+            calls="hermes",
+            reasoning="think",
+            call_format=CALL_FORMATS["hermes"],
+            are_calls_special=False,
+            are_thoughts_special=False,
+            make=lambda _schemas, _prompt: Scripted(),
+            begins_inside=lambda _prompt: False,
+        )
+        body = {"messages": [{"role": "user", "content": "Hi!"}], "max_tokens": 9, "temperature": 0}
+        *front, call = served.ok(ANTHROPIC, **body)["content"]
+        assert front == [
+            {"type": "thinking", "thinking": "I see.", "signature": ""},
+            {"type": "text", "text": "Yes."},
+        ]
+        assert (call["type"], call["name"], call["input"]) == ("tool_use", "stop", {})
+        events = events_of(served, ANTHROPIC, **body)
+        kinds = [event["delta"]["type"] for event in events if event["type"] == "content_block_delta"]
+        assert kinds == ["thinking_delta", "thinking_delta", "signature_delta", "text_delta", "input_json_delta"]
+        starts = [event["index"] for event in events if event["type"] == "content_block_start"]
+        assert starts == [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1, 2]
+        items = served.ok(RESPONSES, input="Hi!", max_output_tokens=9)
+        assert [item["type"] for item in items["output"]] == ["reasoning", "message", "function_call"]
+        assert items["output"][0]["content"] == [{"type": "reasoning_text", "text": "I see."}]
+        assert items["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+        events = events_of(served, RESPONSES, input="Hi!", max_output_tokens=9)
+        done = [event["item"]["type"] for event in events if event["type"] == "response.output_item.done"]
+        assert done == ["reasoning", "message", "function_call"]
+        deltas = [event["delta"] for event in events if event["type"] == "response.reasoning_text.delta"]
+        assert deltas == ["I ", "see."]
+        second = served.ok(RESPONSES, input="So?", previous_response_id=items["id"], max_output_tokens=1)
+        assert second["usage"]["input_tokens"] > items["usage"]["input_tokens"]
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,13 @@ def test_parsers_follow_from_the_template(template, calls, reasoning):
     assert choose_parsers("hermes", "none", template).calls == "hermes"
 
 
+def test_special_tokens_are_kept_where_marks_are_some():
+    plain, kept = (choose_parsers("hermes", "think", "", special) for special in ((), ("<think>", "<tool_call>")))
+    assert (plain.are_calls_special, plain.are_thoughts_special) == (False, False)
+    assert (kept.are_calls_special, kept.are_thoughts_special) == (True, True)
+    assert choose_parsers("deepseek", "none", "").are_calls_special
+
+
 def test_rejects_unknown_parsers():
     with pytest.raises(ConfigError, match="tool_call_parser: got 'x', legal is one of auto, harmony, qwen_xml"):
         choose_parsers("x", "auto", "")

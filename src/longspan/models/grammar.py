@@ -230,6 +230,11 @@ def marks_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {name: token_id for token_id, name in _marks(tokenizer.added_tokens_decoder).items()}
 
 
+def special_names(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Return the special tokens, which decoding leaves out."""
+    return frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
 def _marks(added: Mapping[int, AddedToken]) -> dict[int, str]:
     """Special tokens among those that were added to a vocabulary, and by convention all marks like `<think>`."""
     return {

@@ -58,7 +58,7 @@ async def start_dialogue(state: ServerState, body: ChatRequest, record: RequestR
     asked = body.asked_max_tokens
     more = _forced(state, body)
     schemas = {tool.function.name: schema_of(tool) for tool in body.offered_tools} or None
-    if parsers.needs_special or (schemas is not None and parsers.call_format.needs_special):
+    if parsers.are_thoughts_special or (schemas is not None and parsers.are_calls_special):
         more["skip_special_tokens"] = False
     least = body.min_tokens or 1 if asked is None else asked
     await body.in_thread_if_long(lambda: body.sampling_params(least, defaults, **more))  # refused before any work

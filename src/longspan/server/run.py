@@ -30,7 +30,7 @@ from longspan.engine.engine import Engine
 from longspan.engine.launcher import Launcher
 from longspan.errors import LongspanError
 from longspan.models.generation import sampling_defaults, tokenizer_end_ids
-from longspan.models.grammar import make_grammars, marks_of
+from longspan.models.grammar import make_grammars, marks_of, special_names
 from longspan.models.inspect import check_proven
 from longspan.models.loader import load_config, load_tokenizer
 from longspan.server.app import make_app
@@ -77,7 +77,9 @@ def make_state(
         config=config,
         metrics=Metrics(name, engine.stats),
         token_texts=TokenTexts(tokenizer),
-        parsers=choose_parsers(config.tool_call_parser, config.reasoning_parser, template_text(tokenizer)),
+        parsers=choose_parsers(
+            config.tool_call_parser, config.reasoning_parser, template_text(tokenizer), special_names(tokenizer)
+        ),
         marks=marks_of(tokenizer),
         model_name=name,
         sampling_defaults=defaults or {},

@@ -4,6 +4,7 @@ Holds the choice, made once at the start, and the parser of one output. Must not
 Read next: `longspan.server.parsing.formats`; `longspan.server.chat`, which parses.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from longspan.errors import ConfigError
@@ -27,16 +28,15 @@ class Parsers:
     """Name of the format of calls."""
     reasoning: str | None
     """Name of the reasoning parser, or None."""
+    are_calls_special: bool = False
+    """Whether calls are found only in a text that keeps special tokens."""
+    are_thoughts_special: bool = False
+    """The same of thoughts."""
 
     @property
     def call_format(self) -> CallFormat:
         """The format of calls."""
         return CALL_FORMATS[self.calls]
-
-    @property
-    def needs_special(self) -> bool:
-        """Whether thoughts are found only in a text that keeps special tokens."""
-        return self.reasoning in ("harmony", "mistral")
 
     def make(self, schemas: Schemas | None, prompt: str) -> Parser:
         """Make the parser of one output.
@@ -58,13 +58,14 @@ class Parsers:
         return self.reasoning in REASONING_MARKS and prompt.rstrip().endswith(REASONING_MARKS[self.reasoning][0])
 
 
-def choose_parsers(calls: str, reasoning: str, template: str) -> Parsers:
+def choose_parsers(calls: str, reasoning: str, template: str, special: Collection[str] = ()) -> Parsers:
     """Choose the parsers of a server.
 
     Args:
         calls: option `tool_call_parser`.
         reasoning: option `reasoning_parser`.
         template: text of the chat template; empty where the model has none.
+        special: special tokens of the vocabulary, which a text does not keep by itself.
 
     Raises:
         ConfigError: a name is unknown.
@@ -81,4 +82,11 @@ def choose_parsers(calls: str, reasoning: str, template: str) -> Parsers:
     if reasoning == "auto":
         signs = {"harmony": "<|channel|>", **{name: marks[0] for name, marks in REASONING_MARKS.items()}}
         reasoning = next((name for name, sign in signs.items() if sign in template), "none")
-    return Parsers(calls, None if reasoning == "none" else reasoning)
+    format = CALL_FORMATS[calls]
+    return Parsers(
+        calls,
+        None if reasoning == "none" else reasoning,
+        are_calls_special=format.needs_special or format.opens in special,
+        are_thoughts_special=reasoning == "harmony"
+        or any(mark in special for mark in REASONING_MARKS.get(reasoning, ())),
+    )
