@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import subprocess
 import threading
 import time
 
+import httpx
 import pytest
 from serving import error_of, reasons, served_model, serving, texts
 from test_server import CHAT, COMPLETIONS, MESSAGES, PROMPT, RENDERED, alone
@@ -437,6 +440,31 @@ def test_a_text_waits_for_none_that_is_much_longer(server):
         assert asyncio.run(ask()) == ([60_000, 100], [True] * 3)
     finally:
         pool.close()
+
+
+def test_a_server_starts_and_ends_on_a_unix_socket(longspan, monkeypatch, tmp_path):
+    said, path = [], tmp_path / "s"
+
+    def say(text):
+        said.append(text)
+        if text.startswith("ready at"):
+            transport = httpx.HTTPTransport(uds=str(path))
+
+            def ask():
+                with httpx.Client(transport=transport, base_url="http://x", timeout=30) as client:
+                    said.append(client.get("/v1/models").status_code)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            threading.Thread(target=ask).start()
+
+    monkeypatch.setattr("longspan.server.run._say", say)
+    options = ("--executor", "threads", "--kv-cache-memory", "32Mi", "--uds", str(path), "--access-log")
+    outcome = longspan("serve", served_model().path, *options)
+    assert outcome.code == 0, outcome.err
+    assert said[-3:-1] == ["parsers: tool calls hermes, reasoning none", f"ready at unix:{path}"]
+    assert said[-1] == 200
+    assert "method=GET path=/v1/models status=200" in outcome.err
+    assert not path.exists()
 
 
 def test_stream_reasons_stay(server):
