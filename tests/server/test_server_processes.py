@@ -133,9 +133,9 @@ def test_openais_client_understands_refusals(server, client):
         client.chat.completions.create(
             model="recall",
             messages=[{"role": "user", "content": "a"}],
-            tools=[{"type": "function", "function": {"name": "f"}}],
+            functions=[{"name": "f"}],
         )
-    assert refused.value.param == "tools"
+    assert refused.value.param == "functions"
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt-5", prompt="a")
     assert missing.value.code == "model_not_found"
