@@ -13,7 +13,9 @@ PARAMS = SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
 
 def make_ranks(num_ranks=1, pages=40, slots=4, **options):
     config = make_config(num_ranks, **{"page_size": 4, "state_snapshot_tokens": 8, **options})
-    return FakeRanks(Scheduler(make_model(None, has_state=True), config, ((pages, slots),) * num_ranks), random.Random(0))
+    return FakeRanks(
+        Scheduler(make_model(None, has_state=True), config, ((pages, slots),) * num_ranks), random.Random(0)
+    )
 
 
 def run_one(ranks, prompt, params=PARAMS):
