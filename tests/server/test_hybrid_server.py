@@ -31,8 +31,8 @@ def repository(tmp_path_factory):
 
 @pytest.mark.parametrize("placement", ["striped", "packed"])
 def test_16_clients_at_once_get_transformers_tokens_before_and_after_a_kill(repository, placement):
-    shared = [token % 250 for token in random_prompt(300, 1)]
-    prompts = [shared + [token % 250 for token in random_prompt(1 + 5 * i, i)] for i in range(NUM_CLIENTS)]
+    shared = [token % 128 for token in random_prompt(300, 1)]
+    prompts = [shared + [token % 128 for token in random_prompt(1 + 5 * i, i)] for i in range(NUM_CLIENTS)]
     tokenizer = load_tokenizer(repository)
     wanted = [generate_reference(repository, prompt, NUM_TOKENS).token_ids for prompt in prompts]
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in wanted]
