@@ -251,7 +251,10 @@ def test_states_of_recurrent_layers_are_counted_beside_kv(tmp_path):
             {"model_type": "deepseek_v32"},
             "index_topk: got 2048, plannable is a model without it: sparse attention reads",
         ),
-        ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, "plannable is"),
+        (
+            {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2},
+            "this model cannot be planned: num_hidden",
+        ),
         ({"model_type": "t5", "vocab_size": 100}, "plannable"),
         ({"model_type": "nobody-knows"}, "its config cannot be loaded"),
     ],

@@ -49,7 +49,7 @@ def test_every_family_caches_latents_once_for_all_heads(name):
     (group,) = spec.kv_groups
     rotated = config.qk_rope_head_dim
     assert group.spec.layout.num_kv_heads == 1
-    assert group.token_bytes == config.num_hidden_layers * 4 * (config.kv_lora_rank + rotated)
+    assert group.token_bytes == len(group.layers) * 4 * (config.kv_lora_rank + rotated)
     assert group.spec.q_width == config.qk_nope_head_dim + rotated
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(group.spec), type=KVSpec) == group.spec
 

@@ -104,12 +104,17 @@ def test_fewer_ranks_keep_their_weights():
 
 @pytest.mark.parametrize(
     ("weights", "shown"),
-    [((2, 0), "(2, 0)"), ((1, -1), "(1, -1)"), ((1,), "(1,)"), ("2:1", "'2:1'"), ((1, float("inf")), "(1, inf)")],
+    [((2, 0), "(2, 0)"), ((1, -1), "(1, -1)"), ((1,), "(1,)"), ((1, float("inf")), "(1, inf)")],
 )
 def test_rejects_weights_that_are_no_numbers_above_zero_for_every_rank(weights, shown):
     with pytest.raises(ConfigError) as caught:
         EngineConfig(model="x", context_parallel_size=2, rank_weights=weights)
     assert str(caught.value) == f"rank_weights: got {shown}, legal is auto, or one number above 0 for each of 2 ranks"
+
+
+def test_rejects_a_text_that_names_no_weights():
+    with pytest.raises(ConfigError, match="rank_weights: got '2:1', legal is auto, or a number per rank such as 2,1,1"):
+        EngineConfig(model="x", context_parallel_size=2, rank_weights="2:1")
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_rejects_a_text_that_is_no_json_object(text):
         parse_overrides(text)
 
 
-@pytest.mark.parametrize("value", [[], "{}", {1: 2}, {"a": {1, 2}}, {"a": {"b": math.nan}}, {"a": math.inf}])
+@pytest.mark.parametrize("value", [[], {1: 2}, {"a": {1, 2}}, {"a": {"b": math.nan}}, {"a": math.inf}])
 def test_rejects_overrides_that_are_no_json_object(value):
     with pytest.raises(ConfigError, match=r"hf_overrides: got .*, legal is a dict of fields"):
         EngineConfig(model="recall", hf_overrides=value)

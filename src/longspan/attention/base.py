@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.partial import PartialAttention, accumulation_dtype
-from longspan.kv.layout import KVComponent, KVLayout, KVSpec
+from longspan.errors import UnsupportedModelError
+from longspan.kv.layout import SCALED_DTYPES, KVComponent, KVLayout, KVSpec
 from longspan.kv.pool import are_in_keys
 from longspan.kv.stored import row_width
 from longspan.sharding.visibility import Visibility
@@ -95,6 +96,22 @@ class AttentionBackend(Protocol):
             ValueError: shapes, dtypes or segments do not fit together.
         """
         ...
+
+
+def check_stored(spec: KVSpec) -> None:
+    """Check that keys and values are stored as pools and messages hold them; called once per rank.
+
+    Raises:
+        UnsupportedModelError: they have several dtypes, or scales that their dtype does not have.
+    """
+    layout = spec.layout
+    scales = {component.scale_dtype for component in layout.components}
+    wanted = {"float32" if dtype in SCALED_DTYPES else None for dtype in layout.dtypes}
+    if len(layout.dtypes) != 1 or scales != wanted:
+        raise UnsupportedModelError(
+            f"model: got keys and values as {layout}, legal is one dtype, with scales in float32 for "
+            f"{' and '.join(SCALED_DTYPES)} alone"
+        )
 
 
 def other_storage(spec: KVSpec, backend: str) -> str | None:

@@ -68,7 +68,7 @@ class _UnknownLayerError(Exception):
 def _fused_forward(layer: Any, *, is_last: bool) -> Callable[..., Tensor]:
     """Make a forward of the layer that gives its rows to the kernels."""
     fused = _fused(layer)
-    call = _prove(layer, fused)
+    call, angles_width = _prove(layer, fused)
     own_forward: Callable[..., Tensor] = layer.forward
 
     def forward(
@@ -78,7 +78,11 @@ def _fused_forward(layer: Any, *, is_last: bool) -> Callable[..., Tensor]:
         longspan_attend: AttendFunction | None = None,
         **others: Any,
     ) -> Tensor:
-        if longspan_attend is None or position_embeddings is None:
+        if (
+            longspan_attend is None
+            or position_embeddings is None
+            or position_embeddings[0].shape[-1] != angles_width  # such as those of a part of a head
+        ):
             return own_forward(
                 hidden_states,
                 *args,
@@ -237,11 +241,12 @@ def _scale(norm: Any) -> Tensor:
     raise _UnknownLayerError(type(norm).__name__)
 
 
-def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
+def _prove(layer: Any, fused: FusedLayer) -> tuple[AttentionCall, int]:
     """Compare all forms of the layer on random rows.
 
     Returns:
-        The layer's attention call, in which everything but q, k and v is the same every time.
+        The layer's attention call, in which everything but q, k and v is the same every time, and the width of the
+        rotary embedding's cosines with which the forms agree.
 
     Raises:
         _UnknownLayerError: the forms disagree.
@@ -277,4 +282,4 @@ def _prove(layer: Any, fused: FusedLayer) -> AttentionCall:
         found = _behind_attention(fused, attended, x[:num_rows], mlp)
         if not (torch.is_tensor(wanted) and wanted.shape[0] == 1 and agree(found, wanted[0, :num_rows])):
             raise _UnknownLayerError(f"{type(layer).__name__} computes something else")
-    return call
+    return call, angles.shape[-1]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from longspan.attention.base import AttentionBackend
+from longspan.attention.base import AttentionBackend, check_stored
 from longspan.attention.check import check_against_reference
 from longspan.attention.latent import LatentBackend
 from longspan.attention.select import MIN_CAPABILITY, make_backend
@@ -83,6 +83,7 @@ def device_backend(config: EngineConfig, spec: ModelSpec, device: torch.device) 
     backend = make_backend(config.attention_backend, device)
     kinds = {(group, spec.attention_params(layer)) for group in spec.kv_groups for layer in group.layers}
     for group, params in kinds:
+        check_stored(group.spec)
         if (reason := backend.unsupported(group.spec, params)) is not None:
             raise ConfigError(
                 f"attention_backend: got {config.attention_backend!r}, legal is one that takes the model ({reason})"
