@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from longspan.comm import connect, distributed
 from longspan.comm.base import Communicator
@@ -287,6 +289,32 @@ def test_a_wait_on_a_gpu_gives_no_deadline():
 
     _PendingBatch(0, [Work(), Work()]).wait()
     assert asked == [((), {})] * 2
+
+
+def test_exchanges_over_nccl_go_before_kernels(monkeypatch):
+    """Its stream has high priority: a hop of a ring would else wait for an attention kernel that fills the GPU."""
+    given = []
+
+    class ProcessGroupNCCL:  # this build of PyTorch may have none
+        Options = SimpleNamespace
+
+    class StopError(RuntimeError):
+        pass
+
+    def init(backend, **options):
+        given.append((backend, options["pg_options"], options["timeout"]))
+        raise StopError
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", ProcessGroupNCCL, raising=False)
+    monkeypatch.setattr(dist, "init_process_group", init)
+    store = SimpleNamespace(set_timeout=lambda timeout: None)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *args, **kwargs: iter([(store, 0, 2)]))
+    with pytest.raises(CommunicationError):
+        NCCLCommunicator(0, 2, "file:///nowhere", torch.device("cuda", 0), timeout_s=7.0)
+    ((backend, options, timeout),) = given
+    assert backend == "nccl"
+    assert options.is_high_priority_stream
+    assert options._timeout == timeout
 
 
 @pytest.mark.processes

@@ -67,6 +67,7 @@ class DistributedCommunicator(GroupCommunicator):
         timeout_s: float = 300.0,
         backend: str = "gloo",
         device: torch.device | None = None,
+        options: Any = None,
     ) -> None:
         """Join the group.
 
@@ -78,6 +79,7 @@ class DistributedCommunicator(GroupCommunicator):
             backend: backend of torch.distributed.
             device: this process's device, for a backend whose waits have no deadline of their own: `timeout_s` then is
                 the group's, and a GPU is connected at once. None for a backend that waits with a deadline each time.
+            options: the backend's own options; None for its defaults.
 
         Raises:
             CommunicationError: not all ranks joined.
@@ -91,7 +93,13 @@ class DistributedCommunicator(GroupCommunicator):
             timeout = join_timeout if device is None else timedelta(seconds=timeout_s)
             at_once = device if device is not None and device.type == "cuda" else None
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=at_once
+                backend,
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
+                device_id=at_once,
+                pg_options=options,
             )
         except (RuntimeError, dist.DistError) as error:
             raise CommunicationError(f"rank {rank}: could not join the group of {size}: {error}") from error

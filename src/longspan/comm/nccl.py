@@ -19,6 +19,7 @@ Note [Waiting on a GPU]
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,12 @@ class NCCLCommunicator(DistributedCommunicator):
         # A graph's buffers would be registered with the network, and a registered sender waits for a registered
         # receiver: one rank may replay what another launches. Source: NVIDIA/nccl v2.28.9, src/device/prims_simple.h.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-        super().__init__(rank, size, init_method, timeout_s=timeout_s, backend=backend, device=device)
+        options = None
+        if backend == "nccl":
+            # A hop of a ring must not wait for an attention kernel that fills the GPU.
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options._timeout = timedelta(seconds=timeout_s)  # as the group's, or PyTorch warns
+        super().__init__(rank, size, init_method, timeout_s=timeout_s, backend=backend, device=device, options=options)
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
         ops = [
