@@ -13,7 +13,8 @@ terminal; the driver alone decides what it means, so this process and the worker
 
 Note [Fork before threads]
     A fork copies the thread that calls it and no other. So nothing here may ever start one: no ZeroMQ context, no
-    parallel loop in torch, no gloo. Imports alone start none, which a test asserts.
+    parallel loop in torch, no gloo. Imports alone start none, which a test asserts. Nor may it start CUDA, which does
+    not survive a fork: other processes look at GPUs.
 """
 
 import contextlib
@@ -117,6 +118,7 @@ class ForkServer:
 
     def _fork(self, number: int, order: ForkWorkers) -> int:
         """Fork a worker; return a descriptor of its process, readable when it has ended."""
+        assert not sys.modules["torch"].cuda.is_initialized(), "CUDA does not survive a fork"
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
             try:
