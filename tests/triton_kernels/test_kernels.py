@@ -24,6 +24,9 @@ from longspan.triton_kernels.store import store
 from longspan.types import AttentionParams
 
 PARAMS = AttentionParams(scale=0.3)
+FLOAT32_ATOL = 4e-6 if DEVICE == "cpu" else 3e-5
+"""Of outputs and log-sum-exps in float32. A GPU multiplies by three products of tf32: emulated, they err by up to 6e-6
+in log-sum-exps and 1.4e-5 in outputs."""
 
 tensors = functools.partial(attention_cases.tensors, device=DEVICE)
 
@@ -39,6 +42,7 @@ def moved(part):
 
 
 def check(q, k, v, segments, params, atol=4e-6):
+    atol = max(atol, FLOAT32_ATOL)
     got = TritonBackend().partial_attention(q, k, v, segments, params)
     assert got.out.dtype == got.lse.dtype == torch.float32
     assert_close(got, oracle(q, k, v, segments, params), atol)
@@ -79,8 +83,9 @@ def test_errors_are_at_most_twice_those_of_eager_attention_in_the_same_dtype(wid
     scores = torch.einsum("thd,hsd->hts", q, keys) * params.scale
     weights = torch.softmax(scores.float().masked_fill(~visible, -torch.inf), dim=-1).to(dtype)
     eager = torch.einsum("hts,hsd->thd", weights, values)
-    assert (got.out.cpu() - want.out).norm() <= 2 * (eager.double().cpu() - want.out).norm() + 1e-6
-    torch.testing.assert_close(got.lse.double().cpu(), want.lse, atol=1e-5, rtol=0)  # products of 16 bits are exact
+    rounding = FLOAT32_ATOL if dtype is torch.float32 else 1e-6  # products of 16 bits are exact
+    assert (got.out.cpu() - want.out).norm() <= 2 * (eager.double().cpu() - want.out).norm() + rounding
+    torch.testing.assert_close(got.lse.double().cpu(), want.lse, atol=max(1e-5, rounding), rtol=0)
 
 
 @pytest.mark.parametrize("num_heads", [1, 16, 128])
@@ -97,7 +102,7 @@ def test_values_that_are_the_first_elements_of_their_keys(num_heads, width, v_wi
         if width < 256
         else got
     )
-    torch.testing.assert_close(got.out, copied.out, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got.out, copied.out, atol=max(1e-5, FLOAT32_ATOL), rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -157,7 +162,7 @@ def test_three_ranks_partials_and_sinks_merge_to_the_whole():
     merge(torch.stack([p.out for p in parts]), torch.stack([p.lse for p in parts]), out, lse, sinks)
     want = oracle(q, k, v, [RowSegment(0, 5, 85, 0, 90, 0, CAUSAL)], PARAMS)
     merge_sinks_(want, sinks.cpu())
-    assert_close(PartialAttention(out, lse), want, 4e-6)
+    assert_close(PartialAttention(out, lse), want, FLOAT32_ATOL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
