@@ -1,17 +1,18 @@
-"""Compiles the Triton kernels for Hopper, without a GPU: `python tests/triton_kernels/compile_kernels.py`.
+"""Compiles the Triton kernels without a GPU: `python tests/triton_kernels/compile_kernels.py --capability 90 [NAME]...`
 
-Prints a line of JSON per kernel: its name, registers and bytes spilled to memory per thread, and bytes of shared memory
-per block.
+Prints a line of JSON per kernel: its name, registers and bytes spilled to memory per thread, bytes of shared memory per
+block, and for how many loads that are under way it waits in each place (0: for all of them).
 """
 
+import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ from longspan.triton_kernels.attention import (
 from longspan.triton_kernels.merge import accumulate_kernel, merge_kernel
 from longspan.triton_kernels.store import store_kernel
 
-TARGET = GPUTarget("cuda", 90, 32)
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Most bytes of shared memory of a block, by compute capability. Source: CUDA C++ Programming Guide."""
 
 
 class Kernel(NamedTuple):
@@ -56,16 +58,17 @@ def attention_case(
     group_size: int,
     softcap: bool = False,
     latent_width: int | None = None,
+    capability: int = 90,
 ) -> Kernel:
     """Attention over keys of a width; `latent_width` of their elements are the value, or values are as wide."""
-    most_rows = tiling(width, dtype).most_rows
-    tiles = head_tiles(group_size, most_rows)
+    sizes = tiling(width, dtype, SHARED_BYTES[capability])
+    tiles = head_tiles(group_size, sizes.most_rows)
     group_size //= tiles
-    per_tile = most_queries(group_size, num_queries, most_rows)
+    per_tile = most_queries(group_size, num_queries, sizes.most_rows)
     is_latent = latent_width is not None
     v_width = latent_width or width
     k_block, v_block = blocks(width, v_width, values_in_keys=is_latent)
-    choices = compile_options(per_tile, group_size, width, dtype)
+    choices = compile_options(per_tile, group_size, width, dtype, sizes)
     num_warps = choices.pop("num_warps")
     pointer = POINTER[dtype]
     pointers = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "q_ptr": pointer, "k_ptr": pointer, "v_ptr": pointer}
@@ -90,19 +93,20 @@ def attention_case(
     return Kernel(name, attention_kernel, pointers, constants, num_warps)
 
 
-def kernels() -> Iterator[Kernel]:
-    """All that are compiled."""
+def kernels(capability: int) -> Iterator[Kernel]:
+    """All that are compiled for a compute capability."""
+    attention = partial(attention_case, capability=capability)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for width in (64, 96, 128, 256):
             for num_queries in (1, 2048):
-                yield attention_case(width, dtype, num_queries, 4)
-    yield attention_case(128, torch.bfloat16, 2048, 4, softcap=True)
-    yield attention_case(256, torch.bfloat16, 1, 2, softcap=True)
-    yield attention_case(128, torch.bfloat16, 2048, 7)
+                yield attention(width, dtype, num_queries, 4)
+    yield attention(128, torch.bfloat16, 2048, 4, softcap=True)
+    yield attention(256, torch.bfloat16, 1, 2, softcap=True)
+    yield attention(128, torch.bfloat16, 2048, 7)
     for dtype in (torch.bfloat16, torch.float32):
         for num_queries in (1, 2048):
             for num_heads in (16, 128):
-                yield attention_case(576, dtype, num_queries, num_heads, latent_width=512)
+                yield attention(576, dtype, num_queries, num_heads, latent_width=512)
     for part in ("*bf16", "*fp32"):
         pointers = {"out_ptr": "*bf16", "out_lse_ptr": "*fp32", "part_ptr": part, "part_lse_ptr": "*fp32"}
         constants = {"NUM_PARTS": 8, "NUM_HEADS": 32, "WIDTH": 128, "WIDTH_BLOCK": 128, "BLOCK_ROWS": 16}
@@ -116,8 +120,8 @@ def kernels() -> Iterator[Kernel]:
     yield Kernel("store", store_kernel, pointers, {"K_WIDTH": 128, "V_WIDTH": 128, "BLOCK": 128}, 1)
 
 
-def compiled(kernel: Kernel) -> dict[str, object]:
-    """Registers, spills and shared memory of a kernel."""
+def compiled(kernel: Kernel, capability: int) -> dict[str, object]:
+    """Registers, spills, shared memory and waits of a kernel."""
     names = kernel.function.arg_names
     floats = {"scale_log2", "softcap"}
     signature = {
@@ -136,12 +140,17 @@ def compiled(kernel: Kernel) -> dict[str, object]:
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     options = {"num_warps": kernel.num_warps}
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=attributes)
-    result = triton.compile(source, target=TARGET, options=options)
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = result.asm["ptx"]
+    name = re.search(r"\.target (sm_\w+)", ptx)
+    assert name is not None, ptx
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    if capability >= 100:
+        ptxas = ptxas.with_name("ptxas-blackwell")
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "kernel.ptx"
-        file.write_text(result.asm["ptx"])
-        command = [ptxas, "-v", "--gpu-name=sm_90a", str(file), "-o", str(Path(directory) / "kernel.cubin")]
+        file.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={name[1]}", str(file), "-o", str(Path(directory) / "kernel.cubin")]
         assembled = subprocess.run(command, capture_output=True, text=True)
     said = assembled.stdout + assembled.stderr
     assert assembled.returncode == 0, said
@@ -154,15 +163,21 @@ def compiled(kernel: Kernel) -> dict[str, object]:
         "registers": int(registers[1]),
         "spilled_bytes": int(spills[1]) + int(spills[2]),
         "shared_bytes": result.metadata.shared,
+        "most_shared_bytes": SHARED_BYTES[capability],
+        "waits": [int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)],
         "num_warps": kernel.num_warps,
     }
 
 
 def main() -> None:
     """Compile all that the arguments name, or all."""
-    wanted = [kernel for kernel in kernels() if not sys.argv[1:] or kernel.name in sys.argv[1:]]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", type=int, default=90, choices=SHARED_BYTES)
+    parser.add_argument("names", nargs="*")
+    chosen = parser.parse_args()
+    wanted = [kernel for kernel in kernels(chosen.capability) if not chosen.names or kernel.name in chosen.names]
     with ThreadPoolExecutor(2) as threads:
-        for line in threads.map(compiled, wanted):
+        for line in threads.map(partial(compiled, capability=chosen.capability), wanted):
             print(json.dumps(line), flush=True)
 
 

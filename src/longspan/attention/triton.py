@@ -35,7 +35,7 @@ from longspan.triton_kernels.attention import (
     most_queries,
     tiling,
 )
-from longspan.triton_kernels.launch import can_run
+from longspan.triton_kernels.launch import can_run, shared_bytes
 from longspan.triton_kernels.merge import merge
 from longspan.types import AttentionParams
 
@@ -101,7 +101,7 @@ class TritonBackend:
             return empty_like_queries(q, v)
         if q.stride(2) != 1:
             q = q.contiguous()
-        sizes = tiling(max(width, v.shape[2]), q.dtype)
+        sizes = tiling(max(width, v.shape[2]), q.dtype, shared_bytes(q.device))
         tiles = head_tiles(num_heads // k.shape[0], sizes.most_rows)
         programs = k.shape[0] * tiles  # that share a query tile's heads
         work = _work(segments, num_rows, num_heads // programs, programs, sizes, params.window, q.device)

@@ -29,6 +29,7 @@ from longspan.plan.segments import make_segments
 from longspan.plan.types import Plan, Range, Segment
 from longspan.sharding.pages import PageTable
 from longspan.triton_kernels.attention import attention, head_tiles, tiling
+from longspan.triton_kernels.launch import shared_bytes
 from longspan.triton_kernels.merge import merge
 from longspan.triton_kernels.store import store
 from longspan.types import AttentionParams
@@ -194,7 +195,7 @@ class FixedStepAttention:
         pool = self._pools[group_idx]
         layout = pool.group.spec.layout
         first = self.num_rows if is_remote else 0
-        sizes = tiling(max(layout.k_width, layout.v_width), q.dtype)
+        sizes = tiling(max(layout.k_width, layout.v_width), q.dtype, shared_bytes(pool.device))
         head_programs = layout.num_kv_heads * head_tiles(q.shape[1] // layout.num_kv_heads, sizes.most_rows)
         splits = fixed_splits(q.shape[0] * head_programs, num_processors(pool.device))
         outs = torch.empty(splits, *q.shape[:2], layout.v_width, dtype=torch.float32, device=q.device)

@@ -18,6 +18,7 @@ from longspan.kv.pool import PagePool
 from longspan.plan.fixed_shape import BUCKETS, FixedShape
 from longspan.plan.message_format import PartialFormat, row_bytes
 from longspan.triton_kernels.attention import tiling
+from longspan.triton_kernels.launch import shared_bytes
 
 
 class PlacedTiles(NamedTuple):
@@ -139,7 +140,8 @@ def most_key_tiles(pool: PagePool) -> int:
 def keys_per_tile(pool: PagePool) -> int:
     """Most keys of a key tile."""
     spec = pool.group.spec
-    return tiling(max(spec.layout.k_width, spec.layout.v_width), getattr(torch, spec.compute_dtype)).keys
+    dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+    return tiling(max(spec.layout.k_width, spec.layout.v_width), dtype, shared_bytes(pool.device)).keys
 
 
 def _put(buffer: Tensor, values: Sequence[int] | Table) -> None:

@@ -22,6 +22,7 @@ Note [Tables]
     Source: split-KV decoding, and the online softmax of 2307.08691, in base 2; `lse` leaves in base e.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.kv.pool import are_in_keys
-from longspan.triton_kernels.launch import INTERPRETED, on_device
+from longspan.triton_kernels.launch import INTERPRETED, on_device, shared_bytes
 
 LOG2_E = 1.4426950408889634
 
@@ -266,16 +267,40 @@ class Tiling(NamedTuple):
     keys: int
     """Most keys of a key tile; page sizes that are multiples of it avoid shorter tiles."""
     num_stages: int
-    """Stages of the load pipeline: the key tiles that are loaded ahead, plus one."""
+    """Stages of the load pipeline. Triton gives the table's load one, and one more before the keys that it leads to:
+    with 5, more keys are on their way while a tile is computed; with 3 or 4 none are, as the compiled waits show."""
 
 
-def tiling(width: int, dtype: torch.dtype) -> Tiling:
-    """Sizes for the larger of the head sizes of keys and values, and for the dtype of queries, keys and values."""
-    if width > MAX_WIDTH:  # latents: 64 rows of 512 sums spill
-        return Tiling(16, 16, 1) if dtype is torch.float32 else Tiling(32, 64, 2)
-    if dtype is torch.float32:
-        return Tiling(64, 32, 2) if width <= 64 else Tiling(16, 32 if width <= 128 else 16, 1)
-    return Tiling(128, 64, 3) if width <= 128 else Tiling(64, 64, 2)
+_TILINGS: dict[tuple[int, bool], Sequence[tuple[int, Tiling]]] = {
+    (128, False): [(0, Tiling(128, 64, 5))],
+    (256, False): [(229_384, Tiling(64, 64, 5)), (131_080, Tiling(64, 32, 5)), (0, Tiling(32, 32, 5))],
+    # Of latents; 64 rows of 512 sums spill.
+    (MAX_LATENT_WIDTH + MAX_REST_WIDTH, False): [
+        (188_424, Tiling(32, 64, 5)),
+        (112_648, Tiling(32, 32, 5)),
+        (0, Tiling(16, 32, 5)),
+    ],
+    (64, True): [(0, Tiling(64, 32, 2))],
+    (128, True): [(0, Tiling(16, 32, 1))],
+    (256, True): [(0, Tiling(16, 16, 1))],
+    (MAX_LATENT_WIDTH + MAX_REST_WIDTH, True): [(0, Tiling(16, 16, 1))],
+}
+"""By largest head size, and whether its dtype is float32: sizes in order of preference, each with the bytes of shared
+memory from which on it fits. The last one fits the 101,376 bytes of compute capability 8.6, 8.9 and 12.0, the least
+that a GPU has here. `tests/triton_kernels/test_compile_kernels.py` holds them to it."""
+
+
+def tiling(width: int, dtype: torch.dtype, shared_bytes: int) -> Tiling:
+    """Sizes for some heads on a GPU.
+
+    Args:
+        width: larger of the head sizes of keys and values.
+        dtype: dtype of queries, keys and values.
+        shared_bytes: shared memory of a block (`longspan.triton_kernels.launch.shared_bytes`).
+    """
+    is_float32 = dtype is torch.float32
+    largest = min(most for most, is_wide in _TILINGS if is_wide == is_float32 and width <= most)
+    return next(sizes for least, sizes in _TILINGS[largest, is_float32] if least <= shared_bytes)
 
 
 def head_tiles(group_size: int, most_rows: int) -> int:
@@ -316,7 +341,7 @@ def attention(
         k: [Hkv, rows, D], dtype of `q`; contiguous in the last dimension.
         v: [Hkv, rows, Dv], dtype of `q`; contiguous in the last dimension; may be the first elements of `k`.
         query_tiles: [m, 7] int32, see Note [Tables]; at most `queries_per_tile` queries each.
-        key_tiles: [n, 4] int32, see Note [Tables]; at most `Tiling.keys` keys each.
+        key_tiles: [n, 4] int32, see Note [Tables]; at most `Tiling.keys` keys each on this GPU.
         out: [splits, T, H, Dv] float32, written in the rows of query tiles: 0 where a split saw no key.
         lse: [splits, T, H] float32, natural log, written in the rows of query tiles: -inf where a split saw no key.
         queries_per_tile: most queries of a tile; times the query heads of a program and rounded up to a power of two,
@@ -328,7 +353,8 @@ def attention(
     num_splits, _, num_heads, v_width = out.shape
     num_kv_heads, _, k_width = k.shape
     width, values_in_keys = max(k_width, v_width), v_width < k_width and are_in_keys(v, k)
-    tiles = head_tiles(num_heads // num_kv_heads, tiling(width, q.dtype).most_rows)
+    sizes = tiling(width, q.dtype, shared_bytes(q.device))
+    tiles = head_tiles(num_heads // num_kv_heads, sizes.most_rows)
     group_size = num_heads // (num_kv_heads * tiles)
     assert q.stride(2) == k.stride(2) == v.stride(2) == out.stride(3) == lse.stride(2) == 1
     assert query_tiles.dtype == key_tiles.dtype == torch.int32
@@ -369,7 +395,7 @@ def attention(
             HAS_SOFTCAP=softcap is not None,
             UPCAST=INTERPRETED and q.dtype is not torch.float32,
             VALUES_IN_KEYS=values_in_keys,
-            **compile_options(queries_per_tile, group_size, width, q.dtype),
+            **compile_options(queries_per_tile, group_size, width, q.dtype, sizes),
         )
 
 
@@ -379,7 +405,9 @@ def blocks(k_width: int, v_width: int, *, values_in_keys: bool) -> tuple[int, in
     return triton.next_power_of_2(rest), triton.next_power_of_2(v_width)
 
 
-def compile_options(queries_per_tile: int, group_size: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+def compile_options(
+    queries_per_tile: int, group_size: int, width: int, dtype: torch.dtype, sizes: Tiling
+) -> dict[str, Any]:
     """Compile-time options of a launch: block sizes, precision, stages and warps.
 
     Args:
@@ -387,8 +415,8 @@ def compile_options(queries_per_tile: int, group_size: int, width: int, dtype: t
         group_size: query heads of a program.
         width: larger of the head sizes of keys and values.
         dtype: dtype of queries, keys and values.
+        sizes: sizes for these heads on the GPU.
     """
-    sizes = tiling(width, dtype)
     rows = max(16, triton.next_power_of_2(queries_per_tile * group_size))
     thrice = "tf32x3" if width <= MAX_WIDTH else "ieee"  # of latents it takes more registers than there are
     return {

@@ -12,6 +12,7 @@ Note [Interpreter]
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 import triton
@@ -31,6 +32,19 @@ def on_device(tensor: torch.Tensor) -> Iterator[None]:
         return
     with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
         yield
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Bytes of shared memory that one block of threads can have; in the interpreter those of compute capability 9.0."""
+    if device.type != "cuda":
+        return 232_448
+    return _shared_bytes(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _shared_bytes(index: int) -> int:
+    found: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]  # Triton's own bound
+    return found
 
 
 def can_run(device: torch.device) -> bool:
