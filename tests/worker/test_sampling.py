@@ -27,7 +27,7 @@ from longspan.plan.types import SampleRow
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_row
 from longspan.types import FinishReason, SamplingParams
-from longspan.worker import sampler
+from longspan.worker import runner, sampler
 from longspan.worker.sampler import sample, sample_all, token_logprobs, uniform
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 1.0, 0.0, 0.4])
@@ -692,6 +692,31 @@ def test_a_batch_of_rows_gets_what_each_row_gets_alone():
     assert sample_all(logits, rows) == [sample(row_logits, one) for row_logits, one in zip(logits, rows, strict=True)]
 
 
+def test_rows_with_different_rules_are_sampled_together_as_alone(monkeypatch):
+    """On a GPU many rows share every launch; whatever rules the others have, a row's token is its own."""
+    mask = bytes([0b10110110]) * 7
+    rules = [
+        {"temperature": 0.0, "banned_token_ids": (3, 4)},
+        {"temperature": 0.7, "top_k": 3},
+        {"temperature": 1.5, "top_p": 0.5, "min_p": 0.1},
+        {"allowed": mask, "temperature": 2.0},
+        {"seen": mask, "repetition_penalty": 1.7, "logit_bias": ((5, 2.0), (7, -9.0))},
+        {"generated_token_ids": (1, 2), "generated_counts": (3, 1), "presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"allowed": b"", "temperature": 0.0},
+        {"temperature": 0.0},
+        {},
+    ]
+    rows = [row(position, seed=seed, **one) for position, seed in ((3, 1), (4, 2), (900, 3)) for one in rules]
+    logits = torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(0)) * 3
+    logits[9, 7] = torch.nan
+    alone = sample_all(logits, rows)
+    monkeypatch.setitem(sampler.ROWS_AT_ONCE, "cpu", 16)
+    together = sample_all(logits, rows)
+    assert [str(one) for one in together] == [str(one) for one in alone]
+    assert sum(isinstance(one, LongspanError) for one in together) == 4
+    assert len({one for one in together if isinstance(one, int)}) > 5
+
+
 def test_a_row_that_is_not_a_number_is_an_error_of_that_row_alone():
     logits = torch.zeros(3, 50)
     logits[1, 4] = torch.nan
@@ -709,17 +734,17 @@ def test_extreme_rules_keep_the_most_probable_token(rules, temperature):
 
 def test_a_row_that_fails_ends_its_request_and_no_other(model, monkeypatch):
     """As with NaN logits: the request says why, its pages are free, the others go on."""
-    real = sampler.sample
     bad = {"left": 3}
 
-    def sample_or_fail(logits, one):
-        if one.seed == 77:
+    def sample_or_fail(logits, rows):
+        found = sample_all(logits, rows)
+        if 77 in (seeds := [one.seed for one in rows]):
             bad["left"] -= 1
             if not bad["left"]:
-                raise LongspanError("the model's logits hold NaN")
-        return real(logits, one)
+                found[seeds.index(77)] = LongspanError("the model's logits hold NaN")
+        return found
 
-    monkeypatch.setattr(sampler, "sample", sample_or_fail)
+    monkeypatch.setattr(runner, "sample_all", sample_or_fail)
     several = [SamplingParams(max_tokens=6, temperature=1.0, seed=seed, ignore_eos=True) for seed in (76, 77, 78)]
     good, failed, other = run_requests(model, [([5, 6, 7], one) for one in several], context_parallel_size=2)
     assert failed.finish_reason is FinishReason.ERROR

@@ -40,7 +40,7 @@ from longspan.plan.types import (
     TableDelta,
 )
 from longspan.sharding.pages import PageTable
-from longspan.types import ModelSpec, RopeLengths
+from longspan.types import ModelSpec, RopeLengths, TokenLogprobs
 from longspan.worker.fault import Injector
 from longspan.worker.forward import ModelForward, StepOutput
 from longspan.worker.sampler import sample_all, token_logprobs
@@ -287,15 +287,13 @@ class ModelRunner:
         failed: list[FailedRow] = []
         token_of = sample_all(logits[: len(samples)], samples)
         self._sampled_by, self._sampled = plan.plan_id, {}
+        reported = self._sampled_logprobs(logits, samples, token_of)
         for i, (row, token_id) in enumerate(zip(samples, token_of, strict=True)):
             if isinstance(token_id, LongspanError):
                 failed.append(FailedRow(row.request_id, str(token_id)))
                 continue
             self._sampled[row.request_id] = token_id
-            logprobs = None
-            if row.num_logprobs is not None:
-                (logprobs,) = token_logprobs(logits[i : i + 1], self._ids([token_id]), row.num_logprobs)
-            sampled.append(SampledToken(row.request_id, row.position + 1, token_id, logprobs))
+            sampled.append(SampledToken(row.request_id, row.position + 1, token_id, reported.get(i)))
         scored: list[ScoredRun] = []
         first = len(samples)
         for score in scores:
@@ -304,6 +302,20 @@ class ModelRunner:
             scored.append(ScoredRun(score.request_id, score.position + 1, tuple(found)))
             first += count
         return _Answer(tuple(sampled), tuple(scored), tuple(failed))
+
+    def _sampled_logprobs(
+        self, logits: Tensor, samples: Sequence[SampleRow], token_of: Sequence[int | LongspanError]
+    ) -> dict[int, TokenLogprobs]:
+        """Log-probabilities that sampled rows ask for, by row; rows that ask for as many are computed together."""
+        wanted: dict[int, list[int]] = {}
+        for i, (row, token_id) in enumerate(zip(samples, token_of, strict=True)):
+            if row.num_logprobs is not None and isinstance(token_id, int):
+                wanted.setdefault(row.num_logprobs, []).append(i)
+        found: dict[int, TokenLogprobs] = {}
+        for num_top, rows in wanted.items():
+            tokens = [token for i in rows if isinstance(token := token_of[i], int)]
+            found |= zip(rows, token_logprobs(logits[self._ids(rows)], self._ids(tokens), num_top), strict=True)
+        return found
 
     def _tokens(self, plan: Plan, run: QueryRun) -> Sequence[int]:
         """Input tokens of a run."""
