@@ -15,6 +15,7 @@ from longspan.errors import ConfigError
 from longspan.option import Group, Option, check_options, is_number, take_texts_
 from longspan.quantities import MAX_COUNT, parse_listen, parse_size
 from longspan.simulation import SimulatedLinks, parse_simulated_links
+from longspan.speculation import Speculation, read_speculation
 from longspan.types import Placement, Strategy
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -49,8 +50,14 @@ def parse_nodes(text: str, field: str = "nodes") -> tuple[int, ...]:
         raise ConfigError(f"{field}: got {text!r}, legal is a node per rank such as 0,0,1,1") from None
 
 
-def parse_overrides(text: str, field: str = "hf_overrides") -> dict[str, Any]:
-    """Fields of a model's config, from a JSON object.
+_EXAMPLES = {
+    "hf_overrides": '{"rope_parameters": {...}}',
+    "speculative_config": '{"method": "ngram", "num_speculative_tokens": 4}',
+}
+
+
+def parse_json(text: str, field: str) -> dict[str, Any]:
+    """Fields from a JSON object.
 
     Raises:
         ConfigError: the text is no JSON object.
@@ -58,7 +65,7 @@ def parse_overrides(text: str, field: str = "hf_overrides") -> dict[str, Any]:
     try:
         return msgspec.json.decode(text, type=dict[str, Any])  # `json` would take NaN, and make 1e999 infinite
     except (ValueError, msgspec.DecodeError, RecursionError) as error:
-        legal = 'a JSON object such as {"rope_parameters": {...}}'
+        legal = f"a JSON object such as {_EXAMPLES[field]}"
         raise ConfigError(f"{field}: got {text[:200]!r}, legal is {legal}: {error}") from None
 
 
@@ -101,7 +108,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             "Fields of the model's config, in place of its file's.",
             Group.MODEL,
             metavar="JSON",
-            parse=parse_overrides,
+            parse=parse_json,
             unset="none",
         ),
     ] = None
@@ -280,6 +287,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = True
     """Whether the next step of decodes is submitted before the tokens of the one in flight are known; see
     `longspan.scheduler.scheduler`."""
+    speculative_config: Annotated[
+        dict[str, Any] | None,
+        Option(
+            "Check drafts of several tokens in one step: the same tokens, in fewer steps.",
+            Group.SCHEDULING,
+            metavar="JSON",
+            parse=parse_json,
+            unset="none",
+        ),
+    ] = None
+    """Speculative decoding, in vLLM's spelling.
+    `{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}` looks the 4 newest tokens of a request up
+    among its earlier ones, and checks the 4 that followed there. At most 32 drafts and n-grams of 64 tokens;
+    `prompt_lookup_min` is `prompt_lookup_max` if it is not given, and both are 5 without either. See
+    docs/speculation.md."""
     listen: Annotated[
         str | None, Option("Where workers on other hosts find the driver.", Group.NETWORK, metavar="HOST:PORT")
     ] = None
@@ -381,6 +403,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         take_texts_(self)
         check_options(self)
         self._check_overrides()
+        if self.speculative_config is not None:
+            read_speculation(self.speculative_config)
         self._check_device()
         if self.topology is not None and self.measure == "again":
             raise ConfigError("measure: got 'again' with a topology file, whose numbers hold, legal is auto or never")
@@ -534,6 +558,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def num_threads(self) -> int:
         """Compute threads of one rank."""
         return self.threads_per_rank or max(1, num_cores() // self.context_parallel_size)
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """What `speculative_config` says, or None."""
+        return None if self.speculative_config is None else read_speculation(self.speculative_config)
 
     @property
     def simulation(self) -> SimulatedLinks | None:

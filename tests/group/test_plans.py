@@ -41,9 +41,9 @@ def mixed_plan(plan_id: int = 4) -> Plan:
     """A chunk of request 0, which is scored, and a decode of each of the others."""
     scores = score_runs(0, TABLES[0], range(100, 120), 14, 18, 2)
     steps = [
-        RequestStep(0, 5, 18, 20, list(range(105, 118)), None, scores),
-        RequestStep(1, 6, 7, 7, [61], row(1, 6), (), is_packed=True),
-        RequestStep(2, 3, 4, 4, [73], row(2, 3), (), is_packed=True),
+        RequestStep(0, 5, 18, 20, list(range(105, 118)), (), scores),
+        RequestStep(1, 6, 7, 7, [61], [row(1, 6)], (), is_packed=True),
+        RequestStep(2, 3, 4, 4, [73], [row(2, 3)], (), is_packed=True),
     ]
     deltas = [TableDelta(request_id, 0, True, tuple(table.runs), 0) for request_id, table in TABLES.items()]
     choose = partial(plan_group, forced=Strategy.PASS_Q)
@@ -52,7 +52,7 @@ def mixed_plan(plan_id: int = 4) -> Plan:
 
 def decode_plan(plan_id: int) -> Plan:
     """A decode of request 0, at the first position of its page."""
-    steps = [RequestStep(0, 16, 17, 17, [116], row(0, 16), ())]
+    steps = [RequestStep(0, 16, 17, 17, [116], [row(0, 16)], ())]
     return build_plan(plan_id, {0, 1, 2}, steps, [TABLES], [GROUP], partial(plan_group, forced=Strategy.PASS_Q))
 
 

@@ -76,6 +76,11 @@ def runs_from(table: PageTable, page_idx: int) -> list[PageRun]:
     return copy.runs
 
 
+def with_drafts(request: Request) -> list[int]:
+    """A request's tokens, and the drafts that a plan in flight checks."""
+    return request.token_ids + [draft.token_id for draft in request.drafts]
+
+
 def fake_token(row: SampleRow) -> int:
     """Depends on the request's seed and the position only; every tenth or so ends a request."""
     token = random.Random(f"{row.seed} {row.position}").randrange(VOCAB // 2)
@@ -252,7 +257,7 @@ class FakeRanks:
             is_ahead = isinstance(run.tokens, SampledBy)
             assert run.position == starts.get(run.request_id, request.num_computed + is_ahead)
             if isinstance(run.tokens, Literals):
-                assert run.tokens.token_ids == tuple(request.token_ids[run.position : run.end])
+                assert run.tokens.token_ids == tuple(with_drafts(request)[run.position : run.end])
             else:
                 sampling = self.plans[run.tokens.plan_id - self.first_plan_id]
                 assert (run.position, run.num_tokens) == (len(request.token_ids), 1)
@@ -273,11 +278,16 @@ class FakeRanks:
         assert len({requests[request_id].phase for request_id in moving}) <= 1, "one strategy for two phases"
         to_sample = {r for r, end in starts.items() if end >= len(requests[r].token_ids)}
         assert [(row.request_id, row.position) for row in plan.samples] == [
-            (r, starts[r] - 1) for r in starts if r in to_sample
+            (r, position)
+            for r in starts
+            if r in to_sample
+            for position in range(starts[r] - 1 - len(requests[r].drafts), starts[r])
         ]
+        assert plan.has_drafts == any(requests[r].drafts for r in to_sample)
         for row in plan.samples:
             request = requests[row.request_id]
-            must_go_on = request.num_generated < request.params.min_tokens
+            num_generated = max(request.num_generated, row.position + 1 - request.prompt_len)  # drafts before it
+            must_go_on = num_generated < request.params.min_tokens
             assert set(row.banned_token_ids) == (
                 {*request.eos_token_ids, *request.params.stop_token_ids} if must_go_on else set()
             )
@@ -329,7 +339,9 @@ class FakeRanks:
         assert tuple(sorted(crossing)) == step.participants
 
     def _tokens(self, request: Request) -> list[int]:
-        """The tokens, and one more if a plan in flight samples it."""
+        """The tokens, and one more if a plan in flight samples it, or the drafts that it checks."""
+        if request.drafts:
+            return with_drafts(request)
         known = request.token_ids
         rows = [row for plan in self.in_flight.values() for row in plan.samples if row.request_id == request.request_id]
         return known + [fake_token(row) for row in rows if row.position == len(known) - 1]
@@ -361,11 +373,12 @@ class FakeRanks:
     def answer(self, plan: Plan) -> PlanResult:
         """What the plan's ranks say."""
         results = []
+        token_of = self._sampled(plan)
         for rank in plan.ranks:
             mine = [run for run in plan.query_runs if run.compute_rank == rank]
             sampled = tuple(
-                SampledToken(row.request_id, row.position + 1, token := fake_token(row), _logprobs(token, row))
-                for row in plan.samples
+                SampledToken(row.request_id, row.position + 1, token, _logprobs(token, row))
+                for row, token in zip(plan.samples, token_of, strict=True)
                 if any(run.request_id == row.request_id and run.position <= row.position < run.end for run in mine)
             )
             scored = tuple(
@@ -378,6 +391,21 @@ class FakeRanks:
         assert sum(len(r.scored) for r in results) == len(plan.scores)
         self.rng.shuffle(results)
         return PlanResult(plan.plan_id, tuple(results))
+
+    def _sampled(self, plan: Plan) -> list[int]:
+        """Token of every row; behind a wrong draft one that no other row says, since it must not be kept."""
+        inputs = {
+            (run.request_id, run.position + i): token_id
+            for run in plan.query_runs
+            if isinstance(run.tokens, Literals)
+            for i, token_id in enumerate(run.tokens.token_ids)
+        }
+        found: list[int] = []
+        for i, row in enumerate(plan.samples):
+            is_behind_draft = i > 0 and plan.samples[i - 1].request_id == row.request_id
+            is_right = not is_behind_draft or inputs[row.request_id, row.position] == found[-1]
+            found.append(fake_token(row) if is_right else VOCAB - 1 - row.position % 2)
+        return found
 
     def first_plans(self) -> list[Plan]:
         """Those in flight that can end now: a rank runs its plans in order."""

@@ -8,7 +8,7 @@ import torch
 from tiny_models import generate_reference, greedy, random_prompt, run_all, write_model
 from transformers import AutoConfig
 
-from longspan.config import EngineConfig, parse_overrides
+from longspan.config import EngineConfig, parse_json
 from longspan.engine.engine import Engine
 from longspan.errors import ConfigError
 from longspan.models.inspect import inspect_model
@@ -197,7 +197,7 @@ def test_rejects_a_value_that_the_config_does_not_keep(tmp_path):
 )
 def test_rejects_a_text_that_is_no_json_object(text):
     with pytest.raises(ConfigError, match="hf_overrides: got"):
-        parse_overrides(text)
+        parse_json(text, "hf_overrides")
 
 
 @pytest.mark.parametrize("value", [[], {1: 2}, {"a": {1, 2}}, {"a": {"b": math.nan}}, {"a": math.inf}])

@@ -43,8 +43,8 @@ def sample(request_id: int, position: int) -> SampleRow:
 
 def part(start, end, num_known, *, request_id=0, tokens=None, scores=()) -> RequestStep:
     """A request's part in a step; it gets a token where its known ones end."""
-    row = sample(request_id, end - 1) if end >= num_known else None
-    return RequestStep(request_id, start, end, num_known, tokens or range(start, end), row, scores)
+    rows = [sample(request_id, end - 1)] if end >= num_known else []
+    return RequestStep(request_id, start, end, num_known, tokens or range(start, end), rows, scores)
 
 
 def build(*parts: RequestStep, table: PageTable | None = None, groups=(GROUP,), **more) -> Plan:

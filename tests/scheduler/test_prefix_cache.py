@@ -447,7 +447,7 @@ def test_pages_of_a_request_that_failed_serve_nobody(num_ranks):
             ranks.complete(plan)
             continue
         del ranks.in_flight[plan.plan_id]
-        row = FailedRow(request.request_id, "not a number")
+        row = FailedRow(request.request_id, len(request.token_ids), "not a number")
         results = [
             RankResult(plan.plan_id, rank, (), (), 0, 0, failed=(row,) * (rank == plan.ranks[0])) for rank in plan.ranks
         ]

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 
 import pytest
+from drafts import SPECULATION, check_all_drafts, scripted
 from fake_ranks import (
     VOCAB,
     FakeRanks,
@@ -69,6 +70,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
         enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
         state_snapshot_tokens=page_size * draw(st.sampled_from([1, 2, 8])),
         async_scheduling=draw(st.booleans()),
+        speculative_config=draw(st.sampled_from([SPECULATION, None, {**SPECULATION, "num_speculative_tokens": 9}])),
     )
 
 
@@ -97,6 +99,11 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
     )
 
 
+def all_tokens_alone(request: Request) -> list[int]:
+    """Prompt and output of a request with nothing beside it."""
+    return request.token_ids[: request.prompt_len] + tokens_alone(request)
+
+
 def has_copies(request: Request) -> bool:
     """Whether pages of other ranks are to be copied for the request."""
     return request.allocation is not None and bool(request.allocation.copies)
@@ -110,6 +117,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         windows=st.sampled_from([(None,), (None, 5), (None, 20, 3), (7,), (1, 30)]),
         memory_tokens=st.sampled_from([100, 60, 30, 200, 8]),
         num_slots=st.sampled_from([None, None, 2, 1, 5, 20]),
+        wrong=st.sampled_from([0.3, 0.0, 1.0]),
         seed=st.integers(0, 1000),
     )
     def start(
@@ -118,6 +126,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         windows: tuple[int | None, ...],
         memory_tokens: int,
         num_slots: int | None,
+        wrong: float,
         seed: int,
     ) -> None:
         model = make_model(*windows, has_state=num_slots is not None)
@@ -126,6 +135,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         pools = pools_of(config, pages)
         slots = () if num_slots is None else (num_slots,)
         self.scheduler = Scheduler(model, config, tuple([(*of_rank, *slots) for of_rank in pools]))
+        self.scheduler.drafting.make_proposer = scripted(all_tokens_alone, wrong, VOCAB)
         self.ranks = FakeRanks(self.scheduler, random.Random(seed), checks_books=False)
         self.requests: list[Request] = []
         self.ended_early: set[int] = set()
@@ -310,6 +320,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(in_flight) == 1, "a suspect is not alone"
             REACHED["suspects alone"] += 1
         REACHED["batch"] += num_requests > 1
+        REACHED["drafts"] += plan.has_drafts
+        REACHED["drafts on several ranks"] += any(
+            len({run.compute_rank for run in plan.query_runs if run.request_id == request.request_id}) > 1
+            for request in in_flight
+            if request.drafts
+        )
+        REACHED["drafts beside prompts"] += plan.has_drafts and plan.phase is Phase.PREFILL
         REACHED["ran ahead"] += isinstance(plan.query_runs[0].tokens, SampledBy)
         REACHED["mixed"] += (
             plan.phase is Phase.PREFILL
@@ -349,6 +366,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ranks.check_cached()
         assert_all_free(self.scheduler)
         REACHED["runs"] += 1
+        REACHED["right drafts"] += self.scheduler.drafting.num_accepted
+        REACHED["wrong drafts"] += self.scheduler.drafting.num_rejected
         REACHED["preemptions"] += self.scheduler.num_preemptions
         allocators = [allocator for allocators in self.scheduler.memory.allocators for allocator in allocators]
         REACHED["evicted pages"] += sum(allocator.num_evicted for allocator in allocators)
@@ -382,6 +401,12 @@ def run_machine(
 ) -> None:
     """Run the machine. Args: `is_fixed` takes the same examples every time, for one version of hypothesis."""
     REACHED.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        check_all_drafts(patch)
+        _run_machine(max_examples, is_fixed=is_fixed, base=base, num_steps=num_steps)
+
+
+def _run_machine(max_examples: int, *, is_fixed: bool, base: type[SchedulerMachine], num_steps: int) -> None:
 
     class Machine(base):
         pass
@@ -402,12 +427,15 @@ OFTEN = {
     "1 ranks",
     "2 ranks",
     "batch",
+    "drafts",
     "evicted pages",
     "hit tokens",
     "local",
     "mixed",
     "preemptions",
     "ran ahead",
+    "right drafts",
+    "wrong drafts",
 }
 ALWAYS_IN_MANY = OFTEN | {
     "3 ranks",
@@ -417,6 +445,8 @@ ALWAYS_IN_MANY = OFTEN | {
     "cancelled when preempted",
     "cancelled when waiting",
     "copied pages",
+    "drafts beside prompts",
+    "drafts on several ranks",
     "gather_kv",
     "hits from states",
     "kept states",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast, get_args
 import click
 import msgspec
 
-from longspan.config import KVDTypeName, parse_overrides, parse_weights
+from longspan.config import KVDTypeName, parse_json, parse_weights
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
 from longspan.quantities import parse_size, parse_tokens
@@ -82,7 +82,7 @@ def plan(
     contexts = [parse_tokens(text) for text in context.split(",")]
     if len(set(contexts)) < len(contexts):
         raise ConfigError(f"context: got {context!r} with a length twice, legal are different lengths")
-    overrides = None if hf_overrides is None else parse_overrides(hf_overrides)
+    overrides = None if hf_overrides is None else parse_json(hf_overrides, "hf_overrides")
     weights = None if rank_weights is None else parse_weights(rank_weights)
     if weights == "auto":
         raise ConfigError("rank_weights: got 'auto', legal here is a number per rank: nothing is measured")

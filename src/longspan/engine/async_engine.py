@@ -87,6 +87,11 @@ class AsyncEngine:
         return self.engine.spec
 
     @property
+    def has_drafts(self) -> bool:
+        """Whether steps may check drafts."""
+        return self.engine.scheduler.drafting.make_proposer is not None
+
+    @property
     def num_unfinished(self) -> int:
         """Number of requests that have not ended."""
         scheduler = self.engine.scheduler

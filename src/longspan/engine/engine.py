@@ -53,6 +53,12 @@ def _completed(spec: ModelSpec, config: EngineConfig, end_token_ids: Sequence[in
     if is_gguf(config.model):
         memory_gb, dtype = spec.weight_bytes / 1e9, spec.kv_groups[0].spec.compute_dtype
         print(f"longspan: {config.model}: dequantised weights take {memory_gb:.2f} GB of {dtype}", file=sys.stderr)
+    if config.speculation is not None and spec.state_groups:
+        print(
+            "longspan: speculative_config: no drafts for a model with recurrent layers, whose state cannot be taken "
+            "back behind a wrong one",
+            file=sys.stderr,
+        )
     if not ends:
         print("longspan: the model names no end token: answers end by max_tokens or a stop text", file=sys.stderr)
     stored = stored_as(groups, config.kv_cache_dtype)
@@ -332,6 +338,9 @@ class Engine(ClosedAtExit):
             num_preemptions=scheduler.num_preemptions,
             prefix_queries_tokens=memory.num_queried_tokens,
             prefix_hit_tokens=memory.num_hit_tokens,
+            num_drafted=scheduler.drafting.num_drafted,
+            num_accepted_drafts=scheduler.drafting.num_accepted,
+            num_rejected_drafts=scheduler.drafting.num_rejected,
             num_restarts=restarts.num_done,
             recovery_s=restarts.total_s,
             last_recovery_s=restarts.last_s,

@@ -77,6 +77,10 @@ class OutputReader:
         """Generated tokens, without those after a stop string."""
         self.num_cached = 0
         """Prompt tokens that were found in the prefix cache."""
+        self.num_accepted = 0
+        """Drafts that became tokens."""
+        self.num_rejected = 0
+        """Drafts that were wrong."""
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         """One entry per prompt token but the first, if asked for; None before the first generated token."""
         self.stop_text: str | None = None
@@ -93,6 +97,7 @@ class OutputReader:
     def read(self, update: Update) -> OutputDelta:
         """Take in one update; return what it adds."""
         self.num_cached = update.num_cached
+        self.num_accepted, self.num_rejected = update.num_accepted, update.num_rejected
         if update.prompt_logprobs is not None:
             self.prompt_logprobs = update.prompt_logprobs
         has_prefilled = self._read_prefill(update)

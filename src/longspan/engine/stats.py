@@ -89,6 +89,12 @@ class EngineStats:
     """Times that ranks were lost and replaced."""
     recovery_s: float = 0.0
     """Seconds from the notice that ranks were lost until new ones were ready, summed over restarts."""
+    num_drafted: int = 0
+    """Times that a step checked drafts of a request."""
+    num_accepted_drafts: int = 0
+    """Drafts that became tokens."""
+    num_rejected_drafts: int = 0
+    """Drafts that were wrong."""
     last_recovery_s: float | None = None
     """Seconds of the last restart, from the notice of the loss until new ranks were ready; None if there was none."""
 

@@ -26,6 +26,10 @@ class Update(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None
     prompt_logprobs: list[TokenLogprobs] | None
     """One entry per prompt token but the first, if asked for; None except with the first generated token."""
+    num_accepted: int = 0
+    """Drafts so far that became tokens."""
+    num_rejected: int = 0
+    """Drafts so far that were wrong."""
     is_recovering: bool = False
     """Whether the ranks are lost, so that new ones compute prompt and tokens again before the next token."""
 
@@ -38,6 +42,7 @@ def update_of(request: Request, num_read: int, since_start_s: float) -> Update:
         num_read: number of generated tokens in earlier updates.
         since_start_s: seconds since the request began.
     """
+    drafter = request.drafter
     return Update(
         token_ids=request.token_ids[request.prompt_len + num_read :],
         logprobs=request.logprobs[num_read:],
@@ -46,4 +51,6 @@ def update_of(request: Request, num_read: int, since_start_s: float) -> Update:
         since_start_s=since_start_s,
         finish_reason=request.finish_reason,
         prompt_logprobs=request.prompt_logprobs if num_read == 0 < request.num_generated else None,
+        num_accepted=0 if drafter is None else drafter.num_accepted,
+        num_rejected=0 if drafter is None else drafter.num_rejected,
     )

@@ -57,9 +57,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class GrammarConstraint:
     """Grammar of one request, at the current end of its output."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, allowed: bytes | None = None) -> None:
+        """Take a matcher, and what it allows next if that is known."""
         self._matcher = matcher
-        self._allowed = self._next()
+        self._allowed = self._next() if allowed is None else allowed
 
     def allowed(self) -> bytes:
         """Bit mask of the tokens that may come next, at least one: bit i % 8 of byte i // 8 is token i."""
@@ -67,7 +68,7 @@ class GrammarConstraint:
 
     def copy(self) -> "GrammarConstraint":
         """Copy the state; the compiled grammar is shared."""
-        return GrammarConstraint(self._matcher.deep_copy())
+        return GrammarConstraint(self._matcher.deep_copy(), self._allowed)
 
     @property
     def is_complete(self) -> bool:

@@ -49,8 +49,9 @@ class RequestStep(msgspec.Struct, frozen=True, gc=False):
     """Input tokens, of which the first `num_skipped` are not of this step; or the plan that samples the only one.
 
     A host's own list of all tokens: a copy of a chunk of many ranks would take a millisecond."""
-    sample: SampleRow | None
-    """Row that the request's next token is sampled from; None if this step does not compute the last known token."""
+    samples: Sequence[SampleRow]
+    """Rows that the request's next tokens are sampled from: one, and one more behind every draft; none if this step
+    does not compute the last known token."""
     scores: Sequence[ScoreRun]
     """Rows whose next token is known and is scored."""
     rope_len: int = 0
@@ -97,8 +98,7 @@ def build_plan(
     for request in requests:
         is_prefill = is_prefill or request.num_known - request.start > 1
         _add_runs(query_runs, request, tables[0][request.request_id])
-        if request.sample is not None:
-            samples.append(request.sample)
+        samples += request.samples
         if request.scores:
             scores += request.scores
     assert is_prefill or not scores, "a step that scores known tokens is a prefill"
@@ -125,6 +125,7 @@ def build_plan(
         states=tuple(states),
         released=tuple(sorted(released)),
         packed=tuple([request.request_id for request in requests if request.is_packed]),
+        has_drafts=any(len(request.samples) > 1 for request in requests),
         last_layer=last_layer,
         read_runs=() if last_layer is None else tuple(read),
     )

@@ -6,7 +6,7 @@ Read next: `longspan.cp.fixed`, the attention of such steps.
 Note [Fixed shapes]
     Every rank of a plan makes the same `FixedShape` of it, or all make none: it depends on what all are told alone.
     Scores and packed runs are told to one rank; but a decode scores nothing (`build_plan` asserts it), and its runs are
-    one token each.
+    one token each, but where it checks drafts: such steps are not fixed.
     Rows are padded to a bucket on all ranks, so messages have the same sizes however many requests a rank has. A
     padding row is token 0 at position 0, sees no key, is stored nowhere and never sampled.
 
@@ -41,7 +41,7 @@ def fixed_shape(plan: Plan) -> FixedShape | None:
     """Shape of a decode step, or None for a step that is not fixed. See Note [Fixed shapes]."""
     if plan.phase is not Phase.DECODE or plan.scores or plan.last_layer is not None or not any(plan.num_tokens):
         return None
-    if any(run.num_tokens != 1 for run in plan.query_runs):
+    if plan.has_drafts or any(run.num_tokens != 1 for run in plan.query_runs):
         return None
     homes = tuple([rank for rank, count in zip(plan.ranks, plan.num_tokens, strict=True) if count])
     participants: list[tuple[int, ...]] = []

@@ -68,6 +68,7 @@ class SharedPart(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Of requests on several ranks."""
     states: tuple[StateStep, ...] = ()
     """Of requests on several ranks."""
+    has_drafts: bool = False
 
 
 class OwnPart(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -124,6 +125,7 @@ def split(plan: Plan) -> tuple[SharedPart, dict[int, OwnPart]]:
         plan.last_layer,
         tuple(shared_reads),
         tuple(shared_states),
+        plan.has_drafts,
     )
     own = {
         rank: OwnPart(
@@ -162,6 +164,7 @@ def join(shared: SharedPart, own: OwnPart, rank: int) -> Plan:
         released=shared.released,
         last_layer=shared.last_layer,
         read_runs=tuple(_spread([*shared.read_runs, *own.read_runs])),
+        has_drafts=shared.has_drafts,
     )
 
 

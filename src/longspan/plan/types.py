@@ -40,7 +40,7 @@ Operand: TypeAlias = Literal["query", "partial", "kv"]
 
 
 class Literals(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="literal"):
-    """Input tokens that the driver knows."""
+    """Input tokens that the driver knows, or proposes: drafts of tokens that are not sampled yet."""
 
     token_ids: tuple[int, ...]
 
@@ -220,7 +220,8 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     groups: tuple[GroupStep, ...]
     """Step of each KV group."""
     samples: tuple[SampleRow, ...]
-    """Rows that are sampled from; these and the rows of `scores` need logits."""
+    """Rows that are sampled from; these and the rows of `scores` need logits. A request has several where the step
+    checks drafts: one behind its last known token, and one behind each draft."""
     scores: tuple[ScoreRun, ...] = ()
     page_copies: tuple[PageCopy, ...] = ()
     states: tuple[StateStep, ...] = ()
@@ -234,6 +235,8 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     packed: tuple[int, ...] = ()
     """Requests whose pages all lie on the rank that computes them: other ranks are told nothing of them. Their query
     runs come last, so that other ranks know the packed rows of all other runs."""
+    has_drafts: bool = False
+    """Whether a request has drafts. All ranks know it, also where it is one that they are told nothing of."""
     follows: int | None = None
     """Number of the plan that this one takes one token further, all else being equal (`longspan.plan.advance`)."""
 
@@ -249,9 +252,12 @@ class SampledToken(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class FailedRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """Row that cannot be sampled: its request ends, the other requests go on."""
+    """Row that cannot be sampled: its request ends, the other requests go on. Behind a draft that is wrong, it does not
+    matter."""
 
     request_id: int
+    position: int
+    """Position that the token would take: one past the row."""
     reason: str
 
 

@@ -29,7 +29,7 @@ from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.delivery import Step
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
-from longspan.scheduler.sampling import sample_row
+from longspan.scheduler.sampling import sample_rows
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec, Phase, Strategy
 
@@ -84,7 +84,8 @@ class PlanWriter:
         else:
             self.choices.count_again(movers or plan.phase, plan.groups)
         moves_queries = any(step.strategy in MOVE_QUERIES for step in plan.groups)
-        step = Step(plan, [request for request, _ in chosen]) if plan.phase is Phase.DECODE else None
+        goes_on = plan.phase is Phase.DECODE and not plan.has_drafts
+        step = Step(plan, [request for request, _ in chosen]) if goes_on else None
         for request, end in chosen:
             request.note_planned(end)
             is_spread = request.allocation is not None and len(request.allocation.page_ranks) > 1
@@ -212,15 +213,16 @@ def _request_step(
     request: Request, allocation: Allocation, end: int, sampled: SampledBy | None, *, is_packed: bool
 ) -> RequestStep:
     """What a step computes of a request that has its pages already."""
-    start, num_known = request.num_planned, len(request.token_ids)
+    start, num_known, drafts = request.num_planned, len(request.token_ids), request.drafts
+    tokens = [*request.token_ids[start:], *(draft.token_id for draft in drafts)] if drafts else request.token_ids
     return RequestStep(
         request_id=request.request_id,
         start=start,
         end=end,
         num_known=num_known,
-        tokens=sampled or request.token_ids,
-        num_skipped=start,
-        sample=None if end < num_known else sample_row(request, end - 1),
+        tokens=sampled or tokens,
+        num_skipped=0 if drafts else start,
+        samples=() if end < num_known else sample_rows(request, end - 1 - len(drafts)),
         scores=() if request.params.prompt_logprobs is None else _scores(request, allocation, start, end),
         rope_len=request.rope_len,
         is_packed=is_packed,

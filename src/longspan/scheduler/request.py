@@ -6,15 +6,16 @@ Read next: `longspan.scheduler.allocation`; `longspan.scheduler.scheduler`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from longspan.errors import LongspanError
 from longspan.kv.prefix import extend_hashes
-from longspan.plan.types import SampleRow
+from longspan.plan.types import SampledToken, SampleRow
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.delivery import Delivery
+from longspan.scheduler.drafter import Drafter
 from longspan.types import FinishReason, Phase, RopeLengths, SamplingParams, TokenLogprobs
 
 PRIORITY_REQUESTS = 1000
@@ -33,6 +34,17 @@ class Constraint(Protocol):
         Raises:
             LongspanError: nothing can follow. It ends this request, and no other.
         """
+
+    def copy(self) -> "Constraint":
+        """A constraint in the same state, which goes its own way: along drafts that may be wrong."""
+
+
+class Draft(NamedTuple):
+    """A guess at a token that is not sampled yet."""
+
+    token_id: int
+    constraint: Constraint | None
+    """The request's constraint, if it has one, behind this draft and those before it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +90,10 @@ class Request:
     """One per generated token, if asked for."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One per prompt token but the first, if asked for."""
+    drafter: Drafter | None = None
+    """Where drafts come from; None for none."""
+    drafts: Sequence[Draft] = ()
+    """Drafts that the plan in flight checks: they may come behind the newest token, and are no part of `token_ids`."""
     next_row: SampleRow | None = None
     """How all next tokens are sampled but for their positions, once they are sampled alike."""
     _counts: Counter[int] | None = None
@@ -129,6 +145,7 @@ class Request:
         self.allocation = None
         self.num_preemptions += 1
         self.num_computed = self.num_planned = 0
+        self.drafts = ()
         self.delivery.forget_tables()
 
     def crosses(self, num_tokens: int) -> bool:
@@ -160,31 +177,84 @@ class Request:
         """Take down that a plan computes all tokens up to `end`."""
         self.num_planned = end
 
+    def most_drafts(self) -> int:
+        """Most drafts that the next step may check, however many are proposed: all of them may become tokens."""
+        left = self.params.max_tokens - self.num_generated - 1
+        rope = self.rope_lengths
+        if rope is not None and rope.is_recomputed and self.rope_len <= rope.same_up_to:
+            left = min(left, rope.same_up_to - len(self.token_ids))  # rows behind it have other frequencies
+        return max(0, left)
+
+    def note_drafts(self, drafts: Sequence[Draft]) -> None:
+        """Take down what the next plan checks behind the newest token."""
+        self.drafts = drafts
+
+    def take_sampled(self, sampled: Mapping[int, SampledToken], failed: str | None) -> int:
+        """Append what a step has sampled: a token, and behind every draft that equals the token before it, one more.
+
+        As each token is sampled with its own position's random number, and from the logits behind the tokens that it
+        follows, tokens are those that come without drafts.
+
+        Args:
+            sampled: sampled tokens by their positions, those behind wrong drafts included.
+            failed: why a row could not be sampled, if one could not.
+
+        Returns:
+            Drafts that were right.
+        """
+        drafts, self.drafts = self.drafts, ()
+        num_accepted = 0
+        for draft in (*drafts, None):
+            found = sampled.get(len(self.token_ids))
+            if found is None:
+                self.fail(failed or "no rank has sampled its next token")
+                break
+            is_right = draft is not None and found.token_id == draft.token_id
+            self.add_token(found.token_id, found.logprobs, draft if is_right else None)
+            num_accepted += is_right
+            if not is_right or self.finish_reason is not None:
+                break
+        if self.drafter is not None:
+            self.drafter.note_checked(len(drafts), num_accepted)
+            if self.finish_reason is None:
+                self.drafter.read(self.token_ids)
+        if drafts:  # keys of wrong drafts are written over by the next step
+            self.num_planned = min(self.num_planned, len(self.token_ids) - 1)
+        return num_accepted
+
     def note_computed(self, num_tokens: int) -> None:
-        """Take down that so many tokens have their KV stored."""
-        self.num_computed = max(self.num_computed, num_tokens)
+        """Take down that so many tokens have their KV stored, those of wrong drafts not counted."""
+        self.num_computed = max(self.num_computed, min(num_tokens, self.num_planned))
+        if self.drafter is not None:
+            self.drafter.read_prompt(self.token_ids, self.num_computed)
         if self.num_computed > self.farthest:
             self.num_crashes = 0
 
-    def banned_token_ids(self) -> tuple[int, ...]:
-        """Tokens that must not be sampled next: whatever would end the request before `min_tokens`."""
-        if self.num_generated >= self.params.min_tokens:
+    def banned_token_ids(self, num_more: int = 0) -> tuple[int, ...]:
+        """Tokens that must not be sampled behind so many more: whatever would end the request before `min_tokens`."""
+        if self.num_generated + num_more >= self.params.min_tokens:
             return ()
         return tuple(sorted({*self.eos_token_ids, *self.params.stop_token_ids}))
 
-    def generated_counts(self) -> Counter[int]:
-        """How often each token was generated. Counted once, then kept; not to be changed."""
+    def generated_counts(self, more: Sequence[int] = ()) -> Counter[int]:
+        """How often each token was generated, `more` included. Counted once, then kept; not to be changed."""
         if self._counts is None:
             self._counts = Counter(self.output_token_ids)
-        return self._counts
+        return self._counts + Counter(more) if more else self._counts
 
-    def seen_tokens(self) -> bytes:
-        """The tokens of prompt and output, as bits: bit i % 8 of byte i // 8. Collected once, then kept."""
+    def seen_tokens(self, more: Sequence[int] = ()) -> bytes:
+        """The tokens of prompt and output, and `more`, as bits: bit i % 8 of byte i // 8. Collected once, then kept."""
         if self._seen is None:
             self._seen = bytearray(max(self.token_ids) // 8 + 1)
             for token_id in set(self.token_ids):
                 self._seen[token_id // 8] |= 1 << token_id % 8
-        return bytes(self._seen)
+        if not more:
+            return bytes(self._seen)
+        seen = bytearray(self._seen)
+        seen.extend(bytes(max(0, max(more) // 8 + 1 - len(seen))))
+        for token_id in more:
+            seen[token_id // 8] |= 1 << token_id % 8
+        return bytes(seen)
 
     def note_row(self, row: SampleRow) -> None:
         """Keep how all next tokens are sampled, but for their positions."""
@@ -206,8 +276,14 @@ class Request:
         """Append the log-probabilities of the next prompt tokens."""
         self.prompt_logprobs.extend(logprobs)
 
-    def add_token(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """Append a sampled token and see whether it ends the request."""
+    def add_token(self, token_id: int, logprobs: TokenLogprobs | None, draft: Draft | None = None) -> None:
+        """Append a sampled token and see whether it ends the request.
+
+        Args:
+            token_id: the token.
+            logprobs: what was asked for.
+            draft: the draft that it equals, if there was one.
+        """
         self.token_ids.append(token_id)
         if self._counts is not None:
             self._counts[token_id] += 1
@@ -220,6 +296,8 @@ class Request:
             self.finish_reason = FinishReason.STOP
         elif self.num_generated >= self.params.max_tokens:
             self.finish_reason = FinishReason.LENGTH
+        elif self.constraint is not None and draft is not None:
+            self.constraint = draft.constraint
         elif self.constraint is not None:
             try:
                 self.constraint.accept(token_id)

@@ -18,15 +18,22 @@ from longspan.types import Phase
 class RunAhead:
     """Plans in flight, as far as others may follow them."""
 
-    def __init__(self, page_size: int, chunks: Chunks, extend: Callable[[Request], bool]) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        chunks: Chunks,
+        extend: Callable[[Request], bool],
+        wants_drafts: Callable[[Sequence[Request]], bool],
+    ) -> None:
         """Begin without plans.
 
         Args:
             page_size: tokens per page.
             chunks: says which ranks a step involves.
             extend: places one more page of a request; False when no rank has room.
+            wants_drafts: whether the next step of some requests should have drafts, which follow known tokens alone.
         """
-        self._page_size, self._chunks, self._extend = page_size, chunks, extend
+        self._page_size, self._chunks, self._extend, self._wants_drafts = page_size, chunks, extend, wants_drafts
         self._leaders: dict[int, tuple[Plan, Sequence[Request]]] = {}  # whose tokens are known, and nobody follows
         self._behind: dict[int, tuple[Plan, Sequence[Request]]] = {}  # the plan behind each, by the leader's number
 
@@ -68,6 +75,8 @@ class RunAhead:
         self, plan: Plan, requests: Sequence[Request], cancelled: AbstractSet[int]
     ) -> list[tuple[Request, int]]:
         """The requests that a plan behind this one takes a token further; none if that would leave one behind."""
+        if self._wants_drafts(requests):
+            return []
         chosen: list[tuple[Request, int]] = []
         needs_all_ranks, of_plan = False, set(plan.ranks)
         for request in requests:

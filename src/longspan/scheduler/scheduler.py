@@ -45,9 +45,10 @@ from typing import NamedTuple
 from longspan.config import EngineConfig
 from longspan.costmodel.parameters import Costs
 from longspan.costmodel.step_time import StepTime
-from longspan.plan.types import Plan, PlanResult
+from longspan.plan.types import Plan, PlanResult, SampledToken
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.chunks import Chunks
+from longspan.scheduler.drafting import Drafting
 from longspan.scheduler.filling import ChosenStep, fill_step
 from longspan.scheduler.intake import Intake
 from longspan.scheduler.lanes import Lanes
@@ -98,7 +99,9 @@ class Scheduler:
         self._lanes = Lanes(self._turns, config.context_parallel_size)
         self._idle: dict[int, Request] = {}
         """Running requests that are neither in flight nor ready: new ones, and those that lack a page."""
-        self._ahead = RunAhead(config.page_size, self._chunks, self._extend)
+        self.drafting = Drafting(model, config, self._chunks)
+        """Drafts of running requests."""
+        self._ahead = RunAhead(config.page_size, self._chunks, self._extend, self.drafting.pays)
         self._load = RankLoad(config.context_parallel_size)
         self._suspects = Suspects()
         self.waiting: deque[Request] = deque()
@@ -160,6 +163,7 @@ class Scheduler:
         request = self.intake.take(self.next_request_id, prompt, params, constraint, page_hashes)
         self.next_request_id += 1
         self.requests[request.request_id] = request
+        self.drafting.begin(request)
         self._enqueue(request)
         return request
 
@@ -256,6 +260,7 @@ class Scheduler:
         self.next_plan_id, self.next_request_id = other.next_plan_id, other.next_request_id
         self.writer.take_over(other.writer)
         self.memory.take_over(other.memory)
+        self.drafting.take_over(other.drafting)
 
     # -- plans -------------------------------------------------------------------------------------------------------
 
@@ -284,6 +289,7 @@ class Scheduler:
             if allocation is None:
                 continue  # preempted for an older one
             if self._has_page(request, allocation):
+                self._place_drafts(request, allocation)
                 self._lanes.put(request, self._chunks.next_ranks(request, allocation))
             elif request.allocation is not None:
                 self._idle[request.request_id] = request
@@ -298,6 +304,7 @@ class Scheduler:
             if request in self.running:
                 return self._run_ahead()
             return self.schedule()  # it gave its pages to those that it kept waiting
+        self._place_drafts(request, allocation)
         ranks = self._chunks.next_ranks(request, allocation)
         lead = self._turns.of(request, ranks, self.next_plan_id, len(self.running))
         return self._write_plan(fill_step(lead, [lead], self.config, self._chunks))
@@ -349,8 +356,16 @@ class Scheduler:
             self._preempt(idle[-1])
         return True
 
+    def _place_drafts(self, request: Request, allocation: Allocation) -> None:
+        """Place pages for the drafts of a request whose next token has one, while ranks have room."""
+        end = len(request.token_ids) + self.drafting.num_wanted(request)
+        while end > allocation.num_pages * allocation.page_size and self._extend(request):
+            pass
+
     def _write_plan(self, step: ChosenStep) -> Plan:
         """The plan of a step that is decided; it is in flight from now on."""
+        if step.behind is None:
+            step = self.drafting.choose(step)
         ranks, chosen, movers, flops, behind = step
         released: set[int] = set()
         for rank in ranks:
@@ -389,32 +404,40 @@ class Scheduler:
         self._ahead.note_end(plan.plan_id)
         if plan.phase is Phase.PREFILL and self.config.max_step_ms is not None:
             self.step_time.learn(flops, max(rank_result.step_s for rank_result in result.ranks))
-        computed = {run.request_id: run.end for run in plan.query_runs}
+        self.drafting.note(plan, result)
         requests = [request for request in requests if request.finish_reason is None]  # the others have ended meanwhile
+        failed = self._take_sampled(plan, result, requests)
+        computed = {run.request_id: run.end for run in plan.query_runs}
         for request in requests:
             is_prompt = request.num_computed < request.prompt_len
             request.note_computed(computed[request.request_id])
             if is_prompt:
                 self._load.note(request)
             self.memory.release_copied(request)
-        failed = {row.request_id: row.reason for rank_result in result.ranks for row in rank_result.failed}
         for request in requests:
-            if request.request_id in failed:
+            if request.request_id in failed and request.finish_reason is FinishReason.ERROR:
                 self.memory.withdraw(request)
             else:
                 self.memory.publish(request)
-        for rank_result in result.ranks:
-            for sampled in rank_result.sampled:
-                if (going_on := self.requests.get(sampled.request_id)) is not None:
-                    going_on.add_token(sampled.token_id, sampled.logprobs)
-        for request_id, reason in failed.items():
-            if (going_on := self.requests.get(request_id)) is not None:
-                going_on.fail(reason)
         scored = sorted((run for r in result.ranks for run in r.scored), key=lambda run: (run.request_id, run.position))
         for run in scored:
             if (going_on := self.requests.get(run.request_id)) is not None:
                 going_on.add_prompt_logprobs(run.logprobs)
         return list(self._settle(requests))
+
+    def _take_sampled(self, plan: Plan, result: PlanResult, requests: Iterable[Request]) -> set[int]:
+        """Give requests the tokens that a plan sampled for them; return the numbers of those with a row that failed."""
+        sampled: dict[int, dict[int, SampledToken]] = {row.request_id: {} for row in plan.samples}
+        for token in (token for rank_result in result.ranks for token in rank_result.sampled):
+            sampled[token.request_id][token.position] = token
+        rows = sorted((row for r in result.ranks for row in r.failed), key=lambda row: row.position, reverse=True)
+        failed = {row.request_id: row.reason for row in rows}  # the first one's
+        for request in requests:
+            if request.request_id in sampled:
+                num_drafts = len(request.drafts)
+                num_right = request.take_sampled(sampled[request.request_id], failed.get(request.request_id))
+                self.drafting.note_checked(num_drafts, num_right)
+        return set(failed)
 
     def _settle(self, requests: Iterable[Request]) -> Iterable[Request]:
         """End what has ended; the others lose the pages that their windows have left."""

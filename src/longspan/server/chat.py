@@ -52,7 +52,8 @@ class _Chat(Answer):
         num_thought = sum(reader.num_reasoning_tokens for reader in self._readers)
         if self.state.parsers.reasoning is None:
             return found
-        return {**found, "completion_tokens_details": {"reasoning_tokens": num_thought}}
+        details = {**found.get("completion_tokens_details", {}), "reasoning_tokens": num_thought}
+        return {**found, "completion_tokens_details": details}
 
     def size(self, choice: AnswerChoice) -> int:
         of_prompt = self.num_prompt_logprobs is not None

@@ -215,4 +215,14 @@ class Generation:
             "completion_tokens": num_generated,
             "total_tokens": num_prompt + num_generated,
             "prompt_tokens_details": {"cached_tokens": sum(choice.reader.num_cached for choice in first)},
+            **self._draft_details(),
         }
+
+    def _draft_details(self) -> dict[str, Any]:
+        """Return the counts of drafts, if the engine has any."""
+        if not self._state.engine.has_drafts:
+            return {}
+        accepted = sum(choice.reader.num_accepted for choice in self.choices)
+        rejected = sum(choice.reader.num_rejected for choice in self.choices)
+        counts = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
+        return {"completion_tokens_details": counts}

@@ -42,6 +42,12 @@ class AfterThoughts:
         wider[self._start_id // 8] |= 1 << self._start_id % 8
         return bytes(wider)
 
+    def copy(self) -> "AfterThoughts":
+        """Copy the state."""
+        found = AfterThoughts(self._inner.copy(), self._start_id, self._end_id, is_inside=self._is_inside)
+        found._is_first = self._is_first
+        return found
+
     def accept(self, token_id: int) -> None:
         """Take the token that came next.
 
@@ -85,6 +91,12 @@ class InCalls:
     def allowed(self) -> bytes | None:
         """Bit mask of the tokens that may come next, or None for all."""
         return None if self._inner is None else self._inner.allowed()
+
+    def copy(self) -> "InCalls":
+        """Copy the state."""
+        found = InCalls(self._first, self._begin, self._bytes_of)
+        found._inner, found._tail = None if self._inner is None else self._inner.copy(), self._tail
+        return found
 
     def accept(self, token_id: int) -> None:
         """Take the token that came next.

@@ -120,6 +120,12 @@ class _EngineCollector(Collector):
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries_tokens
         )
         yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hit_tokens)
+        num_drafts = stats.num_accepted_drafts + stats.num_rejected_drafts
+        yield self._counter("vllm:spec_decode_num_drafts", "Times that drafts were checked.", stats.num_drafted)
+        yield self._counter("vllm:spec_decode_num_draft_tokens", "Drafts that were checked.", num_drafts)
+        yield self._counter(
+            "vllm:spec_decode_num_accepted_tokens", "Drafts that became tokens.", stats.num_accepted_drafts
+        )
         yield self._counter("longspan:restarts", "Times that ranks were lost and replaced.", stats.num_restarts)
         yield self._counter(
             "longspan:recovery_seconds",

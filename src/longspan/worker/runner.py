@@ -290,7 +290,7 @@ class ModelRunner:
         reported = self._sampled_logprobs(logits, samples, token_of)
         for i, (row, token_id) in enumerate(zip(samples, token_of, strict=True)):
             if isinstance(token_id, LongspanError):
-                failed.append(FailedRow(row.request_id, str(token_id)))
+                failed.append(FailedRow(row.request_id, row.position + 1, str(token_id)))
                 continue
             self._sampled[row.request_id] = token_id
             sampled.append(SampledToken(row.request_id, row.position + 1, token_id, reported.get(i)))

@@ -304,7 +304,7 @@ def test_the_last_layer_computes_attention_for_the_rows_that_are_read_and_the_ot
     table = PageTable(4)
     table.append(0, 0, 1)
     table.append(1, 0, 1)
-    part = RequestStep(0, 0, 8, 8, range(8), SampleRow(0, 7, 0.0, 1.0, 0, 0.0, 0, None, ()), ())
+    part = RequestStep(0, 0, 8, 8, range(8), [SampleRow(0, 7, 0.0, 1.0, 0, 0.0, 0, None, ())], ())
     plan = build_plan(0, (0, 1), [part], [{0: table}], [group], partial(plan_group, forced=Strategy.PASS_Q))
     assert plan.last_layer is not None
     impl = StepAttentionImpl(4, 32, 0.1, 2)

@@ -75,7 +75,7 @@ def plan_step(
     samples: dict[str, Row] = {}
     scores: list[ScoredPrompt] = []
     for state, step in zip(states, steps, strict=True):
-        if step.sample is not None:
+        if step.samples:
             (samples[state.req_id],) = packed.rows(state.number, step.end - 1, step.end)
         if not state.has_prompt_logprobs:
             last_scored = len(state.prompt_token_ids) - 1
@@ -98,7 +98,7 @@ def _request_step(state: RequestState, count: int) -> RequestStep:
         end=end,
         num_known=state.num_tokens,
         tokens=state.tokens(start, end),
-        sample=_sample_row(state.number, end - 1) if end >= state.num_tokens else None,
+        samples=[_sample_row(state.number, end - 1)] if end >= state.num_tokens else (),
         scores=scores,
     )
 
