@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import DEVICE
+from proven_models import make_config, randomize_
 from tiny_models import greedy, run_all, tiny_engine, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from longspan.models.hook import AttentionCall
 from longspan.models.last_layer import READ_ROWS
@@ -19,6 +21,7 @@ from longspan.models.speedups import (
     FUSED_LAYERS,
     LAST_LAYER,
     LINEAR,
+    RECURRENCE,
     SPEEDUPS,
     speed_up_,
     speedups_of,
@@ -29,7 +32,13 @@ from longspan.native import layer as native_layer
 ANYWHERE = tuple(replace(speedup, device_type=None) if speedup is COMPILED else speedup for speedup in SPEEDUPS)
 """All speed-ups, with those for GPUs on the device of the tests."""
 
-COMBINATIONS = [chosen for number in range(len(ANYWHERE) + 1) for chosen in itertools.combinations(ANYWHERE, number)]
+
+def combinations(speedups):
+    return [chosen for number in range(len(speedups) + 1) for chosen in itertools.combinations(speedups, number)]
+
+
+COMBINATIONS = combinations([speedup for speedup in ANYWHERE if speedup is not RECURRENCE])
+"""For models without states, which it leaves alone."""
 
 NUM_TOKENS = 12
 
@@ -90,6 +99,27 @@ def test_every_combination_computes_what_the_plain_model_does(family, chosen, qu
     assert [request.output_token_ids for request in requests] == [
         reference.token_ids[:NUM_TOKENS] for reference in references
     ]
+
+
+@pytest.mark.every_case
+@pytest.mark.skipif(DEVICE != "cpu", reason="all of them are for CPUs")
+@pytest.mark.parametrize(
+    "chosen", combinations((LINEAR, EXPERTS, RECURRENCE)), ids=lambda chosen: "+".join(names(chosen))
+)
+@torch.inference_mode()
+def test_every_combination_computes_what_a_plain_model_with_states_does(chosen):
+    model = AutoModelForCausalLM.from_config(make_config("qwen3_5_moe_text"), dtype=torch.float32).eval()
+    randomize_(model)
+    prompt, last = torch.arange(5, 80)[None], torch.tensor([[80]])
+
+    def pieces():
+        first = model(input_ids=prompt, use_cache=True)
+        return torch.cat((first.logits, model(input_ids=last, cache=first.cache, use_cache=True).logits), dim=1)
+
+    wanted = pieces()
+    speed_up_(model, chosen)
+    assert speedups_of(model) == (chosen if kernels.is_available() else tuple({*chosen} - {EXPERTS, RECURRENCE}))
+    torch.testing.assert_close(pieces(), wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("late", SPEEDUPS, ids=lambda speedup: speedup.name)

@@ -35,8 +35,16 @@ from longspan.plan.types import Plan, StatePlace, StateStep
 State: TypeAlias = list[Tensor]
 """State of B requests in one layer: [B, *shape] per component."""
 
-Rows: TypeAlias = slice | Tensor
-"""Packed rows of a rank: t consecutive tokens of one request, or [B] int64 single tokens of B requests."""
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Packed rows of a rank that are computed by one call."""
+
+    index: slice | Tensor
+    """Where they are; [B] int64 if they do not follow each other."""
+    are_of_one: bool
+    """Whether they are consecutive tokens of one request; else single tokens of B requests."""
+
 
 ComputeLayer: TypeAlias = Callable[[Rows, State, bool], Tensor]
 """Function from rows, the state before them, which it changes to that behind them, and whether there is none yet, to
@@ -90,7 +98,7 @@ class Relay:
         self._slots = torch.tensor(
             [piece.step.target.slot for piece in self._together], dtype=torch.long, device=pool.device
         )
-        self._rows = torch.tensor([piece.row for piece in self._together], dtype=torch.long, device=pool.device)
+        self._rows = Rows(_index([piece.row for piece in self._together], pool.device), are_of_one=False)
 
     def run_layer(self, layer: int, compute: ComputeLayer) -> Tensor:
         """Compute one recurrent layer.
@@ -109,7 +117,7 @@ class Relay:
         states: dict[int, State] = {}  # of requests between two pieces
         for piece in self._chained:
             state = self._state_before(piece, layer, states)
-            tokens = slice(piece.row, piece.row + piece.num_tokens)
+            tokens = Rows(slice(piece.row, piece.row + piece.num_tokens), are_of_one=True)
             parts.append((tokens, compute(tokens, state, piece.position == 0)))
             if piece.kept is not None:
                 _copy_(self._pool.state(layer, piece.kept.slot), state)
@@ -119,9 +127,11 @@ class Relay:
             parts.append((self._rows, self._run_together(layer, compute)))
         for pending in sent:
             pending.wait()
+        if len(parts) == 1:  # all rows, in their order
+            return parts[0][1]
         out = parts[0][1].new_empty(sum(len(part) for _, part in parts), parts[0][1].shape[-1])
         for rows, part in parts:
-            out[rows] = part
+            out[rows.index] = part
         return out
 
     def _run_together(self, layer: int, compute: ComputeLayer) -> Tensor:
@@ -221,6 +231,13 @@ def _own_pieces(plan: Plan, steps: dict[int, StateStep], rank: int) -> list[_Pie
             start = end
         row += run.num_tokens
     return pieces
+
+
+def _index(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    """Index of some ascending rows; a slice, which copies nothing, if they follow each other."""
+    if rows and rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, dtype=torch.long, device=device)
 
 
 def _copy_(target: Sequence[Tensor], source: Sequence[Tensor]) -> None:

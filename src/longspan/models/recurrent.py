@@ -70,14 +70,15 @@ class StepCache:
             cache = LayerCache(components, state, is_new=is_new)
             with products.run({module: _some(out, rows) for module, out in first.items()}):
                 out: Tensor = forward(_some(hidden, rows), cache=cache)
-            return out[0] if isinstance(rows, slice) else out[:, 0]
+            return out[0] if rows.are_of_one else out[:, 0]
 
         return products.last(self._run_layer(layer, compute)[None])
 
 
 def _some(hidden: Tensor, rows: Rows) -> Tensor:
     """Rows of [1, T, width], as a module takes them: [1, t, width] of one request, or [B, 1, width] of B."""
-    return hidden[:, rows] if isinstance(rows, slice) else hidden[0, rows][:, None]
+    some = hidden[0, rows.index]
+    return some[None] if rows.are_of_one else some[:, None]
 
 
 class LayerCache:
@@ -105,8 +106,13 @@ class LayerCache:
         kept = self._tensors["conv", state_idx]
         width = kept.shape[-1]
         assert conv_kernel_size in (None, width), "another kernel than was traced"
-        before = kept.new_zeros(*kept.shape[:-1], max(0, width - inputs.shape[-1])) if self._is_new else kept
-        found = torch.cat((before, inputs), dim=-1)
+        batch, num_channels, num_tokens = inputs.shape
+        num_before = max(0, width - num_tokens) if self._is_new else width
+        # Token by token in memory, as the inputs are made and kernels read them.
+        found = inputs.new_empty(batch, num_before + num_tokens, num_channels).transpose(1, 2)
+        if num_before:
+            found[..., :num_before] = 0 if self._is_new else kept
+        found[..., num_before:] = inputs
         kept.copy_(found[..., -width:])
         return found
 
@@ -212,12 +218,15 @@ def compute_runs_(model: Any) -> int:
     names = {kind: find_products(module, _LayerRecorder(), width) for kind, module in first_of.items()}
     for module in modules:
         products = RowProducts(module, names[type(module)])
-        module.forward = _by_runs(module.forward, int(module.layer_idx), products)
+        module.forward = _by_runs(module, int(module.layer_idx), products)
     return len(modules)
 
 
-def _by_runs(own: Callable[..., Any], layer: int, products: RowProducts) -> Callable[..., Any]:
+def _by_runs(module: nn.Module, layer: int, products: RowProducts) -> Callable[..., Any]:
     """Wrap a module's `forward`. A step has no padding, so that nothing but the input counts beside the cache."""
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return type(module).forward(module, *args, **kwargs)  # speed-ups change the class
 
     def forward(hidden_states: Tensor, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
         if isinstance(cache, StepCache):

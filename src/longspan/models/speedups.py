@@ -2,7 +2,7 @@
 
 Holds the list and its order. Must not know how a speed-up works, nor plans, ranks or strategies.
 Read next: `longspan.models.linear`, `longspan.models.last_layer`, `longspan.models.cpu_experts`,
-`longspan.models.fused_layer`, `longspan.models.compiled`, one speed-up each;
+`longspan.models.cpu_recurrence`, `longspan.models.fused_layer`, `longspan.models.compiled`, one speed-up each;
 `docs/decisions/0028-speed-ups-in-order.md`.
 
 To add one, write `def name_(model) -> int` in a file of its own, and put a `Speedup` into `SPEEDUPS`, after those that
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from longspan.models.compiled import compile_dense_
 from longspan.models.cpu_experts import replace_experts_
+from longspan.models.cpu_recurrence import replace_recurrences_
 from longspan.models.fused_layer import fuse_layers_
 from longspan.models.last_layer import skip_unread_rows_
 from longspan.models.linear import replace_linears_
@@ -70,24 +71,36 @@ EXPERTS = Speedup(
     after=("linear", "last_layer"),  # it is indifferent to them; one order is easier to test than three
     device_type="cpu",
 )
+RECURRENCE = Speedup(
+    name="recurrence",
+    apply_=replace_recurrences_,
+    after=("linear", "last_layer", "experts"),  # it is indifferent to them, too
+    device_type="cpu",
+)
 FUSED_LAYERS = Speedup(
     name="fused_layers",
     apply_=fuse_layers_,
-    after=("linear", "last_layer", "experts"),  # a layer is compared with what else would run
+    after=("linear", "last_layer", "experts", "recurrence"),  # a layer is compared with what else would run
     device_type="cpu",
     dtype=torch.float32,
 )
 COMPILED = Speedup(
     name="compiled",
     apply_=compile_dense_,
-    after=("linear", "last_layer", "experts", "fused_layers"),  # it leaves modules alone whose forward was replaced
+    after=(
+        "linear",
+        "last_layer",
+        "experts",
+        "recurrence",
+        "fused_layers",
+    ),  # it leaves modules alone whose forward was replaced
     device_type="cuda",
 )
 
-SPEEDUPS = (LINEAR, LAST_LAYER, EXPERTS, FUSED_LAYERS, COMPILED)
+SPEEDUPS = (LINEAR, LAST_LAYER, EXPERTS, RECURRENCE, FUSED_LAYERS, COMPILED)
 """All speed-ups, in the order in which they are applied."""
 
-ALWAYS = (LINEAR, LAST_LAYER, EXPERTS, FUSED_LAYERS)
+ALWAYS = (LINEAR, LAST_LAYER, EXPERTS, RECURRENCE, FUSED_LAYERS)
 """Speed-ups that are applied without an option."""
 
 

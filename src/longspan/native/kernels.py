@@ -35,7 +35,7 @@ worth."""
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
-INTERFACE = 4
+INTERFACE = 5
 """Number of the signatures below, as in prefill.c; it changes with them, so that an older binary is not called."""
 
 FAR = 1 << 40
@@ -95,6 +95,10 @@ def library() -> ctypes.CDLL | None:
     ]
     kernels.longspan_merge_rows.argtypes = [pointer] * 4 + [long, integer, integer]
     kernels.longspan_experts.argtypes = [pointer] * 4 + [integer] * 3 + [pointer] * 3
+    kernels.longspan_delta_scratch.restype = long
+    kernels.longspan_delta_rule.argtypes = [pointer, integer, pointer]
+    kernels.longspan_convolve.argtypes = [pointer, long, long, pointer, pointer, *[long] * 5, integer, pointer]
+    kernels.longspan_convolve_step.argtypes = [pointer] * 4 + [long] * 4 + [integer, pointer]
     kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
     kernels.longspan_packed_linear.argtypes = [
         *(pointer, pointer, pointer, pointer),
