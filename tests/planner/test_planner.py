@@ -240,7 +240,8 @@ def test_no_prediction_is_below_the_floor_and_long_prompts_come_near_it():
 
 def test_parts_add_up_to_the_whole():
     prefill = predict_prefill(make_shape(None, 4096), 200_000, costs_of(16, 2), OPTIONS, tensor_parallel_size=2)
-    assert prefill.total_s == pytest.approx(prefill.dense_s + prefill.attention_s + prefill.sums_s + prefill.fixed_s)
+    parts = prefill.dense_s + prefill.attention_s + prefill.sums_s + prefill.recurrence_s + prefill.fixed_s
+    assert prefill.total_s == pytest.approx(parts)
     assert min(prefill.dense_s, prefill.attention_s, prefill.sums_s, prefill.fixed_s) > 0
     assert prefill.fixed_s == pytest.approx(prefill.num_steps * (2e-3 + 32 * 50e-6))
 

@@ -12,6 +12,7 @@ Note [Parts of a step's time]
     heads     with tensor parallelism, two all-reduces over the devices of a rank in every layer
     attention strategy and time as `longspan.costmodel.choose` finds them, per KV group, from the same page tables, runs
               and segments that a plan would have
+    states    recurrent layers, one run behind the other over all ranks, and the states' way from rank to rank
     logits    of one row, in the last step of a prompt and in every decode; of a prompt's other rows the last layer
               computes keys and values only
 """
@@ -22,6 +23,7 @@ import msgspec
 
 from longspan.costmodel.choose import best_candidate
 from longspan.costmodel.parameters import Costs
+from longspan.costmodel.recurrence import predict_recurrence
 from longspan.costmodel.shapes import ModelShape
 from longspan.kv.layout import KVGroup
 from longspan.plan.step_keys import step_keys
@@ -73,12 +75,14 @@ class StepPrediction(msgspec.Struct, frozen=True):
     """Time of attention in all layers, exchanges and waits included."""
     sums_s: float
     """Time of tensor parallelism's all-reduces."""
+    recurrence_s: float
+    """Time of recurrent layers between their matrix products, over all ranks."""
     fixed_s: float
     """Fixed times of all layers and of the step."""
 
     @property
     def total_s(self) -> float:
-        return self.dense_s + self.attention_s + self.sums_s + self.fixed_s
+        return self.dense_s + self.attention_s + self.sums_s + self.recurrence_s + self.fixed_s
 
 
 def striped_table(num_tokens: int, geometry: StepGeometry) -> PageTable:
@@ -151,6 +155,7 @@ def predict_step(
         ),
         attention_s=attention_s,
         sums_s=_sums_s(shape, most, costs, tensor_parallel_size, are_all_read=are_all_read),
+        recurrence_s=predict_recurrence(shape.spec.state_groups, runs, costs),
         fixed_s=shape.spec.num_layers * costs.rates.layer_s + options.step_s,
     )
 

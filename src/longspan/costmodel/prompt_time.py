@@ -53,6 +53,7 @@ class PrefillPrediction(msgspec.Struct, frozen=True):
     dense_s: float
     attention_s: float
     sums_s: float
+    recurrence_s: float
     fixed_s: float
     num_steps: int
     chunk_len: int
@@ -103,6 +104,7 @@ def predict_prefill(
         dense_s=over_steps("dense_s") + read_s,
         attention_s=over_steps("attention_s") + last_attention_s,
         sums_s=over_steps("sums_s"),
+        recurrence_s=over_steps("recurrence_s"),
         fixed_s=over_steps("fixed_s"),
         num_steps=num_steps,
         chunk_len=chunk,
