@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # it imports numpy, which no help text needs
     from longspan.costmodel.explain import StrategyChoice
     from longspan.engine.stats import RankStats
+    from longspan.types import ModelSpec
 
 
 def choices_text(choices: "Sequence[StrategyChoice]") -> str:
@@ -25,6 +26,17 @@ def shares_text(ranks: "Sequence[RankStats]") -> str | None:
         return None
     each = [f"rank {r.rank} {100 * r.share:.1f} % of a striped prompt, {r.kv_pages_total} KV pages" for r in ranks]
     return f"unequal ranks: {'; '.join(each)}"
+
+
+def states_text(spec: "ModelSpec") -> str | None:
+    """Line that says how recurrent layers are computed; None where there are none."""
+    num_layers = sum(len(group.layers) for group in spec.state_groups)
+    if not num_layers:
+        return None
+    return (
+        f"recurrent layers: {num_layers} of {spec.num_layers}, {spec.state_bytes / 1e6:.3g} MB of state per request; a "
+        "run waits for the state of the run before it, on whatever rank; decode steps are no CUDA graphs"
+    )
 
 
 def _choice_text(choice: "StrategyChoice") -> str:

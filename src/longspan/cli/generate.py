@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from longspan.cli.explain import choices_text, shares_text
+from longspan.cli.explain import choices_text, shares_text, states_text
 from longspan.cli.options import GroupedCommand, Later, engine_config, options_of, take
 from longspan.cli.progress import ProgressPrinter
 from longspan.config import EngineConfig
@@ -63,8 +63,9 @@ def generate(
         (output,) = llm.generate(text, params, on_progress=progress.update, clamps_max_tokens=is_default)
         progress.close()
         if explain:
-            if (shares := shares_text(llm.rank_stats())) is not None:
-                click.echo(shares, err=True)
+            for line in (shares_text(llm.rank_stats()), states_text(llm.engine.spec)):
+                if line is not None:
+                    click.echo(line, err=True)
             click.echo(choices_text(llm.explain()), err=True)
         completion = output.outputs[0]
         if completion.error is not None:

@@ -61,6 +61,10 @@ def _completed(spec: ModelSpec, config: EngineConfig, end_token_ids: Sequence[in
         )
     if not ends:
         print("longspan: the model names no end token: answers end by max_tokens or a stop text", file=sys.stderr)
+    if spec.state_groups and config.device == "cuda" and config.cuda_graphs != "never":
+        print(
+            "longspan: the model has recurrent layers: decode steps are launched without CUDA graphs", file=sys.stderr
+        )
     stored = stored_as(groups, config.kv_cache_dtype)
     return structs.replace(spec, kv_groups=stored, eos_token_ids=tuple(sorted(ends)))
 
