@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from proven_models import NUM_TOKENS, SPREADS, make_config, proven_model, randomize_, references_of
+from proven_models import NUM_TOKENS, SPREADS, proven_model, references_of
 from quantized_models import (
     awq,
     compressed_options,
@@ -128,9 +128,7 @@ def test_a_dequantised_repository_gives_the_same_tokens(kept):
 
 def rounded_twin(path, name, bits):
     """Write a model whose linear layers have the weights that rounding leaves."""
-    model = AutoModelForCausalLM.from_config(make_config(name), dtype=torch.float32)
-    randomize_(model)
-    model.tie_weights()
+    model = AutoModelForCausalLM.from_pretrained(proven_model(name).path, dtype=torch.float32)
     output = model.get_output_embeddings()
     model.config.tie_word_embeddings = False
     output.weight = torch.nn.Parameter(output.weight.detach().clone())
@@ -153,6 +151,8 @@ ROUNDED = [
     ("minicpm3", 4, "gather_kv"),
     ("mixtral", 8, "pass_q"),
     ("qwen3_moe-mlp", 4, "pass_kv"),
+    ("qwen3_5_text", 8, "pass_q"),
+    ("lfm2", 4, "pass_kv"),
 ]
 
 

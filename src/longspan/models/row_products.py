@@ -22,6 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from longspan.models.packed_linear import PackedLinear
+
+LINEAR = (nn.Linear, PackedLinear)
+
 
 class _Current(threading.local):
     """Run that is under way; per thread, as ranks that are threads share the modules."""
@@ -89,6 +93,13 @@ def _compute(layer: Any, rows: Tensor) -> Tensor:
     return out
 
 
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Dtype of a module's weights; what packed matrices are stored in does not count."""
+    parts = [part for part in module.modules() if not isinstance(part, PackedLinear)]
+    weights = [weight for part in parts for weight in part.parameters(recurse=False) if weight.is_floating_point()]
+    return weights[0].dtype if weights else torch.float32
+
+
 def find_products(module: nn.Module, cache: object, width: int) -> ProductNames:
     """Find linear layers that can be computed for all rows at once.
 
@@ -99,10 +110,8 @@ def find_products(module: nn.Module, cache: object, width: int) -> ProductNames:
         cache: cache for one call without a state.
         width: elements of a row.
     """
-    layers: dict[nn.Module, str] = {
-        child: name for name, child in module.named_children() if isinstance(child, nn.Linear)
-    }
-    hidden = torch.empty(1, 1, width, device="meta", dtype=next(module.parameters()).dtype)
+    layers: dict[nn.Module, str] = {child: name for name, child in module.named_children() if isinstance(child, LINEAR)}
+    hidden = torch.empty(1, 1, width, device="meta", dtype=_dtype(module))
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers.values()}
 
     def note(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
