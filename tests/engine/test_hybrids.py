@@ -5,11 +5,15 @@ short convolutions. States move from rank to rank inside a chunk, with a decode'
 out of it. Every mutation of that must change tokens.
 """
 
+import copy
+import functools
 from contextlib import contextmanager
 
 import pytest
+import torch
 from proven_models import NUM_TOKENS, PROMPT_LENS, proven_model
 from tiny_models import all_pairs, generate_reference, greedy, random_prompt, run_all
+from transformers import AutoModelForCausalLM
 
 from longspan.config import EngineConfig
 from longspan.cp import relay
@@ -19,6 +23,7 @@ from longspan.models import inspect, recurrent, state_proof
 from longspan.models.loader import load_config
 from longspan.scheduler.states import StateMemory
 from longspan.sharding.capacity import pool_bytes
+from longspan.types import SamplingParams
 
 pytestmark = pytest.mark.cover
 
@@ -302,3 +307,31 @@ def test_rejects_kept_states_of_a_model_without_any():
     message = "state_snapshot_tokens: got 64 for a model without recurrent layers, legal is none"
     with pytest.raises(ConfigError, match=message), hybrid_engine("qwen3", state_snapshot_tokens=64):
         pass
+
+
+@functools.cache
+def exact_and_eager(name, length):
+    """Log-probabilities of a prompt's tokens: weights rounded to bfloat16, computed in float64 and by Transformers."""
+    prompt = random_prompt(length, 5)
+    found = []
+    rounded = AutoModelForCausalLM.from_pretrained(proven_model(name).path, dtype=torch.bfloat16)
+    for dtype in (torch.float64, torch.bfloat16):
+        with torch.inference_mode():
+            logits = copy.deepcopy(rounded).to(dtype).eval()(torch.tensor([prompt]), use_cache=False).logits[0, :-1]
+        logprobs = logits.double().log_softmax(-1)
+        found.append(logprobs[torch.arange(length - 1), torch.tensor(prompt[1:])])
+    return prompt, *found
+
+
+@pytest.mark.parametrize("name", [DELTA, BOTH, CONV])
+def test_bfloat16_costs_what_it_costs_on_one_device(name):
+    prompt, exact, eager = exact_and_eager(name, 200)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    for num_ranks in (1, 3):
+        options = striped(num_ranks) if num_ranks > 1 else {"max_num_batched_tokens": 50}
+        with hybrid_engine(name, dtype="bfloat16", **options) as engine:
+            request = engine.add_request(prompt, params)
+            run_all(engine)
+        found = torch.tensor([one.logprob for one in request.prompt_logprobs], dtype=torch.float64)
+        assert (found - exact).abs().max() <= 2 * (eager - exact).abs().max()
+        assert (found - exact).square().mean() <= 4 * (eager - exact).square().mean()
