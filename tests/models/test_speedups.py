@@ -21,6 +21,7 @@ from longspan.models.speedups import (
     FUSED_LAYERS,
     LAST_LAYER,
     LINEAR,
+    NORMS,
     RECURRENCE,
     SPEEDUPS,
     speed_up_,
@@ -37,8 +38,12 @@ def combinations(speedups):
     return [chosen for number in range(len(speedups) + 1) for chosen in itertools.combinations(speedups, number)]
 
 
-COMBINATIONS = combinations([speedup for speedup in ANYWHERE if speedup is not RECURRENCE])
-"""For models without states, which it leaves alone."""
+OTHERS = tuple(speedup for speedup in ANYWHERE if speedup not in (RECURRENCE, NORMS))
+WITH_NORMS = [(), *((other,) for other in OTHERS), OTHERS]
+COMBINATIONS = combinations(OTHERS) + [
+    tuple(speedup for speedup in ANYWHERE if speedup in (*others, NORMS)) for others in WITH_NORMS
+]
+"""For models without states, which `RECURRENCE` leaves alone. Norms depend on no other: beside none, each, and all."""
 
 NUM_TOKENS = 12
 
@@ -104,7 +109,7 @@ def test_every_combination_computes_what_the_plain_model_does(family, chosen, qu
 @pytest.mark.every_case
 @pytest.mark.skipif(DEVICE != "cpu", reason="all of them are for CPUs")
 @pytest.mark.parametrize(
-    "chosen", combinations((LINEAR, EXPERTS, RECURRENCE)), ids=lambda chosen: "+".join(names(chosen))
+    "chosen", combinations((LINEAR, EXPERTS, RECURRENCE, NORMS)), ids=lambda chosen: "+".join(names(chosen))
 )
 @torch.inference_mode()
 def test_every_combination_computes_what_a_plain_model_with_states_does(chosen):
@@ -118,7 +123,7 @@ def test_every_combination_computes_what_a_plain_model_with_states_does(chosen):
 
     wanted = pieces()
     speed_up_(model, chosen)
-    assert speedups_of(model) == (chosen if kernels.is_available() else tuple({*chosen} - {EXPERTS, RECURRENCE}))
+    assert speedups_of(model) == (chosen if kernels.is_available() else tuple(one for one in chosen if one is LINEAR))
     torch.testing.assert_close(pieces(), wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
 
 
@@ -192,7 +197,8 @@ def test_weights_that_are_wrapped_keep_their_own_modules():
     mlp = model.model.layers[1].mlp
     mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight.data.as_subclass(Quantised), requires_grad=False)
     speed_up_(model)
-    assert speedups_of(model) == ((LINEAR, LAST_LAYER) if DEVICE == "cpu" else (LAST_LAYER,))
+    on_cpu = (LINEAR, LAST_LAYER, NORMS) if kernels.is_available() else (LINEAR, LAST_LAYER)
+    assert speedups_of(model) == (on_cpu if DEVICE == "cpu" else (LAST_LAYER,))
     assert type(mlp.up_proj) is nn.Linear
     assert type(mlp.down_proj) is (CPULinear if DEVICE == "cpu" else nn.Linear)
 
@@ -200,5 +206,5 @@ def test_weights_that_are_wrapped_keep_their_own_modules():
 def test_a_loaded_model_has_what_its_device_allows():
     expected = [LINEAR, LAST_LAYER] if DEVICE == "cpu" else [LAST_LAYER]
     if DEVICE == "cpu" and kernels.is_available():
-        expected.append(FUSED_LAYERS)
+        expected += [NORMS, FUSED_LAYERS]
     assert list(speedups_of(tiny_model("qwen3").module)) == expected

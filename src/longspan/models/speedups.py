@@ -2,7 +2,8 @@
 
 Holds the list and its order. Must not know how a speed-up works, nor plans, ranks or strategies.
 Read next: `longspan.models.linear`, `longspan.models.last_layer`, `longspan.models.cpu_experts`,
-`longspan.models.cpu_recurrence`, `longspan.models.fused_layer`, `longspan.models.compiled`, one speed-up each;
+`longspan.models.cpu_recurrence`, `longspan.models.cpu_norms`, `longspan.models.fused_layer`,
+`longspan.models.compiled`, one speed-up each;
 `docs/decisions/0028-speed-ups-in-order.md`.
 
 To add one, write `def name_(model) -> int` in a file of its own, and put a `Speedup` into `SPEEDUPS`, after those that
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from longspan.models.compiled import compile_dense_
 from longspan.models.cpu_experts import replace_experts_
+from longspan.models.cpu_norms import replace_norms_
 from longspan.models.cpu_recurrence import replace_recurrences_
 from longspan.models.fused_layer import fuse_layers_
 from longspan.models.last_layer import skip_unread_rows_
@@ -77,10 +79,16 @@ RECURRENCE = Speedup(
     after=("linear", "last_layer", "experts"),  # it is indifferent to them, too
     device_type="cpu",
 )
+NORMS = Speedup(
+    name="norms",
+    apply_=replace_norms_,
+    after=("linear", "last_layer", "experts", "recurrence"),
+    device_type="cpu",
+)
 FUSED_LAYERS = Speedup(
     name="fused_layers",
     apply_=fuse_layers_,
-    after=("linear", "last_layer", "experts", "recurrence"),  # a layer is compared with what else would run
+    after=("linear", "last_layer", "experts", "recurrence", "norms"),  # a layer is compared with what else would run
     device_type="cpu",
     dtype=torch.float32,
 )
@@ -97,10 +105,10 @@ COMPILED = Speedup(
     device_type="cuda",
 )
 
-SPEEDUPS = (LINEAR, LAST_LAYER, EXPERTS, RECURRENCE, FUSED_LAYERS, COMPILED)
+SPEEDUPS = (LINEAR, LAST_LAYER, EXPERTS, RECURRENCE, NORMS, FUSED_LAYERS, COMPILED)
 """All speed-ups, in the order in which they are applied."""
 
-ALWAYS = (LINEAR, LAST_LAYER, EXPERTS, RECURRENCE, FUSED_LAYERS)
+ALWAYS = (LINEAR, LAST_LAYER, EXPERTS, RECURRENCE, NORMS, FUSED_LAYERS)
 """Speed-ups that are applied without an option."""
 
 

@@ -35,7 +35,7 @@ worth."""
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
-INTERFACE = 5
+INTERFACE = 6
 """Number of the signatures below, as in prefill.c; it changes with them, so that an older binary is not called."""
 
 FAR = 1 << 40
@@ -97,6 +97,7 @@ def library() -> ctypes.CDLL | None:
     kernels.longspan_experts.argtypes = [pointer] * 4 + [integer] * 3 + [pointer] * 3
     kernels.longspan_delta_scratch.restype = long
     kernels.longspan_delta_rule.argtypes = [pointer, integer, pointer]
+    kernels.longspan_rms_norm.argtypes = [pointer] * 3 + [long] * 2 + [ctypes.c_double, long, integer, pointer]
     kernels.longspan_convolve.argtypes = [pointer, long, long, pointer, pointer, *[long] * 5, integer, pointer]
     kernels.longspan_convolve_step.argtypes = [pointer] * 4 + [long] * 4 + [integer, pointer]
     kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
