@@ -86,9 +86,11 @@ def _again(lead: Turn, ready: Sequence[Turn], page_size: int) -> ChosenStep | No
     step, ranks = lead.request.delivery.last_step, lead.ranks
     if step is None or len(step.requests) != len(ready):
         return None
-    again = [turn.request for turn in ready]
-    stay = len(ranks) == 1 or all(request.num_computed % page_size for request in again)
-    if not stay or not all(request.delivery.last_step is step for request in again):
-        return None
-    ends = [(request, request.num_computed + 1) for request in again]
-    return ChosenStep(ranks, ends, Phase.DECODE if len(ranks) > 1 else None)
+    stays, ends = len(ranks) == 1, []
+    for turn in ready:
+        request = turn.request
+        position = request.num_computed
+        if request.delivery.last_step is not step or not (stays or position % page_size):
+            return None
+        ends.append((request, position + 1))
+    return ChosenStep(ranks, ends, None if stays else Phase.DECODE)
