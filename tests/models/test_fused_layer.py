@@ -5,11 +5,11 @@ import torch
 from tiny_models import FAMILIES, load_reference, tiny_model
 from torch import nn
 
-from longspan.models import fused_layer_gemm, onednn
+from longspan.models import fused_layer_gemm
 from longspan.models.fused_layer import fuse_layers_
 from longspan.models.hook import AttentionCall
 from longspan.models.same_result import KNOWN_ACTIVATIONS
-from longspan.native import kernels
+from longspan.native import kernels, onednn
 from longspan.native import layer as native_layer
 
 needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")

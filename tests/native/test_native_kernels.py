@@ -9,9 +9,8 @@ from torch import nn
 from longspan.attention.base import RowSegment
 from longspan.attention.cpu import CPUBackend
 from longspan.attention.reference import ReferenceBackend
-from longspan.models import onednn
 from longspan.models.linear import CPULinear, replace_linears_
-from longspan.native import kernels
+from longspan.native import kernels, onednn
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 

@@ -19,6 +19,7 @@ from longspan.attention.key_blocks import Work, divide
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.attention.stored import are_stored, attend_converted
 from longspan.kv.layout import KVSpec
+from longspan.native import onednn
 from longspan.types import AttentionParams
 
 EXPANDED_BYTES = 32 << 20
@@ -51,8 +52,17 @@ class LatentWeights(NamedTuple):
 
     def expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [H, s, nope + rotated] and values [H, s, Dout] of all heads, from latents [1, s, rank + rotated]."""
-        num_heads, _, rank = self.w_k.shape
+        num_heads, nope, rank = self.w_k.shape
         stored, rotated = latents[..., :rank], latents[..., rank:]
+        if stored.device.type == "cpu" and stored.dtype is torch.float32 and onednn.is_available():
+            keys = stored.new_empty(num_heads, stored.shape[1], nope + rotated.shape[2])
+            keys[..., nope:] = rotated
+            values = stored.new_empty(num_heads, stored.shape[1], self.w_v.shape[1])
+            rows = stored[0].contiguous()
+            for head in range(num_heads):
+                keys[head, :, :nope] = onednn.linear(rows, self.w_k[head], None)
+                values[head] = onednn.linear(rows, self.w_v[head], None)
+            return keys, values
         keys = torch.matmul(stored, self.w_k.transpose(1, 2))  # [H, s, nope]
         values = torch.matmul(stored, self.w_v.transpose(1, 2))
         return torch.cat((keys, rotated.expand(num_heads, -1, -1)), dim=2), values

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longspan.models import onednn
 from longspan.models.same_result import activation_name, agree, random_rows
+from longspan.native import onednn
 from longspan.native.experts import NativeExperts
 
 _log = logging.getLogger(__name__)

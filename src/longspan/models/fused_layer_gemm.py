@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longspan.models import onednn
 from longspan.models.packed_linear import multiply_unpacked
+from longspan.native import onednn
 from longspan.native.layer import FusedLayer
 from longspan.native.matrix import Matrix
 from longspan.native.packed import PackedMatrix

@@ -1,7 +1,7 @@
 """Fast linear layers on a CPU, for few rows and for many.
 
 Holds the replacement of `nn.Linear`. Must not know attention, pages or plans.
-Read next: `longspan.native.kernels` for few rows, `longspan.models.onednn` for many.
+Read next: `longspan.native.kernels` for few rows, `longspan.native.onednn` for many.
 
 A decode step multiplies every weight by one row per request, for which BLAS reads weights at a third of the memory
 bandwidth: 88 MB of a 22 M parameter model took 8 ms on one thread and on two, and take 3.2 and 2.5 with the kernel.
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longspan.models import onednn
-from longspan.native import kernels
+from longspan.native import kernels, onednn
 
 
 class CPULinear(nn.Linear):

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longspan.models import onednn
 from longspan.models.latent import projections_of_latents
-from longspan.native import packed
+from longspan.native import onednn, packed
 from longspan.native.packed import BLOCK, PackedMatrix
 
 Bits = Literal[4, 8]
