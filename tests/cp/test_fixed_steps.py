@@ -27,12 +27,12 @@ from tiny_models import (
 
 from longspan.attention.triton import power_of_two
 from longspan.comm.recording import RecordingCommunicator
-from longspan.cp import fixed, fixed_buffers
+from longspan.cp import fixed
 from longspan.cp.fixed import FixedStepAttention
 from longspan.cp.fixed_buffers import FixedInputs, PlacedTiles
 from longspan.errors import LongspanError
 from longspan.plan.fixed_shape import fixed_shape
-from longspan.worker import graphs
+from longspan.scheduler import step_graphs
 from longspan.worker.graphs import FixedSteps
 from longspan.worker.runner import ModelRunner
 
@@ -54,7 +54,8 @@ def steps(monkeypatch):
     run = ModelRunner.run
 
     def note(self, plan):
-        if self.fixed is not None and (shape := fixed_shape(plan)) is not None:
+        if self.fixed is not None and plan.graph is not None:
+            shape = fixed_shape(plan)
             seen.append((self.rank, shape, plan))
         return run(self, plan)
 
@@ -71,6 +72,8 @@ class StandIn:
 
     def capture(self, launch):
         self._launch = launch  # a capture sends nothing, and changes no page
+        if self._comm.rank in FAILING:
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     def replay(self):
         LOG.launches = []
@@ -83,6 +86,9 @@ class StandIn:
             self._logits.copy_(logits)  # a graph writes where it wrote when it was captured
         return self._logits
 
+
+FAILING: set[int] = set()
+"""Ranks that cannot capture."""
 
 LOG = threading.local()
 """Launches of a thread since its last replay began."""
@@ -114,6 +120,7 @@ def captured(monkeypatch):
     """Every rank captures; returns (rank, traffic behind it) of every replay, as counted message by message."""
     replays = []
     init, run = FixedSteps.__init__, ModelRunner.run
+    monkeypatch.setattr(step_graphs, "is_captured", lambda config: True)
 
     def capturing(self, forward, pools, comm, make_graph):
         init(self, forward, pools, comm, lambda: StandIn(comm, replays))
@@ -225,12 +232,16 @@ def test_latents_answer_two_other_homes_at_once(size, steps):
 
 
 @pytest.mark.cover
-def test_steps_without_room_for_their_tiles_are_launched_and_right(captured, monkeypatch):
-    monkeypatch.setattr(fixed_buffers, "most_key_tiles", lambda pool: 0)
+def test_a_rank_that_cannot_capture_has_all_ranks_launch(captured, steps, monkeypatch, capsys):
+    monkeypatch.setitem(globals(), "FAILING", {1})
     model = tiny_model("llama")
     with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
         generate(engine, model, 6)
-    assert not captured
+    assert not captured, "nobody replays"
+    assert [rank for rank, _, plan in steps if plan.graph.run == "capture"] in ([0, 1], [1, 0]), "nobody tries again"
+    said = capsys.readouterr().err
+    assert said.count("rank 1 cannot capture decode steps as CUDA graphs, so all ranks launch") == 1
+    assert "operation not permitted when stream is capturing" in said
 
 
 @pytest.mark.cover
@@ -247,7 +258,7 @@ def test_an_argument_that_changes_between_replays_is_noticed(captured, monkeypat
 
 @pytest.mark.cover
 def test_the_shape_that_was_not_used_for_longest_makes_room(steps, monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_SHAPES", 2)
+    monkeypatch.setattr(step_graphs, "MAX_SHAPES", 2)
     kept = weakref.WeakSet()
     init = FixedStepAttention.__init__
     monkeypatch.setattr(FixedStepAttention, "__init__", lambda self, *args: kept.add(self) or init(self, *args))

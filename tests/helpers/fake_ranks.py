@@ -16,7 +16,7 @@ from longspan.group.messages import decode_to_worker
 from longspan.group.plans import PlanReceiver, PlanSender
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.prefix import extend_hashes
-from longspan.plan.fixed_shape import fixed_shape
+from longspan.plan.fixed_shape import MOST_SHARED, FixedShape, fixed_shape
 from longspan.plan.segments import make_segments
 from longspan.plan.types import (
     GroupStep,
@@ -102,6 +102,15 @@ def _logprobs(token_id: int, row: SampleRow) -> TokenLogprobs | None:
 
 
 @dataclass
+class Kept:
+    """What a rank keeps of a shape."""
+
+    shape: FixedShape
+    captured_by: tuple[int, tuple[int, ...]] | None = None
+    """Number and ranks of the plan that captured it last."""
+
+
+@dataclass
 class FakeRanks:
     """Executes plans without computing, and checks everything that ranks rely on."""
 
@@ -120,12 +129,17 @@ class FakeRanks:
     written: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
     """(KV group, rank, row) to the tokens up to the one whose key lies there: what the key depends on."""
     states: FakeStates = field(default_factory=FakeStates)
+    kept: list[dict[int, Kept]] = field(default_factory=list)
+    """[rank][slot]: what a rank keeps of a shape."""
+    cannot_capture: set[int] = field(default_factory=set)
+    """Ranks whose captures fail."""
 
     def __post_init__(self) -> None:
         groups = self.scheduler.model.kv_groups
         everyone = range(self.scheduler.config.context_parallel_size)
         self.mirrors = [[{} for _ in groups] for _ in everyone]
         self.receivers = [PlanReceiver(rank) for rank in everyone]
+        self.kept = [{} for _ in everyone]
 
     # -- a plan arrives ---------------------------------------------------------------------------------------------
 
@@ -152,6 +166,7 @@ class FakeRanks:
             received = self.receivers[rank].take(decode_to_worker(message))
             self._check_received(plan, received, rank)
             self._apply(received, rank)
+            self._check_graph(received, rank)
         self._check_tables(plan)
         self._check_requests(plan)
         self._check_keys(plan)
@@ -190,8 +205,35 @@ class FakeRanks:
             "page_copies",
             "released",
             "last_layer",
+            "graph",
         ):
             assert getattr(received, field_name) == getattr(plan, field_name)
+
+    def _check_graph(self, plan: Plan, rank: int) -> None:
+        """Ranks that replay a step hold the graph of one capture of it, which all of them took part in; and every rank
+        has room for its key tiles."""
+        if plan.graph is None:
+            return
+        shape, slots, slot = fixed_shape(plan), self.kept[rank], plan.graph.slot
+        assert shape is not None
+        if plan.graph.run == "launch" and (slot not in slots or slots[slot].shape != shape):
+            slots[slot] = Kept(shape)
+        kept = slots[slot]
+        assert kept.shape == shape
+        if plan.graph.run == "capture" and rank not in self.cannot_capture:
+            kept.captured_by = (plan.plan_id, plan.ranks)
+        if plan.graph.run == "replay":
+            assert kept.captured_by is not None
+            others = [self.kept[other][slot].captured_by for other in plan.ranks if other < rank]
+            assert all(other == kept.captured_by for other in others), "graphs of different captures would talk"
+            assert kept.captured_by[1] == plan.ranks
+        for group_idx, tables in enumerate(self.mirrors[rank]):
+            seen = sum(
+                table.count_on(rank, 0, run.end) // self.scheduler.config.page_size
+                for run in plan.query_runs
+                if (table := tables.get(run.request_id)) is not None
+            )
+            assert seen <= MOST_SHARED * self.scheduler.memory.allocators[rank][group_idx].num_pages
 
     def _copy(self, plan: Plan, copy: PageCopy) -> None:
         source, target, size = copy.source, copy.target, self.scheduler.config.page_size
@@ -356,6 +398,7 @@ class FakeRanks:
         self.states = FakeStates()
         self.mirrors = [[{} for _ in groups] for groups in self.mirrors]
         self.sender, self.receivers = PlanSender(), [PlanReceiver(rank) for rank in range(len(self.mirrors))]
+        self.kept = [{} for _ in self.mirrors]
         assert not self.scheduler.running
         for allocators in self.scheduler.memory.allocators:
             for allocator in allocators:
@@ -386,7 +429,9 @@ class FakeRanks:
                 for s in plan.scores
                 if any(run.request_id == s.request_id and run.position <= s.position < run.end for run in mine)
             )
-            results.append(RankResult(plan.plan_id, rank, sampled, scored, 0, 0, step_s=self.rng.uniform(0.001, 1.0)))
+            failed = plan.graph is not None and plan.graph.run == "capture" and rank in self.cannot_capture
+            step_s = self.rng.uniform(0.001, 1.0)
+            results.append(RankResult(plan.plan_id, rank, sampled, scored, 0, 0, step_s=step_s, capture_failed=failed))
         assert sum(len(r.sampled) for r in results) == len(plan.samples), "one rank samples each row"
         assert sum(len(r.scored) for r in results) == len(plan.scores)
         self.rng.shuffle(results)

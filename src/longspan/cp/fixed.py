@@ -65,19 +65,14 @@ class FixedStepAttention:
         self._inputs, self._pools, self._comm, self._layer_params = inputs, pools, comm, layer_params
         self._group_of_layer = {layer: i for i, pool in enumerate(pools) for layer in pool.group.layers}
         self._messages = [FixedMessages(shape, i, pool, comm.rank) for i, pool in enumerate(pools)]
-        self._key_tiles = list(inputs.key_tiles)  # per KV group
 
-    def fill(self, plan: Plan, tables: Sequence[Mapping[int, PageTable]], token_ids: Sequence[int]) -> bool:
+    def fill(self, plan: Plan, tables: Sequence[Mapping[int, PageTable]], token_ids: Sequence[int]) -> None:
         """Put a plan into the buffers.
 
         Args:
             plan: a plan of this shape.
             tables: per KV group, the page table of every request in the plan.
             token_ids: input tokens of this rank's rows.
-
-        Returns:
-            Whether a captured graph may run: False if key tiles had no room in the persistent buffers, so that this
-            step reads others.
         """
         rows_of = {home: query_rows(plan.query_runs, home) for home in {self.rank, *self.shape.homes}}
         own = rows_of[self.rank]
@@ -85,7 +80,6 @@ class FixedStepAttention:
         fillers = [0] * (self.shape.num_rows - len(own))
         self._inputs.put_tokens([*token_ids, *fillers], [*(position for _, position, _ in own), *fillers])
         self.bytes_sent = Counter()
-        is_graphs = True
         for i, (step, pool, messages) in enumerate(zip(plan.groups, self._pools, self._messages, strict=True)):
             layout = PoolLayout(tables[i], self.rank)
             self._inputs.put_stores(i, store_rows(store_runs(own, layout), self.shape.num_rows))
@@ -95,10 +89,8 @@ class FixedStepAttention:
             placed = [] if not self.num_rows else [self._tiles(segments, i, self.rank, own, layout, 0)]
             for j, home in enumerate(messages.other_homes):  # the other homes' rows are one tensor
                 placed.append(self._tiles(segments, i, home, rows_of[home], layout, j * self.shape.num_rows))
-            self._key_tiles[i] = self._inputs.put_tiles(i, placed)
-            is_graphs &= self._key_tiles[i] is self._inputs.key_tiles[i]
+            self._inputs.put_tiles(i, placed)
             self.bytes_sent[step.strategy.value] += len(pool.group.layers) * messages.layer_bytes
-        return is_graphs
 
     def _tiles(
         self,
@@ -205,7 +197,7 @@ class FixedStepAttention:
             pool.k[layer],
             pool.v[layer],
             self._inputs.query_tiles[group_idx][first : first + q.shape[0]],
-            self._key_tiles[group_idx],
+            self._inputs.key_tiles[group_idx],
             outs,
             lses,
             queries_per_tile=1,

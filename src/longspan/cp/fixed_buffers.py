@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.attention.staging import staged, to_device
+from longspan.attention.staging import staged
 from longspan.attention.tiles import Table, TileTables
 from longspan.cp.wire import partial_views
 from longspan.kv.pool import PagePool
-from longspan.plan.fixed_shape import BUCKETS, FixedShape
+from longspan.plan.fixed_shape import BUCKETS, MOST_SHARED, FixedShape
 from longspan.plan.message_format import PartialFormat, row_bytes
 from longspan.triton_kernels.attention import tiling
 from longspan.triton_kernels.launch import shared_bytes
@@ -49,7 +49,9 @@ class FixedInputs:
         """[rows] int32 pool row of every token, or -1, per KV group."""
         self.query_tiles = [torch.zeros(num_ranks * rows, 7, dtype=torch.int32, device=device) for _ in pools]
         """[num_ranks * rows, 7] tiles of this rank's rows, then of other homes' rows in rank order, per KV group."""
-        self.key_tiles = [torch.zeros(most_key_tiles(pool), 4, dtype=torch.int32, device=device) for pool in pools]
+        self.key_tiles = [
+            torch.zeros(most_key_tiles(pool, num_ranks * rows), 4, dtype=torch.int32, device=device) for pool in pools
+        ]
         """[tiles, 4] key tiles of all rows in `query_tiles`, in their order, per KV group."""
 
     def put_tokens(self, token_ids: Sequence[int], positions: Sequence[int]) -> None:
@@ -61,12 +63,8 @@ class FixedInputs:
         """Copy the pool rows of a step's tokens."""
         _put(self.stores[group_idx], rows)
 
-    def put_tiles(self, group_idx: int, placed: Sequence[PlacedTiles]) -> Tensor:
-        """Copy the tables of several ranks' rows one after the other.
-
-        Returns:
-            [tiles, 4] key tiles: this object's buffer, or a new tensor if the buffer is too small.
-        """
+    def put_tiles(self, group_idx: int, placed: Sequence[PlacedTiles]) -> None:
+        """Copy the tables of several ranks' rows one after the other. The plan knows that there is room."""
         queries: list[Table] = []
         num_keys = 0
         for first_row, tables in placed:
@@ -75,15 +73,12 @@ class FixedInputs:
             tiles[:, 3:] += num_keys  # a, b, c, d
             queries.append(tiles)
             num_keys += len(tables.key_tiles)
-        buffer = self.key_tiles[group_idx]
         if not placed:
-            return buffer
+            return
         keys = np.concatenate([tables.key_tiles for _, tables in placed])
         _put(self.query_tiles[group_idx], np.concatenate(queries))
-        if num_keys > len(buffer):
-            return to_device(keys, buffer.device)
-        _put(buffer, keys)
-        return buffer
+        assert num_keys <= len(self.key_tiles[group_idx]), "a plan of fixed shape has too many key tiles"
+        _put(self.key_tiles[group_idx], keys)
 
 
 class FixedMessages:
@@ -132,9 +127,16 @@ class FixedMessages:
         """Bytes that this rank sends in one layer."""
 
 
-def most_key_tiles(pool: PagePool) -> int:
-    """Key tiles that the buffer has room for: every page of the pool twice, since requests may share pages."""
-    return 2 * (pool.num_rows // pool.page_size) * -(-pool.page_size // keys_per_tile(pool)) + BUCKETS[-1]
+def most_key_tiles(pool: PagePool, num_rows: int) -> int:
+    """Key tiles that the buffer has room for: every page of the pool as often as plans may look at it (`MOST_SHARED`),
+    and for every row a page that its window cuts.
+
+    Args:
+        pool: pool of the KV group.
+        num_rows: most rows that look at it in a step.
+    """
+    tiles_per_page = -(-pool.page_size // keys_per_tile(pool))
+    return (MOST_SHARED * (pool.num_rows // pool.page_size) + 2 * num_rows) * tiles_per_page
 
 
 def keys_per_tile(pool: PagePool) -> int:

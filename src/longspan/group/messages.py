@@ -17,7 +17,7 @@ from longspan.config import EngineConfig
 from longspan.costmodel.measured import RankMeasurement
 from longspan.group.shape import ProcessId
 from longspan.plan.parts import OwnPart
-from longspan.plan.types import RankResult
+from longspan.plan.types import GraphStep, RankResult
 from longspan.types import ModelSpec
 
 
@@ -79,6 +79,8 @@ class RunNext(msgspec.Struct, frozen=True, gc=False, tag=True):
     """Number of the last plan."""
     token_ids: tuple[int, ...]
     """Input tokens of the rank's query runs; none if it has no run, or has sampled them itself in the last plan."""
+    graph: GraphStep | None = None
+    """See `Plan.graph`."""
 
 
 class Measure(msgspec.Struct, frozen=True, tag=True):

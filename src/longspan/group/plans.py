@@ -31,10 +31,10 @@ class PlanSender:
             for run in plan.query_runs:
                 if isinstance(run.tokens, Literals):
                     token_ids.setdefault(run.compute_rank, []).extend(run.tokens.token_ids)
-            nothing = encode(RunNext(plan.plan_id, follows, ()))
+            nothing = encode(RunNext(plan.plan_id, follows, (), plan.graph))
             for rank in plan.ranks:
                 own = token_ids.get(rank)
-                found[rank] = nothing if own is None else encode(RunNext(plan.plan_id, follows, tuple(own)))
+                found[rank] = nothing if own is None else encode(RunNext(plan.plan_id, follows, tuple(own), plan.graph))
         else:
             shared, own_parts = split(plan)
             raw = msgspec.Raw(_encode_part(shared))
@@ -62,7 +62,7 @@ class PlanReceiver:
             last = self._last
             assert last is not None, "a plan follows none"
             assert last.plan_id == message.follows, f"plan {message.plan_id} follows {message.follows}"
-            plan = advance(last, message.plan_id, self._tokens(last, message))
+            plan = advance(last, message.plan_id, self._tokens(last, message), message.graph)
         self._last = plan
         return plan
 

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
-from longspan.plan.types import Plan, QueryRun, StateStep, Tokens
+from longspan.plan.types import GraphStep, Plan, QueryRun, StateStep, Tokens
 
 
-def advance(plan: Plan, plan_id: int, tokens: Sequence[Tokens | None]) -> Plan:
+def advance(plan: Plan, plan_id: int, tokens: Sequence[Tokens | None], graph: GraphStep | None = None) -> Plan:
     """Take every request of a decode step one token further.
 
     Args:
         plan: a step of one token per request, with pages for one more on the same ranks.
         plan_id: number of the new plan.
         tokens: input token of every query run, in plan order; None where a rank does not know it.
+        graph: how the step runs in fixed shape; None: in any shape, or not yet decided.
     """
     runs = [
         QueryRun(run.request_id, run.position + 1, 1, run.compute_rank, token, run.rope_len)
@@ -36,4 +37,5 @@ def advance(plan: Plan, plan_id: int, tokens: Sequence[Tokens | None]) -> Plan:
         states=tuple([StateStep(state.request_id, state.target, state.target) for state in plan.states]),
         packed=plan.packed,
         follows=plan.plan_id,
+        graph=graph,
     )

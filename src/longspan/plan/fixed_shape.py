@@ -1,7 +1,8 @@
-"""Fixed shape of a decode step, which a CUDA graph can repeat.
+"""Fixed shape of a decode step, which a CUDA graph can repeat, and which engines have such steps.
 
-Holds one pure function. Must not know tensors, buffers or graphs.
-Read next: `longspan.cp.fixed`, the attention of such steps.
+Holds pure functions. Must not know tensors, buffers or graphs.
+Read next: `longspan.scheduler.step_graphs`, which decides what is captured; `longspan.cp.fixed`, the attention of such
+steps.
 
 Note [Fixed shapes]
     Every rank of a plan makes the same `FixedShape` of it, or all make none: it depends on what all are told alone.
@@ -19,11 +20,17 @@ Note [Fixed shapes]
 
 from typing import NamedTuple
 
+from longspan.config import EngineConfig
 from longspan.plan.types import Plan
-from longspan.types import Phase, Strategy
+from longspan.types import ModelSpec, Phase, Strategy
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Legal numbers of rows of one rank; a step with more rows is not fixed."""
+
+MOST_SHARED = 8
+"""Times that a step's requests together may look at every page of a pool, on average: a rank's buffer of key tiles has
+room for so many. Without shared prefixes they look at a page once. A tile is 16 bytes, beside 8 MB of keys and values
+in an 8 B Llama."""
 
 
 class FixedShape(NamedTuple):
@@ -54,3 +61,19 @@ def fixed_shape(plan: Plan) -> FixedShape | None:
             return None
     bucket = next((bucket for bucket in BUCKETS if bucket >= max(plan.num_tokens)), None)
     return None if bucket is None else FixedShape(bucket, homes, tuple(participants))
+
+
+def has_fixed_steps(config: EngineConfig, model: ModelSpec) -> bool:
+    """Whether decode steps have fixed shapes: our kernels run them, and all rows are launched alike.
+
+    Rows that differ in frequencies of RoPE are not, nor are those whose states go from rank to rank.
+    """
+    kernels = ("triton", "flashinfer", "auto") if config.device == "cuda" else ("triton", "flashinfer")
+    are_alike = model.rope_lengths is None and not model.state_groups
+    return config.cuda_graphs == "auto" and config.attention_backend in kernels and are_alike
+
+
+def is_captured(config: EngineConfig) -> bool:
+    """Whether steps of fixed shape are captured: not where ranks wait for each other in Python, as threads do."""
+    are_threads = config.executor == "threads" and config.context_parallel_size > 1
+    return config.device == "cuda" and not are_threads

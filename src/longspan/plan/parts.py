@@ -19,6 +19,7 @@ from typing import TypeVar
 import msgspec
 
 from longspan.plan.types import (
+    GraphStep,
     GroupStep,
     PageCopy,
     Plan,
@@ -69,6 +70,7 @@ class SharedPart(msgspec.Struct, frozen=True, gc=False, array_like=True):
     states: tuple[StateStep, ...] = ()
     """Of requests on several ranks."""
     has_drafts: bool = False
+    graph: GraphStep | None = None
 
 
 class OwnPart(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -126,6 +128,7 @@ def split(plan: Plan) -> tuple[SharedPart, dict[int, OwnPart]]:
         tuple(shared_reads),
         tuple(shared_states),
         plan.has_drafts,
+        plan.graph,
     )
     own = {
         rank: OwnPart(
@@ -165,6 +168,7 @@ def join(shared: SharedPart, own: OwnPart, rank: int) -> Plan:
         last_layer=shared.last_layer,
         read_runs=tuple(_spread([*shared.read_runs, *own.read_runs])),
         has_drafts=shared.has_drafts,
+        graph=shared.graph,
     )
 
 

@@ -167,6 +167,15 @@ class StateStep(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """In the order of positions."""
 
 
+class GraphStep(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """How all ranks run a decode step of fixed shape (`longspan.scheduler.step_graphs`)."""
+
+    slot: int
+    """Slot in which ranks keep what belongs to the shape; another shape that is there makes room."""
+    run: Literal["launch", "capture", "replay"]
+    """Kernel by kernel; the same, and then captured as a CUDA graph; or as the graph that was captured last."""
+
+
 class SampleRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Sample the token that follows `position`; the row's logits exist on the rank that computes the position."""
 
@@ -239,6 +248,8 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     """Whether a request has drafts. All ranks know it, also where it is one that they are told nothing of."""
     follows: int | None = None
     """Number of the plan that this one takes one token further, all else being equal (`longspan.plan.advance`)."""
+    graph: GraphStep | None = None
+    """How the step runs in fixed shape; None: in any shape."""
 
 
 class SampledToken(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -286,6 +297,8 @@ class RankResult(msgspec.Struct, frozen=True, gc=False):
     busy_s: float = 0.0
     """Seconds that this rank took for all plans since the worker started, waits for peers included."""
     failed: tuple[FailedRow, ...] = ()
+    capture_failed: bool = False
+    """Whether the rank was asked to capture the step, and could not."""
     strategy_bytes: dict[str, int] = {}
     """Bytes sent per strategy, and for states of recurrent layers as `states`, since the worker started."""
 

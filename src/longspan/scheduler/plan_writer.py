@@ -30,6 +30,7 @@ from longspan.scheduler.delivery import Step
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_rows
+from longspan.scheduler.step_graphs import StepGraphs
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec, Phase, Strategy
 
@@ -40,9 +41,9 @@ MOVE_QUERIES = (Strategy.PASS_Q, Strategy.TREE)
 class PlanWriter:
     """Turns requests and the positions that they are taken to into plans."""
 
-    def __init__(self, model: ModelSpec, config: EngineConfig, memory: KVMemory) -> None:
-        """Args: `memory` allocates the pages."""
-        self._model, self._config, self._memory = model, config, memory
+    def __init__(self, model: ModelSpec, config: EngineConfig, memory: KVMemory, graphs: StepGraphs) -> None:
+        """Args: `memory` allocates the pages; `graphs` decides what is captured."""
+        self._model, self._config, self._memory, self._graphs = model, config, memory, graphs
         self.costs = costs_by_bytes(config.known_nodes or (0,) * config.context_parallel_size)
         """What the ranks and links can do; until they have measured it, every link is the same."""
         self.choices = StrategyChoices()
@@ -114,10 +115,14 @@ class PlanWriter:
             tokens.append(sampled or Literals((request.token_ids[position],)))
         if ranks != set(last.ranks):
             return None
-        plan = advance(last, plan_id, tokens)
         groups = zip(last.groups, self._model.kv_groups, strict=True)
         slides = any(step.nodes and group.spec.reach is not None for step, group in groups)
-        return self._slid(plan, chosen) if slides else plan
+        plan: Plan | None = advance(last, plan_id, tokens)
+        if slides and plan is not None:
+            plan = self._slid(plan, chosen)
+        if plan is None or last.graph is None:
+            return plan
+        return structs.replace(plan, graph=self._graphs.step(plan, ()))
 
     def _slid(self, plan: Plan, chosen: Sequence[tuple[Request, int]]) -> Plan | None:
         """The plan with what moves in groups with windows or chunks counted again, by the strategies that it has; None
@@ -176,6 +181,8 @@ class PlanWriter:
             is_last_read_alone=self._model.last_group is not None,
             released=released,
         )
+        if (graph := self._graphs.step(plan, tables)) is not None:
+            plan = structs.replace(plan, graph=graph)
         for i, step in enumerate(plan.groups):
             self.choices.note(
                 movers or plan.phase,

@@ -57,6 +57,7 @@ from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.plan_writer import PlanWriter
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.run_ahead import RunAhead
+from longspan.scheduler.step_graphs import StepGraphs
 from longspan.scheduler.suspects import Suspects
 from longspan.scheduler.turns import Turns
 from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
@@ -91,7 +92,8 @@ class Scheduler:
         self.model, self.config = model, config
         self.memory = KVMemory(model, config, num_pages)
         self.step_time = StepTime(model, config.num_threads)
-        self.writer = PlanWriter(model, config, self.memory)
+        self._graphs = StepGraphs(model, config, num_pages)
+        self.writer = PlanWriter(model, config, self.memory, self._graphs)
         self.intake = Intake(model, config, self.memory.placer)
         """Checks requests; any thread may use it."""
         self._chunks = Chunks(config, self.memory.placer.geometry, self.step_time)
@@ -246,6 +248,7 @@ class Scheduler:
         for unreported in self._unreported.values():
             unreported.clear()
         self._turns.forget_ranks()
+        self._graphs.forget_ranks()
 
     def take_over(self, other: "Scheduler") -> None:
         """Go on with the requests of a scheduler for other ranks, which has lost them: all of them wait.
@@ -402,6 +405,7 @@ class Scheduler:
             if not self._num_plans[rank]:
                 self.busy_ranks.discard(rank)
         self._ahead.note_end(plan.plan_id)
+        self._graphs.note_result(result)
         if plan.phase is Phase.PREFILL and self.config.max_step_ms is not None:
             self.step_time.learn(flops, max(rank_result.step_s for rank_result in result.ranks))
         self.drafting.note(plan, result)

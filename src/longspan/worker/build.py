@@ -20,6 +20,7 @@ from longspan.group.messages import Start
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import ALWAYS, SPEEDUPS, speed_up_
+from longspan.plan.fixed_shape import has_fixed_steps, is_captured
 from longspan.plan.types import Plan
 from longspan.worker.device import check_memory, device_backend, process_device
 from longspan.worker.fault import Injector
@@ -132,9 +133,7 @@ def build_runner(
 
 
 def _graph_mode(start: Start, backend: AttentionBackend) -> GraphMode:
-    """Choose how decode steps run: fixed shapes need our kernels, graphs need ranks that do not wait in Python."""
-    config = start.config
-    if config.cuda_graphs == "never" or backend.name not in ("triton", "flashinfer"):
+    """How decode steps run, as the driver takes it to be; without Triton, in any shape."""
+    if not has_fixed_steps(start.config, start.spec) or backend.name not in ("triton", "flashinfer"):
         return "never"
-    are_threads = config.executor == "threads" and config.context_parallel_size > 1
-    return "captured" if config.device == "cuda" and not are_threads else "launched"
+    return "captured" if is_captured(start.config) else "launched"

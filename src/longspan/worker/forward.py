@@ -30,6 +30,8 @@ class StepOutput(NamedTuple):
     rows."""
     bytes_sent: Mapping[str, int]
     """Bytes that this rank sent in the step, per strategy."""
+    capture_failed: bool = False
+    """Whether the step was to be captured, and could not be."""
 
 
 class ModelForward:

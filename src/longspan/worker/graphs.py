@@ -1,16 +1,19 @@
-"""Decode steps in fixed shapes, each captured as a CUDA graph the second time that its shape comes.
+"""Decode steps in fixed shapes, launched, captured as CUDA graphs, or replayed, as their plans say.
 
-Holds the choice to launch, capture or replay a step, and the state of its shape. Must not know how plans are made, or
-how rows are sampled. No GPU has captured a step yet; the launches are tested without graphs.
-Read next: `longspan.cp.fixed`, the attention of such steps; `longspan.worker.forward`, the model's call.
+Holds the state of every shape on one rank. Must not know how plans are made, or how rows are sampled. No GPU has
+captured a step yet; the launches are tested without graphs.
+Read next: `longspan.scheduler.step_graphs`, which decides; `longspan.cp.fixed`, the attention of such steps;
+`longspan.worker.forward`, the model's call.
 
 Note [Capture]
-    A decode step of a model of 32 layers is several hundred launches. A graph repeats them with one. The first step of
-    a shape runs without a graph: kernels are compiled then, and NCCL sets up its channels, neither of which may happen
-    in a capture. Ranks of one plan may differ in whether they replay, launch or capture: the messages are the same.
+    A decode step of a model of 32 layers is several hundred launches. A graph repeats them with one. A step that is to
+    be captured is launched first, which gives its results, and then captured, which runs nothing and sends nothing. So
+    a rank on which the capture fails, because something in the model waits for the device, has the same results, and
+    has exchanged the same messages, as its peers; it says so in its answer, and no rank replays.
 """
 
-from collections import OrderedDict
+import gc
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,14 +24,12 @@ from torch import Tensor
 from longspan.comm.recording import RecordingCommunicator, Traffic
 from longspan.cp.fixed import FixedStepAttention
 from longspan.cp.fixed_buffers import FixedInputs
+from longspan.errors import LongspanError
 from longspan.kv.pool import PagePool
 from longspan.plan.fixed_shape import BUCKETS, FixedShape
-from longspan.plan.types import Plan
+from longspan.plan.types import GraphStep, Plan
 from longspan.sharding.pages import PageTable
 from longspan.worker.forward import ModelForward, StepOutput
-
-MAX_SHAPES = 48
-"""Most shapes whose buffers and graphs are kept; the least recently used one is dropped first."""
 
 Launch = Callable[[], Tensor | None]
 """Function that launches all kernels of a step and returns its logits."""
@@ -38,7 +39,11 @@ class Graph(Protocol):
     """Launches that are repeated as one."""
 
     def capture(self, launch: Launch) -> None:
-        """Record the launches of `launch`, without running them."""
+        """Record the launches of `launch`, without running them.
+
+        Raises:
+            RuntimeError: something in `launch` cannot be captured.
+        """
 
     def replay(self) -> Tensor | None:
         """Run the recorded launches; return the result of `launch`, which every replay overwrites."""
@@ -63,9 +68,18 @@ class _CUDAGraph:
         self._logits: Tensor | None = None
 
     def capture(self, launch: Launch) -> None:
-        # NCCL's watchdog asks for events meanwhile, in a thread of its own.
-        with torch.cuda.graph(self._graph, pool=self._memory, capture_error_mode="thread_local"):
-            self._logits = launch()
+        # Not `torch.cuda.graph`, which leaves its stream the current one if the capture fails.
+        torch.cuda.synchronize()
+        gc.collect()  # no tensor of an earlier step may be freed meanwhile
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # NCCL's watchdog asks for events meanwhile, in a thread of its own.
+            self._graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                self._logits = launch()
+            finally:
+                self._graph.capture_end()
 
     def replay(self) -> Tensor | None:
         self._graph.replay()
@@ -77,8 +91,8 @@ class _Step:
     """State of one shape."""
 
     attention: FixedStepAttention
-    sent: Traffic | None = None
-    """Traffic of one step in the communicator's counters; None before the first step."""
+    sent: Traffic
+    """Traffic of one step in the communicator's counters."""
     graph: Graph | None = None
 
 
@@ -98,18 +112,19 @@ class FixedSteps:
             forward: this rank's model.
             pools: this rank's pool of every KV group.
             comm: this rank's communicator.
-            make_graph: maker of graphs, if device and communicator can be captured; None launches every step.
+            make_graph: maker of graphs; None where no plan captures.
         """
         self._forward, self._pools, self._comm, self._make_graph = forward, pools, comm, make_graph
         self._inputs = FixedInputs(pools, comm.size)
         self._all_rows = torch.arange(BUCKETS[-1], device=pools[0].device)
-        self._steps: OrderedDict[FixedShape, _Step] = OrderedDict()
+        self._steps: dict[int, _Step] = {}  # by slot
         self.num_replays = 0
         """Number of steps that ran as a graph."""
 
     def run(
         self,
         shape: FixedShape,
+        how: GraphStep,
         plan: Plan,
         tables: Sequence[Mapping[int, PageTable]],
         token_ids: Sequence[int],
@@ -119,6 +134,7 @@ class FixedSteps:
 
         Args:
             shape: shape of the plan.
+            how: what the plan says of its step.
             plan: plan to run.
             tables: per KV group, the page table of every request in the plan.
             token_ids: input tokens of this rank's rows.
@@ -126,24 +142,28 @@ class FixedSteps:
 
         Collective: all ranks of the plan, with the same plan.
         """
-        step = self._step(shape)
-        is_capturable = step.attention.fill(plan, tables, token_ids)
-        if is_capturable and step.sent is not None and self._make_graph is not None:
-            logits = self._replay(step, step.sent, self._make_graph)
+        step = self._step(shape, how)
+        step.attention.fill(plan, tables, token_ids)
+        capture_failed = False
+        if how.run == "replay":
+            logits = self._replay(step)
         else:
             before = self._comm.traffic
             logits = self._launch(step.attention)
             step.sent = self._comm.traffic.since(before)
-        return StepOutput(None if logits is None else _some(logits, read), step.attention.bytes_sent)
+            capture_failed = how.run == "capture" and not self._capture(step)
+        return StepOutput(None if logits is None else _some(logits, read), step.attention.bytes_sent, capture_failed)
 
-    def _step(self, shape: FixedShape) -> _Step:
-        if shape not in self._steps:
-            if len(self._steps) == MAX_SHAPES:
-                self._steps.popitem(last=False)
+    def _step(self, shape: FixedShape, how: GraphStep) -> _Step:
+        """State of a plan's shape, which a plan that launches may bring to its slot."""
+        found = self._steps.get(how.slot)
+        if found is None or found.attention.shape != shape:
+            assert how.run == "launch", f"slot {how.slot} holds no step to {how.run}"
+            self._steps.pop(how.slot, None)  # whose buffers go before new ones come
             params = self._forward.layer_params
-            self._steps[shape] = _Step(FixedStepAttention(shape, self._inputs, self._pools, self._comm, params))
-        self._steps.move_to_end(shape)
-        return self._steps[shape]
+            found = _Step(FixedStepAttention(shape, self._inputs, self._pools, self._comm, params), self._comm.traffic)
+            self._steps[how.slot] = found
+        return found
 
     def _launch(self, attention: FixedStepAttention) -> Tensor | None:
         """Launch all kernels of a step. As it may be captured, it must not read the device's data."""
@@ -155,17 +175,35 @@ class FixedSteps:
             attention, self._inputs.token_ids[rows], self._inputs.positions[rows], self._all_rows[rows]
         )
 
-    def _replay(self, step: _Step, sent: Traffic, make_graph: Callable[[], Graph]) -> Tensor | None:
-        """Run all kernels of a step as one launch, captured first if the shape has no graph yet."""
+    def _capture(self, step: _Step) -> bool:
+        """Capture a step that has been launched; return whether that worked."""
+        assert self._make_graph is not None, "a plan captures where nothing can be captured"
         before = self._comm.traffic
-        if step.graph is None:
-            step.graph = make_graph()
-            step.graph.capture(lambda: self._launch(step.attention))
-        else:
-            self._forward.begin_layers()
+        graph = self._make_graph()
+        try:
+            graph.capture(lambda: self._launch(step.attention))
+        except (RuntimeError, LongspanError) as error:
+            reason = " ".join(str(error).split())[:300]
+            print(
+                f"longspan: rank {self._comm.rank} cannot capture decode steps as CUDA graphs, so all ranks launch "
+                f"their kernels one by one: {reason}",
+                file=sys.stderr,
+                flush=True,
+            )
+            return False
+        finally:
+            self._comm.traffic = before  # a capture sends nothing
+        step.graph = graph
+        return True
+
+    def _replay(self, step: _Step) -> Tensor | None:
+        """Run all kernels of a step as one launch."""
+        assert step.graph is not None, "a plan replays what was not captured"
+        before = self._comm.traffic
+        self._forward.begin_layers()
         logits = step.graph.replay()
         self.num_replays += 1
-        self._comm.traffic = before.plus(sent)  # a capture sends nothing; a replay's messages bypass the counters
+        self._comm.traffic = before.plus(step.sent)  # a replay's messages bypass the counters
         return logits
 
 

@@ -140,9 +140,7 @@ class ModelRunner:
         """Attention parameters of every layer, with this rank's weights where attention needs them."""
         layouts = None if self._states is None else self._states.components
         self._forward = ModelForward(model, self.layer_params, self._layer_start, layouts)
-        # Where rows differ in frequencies, launches do; and where states go from rank to rank.
-        may_be_fixed = graphs != "never" and spec.rope_lengths is None and self._states is None
-        self.fixed = self._fixed_steps(graphs) if may_be_fixed else None
+        self.fixed = None if graphs == "never" else self._fixed_steps(graphs)
         """Runner of decode steps in fixed shapes; None if all steps run in any shape."""
         self._sampled_by = -1  # the last plan that sampled here
         self._sampled: dict[int, int] = {}  # request to its token of that plan
@@ -168,7 +166,7 @@ class ModelRunner:
         started = time.perf_counter()
         self._progress.count += 1
         try:
-            answer = self._run(plan)
+            answer, capture_failed = self._run(plan)
             if self.device.type == "cuda":  # a plan's writes are complete when its answer is sent, on every rank
                 torch.cuda.current_stream(self.device).synchronize()
         finally:
@@ -181,6 +179,7 @@ class ModelRunner:
             sampled=answer.sampled,
             scored=answer.scored,
             failed=answer.failed,
+            capture_failed=capture_failed,
             tokens_computed=self._tokens_computed,
             bytes_sent=self.comm.bytes_sent,
             step_s=step_s,
@@ -188,7 +187,8 @@ class ModelRunner:
             strategy_bytes=dict(self._strategy_bytes),
         )
 
-    def _run(self, plan: Plan) -> _Answer:
+    def _run(self, plan: Plan) -> tuple[_Answer, bool]:
+        """Run a plan; return this rank's results, and whether the step could not be captured."""
         assert self.rank in plan.ranks, f"plan {plan.plan_id} is for ranks {plan.ranks}, this is rank {self.rank}"
         for request_id in plan.released:
             for tables in self._tables:
@@ -197,12 +197,13 @@ class ModelRunner:
         for delta in plan.table_deltas:
             self._apply(delta)
         rows = self._rows(plan)
-        if self.fixed is not None and (shape := fixed_shape(plan)) is not None:
-            output = self.fixed.run(shape, plan, self._tables, rows.token_ids, rows.read)
+        if self.fixed is not None and plan.graph is not None and (shape := fixed_shape(plan)) is not None:
+            output = self.fixed.run(shape, plan.graph, plan, self._tables, rows.token_ids, rows.read)
         else:
             output = self._run_eagerly(plan, rows)
         self._strategy_bytes.update(output.bytes_sent)
-        return _Answer() if output.logits is None else self._read(plan, rows, output.logits)
+        answer = _Answer() if output.logits is None else self._read(plan, rows, output.logits)
+        return answer, output.capture_failed
 
     def _copy_pages(self, plan: Plan) -> None:
         """Copy pages within this rank, and send and receive pages of other ranks."""
