@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from longspan import LLM
 from longspan.config import EngineConfig
+from longspan.cp import fixed
 from longspan.errors import ConfigError
 from longspan.kv import pool, stored
 from longspan.kv.layout import STORED_DTYPES, KVSpec
@@ -160,6 +161,33 @@ def test_prefix_hits_and_preemption_change_no_token(dtype):
     assert [request.output_token_ids for request in tight] == [request.output_token_ids for request in alone]
 
 
+@pytest.mark.cover
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", "int8"), ("gemma2", "fp8_e4m3"), pytest.param("youtu", "int8", id="latents")]
+)
+def test_kernels_of_gpus_store_and_read_small_rows(family, dtype, monkeypatch):
+    """In Triton's interpreter: decode in fixed shapes stores and reads them in kernels, prefill reads them."""
+    monkeypatch.setattr(fixed, "MIN_FIXED_SPLITS", 2)
+    monkeypatch.setattr(fixed, "num_processors", lambda device: 1)
+    prompt, tokens = random_prompt(40, 7), None
+    if family != "youtu":
+        prompt, tokens = reference(family, dtype, 40)
+    found = [
+        run_requests(
+            tiny_model(family),
+            [(prompt, greedy(NUM_TOKENS))],
+            kv_cache_dtype=dtype,
+            attention_backend=backend,
+            context_parallel_size=2,
+            placement="striped",
+            stripe_size=16,
+            strategy="pass_q",
+        )[0].output_token_ids
+        for backend in (("triton",) if tokens is not None else ("triton", "auto"))
+    ]
+    assert found[0] == (found[1] if tokens is None else tokens)
+
+
 def test_a_scale_of_another_row_changes_tokens(monkeypatch):
     """A mutation: without it the tests above would prove nothing."""
     prompt, tokens = reference("llama", "int8", 150)
@@ -190,10 +218,10 @@ def test_rejects_what_cannot_be_read():
         EngineConfig(model="recall", kv_cache_dtype="int4")
     with pytest.raises(ConfigError, match="kv_cache_dtype: got 'float16' with device 'cpu'"):
         EngineConfig(model="recall", device="cpu", kv_cache_dtype="float16")
-    reason = "kv_cache_dtype: got int8, the triton backend takes float32"
+    reason = "kv_cache_dtype: got bfloat16, the triton backend takes float32, int8, float8_e4m3fn"
     with (
         pytest.raises(ConfigError, match=reason),
-        tiny_engine(tiny_model("llama"), kv_cache_dtype="int8", attention_backend="triton"),
+        tiny_engine(tiny_model("llama"), kv_cache_dtype="bfloat16", attention_backend="triton"),
     ):
         pass
 

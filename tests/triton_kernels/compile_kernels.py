@@ -33,6 +33,7 @@ from longspan.triton_kernels.attention import (
 )
 from longspan.triton_kernels.merge import accumulate_kernel, merge_kernel
 from longspan.triton_kernels.store import store_kernel
+from longspan.triton_kernels.stored import FP8, INT8, SAME
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Most bytes of shared memory of a block, by compute capability. Source: CUDA C++ Programming Guide."""
@@ -59,6 +60,7 @@ def attention_case(
     softcap: bool = False,
     latent_width: int | None = None,
     capability: int = 90,
+    stored: str = "",
 ) -> Kernel:
     """Attention over keys of a width; `latent_width` of their elements are the value, or values are as wide."""
     sizes = tiling(width, dtype, SHARED_BYTES[capability])
@@ -72,22 +74,25 @@ def attention_case(
     num_warps = choices.pop("num_warps")
     pointer = POINTER[dtype]
     pointers = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "q_ptr": pointer, "k_ptr": pointer, "v_ptr": pointer}
-    pointers |= {"query_tiles": "*i32", "key_tiles": "*i32"}
+    pointers |= {"query_tiles": "*i32", "key_tiles": "*i32", "k_scales_ptr": "*fp32", "v_scales_ptr": "*fp32"}
+    if stored:
+        pointers |= dict.fromkeys(("k_ptr", "v_ptr"), {"int8": "*i8", "fp8": "*u8"}[stored])
     constants = {
         "NUM_KV_HEADS": 1 if is_latent else 8,
         "GROUP_SIZE": group_size,
         "HEAD_TILES": tiles,
-        "NUM_SPLITS": 1 if num_queries > 1 else 32,
         "K_WIDTH": width,
         "V_WIDTH": v_width,
         "K_BLOCK": k_block,
         "V_BLOCK": v_block,
         "HAS_SOFTCAP": softcap,
         "UPCAST": False,
+        "STORED": {"": SAME, "int8": INT8, "fp8": FP8}[stored].value,
         "VALUES_IN_KEYS": is_latent,
         **choices,
     }
     name = f"{'prefill' if num_queries > 1 else 'decode'} {str(dtype).removeprefix('torch.')} {width}"
+    name += f" of {stored}" * bool(stored)
     name += " softcap" * softcap + f" group of {group_size}" * (group_size == 7)
     name += f" of latents, {tiles * group_size} heads" * is_latent
     return Kernel(name, attention_kernel, pointers, constants, num_warps)
@@ -107,6 +112,10 @@ def kernels(capability: int) -> Iterator[Kernel]:
         for num_queries in (1, 2048):
             for num_heads in (16, 128):
                 yield attention(576, dtype, num_queries, num_heads, latent_width=512)
+    for stored in ("int8", "fp8"):
+        for num_queries in (1, 2048):
+            yield attention(128, torch.bfloat16, num_queries, 4, stored=stored)
+        yield attention(576, torch.bfloat16, 1, 16, latent_width=512, stored=stored)
     for part in ("*bf16", "*fp32"):
         pointers = {"out_ptr": "*bf16", "out_lse_ptr": "*fp32", "part_ptr": part, "part_lse_ptr": "*fp32"}
         constants = {"NUM_PARTS": 8, "NUM_HEADS": 32, "WIDTH": 128, "WIDTH_BLOCK": 128, "BLOCK_ROWS": 16}
@@ -116,8 +125,11 @@ def kernels(capability: int) -> Iterator[Kernel]:
     pointers = {"acc_ptr": "*fp32", "acc_lse_ptr": "*fp32", "part_ptr": "*bf16", "part_lse_ptr": "*fp32"}
     constants = {"WIDTH": 128, "WIDTH_BLOCK": 128, "BLOCK_ROWS": 16}
     yield Kernel("accumulate", accumulate_kernel, pointers, constants, 4)
-    pointers = dict.fromkeys(("pool_k_ptr", "pool_v_ptr", "k_ptr", "v_ptr"), "*bf16") | {"rows_ptr": "*i64"}
-    yield Kernel("store", store_kernel, pointers, {"K_WIDTH": 128, "V_WIDTH": 128, "BLOCK": 128}, 1)
+    for name, held, kind in (("store", "*bf16", SAME), ("store int8", "*i8", INT8), ("store fp8", "*u8", FP8)):
+        pointers = dict.fromkeys(("pool_k_ptr", "pool_v_ptr"), held) | dict.fromkeys(("k_ptr", "v_ptr"), "*bf16")
+        pointers |= {"pool_k_scales_ptr": "*fp32", "pool_v_scales_ptr": "*fp32", "rows_ptr": "*i64"}
+        constants = {"K_WIDTH": 128, "V_WIDTH": 128, "BLOCK": 128, "STORED": kind.value}
+        yield Kernel(name, store_kernel, pointers, constants, 1)
 
 
 def compiled(kernel: Kernel, capability: int) -> dict[str, object]:
@@ -131,11 +143,14 @@ def compiled(kernel: Kernel, capability: int) -> dict[str, object]:
         for name in names
     }
     constants = {(names.index(name),): value for name, value in kernel.constants.items()}
-    # As a launch finds them: pointers are aligned, and strides are multiples of the head size.
+    # As a launch finds them: pointers are aligned, and strides are multiples of the head size, but not of stored rows.
+    aligned_strides = {name for name in names if name.endswith("stride") and name != "lse_split_stride"}
+    if kernel.constants.get("STORED"):
+        aligned_strides = {name for name in aligned_strides if name.startswith(("q_", "out_"))}
     aligned = [
         i
         for i, name in enumerate(names)
-        if name not in kernel.constants and (name in kernel.pointers or name.endswith("stride"))
+        if name not in kernel.constants and (name in kernel.pointers or name in aligned_strides)
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     options = {"num_warps": kernel.num_warps}

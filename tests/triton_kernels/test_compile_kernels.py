@@ -64,5 +64,5 @@ def test_kernels_fit_other_gpus(capability):
 @pytest.mark.slow
 def test_all_kernels_fit():
     kernels = compile_all()
-    assert len(kernels) == 39
+    assert len(kernels) == 47
     assert_fits(kernels)

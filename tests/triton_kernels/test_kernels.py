@@ -18,6 +18,7 @@ from longspan.attention.select import make_backend
 from longspan.attention.tiles import tile_tables
 from longspan.attention.triton import TritonBackend
 from longspan.kv.layout import KVGroup, KVSpec
+from longspan.kv.stored import exact_rows, round_rows
 from longspan.triton_kernels.attention import attention
 from longspan.triton_kernels.merge import accumulate_, merge
 from longspan.triton_kernels.store import store
@@ -226,6 +227,48 @@ def test_store_writes_values_inside_of_keys_once():
     store(pool_k, pool_k[:, :, :32], k, torch.full_like(k[:, :, :32], NAN), torch.tensor([7, -1, 2], dtype=torch.int32))
     assert torch.equal(pool_k[0, [7, 2]], k[0, [0, 2]])
     assert not pool_k[0, [0, 1, 3, 4, 5, 6, 8]].any()
+
+
+SMALL = pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+
+
+def rounding_rows(width):
+    """[2, 50, width] with a row of zeros, numbers of all sizes, and ties between two roundings."""
+    rows = torch.randn(2, 50, width, device="cpu") * torch.rand(2, 50, 1, device="cpu") * 10
+    rows[0, 3], rows[1, 4, 5], rows[1, 6] = 0.0, -1e-9, torch.arange(width, device="cpu") / 2.0
+    rows[1, 6, -1] = 127.0
+    return rows.to(DEVICE)
+
+
+@SMALL
+def test_store_rounds_as_the_core_does_bit_by_bit(dtype):
+    layout = KVSpec.uniform(2, 32, 16, "float32").stored_as(dtype).layout
+    k, v = rounding_rows(32), rounding_rows(16)
+    want = [round_rows(rows, component) for rows, component in zip((k, v), layout.components, strict=True)]
+    pools = [torch.zeros_like(rows) for rows in want]
+    store(*pools, k, v, torch.tensor([-1, *range(49)]))
+    for pool, rows in zip(pools, want, strict=True):
+        assert torch.equal(pool[:, :49], rows[:, 1:])
+        assert not pool[:, 49].any()
+
+
+@SMALL
+@pytest.mark.parametrize("in_keys", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_stored_rows_are_read_as_they_are_rounded(dtype, in_keys, softcap):
+    spec = (KVSpec.latents(32, 16, 24, 32, "float32") if in_keys else KVSpec.uniform(2, 48, 32, "float32")).stored_as(
+        dtype
+    )
+    q, k, v = tensors(5, 90, (4, spec.layout.num_kv_heads), width=48, v_width=32, dtype=torch.float32)
+    past, own = RowSegment(0, 5, 80, 3, 50, None, FULL), RowSegment(0, 5, 80, 60, 20, 70, CAUSAL)
+    hide_unread(q, k, v, [past, own])
+    stored = [round_rows(rows, part) for rows, part in zip((k, v), spec.layout.components, strict=False)]
+    exact = [exact_rows(rows, width, torch.float32) for rows, width in zip(stored, (48, 32), strict=False)]
+    if in_keys:
+        stored, exact = [stored[0], stored[0][:, :, :32]], [exact[0], exact[0][:, :, :32]]
+    params = AttentionParams(48**-0.5, softcap)
+    got = TritonBackend().partial_attention(q, *stored, [past, own], params)
+    assert_close(got, oracle(q, *exact, [past, own], params), 2 * FLOAT32_ATOL)
 
 
 def test_tables_are_made_once_for_all_layers(monkeypatch):

@@ -18,7 +18,7 @@ from longspan.attention.partial import PartialAttention, accumulation_dtype
 from longspan.errors import UnsupportedModelError
 from longspan.kv.layout import SCALED_DTYPES, KVComponent, KVLayout, KVSpec
 from longspan.kv.pool import are_in_keys
-from longspan.kv.stored import row_width
+from longspan.kv.stored import row_width, stored_dtype
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
@@ -140,10 +140,11 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[RowSegme
 
 def check_supported(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> None:
     """Raise ValueError if a backend does not take these arguments of `partial_attention`."""
-    if k.dtype != q.dtype:
-        raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
     in_keys = v.shape[2] < k.shape[2] and are_in_keys(v, k)
-    spec = _stored_spec(k.shape[0], k.shape[2], v.shape[2], in_keys, q.dtype, params.window)
+    v_width = v.shape[2] if in_keys else row_width(v)
+    spec = _stored_spec(k.shape[0], row_width(k), v_width, in_keys, q.dtype, params.window)
+    if k.dtype != q.dtype:
+        spec = spec.stored_as(stored_dtype(k))
     if (reason := backend.unsupported(spec, params)) is not None:
         raise ValueError(reason)
 

@@ -18,12 +18,13 @@ from longspan.attention.base import (
     check_arguments,
     check_supported,
     empty_like_queries,
-    other_storage,
 )
 from longspan.attention.partial import PartialAttention
 from longspan.attention.staging import to_device
 from longspan.attention.tiles import TileTables, tile_tables
-from longspan.kv.layout import KVSpec
+from longspan.kv.layout import SCALED_DTYPES, KVSpec
+from longspan.kv.pool import are_in_keys
+from longspan.kv.stored import row_width
 from longspan.triton_kernels.attention import (
     MAX_LATENT_WIDTH,
     MAX_REST_WIDTH,
@@ -57,18 +58,21 @@ class _LaunchTables(NamedTuple):
 
 
 class TritonBackend:
-    """Attention by our Triton kernels in bfloat16, float16 and float32."""
+    """Attention by our Triton kernels in bfloat16, float16 and float32, over keys and values in these or in 8 bits."""
 
     name = "triton"
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
         """See `AttentionBackend.unsupported`."""
-        if (reason := other_storage(spec, self.name)) is not None:
-            return reason
+        layout = spec.layout
+        if not {spec.compute_dtype, *SCALED_DTYPES}.issuperset(layout.dtypes):
+            legal = ", ".join((spec.compute_dtype, *SCALED_DTYPES))
+            return f"kv_cache_dtype: got {', '.join(layout.dtypes)}, the triton backend takes {legal}"
+        if any(component.scale_dtype is not None and component.width % 4 for component in layout.components):
+            return f"head size: got {layout.k_width} in 8 bits, the triton backend takes multiples of 4"
         names = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
         if spec.compute_dtype not in names:
             return f"dtype: got {spec.compute_dtype}, the triton backend takes {', '.join(names)}"
-        layout = spec.layout
         rest = layout.k_width - layout.v_width
         if layout.v_width_in_k is not None and rest:
             if MIN_WIDTH <= layout.v_width <= MAX_LATENT_WIDTH and rest <= MAX_REST_WIDTH:
@@ -97,15 +101,16 @@ class TritonBackend:
         if not can_run(q.device):
             raise ValueError(f"device: {q.device}; the triton backend runs on cuda")
         num_rows, num_heads, width = q.shape
+        v_width = v.shape[2] if v.shape[2] < k.shape[2] and are_in_keys(v, k) else row_width(v)
         if num_rows == 0 or num_heads == 0 or not segments:
             return empty_like_queries(q, v)
         if q.stride(2) != 1:
             q = q.contiguous()
-        sizes = tiling(max(width, v.shape[2]), q.dtype, shared_bytes(q.device))
+        sizes = tiling(max(width, v_width), q.dtype, shared_bytes(q.device))
         tiles = head_tiles(num_heads // k.shape[0], sizes.most_rows)
         programs = k.shape[0] * tiles  # that share a query tile's heads
         work = _work(segments, num_rows, num_heads // programs, programs, sizes, params.window, q.device)
-        outs = q.new_empty(work.num_splits, num_rows, num_heads, v.shape[2], dtype=torch.float32)
+        outs = q.new_empty(work.num_splits, num_rows, num_heads, v_width, dtype=torch.float32)
         lses = q.new_empty(work.num_splits, num_rows, num_heads, dtype=torch.float32)
         attention(
             q,

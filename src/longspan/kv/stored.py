@@ -75,6 +75,12 @@ def exact_rows(stored: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return (elements.float() * scale).to(dtype)
 
 
+def stored_dtype(stored: Tensor) -> str:
+    """Name of the dtype of a tensor's stored elements, as layouts have it."""
+    names = {held: name for name, held in HELD_IN.items()}
+    return names.get(stored.dtype, str(stored.dtype).removeprefix("torch."))
+
+
 def row_width(stored: Tensor) -> int:
     """Elements of a row [..., stored_width], its scale not counted."""
     return stored.shape[-1] - (SCALE_BYTES if stored.dtype in HELD_IN.values() else 0)

@@ -19,6 +19,8 @@ Note [Tables]
 
     A split is an equal share of the key tiles of every query tile, found in the kernel: neither grid nor arguments
     depend on the number of keys, as CUDA graphs require. Every split writes a partial of its own.
+    Keys and values that are stored smaller than queries are widened when they are loaded; their scales multiply scores
+    and weights, of which there are fewer than elements (`longspan.triton_kernels.stored`).
     Source: split-KV decoding, and the online softmax of 2307.08691, in base 2; `lse` leaves in base e.
 """
 
@@ -31,7 +33,9 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.kv.pool import are_in_keys
+from longspan.kv.stored import row_width
 from longspan.triton_kernels.launch import INTERPRETED, on_device, shared_bytes
+from longspan.triton_kernels.stored import FP8, FP8_FACTOR, INT8, scales_of, stored_kind, widen
 
 LOG2_E = 1.4426950408889634
 
@@ -46,21 +50,27 @@ def _load_rows(  # type: ignore[no-untyped-def]
     offsets,
     are_read,
     lanes,
+    dtype: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    STORED: tl.constexpr,
 ):
     """Load a tile [rows, BLOCK] of keys or values, 0 from WIDTH on. Rows that are not read may hold NaN."""
     if MASKED:
-        x = tl.load(offsets, mask=are_read[:, None] & (lanes < WIDTH)[None, :], other=0.0)
+        x = tl.load(offsets, mask=are_read[:, None] & (lanes < WIDTH)[None, :], other=0)
     elif WIDTH == BLOCK:
         x = tl.load(offsets)
     else:
-        x = tl.load(offsets, mask=(lanes < WIDTH)[None, :], other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
+        x = tl.load(offsets, mask=(lanes < WIDTH)[None, :], other=0)
+    return widen(x, dtype, STORED)
+
+
+@triton.jit
+def _load_scales(offsets, are_read, MASKED: tl.constexpr, STORED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load the scales [rows] of stored rows, times what `widen` leaves out."""
+    scales = tl.load(offsets, mask=are_read, other=0.0) if MASKED else tl.load(offsets)
+    return scales * FP8_FACTOR if STORED == FP8 else scales
 
 
 @triton.jit
@@ -72,9 +82,13 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
     q_rest,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     key_tiles,
     k_row_stride,
     v_row_stride,
+    k_scale_stride,
+    v_scale_stride,
     positions,
     first_tile,
     num_tiles,
@@ -88,7 +102,7 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     VALUES_IN_KEYS: tl.constexpr,
@@ -108,13 +122,17 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
         count = BLOCK_N
         if MASKED:
             count = tl.load(tile + 1)
-        k = _load_rows(k_offsets, columns < count, k_lanes, k_width, K_BLOCK, MASKED, UPCAST)
+        are_read = columns < count
+        k = _load_rows(k_offsets, are_read, k_lanes, q.dtype, k_width, K_BLOCK, MASKED, STORED)
         if VALUES_IN_KEYS:
-            v = _load_rows(v_offsets, columns < count, v_lanes, V_WIDTH, V_BLOCK, MASKED, UPCAST)
+            v = _load_rows(v_offsets, are_read, v_lanes, q.dtype, V_WIDTH, V_BLOCK, MASKED, STORED)
             scores = tl.dot(q, tl.trans(v), input_precision=PRECISION)
             scores = tl.dot(q_rest, tl.trans(k), scores, input_precision=PRECISION)
         else:
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] float32
+        if STORED >= INT8:
+            k_scales = _load_scales(k_scales_ptr + rows * k_scale_stride, are_read, MASKED, STORED)
+            scores = scores * k_scales[None, :]
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (1 + exp(2 x)); exact at both ends, where exp is 0 or infinite
             capped = 2.0 / (1.0 + tl.exp2(scores * (scale_log2 * 2.0 / softcap)))
@@ -126,7 +144,7 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
             distances = positions[:, None] - (tl.load(tile + 2) + columns)[None, :]
             visible = (distances >= 0) | (seen == 0)
             visible = visible & ((distances < window) | (seen != 2))
-            visible = visible & (columns < count)[None, :]
+            visible = visible & are_read[None, :]
             scores = tl.where(visible, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         if MASKED:  # a row may have seen nothing yet: -inf - -inf is NaN
@@ -137,30 +155,43 @@ def _over_key_tiles(  # type: ignore[no-untyped-def]
         keep = tl.exp2(top - base)
         total = total * keep + tl.sum(weights, 1)
         if not VALUES_IN_KEYS:
-            v = _load_rows(v_offsets, columns < count, v_lanes, V_WIDTH, V_BLOCK, MASKED, UPCAST)
+            v = _load_rows(v_offsets, are_read, v_lanes, q.dtype, V_WIDTH, V_BLOCK, MASKED, STORED)
+        if STORED >= INT8:
+            if VALUES_IN_KEYS:
+                weights = weights * k_scales[None, :]
+            else:
+                v_scales = _load_scales(v_scales_ptr + rows * v_scale_stride, are_read, MASKED, STORED)
+                weights = weights * v_scales[None, :]
         acc = tl.dot(weights.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         top = new_top
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "lse_split_stride", "window"])
 def attention_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     lse_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     query_tiles,
     key_tiles,
     scale_log2,
     softcap,
     window,
+    num_splits,
     q_row_stride,
     q_head_stride,
     k_head_stride,
     k_row_stride,
     v_head_stride,
     v_row_stride,
+    k_scale_head_stride,
+    k_scale_stride,
+    v_scale_head_stride,
+    v_scale_stride,
     out_split_stride,
     out_row_stride,
     out_head_stride,
@@ -169,7 +200,6 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_TILES: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr,
     K_BLOCK: tl.constexpr,
@@ -178,15 +208,16 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     VALUES_IN_KEYS: tl.constexpr,
 ):
     """Compute one query tile, GROUP_SIZE heads of a KV head and split. See Note [Tables]."""
     program = tl.program_id(0)
-    split = program % NUM_SPLITS
-    head_tile = (program // NUM_SPLITS) % (NUM_KV_HEADS * HEAD_TILES)
-    tile = query_tiles + (program // (NUM_SPLITS * NUM_KV_HEADS * HEAD_TILES)) * 7
+    split = program % num_splits
+    head_tile = (program // num_splits) % (NUM_KV_HEADS * HEAD_TILES)
+    tile = query_tiles + (program // (num_splits * NUM_KV_HEADS * HEAD_TILES)) * 7
     first_row = tl.load(tile).to(tl.int64)
     num_rows = tl.load(tile + 1)
     position = tl.load(tile + 2)
@@ -214,6 +245,13 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         q = q.to(tl.float32)
         q_rest = q_rest.to(tl.float32)
     kv_head = head_tile // HEAD_TILES
+    if STORED >= INT8:  # strides in units of 4 elements, so that the compiler knows how rows are aligned
+        k_row_stride = k_row_stride * 4
+        v_row_stride = v_row_stride * 4
+        k_head_stride = k_head_stride * 4
+        v_head_stride = v_head_stride * 4
+        k_scales_ptr += kv_head.to(tl.int64) * k_scale_head_stride
+        v_scales_ptr += kv_head.to(tl.int64) * v_scale_head_stride
     k_ptr += kv_head.to(tl.int64) * k_head_stride
     v_ptr += kv_head.to(tl.int64) * v_head_stride
     positions = position + queries
@@ -224,23 +262,26 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
     # This split's share of [a, d), in 64 bits: tiles times splits may pass 2 ** 31.
     share = (d - a).to(tl.int64)
-    begin = a + (share * split // NUM_SPLITS).to(tl.int32)
-    end = a + (share * (split + 1) // NUM_SPLITS).to(tl.int32)
+    begin = a + (share * split // num_splits).to(tl.int32)
+    end = a + (share * (split + 1) // num_splits).to(tl.int32)
     acc, total, top = _over_key_tiles(
-        acc, total, top, q, q_rest, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
+        acc, total, top, q, q_rest, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, key_tiles, k_row_stride, v_row_stride,
+        k_scale_stride, v_scale_stride, positions,
         tl.maximum(begin, b), tl.minimum(end, c) - tl.maximum(begin, b), scale_log2, softcap, window,
-        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, False, UPCAST, PRECISION, NUM_STAGES,
+        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, False, STORED, PRECISION, NUM_STAGES,
         VALUES_IN_KEYS,
     )  # fmt: skip
     acc, total, top = _over_key_tiles(
-        acc, total, top, q, q_rest, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
+        acc, total, top, q, q_rest, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, key_tiles, k_row_stride, v_row_stride,
+        k_scale_stride, v_scale_stride, positions,
         begin, tl.minimum(end, b) - begin, scale_log2, softcap, window,
-        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, True, UPCAST, PRECISION, 1, VALUES_IN_KEYS,
+        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, True, STORED, PRECISION, 1, VALUES_IN_KEYS,
     )  # fmt: skip
     acc, total, top = _over_key_tiles(
-        acc, total, top, q, q_rest, k_ptr, v_ptr, key_tiles, k_row_stride, v_row_stride, positions,
+        acc, total, top, q, q_rest, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, key_tiles, k_row_stride, v_row_stride,
+        k_scale_stride, v_scale_stride, positions,
         tl.maximum(begin, c), end - tl.maximum(begin, c), scale_log2, softcap, window,
-        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, True, UPCAST, PRECISION, 1, VALUES_IN_KEYS,
+        K_WIDTH, V_WIDTH, K_BLOCK, V_BLOCK, BLOCK_N, HAS_SOFTCAP, True, STORED, PRECISION, 1, VALUES_IN_KEYS,
     )  # fmt: skip
 
     is_empty = total == 0.0
@@ -338,8 +379,8 @@ def attention(
 
     Args:
         q: [T, H, D] bfloat16, float16 or float32; contiguous in the last dimension.
-        k: [Hkv, rows, D], dtype of `q`; contiguous in the last dimension.
-        v: [Hkv, rows, Dv], dtype of `q`; contiguous in the last dimension; may be the first elements of `k`.
+        k: [Hkv, rows, stored D], dtype of `q` or as `longspan.kv.stored` has rows; contiguous in the last dimension.
+        v: [Hkv, rows, stored Dv], stored as `k`; contiguous in the last dimension; may be the first elements of `k`.
         query_tiles: [m, 7] int32, see Note [Tables]; at most `queries_per_tile` queries each.
         key_tiles: [n, 4] int32, see Note [Tables]; at most `Tiling.keys` keys each on this GPU.
         out: [splits, T, H, Dv] float32, written in the rows of query tiles: 0 where a split saw no key.
@@ -351,8 +392,10 @@ def attention(
         window: window in tokens, for BAND key tiles, or None.
     """
     num_splits, _, num_heads, v_width = out.shape
-    num_kv_heads, _, k_width = k.shape
+    num_kv_heads, k_width, stored = k.shape[0], row_width(k), stored_kind(k, q.dtype)
     width, values_in_keys = max(k_width, v_width), v_width < k_width and are_in_keys(v, k)
+    k_scales, v_scales = scales_of(k), k if values_in_keys else scales_of(v)
+    unit = 4 if stored >= INT8.value else 1
     sizes = tiling(width, q.dtype, shared_bytes(q.device))
     tiles = head_tiles(num_heads // num_kv_heads, sizes.most_rows)
     group_size = num_heads // (num_kv_heads * tiles)
@@ -368,17 +411,24 @@ def attention(
             q,
             k,
             v,
+            k_scales,
+            v_scales,
             query_tiles,
             key_tiles,
             scale * LOG2_E,
             1.0 if softcap is None else softcap,
             0 if window is None else window,
+            num_splits,
             q.stride(0),
             q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
+            k.stride(0) // unit,
+            k.stride(1) // unit,
+            v.stride(0) // unit,
+            v.stride(1) // unit,
+            k_scales.stride(0),
+            k_scales.stride(1),
+            v_scales.stride(0),
+            v_scales.stride(1),
             out.stride(0),
             out.stride(1),
             out.stride(2),
@@ -387,13 +437,13 @@ def attention(
             NUM_KV_HEADS=num_kv_heads,
             GROUP_SIZE=group_size,
             HEAD_TILES=tiles,
-            NUM_SPLITS=num_splits,
             K_WIDTH=k_width,
             V_WIDTH=v_width,
             K_BLOCK=k_block,
             V_BLOCK=v_block,
             HAS_SOFTCAP=softcap is not None,
             UPCAST=INTERPRETED and q.dtype is not torch.float32,
+            STORED=stored,
             VALUES_IN_KEYS=values_in_keys,
             **compile_options(queries_per_tile, group_size, width, q.dtype, sizes),
         )
