@@ -118,10 +118,11 @@ def kernels(capability: int) -> Iterator[Kernel]:
         yield attention(576, torch.bfloat16, 1, 16, latent_width=512, stored=stored)
     for part in ("*bf16", "*fp32"):
         pointers = {"out_ptr": "*bf16", "out_lse_ptr": "*fp32", "part_ptr": part, "part_lse_ptr": "*fp32"}
-        constants = {"NUM_PARTS": 8, "NUM_HEADS": 32, "WIDTH": 128, "WIDTH_BLOCK": 128, "BLOCK_ROWS": 16}
-        yield Kernel(
-            f"merge {part}", merge_kernel, pointers | {"sinks_ptr": "*fp32"}, constants | {"HAS_SINKS": True}, 4
-        )
+        constants = {"NUM_HEADS": 32, "WIDTH": 128, "WIDTH_BLOCK": 128, "HAS_SINKS": True}
+        for rows, parts in ((16, 1), (1, 16)):
+            sizes = {"BLOCK_ROWS": rows, "BLOCK_PARTS": parts}
+            name = f"merge {part}" + " of few rows" * (rows == 1)
+            yield Kernel(name, merge_kernel, pointers | {"sinks_ptr": "*fp32"}, constants | sizes, 4)
     pointers = {"acc_ptr": "*fp32", "acc_lse_ptr": "*fp32", "part_ptr": "*bf16", "part_lse_ptr": "*fp32"}
     constants = {"WIDTH": 128, "WIDTH_BLOCK": 128, "BLOCK_ROWS": 16}
     yield Kernel("accumulate", accumulate_kernel, pointers, constants, 4)
@@ -144,7 +145,11 @@ def compiled(kernel: Kernel, capability: int) -> dict[str, object]:
     }
     constants = {(names.index(name),): value for name, value in kernel.constants.items()}
     # As a launch finds them: pointers are aligned, and strides are multiples of the head size, but not of stored rows.
-    aligned_strides = {name for name in names if name.endswith("stride") and name != "lse_split_stride"}
+    aligned_strides = {
+        name
+        for name in names
+        if name.endswith("stride") and name not in ("lse_split_stride", "part_lse_stride", "out_lse_group_stride")
+    }
     if kernel.constants.get("STORED"):
         aligned_strides = {name for name in aligned_strides if name.startswith(("q_", "out_"))}
     aligned = [

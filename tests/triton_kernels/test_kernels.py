@@ -19,6 +19,7 @@ from longspan.attention.tiles import tile_tables
 from longspan.attention.triton import TritonBackend
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.kv.stored import exact_rows, round_rows
+from longspan.triton_kernels import merge as merge_module
 from longspan.triton_kernels.attention import attention
 from longspan.triton_kernels.merge import accumulate_, merge
 from longspan.triton_kernels.store import store
@@ -167,8 +168,12 @@ def test_three_ranks_partials_and_sinks_merge_to_the_whole():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("num_parts", "heads", "width"), [(1, 1, 16), (2, 3, 96), (8, 4, 128)])
-def test_merge_agrees_with_the_core_and_drops_empty_rows_whatever_they_hold(dtype, num_parts, heads, width):
+@pytest.mark.parametrize(("num_parts", "heads", "width"), [(1, 1, 16), (2, 3, 96), (8, 4, 128), (45, 1, 128)])
+@pytest.mark.parametrize("programs", [1, 8])
+def test_merge_agrees_with_the_core_and_drops_empty_rows_whatever_they_hold(
+    dtype, num_parts, heads, width, programs, monkeypatch
+):
+    monkeypatch.setitem(merge_module.MIN_PROGRAMS, DEVICE, programs)
     generator = torch.Generator().manual_seed(1)
     outs = torch.randn(num_parts, 11, heads, width, generator=generator, device="cpu").to(DEVICE, dtype)
     lses = 30 * torch.randn(num_parts, 11, heads, generator=generator, device="cpu").to(DEVICE)

@@ -4,6 +4,8 @@ Holds the kernels and their launches. Must not know where partials come from.
 Read next: `longspan.attention.partial`, Note [The merge law], which this computes.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,14 +13,33 @@ from torch import Tensor
 
 from longspan.triton_kernels.launch import on_device
 
+MIN_PROGRAMS = {"cuda": 256, "cpu": 1}
+"""Programs that a merge is cut into at least, if it has as many rows, by kind of device: a decode has few rows of many
+partials, and must not leave most of a GPU idle. In the interpreter every program takes milliseconds."""
 
-def _block(width: int) -> tuple[int, int]:
-    """Padded width, and rows of one program: together 2,048 elements, or one row if that has more."""
+_MOST_ELEMENTS = 2048
+"""Most elements that a program holds at a time."""
+
+
+class _Blocks(NamedTuple):
+    """Sizes of one program."""
+
+    width: int
+    """Padded width of a row."""
+    rows: int
+    parts: int
+    """Partials of these rows that are loaded together."""
+
+
+def _blocks(num_rows: int, num_parts: int, width: int, device: torch.device) -> _Blocks:
     width_block = triton.next_power_of_2(width)
-    return width_block, max(1, 2048 // width_block)
+    share = max(1, num_rows // MIN_PROGRAMS[device.type])
+    rows = min(max(1, _MOST_ELEMENTS // width_block), 1 << (share.bit_length() - 1))
+    parts = min(triton.next_power_of_2(num_parts), max(1, _MOST_ELEMENTS // (rows * width_block)))
+    return _Blocks(width_block, rows, parts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_parts", "part_lse_stride", "out_lse_group_stride", "group_rows"])
 def merge_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     out_lse_ptr,
@@ -26,27 +47,31 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     part_lse_ptr,
     sinks_ptr,
     num_rows,
+    num_parts,
     part_stride,
     part_lse_stride,
     out_group_stride,
     out_lse_group_stride,
     group_rows,
-    NUM_PARTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """Merge the rows of one program; a row is a query and a head."""
+    """Merge the rows of one program, BLOCK_PARTS partials at a time; a row is a query and a head."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = rows < num_rows
     lanes = tl.arange(0, WIDTH_BLOCK)
     mask = is_row[:, None] & (lanes < WIDTH)[None, :]
 
     top = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
-    for i in range(NUM_PARTS):
-        top = tl.maximum(top, tl.load(part_lse_ptr + i * part_lse_stride + rows, mask=is_row, other=float("-inf")))
+    for first in range(0, num_parts, BLOCK_PARTS):
+        parts = first + tl.arange(0, BLOCK_PARTS).to(tl.int64)
+        lse_offsets = parts[None, :] * part_lse_stride + rows[:, None]
+        is_lse = is_row[:, None] & (parts < num_parts)[None, :]
+        top = tl.maximum(top, tl.max(tl.load(part_lse_ptr + lse_offsets, mask=is_lse, other=float("-inf")), 1))
     if HAS_SINKS:
         sinks = tl.load(sinks_ptr + rows % NUM_HEADS, mask=is_row, other=float("-inf")).to(tl.float32)
         top = tl.maximum(top, sinks)
@@ -54,13 +79,18 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 
     total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     acc = tl.zeros([BLOCK_ROWS, WIDTH_BLOCK], dtype=tl.float32)
-    for i in range(NUM_PARTS):
-        lse = tl.load(part_lse_ptr + i * part_lse_stride + rows, mask=is_row, other=float("-inf"))
-        weight = tl.exp(lse - base)
-        part = tl.load(part_ptr + i * part_stride + rows[:, None] * WIDTH + lanes[None, :], mask=mask, other=0.0)
-        # An empty row may hold anything: 0 * NaN is NaN.
-        acc += tl.where((weight > 0.0)[:, None], part.to(tl.float32) * weight[:, None], 0.0)
-        total += weight
+    for first in range(0, num_parts, BLOCK_PARTS):
+        parts = first + tl.arange(0, BLOCK_PARTS).to(tl.int64)
+        lse_offsets = parts[None, :] * part_lse_stride + rows[:, None]
+        is_lse = is_row[:, None] & (parts < num_parts)[None, :]
+        lses = tl.load(part_lse_ptr + lse_offsets, mask=is_lse, other=float("-inf"))
+        weights = tl.exp(lses - base[:, None])  # [BLOCK_ROWS, BLOCK_PARTS]
+        offsets = parts[None, :, None] * part_stride + rows[:, None, None] * WIDTH + lanes[None, None, :]
+        # An empty row may hold anything: it is not loaded, as 0 * NaN is NaN.
+        is_read = (weights > 0.0)[:, :, None] & (lanes < WIDTH)[None, None, :]
+        part = tl.load(part_ptr + offsets, mask=is_read, other=0.0).to(tl.float32)
+        acc += tl.sum(part * weights[:, :, None], 1)
+        total += tl.sum(weights, 1)
     if HAS_SINKS:
         total += tl.exp(sinks - base)
     is_empty = total == 0.0
@@ -96,31 +126,32 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor, sinks: Ten
     assert lse.dtype == part_lses.dtype == torch.float32
     if num_rows == 0:
         return
-    width_block, block_rows = _block(width)
+    blocks = _blocks(num_rows, num_parts, width, parts.device)
     with on_device(parts):
-        merge_kernel[(triton.cdiv(num_rows, block_rows),)](
+        merge_kernel[(triton.cdiv(num_rows, blocks.rows),)](
             out,
             lse,
             parts,
             part_lses,
             lse if sinks is None else sinks,
             num_rows,
+            num_parts,
             parts.stride(0),
             part_lses.stride(0),
             out.stride(0) if num_groups > 1 else 0,
             lse.stride(0) if num_groups > 1 else 0,
             num_rows // num_groups,
-            NUM_PARTS=num_parts,
             NUM_HEADS=num_heads,
             WIDTH=width,
-            WIDTH_BLOCK=width_block,
-            BLOCK_ROWS=block_rows,
+            WIDTH_BLOCK=blocks.width,
+            BLOCK_ROWS=blocks.rows,
+            BLOCK_PARTS=blocks.parts,
             HAS_SINKS=sinks is not None,
             num_warps=4,
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def accumulate_kernel(  # type: ignore[no-untyped-def]
     acc_ptr,
     acc_lse_ptr,
@@ -168,16 +199,16 @@ def accumulate_(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> N
     assert out.shape == acc_out.shape
     if num_rows == 0:
         return
-    width_block, block_rows = _block(width)
+    blocks = _blocks(num_rows, 1, width, acc_out.device)
     with on_device(acc_out):
-        accumulate_kernel[(triton.cdiv(num_rows, block_rows),)](
+        accumulate_kernel[(triton.cdiv(num_rows, blocks.rows),)](
             acc_out,
             acc_lse,
             out,
             lse,
             num_rows,
             WIDTH=width,
-            WIDTH_BLOCK=width_block,
-            BLOCK_ROWS=block_rows,
+            WIDTH_BLOCK=blocks.width,
+            BLOCK_ROWS=blocks.rows,
             num_warps=4,
         )
