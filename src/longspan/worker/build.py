@@ -22,6 +22,7 @@ from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import ALWAYS, SPEEDUPS, speed_up_
 from longspan.plan.fixed_shape import has_fixed_steps, is_captured
 from longspan.plan.types import Plan
+from longspan.types import ModelSpec
 from longspan.worker.device import check_memory, device_backend, process_device
 from longspan.worker.fault import Injector
 from longspan.worker.runner import GraphMode, ModelRunner
@@ -53,10 +54,21 @@ def open_device(start: Start, process: ProcessId, *, ranks_on_device: int = 1, i
     num_pages = [sum(of_group) for of_group in zip(*here, strict=True)]
     check_memory(start.spec, 0 if is_loaded else start.spec.weight_bytes, num_pages, config.page_size, device)
     backend = device_backend(config, start.spec, device)
+    if device.type == "cuda" and (mode := _graph_mode(start, backend)) != "never":
+        _check_fixed_steps(start.spec, device, mode)
     if device.type == "cuda" and shape.number(process) == 0:
         name = torch.cuda.get_device_name(device)
         print(f"longspan: attention backend {backend.name} on {name}", file=sys.stderr, flush=True)
     return DeviceTools(device, backend)
+
+
+def _check_fixed_steps(spec: ModelSpec, device: torch.device, mode: GraphMode) -> None:
+    from longspan.worker.first_steps import check_fixed_step  # imports Triton
+    from longspan.worker.graphs import CUDAGraphs
+
+    kinds = {(group, spec.attention_params(layer)) for group in spec.kv_groups for layer in group.layers}
+    for group, params in kinds:
+        check_fixed_step(group, params, device, CUDAGraphs() if mode == "captured" else None)
 
 
 def load_weights(start: Start, device: torch.device, *, show_progress: bool, tells: bool) -> torch.nn.Module:
@@ -118,7 +130,7 @@ def build_runner(
     faults: Injector | None = None,
 ) -> ModelRunner:
     """Build a runner that is ready for plans. See `ModelRunner` for the arguments."""
-    return ModelRunner(
+    runner = ModelRunner(
         model,
         start.spec,
         num_pages=start.num_pages[comm.rank],
@@ -130,6 +142,11 @@ def build_runner(
         progress=progress,
         faults=faults,
     )
+    if runner.fixed is not None and runner.device.type == "cuda":
+        from longspan.worker.first_steps import compile_kernels  # imports Triton
+
+        compile_kernels(runner.pools, runner.layer_params, backend, start.config.max_num_seqs)
+    return runner
 
 
 def _graph_mode(start: Start, backend: AttentionBackend) -> GraphMode:
