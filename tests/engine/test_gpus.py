@@ -1,10 +1,8 @@
 """Ranks on GPUs, as far as a CPU can tell: what is chosen, what is refused, and with which numbers."""
 
 import copy
-import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -338,27 +336,6 @@ def test_compiled_modules_compute_the_same_for_any_number_of_rows(monkeypatch):
     assert torch.compiler.config.recompile_limit >= 64, "a function with more graphs is not compiled any more"
     for x, expected in zip(inputs, want, strict=True):
         torch.testing.assert_close(layer.mlp(layer.input_layernorm(x)), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_benchmark_runs():
-    """At tiny sizes, on a CPU: on the day there is a GPU, it has to work at once."""
-    program = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-    run = subprocess.run(
-        [sys.executable, program, "--smoke", "--json", "--parts", "checks,kernels,engine,share,scaling"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout[run.stdout.index("\n{") :])
-    assert {row["result"] for row in result["checks"]} == {"right"}
-    assert {row["kernel"] for row in result["kernels"]} == {"prefill", "decode", "merge", "accumulate"}
-    assert {row["variant"] for row in result["engine"]} == {"graphs", "launched"}
-    assert set(result["missing"]) == {"flashinfer", "torch"}, "each with its reason"
-    assert [row["ranks"] for row in result["scaling"]] == [1]
-    assert all(row["tokens as one rank"] for row in result["scaling"])
 
 
 def test_ranks_of_one_machine_talk_over_the_loopback_interface():
