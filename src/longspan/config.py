@@ -224,7 +224,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         KVDTypeName, Option("Of stored keys and values; auto: that of the weights.", Group.MEMORY)
     ] = "auto"
     """Dtype in which keys and values are stored and travel; they are rounded once, when they are written. `int8` and
-    `fp8_e4m3` have a scale per token and KV head. `auto` is the dtype of the weights; others than that need the CPU."""
+    `fp8_e4m3` have a scale per token and KV head. `auto` is the dtype of the weights. On a GPU legal are `auto`, and
+    with the backend `triton` the two of 8 bits."""
     kv_cache_memory: Annotated[
         int | None,
         Option(
@@ -385,6 +386,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0
     """Plans between two integrity checks of all page bookkeeping, which is checked too whenever no request is left; 0
     never checks. For tests and debugging: a failed check ends the engine."""
+    profile: Annotated[
+        str | None,
+        Option("Write a profile of each rank's first plans to a directory.", Group.DEBUGGING, metavar="DIR"),
+    ] = None
+    """Directory for a trace of PyTorch's profiler from each rank, `rank-N.json`: of its first 64 plans, or as many as
+    it runs. Ranks of other hosts write to theirs."""
     simulated_links: Annotated[
         str | None,
         Option(
@@ -428,6 +435,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.simulated_links is not None:
             parse_simulated_links(self.simulated_links, self.context_parallel_size)
         self._check_strategies()
+        if self.profile is not None and self.executor == "threads" and self.context_parallel_size > 1:
+            raise ConfigError(
+                f"profile: got {self.profile!r} with executor 'threads' and {self.context_parallel_size} ranks, legal "
+                "there is one rank: a profile is of a whole process"
+            )
 
     def _check_overrides(self) -> None:
         fields = self.hf_overrides
@@ -553,6 +565,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def known_weights(self) -> tuple[float, ...] | None:
         """Weight of each rank if the option names them; None makes all ranks equal, unless `auto` finds out later."""
         return self.rank_weights if isinstance(self.rank_weights, tuple) else None
+
+    @property
+    def stop_s(self) -> float:
+        """Seconds that idle ranks may take to end when asked, and to write what they have recorded."""
+        return 1.0 if self.profile is None else 60.0
 
     @property
     def num_threads(self) -> int:

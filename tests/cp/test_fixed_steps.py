@@ -206,13 +206,13 @@ def test_fixed_steps_give_the_tokens_of_transformers_all_pairs(case, steps):
 def test_replayed_steps_give_them_too_and_count_what_they_send(family, size, placement, captured):
     model = tiny_model(family)
     with tiny_engine(model, **OPTIONS, context_parallel_size=size, placement=placement, strategy="pass_q") as engine:
-        generate(engine, model)
+        generate(engine, model, 9)
         sent = [stats.bytes_sent for stats in engine.rank_stats()]
     assert {rank for rank, _ in captured} == set(range(size))
     with tiny_engine(
         model, **OPTIONS, context_parallel_size=size, placement=placement, strategy="pass_q", cuda_graphs="never"
     ) as engine:
-        generate(engine, model)
+        generate(engine, model, 9)
         exact = [stats.bytes_sent for stats in engine.rank_stats()]
     for padded_bytes, exact_bytes in zip(sent, exact, strict=True):
         assert exact_bytes <= padded_bytes <= 2 * exact_bytes  # rows are padded to powers of two
@@ -251,9 +251,9 @@ def test_an_argument_that_changes_between_replays_is_noticed(captured, monkeypat
     model = tiny_model("llama")
     with (
         pytest.raises(LongspanError, match="a graph would have repeated the first ones"),
-        tiny_engine(model, **OPTIONS) as engine,
+        tiny_engine(model, **OPTIONS, async_scheduling=False) as engine,
     ):
-        generate(engine, model)
+        generate(engine, model, 12)
 
 
 @pytest.mark.cover

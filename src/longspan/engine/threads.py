@@ -25,9 +25,6 @@ from longspan.worker.build import build_runner, load_weights, open_device, with_
 from longspan.worker.measure import measure
 from longspan.worker.runner import ModelRunner
 
-STOP_S = 1.0
-"""Seconds that `close` waits for the ranks; a rank that waits for a failed peer ends later, at its own timeout."""
-
 
 class ThreadExecutor:
     """Executor with one thread per rank. `threads_per_rank` sets the compute threads of the whole process."""
@@ -41,7 +38,7 @@ class ThreadExecutor:
             model = load_weights(start, tools.device, show_progress=False, tells=True)
         elif start.config.compile_dense:
             speed_up_(model, [COMPILED])
-        self._pending = PendingPlans()
+        self._pending, self._stop_s = PendingPlans(), start.config.stop_s
         self._sender, self._receivers = PlanSender(), [PlanReceiver(rank) for rank in range(size)]
         self._inboxes: list[queue.SimpleQueue[Plan | None]] = []
         self._threads: list[threading.Thread] = []
@@ -71,6 +68,7 @@ class ThreadExecutor:
                 failure.__cause__ = error
                 self._pending.fail(failure)
                 return
+        runner.close()
 
     def submit(self, plan: Plan) -> "Future[PlanResult]":
         future = self._pending.add(plan)
@@ -98,7 +96,7 @@ class ThreadExecutor:
         self._pending.fail(LongspanError("the engine is closed"))
         for inbox in self._inboxes:
             inbox.put(None)
-        deadline = time.monotonic() + STOP_S
+        deadline = time.monotonic() + self._stop_s
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         self.runners.clear()  # frees the page pools, which may be most of a GPU

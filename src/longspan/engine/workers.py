@@ -20,9 +20,6 @@ from longspan.group.plans import PlanSender
 from longspan.group.shape import GroupShape
 from longspan.plan.types import Plan, PlanResult
 
-STOP_S = 1.0
-"""Seconds that idle workers may take to end when asked; then they are killed."""
-
 
 class WorkerExecutor:
     """Executor of a group of worker processes."""
@@ -41,7 +38,7 @@ class WorkerExecutor:
             ConfigError: a worker refused what the user asked for, or differs from the others.
             LongspanError: the start was given up.
         """
-        self._launcher = launcher
+        self._launcher, self._stop_s = launcher, start.config.stop_s
         self._plans = PlanSender()
         self._is_closed = False
         try:
@@ -92,7 +89,7 @@ class WorkerExecutor:
 
     def close(self) -> None:
         if not self._is_closed:
-            self._launcher.release(STOP_S if self._end() else 0.0)
+            self._launcher.release(self._stop_s if self._end() else 0.0)
             self._link.close()
 
     def replace(self) -> Launcher | None:

@@ -25,6 +25,7 @@ from longspan.plan.types import Plan
 from longspan.types import ModelSpec
 from longspan.worker.device import check_memory, device_backend, process_device
 from longspan.worker.fault import Injector
+from longspan.worker.profile import PlanProfiler
 from longspan.worker.runner import GraphMode, ModelRunner
 
 
@@ -139,6 +140,7 @@ def build_runner(
         backend=backend,
         dense_threads=dense_threads,
         graphs=_graph_mode(start, backend),
+        profiler=None if start.config.profile is None else PlanProfiler(start.config.profile, comm.rank),
         progress=progress,
         faults=faults,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ from longspan.worker.sampler import sample_all, token_logprobs
 
 if TYPE_CHECKING:
     from longspan.worker.graphs import FixedSteps
+    from longspan.worker.profile import PlanProfiler
 
 STATES = "states"
 """Name of states among strategies, where the bytes that ranks send are counted."""
@@ -103,6 +105,7 @@ class ModelRunner:
         backend: AttentionBackend,
         dense_threads: Callable[[Plan, int], int] | None = None,
         graphs: GraphMode = "never",
+        profiler: PlanProfiler | None = None,
         progress: ProcessProgress | None = None,
         faults: Injector | None = None,
     ) -> None:
@@ -117,6 +120,7 @@ class ModelRunner:
             backend: this rank's attention kernels.
             dense_threads: function from (plan, rank) to threads for all but attention and exchanges; None: no change.
             graphs: whether decode steps have fixed shapes, and are captured as CUDA graphs.
+            profiler: recorder of plans; None for none.
             progress: counter of this process's progress; None if no thread reads it.
             faults: faults of this rank, for tests; None for none.
         """
@@ -134,6 +138,7 @@ class ModelRunner:
         """This rank's pool of every KV group."""
         self._states = StatePool(spec.state_groups, num_pages[-1], self.device) if spec.state_groups else None
         self._tables: list[dict[int, PageTable]] = [{} for _ in spec.kv_groups]  # per KV group: request to table
+        self._profiler = profiler
         self._progress = progress or ProcessProgress()
         self._layer_start = _LayerStart(self._progress, faults or Injector(None))
         self.layer_params = params_with_weights(spec, model)
@@ -166,7 +171,8 @@ class ModelRunner:
         started = time.perf_counter()
         self._progress.count += 1
         try:
-            answer, capture_failed = self._run(plan)
+            with nullcontext() if self._profiler is None else self._profiler.record(plan):
+                answer, capture_failed = self._run(plan)
             if self.device.type == "cuda":  # a plan's writes are complete when its answer is sent, on every rank
                 torch.cuda.current_stream(self.device).synchronize()
         finally:
@@ -186,6 +192,11 @@ class ModelRunner:
             busy_s=self._busy_s,
             strategy_bytes=dict(self._strategy_bytes),
         )
+
+    def close(self) -> None:
+        """Finish what is written when a rank ends."""
+        if self._profiler is not None:
+            self._profiler.close()
 
     def _run(self, plan: Plan) -> tuple[_Answer, bool]:
         """Run a plan; return this rank's results, and whether the step could not be captured."""

@@ -89,6 +89,7 @@ def _answer(process: ProcessId, runner: ModelRunner, link: WorkerLink) -> None:
             raise
         if speaks:
             link.send(Answer(result))
+    runner.close()
     if isinstance(message, Refused):
         raise ConfigError(message.reason)
 
