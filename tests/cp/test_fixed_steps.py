@@ -253,7 +253,7 @@ def test_an_argument_that_changes_between_replays_is_noticed(captured, monkeypat
         pytest.raises(LongspanError, match="a graph would have repeated the first ones"),
         tiny_engine(model, **OPTIONS, async_scheduling=False) as engine,
     ):
-        generate(engine, model, 12)
+        generate(engine, model, 8)
 
 
 @pytest.mark.cover
