@@ -240,6 +240,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     """KV memory of one rank in bytes, with `rank_weights` of the largest one. None takes 4 GiB, or less if half of the
     free memory is less, and on a GPU most of the memory that the weights leave free."""
+    gpu_memory_utilization: Annotated[
+        float,
+        Option("Share of a GPU's free memory for weights, KV and a step's tensors.", Group.MEMORY, above=0, most=1.0),
+    ] = 0.9
+    """Share of the memory that a GPU has free at the start, for weights, KV and a step's tensors: allocators leave
+    gaps, and buffers that grow with the context need room."""
     enable_prefix_caching: Annotated[
         bool, Option("Go on from the KV of earlier prompts and answers.", Group.MEMORY, only_servers=True)
     ] = True

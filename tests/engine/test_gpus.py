@@ -205,9 +205,11 @@ def test_gpus_that_do_not_answer_are_refused(monkeypatch):
 
 def test_kv_takes_what_a_gpu_has_left_beside_weights_and_a_step():
     both = [H200, GPU("H", (9, 0), 100 * GIB)]
-    memory = gpu_cache_memory(None, both, spec_of(), 16 * GIB, 4096, 8192)
+    memory = gpu_cache_memory(None, both, spec_of(), 16 * GIB, 4096, 8192, 0.9)
     assert 0.9 * 100 * GIB - 16 * GIB - CONTEXT_BYTES - 2 * GIB < memory < 0.9 * 100 * GIB - 16 * GIB - CONTEXT_BYTES
-    assert gpu_cache_memory(5 * GIB, [H200], spec_of(), 16 * GIB, 4096, 8192) == 5 * GIB
+    assert gpu_cache_memory(5 * GIB, [H200], spec_of(), 16 * GIB, 4096, 8192, 0.9) == 5 * GIB
+    half = gpu_cache_memory(None, both, spec_of(), 16 * GIB, 4096, 8192, 0.5)
+    assert memory - half == 40 * GIB
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_kv_takes_what_a_gpu_has_left_beside_weights_and_a_step():
 )
 def test_rejects_memory_that_is_not_there_with_numbers(asked, weight_bytes, message):
     with pytest.raises(ConfigError, match=message):
-        gpu_cache_memory(asked, [H200], spec_of(), weight_bytes, 4096, 8192)
+        gpu_cache_memory(asked, [H200], spec_of(), weight_bytes, 4096, 8192, 0.9)
 
 
 def test_an_engine_cuts_a_gpus_memory_into_ranks_and_pages(visible, monkeypatch):

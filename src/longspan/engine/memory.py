@@ -47,7 +47,7 @@ def rank_cache_memory(
     if len(gpus) < size:  # threads share one GPU
         together = None if asked is None else int(asked * sum(shares))
         tokens = config.max_num_batched_tokens * size
-        left = gpu_cache_memory(together, gpus, spec, weight_bytes, hidden_size, tokens)
+        left = gpu_cache_memory(together, gpus, spec, weight_bytes, hidden_size, tokens, config.gpu_memory_utilization)
         return tuple([int(left / sum(shares) * share) for share in shares])
     rooms = [
         gpu_cache_memory(
@@ -57,6 +57,7 @@ def rank_cache_memory(
             weight_bytes,
             hidden_size,
             config.max_num_batched_tokens,
+            config.gpu_memory_utilization,
         )
         for gpu, share in zip(gpus, shares, strict=True)
     ]
@@ -87,8 +88,6 @@ def kv_cache_memory(asked: int | None, num_shares: float) -> int:
     return asked
 
 
-GPU_SHARE = 0.9
-"""Share of a GPU's free memory for weights, pools and a step's tensors: allocators leave gaps."""
 CONTEXT_BYTES = 2**30
 """Bytes of a rank's CUDA context, libraries, and their workspaces."""
 STEP_WIDTHS = 16
@@ -97,7 +96,13 @@ for queries and attention in float32, and the rest for messages."""
 
 
 def gpu_cache_memory(
-    asked: int | None, gpus: Sequence[GPU], spec: ModelSpec, weight_bytes: int, hidden_size: int, num_tokens: int
+    asked: int | None,
+    gpus: Sequence[GPU],
+    spec: ModelSpec,
+    weight_bytes: int,
+    hidden_size: int,
+    num_tokens: int,
+    utilization: float,
 ) -> int:
     """Return the bytes for KV on a GPU, for all ranks that share it.
 
@@ -108,18 +113,19 @@ def gpu_cache_memory(
         weight_bytes: bytes of the weights to load.
         hidden_size: width of the model's hidden states.
         num_tokens: most tokens of a step.
+        utilization: share of the free memory that may be used.
 
     Raises:
         ConfigError: there is no room beside the weights.
     """
     least = min(gpus, key=lambda gpu: gpu.free_bytes)
     step_bytes = STEP_WIDTHS * hidden_size * DTYPE_BYTES[spec.kv_groups[0].spec.compute_dtype] * num_tokens
-    left = int(GPU_SHARE * least.free_bytes) - weight_bytes - CONTEXT_BYTES - step_bytes
+    left = int(utilization * least.free_bytes) - weight_bytes - CONTEXT_BYTES - step_bytes
     one_page = min(group.token_bytes for group in spec.kv_groups)  # more, but `pool_pages` knows how much
     if (one_page if asked is None else asked) > left:
         raise ConfigError(
             f"kv_cache_memory: got {asked or 'none'}, legal is at most {max(0, left)} bytes for a GPU: {least.name} "
-            f"has {least.free_bytes} bytes free, and besides weights of {weight_bytes} bytes a step needs about "
-            f"{CONTEXT_BYTES + step_bytes}; or device cpu"
+            f"has {least.free_bytes} bytes free, of which gpu_memory_utilization {utilization:g} may be used, and "
+            f"besides weights of {weight_bytes} bytes a step needs about {CONTEXT_BYTES + step_bytes}; or device cpu"
         )
     return left if asked is None else asked
