@@ -16,7 +16,7 @@ from longspan.attention.select import make_backend
 from longspan.config import EngineConfig
 from longspan.engine import gpus, ranks
 from longspan.engine.engine import Engine
-from longspan.engine.gpus import GPU, choose_device, find_gpus
+from longspan.engine.gpus import GPU, ask_pytorch, choose_device, find_gpus
 from longspan.engine.memory import CONTEXT_BYTES, gpu_cache_memory
 from longspan.engine.processes import worker_environment
 from longspan.errors import ConfigError, UnsupportedModelError
@@ -192,15 +192,15 @@ def test_rejects_more_ranks_than_gpus_and_old_gpus(visible):
 @pytest.mark.cover
 def test_looks_at_gpus_in_a_process_of_its_own():
     assert find_gpus() == []  # what the real script says here
-    assert find_gpus("print('a warning'); print('[[\"H\", [9, 0], 5]]')") == [GPU("H", (9, 0), 5)]
+    assert ask_pytorch("print('a warning'); print('[[\"H\", [9, 0], 5]]')") == [GPU("H", (9, 0), 5)]
     with pytest.raises(ConfigError, match=r"device: got 'cuda', whose GPUs cannot be used \(RuntimeError: no driver\)"):
-        find_gpus("raise RuntimeError('no driver')")
+        ask_pytorch("raise RuntimeError('no driver')")
 
 
 def test_gpus_that_do_not_answer_are_refused(monkeypatch):
     monkeypatch.setattr(gpus, "LOOK_S", 0.2)
     with pytest.raises(ConfigError, match=r"did not answer within 0\.2 s"):
-        find_gpus("import time; time.sleep(60)")
+        ask_pytorch("import time; time.sleep(60)")
 
 
 def test_kv_takes_what_a_gpu_has_left_beside_weights_and_a_step():

@@ -1,10 +1,12 @@
 """Facts about this machine's GPUs, which the driver needs before it starts processes on them.
 
-Holds the query of the GPUs, in a process of its own: a CUDA context in the driver would take memory of the first GPU
-for as long as the driver runs. Must not know models.
-Read next: `longspan.engine.memory`; `longspan.worker.device`, which checks every process's own GPU.
+Holds the query of the GPUs: by NVML, or by PyTorch in a process of its own, which takes seconds: a CUDA context in the
+driver would take memory of the first GPU for as long as the driver runs. Must not know models.
+Read next: `longspan.engine.nvml`; `longspan.engine.memory`; `longspan.worker.device`, which checks every process's own
+GPU.
 """
 
+import os
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from msgspec import structs
 
 from longspan.attention.select import MIN_CAPABILITY
 from longspan.config import REMOTE_EXECUTORS, EngineConfig
+from longspan.engine import nvml
 from longspan.errors import ConfigError
 from longspan.group.shape import GroupShape
 from longspan.worker.device import check_capability
@@ -96,7 +99,17 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
     return "cuda", gpus[:needed]
 
 
-def find_gpus(script: str = _SCRIPT) -> list[GPU]:
+def find_gpus() -> list[GPU]:
+    """Return this machine's GPUs, in CUDA's order.
+
+    Raises:
+        ConfigError: the GPUs cannot be queried.
+    """
+    found = nvml.look(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return ask_pytorch(_SCRIPT) if found is None else [GPU(*gpu) for gpu in found]
+
+
+def ask_pytorch(script: str) -> list[GPU]:
     """Return this machine's GPUs, as a new process sees them.
 
     Args:
