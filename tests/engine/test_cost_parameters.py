@@ -22,9 +22,18 @@ from longspan.costmodel.measured import LinkMeasurement, RankMeasurement, combin
 from longspan.costmodel.parameters import KernelRates, Link
 from longspan.costmodel.topology_file import load_topology, topology_text
 from longspan.engine import cost_parameters
-from longspan.engine.cost_parameters import MeasuredOn, file_costs, find_costs, nodes_of, striped_from, weights_of
+from longspan.engine.cost_parameters import (
+    MeasuredOn,
+    file_costs,
+    find_costs,
+    gpu_costs,
+    nodes_of,
+    striped_from,
+    weights_of,
+)
 from longspan.errors import ConfigError
 from longspan.kv.layout import KVGroup, KVSpec
+from longspan.planner.clusters import known_cluster
 from longspan.scheduler.scheduler import Scheduler
 from longspan.types import AttentionParams, ModelSpec, SamplingParams
 
@@ -471,3 +480,32 @@ def test_auto_weights_change_how_prompts_are_cut(measuring):
     plan = scheduler.schedule()
     assert sum(run.num_tokens for run in plan.query_runs if run.compute_rank == 0) == 2048
     assert sum(run.num_tokens for run in plan.query_runs) == 3072 < len(request.token_ids)
+
+
+def test_ranks_on_known_gpus_choose_by_their_published_figures():
+    """Of which the planner's are the same."""
+    config = EngineConfig(model="m", context_parallel_size=4, device="cuda")
+    costs = gpu_costs(config, MODEL, ["NVIDIA H200"] * 4)
+    assert costs == known_cluster("h200", 4, 1).costs(4, 1, "float32")
+    assert costs.topology.inside.bytes_per_s < 450e9
+    slow = gpu_costs(config, MODEL, ["NVIDIA L4"] * 4)
+    assert slow.rates.read_bytes_per_s < costs.rates.read_bytes_per_s
+    nodes = msgspec.structs.replace(config, nodes=(0, 0, 1, 1))
+    assert gpu_costs(nodes, MODEL, ["NVIDIA L4"] * 4).topology.nodes == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, ["NVIDIA H200", "NVIDIA L4"]),
+        ({}, ["NVIDIA H200", "Some other GPU"]),
+        ({}, ["NVIDIA H100 PCIe"] * 2),
+        ({}, []),
+        ({}, ["NVIDIA H200"]),
+        ({"measure": "never"}, ["NVIDIA H200"] * 2),
+        ({"device": "cpu"}, []),
+    ],
+)
+def test_ranks_on_other_gpus_count_bytes(options, names):
+    config = EngineConfig(model="m", **{"context_parallel_size": 2, "device": "cuda", **options})
+    assert gpu_costs(config, MODEL, names) is None

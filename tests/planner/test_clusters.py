@@ -7,12 +7,13 @@ import pytest
 import yaml
 from hardware import MEASURED
 
+from longspan.costmodel.gpus import GPUS
 from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology
+from longspan.costmodel.published import Assumptions
 from longspan.costmodel.topology_file import topology_text
 from longspan.errors import ConfigError
 from longspan.planner.cluster_file import load_cluster
-from longspan.planner.clusters import Assumptions, known_cluster
-from longspan.planner.gpus import GPUS
+from longspan.planner.clusters import known_cluster
 from longspan.quantities import parse_tokens
 
 DESCRIBED = {

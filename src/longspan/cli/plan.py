@@ -126,9 +126,9 @@ def _cluster(
     gpu: str | None, gpus_per_node: int | None, nodes: int | None, file: str | None, memory_bytes: int | None
 ) -> "Cluster":
     """The cluster, from exactly one of its two sources."""
+    from longspan.costmodel.gpus import GPUS
     from longspan.planner.cluster_file import load_cluster
     from longspan.planner.clusters import known_cluster
-    from longspan.planner.gpus import GPUS
 
     if (gpu is None) == (file is None):
         given = "none" if gpu is None else "both"

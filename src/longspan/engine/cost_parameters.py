@@ -22,6 +22,7 @@ from longspan.costmodel.measured import combine
 from longspan.costmodel.model_time import StepOptions
 from longspan.costmodel.parameters import Costs
 from longspan.costmodel.placement_choice import LONGEST_LEN, shortest_striped_len
+from longspan.costmodel.published import known_costs
 from longspan.costmodel.shapes import ModelShape
 from longspan.costmodel.topology_file import load_topology
 from longspan.engine.executor import Executor
@@ -95,6 +96,23 @@ def file_costs(config: EngineConfig, model: ModelSpec) -> Costs | None:
             f"nodes: got {nodes} with a topology file that says {costs.topology.nodes}, legal is the same"
         )
     return costs
+
+
+def gpu_costs(config: EngineConfig, model: ModelSpec, names: Sequence[str]) -> Costs | None:
+    """Return the costs of ranks on this machine's GPUs by published figures: such ranks do not measure themselves.
+
+    Args:
+        config: options; `measure` may turn this off.
+        model: model whose dtype counts.
+        names: name of every rank's GPU.
+
+    Returns:
+        None for one rank, ranks that share a GPU, GPUs elsewhere or of unknown kinds, or if `measure` is `never`.
+    """
+    size = config.context_parallel_size
+    if config.device != "cuda" or size == 1 or len(names) != size or config.measure == "never":
+        return None
+    return known_costs(config.known_nodes or (0,) * size, names, model.kv_groups[0].spec.compute_dtype)
 
 
 def find_costs(config: EngineConfig, model: ModelSpec, executor: Executor, hosts: Sequence[str]) -> Costs | None:

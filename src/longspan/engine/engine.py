@@ -17,7 +17,7 @@ from longspan.config import EngineConfig
 from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs
 from longspan.engine.closing import ClosedAtExit
-from longspan.engine.cost_parameters import striped_from, weights_of
+from longspan.engine.cost_parameters import gpu_costs, striped_from, weights_of
 from longspan.engine.gpus import choose_device
 from longspan.engine.in_flight import PlansInFlight
 from longspan.engine.interrupts import deferred_interrupt
@@ -131,7 +131,8 @@ class Engine(ClosedAtExit):
             shortest = striped_from(config, self.spec, costs, hidden_size, pages)
             self.scheduler.use_costs(costs, shortest, weights_of(config, costs))
 
-        self.ranks = Ranks(Start(config, self.spec, num_pages, None), model, launcher, use)
+        known = gpu_costs(config, self.spec, [gpu.name for gpu in gpus])
+        self.ranks = Ranks(Start(config, self.spec, num_pages, None), model, launcher, use, known)
         """The ranks, and the means to start new ones."""
         self.restarts = self.ranks.restarts
         """Record of the replacements of lost ranks."""

@@ -31,6 +31,7 @@ class Ranks:
         model: torch.nn.Module | None,
         launcher: Launcher | None,
         use_costs: Callable[[Costs], None],
+        known: Costs | None = None,
     ) -> None:
         """Prepare the first generation, and start nothing yet.
 
@@ -39,6 +40,7 @@ class Ranks:
             model: a loaded module, for ranks that are threads; else None.
             launcher: launcher of ranks that are starting, as `early_ranks` yields it; None starts them here.
             use_costs: called with the costs of the ranks, where they are known, once the ranks have started.
+            known: costs of the ranks by published figures; None where they are not known, or will be measured.
         """
         self.told = start
         """Message that the ranks are told: options, model, pages."""
@@ -46,7 +48,7 @@ class Ranks:
         self._launcher = launcher  # for the next start, until an executor takes it
         self._given_up = threading.Event()
         self._executor: Executor | None = None
-        self.costs = file_costs(start.config, start.spec)
+        self.costs = file_costs(start.config, start.spec) or known
         """Costs of ranks and links; None where they are unknown."""
         self.restarts = Restarts(start.config.max_restarts)
         """Record of the replacements of lost ranks."""

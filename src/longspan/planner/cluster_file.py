@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from longspan.costmodel.parameters import NO_LINK, Link
+from longspan.costmodel.published import Assumptions, check_number
 from longspan.costmodel.topology_file import parse_costs, read_mapping
 from longspan.errors import ConfigError
-from longspan.planner.clusters import Assumptions, Cluster, check_number, known_cluster
+from longspan.planner.clusters import Cluster, known_cluster
 from longspan.quantities import parse_size
 
 DESCRIBED_FIELDS = (

@@ -1,7 +1,8 @@
 """Cluster to plan with: published figures and assumptions, or measured rates.
 
 Holds a user's description, its checks, and its conversion to costs. Must not know files, models or predictions.
-Read next: `longspan.planner.gpus`, the known devices; `longspan.planner.cluster_file`; `longspan.costmodel.model_time`.
+Read next: `longspan.costmodel.gpus`, the known devices; `longspan.planner.cluster_file`;
+`longspan.costmodel.model_time`.
 
 Note [Devices and ranks]
     A rank of context parallelism is `tensor_parallel_size` devices, neighbours of one node; each holds its part of the
@@ -10,70 +11,23 @@ Note [Devices and ranks]
     device, of a model whose heads and weights are divided.
 """
 
-import math
-
 import msgspec
 
 from longspan.config import MAX_RANKS
+from longspan.costmodel.gpus import GPUS
 from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology
+from longspan.costmodel.published import Assumptions, Figures, check_number, published_costs
 from longspan.costmodel.shapes import PlannedDType
 from longspan.errors import ConfigError
-from longspan.planner.gpus import GPUS
 
 MAX_DEVICES = 65536
 MAX_DEVICES_PER_NODE = 1024
-
-FULL_RATE_LEN = 128
-"""Query tokens from which an attention kernel is assumed to reach its full rate."""
-
-FEW_ROWS_SHARE = 1 / 16
-"""Share of its full rate that an attention kernel is assumed to reach with one query token, whose heads fill so much of
-a tile."""
 
 
 def check_count(name: str, value: object, most: int) -> None:
     """Raise ConfigError unless a value is a whole number from 1 to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ConfigError(f"{name}: got {value!r}, legal is a whole number from 1 to {most}")
-
-
-def check_number(name: str, value: object, *, most: float | None = None, zero: bool = False) -> None:
-    """Raise ConfigError unless a value is a number above 0 (from 0, if `zero`) and up to `most`."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and (value > 0 or (zero and value == 0)) and (most is None or value <= most):  # type: ignore[operator]
-        return
-    rule = "a number from 0" if zero else "a number above 0"
-    raise ConfigError(f"{name}: got {value!r}, legal is {rule}" + (f" and up to {most:g}" if most is not None else ""))
-
-
-class Assumptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Numbers that no vendor publishes: shares of published figures that programs reach, and fixed times."""
-
-    matmul_efficiency: float = 0.7
-    """Share of the published flops that matrix products with weights reach."""
-    attention_efficiency: float = 0.6
-    """Share of the published flops that attention kernels with many queries reach."""
-    read_efficiency: float = 0.8
-    """Share of the memory's bandwidth that is reached."""
-    link_efficiency: float = 0.8
-    """Share of a link's bandwidth that is reached."""
-    inside_latency_s: float = 10e-6
-    """Latency of a message inside a node, unless the cluster has its own."""
-    between_latency_s: float = 20e-6
-    """Latency of a message between nodes, unless the cluster has its own."""
-    call_s: float = 10e-6
-    """Fixed time of an attention kernel call."""
-    exchange_s: float = 5e-6
-    """Fixed time of starting and ending a message."""
-    layer_s: float = 50e-6
-    """Fixed time of a layer outside attention."""
-    step_s: float = 2e-3
-    """Fixed time of a step outside its layers: scheduling, messages to the workers, sampling."""
-
-    def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            is_share = name.endswith("_efficiency")
-            check_number(f"assumptions.{name}", getattr(self, name), most=1.0 if is_share else None, zero=not is_share)
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,22 +117,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             if nodes == self.topology.nodes:
                 return Costs(self.topology, self.rates)
             return Costs(msgspec.structs.replace(self.topology, nodes=nodes, machines=None), self.rates)
-        a, peak = self.assumptions, self.peak_flops_per_s(dtype)
-        read, attention = self.read_bytes_per_s * a.read_efficiency, peak * a.attention_efficiency
-
-        def link(link: Link) -> Link:
-            return Link(link.latency_s, link.bytes_per_s * a.link_efficiency)
-
-        rates = KernelRates(
-            matmul_flops_per_s=peak * a.matmul_efficiency,
-            read_bytes_per_s=read,
-            copy_bytes_per_s=read / 2,  # every byte written is read first
-            attention_flops_per_s=((1, attention * FEW_ROWS_SHARE), (FULL_RATE_LEN, attention)),
-            call_s=a.call_s,
-            exchange_s=a.exchange_s,
-            layer_s=a.layer_s,
-        )
-        return Costs(Topology(nodes, link(self.inside), link(self.between)), rates)
+        figures = Figures(self.peak_flops_per_s(dtype), self.read_bytes_per_s, self.inside, self.between)
+        return published_costs(nodes, figures, self.assumptions)
 
 
 def known_cluster(gpu: str, devices_per_node: int, num_nodes: int) -> Cluster:

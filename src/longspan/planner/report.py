@@ -10,9 +10,10 @@ import msgspec
 
 from longspan.costmodel.model_time import StepOptions, StepPrediction, decode_bytes, predict_decode, prefill_flops
 from longspan.costmodel.prompt_time import PrefillPrediction, predict_prefill
+from longspan.costmodel.published import check_number
 from longspan.costmodel.shapes import ModelShape, PlannedDType
 from longspan.errors import ConfigError
-from longspan.planner.clusters import Cluster, check_count, check_number
+from longspan.planner.clusters import Cluster, check_count
 from longspan.planner.memory_fit import (
     Fit,
     fit,

@@ -1,7 +1,7 @@
 """Known GPUs: their vendors' published figures, per device.
 
-Holds figures. Must not know which share of them a program reaches: `longspan.planner.clusters` does.
-Read next: `longspan.planner.clusters`.
+Holds figures. Must not know which share of them a program reaches: `longspan.costmodel.published` does.
+Read next: `longspan.costmodel.published`.
 
 Sources: the vendors' data sheets of each product. Flops are dense (vendors print twice as many, "with sparsity"),
 16-bit ones with float32 accumulation, float32 ones without tensor cores (PyTorch's default). Bytes are 10^9 per GB,
@@ -54,3 +54,23 @@ GPUS = {
     "rtx4090": GPU("RTX 4090", 24 * _GB, 165 * _TF, 82.6 * _TF, 1008 * _GB, _PCIE4, _ETHERNET_100),
 }
 """Known GPUs by the name that users give."""
+
+_NAMED = {
+    "NVIDIA A10": "a10",
+    "NVIDIA L4": "l4",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA A100-SXM4-40GB": "a100-40g",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA GB200": "gb200",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+}
+"""Names that CUDA reports, of the same boards: an H100 on PCIe has another name, and other links."""
+
+
+def gpu_named(name: str) -> GPU | None:
+    """Figures of the GPU that CUDA calls so; None for one that is not known."""
+    known = _NAMED.get(name)
+    return None if known is None else GPUS[known]
