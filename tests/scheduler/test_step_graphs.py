@@ -142,3 +142,12 @@ def test_which_engines_have_fixed_steps(options, is_fixed, is_captured):
 def test_models_whose_rows_differ_have_no_fixed_steps():
     config = make_config(2, device="cuda")
     assert not fixed_shape.has_fixed_steps(config, make_model(None, has_state=True))
+
+
+def test_blocks_of_gpus_are_longer():
+    """A chunk of 6,000 tokens is one run of queries on a GPU, and three on a CPU."""
+    for device, lengths in (("cuda", [6000]), ("cpu", [2048, 2048, 1904])):
+        config = make_config(1, device=device, max_num_batched_tokens=6000, page_size=16, stripe_size=16)
+        scheduler = Scheduler(make_model(None), config, [(400,)])
+        scheduler.add_request([5] * 6000, SamplingParams(max_tokens=1))
+        assert [run.num_tokens for run in scheduler.schedule().query_runs] == lengths

@@ -75,6 +75,7 @@ def build_plan(
     states: Iterable[StateStep] = (),
     is_last_read_alone: bool = True,
     released: Iterable[int] = (),
+    block_len: int = BLOCK_LEN,
 ) -> Plan:
     """Build the plan of one step.
 
@@ -90,6 +91,7 @@ def build_plan(
         states: state of every request, if the model has recurrent layers.
         is_last_read_alone: whether the last layer may leave rows out that nobody reads.
         released: requests that the ranks may forget.
+        block_len: most tokens of a query run.
     """
     is_prefill = False
     query_runs: list[QueryRun] = []
@@ -97,7 +99,7 @@ def build_plan(
     scores: list[ScoreRun] = []
     for request in requests:
         is_prefill = is_prefill or request.num_known - request.start > 1
-        _add_runs(query_runs, request, tables[0][request.request_id])
+        _add_runs(query_runs, request, tables[0][request.request_id], block_len)
         samples += request.samples
         if request.scores:
             scores += request.scores
@@ -160,12 +162,12 @@ def score_runs(
     ]
 
 
-def _add_runs(query_runs: list[QueryRun], request: RequestStep, table: PageTable) -> None:
+def _add_runs(query_runs: list[QueryRun], request: RequestStep, table: PageTable, block_len: int) -> None:
     """Cut a request's positions where the computing rank changes; no run is longer than a block of queries."""
     tokens, offset = request.tokens, request.num_skipped - request.start
     for rank, first, last in table.owners(request.start, request.end):
-        for position in range(first, last, BLOCK_LEN):
-            stop = min(last, position + BLOCK_LEN)
+        for position in range(first, last, block_len):
+            stop = min(last, position + block_len)
             if isinstance(tokens, SampledBy):
                 named: Literals | SampledBy = tokens
             else:

@@ -24,6 +24,7 @@ from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs, costs_by_bytes
 from longspan.plan.advance import advance
 from longspan.plan.build import RequestStep, build_plan, score_runs
+from longspan.plan.group_step import BLOCK_LEN, GPU_BLOCK_LEN
 from longspan.plan.types import GroupStep, Literals, PageCopy, Plan, SampledBy, ScoreRun, StateStep, TableDelta, Tokens
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.delivery import Step
@@ -44,6 +45,7 @@ class PlanWriter:
     def __init__(self, model: ModelSpec, config: EngineConfig, memory: KVMemory, graphs: StepGraphs) -> None:
         """Args: `memory` allocates the pages; `graphs` decides what is captured."""
         self._model, self._config, self._memory, self._graphs = model, config, memory, graphs
+        self._block_len = GPU_BLOCK_LEN if config.device == "cuda" else BLOCK_LEN
         self.costs = costs_by_bytes(config.known_nodes or (0,) * config.context_parallel_size)
         """What the ranks and links can do; until they have measured it, every link is the same."""
         self.choices = StrategyChoices()
@@ -131,7 +133,9 @@ class PlanWriter:
         for i, (step, group) in enumerate(zip(plan.groups, self._model.kv_groups, strict=True)):
             if step.nodes and group.spec.reach is not None:
                 tables = {r.request_id: r.allocation.tables[i] for r, _ in chosen if r.allocation is not None}
-                step = plan_group(plan.query_runs, tables, group, self.costs, forced=step.strategy)
+                step = plan_group(
+                    plan.query_runs, tables, group, self.costs, forced=step.strategy, block_len=self._block_len
+                )
                 if not step.nodes:
                     return None
             groups.append(step)
@@ -167,7 +171,7 @@ class PlanWriter:
             for of_group, table in zip(tables, allocation.tables, strict=True):
                 of_group[request.request_id] = table
         forced = self._config.forced_decode_strategy if movers is Phase.DECODE else self._config.forced_strategy
-        choose = partial(plan_group, costs=self.costs, forced=forced)
+        choose = partial(plan_group, costs=self.costs, forced=forced, block_len=self._block_len)
         plan = build_plan(
             plan_id,
             ranks,
@@ -180,6 +184,7 @@ class PlanWriter:
             states=states,
             is_last_read_alone=self._model.last_group is not None,
             released=released,
+            block_len=self._block_len,
         )
         if (graph := self._graphs.step(plan, tables)) is not None:
             plan = structs.replace(plan, graph=graph)
@@ -193,6 +198,7 @@ class PlanWriter:
                 groups[i],
                 self.costs,
                 is_forced=forced is not None,
+                block_len=self._block_len,
             )
         return plan
 
