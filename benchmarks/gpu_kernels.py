@@ -26,7 +26,7 @@ from longspan.triton_kernels.merge import merge
 from longspan.types import AttentionParams
 
 FULL, CAUSAL = Visibility.FULL, Visibility.CAUSAL
-LIBRARIES = ("flashinfer", "torch")
+LIBRARIES = ("cudnn", "flashinfer", "torch")
 """Backends that are not ours alone."""
 L2_BYTES = 128 << 20
 """More than an H200's L2 cache holds: 50 MB, and what else may be in front of memory."""

@@ -28,7 +28,7 @@ ExecutorName = Literal["processes", "threads", "external", "ray"]
 REMOTE_EXECUTORS = ("external", "ray")
 """Executors whose workers reach the driver over the network."""
 RayPlacementName = Literal["pack", "spread"]
-AttentionName = Literal["auto", "cpu", "reference", "triton", "flashinfer", "torch"]
+AttentionName = Literal["auto", "cpu", "reference", "triton", "flashinfer", "cudnn", "torch"]
 GraphsName = Literal["auto", "never"]
 QuantizationName = Literal["none", "keep", "int8", "int4"]
 MeasureName = Literal["auto", "again", "never"]

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import greedy, run_requests, tiny_model
 
-from longspan.attention import dense, torch_flash
+from longspan.attention import cudnn, dense, torch_flash
 from longspan.attention.base import RowSegment, RowSegments
 from longspan.attention.check import check_against_reference
+from longspan.attention.cudnn import CudnnPrefill
 from longspan.attention.dense import DenseBackend
 from longspan.attention.reference import ReferenceBackend
 from longspan.attention.torch_flash import TorchFlash
@@ -116,6 +117,16 @@ def aten_flash(q, k, v, cum_q, cum_k, max_q, max_k, dropout, is_causal, return_d
     return out.to(q.dtype)[None], lse.float().transpose(0, 1)[None], None, None, None
 
 
+def aten_cudnn(q, k, v, bias, needs_lse, dropout, is_causal, return_debug_mask, *, scale):
+    """`torch.ops.aten._scaled_dot_product_cudnn_attention`, as Note [Edges of cuDNN's kernel] has it."""
+    assert (bias, needs_lse, dropout, return_debug_mask) == (None, True, 0.0, False)
+    assert q.shape[0] == k.shape[0] == 1
+    assert all(tensor.stride(-1) == 1 for tensor in (q, k, v))
+    assert not is_causal or q.shape[2] == k.shape[2], "the mask is aligned top left"
+    out, lse = bottom_right(q[0].transpose(0, 1), k[0], v[0], is_causal, scale, None)
+    return out.to(q.dtype).transpose(0, 1)[None], lse.float().transpose(0, 1)[None, ..., None], None
+
+
 def single_prefill_with_kv_cache(q, k, v, *, causal, kv_layout, sm_scale, logits_soft_cap, return_lse):
     """FlashInfer's function, as Note [Edges of FlashInfer's prefill kernel] has it."""
     assert (kv_layout, return_lse) == ("HND", True)
@@ -143,7 +154,13 @@ def torch_kernel(monkeypatch):
     return TorchFlash()
 
 
-@pytest.mark.parametrize("library", ["torch_kernel", "flashinfer"])
+@pytest.fixture
+def cudnn_kernel(monkeypatch):
+    monkeypatch.setattr(cudnn, "cudnn_attention", aten_cudnn)
+    return CudnnPrefill()
+
+
+@pytest.mark.parametrize("library", ["torch_kernel", "flashinfer", "cudnn_kernel"])
 def test_the_edges_of_libraries_are_corrected(library, request):
     kernel = request.getfixturevalue(library)
     group = KVGroup((0,), KVSpec.uniform(2, 64, 64, "bfloat16"), 4)

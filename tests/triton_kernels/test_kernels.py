@@ -318,7 +318,7 @@ def test_the_check_at_start_passes_and_covers_tiles_splits_and_the_merge(params,
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="libraries' kernels need a GPU")
-@pytest.mark.parametrize("name", ["torch", "flashinfer"])
+@pytest.mark.parametrize("name", ["torch", "flashinfer", "cudnn"])
 def test_libraries_kernels_are_right_on_this_gpu(name):
     if name == "flashinfer":
         pytest.importorskip("flashinfer")

@@ -12,15 +12,16 @@ import torch
 
 from longspan.attention.base import AttentionBackend
 from longspan.attention.cpu import CPUBackend
+from longspan.attention.cudnn import CudnnPrefill
 from longspan.attention.dense import DenseBackend
 from longspan.attention.reference import ReferenceBackend
 from longspan.attention.torch_flash import TorchFlash
 from longspan.errors import ConfigError
 
-BACKEND_NAMES = ("auto", "cpu", "reference", "triton", "flashinfer", "torch")
+BACKEND_NAMES = ("auto", "cpu", "reference", "triton", "flashinfer", "cudnn", "torch")
 """Legal values of the option `attention_backend`."""
 
-ON_CUDA = ("triton", "flashinfer", "torch", "reference")
+ON_CUDA = ("triton", "flashinfer", "cudnn", "torch", "reference")
 """Names of the backends that run on a GPU."""
 
 MIN_CAPABILITY = (8, 0)
@@ -75,6 +76,8 @@ def _on_cuda(name: str) -> AttentionBackend:
 
     if name == "triton":
         return TritonBackend()
+    if name == "cudnn":
+        return DenseBackend(CudnnPrefill(), TritonBackend())
     if not _is_installed("flashinfer"):
         raise ConfigError(
             f"attention_backend: got {name!r}, which is not installed, legal is pip install 'longspan[flashinfer]'"

@@ -27,6 +27,9 @@ from longspan.types import ModelSpec, Phase, Strategy
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Legal numbers of rows of one rank; a step with more rows is not fixed."""
 
+OWN_DECODE = ("triton", "flashinfer", "cudnn")
+"""Attention backends whose decode is computed by our own kernels, which fixed steps launch."""
+
 MOST_SHARED = 8
 """Times that a step's requests together may look at every page of a pool, on average: a rank's buffer of key tiles has
 room for so many. Without shared prefixes they look at a page once. A tile is 16 bytes, beside 8 MB of keys and values
@@ -68,7 +71,7 @@ def has_fixed_steps(config: EngineConfig, model: ModelSpec) -> bool:
 
     Rows that differ in frequencies of RoPE are not, nor are those whose states go from rank to rank.
     """
-    kernels = ("triton", "flashinfer", "auto") if config.device == "cuda" else ("triton", "flashinfer")
+    kernels = (*OWN_DECODE, "auto") if config.device == "cuda" else OWN_DECODE
     are_alike = model.rope_lengths is None and not model.state_groups
     return config.cuda_graphs == "auto" and config.attention_backend in kernels and are_alike
 

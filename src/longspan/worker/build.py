@@ -20,7 +20,7 @@ from longspan.group.messages import Start
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import ALWAYS, SPEEDUPS, speed_up_
-from longspan.plan.fixed_shape import has_fixed_steps, is_captured
+from longspan.plan.fixed_shape import OWN_DECODE, has_fixed_steps, is_captured
 from longspan.plan.types import Plan
 from longspan.types import ModelSpec
 from longspan.worker.device import check_memory, device_backend, process_device
@@ -153,6 +153,6 @@ def build_runner(
 
 def _graph_mode(start: Start, backend: AttentionBackend) -> GraphMode:
     """How decode steps run, as the driver takes it to be; without Triton, in any shape."""
-    if not has_fixed_steps(start.config, start.spec) or backend.name not in ("triton", "flashinfer"):
+    if not has_fixed_steps(start.config, start.spec) or backend.name not in OWN_DECODE:
         return "never"
     return "captured" if is_captured(start.config) else "launched"
