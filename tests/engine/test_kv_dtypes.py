@@ -163,7 +163,12 @@ def test_prefix_hits_and_preemption_change_no_token(dtype):
 
 @pytest.mark.cover
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("llama", "int8"), ("gemma2", "fp8_e4m3"), pytest.param("youtu", "int8", id="latents")]
+    ("family", "dtype"),
+    [
+        ("llama", "int8"),
+        pytest.param("gemma2", "fp8_e4m3", marks=pytest.mark.slow),
+        pytest.param("youtu", "int8", id="latents", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_of_gpus_store_and_read_small_rows(family, dtype, monkeypatch):
     """In Triton's interpreter: decode in fixed shapes stores and reads them in kernels, prefill reads them."""
@@ -175,7 +180,7 @@ def test_kernels_of_gpus_store_and_read_small_rows(family, dtype, monkeypatch):
     found = [
         run_requests(
             tiny_model(family),
-            [(prompt, greedy(NUM_TOKENS))],
+            [(prompt, greedy(5))],
             kv_cache_dtype=dtype,
             attention_backend=backend,
             context_parallel_size=2,
@@ -185,7 +190,7 @@ def test_kernels_of_gpus_store_and_read_small_rows(family, dtype, monkeypatch):
         )[0].output_token_ids
         for backend in (("triton",) if tokens is not None else ("triton", "auto"))
     ]
-    assert found[0] == (found[1] if tokens is None else tokens)
+    assert found[0] == (found[1] if tokens is None else tokens[:5])
 
 
 def test_a_scale_of_another_row_changes_tokens(monkeypatch):
