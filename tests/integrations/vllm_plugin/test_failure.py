@@ -6,6 +6,7 @@ import time
 
 import pytest
 from engines import engine, generate, random_prompts
+from forking import starting_by
 
 LIMIT_S = 60
 
@@ -19,12 +20,14 @@ def break_second(llm):
     llm.collective_rpc(lambda worker: worker.rank == 1 and setattr(worker.worker, "_requests", None))
 
 
-@pytest.mark.parametrize(("fail", "tp_size"), [(kill, 1), (break_second, 1), (break_second, 2)])
-def test_a_lost_worker_ends_the_engine(models, monkeypatch, fail, tp_size):
+@pytest.mark.parametrize(
+    ("fail", "tp_size", "start"), [(kill, 1, "spawn"), (break_second, 1, "spawn"), (break_second, 2, "fork")]
+)
+def test_a_lost_worker_ends_the_engine(models, monkeypatch, fail, tp_size, start):
     from vllm.v1.engine.exceptions import EngineDeadError
 
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for functions of this test, sent to workers
-    with engine(models["llama"], 2, tensor_parallel_size=tp_size) as llm:
+    with starting_by(start), engine(models["llama"], 2, tensor_parallel_size=tp_size) as llm:
         assert generate(llm, random_prompts((40,)), max_tokens=2)
         fail(llm)
         start = time.monotonic()

@@ -82,7 +82,7 @@ def serving(model):
         server.process.wait()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.slow), "gpt_oss"])
 def test_it_answers_streams_counts_and_ends(models, model_of_kind, kind):
     model = models[kind] if kind in models else model_of_kind(kind)[0]
     prompts = random_prompts((9, 900))  # packed, and striped

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from engines import random_prompts
-from v2 import greedy, run_v2, tokens_of
+from v2 import greedy, tokens_of
 
 SCHEMA = {
     "type": "object",
@@ -25,11 +25,11 @@ PARAMS = {
 
 
 @pytest.fixture(scope="module")
-def answers(models, tmp_path_factory):
+def answers(v2, models, tmp_path_factory):
     """Answers of two ranks and of vLLM alone, by the name of what was asked."""
     asked = random_prompts((2, 33, 600), seed=9)
     runs = [greedy(asked, **{"max_tokens": 12, **params}) for params in PARAMS.values()]
-    ours, stock = (run_v2(tmp_path_factory.mktemp(f"ranks-{n}"), models["llama"], n, runs)["runs"] for n in (2, 1))
+    ours, stock = (v2.run(tmp_path_factory.mktemp(f"ranks-{n}"), models["llama"], n, runs)["runs"] for n in (2, 1))
     return {name: (ours[i], stock[i]) for i, name in enumerate(PARAMS)}
 
 

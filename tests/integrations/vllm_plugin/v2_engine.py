@@ -1,12 +1,19 @@
-"""Runs vLLM's V2 model runner in a process of its own, on a CPU in Triton's interpreter: `python v2_engine.py FILE`.
+"""Runs vLLM's V2 model runner on a CPU, in Triton's interpreter.
 
-FILE is JSON: `arguments` of `vllm.LLM`, and `runs` of `prompts` (token ids), sampling `params` and `one_by_one`. What
-came out replaces it.
+Reads names of files from standard input, a line each, and answers with an exit status. A file is JSON: `arguments` of
+`vllm.LLM`, and `runs` of `prompts` (token ids), sampling `params` and `one_by_one`. What came out replaces it.
 """
 
 import json
+import multiprocessing
+import os
 import sys
 from pathlib import Path
+
+from forking import forking
+
+ASYNC = "LONGSPAN_TEST_ASYNC"
+"""Read by `interpreter/triton_on_cpu/plugin.py`."""
 
 
 def num_bytes(worker):
@@ -45,9 +52,12 @@ def values(logprobs):
 
 
 def main(path):
+    """Run one file."""
     import vllm
 
     spec = json.loads(path.read_text())
+    if spec["arguments"]["async_scheduling"]:
+        os.environ[ASYNC] = "1"
     llm = vllm.LLM(**spec["arguments"])
     config = llm.llm_engine.vllm_config
     try:
@@ -66,5 +76,17 @@ def main(path):
     path.write_text(json.dumps(found))
 
 
+def serve():
+    """Answer every line by a copy of this process, which has imported vLLM."""
+    answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
+    os.dup2(2, 1)  # what vLLM prints is no answer
+    with forking():
+        for line in sys.stdin:
+            process = multiprocessing.get_context("fork").Process(target=main, args=(Path(line.strip()),))
+            process.start()
+            process.join()
+            print(process.exitcode, file=answers, flush=True)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    serve()
