@@ -176,6 +176,7 @@ def test_null_blocks_and_blocks_behind_windows_have_no_page():
         block_ids=([1, 2, 3, 4, 5], [0, 0, 52, 53, 54]),  # the first tokens were in the prefix cache
         num_computed_tokens=128,
         prefill_token_ids=None,
+        lora_request=None,
     )
     requests.update(schedule(new=[new]))
     everywhere, here = requests["r"].tables
