@@ -8,9 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-import torch
-import transformers
-from packaging.version import Version
+from rounding_cache import clear_answer
 from tiny_models import (
     FAMILIES,
     all_pairs,
@@ -22,7 +20,6 @@ from tiny_models import (
     tiny_engine,
     tiny_model,
 )
-from transformers import DynamicCache
 
 from longspan import LLM
 from longspan.config import EngineConfig
@@ -30,58 +27,17 @@ from longspan.cp import fixed
 from longspan.errors import ConfigError
 from longspan.kv import pool, stored
 from longspan.kv.layout import STORED_DTYPES, KVSpec
-from longspan.kv.stored import exact_rows, round_rows
 from longspan.types import SamplingParams
 
-NUM_TOKENS, CLEAR = 16, 0.01
-"""Generated tokens, and the lead of each over the next best one: an element that lies between two numbers may become
-either of them."""
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-"""Name of the argument of `generate`, which Transformers changed."""
+NUM_TOKENS = 16
 SMALL = ("bfloat16", "int8", "fp8_e4m3")
-
-
-def rounded(states, dtype):
-    """Keys or values [batch, heads, T, D] as they are read back."""
-    width = states.shape[-1]
-    component = (
-        KVSpec.uniform(1, width, width, "float32").stored_as(STORED_DTYPES.get(dtype, dtype)).layout.components[0]
-    )
-    return exact_rows(round_rows(states, component), width, states.dtype)
-
-
-class RoundingCache(DynamicCache):
-    """Transformers' cache, with keys and values rounded before anything reads them."""
-
-    def __init__(self, config, dtype):
-        super().__init__(config=config)
-        self._dtype = dtype
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        return super().update(rounded(key_states, self._dtype), rounded(value_states, self._dtype), *args, **kwargs)
 
 
 @functools.cache
 def reference(family, dtype, length):
     """A prompt and the tokens that Transformers continues it with."""
-    model = load_reference(tiny_model(family).path)
-    for seed in range(60):
-        prompt = random_prompt(length, 100 + seed)
-        with torch.inference_mode():
-            output = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, length, dtype=torch.long),
-                **{CACHE: RoundingCache(model.config, dtype)},
-                max_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        top = torch.cat(output.logits).topk(2).values
-        if float((top[:, 0] - top[:, 1]).min()) > CLEAR:
-            return prompt, output.sequences[0, length:].tolist()
-    raise AssertionError("every prompt meets a near-tie")
+    prompts = (random_prompt(length, 100 + seed) for seed in range(60))
+    return clear_answer(load_reference(tiny_model(family).path), dtype, NUM_TOKENS, prompts)
 
 
 CASES = all_pairs(

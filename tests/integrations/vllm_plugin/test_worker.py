@@ -53,6 +53,7 @@ class Layer:
     """An attention layer of vLLM's."""
 
     num_heads, num_kv_heads, head_size, head_size_v = 4, 2, 32, 32
+    kv_cache_dtype, kv_cache_torch_dtype = "auto", torch.float32
     impl = SimpleNamespace(scale=0.1, softcap=None, window=None)
 
     def __init__(self, **more):

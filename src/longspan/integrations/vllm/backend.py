@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from longspan.cp.step import StepAttention
 from longspan.integrations.vllm.plain_attention import PlainAttentionImpl
+from longspan.integrations.vllm.stored import STORED_AS
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class WarmUp:
 
 class StepAttentionImpl(PlainAttentionImpl):
     """Attention of one layer, which hands queries, keys and values to the step."""
+
+    rounded_dtypes = tuple(STORED_AS)
 
     def forward(
         self,

@@ -4,18 +4,23 @@ Holds functions of one layer. Must not know requests, ranks or block tables.
 Read next: `longspan.integrations.vllm.plain_attention`, `longspan.integrations.vllm.rank_model`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
+    KVQuantMode,
     SlidingWindowSpec,
+    get_kv_quant_mode,
 )
 
 from longspan.errors import UnsupportedModelError
+from longspan.integrations.vllm.stored import STORED_AS
 from longspan.kv.layout import KVSpec
 from longspan.types import AttentionParams
 
@@ -28,10 +33,11 @@ def layer_spec(layer: Any, dtype: str) -> KVSpec:
 
     Args:
         layer: a layer of `CLASSES`.
-        dtype: the model's dtype.
+        dtype: the model's dtype, which is stored unless the layer says another.
     """
     chunk = layer.attention_chunk_size if isinstance(layer, ChunkedLocalAttention) else None
-    return KVSpec.uniform(layer.num_kv_heads, layer.head_size, layer.head_size_v, dtype, layer.impl.window, chunk)
+    spec = KVSpec.uniform(layer.num_kv_heads, layer.head_size, layer.head_size_v, dtype, layer.impl.window, chunk)
+    return spec.stored_as(STORED_AS.get(layer.kv_cache_dtype, dtype))
 
 
 def layer_params(layer: Any) -> AttentionParams:
@@ -57,9 +63,10 @@ def check_kv_cache_spec(name: str, layer: Any, spec: KVSpec, vllm_config: Any) -
         "block_size": own.block_size,  # vLLM lets layers with windows choose; their blocks become like the others'
         "num_kv_heads": layout.num_kv_heads,
         "head_size": layout.k_width,
-        "dtype": vllm_config.model_config.dtype,
+        "dtype": layer.kv_cache_torch_dtype,
+        "kv_quant_mode": get_kv_quant_mode(layer.kv_cache_dtype),
     }
-    plain: KVCacheSpec
+    plain: AttentionSpec
     if spec.window is not None:
         plain = SlidingWindowSpec(**fields, head_size_v=layout.v_width, sliding_window=spec.window)
     elif spec.chunk is not None:
@@ -68,4 +75,7 @@ def check_kv_cache_spec(name: str, layer: Any, spec: KVSpec, vllm_config: Any) -
         plain = FullAttentionSpec(**fields, head_size_v=layout.v_width)
     if own != plain:
         raise UnsupportedModelError(f"model: layer {name} needs {own}, legal with longspan in vLLM is {plain}")
+    if plain.kv_quant_mode != KVQuantMode.NONE:
+        # A row's scale lies behind it: vLLM lets every backend say the bytes of a token's key and value of one head.
+        plain = replace(plain, state_content_bytes=layout.token_bytes // layout.num_kv_heads)
     return plain.copy_with_new_block_size(vllm_config.cache_config.block_size)

@@ -4,19 +4,23 @@ Holds their implementation's arguments, and the search for them in a model. Must
 Read next: `longspan.integrations.vllm.backend`, and `longspan.integrations.vllm.runner.backend`, which compute them.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from longspan.errors import UnsupportedModelError
 
 
 class PlainAttentionImpl(AttentionImpl[Any]):
     """Arguments of one layer's attention: causal, with at most a scale, a softcap, a sliding window and sinks."""
+
+    rounded_dtypes: ClassVar[Collection[str]] = ()
+    """vLLM's names of KV dtypes of 8 bits that the worker can store."""
 
     def __init__(
         self,
@@ -43,7 +47,10 @@ class PlainAttentionImpl(AttentionImpl[Any]):
             (alibi_slopes is not None, "ALiBi"),
             (attn_type != AttentionType.DECODER, f"attention of type {attn_type}"),
             (kv_sharing_target_layer_name is not None, "layers that share keys and values"),
-            (kv_cache_dtype.startswith(("fp8", "nvfp4", "int")), f"a KV cache of {kv_cache_dtype}"),
+            (
+                is_quantized_kv_cache(kv_cache_dtype) and kv_cache_dtype not in self.rounded_dtypes,
+                f"a KV cache of {kv_cache_dtype}",
+            ),
             (bool(needed), ", ".join(needed)),
         ):
             if wrong:
