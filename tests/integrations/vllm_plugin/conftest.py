@@ -36,6 +36,22 @@ SIZES = {
     **SPECIAL_TOKENS,
 }
 """Fields of all models."""
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+MULTIMODAL = {
+    "gemma3": (
+        {"model_type": "gemma3_text", **KINDS["gemma3_text"]},
+        {"vision_config": {**VISION, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 1},
+    ),
+    "mistral3": ({"model_type": "mistral"}, {"vision_config": {**VISION, "head_dim": 16, "model_type": "pixtral"}}),
+}
+"""Fields of models of several modalities: of the text part, and beside it."""
 
 
 def save_model(kind: str, directory, **more) -> str:
@@ -45,6 +61,16 @@ def save_model(kind: str, directory, **more) -> str:
 
     config = AutoConfig.for_model(kind, **{**SIZES, **more})
     return _save_random(AutoModelForCausalLM, config, directory)
+
+
+def save_multimodal(kind: str, directory) -> str:
+    """A random model of several modalities whose text part is of the sizes above."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text, other = MULTIMODAL[kind]
+    parts = {"text_config": {**SIZES, **text}, "tie_word_embeddings": False, "image_token_index": 511}
+    config = AutoConfig.for_model(kind, **parts, **other)
+    return _save_random(AutoModelForImageTextToText, config, directory)
 
 
 def _save_random(loader, config, directory) -> str:

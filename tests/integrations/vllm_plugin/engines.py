@@ -33,12 +33,13 @@ def engine(model, cp_size, longspan=None, **options):
         llm.llm_engine.engine_core.shutdown()
 
 
-def generate(llm, prompts, **params):
-    """Outputs for prompts of token ids."""
+def generate(llm, prompts, lora_request=None, **params):
+    """Outputs for prompts of token ids, and of vLLM's names of a LoRA adapter for each."""
     from vllm import SamplingParams
 
     params = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, **params}
-    return llm.generate([{"prompt_token_ids": p} for p in prompts], SamplingParams(**params), use_tqdm=False)
+    asked = [{"prompt_token_ids": p} for p in prompts]
+    return llm.generate(asked, SamplingParams(**params), use_tqdm=False, lora_request=lora_request)
 
 
 def tokens_of(outputs):
@@ -68,11 +69,11 @@ def prompts():
     return [*found, found[4][:320] + found[1], found[2] + found[3]]
 
 
-def reference(model, prompts, num_tokens=40, **loading):
+def reference(model, prompts, num_tokens=40, loader="AutoModelForCausalLM", **loading):
     """Greedy tokens of Transformers, one prompt at a time; `loading` are further arguments of `from_pretrained`."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **loading)
+    network = getattr(transformers, loader).from_pretrained(model, dtype=torch.float32, **loading)
     found = []
     for prompt in prompts:
         with torch.no_grad():

@@ -12,7 +12,9 @@ from vllm.config import (
     CacheConfig,
     CompilationConfig,
     CompilationMode,
+    LoRAConfig,
     ModelConfig,
+    MultiModalConfig,
     ParallelConfig,
     SchedulerConfig,
     VllmConfig,
@@ -21,6 +23,9 @@ from vllm.config import (
 from vllm.config.aux_output import AuxOutputConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.model_loader import get_model
@@ -48,6 +53,8 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     SlidingWindowSpec,
+    get_kv_quant_mode,
+    is_quantized_kv_cache,
     replace_as,
 )
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
@@ -128,7 +135,19 @@ FIELDS = [
             "use_fp64_gumbel",
         ],
     ),
-    (CacheConfig, ["block_size", "cache_dtype", "gpu_memory_utilization", "kv_cache_memory_bytes"]),
+    (
+        CacheConfig,
+        [
+            "block_size",
+            "cache_dtype",
+            "gpu_memory_utilization",
+            "kv_cache_dtype_skip_layers",
+            "kv_cache_memory_bytes",
+        ],
+    ),
+    (LoRAConfig, ["fully_sharded_loras", "max_cpu_loras", "max_loras"]),
+    (MultiModalConfig, ["language_model_only"]),
+    (LoRAMapping, ["index_mapping", "prompt_mapping", "is_prefill"]),
     (SchedulerConfig, ["disable_hybrid_kv_cache_manager", "max_num_batched_tokens", "max_num_seqs"]),
     (CompilationConfig, ["mode", "static_forward_context"]),
     (
@@ -154,6 +173,7 @@ FIELDS = [
             "block_ids",
             "num_computed_tokens",
             "prefill_token_ids",
+            "lora_request",
         ],
     ),
     (
@@ -169,6 +189,7 @@ FIELDS = [
             "head_size_v",
             "dtype",
             "kv_quant_mode",
+            "state_content_bytes",
             "sliding_window",
             "attention_chunk_size",
             "non_causal",
@@ -270,6 +291,16 @@ PARAMETERS = [
     (replace_as, ["spec", "target_cls", "drop", "changes"]),
     (FullAttentionSpec.copy_with_new_block_size, ["self", "block_size"]),
     (set_random_seed, ["seed", "data_parallel_index"]),
+    (get_kv_quant_mode, ["kv_cache_dtype"]),
+    (is_quantized_kv_cache, ["kv_cache_dtype"]),
+    (LRUCacheWorkerLoRAManager.__init__, ["self", "vllm_config", "device", "embedding_modules", "lora_model_cls"]),
+    (LRUCacheWorkerLoRAManager.create_lora_manager, ["self", "model", "vllm_config"]),
+    (LRUCacheWorkerLoRAManager.add_dummy_lora, ["self", "lora_request", "rank"]),
+    (LRUCacheWorkerLoRAManager.set_active_adapters, ["self", "requests", "mapping"]),
+    (LRUCacheWorkerLoRAManager.add_adapter, ["self", "lora_request"]),
+    (LRUCacheWorkerLoRAManager.remove_adapter, ["self", "adapter_id"]),
+    (LRUCacheWorkerLoRAManager.pin_adapter, ["self", "adapter_id"]),
+    (LRUCacheWorkerLoRAManager.list_adapters, ["self"]),
     (get_memory_node_info, ["node_id"]),
     (get_allowed_cpu_list, []),
 ]
@@ -367,7 +398,8 @@ def test_logprobs_begin_with_ids_values_and_ranks():
 def test_attention_layers_have_what_we_read():
     source = inspect.getsource(Attention.__init__)
     assert "sliding_window," in source, "the implementation learns of the layer's window"
-    for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl", "layer_name"):
+    names = ("num_heads", "num_kv_heads", "head_size", "head_size_v", "impl", "layer_name")
+    for name in (*names, "kv_cache_dtype", "kv_cache_torch_dtype"):
         assert f"self.{name} = " in source, name
     assert "self.attention_chunk_size = " in inspect.getsource(ChunkedLocalAttention.__init__)
 
@@ -382,9 +414,8 @@ def test_our_queue_has_all_that_vllm_asks_of_one():
 
 
 def test_our_worker_implements_what_vllm_asks_of_one():
-    optional = {"pin_lora", "remove_lora", "list_loras", "get_cache_block_size_bytes"}
     for name, method in inspect.getmembers(WorkerBase, inspect.isfunction):
-        if "raise NotImplementedError" in inspect.getsource(method) and name not in optional:
+        if "raise NotImplementedError" in inspect.getsource(method) and name != "get_cache_block_size_bytes":
             assert getattr(Worker, name) is not method, f"WorkerBase.{name} is new"
 
 
@@ -408,6 +439,11 @@ def test_a_step_is_sampled_after_it_has_begun():
     begin, wait, sample = (source.index(text) for text in (".execute_model(", ".result()", ".sample_tokens("))
     assert begin < wait < sample
     assert "if model_output is None" in source[wait:sample]
+
+
+def test_an_adapter_for_warm_up_is_of_zeros():
+    source = inspect.getsource(LoRALayerWeights.create_dummy_lora_weights)
+    assert source.count("torch.zeros(") == 2
 
 
 def test_every_way_to_free_a_request_takes_its_blocks_by_one_method():

@@ -9,7 +9,7 @@ from engines import engine, generate, prompts, random_prompts, reference, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import save_model
+from conftest import save_model, save_multimodal
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 QUANTISED = {
@@ -46,6 +46,14 @@ def quantise(directory):
 def test_a_model_of_transformers(models):
     with engine(models["llama"], 2, model_impl="transformers") as llm:
         assert tokens_of(generate(llm, prompts())) == reference(models["llama"], prompts())
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_the_text_part_of_a_model_of_several_modalities(tmp_path, kind):
+    model = save_multimodal(kind, tmp_path)
+    expected = reference(model, prompts(), loader="AutoModelForImageTextToText")
+    with engine(model, 2, {"placement": "striped"}, language_model_only=True) as llm:
+        assert tokens_of(generate(llm, prompts())) == expected
 
 
 def logprobs_of_prompts(output):

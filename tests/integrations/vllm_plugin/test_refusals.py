@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from types import SimpleNamespace
 
 import pytest
 from plain_config import stub
@@ -20,7 +21,8 @@ from longspan.integrations.vllm.plain_attention import attention_layers
 from longspan.integrations.vllm.plugin import register
 from longspan.integrations.vllm.refusals import check_config, check_version
 from longspan.integrations.vllm.runner.backend import RankedAttentionImpl
-from longspan.integrations.vllm.start import WORKER, check_platform
+from longspan.integrations.vllm.start import WORKER, check_lora, check_platform
+from longspan.integrations.vllm.stored import STORED_AS
 
 
 def config(model, longspan=None, **options):
@@ -81,10 +83,12 @@ def test_rejects_options(models, longspan, name):
     ("options", "name"),
     [
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config"),
-        ({"enable_lora": True}, "lora_config"),
+        ({"enable_lora": True, "fully_sharded_loras": True}, "fully_sharded_loras"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv_transfer_config"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: got fp8, .* auto or bfloat16 or int8_per_token_head or fp8_"),
+        ({"kv_cache_dtype": "int4_per_token_head"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "bfloat16", "kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers"),
         ({"distributed_executor_backend": "ray"}, "distributed_executor_backend"),
         ({"worker_cls": "somebody.Else"}, "worker_cls"),
         ({"worker_cls": "somebody.longspan.Else"}, "worker_cls"),
@@ -139,6 +143,7 @@ def test_accepts_a_plain_configuration():
         ({"kv_transfer_config": object()}, "kv_transfer_config"),
         ({"ec_transfer_config": object()}, "ec_transfer_config"),
         ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"cache_config__cache_dtype": "int8_per_token_head"}, "kv_cache_dtype"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"model_config__enable_sleep_mode": True}, "enable_sleep_mode"),
         ({"model_config__runner_type": "pooling"}, "runner"),
@@ -198,6 +203,28 @@ def test_accepts_windows_and_chunks(tmp_path, kind, architecture, fields):
     AutoConfig.for_model(kind, **fields, architectures=[architecture]).save_pretrained(tmp_path)
     found = config(str(tmp_path), {"context_parallel_size": 2}, skip_tokenizer_init=True)
     assert found.parallel_config.worker_cls == WORKER
+
+
+def test_accepts_smaller_keys_and_values_and_adapters_that_the_worker_has():
+    check_config(stub(cache_config__cache_dtype="int8_per_token_head"), STORED_AS.keys())
+    check_config(stub(lora_config=object()), has_lora=True)
+
+
+def test_accepts_the_text_part_of_a_model_only_where_the_user_asks_for_it():
+    modalities = {"model_config__is_multimodal_model": True}
+    text = {**modalities, "model_config__multimodal_config": SimpleNamespace(language_model_only=True)}
+    check_config(stub(**text), has_text_parts=True)
+    with pytest.raises(UnsupportedModelError, match="several modalities, which"):
+        check_config(stub(**text))
+    with pytest.raises(UnsupportedModelError, match="several modalities without language_model_only, which"):
+        check_config(stub(**modalities), has_text_parts=True)
+
+
+def test_rejects_adapters_of_experts():
+    adapters = SimpleNamespace(fully_sharded_loras=False)
+    check_lora(stub(lora_config=adapters))
+    with pytest.raises(UnsupportedModelError, match="experts, legal with enable_lora"):
+        check_lora(stub(lora_config=adapters, model_config__is_moe=True))
 
 
 def test_names_only_what_a_layer_needs():

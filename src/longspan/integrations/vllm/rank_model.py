@@ -7,7 +7,7 @@ Note [What is patched]
     `torch.accelerator.empty_cache`, which vLLM's loader calls and a CPU lacks, does nothing while a model is loaded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from longspan.cp.step import StepAttention
 from longspan.errors import ConfigError, LongspanError
+from longspan.integrations.vllm.adapters import Adapters
 from longspan.integrations.vllm.backend import StepMetadata, WarmUp
 from longspan.integrations.vllm.groups import LayerGroups, divide_layers
 from longspan.integrations.vllm.layers import (
@@ -38,18 +39,21 @@ from longspan.plan.types import Literals, Plan
 class RankModel:
     """Model of one process, with its tensor parallel part of every head."""
 
-    def __init__(self, module: torch.nn.Module, layers: dict[str, Any], vllm_config: Any) -> None:
+    def __init__(
+        self, module: torch.nn.Module, layers: dict[str, Any], vllm_config: Any, adapters: Adapters | None = None
+    ) -> None:
         """Take a loaded model over.
 
         Args:
             module: the model.
             layers: attention layers by name, in the order in which the model runs them.
             vllm_config: vLLM's configuration.
+            adapters: the model's LoRA adapters; None without LoRA.
 
         Raises:
             ConfigError: the layers differ in heads or widths.
         """
-        self.module = module
+        self.module, self.adapters = module, adapters
         self._config, self._layers = vllm_config, layers
         self._index_of_layer = {name: i for i, name in enumerate(layers)}
         dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
@@ -103,28 +107,33 @@ class RankModel:
             positions = torch.zeros(num_tokens, dtype=torch.int64)
             self._run(WarmUp(), torch.zeros(num_tokens, dtype=torch.int32), positions)
 
-    def forward(self, plan: Plan, attention: StepAttention) -> Tensor:
+    def forward(self, plan: Plan, attention: StepAttention, adapter_of: Mapping[int, int]) -> Tensor:
         """Return the hidden states of this rank's rows, [T, hidden]; rows that the plan does not read hold any values.
 
         Args:
             plan: the step.
             attention: the step's attention on this rank.
+            adapter_of: LoRA adapter by the request's number in the plan, 0 for none; not read without LoRA.
 
         Collective: every process of the plan's ranks, with the same plan.
         """
         token_ids: list[int] = []
         positions: list[int] = []
+        adapter_ids: list[int] = []
         for run in plan.query_runs:
             if run.compute_rank == attention.rank:
                 assert isinstance(run.tokens, Literals), "vLLM's schedule names tokens that are known"
                 token_ids += run.tokens.token_ids
                 positions += range(run.position, run.end)
+                adapter_ids += [adapter_of[run.request_id]] * run.num_tokens
         if not token_ids:
             if any(group_step.nodes for group_step in plan.groups):
                 for layer in range(len(self.specs)):
                     attention.join(layer)
             config = self._config.model_config
             return torch.empty((0, config.get_hidden_size()), dtype=config.dtype)
+        if self.adapters is not None:
+            self.adapters.select(adapter_ids)
         metadata = StepMetadata(attention, self._index_of_layer)
         return self._run(metadata, torch.tensor(token_ids, dtype=torch.int32), torch.tensor(positions))
 
@@ -134,19 +143,26 @@ class RankModel:
             hidden: Tensor = self.module(input_ids=token_ids, positions=positions)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [n, vocab] of hidden states [n, hidden].
+    def logits(self, hidden: Tensor, adapter_ids: Sequence[int]) -> Tensor:
+        """Return logits [n, vocab] of hidden states [n, hidden], with a LoRA adapter per row, 0 for none.
 
         Collective: the processes of one rank.
         """
+        if self.adapters is not None:
+            self.adapters.select_for_logits(adapter_ids)
         logits: Tensor | None = self.module.compute_logits(hidden)  # type: ignore[operator]
         if logits is None:
             raise LongspanError("vLLM gathers logits on one tensor parallel rank, which longspan does not support")
         return logits
 
 
-def load_rank_model(vllm_config: Any) -> RankModel:
+def load_rank_model(vllm_config: Any, device: torch.device, max_logits: int) -> RankModel:
     """Load the model that vLLM is configured for.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        device: where the model lies.
+        max_logits: most rows that the caller asks logits of at once, if more than `max_num_seqs`.
 
     Raises:
         ConfigError: the model's layers differ in heads or widths.
@@ -155,8 +171,9 @@ def load_rank_model(vllm_config: Any) -> RankModel:
     with set_current_vllm_config(vllm_config), _no_accelerator_cache():
         module = get_model(vllm_config=vllm_config)
     keep_freed_memory()
+    adapters = None if vllm_config.lora_config is None else Adapters(module, vllm_config, device, max_logits)
     layers = attention_layers(vllm_config.compilation_config.static_forward_context, CLASSES)
-    return RankModel(module, layers, vllm_config)
+    return RankModel(module, layers, vllm_config, adapters)
 
 
 @contextmanager

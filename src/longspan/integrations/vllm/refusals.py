@@ -5,6 +5,7 @@ only one of them refuses is in `longspan.integrations.vllm.start` and `longspan.
 Read next: `longspan.integrations.vllm.plain_attention`, which refuses models by their layers.
 """
 
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import vllm
@@ -54,8 +55,16 @@ def check_arguments(arguments: Any) -> None:
         refuse("watermark_config", "a value", "none (watermarks)")
 
 
-def check_config(config: Any) -> None:
+def check_config(
+    config: Any, stored_dtypes: Collection[str] = (), *, has_lora: bool = False, has_text_parts: bool = False
+) -> None:
     """Refuse what does not work, or was never compared with one device, when ranks share a request.
+
+    Args:
+        config: vLLM's configuration.
+        stored_dtypes: names of KV dtypes that the worker takes beside the model's own.
+        has_lora: whether the worker has LoRA adapters.
+        has_text_parts: whether the worker runs the language model of a model with several modalities.
 
     Raises:
         ConfigError: names the option.
@@ -79,22 +88,27 @@ def check_config(config: Any) -> None:
             refuse(name, True, "false")
     if parallel.ubatch_size > 1:
         refuse("ubatch_size", parallel.ubatch_size, "0 or 1")
-    for name, what in (
-        ("speculative_config", "speculative decoding"),
-        ("lora_config", "LoRA"),
-        ("kv_transfer_config", "KV connectors"),
-        ("ec_transfer_config", "encoder connectors"),
+    for name, what, is_supported in (
+        ("speculative_config", "speculative decoding", False),
+        ("lora_config", "LoRA", has_lora),
+        ("kv_transfer_config", "KV connectors", False),
+        ("ec_transfer_config", "encoder connectors", False),
     ):
-        if getattr(config, name) is not None:
+        if getattr(config, name) is not None and not is_supported:
             refuse(name, "a value", f"none ({what})")
     if config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
         refuse("compilation_config.mode", "STOCK_TORCH_COMPILE", "NONE, DYNAMO_TRACE_ONCE or VLLM_COMPILE")
-    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
-        refuse("kv_cache_dtype", cache.cache_dtype, "auto")
+    legal = ("auto", *stored_dtypes)
+    if cache.cache_dtype not in (*legal, str(model.dtype).removeprefix("torch.")):
+        refuse("kv_cache_dtype", cache.cache_dtype, " or ".join(legal))
+    if cache.kv_cache_dtype_skip_layers:
+        refuse("kv_cache_dtype_skip_layers", cache.kv_cache_dtype_skip_layers, "none")
+    is_text = model.is_multimodal_model and model.multimodal_config.language_model_only
+    remedy = " without language_model_only" if has_text_parts else ""
     if model.runner_type != "generate":
         refuse("runner", model.runner_type, "generate")
     for wrong, what in (
-        (model.is_multimodal_model, "several modalities"),
+        (model.is_multimodal_model and not (has_text_parts and is_text), f"several modalities{remedy}"),
         (model.uses_mrope, "multimodal positions"),
         (model.is_encoder_decoder, "an encoder and a decoder"),
         (model.use_mla, "multi-head latent attention"),

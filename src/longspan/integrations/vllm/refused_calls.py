@@ -12,7 +12,7 @@ from longspan.errors import ConfigError
 
 
 class RefusedCalls(WorkerBase):
-    """Worker without drafts, encoders, profiles, sleep and LoRA."""
+    """Worker without drafts, encoders, profiles and sleep."""
 
     def take_draft_token_ids(self) -> None:
         return None
@@ -31,6 +31,3 @@ class RefusedCalls(WorkerBase):
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         raise ConfigError("wake_up: longspan does not support it")
-
-    def add_lora(self, lora_request: Any) -> bool:
-        raise ConfigError("add_lora: longspan does not support LoRA")

@@ -27,12 +27,19 @@ class RequestState:
     tables: list[PageTable]
     """One per block table of vLLM's."""
     num_computed: int
+    lora_request: Any = None
+    """vLLM's name of the request's LoRA adapter; None for none."""
     has_prompt_logprobs: bool = False
     """Whether the prompt's log-probabilities have been reported, or were not asked for."""
     generator: Any = None
     """Random generator of a request with a seed; None on ranks that do not sample."""
     prompt_logprobs: Any = None
     """The prompt's log-probabilities so far, until they are reported; None on ranks that do not sample."""
+
+    @property
+    def adapter_id(self) -> int:
+        """Id of the request's LoRA adapter; 0 for none, as vLLM says it."""
+        return 0 if self.lora_request is None else int(self.lora_request.lora_int_id)
 
     @property
     def num_tokens(self) -> int:
@@ -129,6 +136,7 @@ class Requests:
             sampling_params=new.sampling_params,
             tables=tables,
             num_computed=new.num_computed_tokens,
+            lora_request=new.lora_request,
             has_prompt_logprobs=new.sampling_params.prompt_logprobs is None,
         )
         if before is not None:

@@ -12,9 +12,11 @@ from typing import Any
 import vllm.envs as envs
 from vllm.platforms import current_platform
 
+from longspan.errors import UnsupportedModelError
 from longspan.integrations.vllm.executor import ContextParallelExecutor
 from longspan.integrations.vllm.refusals import check_arguments, check_config, check_version, refuse
 from longspan.integrations.vllm.runner_choice import V1Config, choosing_v1_runner
+from longspan.integrations.vllm.stored import STORED_AS
 
 WORKER = "longspan.integrations.vllm.worker.Worker"
 
@@ -40,8 +42,26 @@ def create_cpu_config(original: Callable[..., Any], arguments: Any, *args: Any, 
     with choosing_v1_runner():
         config = original(ours, *args, **kwargs)
     config.__class__ = V1Config
-    check_config(config)
+    check_config(config, STORED_AS.keys(), has_lora=True, has_text_parts=True)
+    check_lora(config)
     return config
+
+
+def check_lora(config: Any) -> None:
+    """Refuse adapters that were never compared with merged weights.
+
+    Raises:
+        ConfigError: names the option.
+        UnsupportedModelError: the model is a mixture of experts.
+    """
+    if config.lora_config is None:
+        return
+    if config.lora_config.fully_sharded_loras:
+        refuse("fully_sharded_loras", True, "false")
+    if config.model_config.is_moe:
+        raise UnsupportedModelError(
+            f"model: {config.model_config.model} has experts, legal with enable_lora are others"
+        )
 
 
 def check_platform(device_type: str) -> None:

@@ -44,7 +44,8 @@ class StepSampler:
             states = [self._requests[req_id] for req_id in step.samples]
             order = self._batch.admit(states)
             position = {req_id: i for i, req_id in enumerate(step.samples)}
-            logits = self._model.logits(rows[first_sampled:][[position[req_id] for req_id in order]])
+            wanted = rows[first_sampled:][[position[req_id] for req_id in order]]
+            logits = self._model.logits(wanted, [self._requests[req_id].adapter_id for req_id in order])
             sampled, logprobs = self._batch.sample(logits, scheduler_output, grammar_output)
             token_of = dict(zip(order, sampled, strict=True))
             for state in states:
@@ -66,7 +67,9 @@ class StepSampler:
             part = rows[first : first + len(score.rows)]
             first += len(score.rows)
             for i in range(0, len(part), SCORED_ROWS):
-                self._batch.score_prompt(state, score.start + i, self._model.logits(part[i : i + SCORED_ROWS]))
+                scored = part[i : i + SCORED_ROWS]
+                logits = self._model.logits(scored, [state.adapter_id] * len(scored))
+                self._batch.score_prompt(state, score.start + i, logits)
             if score.is_last:
                 found[score.req_id] = self._batch.take_prompt_logprobs(state)
         return found

@@ -25,6 +25,7 @@ from longspan.comm.recording import RecordingCommunicator
 from longspan.costmodel.choose import plan_group
 from longspan.cp.eager import EagerStepAttention
 from longspan.errors import ConfigError
+from longspan.integrations.vllm.adapters import Adapters
 from longspan.integrations.vllm.backend import install_backend
 from longspan.integrations.vllm.costs import agree_on_costs
 from longspan.integrations.vllm.exchange import StepExchange
@@ -38,7 +39,7 @@ from longspan.integrations.vllm.rank_model import load_rank_model
 from longspan.integrations.vllm.refused_calls import RefusedCalls
 from longspan.integrations.vllm.requests import Requests
 from longspan.integrations.vllm.sampling import SamplingBatch
-from longspan.integrations.vllm.step_sampler import StepSampler
+from longspan.integrations.vllm.step_sampler import SCORED_ROWS, StepSampler
 
 
 class Worker(RefusedCalls):
@@ -73,7 +74,7 @@ class Worker(RefusedCalls):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         if load_dummy_weights:
             raise ConfigError("load_dummy_weights: got True, legal with longspan is False")
-        self._model = load_rank_model(self.vllm_config)
+        self._model = load_rank_model(self.vllm_config, self.device, SCORED_ROWS)
 
     def get_model(self) -> torch.nn.Module:
         return self._model.module
@@ -121,6 +122,23 @@ class Worker(RefusedCalls):
         set_random_seed(self.model_config.seed)
         return CompilationTimes(0.0, 0.0)
 
+    def add_lora(self, lora_request: Any) -> bool:
+        return self._adapters().add(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        return self._adapters().remove(lora_id)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        return self._adapters().pin(lora_id)
+
+    def list_loras(self) -> set[int]:
+        return self._adapters().ids()
+
+    def _adapters(self) -> Adapters:
+        if self._model.adapters is None:
+            raise ConfigError("enable_lora: got False, legal for a LoRA adapter is True")
+        return self._model.adapters
+
     def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
 
@@ -152,11 +170,15 @@ class Worker(RefusedCalls):
             return EMPTY_MODEL_RUNNER_OUTPUT
         self._num_steps += 1
         scheduled = scheduler_output.num_scheduled_tokens
+        states = [self._requests[req_id] for req_id in scheduled]
+        if self._model.adapters is not None:
+            self._model.adapters.load(state.lora_request for state in states if state.adapter_id)
         step = plan_step(self._num_steps, scheduled, self._requests, self.groups, self._cp_size, self._choose)
         attention = EagerStepAttention(
             step.plan, step.tables, self._pools, self._comm, self._backend, self._model.layer_params
         )
-        self._pending = (step, scheduler_output, self._model.forward(step.plan, attention))
+        adapter_of = {state.number: state.adapter_id for state in states}
+        self._pending = (step, scheduler_output, self._model.forward(step.plan, attention, adapter_of))
         return None
 
     @torch.inference_mode()
