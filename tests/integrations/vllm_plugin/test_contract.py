@@ -349,7 +349,10 @@ MEMBERS = [
     (CompilationMode, ["NONE", "STOCK_TORCH_COMPILE"]),
     (AttentionType, ["DECODER"]),
     (AttentionBackendEnum, ["CPU_ATTN"]),
-    (CPUAttentionBackend, ["get_impl_cls", "forward_includes_kv_cache_update", "supports_sink"]),
+    (
+        CPUAttentionBackend,
+        ["get_impl_cls", "forward_includes_kv_cache_update", "supports_kv_cache_dtype", "supports_sink"],
+    ),
     (KVCacheBlock, ["block_id", "is_null"]),
     (envs, ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_USE_V2_MODEL_RUNNER"]),
     (

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 from engines import random_prompts, reference
 
-START_S, ANSWER_S, END_S = 240, 60, 60
+START_S, ANSWER_S, END_S = 420, 120, 60
 
 
 def free_port():

@@ -68,6 +68,10 @@ class StepAttentionBackend(CPUAttentionBackend):
     def supports_sink(cls) -> bool:
         return True
 
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
+        return kv_cache_dtype in STORED_AS or bool(super().supports_kv_cache_dtype(kv_cache_dtype))
+
     @staticmethod
     def get_impl_cls() -> type[StepAttentionImpl]:
         return StepAttentionImpl
