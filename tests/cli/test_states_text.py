@@ -1,0 +1,21 @@
+"""What `--explain` says of recurrent layers."""
+
+from longspan.cli.explain import states_text
+from longspan.kv.state_layout import StateComponent, StateGroup
+from longspan.types import ModelSpec
+
+
+def spec_of(*groups):
+    return ModelSpec("tiny", 6, 100, None, (), (), (None,) * 6, state_groups=groups)
+
+
+def test_recurrent_layers_are_counted_with_their_states():
+    delta = StateGroup((0, 2), (StateComponent("recurrent", 0, (4, 16, 16), "float32"),))
+    conv = StateGroup((1,), (StateComponent("conv", 0, (64, 3), "float32"),))
+    text = states_text(spec_of(delta, conv))
+    assert text.startswith("recurrent layers: 3 of 6, 0.00896 MB of state per request; a run waits for the state")
+    assert text.endswith("decode steps are no CUDA graphs")
+
+
+def test_nothing_is_said_without_recurrent_layers():
+    assert states_text(spec_of()) is None
