@@ -1,12 +1,13 @@
-"""Unequal ranks: one of two ranks has half a core, and the parts of a prompt follow the ranks' weights, or not.
+"""Unequal ranks: one of two ranks has half the speed, and the parts of a prompt follow the ranks' weights, or not.
 
-    python benchmarks/unequal.py [--length 16384] [--repeats 3] [--quota 0.5] [--json] [--save]
+    python benchmarks/unequal.py [--length 16384] [--repeats 3] [--quotas 1,0.5] [--json] [--save]
 
-The model of `common.py` on two worker processes with a core each; a control group (version 1, so root) gives rank 1 the
-`--quota` of its core, in periods of 5 ms. Weights are none, those of the cores, and `auto`, which measures. What is
-compared is the time that each rank computes in a prompt: its time on a core, and the time that it wanted one beyond its
-quota; waiting for messages is not in it. Each kind of weights has workers of its own, which idle while others run;
-runs are interleaved, numbers are medians. `balance` is the larger compute time over the mean.
+The model of `common.py` on two worker processes, each on a core of its own, of which a control group (version 1, so
+root) gives it a quota, in periods of 5 ms; with quotas well below a core, other programs hardly matter. Weights are
+none, those of the quotas, and `auto`, which measures. What is compared is the time that each rank computes in a prompt:
+its time on a core, and the time that it wanted one beyond its quota; waiting for messages is not in it. Each kind of
+weights has workers of its own, which idle while others run; runs are interleaved, numbers are medians. `balance` is the
+larger compute time over the mean.
 """
 
 import os
@@ -14,7 +15,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,11 @@ class Group:
 
 
 class UnequalRanks:
-    """Two ranks of which the second has a part of its core."""
+    """Two ranks of which each has a part of its core."""
 
-    def __init__(self, model: Path, weights: Any, quota: float, place: int) -> None:
+    def __init__(self, model: Path, weights: Any, quotas: Sequence[float], place: int) -> None:
         listen, meeting = f"127.0.0.1:{FIRST_PORT + 2 * place}", FIRST_PORT + 2 * place + 1
-        self.groups = [Group(f"longspan-{place}-{rank}", part) for rank, part in enumerate((1.0, quota))]
+        self.groups = [Group(f"longspan-{place}-{rank}", part) for rank, part in enumerate(quotas)]
         worker = [sys.executable, "-m", "longspan.worker", "--driver", f"tcp://{listen}", "--interface", "lo"]
         shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting)}
         self._workers = [
@@ -101,11 +102,11 @@ class UnequalRanks:
 
 
 @contextmanager
-def started(model: Path, kinds: dict[str, Any], quota: float) -> Iterator[dict[str, UnequalRanks]]:
+def started(model: Path, kinds: dict[str, Any], quotas: Sequence[float]) -> Iterator[dict[str, UnequalRanks]]:
     ranks: dict[str, UnequalRanks] = {}
     try:
         for place, (name, weights) in enumerate(kinds.items()):
-            ranks[name] = UnequalRanks(model, weights, quota, place)
+            ranks[name] = UnequalRanks(model, weights, quotas, place)
         yield ranks
     finally:
         for one in ranks.values():
@@ -114,12 +115,13 @@ def started(model: Path, kinds: dict[str, Any], quota: float) -> Iterator[dict[s
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--quota", type=float, default=0.5, help="of a core, for rank 1")
+    options.add_argument("--quotas", default="1,0.5", help="of a core, for either rank")
     chosen = options.parse_args()
+    quotas = tuple(map(float, chosen.quotas.split(",")))
     os.environ["LONGSPAN_SECRET"] = secrets.token_hex(16)
-    kinds = {"none": None, "of the cores": (1.0, chosen.quota), "auto": "auto"}
+    kinds = {"none": None, "of the quotas": quotas, "auto": "auto"}
     rows = []
-    with random_model() as model, started(model, kinds, chosen.quota) as ranks:
+    with random_model() as model, started(model, kinds, quotas) as ranks:
         runs: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in kinds}
         for repeat in range(chosen.repeats):
             prompt = random_prompt(chosen.length, repeat)
@@ -130,7 +132,7 @@ def main() -> None:
             row = {"weights": name, "ttft_s": median(ttft_s for ttft_s, _ in of_kind)}
             row |= {f"rank {rank} computes, s": seconds for rank, seconds in enumerate(computed)}
             rows.append(row | {"balance": median(max(parts) / (sum(parts) / 2) for _, parts in of_kind)})
-    report("unequal", rows, {"prompt tokens": chosen.length, "rank 1's part of a core": chosen.quota}, chosen)
+    report("unequal", rows, {"prompt tokens": chosen.length, "parts of a core": chosen.quotas}, chosen)
 
 
 if __name__ == "__main__":

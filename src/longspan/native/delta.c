@@ -147,13 +147,17 @@ INLINE void run_block(const longspan_delta *c, long batch, long head, long token
     for (long d = 0; d < c->width; d++)
         for (int x = 0; x < vectors; x++)
             put(block + d * COLUMNS + x * LANES, at(state + d * c->v_width + x * LANES));
+    const long v_stride = c->v_strides[1], rate_stride = c->rate_strides[1];
     for (long t = 0; t < count; groups++) {
-        const int whole = count - t >= GROUP;
-        (whole ? (void)meet(groups, block, v + t * c->v_strides[1], c->v_strides[1], rate + t * c->rate_strides[1],
-                            c->rate_strides[1], out + t * out_stride, out_stride, c->width, GROUP, vectors)
-               : (void)meet(groups, block, v + t * c->v_strides[1], c->v_strides[1], rate + t * c->rate_strides[1],
-                            c->rate_strides[1], out + t * out_stride, out_stride, c->width, 1, vectors));
-        t += whole ? GROUP : 1;
+        const float *values = v + t * v_stride, *rates = rate + t * rate_stride;
+        float *outs = out + t * out_stride;
+        if (count - t >= GROUP) {
+            meet(groups, block, values, v_stride, rates, rate_stride, outs, out_stride, c->width, GROUP, vectors);
+            t += GROUP;
+        } else {
+            meet(groups, block, values, v_stride, rates, rate_stride, outs, out_stride, c->width, 1, vectors);
+            t++;
+        }
     }
     for (long d = 0; d < c->width; d++)
         for (int x = 0; x < vectors; x++)
