@@ -528,3 +528,21 @@ def test_a_prompt_gets_on_however_many_requests_decode(budget, num_decodes):
     assert max(tokens) <= 2 * min(tokens) + 2, "they take turns"
     ranks.run_to_the_end()
     assert_all_free(ranks.scheduler)
+
+
+def test_a_request_that_outgrows_a_small_rank_goes_on_on_a_larger_one():
+    """Also if it is the only one that is left, so that no other one can make room."""
+    config = make_config(4, rank_weights=(1.0, 1.0, 0.5, 0.25), placement="packed", async_scheduling=True)
+    model = make_model(None, 20, 3)
+    pages = pages_by_group(model, 50, config.page_size, config.max_num_batched_tokens)
+    ranks = FakeRanks(Scheduler(model, config, pools_of(config, pages)), random.Random(0))
+    requests: list[Request] = []
+    for prompt_len, num_steps in ((1, 78), (16, 0)):
+        params = [SamplingParams(max_tokens=50, seed=i, ignore_eos=True) for i in range(2)]
+        requests += [ranks.scheduler.add_request([i] * prompt_len, one) for i, one in enumerate(params)]
+        for _ in range(num_steps):
+            ranks.step()
+    ranks.run_to_the_end()
+    assert ranks.scheduler.num_preemptions
+    assert [request.output_token_ids for request in requests] == [tokens_alone(request) for request in requests]
+    assert_all_free(ranks.scheduler)

@@ -17,8 +17,8 @@ Note [What a step mixes]
 Note [Preemption]
     When no rank has room for the next page of a decode, cached pages have gone first, then every rank was tried, and
     now the youngest running request gives all its pages back and waits at the head of the queue. Its tokens are kept:
-    it is computed again, often from pages that are still cached. The oldest request is never preempted for room, so all
-    end.
+    it is computed again, often from pages that are still cached. The oldest request is preempted only if it is alone
+    and has outgrown a rank that is smaller than others, so all end.
 
     A request is also preempted, once at most, where RoPE has other frequencies for its length than before
     (`RopeLengths.is_recomputed`), and then finds nothing of its own in the cache.
@@ -275,7 +275,10 @@ class Scheduler:
         suspect = self._suspects.find(self.requests.values(), self.running)
         if suspect is not None:
             return self._schedule_alone(suspect)
+        num_preemptions = self.num_preemptions
         self._make_ready()
+        if not self.running and self.num_preemptions > num_preemptions:
+            return self.schedule()  # the only one has outgrown its rank, and is let in again on a larger one
         lead = self._lanes.lead(self.busy_ranks, self.next_plan_id, len(self.running))
         if lead is None:
             return self._run_ahead()
@@ -350,8 +353,7 @@ class Scheduler:
             if self._extend(request):
                 continue
             if self.running[-1] is request:
-                if len(self.running) > 1:
-                    self._preempt(request)
+                self._preempt(request)  # also if it is alone: it has outgrown a smaller rank, and goes to a larger one
                 return False
             idle = [r for r in self.running if r.request_id > request.request_id and not r.in_flight]
             if not idle:
