@@ -27,7 +27,7 @@ from longspan.worker import runner
 WRONG = (0.3, 0.0, 1.0)
 """Probability that a draft is wrong."""
 PROMPTS = slice(1, 3)  # 31 and 97 tokens
-NUM_TOKENS = 40
+NUM_TOKENS = 30
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "ignore_eos": True}
 
 CASES = all_pairs(

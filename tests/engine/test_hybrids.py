@@ -193,6 +193,16 @@ def test_states_are_evicted_and_the_least_recently_used_goes_first():
     assert hits[-1].num_cached == 0
 
 
+def test_a_hybrid_gets_no_drafts_and_says_so(capsys):
+    speculation = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 1}
+    with hybrid_engine(DELTA, speculative_config=speculation) as engine:
+        assert "no drafts for a model with recurrent layers" in capsys.readouterr().err
+        assert not engine.scheduler.drafting.is_on
+        request = engine.add_request(proven_model(DELTA).references[1].prompt, greedy(4))
+        run_all(engine)
+    assert request.output_token_ids == expected(DELTA)[1][:4]
+
+
 def test_without_the_prefix_cache_no_state_is_kept():
     with hybrid_engine(DELTA, enable_prefix_caching=False) as engine:
         request = engine.add_request(proven_model(DELTA).references[1].prompt, greedy(4))

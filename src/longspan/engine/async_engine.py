@@ -89,7 +89,7 @@ class AsyncEngine:
     @property
     def has_drafts(self) -> bool:
         """Whether steps may check drafts."""
-        return self.engine.scheduler.drafting.make_proposer is not None
+        return self.engine.scheduler.drafting.is_on
 
     @property
     def num_unfinished(self) -> int:

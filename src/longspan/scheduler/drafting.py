@@ -56,6 +56,11 @@ class Drafting:
         self.num_rejected = 0
         """Drafts that were wrong."""
 
+    @property
+    def is_on(self) -> bool:
+        """Whether steps may check drafts."""
+        return self.make_proposer is not None and self._most > 0
+
     def take_over(self, other: "Drafting") -> None:
         """Go on with the counts and the proposers of another one, which is not to be used any more."""
         self.make_proposer = other.make_proposer
@@ -64,7 +69,7 @@ class Drafting:
 
     def begin(self, request: Request) -> None:
         """Give a new request its source of drafts, if there are any."""
-        if self.make_proposer is not None and self._most:
+        if self.make_proposer is not None and self.is_on:
             request.drafter = Drafter(self.make_proposer(request), self._most)
 
     def num_wanted(self, request: Request) -> int:
@@ -106,7 +111,7 @@ class Drafting:
 
     def note(self, plan: Plan, result: PlanResult) -> None:
         """Learn from a finished plan what a row takes."""
-        if self._most and plan.phase is Phase.DECODE:
+        if self.is_on and plan.phase is Phase.DECODE:
             step_s = max(rank_result.step_s for rank_result in result.ranks)
             self._row_time.learn(sum(plan.num_tokens), step_s)
 

@@ -6,6 +6,7 @@ Read next: `longspan.scheduler.memory`; the option `check_invariants` in `longsp
 
 from collections import Counter
 
+from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
 
 
@@ -16,6 +17,21 @@ def check_books(scheduler: Scheduler) -> None:
     for request in scheduler.waiting:
         assert request.allocation is None, "a request that waits has pages"
         assert not request.in_flight, "a request that waits is being computed"
+        assert not request.drafts, "drafts of a request that waits are being checked"
+    for request in scheduler.running:
+        _check_progress(request)
+
+
+def _check_progress(request: Request) -> None:
+    """A plan in flight goes as far as the known tokens and the drafts that it checks, or one token further behind
+    another plan; without one, nothing is planned."""
+    assert 0 <= request.num_computed < len(request.token_ids), "keys of tokens that are not known count"
+    num_ahead = request.num_planned - len(request.token_ids)
+    if request.drafts:
+        assert num_ahead == len(request.drafts), "not the drafts that the plan in flight checks"
+    else:
+        assert num_ahead <= 1, "more is planned than is known or sampled"
+    assert request.num_planned >= request.num_computed, "less is planned than is computed"
 
 
 def _check_owners(scheduler: Scheduler) -> None:
