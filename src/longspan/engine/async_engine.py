@@ -11,6 +11,7 @@ Note [One place to sleep]
 """
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from functools import partial
 
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
+from longspan.engine.live import LiveSnapshot, take_snapshot
 from longspan.engine.request_stream import OpenStreams, RequestStream
 from longspan.engine.stats import Capacity, EngineStats
 from longspan.errors import LongspanError
@@ -155,6 +157,20 @@ class AsyncEngine:
         stats = self.engine.stats()
         return replace(stats, num_waiting=stats.num_waiting + self._num_arriving)
 
+    async def look(self, seconds: float) -> LiveSnapshot | None:
+        """Return a snapshot between two steps; None if the engine's thread takes none in time, as while ranks start.
+
+        Args:
+            seconds: longest wait.
+        """
+        taken: asyncio.Future[LiveSnapshot] = asyncio.get_running_loop().create_future()
+        self._call(partial(self._take_snapshot, taken))
+        try:
+            async with asyncio.timeout(seconds):
+                return await taken
+        except TimeoutError:
+            return None
+
     def close(self) -> None:
         """End all requests and ranks, and wait until they are gone. May be called twice, and while new ranks start."""
         self.engine.give_up()
@@ -190,6 +206,16 @@ class AsyncEngine:
     def _run_calls(self) -> None:
         while not self._calls.empty():
             self._calls.get_nowait()()
+
+    def _take_snapshot(self, taken: "asyncio.Future[LiveSnapshot]") -> None:
+        snapshot = take_snapshot(self.engine, self._streams.since_start_s)
+
+        def give() -> None:
+            if not taken.done():  # else nobody waits any more
+                taken.set_result(snapshot)
+
+        with contextlib.suppress(RuntimeError):  # the loop has closed
+            taken.get_loop().call_soon_threadsafe(give)
 
     def _stop(self) -> None:
         self._is_open = False

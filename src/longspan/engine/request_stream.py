@@ -115,6 +115,11 @@ class OpenStreams:
         for request_id in started:
             self._not_started.pop(request_id).started_s = time.perf_counter()
 
+    def since_start_s(self, request_id: int) -> float | None:
+        """Return the seconds since a request's first plan was submitted; None if there was none."""
+        found = self._open.get(request_id)
+        return None if found is None or found.started_s is None else found.since_start_s
+
     def take(self, advanced: Iterable[Request]) -> None:
         """Queue an update for the stream of every request that has advanced."""
         for request in advanced:

@@ -31,6 +31,11 @@ class PageAllocator:
         """Pages with at least one reference."""
         return self.num_pages - self.num_free
 
+    @property
+    def free_runs(self) -> list[tuple[int, int]]:
+        """Runs [first, end) of free slots, ascending."""
+        return [*self._gaps]
+
     def allocate(self, num_pages: int, near: int | None = None) -> list[tuple[int, int]]:
         """Take pages, each with one reference.
 

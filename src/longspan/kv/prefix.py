@@ -102,6 +102,11 @@ class CachingAllocator:
         """Pages that `allocate` can hand out, idle ones included."""
         return self._slots.num_free + len(self._idle)
 
+    @property
+    def free_runs(self) -> list[tuple[int, int]]:
+        """Runs [first, end) of slots without a page, in use or idle, ascending."""
+        return self._slots.free_runs
+
     def allocate(self, num_pages: int, near: int | None = None) -> list[tuple[int, int]]:
         """Allocate as `PageAllocator.allocate` does; evict idle pages when free ones do not suffice."""
         if num_pages > self.num_available:

@@ -25,6 +25,7 @@ from longspan.server.chat import chat
 from longspan.server.completions import complete
 from longspan.server.errors import ApiError, as_api_error, error_handlers, json_response
 from longspan.server.limits import HEALTH_PATH, Gate
+from longspan.server.page import add_page_routes
 from longspan.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from longspan.server.responses import respond
 from longspan.server.responses_types import ResponsesRequest
@@ -99,6 +100,8 @@ def make_app(state: ServerState) -> FastAPI:
     router = APIRouter(route_class=_json_route(state))
     _add_text_routes(router, state)
     _add_server_routes(router, state)
+    if state.config.page:
+        add_page_routes(router, state)
     app.include_router(router)
     return app
 

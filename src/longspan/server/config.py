@@ -143,6 +143,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         bool, Option("Cut max_tokens down to what fits, instead of refusing the request.", Group.SERVER)
     ] = False
     """Whether `max_tokens` that do not fit behind the prompt are cut down to what fits; else the request is refused."""
+    page: Annotated[bool, Option("A page at / that shows what the server is doing, and chats.", Group.SERVER)] = True
+    """Whether `/` is a page that shows what the server is doing, fed by `/live`; behind the API key like the rest."""
     access_log: Annotated[bool, Option("One line per request on standard error.", Group.SERVER)] = False
     """Whether every request, also a refused one, leaves one line on standard error."""
     log_format: Annotated[Literal["text", "json"], Option("Form of the lines of --access-log.", Group.SERVER)] = "text"

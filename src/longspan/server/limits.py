@@ -5,6 +5,7 @@ Read next: `longspan.server.app`.
 """
 
 import asyncio
+import base64
 import hmac
 
 from starlette._utils import get_route_path
@@ -12,12 +13,17 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longspan.server.errors import ApiError
+from longspan.server.page import is_of_page
 from longspan.server.state import ServerState
 
 HEALTH_PATH = "/health"
 
 BODY_S = 60.0
 """Seconds that a body may take to arrive."""
+
+
+CHALLENGE_PAGE = 'Basic realm="longspan: any name, and the API key as password", charset="UTF-8"'
+"""Challenge to browsers, which then ask for the key, and send it with all that the page calls."""
 
 
 class Gate:
@@ -61,7 +67,7 @@ class Gate:
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
+                headers={"WWW-Authenticate": CHALLENGE_PAGE if is_of_page(get_route_path(scope)) else "Bearer"},
             )
         if scope["method"] == "POST":
             if self._state.is_draining:
@@ -78,7 +84,9 @@ class Gate:
         if key is None:
             return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
+        if scheme.lower() == "basic":  # as a browser sends what its user has typed
+            given = _password(given)
+        elif scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")  # as Anthropic's clients send it
         return hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
 
@@ -109,6 +117,14 @@ class Gate:
         except TimeoutError:
             text = f"body: got a part of it in {BODY_S:g} s, legal is all of it"
             raise ApiError(408, text, code="body_too_slow", headers={"Connection": "close"}) from None
+
+
+def _password(credentials: str) -> str:
+    """Return the password of HTTP's Basic scheme; empty if they are none."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode("latin-1").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

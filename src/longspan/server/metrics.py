@@ -43,6 +43,8 @@ class Metrics:
 
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that came to their first token.")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self.num_generated = 0
+        """Tokens generated, as in `generation_tokens`, which cannot be read back."""
         self._success = Counter(
             "vllm:request_success",
             "Requests that ended, by reason; abort: the client had gone.",
@@ -59,6 +61,11 @@ class Metrics:
             "vllm:e2e_request_latency_seconds", "From the submission of a request to its last token.", _REQUEST_S
         )
         self._registry.register(_EngineCollector(model_name, stats))
+
+    def count_tokens(self, num_tokens: int) -> None:
+        """Count generated tokens."""
+        self.generation_tokens.inc(num_tokens)
+        self.num_generated += num_tokens
 
     def count_end(self, reason: FinishReason) -> None:
         """Count a request that has ended."""
@@ -90,7 +97,7 @@ class RequestMetrics:
         for _ in range(num_intervals):
             metrics.token_s.observe(0.0 if before is None else (now - before) / num_intervals)
         self._last_token_s[choice_idx] = now
-        metrics.generation_tokens.inc(num_tokens)
+        metrics.count_tokens(num_tokens)
 
     def ended(self, reason: FinishReason) -> None:
         """Count a choice that has ended."""
