@@ -1,10 +1,14 @@
 """What a request's metrics count. `tests/server/test_server.py` has what a scrape says of a real server."""
 
+import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from longspan.server.metrics import RequestMetrics
+from longspan.engine.stats import EngineStats
+from longspan.server.metrics import Metrics, RequestMetrics
 
 
 @pytest.mark.parametrize(("steps", "intervals"), [((1, 1, 1), 2), ((1, 2), 2), ((2, 1, 0, 3), 5)])
