@@ -86,6 +86,8 @@ class Progress:
     """Seconds since the call of `generate`."""
     prefill_left_s: float | None
     """Estimate of the seconds until the prompt is computed; None when there is nothing to estimate from."""
+    new_text: str = ""
+    """Text that is final and was in no progress before: all of these together are the output's text."""
 
 
 class _Running:
@@ -95,10 +97,12 @@ class _Running:
         self.request_idx, self.prompt, self.request, self.reader = request_idx, prompt, request, reader
         self._first_s: float | None = None
         self._last_s = 0.0
+        self._new_text = ""
 
     def read(self, now_s: float) -> None:
         """Take in the request's new tokens, `now_s` seconds after the call of `generate`."""
         delta = self.reader.read(update_of(self.request, self.reader.num_generated, now_s))
+        self._new_text = delta.text
         if delta.offsets:
             self._first_s, self._last_s = now_s if self._first_s is None else self._first_s, now_s
 
@@ -106,7 +110,9 @@ class _Running:
         """Return how far the request is, `now_s` seconds after the call of `generate`."""
         prefill = self.reader.prefill_progress()
         generated = self.reader.num_generated
-        return Progress(self.request_idx, prefill.total, prefill.processed, generated, now_s, prefill.left_s)
+        return Progress(
+            self.request_idx, prefill.total, prefill.processed, generated, now_s, prefill.left_s, self._new_text
+        )
 
     def output(self) -> RequestOutput:
         """Return the output of the request, which has ended."""

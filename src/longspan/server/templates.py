@@ -11,16 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import ConfigError
+from longspan.models.chat_template import TEMPLATE_ERRORS
 from longspan.server.errors import ApiError
 from longspan.server.messages import Message, Tool
 from longspan.server.state import ServerState
-
-TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
-"""Errors that a template raises for messages that it was not written for."""
 
 _RESERVED = frozenset(
     (
