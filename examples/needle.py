@@ -6,33 +6,19 @@ exit code is 0 only if the answer equals the fact.
 
     python examples/needle.py [--tokens N] [--context-parallel-size N] [--seed N]
 
-Read next: `longspan.llm`.
+Read next: `longspan.llm`; `longspan needle`, the same at many lengths and places.
 """
 
 import argparse
 import random
 import secrets
 import sys
-import sysconfig
 import time
-from pathlib import Path
 
 from longspan import LLM, SamplingParams
+from longspan.cli.haystack import standard_library_text
 from longspan.cli.progress import ProgressPrinter
 from longspan.models.loader import quiet_transformers
-
-
-def standard_library_text(num_bytes: int) -> str:
-    """The first `num_bytes` bytes, or a few more, of the installed Python's standard library, in file order."""
-    parts: list[str] = []
-    found = 0
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        parts.append(text)
-        found += len(text.encode())
-        if found >= num_bytes:
-            return "".join(parts)
-    sys.exit(f"the standard library holds only {found} bytes, {num_bytes} were asked for")
 
 
 def hide(text: str, fact: str, rng: random.Random) -> tuple[str, float]:

@@ -4,29 +4,10 @@ Holds the drawing. Must not know how anything was predicted. Needs matplotlib, t
 Read next: `longspan.planner.report`.
 """
 
-import importlib.util
-import os
-from pathlib import Path
 from typing import Any
 
-from longspan.errors import ConfigError
+from longspan.cli.pictures import save_figure
 from longspan.planner.report import PlanReport
-
-
-def check_plot(path: str) -> None:
-    """Refuse a picture that cannot be written, before anything is computed.
-
-    Raises:
-        ConfigError: matplotlib is missing, or the file's name or directory will not do.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("plot: needs matplotlib, which is not installed; legal with pip install 'longspan[plot]'")
-    if Path(path).suffix.lower() != ".png":
-        raise ConfigError(f"plot: got {path!r}, legal is a file name that ends in .png")
-    if not Path(path).parent.is_dir():
-        raise ConfigError(f"plot: got {path!r}, legal is a file in a directory that exists")
-    if Path(path).is_dir() or not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK):
-        raise ConfigError(f"plot: got {path!r}, legal is a file that can be written")
 
 
 def write_plot(report: PlanReport, path: str) -> None:
@@ -59,10 +40,7 @@ def write_plot(report: PlanReport, path: str) -> None:
         f"{report.architecture} on {cluster.num_nodes} x {cluster.devices_per_node} {cluster.name}, "
         f"tensor parallel size {report.tensor_parallel_size} (predicted)"
     )
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise ConfigError(f"plot: got {path!r}, legal is a file that can be written: {error.strerror}") from error
+    save_figure(figure, path)
 
 
 def _line(axes: Any, x: list[int], y: list[float], label: str, color: str, style: str) -> None:
