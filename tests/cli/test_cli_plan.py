@@ -15,7 +15,7 @@ from planned import (
 )
 
 from longspan.cli.main import cli
-from longspan.cli.plan_plot import check_plot
+from longspan.cli.pictures import check_plot
 from longspan.cli.plan_text import print_plan
 from longspan.costmodel.model_time import StepOptions, decode_bytes, prefill_flops
 from longspan.errors import ConfigError

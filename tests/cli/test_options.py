@@ -2,15 +2,16 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import click
 import msgspec
 import pytest
 
+from longspan.cli.help import PLACEMENTS, STRATEGIES, GroupedOption
 from longspan.cli.main import cli
-from longspan.cli.options import GroupedOption, options_table
-from longspan.config import EngineConfig
+from longspan.cli.options import as_typed, options_table
+from longspan.config import EngineConfig, PlacementName, StrategyName
 from longspan.errors import ConfigError
 from longspan.option import Group, Option, check_options, option_fields
 from longspan.server.config import ServerConfig
@@ -81,7 +82,8 @@ def test_commands_have_the_options_of_their_configurations():
     server = {field.name: field for field in option_fields(ServerConfig)}
     sampling = {field.name: field for field in option_fields(SamplingParams) if field.option.on_command_line}
     lone = {name: field for name, field in engine.items() if not field.option.only_servers}
-    for command, expected in (("serve", engine | server), ("generate", lone | sampling), ("topology", lone)):
+    commands = {"serve": engine | server, "generate": lone | sampling, "chat": lone | sampling}
+    for command, expected in (commands | {"topology": lone, "needle": lone}).items():
         found = on_command_line(command)
         assert found.keys() == expected.keys()
         for name, parameter in found.items():
@@ -91,9 +93,9 @@ def test_commands_have_the_options_of_their_configurations():
                 assert tuple(parameter.type.choices) == expected[name].choices
 
 
-@pytest.mark.parametrize("command", ["generate", "serve", "topology"])
+@pytest.mark.parametrize("command", ["generate", "serve", "topology", "chat", "needle"])
 def test_help_lists_every_option_once_under_its_group(longspan, command):
-    text = longspan(command, "--help").out
+    text = longspan(command, "--help").out.partition("\nWhat --")[0]
     sections = dict(zip(*[iter(re.split(r"^Options: (.*):$", text, flags=re.MULTILINE)[1:])] * 2, strict=True))
     for parameter in on_command_line(command).values():
         listed = [group for group, section in sections.items() if f" {parameter.opts[0]} " in section + " "]
@@ -102,3 +104,39 @@ def test_help_lists_every_option_once_under_its_group(longspan, command):
 
 def test_the_page_of_options_is_made_from_the_fields():
     assert PAGE.read_text() == options_table(), "python -m longspan.cli.options > docs/options.md"
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("page_size: got 0, legal is 1", "--page-size: got 0, legal is 1"),
+        ("temperature: got nan, legal is 0", "--temperature: got nan, legal is 0"),
+        ("stripe_size: legal is whole page_size (16)", "--stripe-size: legal is whole --page-size (16)"),
+        ("max_body_bytes: got 0", "--max-body-size: got 0"),
+        ("prompt + max_tokens: got 9", "prompt + --max-tokens: got 9"),
+        ("model: got 'page_size'", "model: got 'page_size'"),
+        ("rope_parameters: got 1", "rope_parameters: got 1"),
+        ("--page-size and page_sizes", "--page-size and page_sizes"),
+    ],
+)  # fmt: skip
+def test_errors_name_options_as_they_are_typed(message, expected):
+    assert as_typed(message) == expected
+
+
+def test_help_explains_placements_and_strategies_and_has_examples(longspan):
+    text = longspan("generate", "--help").out
+    for names, choices in ((PLACEMENTS, PlacementName), (STRATEGIES, StrategyName)):
+        assert set(names) == set(get_args(choices))
+        for name in names:
+            assert re.search(rf"^  {name}  +\S", text, flags=re.MULTILINE), name
+    for command in ("generate", "chat", "serve", "needle", "topology", "plan"):
+        assert f"\n  longspan {command} " in longspan(command, "--help").out.partition("Examples:")[2], command
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(longspan, shell, monkeypatch):
+    assert "_LONGSPAN_COMPLETE" in longspan("--completion", shell).out
+    monkeypatch.setenv("_LONGSPAN_COMPLETE", f"{shell}_complete")
+    monkeypatch.setenv("COMP_WORDS", "longspan ser")
+    monkeypatch.setenv("COMP_CWORD", "ser" if shell == "fish" else "1")
+    assert "serve" in longspan().out

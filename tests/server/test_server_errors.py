@@ -696,7 +696,7 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(longspan):
         port = other.getsockname()[1]
         outcome = longspan("serve", "./no-such-model", "--port", str(port))
     assert outcome.code == 2
-    assert outcome.err.startswith(f"longspan: port: got {port} on 127.0.0.1, legal is one that is free there")
+    assert outcome.err.startswith(f"longspan: --port: got {port} on 127.0.0.1, legal is one that is free there")
 
 
 def test_rejects_a_host_that_is_not_here(longspan):
@@ -711,4 +711,4 @@ def test_rejects_a_longer_limit_than_the_model_has(longspan):
     arguments = ("--port", "0", "--executor", "threads", "--max-model-len", "4000")
     outcome = longspan("serve", served_model().path, *arguments)
     assert outcome.code == 2
-    assert "max_model_len: got 4000, legal is at most 2048" in outcome.err
+    assert "--max-model-len: got 4000, legal is at most 2048" in outcome.err

@@ -15,10 +15,14 @@ from types import FrameType
 from typing import NoReturn
 
 import click
+from click.shell_completion import get_completion_class
 
 from longspan import __version__
+from longspan.cli.chat import chat
 from longspan.cli.generate import generate
 from longspan.cli.models import models
+from longspan.cli.needle import needle
+from longspan.cli.options import as_typed
 from longspan.cli.plan import plan
 from longspan.cli.serve import serve
 from longspan.cli.topology import topology
@@ -30,6 +34,14 @@ DEBUG = "LONGSPAN_DEBUG"
 
 @click.group(no_args_is_help=False, invoke_without_command=True)
 @click.version_option(__version__, prog_name="longspan")
+@click.option(
+    "--completion",
+    type=click.Choice(["bash", "zsh", "fish"]),
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _option, shell: _complete(context, shell),
+    help='Print what completes commands and options in a shell: eval "$(longspan --completion bash)".',
+)
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Exact context parallelism for LLM inference."""
@@ -37,8 +49,21 @@ def cli(context: click.Context) -> None:
         raise ConfigError(f"command: got none, legal is {', '.join(cli.commands)}; see longspan --help")
 
 
+def _complete(context: click.Context, shell: str | None) -> None:
+    """Print a shell's completion script, and end."""
+    if shell is None or context.resilient_parsing:
+        return
+    kind = get_completion_class(shell)
+    assert kind is not None
+    script = kind(cli, {}, "longspan", "_LONGSPAN_COMPLETE")
+    click.echo(script.source_template % script.source_vars())  # `source` would start the shell to ask its version
+    context.exit()
+
+
+cli.add_command(chat)
 cli.add_command(generate)
 cli.add_command(models)
+cli.add_command(needle)
 cli.add_command(plan)
 cli.add_command(serve)
 cli.add_command(topology)
@@ -111,7 +136,7 @@ def run_command() -> NoReturn:
         for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):  # read when they are imported
             os.environ.setdefault(name, "error")
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="longspan", standalone_mode=False)
         sys.exit(0)
     except click.ClickException as error:
         _say(error.format_message())
@@ -126,7 +151,7 @@ def run_command() -> NoReturn:
         if isinstance(error, BrokenPipeError):  # the reader is gone: no second error at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
-            _say(str(error))
+            _say(as_typed(str(error)) if isinstance(error, ConfigError) else str(error))
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 

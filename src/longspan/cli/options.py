@@ -7,12 +7,14 @@ Read next: `longspan.option`, the statement at a field; `longspan.config`, the e
 `python -m longspan.cli.options` prints docs/options.md.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import click
 import msgspec
 
+from longspan.cli.help import GroupedOption
 from longspan.config import EngineConfig
 from longspan.option import Group, OptionField, option_fields
 from longspan.server.config import ServerConfig
@@ -26,35 +28,6 @@ class Later(NamedTuple):
 
     text: str
     """Words for the default in the help."""
-
-
-class GroupedOption(click.Option):
-    """Option that help lists under the heading of its group."""
-
-    def __init__(self, *args: Any, group: Group, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.group = group
-
-
-class GroupedCommand(click.Command):
-    """Command whose help lists options in named groups."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options of the command itself first, then every group."""
-        rows: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for group in Group:
-            rows[f"Options: {group.value}"] = []
-        for parameter in self.get_params(ctx):
-            if isinstance(parameter, click.Argument):
-                continue  # the usage line and the text above name it
-            heading = f"Options: {parameter.group.value}" if isinstance(parameter, GroupedOption) else "Options"
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                rows[heading].append(record)
-        for heading, records in rows.items():
-            if records:
-                with formatter.section(heading):
-                    formatter.write_dl(records)
 
 
 def options_of(
@@ -135,6 +108,21 @@ def engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
         ConfigError: one of them is illegal.
     """
     return EngineConfig(model=model, **take(EngineConfig, options))
+
+
+def as_typed(message: str) -> str:
+    """An error's message with options as the command line has them: `--page-size` for `page_size`."""
+    flags = {
+        field.name: _flag(field)
+        for config in (EngineConfig, ServerConfig, SamplingParams)
+        for field in option_fields(config)
+        if field.option.on_command_line
+    }
+    head = re.match(r"(\w+)(?=:)", message)
+    if head is not None and head[1] in flags:
+        message = flags[head[1]] + message[head.end() :]
+    names = "|".join(sorted((name for name in flags if "_" in name), key=len, reverse=True))
+    return re.sub(rf"(?<![\w'\".-])({names})(?![\w'\"])", lambda found: flags[found[1]], message)
 
 
 def options_table() -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, cast, get_args
 import click
 import msgspec
 
+from longspan.cli.help import GroupedCommand
+from longspan.cli.pictures import check_plot
 from longspan.config import KVDTypeName, parse_json, parse_weights
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
@@ -19,6 +21,9 @@ from longspan.quantities import parse_size, parse_tokens
 if TYPE_CHECKING:
     from longspan.costmodel.shapes import PlannedDType
     from longspan.planner.clusters import Cluster
+
+ALIASES = {"a100": "a100-80g"}
+"""Short names of known GPUs, for the usual one of several products."""
 
 DEFAULT_CONTEXTS = "8k,128k,1M"
 
@@ -29,9 +34,13 @@ def _dtypes() -> click.Choice[str]:
     return click.Choice(list(get_args(PlannedDType)))
 
 
-@click.command()
+EXAMPLES = """longspan plan ./model --gpu h200 --context 128k,1M
+longspan plan meta-llama/Llama-3.1-8B --gpu a100 --gpus-per-node 4 --nodes 2 --plot plan.png"""
+
+
+@click.command(cls=GroupedCommand, examples=EXAMPLES)
 @click.argument("model")
-@click.option("--gpu", metavar="NAME", help="A known GPU, such as h100.")
+@click.option("--gpu", metavar="NAME", help="A known GPU, such as h100 or a100; any other name lists them.")
 @click.option("--gpus-per-node", type=int, help="Default: 8.")
 @click.option("--nodes", type=int, help="Default: 1.")
 @click.option("--cluster", metavar="FILE", help="A cluster in YAML or JSON, described or measured.")
@@ -89,8 +98,6 @@ def plan(
     memory_bytes = None if memory is None else parse_size(memory, "memory")
     described = _cluster(gpu, gpus_per_node, nodes, cluster, memory_bytes)
     if plot is not None:
-        from longspan.cli.plan_plot import check_plot
-
         check_plot(plot)
     described.check_parallel(tensor_parallel_size)
     planned_dtype = cast("PlannedDType", dtype or described.rates_dtype or "bfloat16")
@@ -141,5 +148,7 @@ def _cluster(
                 raise ConfigError(f"{name}: got {value} with --cluster, legal with --gpu only: the file says")
         return load_cluster(file, memory_bytes=memory_bytes)
     assert gpu is not None
-    found = known_cluster(gpu, 8 if gpus_per_node is None else gpus_per_node, 1 if nodes is None else nodes)
+    found = known_cluster(
+        ALIASES.get(gpu.lower(), gpu), 8 if gpus_per_node is None else gpus_per_node, 1 if nodes is None else nodes
+    )
     return found if memory_bytes is None else msgspec.structs.replace(found, memory_bytes=float(memory_bytes))

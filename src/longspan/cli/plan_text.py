@@ -61,6 +61,8 @@ def plan_facts(report: PlanReport) -> list[tuple[str, str]]:
         f"{_bytes(fit.kv_bytes)} for KV" if fit.num_tokens else f"no room for KV: {_bytes(fit.usable_bytes)} are usable"
     )
     longest = "windows admit any length" if fit.longest_request is None else f"longest request {fit.longest_request:,}"
+    if fit.longest_request == 0:
+        longest = "no request fits"
     limit = "does not say" if report.max_position is None else f"{report.max_position:,} tokens"
     unequal: list[tuple[str, str]] = []
     if (weights := report.options.rank_weights) is not None:
@@ -127,7 +129,8 @@ def _row(report: PlanReport, one: ContextPlan) -> list[str]:
         first, token = _time(one.prefill.total_s), _time(one.decode.total_s)
         prefill, decode = strategy_words(one.prefill.changes[-1].strategies), strategy_words(one.decode.strategies)
     context = _tokens(one.context_len) + " (!)" * one.exceeds_model
-    memory = f"{_bytes(one.memory_bytes)} of {_bytes(report.fit.usable_bytes)}"
+    joint = "of" if one.fits else "needed, usable"
+    memory = f"{_bytes(one.memory_bytes)} {joint} {_bytes(report.fit.usable_bytes)}"
     smallest = _cluster_size(report, one.smallest_devices)
     return [
         context,

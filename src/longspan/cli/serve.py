@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from longspan.cli.options import GroupedCommand, Later, engine_config, options_of, take
+from longspan.cli.help import GroupedCommand
+from longspan.cli.options import Later, engine_config, options_of, take
 from longspan.config import EngineConfig
 from longspan.imports import quick_imports
 from longspan.models.names import check_early
@@ -30,13 +31,18 @@ MAX_RESTARTS = 10
 """Default of `max_restarts` where the driver itself can start ranks again."""
 
 
-@click.command(cls=GroupedCommand)
+EXAMPLES = """longspan serve smollm2 --port 8000
+longspan serve recall --context-parallel-size 2 --kv-cache-memory 1Gi
+LONGSPAN_API_KEY=sesame longspan serve ./model --host 0.0.0.0 --max-queued-requests 100"""
+
+
+@click.command(cls=GroupedCommand, examples=EXAMPLES)
 @click.argument("model")
 @options_of(ServerConfig, {"max_body_bytes": "32Mi"})
 @options_of(
     EngineConfig,
     {
-        "stripe_size": SHORT_STRIPE,
+        "stripe_size": Later(f"{SHORT_STRIPE}; generate takes 512, as a lone prompt's steps are longer"),
         "max_step_ms": MAX_STEP_MS,
         "min_striped_len": Later(f"{STRIPED_FROM} per rank"),
         "max_restarts": Later(f"{MAX_RESTARTS}, or 0 with --executor external"),
@@ -45,9 +51,13 @@ MAX_RESTARTS = 10
 def serve(model: str, **options: Any) -> None:
     """Serve MODEL (a directory, a .gguf file, `recall`, `smollm2`, or a Hub id) to clients of OpenAI's API.
 
+    The address itself is a page that shows what the server is doing, with a chat.
+
     SIGTERM or Ctrl-C: no new requests, the running ones end, exit code 0. A second one ends at once.
     """
     options["max_step_ms"] = options["max_step_ms"] or None
+    if options["stripe_size"] is None:
+        options["stripe_size"] = SHORT_STRIPE
     if options["min_striped_len"] is None:
         options["min_striped_len"] = STRIPED_FROM * max(1, options["context_parallel_size"])
     if options["max_restarts"] is None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from longspan.cli.options import GroupedCommand, engine_config, options_of
+from longspan.cli.help import GroupedCommand
+from longspan.cli.options import engine_config, options_of
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
     from longspan.costmodel.parameters import Costs, Link
 
 
-@click.command(cls=GroupedCommand)
+EXAMPLES = """longspan topology --context-parallel-size 2
+longspan topology ./model --context-parallel-size 2 --save cluster.yaml"""
+
+
+@click.command(cls=GroupedCommand, examples=EXAMPLES)
 @click.argument("model", default="recall")
 @options_of(EngineConfig, serves=False)
 @click.option("--save", metavar="FILE", help="Write nodes, links and rates as YAML, for --topology and longspan plan.")
