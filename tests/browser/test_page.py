@@ -168,7 +168,7 @@ def test_the_map_is_walked_by_keyboard_and_says_what_it_is_at(browser):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone(browser, scheme):
-    with simulated_server(4, step_s=0.05) as server:
+    with simulated_server(4, step_s=0.05, kv_cache_memory=2**22) as server:
         fill(server, [300, 5000, 700, 30, 2000], 3000)
         phone = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
         with opened(browser, server.url, color_scheme=scheme, **phone) as page:

@@ -220,11 +220,11 @@ def test_an_event_is_small_and_quick_with_128_ranks_and_a_thousand_requests():
 
 def test_a_failed_server_says_so(server, monkeypatch):
     monkeypatch.setattr(server.state.engine, "failure", LongspanError("rank 0 was killed"))
-    state = events(server, 2)[1]
+    state = events(server, 4)[-1]  # the first may be one that was made before
     assert (state["status"], state["reason"]) == ("failed", "rank 0 was killed")
 
 
 def test_while_ranks_are_replaced_events_say_so_and_wait_for_nobody(server, monkeypatch):
     monkeypatch.setattr(server.state.engine, "is_recovering", True)
-    state = events(server, 2)[1]
+    state = events(server, 4)[-1]
     assert (state["status"], "ranks" in state) == ("recovering", False)

@@ -86,7 +86,8 @@ def needle(
     if plot is not None:
         from longspan.cli.needle_plot import write_heat_map
 
-        write_heat_map(found, f"{model}, {config.context_parallel_size} rank(s)", plot)
+        num_ranks = config.context_parallel_size
+        write_heat_map(found, f"{model} on {num_ranks} rank{'s' * (num_ranks > 1)}", plot)
     if as_json:
         click.echo(msgspec.json.encode({"model": model, "answers": found}))
     else:
