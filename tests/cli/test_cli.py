@@ -565,6 +565,8 @@ def test_rejects_a_model_that_is_no_text():
 
 def test_what_a_terminal_cannot_show_is_escaped(longspan, monkeypatch):
     class FakeLLM:
+        tokenizer = SimpleNamespace(chat_template=None)
+
         def __init__(self, model, **options):
             pass
 
@@ -581,7 +583,7 @@ def test_what_a_terminal_cannot_show_is_escaped(longspan, monkeypatch):
     monkeypatch.setattr("longspan.llm.LLM", FakeLLM)
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
-    outcome = longspan("generate", "recall", "--prompt", "p")
+    outcome = longspan("generate", "recall", "--prompt", "p", "--quiet")
     sys.stdout.flush()
     assert (outcome.code, outcome.err) == (0, "")
     assert written.getvalue() == b"fish \\U0001f41f, \\udcff, \xe9\n"
