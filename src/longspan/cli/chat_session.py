@@ -57,18 +57,23 @@ class ChatSession:
     def run(self, model: ChatModel, read_line: ReadLine) -> None:
         """Answer line after line until the input ends. Ctrl-C ends an answer; at the prompt it says how to end."""
         with _interrupts():
-            while True:
+            goes_on = True
+            while goes_on:
                 try:
-                    line = read_line()
-                except KeyboardInterrupt:
+                    goes_on = self._take_line(model, read_line)
+                except KeyboardInterrupt:  # also just before the prompt, or behind it
                     click.echo("\n(Ctrl-D or /exit ends the chat)", err=True)
-                    continue
-                if line is None or line.strip() == "/exit":
-                    return
-                if line.startswith("/"):
-                    self._command(line)
-                elif line.strip():
-                    self._answer_or_say(model, line)
+
+    def _take_line(self, model: ChatModel, read_line: ReadLine) -> bool:
+        """Answer one line; return whether more may come."""
+        line = read_line()
+        if line is None or line.strip() == "/exit":
+            return False
+        if line.startswith("/"):
+            self._command(line)
+        elif line.strip():
+            self._answer_or_say(model, line)
+        return True
 
     def say(self, model: ChatModel, text: str) -> None:
         """Send one message, and write the answer to standard output.
