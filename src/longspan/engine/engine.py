@@ -34,12 +34,19 @@ from longspan.models.loader import load_config, resolve_dtype
 from longspan.models.lora import check_lora
 from longspan.models.names import is_gguf
 from longspan.models.small_weights import with_small_weights
+from longspan.native import kernels
 from longspan.plan.types import PlanResult
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pages_of_ranks
 from longspan.types import FinishReason, ModelSpec, SamplingParams
+
+WITHOUT_KERNELS = (
+    "without compiled kernels (no C compiler when it was installed) decode, prefill and small weights are slower on a "
+    "CPU; tokens are the same"
+)
+"""What a user should know where `longspan.native` was not compiled."""
 
 IDLE_CHECK_S = 0.5
 """Seconds between checks of idle ranks: the death of one must be noticed before the next request."""
@@ -105,6 +112,8 @@ class Engine(ClosedAtExit):
         config = structs.replace(config, device=device)
         model_config, generation_config = load_config(config.model, config.hf_overrides)
         dtype = resolve_dtype(config.dtype, torch.device(device))
+        if device == "cpu" and not kernels.is_available():
+            print(f"longspan: {WITHOUT_KERNELS}", file=sys.stderr)
         spec = inspect_model(model_config, generation_config, dtype)
         spec = with_small_weights(spec, config.model, model_config, dtype, config.quantization)
         self.spec: ModelSpec = _completed(spec, config, end_token_ids)
