@@ -1,6 +1,7 @@
 """`longspan plan` answers for well-known models, says what it assumes, and refuses everything else in one line."""
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -17,6 +18,7 @@ from planned import (
 from longspan.cli.main import cli
 from longspan.cli.pictures import check_plot
 from longspan.cli.plan_text import print_plan
+from longspan.costmodel.gpus import GPUS
 from longspan.costmodel.model_time import StepOptions, decode_bytes, prefill_flops
 from longspan.errors import ConfigError
 from longspan.models.shape import load_shape
@@ -427,3 +429,14 @@ def test_the_command_exits_with_2_for_bad_input(longspan, tmp_path):
     outcome = longspan("plan", write_config(tmp_path, LLAMA_3_8B), "--gpu", "gtx")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("longspan: gpu: got 'gtx'")
+
+
+def test_help_lists_the_known_gpus_and_a_short_name_means_the_usual_product(llama):
+    text = CliRunner().invoke(cli, ["plan", "--help"]).output
+    for name in (*GPUS, "a100"):
+        assert re.search(rf"[ ,]{name}[,.]", text), name
+    short, whole = (
+        CliRunner().invoke(cli, ["plan", llama, "--gpu", name, "--context", "1k"]) for name in ("A100", "a100-80g")
+    )
+    assert short.exit_code == 0
+    assert short.output == whole.output

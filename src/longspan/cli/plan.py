@@ -14,6 +14,7 @@ import msgspec
 from longspan.cli.help import GroupedCommand
 from longspan.cli.pictures import check_plot
 from longspan.config import KVDTypeName, parse_json, parse_weights
+from longspan.costmodel.gpus import GPUS
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
 from longspan.quantities import parse_size, parse_tokens
@@ -40,7 +41,7 @@ longspan plan meta-llama/Llama-3.1-8B --gpu a100 --gpus-per-node 4 --nodes 2 --p
 
 @click.command(cls=GroupedCommand, examples=EXAMPLES)
 @click.argument("model")
-@click.option("--gpu", metavar="NAME", help="A known GPU, such as h100 or a100; any other name lists them.")
+@click.option("--gpu", metavar="NAME", help=f"A known GPU: {', '.join([*GPUS, *ALIASES])}.")
 @click.option("--gpus-per-node", type=int, help="Default: 8.")
 @click.option("--nodes", type=int, help="Default: 1.")
 @click.option("--cluster", metavar="FILE", help="A cluster in YAML or JSON, described or measured.")
@@ -133,7 +134,6 @@ def _cluster(
     gpu: str | None, gpus_per_node: int | None, nodes: int | None, file: str | None, memory_bytes: int | None
 ) -> "Cluster":
     """The cluster, from exactly one of its two sources."""
-    from longspan.costmodel.gpus import GPUS
     from longspan.planner.cluster_file import load_cluster
     from longspan.planner.clusters import known_cluster
 
