@@ -40,7 +40,8 @@ test-all: $(STAMP)
 
 # The GPU's own tests: kernels and engine on one GPU, against the same references; needs one, and a CUDA build of torch.
 test-gpu: $(STAMP)
-	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/triton_kernels/test_kernels.py tests/cp/test_fixed_steps.py
+	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/triton_kernels/test_kernels.py tests/cp/test_fixed_steps.py \
+		tests/worker/test_first_steps.py
 	LONGSPAN_TEST_DEVICE=cuda $(PYTEST) tests/engine/test_families.py -k "other_backends"
 
 # The server's page in headless chromium, which Debian's package of that name brings; part of `make test` where it is.
