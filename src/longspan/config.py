@@ -137,11 +137,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         int, Option("Ranks that share a sequence.", Group.RANKS, least=1, most=MAX_RANKS)
     ] = 1
     """Ranks that share a sequence."""
+    tensor_parallel_size: Annotated[
+        int, Option("Processes of one rank, which share its heads and weights.", Group.RANKS, least=1, most=MAX_RANKS)
+    ] = 1
+    """Processes of one rank, which share its heads and weights; each has a device of its own, on one host."""
     threads_per_rank: Annotated[
         int | None,
-        Option("Compute threads of one rank.", Group.RANKS, least=1, most=MAX_THREADS, unset="cores / ranks"),
+        Option(
+            "Compute threads of each process of a rank.",
+            Group.RANKS,
+            least=1,
+            most=MAX_THREADS,
+            unset="cores / processes",
+        ),
     ] = None
-    """Compute threads of one rank; None is cores / ranks."""
+    """Compute threads of one rank; where `tensor_parallel_size` makes it several processes, of each of them. None is
+    cores / processes."""
     executor: Annotated[ExecutorName, Option("What runs the ranks; see docs/several-machines.md.", Group.RANKS)] = (
         "processes"
     )
@@ -238,8 +249,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             unset="4Gi or half of what is free; on a GPU most of it",
         ),
     ] = None
-    """KV memory of one rank in bytes, with `rank_weights` of the largest one. None takes 4 GiB, or less if half of the
-    free memory is less, and on a GPU most of the memory that the weights leave free."""
+    """KV memory of one rank in bytes, with `rank_weights` of the largest one; of a rank of several processes, of each
+    of them. None takes 4 GiB, or less if half of the free memory is less, and on a GPU most of the memory that the
+    weights leave free."""
     gpu_memory_utilization: Annotated[
         float,
         Option("Share of a GPU's free memory for weights, KV and a step's tensors.", Group.MEMORY, above=0, most=1.0),
@@ -419,6 +431,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.speculative_config is not None:
             read_speculation(self.speculative_config)
         self._check_device()
+        self._check_tensor_parallel()
         if self.topology is not None and self.measure == "again":
             raise ConfigError("measure: got 'again' with a topology file, whose numbers hold, legal is auto or never")
         if self.executor == "threads" and self.measure == "again":
@@ -491,6 +504,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("check_messages: got true with device 'cuda', legal there is false")
         if self.simulated_links is not None:
             raise ConfigError("simulated_links: got some with device 'cuda', legal there is none")
+
+    def _check_tensor_parallel(self) -> None:
+        """Refuse what processes that share a rank's weights cannot do yet."""
+        size = self.tensor_parallel_size
+        if size == 1:
+            return
+        if self.context_parallel_size * size > MAX_RANKS:
+            raise ConfigError(
+                f"tensor_parallel_size: got {size} with context_parallel_size {self.context_parallel_size}, legal is "
+                f"{MAX_RANKS // self.context_parallel_size} at most, which makes {MAX_RANKS} processes"
+            )
+        for name, legal in (("quantization", "none"), ("compile_dense", False)):
+            if (value := getattr(self, name)) != legal:
+                shown = str(legal).lower()
+                raise ConfigError(f"{name}: got {value!r} with tensor_parallel_size {size}, legal there is {shown}")
 
     def _check_nodes(self) -> None:
         if isinstance(self.nodes, list):
@@ -579,8 +607,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_threads(self) -> int:
-        """Compute threads of one rank."""
-        return self.threads_per_rank or max(1, num_cores() // self.context_parallel_size)
+        """Compute threads of one process of a rank."""
+        processes = self.context_parallel_size * self.tensor_parallel_size
+        return self.threads_per_rank or max(1, num_cores() // processes)
 
     @property
     def speculation(self) -> Speculation | None:

@@ -328,7 +328,7 @@ def test_what_does_not_fit_is_an_answer_and_not_a_failure(cache_home, tmp_path):
     )
     assert "what would fit it: devices with 2" in outcome.output
     assert "128k     does not fit" in outcome.output
-    assert "The engine has no tensor parallelism inside a rank yet; it is modelled." in outcome.output
+    assert "Sums inside a rank are modelled; the engine has not run them on GPUs." in outcome.output
 
 
 def test_a_larger_cluster_is_named_where_one_would_do(plan, llama):

@@ -21,6 +21,7 @@ from longspan.engine import engine, processes
 from longspan.engine.recovery import POISON_CRASHES, Restarts, fail_poison, fewer_ranks
 from longspan.errors import CapacityError, ConfigError, LongspanError, WorkerError
 from longspan.group import heartbeat
+from longspan.group.shape import ProcessId
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config
 from longspan.types import FinishReason
@@ -138,16 +139,16 @@ def test_a_machine_that_is_short_of_something_is_no_bug(cache_home, tmp_path, mo
 @pytest.mark.parametrize("text", ["rank=1", "rank=x,plan=1,kind=die", "rank=1,plan=1,kind=explode", "a=1", "rank"])
 def test_rejects_faults_that_are_none(text):
     with pytest.raises(ConfigError, match=VARIABLE):
-        read_fault({VARIABLE: text}, 1, 0)
+        read_fault({VARIABLE: text}, ProcessId(1, 0), 0)
 
 
 def test_a_fault_is_for_one_rank_and_perhaps_one_generation():
     environment = {VARIABLE: "rank=1,plan=5,layer=2,kind=die,generation=0"}
-    fault = read_fault(environment, 1, 0)
+    fault = read_fault(environment, ProcessId(1, 0), 0)
     assert (fault.rank, fault.plan, fault.layer, fault.kind) == (1, 5, 2, "die")
-    assert read_fault(environment, 0, 0) is None
-    assert read_fault(environment, 1, 1) is None
-    assert read_fault({}, 1, 0) is None
+    assert read_fault(environment, ProcessId(0, 0), 0) is None
+    assert read_fault(environment, ProcessId(1, 0), 1) is None
+    assert read_fault({}, ProcessId(1, 0), 0) is None
 
 
 # -- real processes ----------------------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ def test_a_sign_of_life_counts_from_an_admitted_process_alone_and_its_first_conn
 
 def test_a_rank_of_two_processes_is_ready_when_both_have_come_and_are_ready():
     group = a_group(num_ranks=2, processes_per_rank=2)
-    come = [group.admit(a_hello(number=n, world_size=4, pid=n), b"%d" % n) for n in (3, 0, 1)]
+    hosts = {3: "c", 0: "b", 1: "b"}
+    come = [group.admit(a_hello(number=n, world_size=4, pid=n, host=hosts[n]), b"%d" % n) for n in hosts]
     assert come == [ProcessId(1, 1), ProcessId(0, 0), ProcessId(0, 1)]
     assert group.missing == [ProcessId(1, 0)]
     assert not any(group.note_ready(process) for process in come)
@@ -53,7 +54,19 @@ def test_a_rank_of_two_processes_is_ready_when_both_have_come_and_are_ready():
     assert group.is_ready(1)
     assert [sorted(group.voices(rank)) for rank in (0, 1)] == [[b"0", b"1"], [b"2", b"3"]], "all of them get plans"
     assert group.hosts == ("b", "c"), "one per rank"
-    assert group.name(ProcessId(1, 1)) == "rank 1, process 1 (pid 3 on b)"
+    assert group.name(ProcessId(1, 1)) == "rank 1, process 1 (pid 3 on c)"
+
+
+def test_rejects_a_rank_on_two_hosts():
+    group = a_group(num_ranks=2, processes_per_rank=2)
+    group.admit(a_hello(number=2, world_size=4, pid=2, host="b"), b"2")
+    group.admit(a_hello(number=1, world_size=4, pid=1, host="c"), b"1")
+    with pytest.raises(
+        ConfigError,
+        match=r"RANK: got 3 from rank 1, process 1 \(pid 3 on c\), and 2 from .* on b\), "
+        r"legal is one host for both: 2 to 3 are one rank",
+    ):
+        group.admit(a_hello(number=3, world_size=4, pid=3, host="c"), b"3")
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ def test_every_process_has_a_number_and_peers_of_a_rank_are_adjacent(shape):
     assert all(speaker(process.rank) in shape.processes for process in shape.processes)
 
 
-def test_a_config_has_one_process_per_rank():
+def test_a_config_says_the_ranks_and_their_processes():
     assert GroupShape.of(EngineConfig(model="recall", context_parallel_size=3)) == GroupShape(3, 1)
+    config = EngineConfig(model="recall", context_parallel_size=3, tensor_parallel_size=2)
+    assert GroupShape.of(config) == GroupShape(3, 2)
 
 
 def test_with_one_process_per_rank_only_ranks_are_named():

@@ -180,6 +180,11 @@ class TinyModel:
         speed_up_(model)
         return model
 
+    @functools.cached_property
+    def plain(self) -> nn.Module:
+        """Without speed-ups, for engines that cut it into parts; shared like `module`."""
+        return self.load()
+
     def load(self) -> nn.Module:
         """A copy for the caller alone, without speed-ups."""
         return load_model(self.path, self.dtype, show_progress=False, device=torch.device(DEVICE))
@@ -293,7 +298,8 @@ def tiny_engine(model: TinyModel, module: nn.Module | None = None, **options: ob
         device=DEVICE,
         **{"dtype": "float32", "kv_cache_memory": 2**25, **options},
     )
-    with Engine(config, model.module if module is None else module) as engine:
+    shared = model.plain if config.tensor_parallel_size > 1 else model.module
+    with Engine(config, shared if module is None else module) as engine:
         yield engine
         engine.scheduler.memory.check_integrity()
         for allocators in engine.scheduler.memory.allocators:

@@ -111,7 +111,7 @@ def plan_remarks(report: PlanReport) -> list[str]:
     if report.not_run is not None:
         remarks.append(f"The engine does not run this model yet ({report.not_run}).")
     if report.tensor_parallel_size > 1:
-        remarks.append("The engine has no tensor parallelism inside a rank yet; it is modelled.")
+        remarks.append("Sums inside a rank are modelled; the engine has not run them on GPUs.")
     if report.cluster.rates is None:
         remarks.append("Rates are assumed shares of published figures. No GPU has run the engine yet.")
     remarks.append(

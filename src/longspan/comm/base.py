@@ -5,9 +5,33 @@ Read next: `longspan.comm.distributed`, `longspan.comm.threads`.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class GroupNames(NamedTuple):
+    """Names of a group's members in errors. A member is a rank, or one process of several that a rank has."""
+
+    noun: str
+    """What a number in the group counts: `rank`, or `process` inside of a rank."""
+    me: str | None = None
+    """Name of this process; None where its number in the group says it."""
+
+    def own(self, rank: int) -> str:
+        """Name of this process, whose number in the group is `rank`."""
+        return self.me or self.peer(rank)
+
+    def peer(self, rank: int) -> str:
+        """Name of another member."""
+        return f"{self.noun} {rank}"
+
+
+RANKS = GroupNames("rank")
+"""Names of ranks that are one process each."""
+
+PROCESSES = GroupNames("process")
+"""Names of the processes of one rank."""
 
 
 class Pending(Protocol):

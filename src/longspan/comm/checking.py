@@ -13,15 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.comm.base import Communicator, Pending
+from longspan.comm.base import RANKS, Communicator, GroupNames, Pending
 from longspan.errors import CommunicationError
 
 
 class CheckingCommunicator:
     """Communicator of CPU tensors that adds checksums to another one. All ranks of a group use it, or none."""
 
-    def __init__(self, inner: Communicator) -> None:
-        self._inner = inner
+    def __init__(self, inner: Communicator, *, names: GroupNames = RANKS) -> None:
+        """Wrap a communicator; `names` are those of its members in errors."""
+        self._inner, self._names = inner, names
         self.rank, self.size = inner.rank, inner.size
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
@@ -34,7 +35,7 @@ class CheckingCommunicator:
         for peer, tensor in recvs:
             if tensor.numel():
                 incoming += [(peer, tensor), (peer, torch.empty(1, dtype=torch.int64))]
-        return _PendingChecks(self.rank, self._inner.exchange(outgoing, incoming), incoming)
+        return _PendingChecks(self.rank, self._names, self._inner.exchange(outgoing, incoming), incoming)
 
     def close(self) -> None:
         self._inner.close()
@@ -43,15 +44,16 @@ class CheckingCommunicator:
 class _PendingChecks:
     """Exchange that has been started, with a checksum after every message."""
 
-    def __init__(self, rank: int, pending: Pending, incoming: Sequence[tuple[int, Tensor]]) -> None:
-        self._rank, self._pending, self._incoming = rank, pending, incoming
+    def __init__(self, rank: int, names: GroupNames, pending: Pending, incoming: Sequence[tuple[int, Tensor]]) -> None:
+        self._rank, self._names, self._pending, self._incoming = rank, names, pending, incoming
 
     def wait(self) -> None:
         self._pending.wait()
         for (peer, message), (_, checksum) in zip(self._incoming[::2], self._incoming[1::2], strict=True):
             if _checksum(message) != checksum.item():
                 raise CommunicationError(
-                    f"rank {self._rank}: a message of {message.nbytes} bytes from rank {peer} was damaged on the way"
+                    f"{self._names.own(self._rank)}: a message of {message.nbytes} bytes from "
+                    f"{self._names.peer(peer)} was damaged on the way"
                 )
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from longspan.comm.base import Pending
+from longspan.comm.base import RANKS, GroupNames, Pending
 from longspan.errors import CommunicationError
 
 JOIN_TIMEOUT_S = 300.0
@@ -23,16 +23,19 @@ JOIN_TIMEOUT_S = 300.0
 class GroupCommunicator:
     """One rank of a `torch.distributed` process group that the caller made and will destroy."""
 
-    def __init__(self, group: dist.ProcessGroup, store: Any, *, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, store: Any, *, timeout_s: float = 300.0, names: GroupNames = RANKS
+    ) -> None:
         """Wrap a process group.
 
         Args:
             group: process group that this process belongs to.
             store: key-value store of the group.
             timeout_s: longest wait for a peer in every exchange.
+            names: names of this process and its peers in errors.
         """
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.store = store
+        self.store, self.names = store, names
         self._group, self._timeout_s = group, timeout_s
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
@@ -41,15 +44,15 @@ class GroupCommunicator:
         try:
             for peer, tensor in recvs:
                 if tensor.numel():
-                    what = f"receive of {tensor.numel()} elements from rank {peer}"
+                    what = f"receive of {tensor.numel()} elements from {self.names.peer(peer)}"
                     works.append((what, _started(dist.irecv(tensor, group=self._group, group_src=peer))))
             for peer, tensor in sends:
                 if tensor.numel():
-                    what = f"send of {tensor.numel()} elements to rank {peer}"
+                    what = f"send of {tensor.numel()} elements to {self.names.peer(peer)}"
                     works.append((what, _started(dist.isend(tensor, group=self._group, group_dst=peer))))
         except RuntimeError as error:
-            raise CommunicationError(f"rank {self.rank}: {what} failed: {error}") from error
-        return _PendingWorks(self.rank, works, self._timeout_s)
+            raise CommunicationError(f"{self.names.own(self.rank)}: {what} failed: {error}") from error
+        return _PendingWorks(self.names.own(self.rank), works, self._timeout_s)
 
     def close(self) -> None:
         """Do nothing: the caller destroys the process group."""
@@ -117,12 +120,12 @@ def _started(work: dist.Work | None) -> dist.Work:
 
 
 class _PendingWorks:
-    def __init__(self, rank: int, works: list[tuple[str, dist.Work]], timeout_s: float) -> None:
-        self._rank, self._works, self._timeout = rank, works, timedelta(seconds=timeout_s)
+    def __init__(self, who: str, works: list[tuple[str, dist.Work]], timeout_s: float) -> None:
+        self._who, self._works, self._timeout = who, works, timedelta(seconds=timeout_s)
 
     def wait(self) -> None:
         for what, work in self._works:
             try:
                 work.wait(self._timeout)
             except RuntimeError as error:
-                raise CommunicationError(f"rank {self._rank}: {what} failed: {error}") from error
+                raise CommunicationError(f"{self._who}: {what} failed: {error}") from error

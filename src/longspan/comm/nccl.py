@@ -2,7 +2,7 @@
 
 Holds what is specific to NCCL: messages that start together, waits that block a stream and not the process, and the end
 of a rank that hangs. Must not know attention, pages or plans. No GPU has run it yet; its messages are tested over gloo.
-Read next: `longspan.comm.distributed`, its base class.
+Read next: `longspan.comm.distributed`, its base classes.
 
 Note [Waiting on a GPU]
     `wait` makes the current stream wait for what has arrived, and returns at once; kernels of other streams, and what
@@ -26,11 +26,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.comm.base import Pending
-from longspan.comm.distributed import DistributedCommunicator
+from longspan.comm.distributed import DistributedCommunicator, GroupCommunicator
 from longspan.errors import CommunicationError
 
 
-class NCCLCommunicator(DistributedCommunicator):
+class BatchedCommunicator(GroupCommunicator):
+    """One rank of a group over NCCL that the caller made and will destroy. See Note [Waiting on a GPU]."""
+
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
+        ops = [
+            dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer)
+            for peer, tensor in recvs
+            if tensor.numel()
+        ]
+        ops += [
+            dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer)
+            for peer, tensor in sends
+            if tensor.numel()
+        ]
+        if not ops:
+            return _PendingBatch(self.rank, [])
+        try:
+            works = dist.batch_isend_irecv(ops)  # together: one after another, two ranks could wait for each other
+        except RuntimeError as error:
+            raise CommunicationError(f"rank {self.rank}: {len(ops)} messages could not be started: {error}") from error
+        return _PendingBatch(self.rank, works)
+
+
+class NCCLCommunicator(BatchedCommunicator, DistributedCommunicator):
     """One rank of the default process group, which it makes and destroys. See Note [Waiting on a GPU]."""
 
     def __init__(
@@ -67,25 +90,6 @@ class NCCLCommunicator(DistributedCommunicator):
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             options._timeout = timedelta(seconds=timeout_s)  # as the group's, or PyTorch warns
         super().__init__(rank, size, init_method, timeout_s=timeout_s, backend=backend, device=device, options=options)
-
-    def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
-        ops = [
-            dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer)
-            for peer, tensor in recvs
-            if tensor.numel()
-        ]
-        ops += [
-            dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer)
-            for peer, tensor in sends
-            if tensor.numel()
-        ]
-        if not ops:
-            return _PendingBatch(self.rank, [])
-        try:
-            works = dist.batch_isend_irecv(ops)  # together: one after another, two ranks could wait for each other
-        except RuntimeError as error:
-            raise CommunicationError(f"rank {self.rank}: {len(ops)} messages could not be started: {error}") from error
-        return _PendingBatch(self.rank, works)
 
 
 class _PendingBatch:

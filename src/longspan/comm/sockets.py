@@ -73,12 +73,17 @@ class SocketCommunicator:
         self._timeout_s, self._look_s = timeout_s, look_s
         # Returns when all ranks have joined.
         self._large = large or DistributedCommunicator(rank, size, meeting.init_method, timeout_s=timeout_s)
+        self._names = self._large.names
         try:
             self._sockets = connect_all(rank, size, self._large.store, meeting, timeout_s=timeout_s)
         except (OSError, RuntimeError) as error:
-            raise CommunicationError(f"rank {rank}: could not join the group of {size}: {error}") from error
+            raise CommunicationError(f"{self._names.own(rank)}: could not join the group of {size}: {error}") from error
         self._unsent: dict[int, deque[memoryview]] = {peer: deque() for peer in self._sockets}
         self._num_sent = dict.fromkeys(self._sockets, 0)  # small messages that a peer's socket has taken
+
+    @property
+    def _me(self) -> str:
+        return self._names.own(self.rank)
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]) -> Pending:
         large_sends = [(peer, tensor) for peer, tensor in sends if tensor.nbytes > SMALL_BYTES]
@@ -143,7 +148,7 @@ class SocketCommunicator:
         except BlockingIOError:
             pass
         except OSError as error:
-            raise CommunicationError(f"rank {self.rank}: send to rank {peer} failed: {error}") from error
+            raise CommunicationError(f"{self._me}: send to {self._names.peer(peer)} failed: {error}") from error
 
     def _receive(self, peer: int, message: memoryview) -> int:
         """Read the bytes of a peer's message that have arrived; return their number."""
@@ -152,9 +157,10 @@ class SocketCommunicator:
         except BlockingIOError:
             return 0
         except OSError as error:
-            raise CommunicationError(f"rank {self.rank}: receive from rank {peer} failed: {error}") from error
+            raise CommunicationError(f"{self._me}: receive from {self._names.peer(peer)} failed: {error}") from error
         if not count:
-            raise CommunicationError(f"rank {self.rank}: receive from rank {peer} failed: it has closed the connection")
+            name = self._names.peer(peer)
+            raise CommunicationError(f"{self._me}: receive from {name} failed: it has closed the connection")
         return count
 
     def _wait_for(self, readers: Sequence[int], deadline: float) -> None:
@@ -167,10 +173,11 @@ class SocketCommunicator:
         for peer, event in events.items():
             poller.register(self._sockets[peer], event)
         if not poller.poll(max(0.0, deadline - time.monotonic()) * 1e3):
-            waits = [f"{'receive from' if peer in readers else 'send to'} rank {peer}" for peer in sorted(events)]
-            raise CommunicationError(
-                f"rank {self.rank}: {', '.join(waits)} failed: not done within {self._timeout_s:g} s"
-            )
+            waits = [
+                f"{'receive from' if peer in readers else 'send to'} {self._names.peer(peer)}"
+                for peer in sorted(events)
+            ]
+            raise CommunicationError(f"{self._me}: {', '.join(waits)} failed: not done within {self._timeout_s:g} s")
         for peer, queue in self._unsent.items():
             if queue:
                 self._send(peer)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from longspan.comm.base import Communicator, Pending
+from longspan.comm.base import RANKS, Communicator, GroupNames, Pending
 from longspan.errors import CommunicationError
 
 _Mailbox = queue.SimpleQueue[Tensor]
@@ -18,8 +18,8 @@ _Mailbox = queue.SimpleQueue[Tensor]
 class ThreadCommunicator:
     """One rank of a group of threads. Make all of them at once with `thread_group`."""
 
-    def __init__(self, rank: int, mailboxes: list[list[_Mailbox]], timeout_s: float) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, mailboxes: list[list[_Mailbox]], timeout_s: float, names: GroupNames) -> None:
+        self.rank, self._names = rank, names
         self.size = len(mailboxes)
         self._mailboxes = mailboxes  # [source][destination]
         self._timeout_s = timeout_s
@@ -36,13 +36,13 @@ class ThreadCommunicator:
             message = self._mailboxes[peer][self.rank].get(timeout=self._timeout_s)
         except queue.Empty:
             raise CommunicationError(
-                f"rank {self.rank}: nothing from rank {peer} within {self._timeout_s:g} s (receive of "
-                f"{tensor.numel()} elements)"
+                f"{self._names.own(self.rank)}: nothing from {self._names.peer(peer)} within {self._timeout_s:g} s "
+                f"(receive of {tensor.numel()} elements)"
             ) from None
         if message.numel() != tensor.numel() or message.dtype != tensor.dtype:
             raise CommunicationError(
-                f"rank {self.rank}: rank {peer} sent {message.numel()} {message.dtype}, expected {tensor.numel()} "
-                f"{tensor.dtype}"
+                f"{self._names.own(self.rank)}: {self._names.peer(peer)} sent {message.numel()} {message.dtype}, "
+                f"expected {tensor.numel()} {tensor.dtype}"
             )
         tensor.copy_(message.view(tensor.shape))
 
@@ -60,7 +60,7 @@ class _PendingReceive:
             self._comm.receive(peer, tensor)
 
 
-def thread_group(size: int, *, timeout_s: float = 300.0) -> list[Communicator]:
+def thread_group(size: int, *, timeout_s: float = 300.0, names: GroupNames = RANKS) -> list[Communicator]:
     """Make the communicators of `size` ranks, one for each thread."""
     mailboxes: list[list[_Mailbox]] = [[queue.SimpleQueue() for _ in range(size)] for _ in range(size)]
-    return [ThreadCommunicator(rank, mailboxes, timeout_s) for rank in range(size)]
+    return [ThreadCommunicator(rank, mailboxes, timeout_s, names) for rank in range(size)]

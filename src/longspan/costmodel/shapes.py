@@ -62,7 +62,7 @@ class ModelShape(msgspec.Struct, frozen=True):
         """Whether `divided` accepts this size."""
         if self.spec.state_groups and tensor_parallel_size > 1:
             return False
-        return all(_is_divisible(group, tensor_parallel_size) for group in self.spec.kv_groups)
+        return all(is_divisible(group, tensor_parallel_size) for group in self.spec.kv_groups)
 
     def divided(self, tensor_parallel_size: int) -> "ModelShape":
         """One device's part of the model where `tensor_parallel_size` devices share heads and weights.
@@ -83,7 +83,7 @@ class ModelShape(msgspec.Struct, frozen=True):
         groups: list[KVGroup] = []
         for group in self.spec.kv_groups:
             query_heads, kv_heads = group.num_query_heads, group.spec.layout.num_kv_heads
-            if not _is_divisible(group, size):
+            if not is_divisible(group, size):
                 raise ConfigError(
                     f"tensor_parallel_size: got {size} with {query_heads} query and {kv_heads} KV heads, legal is a "
                     "divisor of the query heads that divides the KV heads or is a multiple of them"
@@ -106,6 +106,7 @@ class ModelShape(msgspec.Struct, frozen=True):
         )
 
 
-def _is_divisible(group: KVGroup, size: int) -> bool:
+def is_divisible(group: KVGroup, size: int) -> bool:
+    """Whether devices can share the heads of a KV group; where there are fewer KV heads, several have the same ones."""
     kv_heads = group.spec.layout.num_kv_heads
     return group.num_query_heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)

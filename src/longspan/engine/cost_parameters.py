@@ -44,6 +44,7 @@ class MeasuredOn(msgspec.Struct, frozen=True):
     cpu: str
     num_cores: int
     num_threads: int
+    tensor_parallel_size: int
     attention: str
     """Heads, widths, dtype and kernels, as text."""
     num_parameters: int
@@ -232,6 +233,7 @@ def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], n
         cpu=_cpu_name(),
         num_cores=num_cores(),
         num_threads=config.num_threads,
+        tensor_parallel_size=config.tensor_parallel_size,
         attention=(
             f"{config.attention_backend} {group.num_query_heads} {group.spec} {group.partial_dtype} {softcap} "
             f"{kernels.fingerprint()}"

@@ -114,7 +114,7 @@ class Engine(ClosedAtExit):
         dtype = resolve_dtype(config.dtype, torch.device(device))
         if device == "cpu" and not kernels.is_available():
             print(f"longspan: {WITHOUT_KERNELS}", file=sys.stderr)
-        spec = inspect_model(model_config, generation_config, dtype)
+        spec = inspect_model(model_config, generation_config, dtype, config.tensor_parallel_size)
         spec = with_small_weights(spec, config.model, model_config, dtype, config.quantization)
         self.spec: ModelSpec = _completed(spec, config, end_token_ids)
         if config.state_snapshot_tokens is not None and not spec.state_groups:
@@ -374,7 +374,8 @@ class Engine(ClosedAtExit):
                     share=share,
                     kv_pages_used=sum(allocator.peak_used for allocator in allocators),
                     kv_pages_total=sum(allocator.num_pages for allocator in allocators),
-                    kv_bytes=sum(
+                    kv_bytes=self.config.tensor_parallel_size
+                    * sum(
                         allocator.peak_used * group.page_bytes(self.config.page_size)
                         for allocator, group in zip(allocators, self.spec.kv_groups, strict=True)
                     )

@@ -90,9 +90,11 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
     if not gpus:
         raise ConfigError("device: got 'cuda' on a machine where PyTorch sees no usable GPU, legal is cpu")
     if len(gpus) < needed:
+        size = config.tensor_parallel_size
         raise ConfigError(
-            f"context_parallel_size: got {config.context_parallel_size} with {len(gpus)} "
-            f"GPU{'s' * (len(gpus) != 1)}, legal is one rank for each at most, or device cpu"
+            f"context_parallel_size: got {config.context_parallel_size}{f' x {size} processes' * (size > 1)} with "
+            f"{len(gpus)} GPU{'s' * (len(gpus) != 1)}, legal is one {'rank' if size == 1 else 'process'} for each at "
+            "most, or device cpu"
         )
     for gpu in gpus[:needed]:
         check_capability(gpu.name, gpu.capability)

@@ -19,7 +19,7 @@ DEFAULT_KV_CACHE_MEMORY = 4 * 2**30
 def rank_cache_memory(
     config: EngineConfig, gpus: Sequence[GPU], spec: ModelSpec, hidden_size: int, *, is_loaded: bool
 ) -> tuple[int, ...]:
-    """Return the bytes for KV of every rank.
+    """Return the bytes for KV of every rank, or, where ranks have several processes, of each process of every rank.
 
     Args:
         config: what the user asked for, with the device that was chosen.
@@ -33,8 +33,9 @@ def rank_cache_memory(
     """
     asked, size, weights = config.kv_cache_memory, config.context_parallel_size, config.known_weights
     shares = (1.0,) * size if weights is None else tuple([weight / max(weights) for weight in weights])
+    parts = config.tensor_parallel_size
     if config.device == "cpu":
-        whole = kv_cache_memory(asked, sum(shares))
+        whole = kv_cache_memory(asked, parts * sum(shares))
         return tuple([int(whole * share) for share in shares])
     if config.executor in REMOTE_EXECUTORS:
         if asked is None:
@@ -44,22 +45,22 @@ def rank_cache_memory(
             )
         return tuple([int(asked * share) for share in shares])
     weight_bytes = 0 if is_loaded else spec.weight_bytes
-    if len(gpus) < size:  # threads share one GPU
-        together = None if asked is None else int(asked * sum(shares))
-        tokens = config.max_num_batched_tokens * size
-        left = gpu_cache_memory(together, gpus, spec, weight_bytes, hidden_size, tokens, config.gpu_memory_utilization)
-        return tuple([int(left / sum(shares) * share) for share in shares])
+    if len(gpus) < size * parts:  # threads share one GPU
+        together = None if asked is None else int(asked * parts * sum(shares))
+        tokens, used = config.max_num_batched_tokens * size * parts, config.gpu_memory_utilization
+        left = gpu_cache_memory(together, gpus, spec, parts * weight_bytes, hidden_size, tokens, used)
+        return tuple([int(left / parts / sum(shares) * share) for share in shares])
     rooms = [
         gpu_cache_memory(
             None if asked is None else int(asked * share),
-            [gpu],
+            gpus[rank * parts : (rank + 1) * parts],
             spec,
             weight_bytes,
             hidden_size,
             config.max_num_batched_tokens,
             config.gpu_memory_utilization,
         )
-        for gpu, share in zip(gpus, shares, strict=True)
+        for rank, share in enumerate(shares)
     ]
     if config.rank_weights == "auto":
         return tuple(rooms)
@@ -72,7 +73,7 @@ def kv_cache_memory(asked: int | None, num_shares: float) -> int:
 
     Args:
         asked: bytes that the user asked for, or None.
-        num_shares: ranks on this machine, each counted by its share of what the rank with most has.
+        num_shares: processes of ranks on this machine, each counted by its share of what the one with most has.
 
     Raises:
         ConfigError: all ranks together would take more than the machine has.

@@ -75,7 +75,7 @@ class _WorkerActor:
 
 
 class RayLauncher:
-    """Launcher of one Ray actor per process, in a placement group with one bundle for each."""
+    """Launcher of one Ray actor per process, in a placement group with one bundle for each rank."""
 
     is_remote = True
     directory: str | None = None
@@ -135,10 +135,10 @@ class RayLauncher:
     def start(self, address: str, shape: GroupShape) -> None:
         assert shape == self._shape, "known before, as the cluster may be made for it"
         assert self.secret is not None
-        config, threads = self._config, self._config.num_threads
+        config, threads, size = self._config, self._config.num_threads, shape.processes_per_rank
         gpus = int(config.device == "cuda")
-        needs = {"CPU": threads, **({"GPU": 1} if gpus else {})}
-        group = self._group = placement_group([needs] * shape.world_size, strategy=config.ray_placement.upper())
+        needs = {"CPU": size * threads, **({"GPU": size} if gpus else {})}  # a bundle is on one node
+        group = self._group = placement_group([needs] * shape.num_ranks, strategy=config.ray_placement.upper())
         if not group.wait(config.connect_timeout_s):
             raise WorkerError(
                 f"the Ray cluster has no room for {shape} of {threads} CPUs{' and a GPU' * gpus} within "
@@ -146,8 +146,8 @@ class RayLauncher:
                 f"CPUs on {sum(bool(node['Alive']) for node in ray.nodes())} nodes"
             )
         actor = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0)(_WorkerActor)
-        for number, process in enumerate(shape.processes):
-            where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
+        for process in shape.processes:
+            where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=process.rank)
             self._actors.append(actor.options(scheduling_strategy=where).remote(shape.name(process)))
         try:
             waiting = [one.node.remote() for one in self._actors]

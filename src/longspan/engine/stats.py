@@ -78,7 +78,8 @@ class EngineStats:
     steps_per_strategy: Mapping[str, int] = field(default_factory=dict)
     """(plan, KV group) pairs that used each strategy."""
     bytes_per_strategy: Mapping[str, int] = field(default_factory=dict)
-    """Bytes that ranks sent each other, by strategy; those of states as `states`."""
+    """Bytes that ranks sent each other, by strategy; those of states as `states`, and those that the processes of a
+    rank sent each other for sums as `sums`."""
     num_preemptions: int = 0
     """Times that a running request gave its pages back and started again later."""
     prefix_queries_tokens: int = 0

@@ -12,59 +12,68 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from longspan.attention.base import AttentionBackend
+from longspan.comm.base import PROCESSES
 from longspan.comm.threads import thread_group
 from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.executor import PendingPlans
-from longspan.errors import LongspanError, WorkerError
+from longspan.errors import ConfigError, LongspanError, WorkerError
 from longspan.group.messages import Measure, Start
 from longspan.group.plans import PlanReceiver, PlanSender
-from longspan.group.shape import speaker
-from longspan.models.speedups import COMPILED, speed_up_
+from longspan.group.shape import GroupShape, ProcessId, speaker
+from longspan.models.loader import load_model, resolve_dtype
+from longspan.models.speedups import COMPILED, speed_up_, speedups_of
+from longspan.models.tensor_parallel import Part, copy_of, cut_
 from longspan.plan.types import Plan, PlanResult
-from longspan.worker.build import build_runner, load_weights, open_device, with_options
+from longspan.worker.build import build_runner, load_weights, open_device, peers_of, with_options
 from longspan.worker.measure import measure
 from longspan.worker.runner import ModelRunner
 
 
 class ThreadExecutor:
-    """Executor with one thread per rank. `threads_per_rank` sets the compute threads of the whole process."""
+    """Executor with one thread per rank. `threads_per_rank` sets the compute threads of the whole process.
+
+    Where processes would share a rank's weights, each of them is a thread with its own part.
+    """
 
     def __init__(self, start: Start, model: torch.nn.Module | None = None) -> None:
         """Load the model (or take one that is loaded) and start the ranks."""
         torch.set_num_threads(start.config.num_threads)
-        size = start.config.context_parallel_size
-        tools = open_device(start, speaker(0), ranks_on_device=size, is_loaded=model is not None)
+        shape = GroupShape.of(start.config)
+        tools = open_device(start, speaker(0), processes_on_device=shape.world_size, is_loaded=model is not None)
         if model is None:
-            model = load_weights(start, tools.device, show_progress=False, tells=True)
+            model = _load(start, shape, tools.device)
         elif start.config.compile_dense:
             speed_up_(model, [COMPILED])
         self._pending, self._stop_s = PendingPlans(), start.config.stop_s
-        self._sender, self._receivers = PlanSender(), [PlanReceiver(rank) for rank in range(size)]
+        self._sender, self._receivers = PlanSender(), [PlanReceiver(rank) for rank in range(shape.num_ranks)]
         self._inboxes: list[queue.SimpleQueue[Plan | None]] = []
         self._threads: list[threading.Thread] = []
-        comms = thread_group(size, timeout_s=start.config.exchange_timeout_s)
-        comms = [with_options(comm, start) for comm in comms]
-        self.runners = [build_runner(start, model, comm, tools.backend) for comm in comms]
-        for runner in self.runners:
+        self._shape = shape
+        self.runners = _build_runners(start, shape, model, tools.backend)
+        """One runner per process, in the order of their numbers."""
+        for process, runner in zip(shape.processes, self.runners, strict=True):
             inbox: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
-            thread = threading.Thread(
-                target=self._serve, args=(runner, inbox), name=f"longspan-rank-{runner.rank}", daemon=True
-            )
+            name = f"longspan-{shape.name(process).replace(' ', '-')}"
+            thread = threading.Thread(target=self._serve, args=(process, runner, inbox), name=name, daemon=True)
             self._inboxes.append(inbox)
             self._threads.append(thread)
             thread.start()
 
-    def _serve(self, runner: ModelRunner, inbox: "queue.SimpleQueue[Plan | None]") -> None:
+    def _serve(self, process: ProcessId, runner: ModelRunner, inbox: "queue.SimpleQueue[Plan | None]") -> None:
+        who = self._shape.name(process)
         while (plan := inbox.get()) is not None:
             try:
-                self._pending.answer(runner.run(plan))
+                result = runner.run(plan)
+                if process.speaks_for_rank:
+                    self._pending.answer(result)
             except LongspanError as error:
-                error.add_note(f"rank {runner.rank}, plan {plan.plan_id} ({plan.phase})")
+                error.add_note(f"{who}, plan {plan.plan_id} ({plan.phase})")
                 self._pending.fail(error)
                 return
             except Exception as error:
                 text = f"{type(error).__name__}: {error} in plan {plan.plan_id} ({plan.phase})"
-                failure = WorkerError(f"rank {runner.rank}: {text}")
+                failure = WorkerError(f"{who}: {text}")
                 failure.__cause__ = error
                 self._pending.fail(failure)
                 return
@@ -76,13 +85,16 @@ class ThreadExecutor:
             self._inboxes[0].put(plan)
             return future
         for rank, message in self._sender.messages(plan).items():  # ranks know what they would know as processes
-            self._inboxes[rank].put(self._receivers[rank].take(message))
+            taken = self._receivers[rank].take(message)
+            for index in range(self._shape.processes_per_rank):
+                self._inboxes[self._shape.number(ProcessId(rank, index))].put(taken)
         return future
 
     def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:
         message = Measure(nodes, machines)
         with ThreadPoolExecutor(len(self.runners)) as threads:
-            return list(threads.map(lambda runner: measure(runner, message), self.runners))
+            found = list(threads.map(lambda runner: measure(runner, message), self.runners))
+        return found[:: self._shape.processes_per_rank]
 
     @property
     def failure(self) -> BaseException | None:
@@ -90,7 +102,7 @@ class ThreadExecutor:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        return (platform.node(),) * len(self.runners)
+        return (platform.node(),) * self._shape.num_ranks
 
     def close(self) -> None:
         self._pending.fail(LongspanError("the engine is closed"))
@@ -103,3 +115,40 @@ class ThreadExecutor:
 
     def replace(self) -> None:
         self.close()
+
+
+def _load(start: Start, shape: GroupShape, device: torch.device) -> torch.nn.Module:
+    """Load all of the model; its parts get speed-ups of their own."""
+    if shape.processes_per_rank == 1:
+        return load_weights(start, device, show_progress=False, tells=True)
+    config = start.config
+    return load_model(
+        config.model,
+        resolve_dtype(config.dtype, device),
+        show_progress=False,
+        device=device,
+        lora=config.lora,
+        overrides=config.hf_overrides,
+    )
+
+
+def _build_runners(
+    start: Start, shape: GroupShape, model: torch.nn.Module, backend: AttentionBackend
+) -> list[ModelRunner]:
+    """Build the runners of all processes, in the order of their numbers."""
+    timeout_s, size = start.config.exchange_timeout_s, shape.processes_per_rank
+    cp_groups = [thread_group(shape.num_ranks, timeout_s=timeout_s) for _ in range(size)]
+    if size == 1:
+        return [build_runner(start, model, with_options(comm, start), backend) for comm in cp_groups[0]]
+    if speedups_of(model):
+        raise ConfigError("model: got one with speed-ups and tensor_parallel_size, legal is one as it was loaded")
+    runners = []
+    for rank in range(shape.num_ranks):
+        tp_group = thread_group(size, timeout_s=timeout_s, names=PROCESSES)
+        for index, comm in enumerate(tp_group):
+            part = copy_of(model)
+            cut_(part, Part(index, size), start.spec.kv_groups)
+            speed_up_(part)
+            cp = with_options(cp_groups[index][rank], start)
+            runners.append(build_runner(start, part, cp, backend, peers=peers_of(comm, start)))
+    return runners

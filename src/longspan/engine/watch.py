@@ -288,7 +288,10 @@ def _pool_bytes(start: Start) -> list[int] | None:
     sizes = [group.page_bytes(start.config.page_size) for group in start.spec.kv_groups]
     if start.spec.state_groups:
         sizes.append(start.spec.state_bytes)
-    return [sum(count * size for count, size in zip(of_rank, sizes, strict=True)) for of_rank in start.num_pages]
+    parts = start.config.tensor_parallel_size
+    return [
+        parts * sum(count * size for count, size in zip(of_rank, sizes, strict=True)) for of_rank in start.num_pages
+    ]
 
 
 def _may_say(process: ProcessId, message: Answer | Measured | Files | Ready | Failed) -> bool:

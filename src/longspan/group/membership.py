@@ -78,12 +78,28 @@ class Membership:
             theirs, ours = getattr(hello.versions, package), getattr(self._versions, package)
             if theirs != ours:
                 raise ConfigError(f"version of {package}: got {theirs} from {who}, legal is the driver's, {ours}")
+        self._check_host(process, hello, who)
         self._check_memory(process.rank, hello, who)
         self._check_addresses(hello)
         self._members[process] = Member(hello, voice)
         self._voices[process.rank].append(voice)
         self._speakers[voice] = process
         return process
+
+    def _check_host(self, process: ProcessId, hello: Hello, who: str) -> None:
+        """Check that the processes of a rank share a host: they add up after every product of a layer.
+
+        Raises:
+            ConfigError: another process of the rank is on another host.
+        """
+        for other, member in self._members.items():
+            if other.rank == process.rank and member.hello.host != hello.host:
+                number, size = self._shape.number(process), self._shape.processes_per_rank
+                first = size * process.rank
+                raise ConfigError(
+                    f"RANK: got {number} from {who}, and {self._shape.number(other)} from {self.name(other)}, legal is "
+                    f"one host for both: {first} to {first + size - 1} are one rank (tensor_parallel_size)"
+                )
 
     def _check_memory(self, rank: int, hello: Hello, who: str) -> None:
         """Check that a host has the memory that the driver means its ranks to have.

@@ -52,7 +52,7 @@ class GroupShape(NamedTuple):
     @classmethod
     def of(cls, config: EngineConfig) -> "GroupShape":
         """Shape of the group that a config describes."""
-        return cls(config.context_parallel_size, processes_per_rank=1)
+        return cls(config.context_parallel_size, config.tensor_parallel_size)
 
     @property
     def world_size(self) -> int:

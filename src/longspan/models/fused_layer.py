@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.models import fused_layer_gemm
+from longspan.models import fused_layer_gemm, fused_layer_part
+from longspan.models.fused_layer_part import Joints
 from longspan.models.hook import AttendFunction, AttentionCall
 from longspan.models.last_layer import READ_ROWS
 from longspan.models.packed_linear import PackedLinear
 from longspan.models.same_result import activation_name, agree, random_rows
+from longspan.models.tensor_parallel import JOINT, Joint, bias_behind
 from longspan.native.kernels import MAX_LINEAR_ROWS, MAX_ROWS
 from longspan.native.layer import ACTIVATIONS, FusedLayer, LayerWeights
 from longspan.native.matrix import Matrix
@@ -67,8 +69,8 @@ class _UnknownLayerError(Exception):
 
 def _fused_forward(layer: Any, *, is_last: bool) -> Callable[..., Tensor]:
     """Make a forward of the layer that gives its rows to the kernels."""
-    fused = _fused(layer)
-    call, angles_width = _prove(layer, fused)
+    fused, joints = _fused(layer), _joints(layer)
+    call, angles_width = _prove(layer, fused, joints)
     own_forward: Callable[..., Tensor] = layer.forward
 
     def forward(
@@ -97,8 +99,8 @@ def _fused_forward(layer: Any, *, is_last: bool) -> Callable[..., Tensor]:
         read = others.get(READ_ROWS) if is_last else None
         mlp = None if fused.inner else partial(_compute_mlp, layer.mlp, read, len(x))
         if read is None:
-            return _behind_attention(fused, attended, x, mlp)[None]
-        return x.index_copy(0, read, _behind_attention(fused, attended[read], x[read], mlp))[None]
+            return _behind_attention(fused, joints, attended, x, mlp)[None]
+        return x.index_copy(0, read, _behind_attention(fused, joints, attended[read], x[read], mlp))[None]
 
     return forward
 
@@ -114,11 +116,14 @@ def _before_attention(fused: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor) ->
     return fused_layer_gemm.before_attention(fused, x, cos, sin)
 
 
-def _behind_attention(fused: FusedLayer, attended: Tensor, x: Tensor, mlp: Callable[[Tensor], Tensor] | None) -> Tensor:
+def _behind_attention(
+    fused: FusedLayer, joints: Joints | None, attended: Tensor, x: Tensor, mlp: Callable[[Tensor], Tensor] | None
+) -> Tensor:
     """Compute what lies behind attention.
 
     Args:
         fused: layer.
+        joints: sums of a layer of which this process has a part; None if it has the whole layer.
         attended: [T, H, D].
         x: [T, hidden] input of the layer.
         mlp: function from [T, hidden] to [T, hidden] of a layer without the MLP's weights, else None.
@@ -126,6 +131,8 @@ def _behind_attention(fused: FusedLayer, attended: Tensor, x: Tensor, mlp: Calla
     Returns:
         [T, hidden].
     """
+    if joints is not None:
+        return fused_layer_part.behind_attention(fused, joints, attended, x, mlp)
     is_few = fused.takes(x.shape[0])
     if mlp is None:
         return fused.behind_attention(attended, x) if is_few else fused_layer_gemm.behind_attention(fused, attended, x)
@@ -175,7 +182,7 @@ def _fused(layer: Any) -> FusedLayer:
     is_mixture = hasattr(mlp, "experts")
     if not is_mixture:
         _only(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
-        if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+        if any(bias_behind(linear) is not None for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
             raise _UnknownLayerError("a bias in the MLP")
     before, behind = layer.input_layernorm, layer.post_attention_layernorm
     before_mlp = layer.pre_feedforward_layernorm if is_sandwich else behind
@@ -192,7 +199,7 @@ def _fused(layer: Any) -> FusedLayer:
         q_norm=_scale(attention.q_norm) if per_head else None,
         k_norm=_scale(attention.k_norm) if per_head else None,
         o=_matrix(attention.o_proj),
-        o_bias=attention.o_proj.bias,
+        o_bias=bias_behind(attention.o_proj),
         behind_attention=_scale(behind) if is_sandwich else None,
         before_mlp=_scale(before_mlp),
         gate=None if is_mixture else _matrix(mlp.gate_proj),
@@ -208,6 +215,20 @@ def _fused(layer: Any) -> FusedLayer:
         epsilon=_epsilon(over_hidden),
         head_epsilon=_epsilon(per_head) if per_head else 0.0,
     )
+
+
+def _joints(layer: Any) -> Joints | None:
+    """Return the sums of a layer of which this process has a part; None if it has the whole layer.
+
+    Raises:
+        _UnknownLayerError: only one half of the layer is cut.
+    """
+    attention: Joint | None = getattr(layer.self_attn.o_proj, JOINT, None)
+    down = getattr(layer.mlp, "down_proj", None)
+    mlp: Joint | None = getattr(down, JOINT, None)
+    if down is not None and (attention is None) != (mlp is None):
+        raise _UnknownLayerError("a layer of which one half is cut")
+    return None if attention is None else Joints(attention, mlp)
 
 
 def _matrix(linear: Any) -> Matrix:
@@ -241,7 +262,7 @@ def _scale(norm: Any) -> Tensor:
     raise _UnknownLayerError(type(norm).__name__)
 
 
-def _prove(layer: Any, fused: FusedLayer) -> tuple[AttentionCall, int]:
+def _prove(layer: Any, fused: FusedLayer, joints: Joints | None) -> tuple[AttentionCall, int]:
     """Compare all forms of the layer on random rows.
 
     Returns:
@@ -279,7 +300,7 @@ def _prove(layer: Any, fused: FusedLayer) -> tuple[AttentionCall, int]:
         q, k, v = _before_attention(fused, x[:num_rows], cos[:num_rows], sin[:num_rows])
         attended = attend(replace(call, q=q, k=k, v=v)).contiguous()
         mlp = None if fused.inner else partial(_compute_mlp, layer.mlp, None, num_rows)
-        found = _behind_attention(fused, attended, x[:num_rows], mlp)
+        found = _behind_attention(fused, joints, attended, x[:num_rows], mlp)
         if not (torch.is_tensor(wanted) and wanted.shape[0] == 1 and agree(found, wanted[0, :num_rows])):
             raise _UnknownLayerError(f"{type(layer).__name__} computes something else")
     return call, angles.shape[-1]

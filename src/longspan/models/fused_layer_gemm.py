@@ -32,9 +32,9 @@ def before_attention(layer: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor) -> 
     k = torch.empty(layer.num_kv_heads, num_rows, layer.width)
     v = torch.empty(layer.num_kv_heads, num_rows, layer.width)
     weights = layer.weights
-    for rows in _blocks(num_rows):
+    for rows in blocks(num_rows):
         normed = layer.norm(x[rows])
-        products = (_product(normed, weights.q), _product(normed, weights.k), _product(normed, weights.v))
+        products = (product(normed, weights.q), product(normed, weights.k), product(normed, weights.v))
         layer.finish_heads(products, cos[rows], sin[rows], q[rows], k[:, rows], v[:, rows])
     return q, k, v
 
@@ -43,29 +43,30 @@ def behind_attention(layer: FusedLayer, attended: Tensor, x: Tensor) -> Tensor:
     """Compute output projection and MLP like `FusedLayer.behind_attention`, for any number of rows."""
     y = torch.empty_like(x)
     weights = layer.weights
-    for rows in _blocks(x.shape[0]):
-        added = _product(attended[rows].flatten(1), weights.o)
+    for rows in blocks(x.shape[0]):
+        added = product(attended[rows].flatten(1), weights.o)
         normed = layer.add_attention_(added, x[rows])
-        gate = _product(normed, weights.gate)
-        layer.gate_(gate, _product(normed, weights.up))
-        layer.add_mlp(_product(gate, weights.down), added, y[rows])
+        gate = product(normed, weights.gate)
+        layer.gate_(gate, product(normed, weights.up))
+        layer.add_mlp(product(gate, weights.down), added, y[rows])
     return y
 
 
 def project_attention(layer: FusedLayer, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Compute output projection and norm like `FusedLayer.project_attention`, for any number of rows."""
-    added = _product(attended.flatten(1), layer.weights.o)
+    added = product(attended.flatten(1), layer.weights.o)
     return added, layer.add_attention_(added, x) if len(x) else torch.empty_like(x)
 
 
-def _blocks(num_rows: int) -> Iterator[slice]:
+def blocks(num_rows: int) -> Iterator[slice]:
     """Cut all rows into few blocks of about equal size."""
     num_blocks = -(-num_rows // BLOCK_ROWS)
     for i in range(num_blocks):
         yield slice(num_rows * i // num_blocks, num_rows * (i + 1) // num_blocks)
 
 
-def _product(x: Tensor, weight: Matrix | None) -> Tensor:
+def product(x: Tensor, weight: Matrix | None) -> Tensor:
+    """Multiply rows [T, width] by the transpose of a weight [out, width]."""
     assert weight is not None, "the MLP is computed elsewhere"
     if isinstance(weight, PackedMatrix):
         return multiply_unpacked(x, weight)

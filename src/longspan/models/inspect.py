@@ -26,6 +26,7 @@ from longspan.models.quantization import check_quantization, dense_config
 from longspan.models.recurrent import TraceCache, recurrent_modules
 from longspan.models.rope import check_applied, check_rope, longest_request, rope_lengths
 from longspan.models.state_proof import check_recurrence
+from longspan.models.tensor_parallel import Part, check_divisible, check_part, cut_
 from longspan.types import AttentionParams, ModelSpec
 
 MAX_SIZES = {
@@ -87,7 +88,10 @@ class _Recorder:
 
 
 def inspect_model(
-    config: PreTrainedConfig, generation_config: GenerationConfig | None, dtype: torch.dtype
+    config: PreTrainedConfig,
+    generation_config: GenerationConfig | None,
+    dtype: torch.dtype,
+    tensor_parallel_size: int = 1,
 ) -> ModelSpec:
     """Find the facts of a model that the engine needs.
 
@@ -95,9 +99,11 @@ def inspect_model(
         config: the model's config.
         generation_config: for the end tokens, beside those of `config`.
         dtype: dtype of weights and KV.
+        tensor_parallel_size: processes that share a rank's weights.
 
     Returns:
-        The model's facts. Layers that share KV widths and window form one KV group.
+        The model's facts, or those of the first process's part of it: heads, weights, bytes. Layers that share KV
+        widths and window form one KV group.
 
     Raises:
         UnsupportedModelError: the model does something that is not proven exact.
@@ -108,6 +114,11 @@ def inspect_model(
         if spec.state_groups:
             layouts = {layer: group.components for group in spec.state_groups for layer in group.layers}
             check_recurrence(recurrent_modules(model), layouts, config.hidden_size)
+        if tensor_parallel_size > 1:
+            check_divisible(model, spec, tensor_parallel_size)
+            cut_(model, Part(0, tensor_parallel_size), spec.kv_groups)
+            whole, spec = spec, _traced(model, config, generation_config, dtype)
+            check_part(whole, spec, tensor_parallel_size)
         return spec
     except LongspanError:
         raise
@@ -133,6 +144,14 @@ def trace_model(
         )
         adapt_(model)
         check_applied(config, model)
+    return _traced(model, config, generation_config, dtype), model
+
+
+def _traced(
+    model: Any, config: PreTrainedConfig, generation_config: GenerationConfig | None, dtype: torch.dtype
+) -> ModelSpec:
+    """Find the facts of a model on the meta device by running it."""
+    with torch.device("meta"), torch.inference_mode():
         recorder, states = _Recorder(), TraceCache()
         experts = ExpertRecorder(model)
         token = torch.zeros(1, 1, dtype=torch.long)
@@ -162,7 +181,7 @@ def trace_model(
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
     _check_reaches([spec for spec, _ in groups])
     params = {call.layer: AttentionParams(call.scale, call.softcap, call.window) for call in calls}
-    facts = ModelSpec(
+    return ModelSpec(
         architecture=type(model).__name__,
         num_layers=num_layers,
         vocab_size=config.vocab_size,
@@ -176,7 +195,6 @@ def trace_model(
         rope_lengths=rope_lengths(config),
         state_groups=states.groups(),
     )
-    return facts, model
 
 
 def _check_layers(with_attention: Sequence[int], with_state: Collection[int], num_layers: int) -> None:

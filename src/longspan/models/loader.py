@@ -203,6 +203,7 @@ def load_model(
     quantization: QuantizationName = "none",
     lora: str | None = None,
     tell: Callable[[str], None] = lambda _line: None,
+    cut_: Callable[[nn.Module], None] = lambda _model: None,
 ) -> nn.Module:
     """Load weights from safetensors, memory-mapped where file and model agree on the dtype.
 
@@ -218,6 +219,7 @@ def load_model(
         quantization: which linear layers stay or become small.
         lora: directory of an adapter that is merged into the weights, or None.
         tell: takes a line for the user, about tensors that are left out.
+        cut_: leaves a part of the model, before it goes to its device.
 
     Raises:
         ConfigError: the weights are missing or broken; pickled weights are never loaded.
@@ -242,7 +244,8 @@ def load_model(
     if (bits := ROUNDED_BITS.get(quantization)) is not None:
         round_linears_(loaded, bits)
         round_experts_(loaded, bits)
-    module: nn.Module = loaded.eval().requires_grad_(False).to(device)
+    cut_(loaded.eval().requires_grad_(False))
+    module: nn.Module = loaded.to(device)
     adapt_(module)
     return module
 

@@ -77,6 +77,7 @@ def has_fixed_steps(config: EngineConfig, model: ModelSpec) -> bool:
 
 
 def is_captured(config: EngineConfig) -> bool:
-    """Whether steps of fixed shape are captured: not where ranks wait for each other in Python, as threads do."""
+    """Whether steps of fixed shape are captured: not where ranks wait for each other in Python, as threads do, nor yet
+    where the processes of a rank add up their parts."""
     are_threads = config.executor == "threads" and config.context_parallel_size > 1
-    return config.device == "cuda" and not are_threads
+    return config.device == "cuda" and not are_threads and config.tensor_parallel_size == 1

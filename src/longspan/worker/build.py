@@ -12,14 +12,16 @@ from typing import NamedTuple
 import torch
 
 from longspan.attention.base import AttentionBackend
-from longspan.comm.base import Communicator
+from longspan.comm.base import PROCESSES, Communicator
 from longspan.comm.checking import CheckingCommunicator
 from longspan.comm.delaying import DelayingCommunicator
+from longspan.comm.peers import Peers
 from longspan.group.heartbeat import ProcessProgress
 from longspan.group.messages import Start
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import ALWAYS, SPEEDUPS, speed_up_
+from longspan.models.tensor_parallel import Part, connect_, cut_
 from longspan.plan.fixed_shape import OWN_DECODE, has_fixed_steps, is_captured
 from longspan.plan.types import Plan
 from longspan.types import ModelSpec
@@ -36,13 +38,15 @@ class DeviceTools(NamedTuple):
     backend: AttentionBackend
 
 
-def open_device(start: Start, process: ProcessId, *, ranks_on_device: int = 1, is_loaded: bool = False) -> DeviceTools:
+def open_device(
+    start: Start, process: ProcessId, *, processes_on_device: int = 1, is_loaded: bool = False
+) -> DeviceTools:
     """Open and check a process's device and attention kernels. The group's first process logs a GPU's name.
 
     Args:
         start: the driver's start message.
         process: this process.
-        ranks_on_device: ranks that share the device and one set of weights: all of them if ranks are threads, else 1.
+        processes_on_device: processes that share the device and its weights: all of them if ranks are threads, else 1.
         is_loaded: whether the weights are loaded already.
 
     Raises:
@@ -51,9 +55,12 @@ def open_device(start: Start, process: ProcessId, *, ranks_on_device: int = 1, i
     """
     config, shape = start.config, GroupShape.of(start.config)
     device = process_device(config, shape, process, os.environ)
-    here = start.num_pages if ranks_on_device > 1 else start.num_pages[process.rank : process.rank + 1]
-    num_pages = [sum(of_group) for of_group in zip(*here, strict=True)]
-    check_memory(start.spec, 0 if is_loaded else start.spec.weight_bytes, num_pages, config.page_size, device)
+    are_threads = processes_on_device > 1
+    parts = shape.processes_per_rank if are_threads else 1
+    here = start.num_pages if are_threads else start.num_pages[process.rank : process.rank + 1]
+    num_pages = [parts * sum(of_group) for of_group in zip(*here, strict=True)]
+    weight_bytes = 0 if is_loaded else parts * start.spec.weight_bytes
+    check_memory(start.spec, weight_bytes, num_pages, config.page_size, device)
     backend = device_backend(config, start.spec, device)
     if device.type == "cuda" and (mode := _graph_mode(start, backend)) != "never":
         _check_fixed_steps(start.spec, device, mode)
@@ -72,12 +79,15 @@ def _check_fixed_steps(spec: ModelSpec, device: torch.device, mode: GraphMode) -
         check_fixed_step(group, params, device, CUDAGraphs() if mode == "captured" else None)
 
 
-def load_weights(start: Start, device: torch.device, *, show_progress: bool, tells: bool) -> torch.nn.Module:
+def load_weights(
+    start: Start, device: torch.device, part: Part | None = None, *, show_progress: bool, tells: bool
+) -> torch.nn.Module:
     """Load the model, with weights and speed-ups.
 
     Args:
         start: the driver's start message.
         device: device of the weights.
+        part: which part of a model that a rank's processes share; None for all of it.
         show_progress: whether to draw a progress bar on standard error.
         tells: whether this process says on standard error what is left out.
     """
@@ -90,6 +100,7 @@ def load_weights(start: Start, device: torch.device, *, show_progress: bool, tel
         lora=start.config.lora,
         overrides=start.config.hf_overrides,
         tell=_tell if tells else _ignore,
+        cut_=_ignore if part is None else lambda model: cut_(model, part, start.spec.kv_groups),
     )
     speed_up_(model, SPEEDUPS if start.config.compile_dense else ALWAYS)
     return model
@@ -99,8 +110,8 @@ def _tell(line: str) -> None:
     print(f"longspan: {line}", file=sys.stderr, flush=True)
 
 
-def _ignore(_line: str) -> None:
-    """Say nothing."""
+def _ignore(_whatever: object) -> None:
+    """Do nothing."""
 
 
 def with_options(comm: Communicator, start: Start) -> Communicator:
@@ -120,6 +131,16 @@ def with_options(comm: Communicator, start: Start) -> Communicator:
     return DelayingCommunicator(comm, links)
 
 
+def peers_of(comm: Communicator, start: Start) -> Peers:
+    """Return the processes of a rank, whose messages are checked if the user asked for it; no slow link is simulated.
+
+    Args:
+        comm: communicator of the rank's processes.
+        start: the driver's start message.
+    """
+    return Peers(CheckingCommunicator(comm, names=PROCESSES) if start.config.check_messages else comm)
+
+
 def build_runner(
     start: Start,
     model: torch.nn.Module,
@@ -127,10 +148,16 @@ def build_runner(
     backend: AttentionBackend,
     dense_threads: Callable[[Plan, int], int] | None = None,
     *,
+    peers: Peers | None = None,
     progress: ProcessProgress | None = None,
     faults: Injector | None = None,
 ) -> ModelRunner:
-    """Build a runner that is ready for plans. See `ModelRunner` for the arguments."""
+    """Build a runner that is ready for plans. See `ModelRunner` for the arguments.
+
+    Collective: all processes of a rank, if it has several.
+    """
+    if peers is not None:
+        connect_(model, peers)
     runner = ModelRunner(
         model,
         start.spec,
@@ -140,7 +167,8 @@ def build_runner(
         backend=backend,
         dense_threads=dense_threads,
         graphs=_graph_mode(start, backend),
-        profiler=None if start.config.profile is None else PlanProfiler(start.config.profile, comm.rank),
+        profiler=_profiler(start, comm, peers),
+        peers=peers,
         progress=progress,
         faults=faults,
     )
@@ -149,6 +177,12 @@ def build_runner(
 
         compile_kernels(runner.pools, runner.layer_params, backend, start.config.max_num_seqs)
     return runner
+
+
+def _profiler(start: Start, comm: Communicator, peers: Peers | None) -> PlanProfiler | None:
+    """Recorder of a rank's plans, in its first process, if the user asked for one."""
+    speaks = peers is None or peers.index == 0
+    return None if start.config.profile is None or not speaks else PlanProfiler(start.config.profile, comm.rank)
 
 
 def _graph_mode(start: Start, backend: AttentionBackend) -> GraphMode:

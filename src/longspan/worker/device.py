@@ -51,7 +51,7 @@ def process_device(
     if index >= count:
         raise ConfigError(
             f"context_parallel_size: got {config.context_parallel_size} with {count} GPU{'s' * (count > 1)} in sight "
-            f"of {shape.name(process)}, legal is a GPU for every rank, or device cpu"
+            f"of {shape.name(process)}, legal is a GPU for every process of a rank, or device cpu"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)  # before anything is asked, which would take memory of the first GPU

@@ -8,7 +8,8 @@ Read next: `longspan.worker.runner`, which asks before every layer; docs/reliabi
 `plan` counts the plans that the rank has run, from 0, since its process started, and -1 is its start; `layer` the
 model's layers. The fault comes once in the life of the rank's process. Ranks that replace it are a generation of their
 own, and have the fault too: each generation fails at its own plan 5, unless `generation` names the only one to fail
-(the first is 0), or `since` the first one. Only ranks that are processes read the variable.
+(the first is 0), or `since` the first one. Of a rank of several processes all have the fault, unless `process` names
+one by its `tp_index`. Only ranks that are processes read the variable.
 """
 
 import os
@@ -21,6 +22,7 @@ import msgspec
 
 from longspan.comm.checking import DamagingCommunicator
 from longspan.errors import ConfigError
+from longspan.group.shape import ProcessId
 
 VARIABLE = "LONGSPAN_FAULT"
 
@@ -46,6 +48,8 @@ class Fault(msgspec.Struct, frozen=True):
     """Only generation that has the fault; None: all."""
     since: int = 0
     """First generation that has the fault."""
+    process: int | None = None
+    """Position in its rank of the only process that has the fault; None: all of the rank's processes."""
 
 
 class Injector:
@@ -86,8 +90,8 @@ class Injector:
         raise InjectedFaultError(f"injected before layer {fault.layer} ({VARIABLE})")
 
 
-def read_fault(environment: Mapping[str, str], rank: int, generation: int) -> Fault | None:
-    """Read a rank's fault from the environment; None if it has none.
+def read_fault(environment: Mapping[str, str], process: ProcessId, generation: int) -> Fault | None:
+    """Read a process's fault from the environment; None if it has none.
 
     Raises:
         ConfigError: the variable is malformed.
@@ -104,7 +108,8 @@ def read_fault(environment: Mapping[str, str], rank: int, generation: int) -> Fa
     except ValueError:  # a ValidationError is one
         raise ConfigError(
             f"{VARIABLE}: got {text!r}, legal is like rank=1,plan=5,layer=2,kind={'|'.join(get_args(Kind))} and "
-            "perhaps generation=0 or since=1"
+            "perhaps generation=0, since=1 or process=1"
         ) from None
     is_now = generation >= fault.since and fault.generation in (None, generation)
-    return fault if fault.rank == rank and is_now else None
+    is_here = fault.rank == process.rank and fault.process in (None, process.tp_index)
+    return fault if is_here and is_now else None

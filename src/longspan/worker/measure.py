@@ -40,7 +40,8 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
     """
     comm, group = runner.comm.inner, runner.spec.kv_groups[0]  # the inner one: measurements are no traffic of plans
 
-    num_ranks = message.machines.count(message.machines[runner.rank])  # of this machine
+    # Processes of this machine.
+    num_processes = message.machines.count(message.machines[runner.rank]) * (runner.peers.size if runner.peers else 1)
 
     def sync() -> None:
         barrier(comm)
@@ -49,7 +50,7 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
         runner.backend,
         group,
         _params(runner, group.layers[0]),
-        ranks_per_device=max(1.0, num_ranks * torch.get_num_threads() / num_cores()),
+        ranks_per_device=max(1.0, num_processes * torch.get_num_threads() / num_cores()),
         sync=sync,
         device=runner.device,
     )
@@ -73,6 +74,8 @@ def _layer_s(runner: ModelRunner, read_bytes_per_s: float) -> float:
     """Seconds of a layer for one token, without attention and reading its weights."""
     weights = [p for name, p in runner.model.named_parameters() if "embed" not in name]
     num_bytes = sum(p.numel() * p.element_size() for p in weights)
+    if runner.peers is not None:  # whose parts may differ a little: all of them run the model, or none
+        (num_bytes,) = runner.peers.tell([num_bytes], runner.device)
     if num_bytes > MOST_WEIGHT_BYTES:
         return 0.0
     layers_s: float = max(0.0, statistics.median(_model_s(runner, 1, REPEATS)) - num_bytes / read_bytes_per_s)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longspan.attention.base import AttentionBackend
 from longspan.comm.base import Communicator
+from longspan.comm.peers import Peers
 from longspan.comm.recording import RecordingCommunicator
 from longspan.cp.eager import EagerStepAttention
 from longspan.cp.relay import Relay
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
     from longspan.worker.graphs import FixedSteps
     from longspan.worker.profile import PlanProfiler
 
-STATES = "states"
-"""Name of states among strategies, where the bytes that ranks send are counted."""
+STATES, SUMS = "states", "sums"
+"""Names of states, and of sums inside of ranks, among strategies, where the bytes that are sent are counted."""
 
 GraphMode = Literal["never", "launched", "captured"]
 """Way to run decode steps: in any shape; in fixed shapes, kernel by kernel; in fixed shapes, as CUDA graphs."""
@@ -106,6 +107,7 @@ class ModelRunner:
         dense_threads: Callable[[Plan, int], int] | None = None,
         graphs: GraphMode = "never",
         profiler: PlanProfiler | None = None,
+        peers: Peers | None = None,
         progress: ProcessProgress | None = None,
         faults: Injector | None = None,
     ) -> None:
@@ -121,6 +123,7 @@ class ModelRunner:
             dense_threads: function from (plan, rank) to threads for all but attention and exchanges; None: no change.
             graphs: whether decode steps have fixed shapes, and are captured as CUDA graphs.
             profiler: recorder of plans; None for none.
+            peers: processes of this rank that share the model, a part of which is this process's; None if it is alone.
             progress: counter of this process's progress; None if no thread reads it.
             faults: faults of this rank, for tests; None for none.
         """
@@ -128,6 +131,8 @@ class ModelRunner:
         self._dense_threads = dense_threads
         self.spec, self.backend = spec, backend
         self.comm = RecordingCommunicator(comm)
+        self.peers = peers
+        """Processes that share this rank's model; None if this is the rank's only one."""
         self.rank = comm.rank
         self._page_size = page_size
         self.device = next(model.parameters()).device
@@ -179,6 +184,9 @@ class ModelRunner:
             step_s = time.perf_counter() - started
             self._busy_s += step_s
             self._layer_start.num_plans += 1
+        strategy_bytes = {name: self._num_processes * sent for name, sent in self._strategy_bytes.items()}
+        if self.peers is not None:
+            strategy_bytes[SUMS] = self.peers.bytes_summed
         return RankResult(
             plan_id=plan.plan_id,
             rank=self.rank,
@@ -187,10 +195,10 @@ class ModelRunner:
             failed=answer.failed,
             capture_failed=capture_failed,
             tokens_computed=self._tokens_computed,
-            bytes_sent=self.comm.bytes_sent,
+            bytes_sent=self._num_processes * self.comm.bytes_sent,
             step_s=step_s,
             busy_s=self._busy_s,
-            strategy_bytes=dict(self._strategy_bytes),
+            strategy_bytes=strategy_bytes,
         )
 
     def close(self) -> None:
@@ -291,20 +299,22 @@ class ModelRunner:
         Args:
             plan: plan of the step.
             rows: this rank's rows of the plan.
-            logits: [n, vocab] logits of `rows.read`.
+            logits: [n, vocab] logits of `rows.read`, in the process that speaks for the rank.
         """
         samples, scores = rows.samples, rows.scores
         self._tokens_computed += len(rows.token_ids)
         sampled: list[SampledToken] = []
         failed: list[FailedRow] = []
+        if not self._speaks:
+            self._note_sampled(plan, samples, [0] * len(samples))
+            return _Answer()
         token_of = sample_all(logits[: len(samples)], samples)
-        self._sampled_by, self._sampled = plan.plan_id, {}
+        self._note_sampled(plan, samples, [0 if isinstance(token, LongspanError) else token for token in token_of])
         reported = self._sampled_logprobs(logits, samples, token_of)
         for i, (row, token_id) in enumerate(zip(samples, token_of, strict=True)):
             if isinstance(token_id, LongspanError):
                 failed.append(FailedRow(row.request_id, row.position + 1, str(token_id)))
                 continue
-            self._sampled[row.request_id] = token_id
             sampled.append(SampledToken(row.request_id, row.position + 1, token_id, reported.get(i)))
         scored: list[ScoredRun] = []
         first = len(samples)
@@ -328,6 +338,30 @@ class ModelRunner:
             tokens = [token for i in rows if isinstance(token := token_of[i], int)]
             found |= zip(rows, token_logprobs(logits[self._ids(rows)], self._ids(tokens), num_top), strict=True)
         return found
+
+    @property
+    def _num_processes(self) -> int:
+        """Processes of this rank; each sends as much to other ranks as this one."""
+        return 1 if self.peers is None else self.peers.size
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this process samples for its rank, as it has the logits."""
+        return self.peers is None or self.peers.index == 0
+
+    def _note_sampled(self, plan: Plan, samples: Sequence[SampleRow], token_ids: Sequence[int]) -> None:
+        """Keep what the rank has sampled, for a plan that goes on from it; 0 where a row has failed.
+
+        Args:
+            plan: the plan.
+            samples: its rows that are sampled here.
+            token_ids: their tokens in the process that samples; anything in the others.
+
+        Collective: all processes of the rank; eight bytes per row to each of the others.
+        """
+        told = token_ids if self.peers is None else self.peers.tell(token_ids, self.device)
+        self._sampled_by = plan.plan_id
+        self._sampled = {row.request_id: token_id for row, token_id in zip(samples, told, strict=True)}
 
     def _tokens(self, plan: Plan, run: QueryRun) -> Sequence[int]:
         """Input tokens of a run."""

@@ -9,13 +9,8 @@ import sys
 
 import torch
 
-from longspan.comm.base import Communicator
 from longspan.comm.checking import DamagingCommunicator
 from longspan.comm.connect import Meeting
-from longspan.comm.nccl import NCCLCommunicator
-from longspan.comm.sockets import LOOK_S, SocketCommunicator
-from longspan.comm.threads import thread_group
-from longspan.config import num_cores
 from longspan.errors import ConfigError
 from longspan.group.heartbeat import ProcessProgress
 from longspan.group.messages import Answer, Files, Measure, Measured, Ready, Refused, RunNext, RunPlan, Start
@@ -25,9 +20,11 @@ from longspan.group.worker_link import WorkerLink
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
 from longspan.models.loader import quiet_transformers
 from longspan.models.lora import check_lora
+from longspan.models.tensor_parallel import Part
 from longspan.native.heap import keep_freed_memory
-from longspan.worker.build import build_runner, load_weights, open_device, with_options
+from longspan.worker.build import build_runner, load_weights, open_device, peers_of, with_options
 from longspan.worker.fault import Injector, read_fault
+from longspan.worker.join import join
 from longspan.worker.measure import measure
 from longspan.worker.runner import ModelRunner
 from longspan.worker.thread_lending import borrowed_threads, lends
@@ -54,18 +51,20 @@ def serve(
     adapter = None if start.config.lora is None else check_lora(start.config.lora)
     if (directory := local_directory(start.config.model)) is not None:  # before weights are read: that may take minutes
         link.send(Files(process, fingerprint(directory, adapter)))
-    model = load_weights(start, tools.device, show_progress=is_first and sys.stderr.isatty(), tells=is_first)
+    part = Part(process.tp_index, shape.processes_per_rank) if shape.processes_per_rank > 1 else None
+    model = load_weights(start, tools.device, part, show_progress=is_first and sys.stderr.isatty(), tells=is_first)
     if directory is None and (directory := hub_directory(start.config.model)) is not None:
         link.send(Files(process, fingerprint(directory, adapter)))
     # Other executors may have ranks on other machines, which cannot lend their threads.
-    is_local = start.config.executor == "processes" and tools.device.type == "cpu"
+    is_local = start.config.executor == "processes" and tools.device.type == "cpu" and part is None
     is_lent = is_local and lends(num_threads, model, start.spec)
-    fault = read_fault(os.environ, process.rank, start.generation)
-    comm = _join_column(process.rank, start, shape, meeting, tools.device, look_s=0.0 if is_lent else LOOK_S)
-    damaging = DamagingCommunicator(comm) if fault is not None and fault.kind == "corrupt" else None
-    comm, faults = with_options(damaging or comm, start), Injector(fault, damaging)
+    fault = read_fault(os.environ, process, start.generation)
+    cp, tp = join(process, start, shape, meeting, tools.device, may_look=not is_lent)
+    damaging = DamagingCommunicator(cp) if fault is not None and fault.kind == "corrupt" else None
+    comm, faults = with_options(damaging or cp, start), Injector(fault, damaging)
     threads = borrowed_threads if is_lent else None
-    runner = build_runner(start, model, comm, tools.backend, threads, progress=progress, faults=faults)
+    peers = None if tp is None else peers_of(tp, start)
+    runner = build_runner(start, model, comm, tools.backend, threads, peers=peers, progress=progress, faults=faults)
     keep_freed_memory()  # after loading, whose freed memory goes back to the system
     faults.at_start()
     link.send(Ready(process))
@@ -92,26 +91,3 @@ def _answer(process: ProcessId, runner: ModelRunner, link: WorkerLink) -> None:
     runner.close()
     if isinstance(message, Refused):
         raise ConfigError(message.reason)
-
-
-def _join_column(
-    rank: int, start: Start, shape: GroupShape, meeting: Meeting, device: torch.device, *, look_s: float
-) -> Communicator:
-    """Join the communicator of this process with one process of every other rank.
-
-    Args:
-        rank: rank of this process.
-        start: the driver's start message.
-        shape: ranks and processes of the group.
-        meeting: where the processes meet.
-        device: device of this process.
-        look_s: seconds to poll for a message before sleeping, for processes with a core of their own.
-    """
-    config, size = start.config, shape.num_ranks
-    timeout_s = config.exchange_timeout_s
-    if size == 1:
-        return thread_group(1, timeout_s=timeout_s)[0]
-    if device.type == "cuda":
-        return NCCLCommunicator(rank, size, meeting.init_method, device, timeout_s=timeout_s)
-    has_core = config.executor == "processes" and shape.world_size * config.num_threads <= num_cores()
-    return SocketCommunicator(rank, size, meeting, timeout_s=timeout_s, look_s=look_s if has_core else 0.0)
