@@ -270,8 +270,8 @@ def test_rejects_a_request_that_does_not_fit_and_says_what_would(llm):
 
 
 def test_rejects_unknown_and_illegal_options():
-    with pytest.raises(ConfigError, match="option: got 'tensor_parallel_size', legal is one of device, dtype, "):
-        LLM("recall", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="option: got 'pipeline_parallel_size', legal is one of device, dtype, "):
+        LLM("recall", pipeline_parallel_size=2)
     with pytest.raises(ConfigError, match="page_size: got 0, legal is"):
         LLM("recall", page_size=0)
 

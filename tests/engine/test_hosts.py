@@ -139,6 +139,29 @@ def test_tokens_over_several_hosts_are_those_of_transformers(hosts, num_hosts, r
     assert [code for code, _ in outcomes] == [0] * num_hosts, outcomes
 
 
+@pytest.mark.slow
+def test_ranks_of_two_processes_each_on_a_host_of_its_own_give_the_tokens_of_transformers(hosts):
+    model = tiny_model("gemma3")
+    with workers(hosts[:2], ranks_per_host=2, torchrun=True) as running:
+        with Engine(config(model.path, 2, tensor_parallel_size=2)) as engine:
+            assert engine.executor.hosts == ("host-0", "host-1"), "one per rank"
+            requests = [engine.add_request(reference.prompt, greedy()) for reference in model.references]
+            run_all(engine)
+        assert [r.output_token_ids for r in requests] == [reference.token_ids for reference in model.references]
+        outcomes = running.end()
+    assert [code for code, _ in outcomes] == [0, 0], outcomes
+
+
+@pytest.mark.slow
+def test_rejects_a_rank_that_two_hosts_would_share(hosts):
+    model = tiny_model("gemma3")
+    with workers(hosts[:2]) as running:
+        with pytest.raises(ConfigError, match=r"legal is one host for both: 0 to 1 are one rank"):
+            Engine(config(model.path, 1, tensor_parallel_size=2))
+        outcomes = running.end()
+    assert all(code and "legal is one host for both: 0 to 1 are one rank" in output for code, output in outcomes)
+
+
 @pytest.fixture
 def loopback_names(hosts):
     """Hosts whose own names resolve to their loopback, as distributions set them up."""

@@ -27,14 +27,13 @@ def no_cluster(monkeypatch):
 def config(**options):
     return EngineConfig(
         model=tiny_model("gemma3").path,
-        context_parallel_size=3,
         executor="ray",
         threads_per_rank=1,
         placement="striped",
         page_size=4,
         stripe_size=8,
         max_num_batched_tokens=200,
-        **{"kv_cache_memory": 2**24, "connect_timeout_s": 100.0, **options},
+        **{"context_parallel_size": 3, "kv_cache_memory": 2**24, "connect_timeout_s": 100.0, **options},
     )
 
 
@@ -46,6 +45,16 @@ def test_tokens_of_actors_are_those_of_transformers_and_our_cluster_ends_with_th
         assert len(set(engine.executor.hosts)) == 1
     assert [request.output_token_ids for request in requests] == [reference.token_ids for reference in references]
     assert not ray.is_initialized()
+
+
+def test_actors_that_share_a_rank_are_on_one_node_and_give_the_tokens_of_transformers():
+    references = tiny_model("gemma3").references
+    with Engine(config(context_parallel_size=2, tensor_parallel_size=2, ray_placement="spread")) as engine:
+        (group,) = ray.util.placement_group_table().values()
+        assert [bundle["CPU"] for bundle in group["bundles"].values()] == [2.0, 2.0], "one bundle per rank"
+        requests = [engine.add_request(reference.prompt, greedy()) for reference in references]
+        run_all(engine)
+    assert [request.output_token_ids for request in requests] == [reference.token_ids for reference in references]
 
 
 def test_an_actor_that_dies_is_replaced_if_the_user_wants_it():

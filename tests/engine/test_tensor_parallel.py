@@ -99,7 +99,7 @@ def test_every_pair_of_family_shape_strategy_and_placement_gives_the_tokens_of_t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "size"), itertools.product(PROVEN_MODELS, (2, 4)))
+@pytest.mark.parametrize(("name", "size"), list(itertools.product(PROVEN_MODELS, (2, 4))))
 def test_every_family_gives_the_tokens_of_transformers_or_is_refused(name, size):
     config = make_config(name)
     if not divides(config, size):

@@ -86,4 +86,4 @@ class GroupShape(NamedTuple):
 
     def __str__(self) -> str:
         suffix = f" of {self.processes_per_rank} processes" if self.processes_per_rank > 1 else ""
-        return f"{self.num_ranks} ranks{suffix}"
+        return f"{self.num_ranks} rank{'s' * (self.num_ranks != 1)}{suffix}"
