@@ -36,6 +36,7 @@ MeasureName = Literal["auto", "again", "never"]
 MAX_RANKS = 128
 MAX_THREADS = 1024
 MAX_TIMEOUT_S = 10**6
+DEFAULT_DISK_BYTES = 32 * 2**30
 
 
 def parse_nodes(text: str, field: str = "nodes") -> tuple[int, ...]:
@@ -258,6 +259,39 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0.9
     """Share of the memory that a GPU has free at the start, for weights, KV and a step's tensors: allocators leave
     gaps, and buffers that grow with the context need room."""
+    kv_host_memory: Annotated[
+        int | None,
+        Option(
+            "Keep KV that leaves a rank's pools in host memory; bytes of one rank, or with K, M, G, Ki, Mi, Gi.",
+            Group.MEMORY,
+            least=1,
+            most=2**63 - 1,
+            metavar="SIZE",
+            parse=parse_size,
+            unset="none",
+        ),
+    ] = None
+    """Host memory in bytes, beside its pools, in which each rank keeps the KV of prompts and answers. Needs prefix
+    caching, on CPUs."""
+    kv_disk: Annotated[
+        str | None,
+        Option("Keep KV on disk, over restarts; see docs/kv-cache.md.", Group.MEMORY, metavar="DIR"),
+    ] = None
+    """Directory for the KV of prompts and answers, on a disk of this machine: it outlives pools and processes, and any
+    number of engines may share it. Needs prefix caching and the executor processes or threads, on CPUs."""
+    kv_disk_size: Annotated[
+        int | None,
+        Option(
+            "Most bytes of all files in --kv-disk; bytes or with K, M, G, Ki, Mi, Gi.",
+            Group.MEMORY,
+            least=1,
+            most=2**63 - 1,
+            metavar="SIZE",
+            parse=parse_size,
+            unset="32Gi",
+        ),
+    ] = None
+    """Most bytes that all files in `kv_disk` take together; those used longest ago are removed. None is 32 GiB."""
     enable_prefix_caching: Annotated[
         bool, Option("Go on from the KV of earlier prompts and answers.", Group.MEMORY, only_servers=True)
     ] = True
@@ -447,6 +481,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"state_snapshot_tokens: got {self.state_snapshot_tokens}, legal is a multiple of page_size "
                 f"({self.page_size})"
             )
+        self._check_tiers()
         self._check_link()
         self._check_min_ranks()
         if self.check_invariants and not __debug__:
@@ -519,6 +554,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             if (value := getattr(self, name)) != legal:
                 shown = str(legal).lower()
                 raise ConfigError(f"{name}: got {value!r} with tensor_parallel_size {size}, legal there is {shown}")
+        for name in ("kv_host_memory", "kv_disk"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name}: got one with tensor_parallel_size {size}, legal there is none")
+
+    def _check_tiers(self) -> None:
+        for name, value in (("kv_host_memory", self.kv_host_memory), ("kv_disk", self.kv_disk)):
+            if value is not None and self.device == "cuda":
+                raise ConfigError(f"{name}: got one with device 'cuda', legal there is none")
+            if value is not None and not self.enable_prefix_caching:
+                raise ConfigError(f"{name}: got one without prefix caching, legal is one with it")
+        if self.kv_disk is None:
+            if self.kv_disk_size is not None:
+                raise ConfigError(f"kv_disk_size: got {self.kv_disk_size} without kv_disk, legal is none there")
+            return
+        if not isinstance(self.kv_disk, str) or not self.kv_disk:
+            raise ConfigError(f"kv_disk: got {self.kv_disk!r}, legal is the name of a directory")
+        if self.executor in REMOTE_EXECUTORS:
+            raise ConfigError(
+                f"kv_disk: got one with executor {self.executor!r}, legal there is none: its hosts share no disk"
+            )
 
     def _check_nodes(self) -> None:
         if isinstance(self.nodes, list):
@@ -583,6 +638,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"min_ranks: got {self.min_ranks}, legal is none without max_restarts, and with executor external, "
                 "a topology file or simulated links: all ranks are started again there, or none"
             )
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether anything keeps pages behind the ranks' pools."""
+        return self.kv_host_memory is not None or self.kv_disk is not None
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """Most bytes of all files in `kv_disk`; None without a disk."""
+        if self.kv_disk is None:
+            return None
+        return DEFAULT_DISK_BYTES if self.kv_disk_size is None else self.kv_disk_size
 
     @property
     def may_lose_ranks(self) -> bool:

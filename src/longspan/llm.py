@@ -14,6 +14,7 @@ Read next: `longspan.engine.output_reader`, `longspan.engine.engine`.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -25,6 +26,7 @@ from longspan.engine.processes import early_ranks
 from longspan.engine.update import update_of
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
+from longspan.kv.page_directory import open_directory
 from longspan.models.detokenizer import encode_prompt, with_special_stops
 from longspan.models.names import check_early
 from longspan.scheduler.request import Request
@@ -70,7 +72,7 @@ class RequestOutput:
     tpot_s: float | None
     """Seconds per token after the first; None if there is only one."""
     num_cached_tokens: int
-    """Prompt tokens whose KV was found in the prefix cache."""
+    """Prompt tokens whose KV was found in the prefix cache, or loaded from a tier behind it."""
 
 
 @dataclass(slots=True)
@@ -160,6 +162,8 @@ class LLM(ClosedAtExit):
                 raise ConfigError(f"option: got {name!r}, legal is one of {', '.join(legal)}")
         config = EngineConfig(model=model, **options)
         check_early(model, config.hf_overrides)
+        if config.kv_disk is not None:  # before ranks start
+            open_directory(Path(config.kv_disk).expanduser())
         started = time.perf_counter()
         self._grammars: Grammars | None = None
         with early_ranks(config) as launcher:

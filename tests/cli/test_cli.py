@@ -417,7 +417,7 @@ def test_rejects_local_attention_over_several_ranks(longspan, placement, option)
 
 
 def test_rejects_commands_that_do_not_exist(longspan):
-    assert_refused(longspan(), "command", "legal is chat, generate, ")
+    assert_refused(longspan(), "command", "legal is cache, chat, generate, ")
     assert_refused(longspan("compute"), "compute")
     assert_refused(longspan("generate"), "MODEL")
 

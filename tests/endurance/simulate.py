@@ -19,22 +19,28 @@ import random
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from fake_ranks import VOCAB, FakeRanks, assert_all_free, check_finished, make_config, make_model, tokens_alone
+from fake_tiers import FakeTiers
 
 from longspan.config import EngineConfig
 from longspan.engine import engine as engine_module
+from longspan.engine import page_tiers
 from longspan.engine import ranks as ranks_module
 from longspan.engine.engine import Engine
-from longspan.engine.executor import PendingPlans
+from longspan.engine.executor import PendingMoves, PendingPlans
 from longspan.engine.recovery import POISON_CRASHES
 from longspan.errors import CapacityError, WorkerError
 from longspan.group.messages import Start
+from longspan.kv.page_directory import PageKey
+from longspan.plan.moves import Move, Moved
 from longspan.plan.types import Plan, PlanResult
+from longspan.scheduler import tiers
 from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams
 
@@ -55,8 +61,9 @@ class SimulatedRanks:
             raise WorkerError("rank 0 was killed by SIGKILL")
         self.hosts = ("here",) * size
         self.fake: FakeRanks | None = None
-        self._pending = PendingPlans()
+        self._pending, self._moves = PendingPlans(), PendingMoves()
         self._futures: dict[int, Future[PlanResult]] = {}
+        self._written: dict[tuple[int, int, int], tuple[int, ...]] = {}
         self.is_doomed = False
 
     def submit(self, plan: Plan) -> "Future[PlanResult]":
@@ -65,14 +72,31 @@ class SimulatedRanks:
             return future
         scheduler = self._world.engine.scheduler
         if self.fake is None:
-            self.fake = FakeRanks(scheduler, self._world.rng, first_plan_id=plan.plan_id)
+            self.fake = FakeRanks(scheduler, self._world.rng, first_plan_id=plan.plan_id, tiers=self._world.tiers)
+            self.fake.written = self._written
         self.fake.submit(plan)
         self._world.count("plans")
+        self._world.counts["waits for pages"] += len(scheduler.loading)
         self._futures[plan.plan_id] = future
         for request in scheduler.running:
             if request.token_ids[0] == POISON and any(r.request_id == request.request_id for r in plan.query_runs):
                 self.is_doomed = True
         return future
+
+    def move(self, move: Move) -> "Future[Moved]":
+        future = self._moves.add(move)
+        if not future.done():
+            self._world.tiers.begin(move, self._written, self._world.engine.config.page_size)
+            self._world.count("moves")
+        return future
+
+    def end_one_move(self) -> bool:
+        """Let a move end. Returns whether there is one."""
+        world = self._world
+        if world.tiers.moves:
+            self._moves.answer(world.tiers.end(world.rng, self._written, world.engine.config.page_size))
+            return True
+        return False
 
     def done(self) -> list["Future[PlanResult]"]:
         """Of plans that have ended and were not taken in."""
@@ -101,6 +125,7 @@ class SimulatedRanks:
 
     def die(self) -> None:
         self._pending.fail(WorkerError("rank 0 was killed by SIGKILL"))
+        self._moves.fail(WorkerError("rank 0 was killed by SIGKILL"))
 
     @property
     def failure(self) -> BaseException | None:
@@ -111,6 +136,34 @@ class SimulatedRanks:
 
     def replace(self) -> None:
         self.close()
+        self._world.tiers.lose_ranks()
+
+
+class FakeKeeper:
+    """In place of a thread that looks at a directory: says now and then which files there are."""
+
+    def __init__(self, *_: object) -> None:
+        self.world: World | None = None
+
+    def news(self) -> list[tuple[set[PageKey], set[PageKey]]]:
+        if self.world is None or self.world.rng.random() < 0.9:
+            return []
+        gone = self.world.tiers.lose_some(self.world.rng, self.world.rng.choice((0.0, 0.0, 0.1)))
+        return [(set(self.world.tiers.files), set(gone if self.world.rng.random() < 0.5 else ()))]
+
+    def note_used(self, _keys: object) -> None:
+        pass
+
+    def note_written(self, _num_bytes: int) -> None:
+        pass
+
+    def remove(self, keys: Sequence[PageKey]) -> None:
+        assert self.world is not None
+        for key in keys:
+            self.world.tiers.files.pop(key, None)
+
+    def close(self) -> None:
+        pass
 
 
 class World:
@@ -122,11 +175,14 @@ class World:
         self.bad_starts = rng.choice((0.0, 0.0, 0.2, 0.6))
         self.most_ranks = 99
         self.texts = [[rng.randrange(VOCAB // 2) for _ in range(160)] for _ in range(2)]
+        self.tiers = FakeTiers(failures=rng.choice((0.0, 0.0, 0.02, 0.3)))
         self.requests: list[Request] = []
         self.ended_early: set[int] = set()
         page_size = rng.choice((4, 1, 2, 16))
         num_ranks = rng.choice((2, 3, 1, 4, 8))
         model = make_model(*rng.choice([(None,), (None, 5), (None, 20, 3), (7,)]), has_state=rng.random() < 0.4)
+        is_cached = rng.random() < 0.8
+        is_tiered = is_cached and not model.state_groups and rng.random() < 0.6
         config = make_config(
             num_ranks,
             page_size=page_size,
@@ -135,25 +191,38 @@ class World:
             max_num_seqs=rng.choice((64, 5, 2, 1)),
             placement=rng.choice(("auto", "auto", "packed", "striped", "spill")),
             max_step_ms=rng.choice((None, 1, 100)),
-            enable_prefix_caching=rng.random() < 0.8,
+            enable_prefix_caching=is_cached,
             async_scheduling=rng.random() < 0.5,
             kv_cache_memory=rng.choice((60, 100, 200)) * sum(group.token_bytes for group in model.kv_groups),
             state_snapshot_tokens=None if not model.state_groups else page_size * rng.choice((1, 2, 8)),
             max_restarts=rng.choice((1000, 1000, 1000, 3)),
             min_ranks=rng.choice((None, num_ranks)),
+            kv_disk="fake" if is_tiered and rng.random() < 0.7 else None,
+            kv_host_memory=rng.choice((None, 100, 2000)) if is_tiered else None,
             measure="never",
             check_invariants=rng.choice((1, 1, 5)),
         )
         self.engine = self._make_engine(model, config)
 
     def _make_engine(self, model: object, config: EngineConfig) -> Engine:
-        text = SimpleNamespace(hidden_size=1)
+        text, keeper = SimpleNamespace(hidden_size=1), FakeKeeper()
+        keeper.world = self
         with (
             mock.patch.multiple(
                 engine_module,
                 load_config=lambda *_: (SimpleNamespace(get_text_config=lambda: text), None),
                 inspect_model=lambda *_: model,
             ),
+            mock.patch.multiple(
+                page_tiers,
+                open_directory=lambda *_: None,
+                kv_fingerprint=lambda *_: bytes(16),
+                ModelPages=mock.Mock(),
+                DiskKeeper=lambda *_: keeper,
+            ),
+            mock.patch.object(
+                tiers, "FIRST_BYTES_PER_S", {"host": 1e30, "disk": 1e30}
+            ),  # else nothing is loaded: the model computes nothing
             self._simulated_ranks(),
         ):
             return Engine(config)
@@ -191,9 +260,11 @@ class World:
             for step in range(20_000):
                 if not self.engine.has_requests:
                     self.ranks.end_one()  # a plan that ran ahead of its last token, or whose requests were cancelled
+                    self.ranks.end_one_move()
                     self.take_in()
-                    if not self.ranks.fake or not self.ranks.fake.in_flight:
+                    if (not self.ranks.fake or not self.ranks.fake.in_flight) and not self.engine.tiers:
                         return True
+                    self.engine.submit_plans()
                     continue
                 self.end_plans()
                 if step < 200 and rng.random() < losses / 10:  # then peace: work must get done between two losses
@@ -229,7 +300,8 @@ class World:
             self.ranks.die()
             return
         for _ in range(self.rng.choice((1, 1, 2))):
-            self.ranks.end_one()
+            if not self.ranks.end_one() or self.rng.random() < 0.5:
+                self.ranks.end_one_move()
         if self.rng.random() < 0.8:
             self.take_in()
 
@@ -238,6 +310,8 @@ class World:
         self.rng.shuffle(done)
         self.ranks.forget(done)
         self.note(self.engine.take_in(done))
+        if self.engine.tiers is not None:
+            self.note(self.engine.tiers.take_in(self.engine.scheduler))
 
     def cancel(self) -> None:
         alive = [request for request in self.requests if request.finish_reason is None]

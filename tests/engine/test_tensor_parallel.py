@@ -278,6 +278,8 @@ def test_rejects_models_that_cannot_be_shared_and_names_the_sizes_that_work(name
         ({"tensor_parallel_size": 0}, "tensor_parallel_size: got 0"),
         ({"tensor_parallel_size": 2, "quantization": "int8"}, "quantization: got 'int8' with tensor_parallel_size 2"),
         ({"tensor_parallel_size": 2, "compile_dense": True}, "compile_dense: got True with tensor_parallel_size 2"),
+        ({"tensor_parallel_size": 2, "kv_host_memory": 2**30}, "kv_host_memory: got one with tensor_parallel_size 2"),
+        ({"tensor_parallel_size": 2, "kv_disk": "pages"}, "kv_disk: got one with tensor_parallel_size 2"),
         (
             {"tensor_parallel_size": 64, "context_parallel_size": 4},
             "tensor_parallel_size: got 64 with context_parallel_size 4, legal is 32 at most",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fake_states import STATE_GROUP, FakeStates
+from fake_tiers import FakeTiers
 from msgspec import structs
 
 from longspan.config import EngineConfig
@@ -133,6 +134,8 @@ class FakeRanks:
     """[rank][slot]: what a rank keeps of a shape."""
     cannot_capture: set[int] = field(default_factory=set)
     """Ranks whose captures fail."""
+    tiers: FakeTiers = field(default_factory=FakeTiers)
+    """What outlives the ranks."""
 
     def __post_init__(self) -> None:
         groups = self.scheduler.model.kv_groups
@@ -239,6 +242,8 @@ class FakeRanks:
         source, target, size = copy.source, copy.target, self.scheduler.config.page_size
         assert {source.rank, target.rank} <= set(plan.ranks)
         assert source.num_pages == target.num_pages
+        for i in range(target.num_pages):
+            self.tiers.check_free(copy.group_idx, target.rank, target.slot + i)
         for i in range(source.num_pages * size):
             key = self.written[copy.group_idx, source.rank, source.slot * size + i]
             self.written[copy.group_idx, target.rank, target.slot * size + i] = key
@@ -347,6 +352,8 @@ class FakeRanks:
                 table = requests[run.request_id].allocation.tables[group_idx]
                 for keys in table.key_runs(run.compute_rank, run.position, run.end):
                     for i in range(keys.num_tokens):
+                        size = self.scheduler.config.page_size
+                        self.tiers.check_free(group_idx, run.compute_rank, (keys.row + i) // size)
                         tokens = self._tokens(requests[run.request_id])[: keys.position + i + 1]
                         self.written[group_idx, run.compute_rank, keys.row + i] = tuple(tokens)
             seen: dict[int, tuple[int, int]] = {}  # per request, hull of the keys seen
@@ -395,6 +402,7 @@ class FakeRanks:
         self.scheduler.restart()
         self.in_flight.clear()
         self.written.clear()
+        self.tiers.lose_ranks()
         self.states = FakeStates()
         self.mirrors = [[{} for _ in groups] for groups in self.mirrors]
         self.sender, self.receivers = PlanSender(), [PlanReceiver(rank) for rank in range(len(self.mirrors))]
@@ -461,20 +469,42 @@ class FakeRanks:
             if not any(set(plan.ranks) & set(earlier.ranks) for earlier in plans[:i])
         ]
 
+    # -- pages move --------------------------------------------------------------------------------------------------
+
+    def send_moves(self) -> None:
+        """Ranks take what they are told to move, behind all plans that they were told before."""
+        for move in self.scheduler.memory.take_moves():
+            self.tiers.begin(move, self.written, self.scheduler.config.page_size)
+
+    def end_move(self) -> list[Request]:
+        """A move ends, well or not."""
+        moved = self.tiers.end(self.rng, self.written, self.scheduler.config.page_size)
+        return self.scheduler.take_moved(moved)
+
     def submit_all(self) -> None:
-        while (plan := self.scheduler.schedule()) is not None:
+        while True:
+            plan = self.scheduler.schedule()
+            self.send_moves()
+            if plan is None:
+                return
             self.submit(plan)
 
     def step(self) -> list[Request]:
-        """Submit all that can start, then end one plan."""
+        """Submit all that can start, then end one plan, or a move."""
         self.submit_all()
-        assert self.in_flight, "requests wait, but nothing runs"
+        assert self.in_flight or self.tiers.moves, "requests wait, but nothing runs"
+        if self.tiers.moves and (not self.in_flight or self.rng.random() < 0.3):
+            return self.end_move()
         return self.complete(self.rng.choice(self.first_plans()))
 
     def end_the_rest(self) -> None:
-        """Plans of requests that have ended meanwhile, or that ran ahead of their last token."""
+        """Plans of requests that have ended meanwhile, or that ran ahead of their last token; and moves."""
         for plan in list(self.in_flight.values()):
             assert self.complete(plan) == []
+        self.send_moves()
+        while self.tiers.moves:
+            assert self.end_move() == []
+            self.send_moves()
 
     def run_to_the_end(self, max_steps: int = 20_000) -> None:
         for _ in range(max_steps):

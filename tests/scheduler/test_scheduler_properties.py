@@ -6,6 +6,7 @@ prefix cache offers must be what it says; at the end every request has ended, wi
 
 import random
 from collections import Counter
+from unittest import mock
 
 import pytest
 from drafts import SPECULATION, check_all_drafts, scripted
@@ -29,10 +30,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from msgspec import structs
 
 from longspan.config import EngineConfig
 from longspan.errors import CapacityError
 from longspan.plan.types import SampledBy
+from longspan.scheduler import tiers
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
@@ -129,6 +132,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         wrong: float,
         seed: int,
     ) -> None:
+        self.begin(config, windows, memory_tokens, num_slots, wrong, seed)
+
+    def begin(
+        self,
+        config: EngineConfig,
+        windows: tuple[int | None, ...],
+        memory_tokens: int,
+        num_slots: int | None,
+        wrong: float,
+        seed: int,
+    ) -> None:
         model = make_model(*windows, has_state=num_slots is not None)
         num_pages = max(1, memory_tokens // config.page_size)
         pages = pages_by_group(model, num_pages, config.page_size, config.max_num_batched_tokens)
@@ -190,7 +204,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def submit(self) -> None:
-        while (plan := self.scheduler.schedule()) is not None:
+        while True:
+            plan = self.scheduler.schedule()
+            self.ranks.send_moves()
+            REACHED["waited for pages"] += len(self.scheduler.loading)
+            if plan is None:
+                return
             self.ranks.submit(plan)
             self.note_plan()
 
@@ -286,8 +305,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def step(self) -> None:
         self.submit()
-        assert self.ranks.in_flight, "requests wait, but nothing runs"
+        moves, in_flight = self.ranks.tiers.moves, self.ranks.in_flight
+        assert in_flight or moves, "requests wait, but nothing runs"
+        if moves and (not in_flight or self.ranks.rng.random() < 0.3):
+            self.end_a_move()
+            return
         self.finish_plan(self.ranks.rng.choice(self.ranks.first_plans()).plan_id)
+
+    def end_a_move(self) -> None:
+        for request in self.ranks.end_move():
+            assert request.request_id not in self.ended_early, "take_moved returns a request that was cancelled"
 
     def finish_plan(self, plan_id: int) -> None:
         for request in self.ranks.complete(self.ranks.in_flight[plan_id]):
@@ -368,6 +395,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         REACHED["runs"] += 1
         REACHED["right drafts"] += self.scheduler.drafting.num_accepted
         REACHED["wrong drafts"] += self.scheduler.drafting.num_rejected
+        REACHED.update({f"pages {what}": count for what, count in self.ranks.tiers.counts.items()})
         REACHED["preemptions"] += self.scheduler.num_preemptions
         allocators = [allocator for allocators in self.scheduler.memory.allocators for allocator in allocators]
         REACHED["evicted pages"] += sum(allocator.num_evicted for allocator in allocators)
@@ -396,6 +424,79 @@ class CrashingMachine(SchedulerMachine):
                     self.step()
 
 
+class TieredMachine(CrashingMachine):
+    """The same, with pages that are kept behind the pools; disks fail, and others remove files."""
+
+    @initialize(
+        config=configs(),
+        windows=st.sampled_from([(None,), (None, 5), (None, 20, 3), (7,), (1, 30)]),
+        memory_tokens=st.sampled_from([100, 60, 200, 30]),
+        wrong=st.sampled_from([0.3, 0.0, 1.0]),
+        seed=st.integers(0, 1000),
+        has_disk=st.sampled_from([True, True, False]),
+        host_bytes=st.sampled_from([None, 10_000, 2000, 40]),
+        failures=st.sampled_from([0.0, 0.0, 0.05, 0.5]),
+    )
+    def start_with_tiers(
+        self,
+        config: EngineConfig,
+        windows: tuple[int | None, ...],
+        memory_tokens: int,
+        wrong: float,
+        seed: int,
+        has_disk: bool,
+        host_bytes: int | None,
+        failures: float,
+    ) -> None:
+        disk = "fake" if has_disk or host_bytes is None else None
+        config = structs.replace(config, enable_prefix_caching=True, kv_disk=disk, kv_host_memory=host_bytes)
+        self.begin(config, windows, memory_tokens, None, wrong, seed)
+        self.ranks.tiers.failures = failures
+
+    start = None
+
+    @precondition(lambda self: self.ranks.tiers.moves)
+    @rule()
+    def a_move_ends(self) -> None:
+        self.end_a_move()
+
+    @precondition(lambda self: self.ranks.tiers.files)
+    @rule(share=st.sampled_from([0.1, 0.5, 1.0]), is_told=st.booleans())
+    def remove_files(self, share: float, is_told: bool) -> None:
+        """Another engine needs room."""
+        gone = self.ranks.tiers.lose_some(self.ranks.rng, share)
+        if is_told:
+            self.scheduler.memory.tiers.note_gone(gone)
+
+    @rule(text=st.integers(0, len(TEXTS) - 1), length=st.sampled_from([17, 33, 64, 150]), params=sampling_params())
+    def come_back_when_the_pools_hold_others(self, text: int, length: int, params: SamplingParams) -> None:
+        """What a pool has forgotten a tier may have."""
+        self.add(TEXTS[text][:length], params)
+        self.go_on(60)
+        for i in range(4):
+            self.add([random.Random(f"{i} {len(self.requests)}").randrange(VOCAB) for _ in range(length)], params)
+            self.go_on(60)
+        self.add(TEXTS[text][: length + 5], params)
+        self.go_on(20)
+
+    @rule()
+    def look_at_the_disk(self) -> None:
+        self.scheduler.memory.tiers.note_found(self.ranks.tiers.files)
+
+    @precondition(lambda self: self.scheduler.loading)
+    @rule(data=st.data())
+    def leave_while_pages_are_loaded(self, data: st.DataObject) -> None:
+        waits = [request for request in self.alive if request in self.scheduler.loading]
+        request = data.draw(st.sampled_from(waits)) if waits else None
+        if request is not None and request.request_id not in self.ended_early:
+            REACHED["left while pages were loaded"] += 1
+            self.ended_early.add(request.request_id)
+            if data.draw(st.booleans()):
+                self.scheduler.finish(request, FinishReason.STOP)
+            else:
+                self.scheduler.cancel(request)
+
+
 def run_machine(
     max_examples: int, *, is_fixed: bool, base: type[SchedulerMachine] = SchedulerMachine, num_steps: int = 30
 ) -> None:
@@ -411,16 +512,19 @@ def _run_machine(max_examples: int, *, is_fixed: bool, base: type[SchedulerMachi
     class Machine(base):
         pass
 
-    run_state_machine_as_test(
-        seed(0)(Machine) if is_fixed else Machine,
-        settings=settings(
-            max_examples=max_examples,
-            stateful_step_count=num_steps,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    with mock.patch.object(
+        tiers, "FIRST_BYTES_PER_S", {"host": 1e30, "disk": 1e30}
+    ):  # else nothing is loaded: these models compute nothing
+        run_state_machine_as_test(
+            seed(0)(Machine) if is_fixed else Machine,
+            settings=settings(
+                max_examples=max_examples,
+                stateful_step_count=num_steps,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
 
 
 OFTEN = {
@@ -436,6 +540,14 @@ OFTEN = {
     "ran ahead",
     "right drafts",
     "wrong drafts",
+}
+WITH_TIERS = {"evicted pages", "hit tokens", "pages loaded", "pages stored", "waited for pages"}
+WITH_TIERS_IN_MANY = WITH_TIERS | {
+    "left while pages were loaded",
+    "pages kept in memory",
+    "pages loaded from memory",
+    "pages not loaded",
+    "pages removed",
 }
 ALWAYS_IN_MANY = OFTEN | {
     "3 ranks",
@@ -468,6 +580,19 @@ def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens():
 def test_a_history_with_lost_ranks_keeps_every_promise_too():
     run_machine(15, is_fixed=True, base=CrashingMachine, num_steps=12)
     assert REACHED["crashes with plans in flight"]
+
+
+@pytest.mark.cover
+def test_a_history_with_tiers_keeps_every_promise_too():
+    run_machine(12, is_fixed=True, base=TieredMachine, num_steps=20)
+    assert {name for name in WITH_TIERS if not REACHED[name]} == set(), "else this proves little"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_any_history_with_tiers_keeps_every_promise_often():
+    run_machine(200, is_fixed=False, base=TieredMachine)
+    assert {name for name in WITH_TIERS_IN_MANY if not REACHED[name]} == set()
 
 
 @pytest.mark.slow

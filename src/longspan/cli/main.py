@@ -18,6 +18,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from longspan import __version__
+from longspan.cli.cache import cache
 from longspan.cli.chat import chat
 from longspan.cli.generate import generate
 from longspan.cli.models import models
@@ -60,6 +61,7 @@ def _complete(context: click.Context, shell: str | None) -> None:
     context.exit()
 
 
+cli.add_command(cache)
 cli.add_command(chat)
 cli.add_command(generate)
 cli.add_command(models)

@@ -58,6 +58,7 @@ longspan plan meta-llama/Llama-3.1-8B --gpu a100 --gpus-per-node 4 --nodes 2 --p
     show_default=True,
     help="Of stored keys and values; auto: that of the weights.",
 )
+@click.option("--load-rate", metavar="SIZE", help="Bytes per second that a rank loads from --kv-disk or host memory.")
 @click.option(
     "--memory-utilization", type=float, default=0.9, show_default=True, help="Share that weights and KV may take."
 )
@@ -77,6 +78,7 @@ def plan(
     context: str,
     dtype: str | None,
     kv_cache_dtype: str,
+    load_rate: str | None,
     memory_utilization: float,
     max_num_batched_tokens: int,
     rank_weights: str | None,
@@ -117,6 +119,7 @@ def plan(
         memory_utilization=memory_utilization,
         max_num_batched_tokens=max_num_batched_tokens,
         rank_weights=weights,
+        load_bytes_per_s=None if load_rate is None else float(parse_size(load_rate, "load_rate")),
     )
     if plot is not None:
         from longspan.cli.plan_plot import write_plot

@@ -106,6 +106,9 @@ def plan_remarks(report: PlanReport) -> list[str]:
     for one in report.contexts:
         if one.prefill is not None and len(one.prefill.changes) > 1:
             remarks.append(f"{_tokens(one.context_len)}: prefill by {_changes(one.prefill.changes)}.")
+        if one.load_s is not None:
+            where = f"{_tokens(one.context_len)}: {_bytes(one.kv_bytes)} of KV in a tier"
+            remarks.append(f"{where} are loaded in {_time(one.load_s)} instead of being computed.")
     if report.state_bytes and report.num_ranks > 1:
         remarks.append("Recurrent layers are reckoned as if ranks shared them; a chunk's are computed rank after rank.")
     if report.not_run is not None:

@@ -5,6 +5,7 @@ Read next: `longspan.server.run`.
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from longspan.cli.help import GroupedCommand
 from longspan.cli.options import Later, engine_config, options_of, take
 from longspan.config import EngineConfig
 from longspan.imports import quick_imports
+from longspan.kv.page_directory import open_directory
 from longspan.models.names import check_early
 from longspan.server.config import ServerConfig
 from longspan.server.listener import close, listen
@@ -69,6 +71,8 @@ def serve(model: str, **options: Any) -> None:
     # Checked before anything is imported; opened when all is ready, so that no client waits.
     close(listen(server_config), server_config.uds)
     check_early(model, config.hf_overrides)
+    if config.kv_disk is not None:
+        open_directory(Path(config.kv_disk).expanduser())
 
     from longspan.engine.processes import early_ranks
 

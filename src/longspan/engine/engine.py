@@ -23,6 +23,7 @@ from longspan.engine.in_flight import PlansInFlight
 from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.launcher import Launcher
 from longspan.engine.memory import rank_cache_memory
+from longspan.engine.page_tiers import PageTiers, tier_stats
 from longspan.engine.ranks import Ranks
 from longspan.engine.recovery import fail_poison, fail_unfit
 from longspan.engine.stats import Capacity, EngineStats, RankStats, WorkDone
@@ -129,6 +130,8 @@ class Engine(ClosedAtExit):
         self.scheduler = Scheduler(self.spec, config, num_pages)
         self.in_flight = PlansInFlight()
         """Plans that the ranks have not answered."""
+        self.tiers = PageTiers(config, self.spec, self.wake) if config.has_tiers else None
+        """What lies behind the ranks' pools, if anything does."""
         self._work = WorkDone()
         self._num_unchecked = 0  # plans since the books were checked
         self._lost: BaseException | None = None  # why a plan failed, until the ranks are replaced
@@ -140,13 +143,19 @@ class Engine(ClosedAtExit):
             shortest = striped_from(config, self.spec, costs, hidden_size, pages)
             self.scheduler.use_costs(costs, shortest, weights_of(config, costs))
 
+        fingerprint = None if self.tiers is None else self.tiers.fingerprint
         known = gpu_costs(config, self.spec, [gpu.name for gpu in gpus])
-        self.ranks = Ranks(Start(config, self.spec, num_pages, None), model, launcher, use, known)
+        self.ranks = Ranks(Start(config, self.spec, num_pages, None, fingerprint), model, launcher, use, known)
         """The ranks, and the means to start new ones."""
         self.restarts = self.ranks.restarts
         """Record of the replacements of lost ranks."""
-        self.executor = self.ranks.start()
-        """Executor of the ranks; replaced after a loss."""
+        try:
+            self.executor = self.ranks.start()
+            """Executor of the ranks; replaced after a loss."""
+        except BaseException:
+            if self.tiers is not None:
+                self.tiers.close()
+            raise
 
     def add_request(
         self,
@@ -217,7 +226,7 @@ class Engine(ClosedAtExit):
         if not is_lost:
             with deferred_interrupt():
                 self.submit_plans()
-            assert self.in_flight or not self.has_requests, "requests wait, but no plan runs"
+            assert self.in_flight or self.tiers or not self.has_requests, "requests wait, but no plan runs"
         if meanwhile is not None:
             meanwhile()
         if not is_lost:
@@ -228,7 +237,10 @@ class Engine(ClosedAtExit):
                 on_loss()
             return self.recover()
         with deferred_interrupt():
-            return self.take_in(self.in_flight.ended())
+            advanced = self.take_in(self.in_flight.ended())
+            if self.tiers is not None:
+                advanced = list(dict.fromkeys([*advanced, *self.tiers.take_in(self.scheduler)]))
+            return advanced
 
     def wake(self) -> None:
         """End the wait of the current `step`, or else of the next one. Any thread may call it."""
@@ -243,10 +255,16 @@ class Engine(ClosedAtExit):
         if self.ranks.failure is not None:
             raise self.ranks.failure
         num_plans = 0
-        while (plan := self.scheduler.schedule()) is not None:
+        if self.tiers is not None:
+            self.tiers.tell(self.scheduler)
+        while True:
+            plan = self.scheduler.schedule()
+            if self.tiers is not None:
+                self.tiers.send(self.scheduler, self.executor)
+            if plan is None:
+                return num_plans
             self.in_flight.add(self.executor.submit(plan))
             num_plans += 1
-        return num_plans
 
     def take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
         """Hand results to the scheduler. A failed plan sets `failure`; results of replaced ranks are ignored.
@@ -300,6 +318,8 @@ class Engine(ClosedAtExit):
             self.ranks.end_lost()
             self._recovered += self.take_in([f for f in self.in_flight.ended() if f.exception() is None])
             self.in_flight.clear()
+            if self.tiers is not None:
+                self.tiers.lose_ranks()
             self.scheduler.restart()
             self._recovered += fail_poison(self.scheduler, cause)
             self._work.lose_ranks()
@@ -358,6 +378,7 @@ class Engine(ClosedAtExit):
             num_restarts=restarts.num_done,
             recovery_s=restarts.total_s,
             last_recovery_s=restarts.last_s,
+            tiers={} if memory.tiers is None else tier_stats(memory.tiers),
         )
 
     def rank_stats(self) -> list[RankStats]:
@@ -396,5 +417,10 @@ class Engine(ClosedAtExit):
         self.ranks.give_up()
 
     def close(self) -> None:
-        """End the ranks. May be called twice."""
+        """End the ranks, when what they computed is on disk if it is to be. May be called twice."""
+        tiers, self.tiers = self.tiers, None
+        if tiers is not None:
+            if self.failure is None:
+                tiers.flush(self.scheduler, self.executor)
+            tiers.close()
         self.ranks.close()

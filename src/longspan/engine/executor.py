@@ -10,6 +10,7 @@ from typing import Protocol
 
 from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.launcher import Launcher
+from longspan.plan.moves import Move, Moved
 from longspan.plan.types import Plan, PlanResult, RankResult
 
 
@@ -24,6 +25,13 @@ class Executor(Protocol):
         Returns:
             Future of the answers of the plan's ranks. It fails with a ConfigError where the ranks cannot do what the
             options ask for, and else with a WorkerError.
+        """
+
+    def move(self, move: Move) -> "Future[Moved]":
+        """Hand a move of pages to its rank, behind the plans and moves that it was handed before.
+
+        Returns:
+            Future of the rank's answer; it fails as that of a plan does.
         """
 
     def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:
@@ -105,6 +113,40 @@ class PendingPlans:
             failed, self._futures = list(self._futures.values()), {}
             self.num_failed += len(failed)
         for _, future, _ in failed:
+            future.set_exception(self._error)
+
+
+class PendingMoves:
+    """Collects the ranks' answers to moves in flight. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: dict[int, Future[Moved]] = {}
+        self._error: BaseException | None = None
+
+    def add(self, move: Move) -> "Future[Moved]":
+        """Return a future for a move; it has failed already if the ranks have."""
+        future: Future[Moved] = Future()
+        with self._lock:
+            if self._error is None:
+                self._futures[move.move_id] = future
+                return future
+        future.set_exception(self._error)
+        return future
+
+    def answer(self, moved: Moved) -> None:
+        """Note a rank's answer. Answers after a failure are ignored."""
+        with self._lock:
+            future = self._futures.pop(moved.move_id, None)
+        if future is not None:
+            future.set_result(moved)
+
+    def fail(self, error: BaseException) -> None:
+        """Fail all moves in flight and all later ones, with the first error that was given."""
+        with self._lock:
+            self._error = self._error or error
+            failed, self._futures = list(self._futures.values()), {}
+        for future in failed:
             future.set_exception(self._error)
 
 

@@ -74,6 +74,7 @@ def choose_device(config: EngineConfig, model: torch.nn.Module | None = None) ->
             or config.simulated_links is not None
             or config.measure == "again"
             or config.quantization != "none"
+            or config.has_tiers
         )
         # NVML counts GPUs without a CUDA context; a PyTorch build for CPUs sees none.
         if only_on_a_cpu or torch.version.cuda is None or torch.cuda.device_count() < needed:

@@ -53,6 +53,31 @@ class RankStats(msgspec.Struct, frozen=True):
     state_slots_total: int = 0
 
 
+class TierStats(msgspec.Struct, frozen=True):
+    """One tier behind the pools. Counts, bytes and seconds are totals since the start, but for what it has now."""
+
+    pages: int
+    """Pages of this model that it is known to have."""
+    num_bytes: int
+    """Bytes of these pages."""
+    num_loads: int
+    """Requests that waited for pages."""
+    hit_tokens: int
+    """Tokens that these did not have to compute."""
+    stored_pages: int
+    stored_bytes: int
+    store_s: float
+    loaded_pages: int
+    loaded_bytes: int
+    load_s: float
+    """Seconds that ranks took to load, summed over ranks."""
+    failed_pages: int
+    """Pages that could not be stored or loaded; those that were damaged among them."""
+    damaged_pages: int
+    dropped_pages: int
+    """Pages that left their pool before they were stored."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Snapshot of an engine. Tuples have one entry per rank; counts and seconds are totals since the start."""
@@ -98,6 +123,8 @@ class EngineStats:
     """Drafts that were wrong."""
     last_recovery_s: float | None = None
     """Seconds of the last restart, from the notice of the loss until new ranks were ready; None if there was none."""
+    tiers: Mapping[str, TierStats] = field(default_factory=dict)
+    """Tiers behind the pools, by their names."""
 
 
 class WorkDone:

@@ -16,7 +16,7 @@ from longspan.attention.base import AttentionBackend
 from longspan.comm.base import PROCESSES
 from longspan.comm.threads import thread_group
 from longspan.costmodel.measured import RankMeasurement
-from longspan.engine.executor import PendingPlans
+from longspan.engine.executor import PendingMoves, PendingPlans
 from longspan.errors import ConfigError, LongspanError, WorkerError
 from longspan.group.messages import Measure, Start
 from longspan.group.plans import PlanReceiver, PlanSender
@@ -24,8 +24,9 @@ from longspan.group.shape import GroupShape, ProcessId, speaker
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import COMPILED, speed_up_, speedups_of
 from longspan.models.tensor_parallel import Part, copy_of, cut_
+from longspan.plan.moves import Move, Moved
 from longspan.plan.types import Plan, PlanResult
-from longspan.worker.build import build_runner, load_weights, open_device, peers_of, with_options
+from longspan.worker.build import build_mover, build_runner, load_weights, open_device, peers_of, with_options
 from longspan.worker.measure import measure
 from longspan.worker.runner import ModelRunner
 
@@ -45,24 +46,30 @@ class ThreadExecutor:
             model = _load(start, shape, tools.device)
         elif start.config.compile_dense:
             speed_up_(model, [COMPILED])
-        self._pending, self._stop_s = PendingPlans(), start.config.stop_s
+        self._pending, self._moves, self._stop_s = PendingPlans(), PendingMoves(), start.config.stop_s
         self._sender, self._receivers = PlanSender(), [PlanReceiver(rank) for rank in range(shape.num_ranks)]
-        self._inboxes: list[queue.SimpleQueue[Plan | None]] = []
+        self._inboxes: list[queue.SimpleQueue[Plan | Move | None]] = []
         self._threads: list[threading.Thread] = []
         self._shape = shape
         self.runners = _build_runners(start, shape, model, tools.backend)
         """One runner per process, in the order of their numbers."""
+        self._movers = [build_mover(start, runner, self._moves.answer) for runner in self.runners]
         for process, runner in zip(shape.processes, self.runners, strict=True):
-            inbox: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
+            inbox: queue.SimpleQueue[Plan | Move | None] = queue.SimpleQueue()
             name = f"longspan-{shape.name(process).replace(' ', '-')}"
             thread = threading.Thread(target=self._serve, args=(process, runner, inbox), name=name, daemon=True)
             self._inboxes.append(inbox)
             self._threads.append(thread)
             thread.start()
 
-    def _serve(self, process: ProcessId, runner: ModelRunner, inbox: "queue.SimpleQueue[Plan | None]") -> None:
+    def _serve(self, process: ProcessId, runner: ModelRunner, inbox: "queue.SimpleQueue[Plan | Move | None]") -> None:
         who = self._shape.name(process)
         while (plan := inbox.get()) is not None:
+            if isinstance(plan, Move):
+                mover = self._movers[self._shape.number(process)]
+                assert mover is not None, "only ranks with tiers are told to move pages"
+                mover.take(plan)
+                continue
             try:
                 result = runner.run(plan)
                 if process.speaks_for_rank:
@@ -90,6 +97,11 @@ class ThreadExecutor:
                 self._inboxes[self._shape.number(ProcessId(rank, index))].put(taken)
         return future
 
+    def move(self, move: Move) -> "Future[Moved]":
+        future = self._moves.add(move)
+        self._inboxes[move.rank].put(move)
+        return future
+
     def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:
         message = Measure(nodes, machines)
         with ThreadPoolExecutor(len(self.runners)) as threads:
@@ -105,7 +117,12 @@ class ThreadExecutor:
         return (platform.node(),) * self._shape.num_ranks
 
     def close(self) -> None:
-        self._pending.fail(LongspanError("the engine is closed"))
+        closed = LongspanError("the engine is closed")
+        self._pending.fail(closed)
+        self._moves.fail(closed)
+        for mover in self._movers:
+            if mover is not None:
+                mover.close()
         for inbox in self._inboxes:
             inbox.put(None)
         deadline = time.monotonic() + self._stop_s

@@ -18,9 +18,9 @@ class Update(msgspec.Struct, frozen=True):
     logprobs: list[TokenLogprobs]
     """One entry per new token, if asked for."""
     num_prefilled: int
-    """Prompt tokens computed or found in the cache so far."""
+    """Prompt tokens computed, loaded or found in the cache so far."""
     num_cached: int
-    """Prompt tokens that were found in the cache."""
+    """Prompt tokens that were found in the cache, or loaded."""
     since_start_s: float
     """Seconds since the call of `generate` in `LLM`; since the request's first plan in `AsyncEngine`."""
     finish_reason: FinishReason | None

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 import msgspec
 
-from longspan.engine.executor import PendingMeasurements, PendingPlans
+from longspan.engine.executor import PendingMeasurements, PendingMoves, PendingPlans
 from longspan.engine.launcher import Launcher
 from longspan.errors import ConfigError, LongspanError, WorkerError
 from longspan.group.driver_link import DriverLink
@@ -36,6 +36,7 @@ from longspan.group.messages import (
 )
 from longspan.group.shape import GroupShape, ProcessId, speaker
 from longspan.group.versions import own_versions
+from longspan.plan.moves import Moved
 
 POLL_MS = 100
 """Milliseconds between checks for dead processes while no message arrives."""
@@ -75,6 +76,8 @@ class Watch:
         """Processes that have connected."""
         self.pending = PendingPlans()
         """Plans in flight."""
+        self.moves = PendingMoves()
+        """Moves of pages in flight."""
         self.measurements = PendingMeasurements(shape.num_ranks)
         """Measurements that the ranks were asked for."""
         self.ready: Future[None] = Future()
@@ -117,6 +120,7 @@ class Watch:
                 self._launcher.kill()
             finally:  # whatever happens to the processes, no caller may go on waiting for them
                 self.pending.fail(error)
+                self.moves.fail(error)
                 self.measurements.fail(error)
                 if not self.ready.done():
                     self.ready.set_exception(error)
@@ -204,7 +208,7 @@ class Watch:
         self._liveness.got_further(self.membership.admit(hello, peer))
         self._link.send(peer, self._start)
 
-    def _hear(self, process: ProcessId, message: Answer | Measured | Files | Ready | Failed) -> None:
+    def _hear(self, process: ProcessId, message: Answer | Moved | Measured | Files | Ready | Failed) -> None:
         """Take in a message of a process of the group.
 
         Raises:
@@ -213,6 +217,8 @@ class Watch:
         if isinstance(message, Answer):
             self._liveness.got_further(process)
             self.pending.answer(message.result)
+        elif isinstance(message, Moved):
+            self.moves.answer(message)
         elif isinstance(message, Measured):
             self.measurements.answer(message.measurement)
         elif isinstance(message, Files):
@@ -294,8 +300,10 @@ def _pool_bytes(start: Start) -> list[int] | None:
     ]
 
 
-def _may_say(process: ProcessId, message: Answer | Measured | Files | Ready | Failed) -> bool:
+def _may_say(process: ProcessId, message: Answer | Moved | Measured | Files | Ready | Failed) -> bool:
     """Whether a process may send a message; answers and measurements come only from a rank's first process."""
     if isinstance(message, Answer):
         return process.speaks_for_rank and process.rank == message.result.rank
+    if isinstance(message, Moved):
+        return process.speaks_for_rank and process.rank == message.rank
     return process == (speaker(message.measurement.rank) if isinstance(message, Measured) else message.process)

@@ -18,6 +18,7 @@ from longspan.group.membership import Membership
 from longspan.group.messages import Measure, Start, Stop, encode
 from longspan.group.plans import PlanSender
 from longspan.group.shape import GroupShape
+from longspan.plan.moves import Move, Moved
 from longspan.plan.types import Plan, PlanResult
 
 
@@ -63,6 +64,13 @@ class WorkerExecutor:
                     self._link.send(voice, message)  # the watch notices a process that is gone
         return future
 
+    def move(self, move: Move) -> "Future[Moved]":
+        future = self._watch.moves.add(move)
+        if not future.done():
+            for voice in self._watch.membership.voices(move.rank):
+                self._link.send(voice, encode(move))
+        return future
+
     def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:
         message = encode(Measure(nodes, machines))
         for member in self.membership.members:
@@ -106,7 +114,9 @@ class WorkerExecutor:
         """End the watch, and tell the processes to end; return whether they were idle, and so end at once."""
         self._is_closed = True
         watch = self._watch
-        watch.pending.fail(LongspanError("the engine is closed"))
+        closed = LongspanError("the engine is closed")
+        watch.pending.fail(closed)
+        watch.moves.fail(closed)
         is_idle = watch.ready.done() and watch.ready.exception() is None and not watch.pending.num_failed
         watch.end()
         if is_idle:

@@ -16,6 +16,7 @@ import msgspec
 from longspan.config import EngineConfig
 from longspan.costmodel.measured import RankMeasurement
 from longspan.group.shape import ProcessId
+from longspan.plan.moves import Move, Moved
 from longspan.plan.parts import OwnPart
 from longspan.plan.types import GraphStep, RankResult
 from longspan.types import ModelSpec
@@ -59,6 +60,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     layers."""
     directory: str | None
     """Directory where processes on the driver's machine meet, theirs alone; None: their environment says where."""
+    kv_fingerprint: bytes | None = None
+    """All that KV depends on beside tokens, where pages are kept on disk."""
     generation: int = 0
     """Number of earlier starts of this engine's ranks, which are started again after a loss."""
 
@@ -182,8 +185,8 @@ class ForkedWorker(msgspec.Struct, frozen=True):
 
 Order = ForkWorkers | KillWorkers
 
-ToWorker = Start | RunPlan | RunNext | Measure | Stop | Refused | Heartbeat
-ToDriver = Hello | Files | Ready | Alive | Answer | Measured | Failed
+ToWorker = Start | RunPlan | RunNext | Move | Measure | Stop | Refused | Heartbeat
+ToDriver = Hello | Files | Ready | Alive | Answer | Moved | Measured | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

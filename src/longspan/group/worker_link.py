@@ -39,6 +39,8 @@ class WorkerLink:
         if secret is not None:
             connect_with(self._socket, secret)
         self._socket.connect(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
 
     def introduce(self, hello: Hello, timeout_s: float | None) -> Start:
         """Introduce this process, and wait for the driver's answer.
@@ -93,6 +95,16 @@ class WorkerLink:
         """Wait for the driver's next message."""
         message: ToWorker = decode_to_worker(self._socket.recv())
         return message
+
+    def receive_or(self, bell: int) -> ToWorker | None:
+        """Wait for the driver's next message, or until a file descriptor is readable; then return None.
+
+        Args:
+            bell: the file descriptor, every time the same one.
+        """
+        self._poller.register(bell, zmq.POLLIN)
+        ready = dict(self._poller.poll())
+        return self.receive() if self._socket in ready else None
 
     def close(self, linger_ms: int = LINGER_MS) -> None:
         """Disconnect.

@@ -100,6 +100,15 @@ class PagePool:
         part = slice(slot * self.page_size, (slot + num_pages) * self.page_size)
         return [tensor[:, part] for pool in self._stored for tensor in pool.values()]
 
+    def by_slot(self) -> list[Tensor]:
+        """Views of all rows, [Hkv, slots, page_size * stored width], of all components and layers in the order of
+        `rows`."""
+        return [
+            tensor.view(tensor.shape[0], -1, self.page_size * tensor.shape[2])
+            for pool in self._stored
+            for tensor in pool.values()
+        ]
+
     def copy_pages_(self, source_slot: int, target_slot: int, num_pages: int) -> None:
         """Copy whole pages within this pool, in every layer."""
         size = self.page_size

@@ -50,6 +50,10 @@ class StatePool:
         for tensor, state in zip(self.tensors[layer], states, strict=True):
             tensor.index_copy_(0, slots, state)
 
+    def by_slot(self) -> list[Tensor]:
+        """Views of all states, [1, slots, elements], of all layers and components in one order on every rank."""
+        return [tensor.flatten(1).unsqueeze(0) for tensors in self.tensors.values() for tensor in tensors]
+
     def empty(self, layer: int) -> list[Tensor]:
         """New tensors [1, *shape] for a state of one layer that needs no slot, per component."""
         return [_empty(component, 1, self.device) for component in self.components[layer]]

@@ -48,6 +48,10 @@ class ContextPlan(msgspec.Struct, frozen=True):
     """Least memory of one device with which the context fits this cluster."""
     smallest_devices: int | None
     """Devices of the smallest cluster of this kind that holds the context; None if none of at most 128 ranks does."""
+    kv_bytes: float
+    """KV of the context on all devices."""
+    load_s: float | None
+    """Time of loading this KV from a tier instead of computing it; None where no rate was given, or it does not fit."""
     fitting_tensor_parallel_size: int | None
     """Fewest devices per rank with which a context that does not fit would fit this cluster; None if none would do."""
 
@@ -89,6 +93,7 @@ def make_plan(
     memory_utilization: float = DEFAULT_UTILIZATION,
     max_num_batched_tokens: int = StepOptions().max_num_batched_tokens,
     rank_weights: tuple[float, ...] | None = None,
+    load_bytes_per_s: float | None = None,
 ) -> PlanReport:
     """Predict memory and time of every context.
 
@@ -102,6 +107,7 @@ def make_plan(
         max_num_batched_tokens: most tokens that one rank computes in one step.
         rank_weights: weight of every rank, where they are unequal: the cluster's device is that of the rank with the
             largest one, and the others have KV memory and speed in proportion.
+        load_bytes_per_s: rate at which a rank loads KV from a tier, or None.
 
     Raises:
         ConfigError: a value is illegal, or the model cannot be divided by `tensor_parallel_size`.
@@ -121,7 +127,7 @@ def make_plan(
     options = StepOptions(
         max_num_batched_tokens=max_num_batched_tokens, step_s=cluster.assumptions.step_s, rank_weights=rank_weights
     )
-    setup = _Setup(shape, part, cluster, tensor_parallel_size, memory_utilization, options)
+    setup = _Setup(shape, part, cluster, tensor_parallel_size, memory_utilization, options, load_bytes_per_s)
     return PlanReport(
         model=model,
         architecture=shape.spec.architecture,
@@ -155,7 +161,9 @@ class _Setup:
         tensor_parallel_size: int,
         memory_utilization: float,
         options: StepOptions,
+        load_bytes_per_s: float | None,
     ) -> None:
+        self._load_bytes_per_s = load_bytes_per_s
         self._shape, self._part, self._cluster, self._options = shape, part, cluster, options
         self._tensor_parallel_size, self._memory_utilization = tensor_parallel_size, memory_utilization
         self.num_ranks = cluster.num_devices // tensor_parallel_size
@@ -175,6 +183,8 @@ class _Setup:
         if is_held:
             prefill = predict_prefill(part, context_len, self._costs, options, tensor_parallel_size=size)
             decode = predict_decode(part, context_len, self._costs, options, tensor_parallel_size=size)
+        held = request_kv_bytes(part, context_len, self.num_ranks, options)
+        rate = self._load_bytes_per_s
         num_devices = sum(self._shares) * size  # of the speed of the fastest
         peak_flops_per_s = cluster.peak_flops_per_s(shape.dtype) * num_devices
         return ContextPlan(
@@ -185,7 +195,9 @@ class _Setup:
             decode=decode,
             prefill_floor_s=prefill_flops(shape, context_len) / peak_flops_per_s,
             decode_floor_s=decode_bytes(shape, context_len) / (cluster.read_bytes_per_s * num_devices),
-            memory_bytes=part.weight_bytes + request_kv_bytes(part, context_len, self.num_ranks, options),
+            memory_bytes=part.weight_bytes + held,
+            kv_bytes=request_kv_bytes(shape, context_len, 1, options),
+            load_s=None if rate is None or not is_held else held * size / rate,
             needed_device_bytes=needed_bytes(part, num_tokens, self.num_ranks, used, options),
             smallest_devices=smallest_cluster(part, cluster, size, num_tokens, used, options),
             fitting_tensor_parallel_size=None

@@ -11,6 +11,7 @@ Note [What to do with a hit]
 """
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
 from longspan.scheduler.page_placer import PagePlacer
@@ -100,6 +101,7 @@ def choose_spread(
     copies_on: Sequence[frozenset[int]],
     taken: Taken,
     room: Room,
+    held: Sequence[int] = (),
 ) -> Admission | None:
     """Use cached pages where they are, and stripe or spill the rest.
 
@@ -110,6 +112,7 @@ def choose_spread(
         copies_on: per cached page, the ranks that have it.
         taken: what a hit takes from the room.
         room: of every rank and KV group.
+        held: ranks whose host memory has the pages behind those: they go there.
 
     Returns:
         None when they do not fit now.
@@ -118,8 +121,11 @@ def choose_spread(
     for found in copies_on:  # stay on a rank as long as it has the pages: longer runs, fewer exchanges
         hit.append(hit[-1] if hit and hit[-1] in found else min(found))
     left = _room_after(room, taken(hit, None)) if hit else room
-    runs = None if left is None else placer.place(num_pages - len(hit), 0, placement, left)
-    return None if runs is None else Admission(hit, runs, None)
+    kept = [(rank, sum(1 for _ in same)) for rank, same in groupby(held)]
+    for rank, count in kept if left is not None else ():
+        left = placer.room_beside(rank, count, left) if left is not None else None
+    runs = None if left is None else placer.place(num_pages - len(hit) - len(held), 0, placement, left)
+    return None if runs is None else Admission(hit, kept + runs, None)
 
 
 def _left_on(home: int, room_on: Callable[[int], Sequence[int]], taken: Room | None) -> Sequence[int] | None:

@@ -10,6 +10,7 @@ from collections.abc import Set as AbstractSet
 
 from longspan.config import EngineConfig
 from longspan.costmodel.step_time import StepTime
+from longspan.plan.types import QueryRun
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.request import Request
 from longspan.sharding.geometry import StepGeometry
@@ -47,6 +48,13 @@ class Chunks:
     def busiest(self, flops: Sequence[float]) -> float:
         """Flops that the fastest rank would do in the time of a step with these, one number per rank."""
         return max(work / share for work, share in zip(flops, self._geometry.relative_shares, strict=True))
+
+    def flops_of(self, runs: Sequence[QueryRun]) -> float:
+        """Flops of the busiest rank in a step that computes these runs, as `busiest` counts them."""
+        work = [0.0] * self._config.context_parallel_size
+        for run in runs:
+            work[run.compute_rank] += self._step_time.chunk_flops(run.position, run.end)
+        return self.busiest(work)
 
     def ranks(self, request: Request, end: int) -> AbstractSet[int]:
         """Ranks that a step up to `end` may involve: those with a key that it may see, or a page to copy."""

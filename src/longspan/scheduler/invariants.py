@@ -37,8 +37,9 @@ def _check_progress(request: Request) -> None:
 def _check_owners(scheduler: Scheduler) -> None:
     """Every page has as many references as owners, none without an owner is in use, and promises add up."""
     memory, running = scheduler.memory, scheduler.running
-    allocations = [request.allocation for request in running if request.allocation is not None]
-    assert len(allocations) == len(running), "a request that runs has no pages"
+    holders = [*running, *scheduler.loading.left]
+    allocations = [request.allocation for request in holders if request.allocation is not None]
+    assert len(allocations) == len(holders), "a request that runs has no pages"
     owners = Counter(
         (run.rank, group_idx, run.slot + i)
         for allocation in allocations

@@ -10,6 +10,7 @@ from itertools import groupby
 
 from longspan.config import EngineConfig
 from longspan.kv.prefix import CachingAllocator, PageHolders
+from longspan.plan.moves import Move, PagePlace
 from longspan.scheduler.admission import Admission, choose_packed, choose_spread
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.page_placer import PagePlacer, pages_for
@@ -17,6 +18,7 @@ from longspan.scheduler.prefix_lookup import PrefixLookup
 from longspan.scheduler.request import Request
 from longspan.scheduler.reservations import RankPools, Reservations, Room
 from longspan.scheduler.states import StateMemory
+from longspan.scheduler.tiers import Tiers, TierSizes
 from longspan.sharding.capacity import snapshot_len
 from longspan.sharding.pages import PageRun
 from longspan.types import ModelSpec, Placement
@@ -51,6 +53,8 @@ class KVMemory:
         """Slots of states, if the model has recurrent layers."""
         self.lookup = PrefixLookup(model, config.page_size, self.allocators, holders, self.states)
         self._specs = [group.spec for group in model.kv_groups]
+        self.tiers = self._tiers() if config.has_tiers else None
+        """What lies behind the pools, if anything does."""
         self.refused: Request | None = None
         """The request that `admit` refused last, while no room was made and no more of it was cached. The head of the
         queue asks before every step; to look for a long prompt's pages each time would take longer than the step."""
@@ -65,6 +69,16 @@ class KVMemory:
         slots = [allocators[pool_idx] for allocators in self.allocators]
         return StateMemory(
             slots, holders, self.reservations, pool_idx, size, every if self.config.enable_prefix_caching else None
+        )
+
+    def _tiers(self) -> Tiers:
+        return Tiers(
+            self.allocators,
+            [group.page_bytes(self.config.page_size) for group in self.model.kv_groups],
+            self.config.page_size,
+            TierSizes(self.config.kv_host_memory, self.config.disk_bytes),
+            self.lookup.first_needed_page,
+            [group.spec.reach for group in self.model.kv_groups],
         )
 
     @property
@@ -121,11 +135,17 @@ class KVMemory:
             return self.lookup.taken(request.page_hashes, hit, home)
 
         placement, pages = self.placer.placement_of(num_tokens), pages_for(num_tokens, size)
+        held: list[int] = []
+        if self.tiers is not None and _may_hit(request, self.config):
+            held = self.tiers.held_on(request.page_hashes, len(copies_on), (num_tokens - 1) // size)
         if placement is Placement.PACKED:
             slowness = [1 / share for share in self.placer.geometry.relative_shares]
+            load = _without(load, held, size)
             return choose_packed(self._pools, size, pages, copies_on, taken, load, self.room_on, slowness)
         room = self.room
-        found = choose_spread(self.placer, placement, pages, copies_on, taken, room)
+        found = choose_spread(self.placer, placement, pages, copies_on, taken, room, held)
+        if found is None and held:
+            found = choose_spread(self.placer, placement, pages, copies_on, taken, room)
         if found is None and copies_on and self.is_empty:
             # Nobody will make room: do without the hit, whose idle pages may be the room that it needs.
             found = choose_spread(self.placer, placement, pages, [], taken, room)
@@ -162,6 +182,79 @@ class KVMemory:
             allocation.place(rank, count)
             self.reservations.promise(allocation.claims, rank, count)
         return allocation
+
+    # -- pages that a tier has ---------------------------------------------------------------------------------------
+
+    def loadable_len(self, request: Request) -> int:
+        """Tokens of an admitted request that need not be computed if a tier's pages are loaded."""
+        allocation, size = request.allocation, self.config.page_size
+        assert allocation is not None
+        if self.tiers is None or not _may_hit(request, self.config):
+            return request.num_computed
+        last = (len(request.token_ids) - 1) // size  # the last token's logits are in no page
+        ranks: list[int] = []
+        for rank, start, end in allocation.ranks_of(request.num_computed, last * size):
+            ranks += [rank] * ((end - start) // size)
+        return size * self.tiers.find(request.page_hashes, request.num_computed // size, ranks)
+
+    def take_moves(self) -> list[Move]:
+        """Moves to send now, before any plan that is written after this call."""
+        moves = [] if self.tiers is None else self.tiers.take_moves()
+        if any(place.on_host for move in moves for place in move.stores):
+            self.refused = None  # it may be placed where host memory has its pages
+        return moves
+
+    def load_s(self, request: Request, end: int) -> float:
+        """Seconds that ranks are predicted to take to load what a request needs up to position `end`."""
+        allocation, size = request.allocation, self.config.page_size
+        assert allocation is not None
+        assert self.tiers is not None
+        places: dict[int, list[PagePlace]] = {}
+        for group_idx, table in enumerate(allocation.tables):
+            page_idx = max(table.num_pages, self.lookup.first_needed_page(group_idx, end // size))
+            for rank, first, last in allocation.ranks_of(page_idx * size, end):
+                hashes = request.page_hashes[first // size : last // size]
+                places.setdefault(rank, []).extend(self.tiers.place(rank, group_idx, 0, h) for h in hashes)
+        return max(self.tiers.load_s(of_rank) for of_rank in places.values())
+
+    def grow_to_load(self, request: Request, end: int) -> dict[int, list[PagePlace]]:
+        """Allocate the pages up to position `end` that later tokens need; return those of every rank."""
+        allocation, size = request.allocation, self.config.page_size
+        assert allocation is not None
+        assert self.tiers is not None
+        found: dict[int, list[PagePlace]] = {}
+        for group_idx, table in enumerate(allocation.tables):
+            page_idx = max(table.num_pages, self.lookup.first_needed_page(group_idx, end // size))
+            for rank, first, last in allocation.ranks_of(page_idx * size, end):
+                num_pages = (last - first) // size
+                for slot, count in self.allocators[rank][group_idx].allocate(num_pages, table.slot_after(rank)):
+                    table.apply([PageRun(page_idx, rank, slot, count)])
+                    hashes = request.page_hashes[page_idx : page_idx + count]
+                    places = [self.tiers.place(rank, group_idx, slot + i, h) for i, h in enumerate(hashes)]
+                    found.setdefault(rank, []).extend(places)
+                    page_idx += count
+                self.reservations.hold(allocation.claims, group_idx, rank, num_pages)
+        return found
+
+    def take_loaded(self, request: Request, places: Sequence[tuple[int, PagePlace]], end: int | None) -> None:
+        """Let others find pages that were loaded, and let the request go on behind them.
+
+        Args:
+            request: for which they were loaded.
+            places: (rank, page) of every page that came.
+            end: position up to which the request has all that it needs; None if something is missing.
+        """
+        self.refused = None
+        for rank, place in places:
+            self.allocators[rank][place.pool_idx].publish(place.page_hash, place.slot)
+        if end is None:
+            return
+        allocation = request.allocation
+        assert allocation is not None
+        request.note_loaded(end)
+        if not allocation.copies:  # else pages before are not there yet
+            allocation.num_published = end // self.config.page_size
+        self.slide(request)
 
     # -- pages of a running request ----------------------------------------------------------------------------------
 
@@ -231,11 +324,15 @@ class KVMemory:
                 page = table.page(page_idx)
                 if page is not None:
                     self.allocators[page[0]][group_idx].publish(hashes[page_idx], page[1])
+                    if self.tiers is not None:
+                        self.tiers.note_published(group_idx, page[0], hashes[page_idx], page_idx)
         allocation.num_published = full
 
     def withdraw(self, request: Request) -> None:
         """Let nobody find this request's pages any more, nor those that it was given: what they hold is in doubt."""
         self.refused = None
+        if self.tiers is not None:
+            self.tiers.note_withdrawn(request.page_hashes)
         for page_hash in request.page_hashes:
             for allocators in self.allocators:
                 for allocator in allocators:
@@ -295,6 +392,8 @@ class KVMemory:
     def forget_all(self) -> None:
         """Take the pools of all ranks for new ones: nothing is held, promised or cached."""
         self.refused = None
+        if self.tiers is not None:
+            self.tiers.lose_ranks()
         self.reservations.forget_all()
         for allocators in self.allocators:
             for allocator in allocators:
@@ -303,6 +402,8 @@ class KVMemory:
     def take_over(self, other: "KVMemory") -> None:
         """Go on with the counts of a memory of other ranks; its pages are lost with them."""
         self.num_queried_tokens, self.num_hit_tokens = other.num_queried_tokens, other.num_hit_tokens
+        if self.tiers is not None and other.tiers is not None:
+            self.tiers.take_over(other.tiers)
 
     def check_integrity(self) -> None:
         """Assert that the allocators are sound, and that every promise can be kept."""
@@ -310,6 +411,21 @@ class KVMemory:
             for allocator, pages in zip(allocators, promised, strict=True):
                 allocator.check_integrity()
                 assert 0 <= pages <= allocator.num_available, "more pages are promised than there are"
+        if self.tiers is not None:
+            self.tiers.check_integrity()
+
+
+def _without(load: Sequence[float], held: Sequence[int], page_size: int) -> Sequence[float]:
+    """The load of ranks as a request sees it whose pages lie in the host memory of some: there it has less to compute.
+
+    Args:
+        load: work that waits per rank, in tokens.
+        held: rank of every page that host memory has, behind those that pools have.
+        page_size: tokens per page.
+    """
+    if not held:
+        return load
+    return [work - page_size * held.count(rank) for rank, work in enumerate(load)]
 
 
 def _may_hit(request: Request, config: EngineConfig) -> bool:

@@ -105,6 +105,12 @@ class PagePlacer:
             counts[rank] += pages
         return runs if all(self._pools.fit(pages, room[rank]) for rank, pages in enumerate(counts) if pages) else None
 
+    def room_beside(self, rank: int, num_pages: int, room: Sequence[Sequence[int]]) -> list[list[int]] | None:
+        """The room of all ranks beside new pages on one of them; None if these do not fit."""
+        left = [list(of_rank) for of_rank in room]
+        left[rank] = [free - self._pools.needed(group_idx, num_pages) for group_idx, free in enumerate(room[rank])]
+        return left if min(left[rank]) >= 0 else None
+
     def next_rank(self, allocation: Allocation, prompt_len: int) -> int:
         """Where the next page of generated tokens should go.
 

@@ -66,7 +66,7 @@ class Request:
     rope_len: int = 0
     """Length that counts for RoPE in every row, but where `position + 1` is more; 0 where it does not matter."""
     num_cached: int = 0
-    """Prompt tokens whose KV was found in the prefix cache."""
+    """Prompt tokens whose KV was found in the prefix cache, or loaded from a tier behind it."""
     num_computed: int = 0
     """Tokens whose KV is stored."""
     num_planned: int = 0
@@ -140,13 +140,23 @@ class Request:
         if self.num_preemptions == 0:
             self.num_cached = num_tokens
 
-    def preempt(self) -> None:
+    def note_loaded(self, end: int) -> None:
+        """Take down that all positions up to `end` have their KV stored, which came from a tier."""
+        self.num_computed = end
+        if self.num_preemptions == 0:
+            self.num_cached = min(end, self.prompt_len)
+
+    def give_back(self) -> None:
         """Begin again without pages, which the memory has back; all tokens are kept."""
         self.allocation = None
-        self.num_preemptions += 1
         self.num_computed = self.num_planned = 0
         self.drafts = ()
         self.delivery.forget_tables()
+
+    def preempt(self) -> None:
+        """Begin again without pages, for the sake of an older request."""
+        self.give_back()
+        self.num_preemptions += 1
 
     def crosses(self, num_tokens: int) -> bool:
         """Whether a request of so many tokens has to be computed again, as RoPE has other frequencies from there on."""

@@ -45,6 +45,7 @@ from typing import NamedTuple
 from longspan.config import EngineConfig
 from longspan.costmodel.parameters import Costs
 from longspan.costmodel.step_time import StepTime
+from longspan.plan.moves import Moved
 from longspan.plan.types import Plan, PlanResult, SampledToken
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.chunks import Chunks
@@ -53,6 +54,7 @@ from longspan.scheduler.filling import ChosenStep, fill_step
 from longspan.scheduler.intake import Intake
 from longspan.scheduler.lanes import Lanes
 from longspan.scheduler.load import RankLoad
+from longspan.scheduler.loading import Loading
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.plan_writer import PlanWriter
 from longspan.scheduler.request import Constraint, Request
@@ -106,6 +108,8 @@ class Scheduler:
         self._ahead = RunAhead(config.page_size, self._chunks, self._extend, self.drafting.pays)
         self._load = RankLoad(config.context_parallel_size)
         self._suspects = Suspects()
+        self.loading = Loading(self.memory, self.step_time)
+        """Running requests that wait for pages of a tier."""
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """The oldest first."""
@@ -190,6 +194,8 @@ class Scheduler:
             self.waiting.remove(request)
         else:
             self._stop(request)
+        if self.memory.tiers is not None:
+            self.memory.tiers.note_used(request.page_hashes)
         for rank in request.delivery.involved_ranks:
             self._unreported[rank].add(request.request_id)
 
@@ -213,7 +219,10 @@ class Scheduler:
         self._lanes.discard(request)
         self._idle.pop(request.request_id, None)
         self._load.remove(request)
-        self.memory.free(request)
+        if request in self.loading:
+            self.loading.leave(request)
+        else:
+            self.memory.free(request)
 
     def _preempt(self, request: Request) -> None:
         """Take all pages from a running request that is not in flight; it will be computed again."""
@@ -244,6 +253,7 @@ class Scheduler:
         self._idle.clear()
         self._load.clear()
         self._suspects.note_loss()
+        self.loading.clear()
         self.memory.forget_all()
         for unreported in self._unreported.values():
             unreported.clear()
@@ -304,6 +314,8 @@ class Scheduler:
         """The next plan of a request with nobody beside it."""
         if self.in_flight:
             return self._run_ahead()
+        if request in self.loading:
+            return None
         allocation = request.allocation
         assert allocation is not None
         if not self._has_page(request, allocation):
@@ -338,7 +350,8 @@ class Scheduler:
             request.delivery.wait_from(self.next_plan_id - 1)  # -1 would overtake all others
             insort(self.running, request, key=lambda r: r.request_id)
             self._load.note(request)
-            self._idle[request.request_id] = request
+            if not self.loading.begin(request):
+                self._idle[request.request_id] = request
 
     def _extend(self, request: Request) -> bool:
         """Place one more page of a request; False when no rank has room."""
@@ -408,7 +421,8 @@ class Scheduler:
                 self.busy_ranks.discard(rank)
         self._ahead.note_end(plan.plan_id)
         self._graphs.note_result(result)
-        if plan.phase is Phase.PREFILL and self.config.max_step_ms is not None:
+        if plan.phase is Phase.PREFILL and (self.config.max_step_ms is not None or self.memory.tiers is not None):
+            flops = flops or self._chunks.flops_of(plan.query_runs)
             self.step_time.learn(flops, max(rank_result.step_s for rank_result in result.ranks))
         self.drafting.note(plan, result)
         requests = [request for request in requests if request.finish_reason is None]  # the others have ended meanwhile
@@ -444,6 +458,30 @@ class Scheduler:
                 num_right = request.take_sampled(sampled[request.request_id], failed.get(request.request_id))
                 self.drafting.note_checked(num_drafts, num_right)
         return set(failed)
+
+    def take_moved(self, moved: Moved) -> list[Request]:
+        """Take in a rank's answer to a move of pages.
+
+        Returns:
+            The request that goes on with it, unless it was cancelled meanwhile.
+        """
+        assert self.memory.tiers is not None
+        ended = self.loading.take(self.memory.tiers.take(moved), moved)
+        if ended is None or not ended.is_wanted:
+            return []
+        request = ended.request
+        if request.request_id in self.cancelled:
+            self.finish(request, FinishReason.ABORT)
+            return []
+        if not ended.has_all:
+            self._stop(request)
+            request.give_back()
+            self._enqueue(request)
+            return []
+        self._load.note(request)
+        request.delivery.wait_from(self.next_plan_id - 1)
+        self._idle[request.request_id] = request
+        return [request]
 
     def _settle(self, requests: Iterable[Request]) -> Iterable[Request]:
         """End what has ended; the others lose the pages that their windows have left."""

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from longspan.engine.stats import EngineStats
+from longspan.engine.stats import EngineStats, TierStats
 from longspan.types import FinishReason
 
 _TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -172,6 +172,29 @@ class _EngineCollector(Collector):
             "Bytes that ranks sent each other.",
             stats.bytes_per_strategy,
         )
+
+        yield from self._of_tiers(stats.tiers)
+
+    def _of_tiers(self, tiers: Mapping[str, TierStats]) -> Iterable[Metric]:
+        """What lies behind the pools; no series where nothing does."""
+        kinds: tuple[tuple[type[Any], str, str, str], ...] = (
+            (GaugeMetricFamily, "pages", "pages", "Pages of this model that a tier has."),
+            (GaugeMetricFamily, "bytes", "num_bytes", "Bytes of these pages."),
+            (CounterMetricFamily, "hits", "num_loads", "Requests that went on from a tier's pages."),
+            (CounterMetricFamily, "hit_tokens", "hit_tokens", "Tokens that these did not compute."),
+            (CounterMetricFamily, "loaded_pages", "loaded_pages", "Pages that ranks loaded."),
+            (CounterMetricFamily, "loaded_bytes", "loaded_bytes", "Bytes that ranks loaded."),
+            (CounterMetricFamily, "load_seconds", "load_s", "Time that ranks took to load, summed over ranks."),
+            (CounterMetricFamily, "stored_pages", "stored_pages", "Pages that ranks stored."),
+            (CounterMetricFamily, "stored_bytes", "stored_bytes", "Bytes that ranks stored."),
+            (CounterMetricFamily, "store_seconds", "store_s", "Time that ranks took to store, summed over ranks."),
+            (CounterMetricFamily, "failed_pages", "failed_pages", "Pages that could not be stored or loaded."),
+            (CounterMetricFamily, "damaged_pages", "damaged_pages", "Pages that were found damaged."),
+            (CounterMetricFamily, "dropped_pages", "dropped_pages", "Pages evicted before they were stored."),
+        )
+        for kind, name, field, text in kinds if tiers else ():
+            values = {tier: getattr(stats, field) for tier, stats in tiers.items()}
+            yield self._per("tier", kind, f"longspan:kv_tier_{name}", text, values)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=[_MODEL])

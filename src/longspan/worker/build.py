@@ -7,6 +7,7 @@ Read next: `longspan.worker.runner`.
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,14 +20,18 @@ from longspan.comm.peers import Peers
 from longspan.group.heartbeat import ProcessProgress
 from longspan.group.messages import Start
 from longspan.group.shape import GroupShape, ProcessId
+from longspan.kv.page_bytes import PageBytes
+from longspan.kv.page_directory import ModelPages
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import ALWAYS, SPEEDUPS, speed_up_
 from longspan.models.tensor_parallel import Part, connect_, cut_
 from longspan.plan.fixed_shape import OWN_DECODE, has_fixed_steps, is_captured
+from longspan.plan.moves import Moved
 from longspan.plan.types import Plan
 from longspan.types import ModelSpec
 from longspan.worker.device import check_memory, device_backend, process_device
 from longspan.worker.fault import Injector
+from longspan.worker.page_mover import PageMover
 from longspan.worker.profile import PlanProfiler
 from longspan.worker.runner import GraphMode, ModelRunner
 
@@ -183,6 +188,23 @@ def _profiler(start: Start, comm: Communicator, peers: Peers | None) -> PlanProf
     """Recorder of a rank's plans, in its first process, if the user asked for one."""
     speaks = peers is None or peers.index == 0
     return None if start.config.profile is None or not speaks else PlanProfiler(start.config.profile, comm.rank)
+
+
+def build_mover(start: Start, runner: ModelRunner, answer: Callable[[Moved], None]) -> PageMover | None:
+    """Build what moves a rank's pages to and from tiers; None where there are none.
+
+    Args:
+        start: the driver's start message.
+        runner: the rank's runner.
+        answer: called with every answer to the driver, from any thread.
+    """
+    if not start.config.has_tiers:
+        return None
+    files = None
+    if start.config.kv_disk is not None:
+        assert start.kv_fingerprint is not None, "pages on disk have a fingerprint"
+        files = ModelPages(Path(start.config.kv_disk).expanduser(), start.kv_fingerprint)
+    return PageMover([PageBytes(pool.by_slot()) for pool in runner.pools], files, answer)
 
 
 def _graph_mode(start: Start, backend: AttentionBackend) -> GraphMode:

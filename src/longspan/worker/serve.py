@@ -13,7 +13,18 @@ from longspan.comm.checking import DamagingCommunicator
 from longspan.comm.connect import Meeting
 from longspan.errors import ConfigError
 from longspan.group.heartbeat import ProcessProgress
-from longspan.group.messages import Answer, Files, Measure, Measured, Ready, Refused, RunNext, RunPlan, Start
+from longspan.group.messages import (
+    Answer,
+    Files,
+    Measure,
+    Measured,
+    Ready,
+    Refused,
+    RunNext,
+    RunPlan,
+    Start,
+    ToWorker,
+)
 from longspan.group.plans import PlanReceiver
 from longspan.group.shape import GroupShape, ProcessId
 from longspan.group.worker_link import WorkerLink
@@ -22,10 +33,12 @@ from longspan.models.loader import quiet_transformers
 from longspan.models.lora import check_lora
 from longspan.models.tensor_parallel import Part
 from longspan.native.heap import keep_freed_memory
-from longspan.worker.build import build_runner, load_weights, open_device, peers_of, with_options
+from longspan.plan.moves import Move
+from longspan.worker.build import build_mover, build_runner, load_weights, open_device, peers_of, with_options
 from longspan.worker.fault import Injector, read_fault
 from longspan.worker.join import join
 from longspan.worker.measure import measure
+from longspan.worker.page_mover import MovesDone, PageMover
 from longspan.worker.runner import ModelRunner
 from longspan.worker.thread_lending import borrowed_threads, lends
 
@@ -67,14 +80,31 @@ def serve(
     runner = build_runner(start, model, comm, tools.backend, threads, peers=peers, progress=progress, faults=faults)
     keep_freed_memory()  # after loading, whose freed memory goes back to the system
     faults.at_start()
+    done = MovesDone()
+    mover = build_mover(start, runner, done.put)
     link.send(Ready(process))
-    _answer(process, runner, link)
+    _answer(process, runner, mover, done, link)
 
 
-def _answer(process: ProcessId, runner: ModelRunner, link: WorkerLink) -> None:
+def _next_message(mover: PageMover | None, done: MovesDone, link: WorkerLink) -> ToWorker:
+    """Wait for the driver's next message; meanwhile begin moves, and answer those that are done."""
+    while True:
+        for moved in done.take() if mover is not None else ():
+            link.send(moved)
+        message = link.receive() if mover is None else link.receive_or(done.bell)
+        if isinstance(message, Move):
+            assert mover is not None, "only ranks with tiers are told to move pages"
+            mover.take(message)
+        elif message is not None:
+            return message
+
+
+def _answer(
+    process: ProcessId, runner: ModelRunner, mover: PageMover | None, done: MovesDone, link: WorkerLink
+) -> None:
     """Follow the driver's messages until `Stop`, in all processes of a rank; the first process answers."""
     speaks, plans = process.speaks_for_rank, PlanReceiver(process.rank)
-    while isinstance(message := link.receive(), (RunPlan, RunNext, Measure)):
+    while isinstance(message := _next_message(mover, done, link), (RunPlan, RunNext, Measure)):
         if isinstance(message, Measure):
             measurement = measure(runner, message)
             if speaks:
