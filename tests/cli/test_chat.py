@@ -235,19 +235,19 @@ def _talk(arguments):
     killer = threading.Timer(100, process.kill)
     killer.start()
     try:
-        _until(main, seen, b">>> ")
+        at = _until(main, seen, b">>> ", 0)
         os.write(main, b"Tell me a very long story.\n")
-        _until(main, seen, b"story.\r\n")
-        start = len(seen)
-        while len(seen) < start + 400:  # the bar, and text behind it
+        at = _until(main, seen, b"story.\r\n", at)
+        while len(seen) < at + 400:  # the bar, and text behind it
             _read(main, seen)
         os.write(main, b"\x03")
-        _until(main, seen, b"(stopped)")
-        _until(main, seen, b">>> ")
+        at = _until(main, seen, b"(stopped)", at)
+        at = _until(main, seen, b">>> ", at)
         os.write(main, b"/reset\n")
-        _until(main, seen, b"forgotten")
+        at = _until(main, seen, b"forgotten", at)
         os.write(main, b"\x03")
-        _until(main, seen, b"ends the chat)")
+        at = _until(main, seen, b"ends the chat)", at)
+        _until(main, seen, b">>> ", at)
         os.write(main, b"\x04")
         assert process.wait(timeout=20) == 0, seen
     finally:
@@ -273,8 +273,8 @@ def _read(main, seen):
         raise AssertionError(bytes(seen)) from None
 
 
-def _until(main, seen, mark):
-    """Read on until a mark comes that was not there before."""
-    start = len(seen)
-    while mark not in seen[max(0, start - len(mark) + 1) :]:
+def _until(main, seen, mark, start):
+    """Read until a mark lies behind `start`; return where it ends."""
+    while (found := seen.find(mark, start)) < 0:
         _read(main, seen)
+    return found + len(mark)

@@ -201,13 +201,14 @@ def test_every_difference_that_matters_is_measured_apart(measuring):
 
 
 def test_the_keys_of_the_cache_differ_in_every_field():
-    base = MeasuredOn(("a",), (0,), "cpu", 2, 1, "heads", 5, "none 20", None, "ray eth0", True, ("1",))
+    base = MeasuredOn(("a",), (0,), "cpu", 2, 1, 1, "heads", 5, "none 20", None, "ray eth0", True, ("1",))
     others = {
         "hosts": ("b",),
         "nodes": (1,),
         "cpu": "other",
         "num_cores": 3,
         "num_threads": 2,
+        "tensor_parallel_size": 2,
         "attention": "other",
         "num_parameters": 6,
         "quantization": "int8 5",

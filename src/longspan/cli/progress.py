@@ -92,7 +92,11 @@ class ProgressPrinter:
     def __enter__(self) -> "ProgressPrinter":
         self._last_line_s = time.perf_counter()
         if self._is_terminal:
-            self._bar.start()
+            try:
+                self._bar.start()
+            except BaseException:  # Ctrl-C: `__exit__` is not called, and the bar would be drawn for ever
+                self._bar.stop()
+                raise
         return self
 
     def __exit__(
