@@ -328,14 +328,14 @@ def test_weight_bytes_count_every_weight_once():
 
 @pytest.mark.cover
 def test_compiled_modules_compute_the_same_for_any_number_of_rows(monkeypatch):
-    monkeypatch.setattr(torch.compiler.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     model = copy.deepcopy(load_reference(tiny_model("llama").path))
     inputs = [torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (5, 3, 64)]
     layer = model.model.layers[1]
     want = [layer.mlp(layer.input_layernorm(x)) for x in inputs]
     model.model.layers[2].mlp.forward = model.model.layers[2].mlp.forward  # as `skip_unread_rows_` leaves it
     assert compile_dense_(model) == 3 * 2 + 1 + 2  # two norms a layer, the last one, and an MLP a layer but one
-    assert torch.compiler.config.recompile_limit >= 64, "a function with more graphs is not compiled any more"
+    assert torch._dynamo.config.recompile_limit >= 64, "a function with more graphs is not compiled any more"
     for x, expected in zip(inputs, want, strict=True):
         torch.testing.assert_close(layer.mlp(layer.input_layernorm(x)), expected)
 

@@ -5,6 +5,7 @@ Read next: `longspan.worker.graphs`: compiled kernels are captured like any othe
 """
 
 import torch
+import torch._dynamo  # the limit of graphs
 from torch import nn
 
 MOST_GRAPHS = 64
@@ -17,7 +18,8 @@ def compile_dense_(model: nn.Module) -> int:
 
     Modules whose forward was replaced stay as they are. Compilation happens in the first steps, and takes seconds.
     """
-    torch.compiler.config.recompile_limit = max(MOST_GRAPHS, torch.compiler.config.recompile_limit)
+    config = torch._dynamo.config  # where the limit has its public name only once something was compiled
+    config.recompile_limit = max(MOST_GRAPHS, config.recompile_limit)
     count = 0
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]

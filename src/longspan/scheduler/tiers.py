@@ -283,8 +283,8 @@ class Tiers:
 
     def _next_stores(self, rank: int) -> Move:
         """What a rank stores next, of the pages that its pools still have."""
-        places: list[PagePlace] = []
-        drops: list[PageKey] = []
+        stores: list[tuple[PageKey, int, bool, bool]] = []  # page, its slot, to host memory, to the disk
+        was_kept: dict[PageKey, bool] = {}  # pages that come or go: whether the rank has them in host memory now
         queue, host, num_bytes = self._ranks[rank].queue, self._ranks[rank].host, 0
         while queue and num_bytes < STORE_BYTES:
             key = next(iter(queue))
@@ -297,10 +297,20 @@ class Tiers:
                     counts.dropped_pages += slot is None
                 continue
             if to_host:
-                drops += host.put(key)
-            places.append(PagePlace(key.pool_idx, slot, key.page_hash, to_host, to_disk))
+                was_kept.setdefault(key, False)
+                for gone in host.put(key):  # a page of this very move, where host memory is small
+                    was_kept.setdefault(gone, True)
+            stores.append((key, slot, to_host, to_disk))
             num_bytes += self._page_bytes[key.pool_idx]
-        return Move(self._next_id(), rank, stores=tuple(places), drops=tuple(drops))
+        places: list[PagePlace] = []
+        for key, slot, to_host, to_disk in stores:
+            stays = to_host and key in host and not was_kept[key]
+            if stays or to_disk:
+                places.append(PagePlace(key.pool_idx, slot, key.page_hash, stays, to_disk))
+            else:
+                del self._storing[key]
+        drops = tuple(key for key, was in was_kept.items() if was and key not in host)
+        return Move(self._next_id(), rank, stores=tuple(places), drops=drops)
 
     def take(self, moved: Moved) -> Move:
         """Take in a rank's answer; return the move that it answers."""
