@@ -78,12 +78,11 @@ def logits(model: nn.Module, num_tokens: int, rows: torch.Tensor | None = None) 
     return found if rows is None else found[rows]
 
 
-@pytest.mark.every_case
 @pytest.mark.filterwarnings("ignore:Dynamo")  # it cannot trace into `linear`, which no GPU has
 @pytest.mark.parametrize("chosen", COMBINATIONS, ids=lambda chosen: "+".join(names(chosen)) or "none")
 @pytest.mark.parametrize(
     "family", ["qwen2", *(pytest.param(f, marks=pytest.mark.cover) for f in ("gemma3", "qwen3_moe"))]
-)
+)  # of qwen2 all, of the others some
 def test_every_combination_computes_what_the_plain_model_does(family, chosen, quick_compiler):
     model = tiny_model(family)
     module, plain = model.load(), model.load()
