@@ -116,6 +116,7 @@ def test_the_page_of_options_is_made_from_the_fields():
         ("prompt + max_tokens: got 9", "prompt + --max-tokens: got 9"),
         ("model: got 'page_size'", "model: got 'page_size'"),
         ("rope_parameters: got 1", "rope_parameters: got 1"),
+        ("generation_config.json: top_p: got 3.0", "generation_config.json: top_p: got 3.0"),
         ("--page-size and page_sizes", "--page-size and page_sizes"),
     ],
 )  # fmt: skip

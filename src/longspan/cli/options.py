@@ -111,7 +111,12 @@ def engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
 
 
 def as_typed(message: str) -> str:
-    """An error's message with options as the command line has them: `--page-size` for `page_size`."""
+    """An error's message with options as the command line has them: `--page-size` for `page_size`.
+
+    A message that begins with a file's name is about that file's fields, and stays as it is.
+    """
+    if re.match(r"\S+\.json:", message):
+        return message
     flags = {
         field.name: _flag(field)
         for config in (EngineConfig, ServerConfig, SamplingParams)
