@@ -139,17 +139,17 @@ def _copy_to_the_host(monkeypatch):
 
 
 @pytest.mark.parametrize("mutate", [_take_from_the_host, _wait_for_the_gpu, _copy_to_the_host])
-def test_a_step_that_cannot_be_captured_is_noticed(mutate, monkeypatch):
+def test_a_step_that_cannot_be_captured_is_noticed(mutate):
     model = copy.deepcopy(loaded("llama")[2])
-    with fake_gpu():
-        mutate(monkeypatch)
+    with fake_gpu(), pytest.MonkeyPatch.context() as patch:  # undone before the GPU's own patches are
+        mutate(patch)
         ranks = FakeRanks("llama", model, 1, async_scheduling=False)
         ranks.scheduler.add_request(range(3, 9), SamplingParams(max_tokens=7, ignore_eos=True))
         with pytest.raises(HostWaitError, match="in a step that may be captured"):
             ranks.run()
 
 
-def test_a_tensor_of_the_host_that_meets_one_of_the_gpu_is_noticed(monkeypatch):
+def test_a_tensor_of_the_host_that_meets_one_of_the_gpu_is_noticed():
     model = copy.deepcopy(loaded("llama")[2])
     with fake_gpu():
         ranks = FakeRanks("llama", model, 1)
