@@ -18,7 +18,7 @@ def compile_dense_(model: nn.Module) -> int:
 
     Modules whose forward was replaced stay as they are. Compilation happens in the first steps, and takes seconds.
     """
-    config = torch._dynamo.config  # where the limit has its public name only once something was compiled
+    config = torch._dynamo.config
     config.recompile_limit = max(MOST_GRAPHS, config.recompile_limit)
     count = 0
     for name, module in model.named_modules():
