@@ -14,6 +14,7 @@ Note [Edges of cuDNN's kernel]
 import torch
 from torch import Tensor
 
+from longspan.attention.dense import unsupported_by
 from longspan.attention.partial import PartialAttention, merge_rows_
 from longspan.kv.layout import KVSpec
 from longspan.types import AttentionParams
@@ -30,17 +31,7 @@ class CudnnPrefill:
     name = "cudnn"
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
-        if spec.compute_dtype not in ("bfloat16", "float16"):
-            return f"dtype: got {spec.compute_dtype}, the cudnn backend takes bfloat16 and float16"
-        k_width, v_width = spec.layout.k_width, spec.layout.v_width
-        if k_width != v_width or k_width > MAX_WIDTH or k_width % 8:
-            return (
-                f"head size: got {k_width} of keys and {v_width} of values, the cudnn backend takes one size for both, "
-                f"a multiple of 8 up to {MAX_WIDTH}"
-            )
-        if params.softcap is not None:
-            return f"softcap: got {params.softcap}, the cudnn backend takes none"
-        return None
+        return unsupported_by(self.name, spec, params, MAX_WIDTH)
 
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, softcap: float | None

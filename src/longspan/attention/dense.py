@@ -80,6 +80,28 @@ class DenseKernel(Protocol):
         ...
 
 
+def unsupported_by(name: str, spec: KVSpec, params: AttentionParams, max_width: int) -> str | None:
+    """Say why a library's kernel without softcap, for 16 bits and one width of keys and values, cannot serve a model.
+
+    Args:
+        name: backend as users write it.
+        spec: what a token caches.
+        params: attention of the layers.
+        max_width: widest head, in elements.
+    """
+    if spec.compute_dtype not in ("bfloat16", "float16"):
+        return f"dtype: got {spec.compute_dtype}, the {name} backend takes bfloat16 and float16"
+    k_width, v_width = spec.layout.k_width, spec.layout.v_width
+    if k_width != v_width or k_width > max_width or k_width % 8:
+        return (
+            f"head size: got {k_width} of keys and {v_width} of values, the {name} backend takes one size for both, "
+            f"a multiple of 8 up to {max_width}"
+        )
+    if params.softcap is not None:
+        return f"softcap: got {params.softcap}, the {name} backend takes none"
+    return None
+
+
 class _Call(NamedTuple):
     """One call of the kernel."""
 

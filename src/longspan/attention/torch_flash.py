@@ -12,6 +12,7 @@ Note [Edges of PyTorch's flash kernel]
 import torch
 from torch import Tensor
 
+from longspan.attention.dense import unsupported_by
 from longspan.kv.layout import KVSpec
 from longspan.types import AttentionParams
 
@@ -27,17 +28,7 @@ class TorchFlash:
     name = "torch"
 
     def unsupported(self, spec: KVSpec, params: AttentionParams) -> str | None:
-        if spec.compute_dtype not in ("bfloat16", "float16"):
-            return f"dtype: got {spec.compute_dtype}, the torch backend takes bfloat16 and float16"
-        k_width, v_width = spec.layout.k_width, spec.layout.v_width
-        if k_width != v_width or k_width > MAX_WIDTH or k_width % 8:
-            return (
-                f"head size: got {k_width} of keys and {v_width} of values, the torch backend takes one "
-                f"size for both, a multiple of 8 up to {MAX_WIDTH}"
-            )
-        if params.softcap is not None:
-            return f"softcap: got {params.softcap}, the torch backend takes none"
-        return None
+        return unsupported_by(self.name, spec, params, MAX_WIDTH)
 
     def dense_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, softcap: float | None
