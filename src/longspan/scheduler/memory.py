@@ -5,7 +5,7 @@ not know steps, torch or processes.
 Read next: `longspan.scheduler.admission`, where requests go; `longspan.scheduler.reservations`, what they are promised.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from longspan.config import EngineConfig
@@ -206,35 +206,38 @@ class KVMemory:
 
     def load_s(self, request: Request, end: int) -> float:
         """Seconds that ranks are predicted to take to load what a request needs up to position `end`."""
-        allocation, size = request.allocation, self.config.page_size
-        assert allocation is not None
         assert self.tiers is not None
         places: dict[int, list[PagePlace]] = {}
-        for group_idx, table in enumerate(allocation.tables):
-            page_idx = max(table.num_pages, self.lookup.first_needed_page(group_idx, end // size))
-            for rank, first, last in allocation.ranks_of(page_idx * size, end):
-                hashes = request.page_hashes[first // size : last // size]
-                places.setdefault(rank, []).extend(self.tiers.place(rank, group_idx, 0, h) for h in hashes)
+        for group_idx, rank, first, last in self._pages_to_load(request, end):
+            hashes = request.page_hashes[first:last]
+            places.setdefault(rank, []).extend(self.tiers.place(rank, group_idx, 0, h) for h in hashes)
         return max(self.tiers.load_s(of_rank) for of_rank in places.values())
 
     def grow_to_load(self, request: Request, end: int) -> dict[int, list[PagePlace]]:
         """Allocate the pages up to position `end` that later tokens need; return those of every rank."""
-        allocation, size = request.allocation, self.config.page_size
+        allocation = request.allocation
         assert allocation is not None
         assert self.tiers is not None
         found: dict[int, list[PagePlace]] = {}
+        for group_idx, rank, first, last in self._pages_to_load(request, end):
+            table, page_idx = allocation.tables[group_idx], first
+            for slot, count in self.allocators[rank][group_idx].allocate(last - first, table.slot_after(rank)):
+                table.apply([PageRun(page_idx, rank, slot, count)])
+                hashes = request.page_hashes[page_idx : page_idx + count]
+                places = [self.tiers.place(rank, group_idx, slot + i, h) for i, h in enumerate(hashes)]
+                found.setdefault(rank, []).extend(places)
+                page_idx += count
+            self.reservations.hold(allocation.claims, group_idx, rank, last - first)
+        return found
+
+    def _pages_to_load(self, request: Request, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (group, rank, first page, page behind the last) of what tokens from position `end` on need."""
+        allocation, size = request.allocation, self.config.page_size
+        assert allocation is not None
         for group_idx, table in enumerate(allocation.tables):
             page_idx = max(table.num_pages, self.lookup.first_needed_page(group_idx, end // size))
             for rank, first, last in allocation.ranks_of(page_idx * size, end):
-                num_pages = (last - first) // size
-                for slot, count in self.allocators[rank][group_idx].allocate(num_pages, table.slot_after(rank)):
-                    table.apply([PageRun(page_idx, rank, slot, count)])
-                    hashes = request.page_hashes[page_idx : page_idx + count]
-                    places = [self.tiers.place(rank, group_idx, slot + i, h) for i, h in enumerate(hashes)]
-                    found.setdefault(rank, []).extend(places)
-                    page_idx += count
-                self.reservations.hold(allocation.claims, group_idx, rank, num_pages)
-        return found
+                yield group_idx, rank, first // size, last // size
 
     def take_loaded(self, request: Request, places: Sequence[tuple[int, PagePlace]], end: int | None) -> None:
         """Let others find pages that were loaded, and let the request go on behind them.
