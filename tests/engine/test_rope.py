@@ -9,9 +9,20 @@ import functools
 import pytest
 import torch
 import transformers
+from drafts import SPECULATION, check_all_drafts, scripted
 from msgspec.structs import replace
 from proven_models import PROVEN_MODELS
-from tiny_models import FAMILIES, TinyModel, greedy, model_root, random_prompt, run_all, tiny_engine, write_model
+from tiny_models import (
+    FAMILIES,
+    VOCAB_SIZE,
+    TinyModel,
+    greedy,
+    model_root,
+    random_prompt,
+    run_all,
+    tiny_engine,
+    write_model,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan.errors import ConfigError, UnsupportedModelError
@@ -19,7 +30,7 @@ from longspan.models.families import version_of
 from longspan.models.inspect import inspect_model
 from longspan.models.rope import PROVEN_ROPE_TYPES
 from longspan.models.row_rope import _ByRow
-from longspan.scheduler import plan_writer
+from longspan.scheduler import plan_writer, tiers
 from longspan.scheduler.request import Request
 from longspan.types import RopeLengths, SamplingParams
 
@@ -158,6 +169,46 @@ def test_a_preempted_request_gets_the_same_tokens(name):
     with tiny_engine(rope_model(name), **options("one"), kv_cache_memory=2**19) as engine:
         requests = serve(engine, *prompts)
         assert engine.scheduler.num_preemptions > 6
+    assert [r.output_token_ids for r in requests] == [reference(name, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("spread", "wrong"), [("packed", 0.0), ("pass_q", 0.3), ("pass_kv", 0.0)])
+def test_drafts_that_cross_the_original_length(name, spread, wrong, monkeypatch):
+    check_all_drafts(monkeypatch)
+    known = {prompt: [*prompt, *reference(name, prompt)] for prompt in map(prompt_of, PROMPT_LENS)}
+    with tiny_engine(rope_model(name), **options(spread), speculative_config=SPECULATION) as engine:
+        engine.scheduler.drafting.make_proposer = scripted(
+            lambda request: known[tuple(request.token_ids[: request.prompt_len])], wrong, VOCAB_SIZE
+        )
+        requests = serve(engine, *known)
+        assert engine.scheduler.drafting.num_accepted
+        assert bool(engine.scheduler.drafting.num_rejected) == (wrong > 0)
+    assert [r.output_token_ids for r in requests] == [reference(name, prompt) for prompt in known]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pages_of_other_frequencies_are_not_taken_from_disk(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiers, "FIRST_BYTES_PER_S", {"host": 1e30, "disk": 1e30})
+    monkeypatch.setattr(tiers, "MEMORY", 1.0)
+    long = prompt_of(150)
+    load_s = []
+    for num_ranks in (2, 3, 1):
+        spread = {"context_parallel_size": num_ranks, "page_size": 4, "stripe_size": 8, "max_num_batched_tokens": 33}
+        with tiny_engine(rope_model(name), **spread, kv_disk=str(tmp_path)) as engine:
+            for prompt in (long[:40], long, long[:64], long[:120]):
+                (request,) = serve(engine, prompt)
+                assert request.output_token_ids == reference(name, prompt)
+            engine.tiers.flush(engine.scheduler, engine.executor)
+            load_s.append(engine.scheduler.memory.tiers.counts["disk"].load_s)
+    assert load_s[0] == 0 < min(load_s[1:])
+
+
+@pytest.mark.parametrize("name", ["llama-longrope", "llama-dynamic"])
+def test_ranks_of_several_processes_cross_the_original_length(name):
+    prompts = [prompt_of(length) for length in PROMPT_LENS]
+    with tiny_engine(rope_model(name), **options("pass_q"), tensor_parallel_size=2) as engine:
+        requests = serve(engine, *prompts)
     assert [r.output_token_ids for r in requests] == [reference(name, prompt) for prompt in prompts]
 
 

@@ -65,7 +65,7 @@ def choose_frequencies_by_row_(model: Any) -> int:
 
 
 class _ByRow:
-    """Forward of a rotary module."""
+    """Forward of a rotary module; copies of a model share it, and the lengths that it reads."""
 
     def __init__(self, module: Any, lengths: RopeLengths, current: _CurrentRows) -> None:
         self._lengths, self._current = lengths, current
@@ -73,6 +73,9 @@ class _ByRow:
             self._fresh: Any = type(module)(config=module.config)
         self._lock = threading.Lock()
         self._tables: OrderedDict[tuple[int, torch.device], Any] = OrderedDict()
+
+    def __deepcopy__(self, memo: object) -> "_ByRow":
+        return self
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         """Cosines and sines [1, T, width] of positions [1, T]; `x` gives dtype and device."""
