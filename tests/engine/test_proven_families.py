@@ -2,13 +2,9 @@
 
 import pytest
 import transformers
-from proven_models import NUM_TOKENS, PROVEN_MODELS, SPREADS, proven_model
-from tiny_models import run_all
+from proven_models import PROVEN_MODELS, SPREADS, check_proven, proven_engine, proven_model
 
-from longspan.config import EngineConfig
-from longspan.engine.engine import Engine
 from longspan.models.families import PROVEN_FAMILIES, Need, version_of
-from longspan.types import SamplingParams
 
 FAST = ("gather_kv", "pass_q", "pass_kv", "tree", "auto")
 FAST_CASES = [(name, FAST[i % len(FAST)]) for i, name in enumerate(PROVEN_MODELS)]
@@ -25,25 +21,9 @@ def check(name: str, spread: str) -> None:
     # a prompt change log-probabilities of these models by 6e-5 to 3e-4.
     slack = 1e-4 if Need.STATES in family.needs else 2e-6
     model = proven_model(name)
-    config = EngineConfig(
-        model=model.path,
-        executor="threads",
-        threads_per_rank=1,
-        exchange_timeout_s=60.0,
-        dtype="float32",
-        kv_cache_memory=2**25,
-        **SPREADS[spread],
-    )
-    params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
-    with Engine(config) as engine:
-        requests = [engine.add_request(reference.prompt, params) for reference in model.references]
-        run_all(engine)
+    with proven_engine(model, **SPREADS[spread]) as engine:
+        check_proven(model, engine, slack)
         counts = [stats.tokens_computed for stats in engine.rank_stats()]
-    for request, reference in zip(requests, model.references, strict=True):
-        assert request.output_token_ids == reference.token_ids
-        found = [one.logprob for one in request.logprobs]
-        error = max(abs(a - b) for a, b in zip(found, reference.logprobs, strict=True))
-        assert error <= 3 * model.eager_error + slack, f"{error:.1e} beside Transformers' own {model.eager_error:.1e}"
     assert all(counts), "every rank computed something"
 
 

@@ -7,12 +7,11 @@ import itertools
 
 import pytest
 import torch
-from proven_models import NUM_TOKENS, PROVEN_MODELS, SPREADS, make_config, proven_model
+from proven_models import PROVEN_MODELS, SPREADS, check_proven, make_config, proven_engine, proven_model
 from tiny_models import FAMILIES, all_pairs, greedy, run_all, tiny_engine, tiny_model
 
 from longspan.comm.peers import Peers, span
 from longspan.config import EngineConfig
-from longspan.engine.engine import Engine
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.models import tensor_parallel
 from longspan.models.inspect import inspect_model
@@ -107,25 +106,8 @@ def test_every_family_gives_the_tokens_of_transformers_or_is_refused(name, size)
         return
     assert config.model_type not in REFUSED
     model = proven_model(name)
-    options = EngineConfig(
-        model=model.path,
-        executor="threads",
-        threads_per_rank=1,
-        exchange_timeout_s=60.0,
-        dtype="float32",
-        kv_cache_memory=2**25,
-        tensor_parallel_size=size,
-        **SPREADS["gather_kv"],
-    )
-    params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
-    with Engine(options) as engine:
-        requests = [engine.add_request(reference.prompt, params) for reference in model.references]
-        run_all(engine)
-    for request, reference in zip(requests, model.references, strict=True):
-        assert request.output_token_ids == reference.token_ids
-        found = [one.logprob for one in request.logprobs]
-        error = max(abs(a - b) for a, b in zip(found, reference.logprobs, strict=True))
-        assert error <= 3 * model.eager_error + 2e-6
+    with proven_engine(model, tensor_parallel_size=size, **SPREADS["gather_kv"]) as engine:
+        check_proven(model, engine)
 
 
 def test_everything_that_is_sampled_and_scored_is_as_with_one_process():

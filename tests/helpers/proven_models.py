@@ -13,9 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from hybrid_models import HYBRIDS
-from tiny_models import COMMON, model_root, random_prompt, randomize_
+from tiny_models import COMMON, model_root, random_prompt, randomize_, run_all
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from longspan.config import EngineConfig
+from longspan.engine.engine import Engine
+from longspan.types import SamplingParams
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 DENSE, SPARSE = "dense", "sparse"
@@ -395,3 +399,27 @@ def _reference(eager: nn.Module, exact: nn.Module, length: int) -> Exact:
     picked = rows.gather(1, tokens[:, None])[:, 0]
     own = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     return Exact(prompt, tokens.tolist(), picked.tolist(), float((own - picked).abs().max()))
+
+
+def proven_engine(model: ProvenModel, **options: object) -> Engine:
+    """An engine on ranks that are threads; options as in `EngineConfig`."""
+    common = {"executor": "threads", "threads_per_rank": 1, "exchange_timeout_s": 60.0}
+    return Engine(EngineConfig(model=model.path, **common, **{"dtype": "float32", "kv_cache_memory": 2**25, **options}))
+
+
+def check_proven(model: ProvenModel, engine: Engine, slack: float = 2e-6) -> None:
+    """Compare an engine's tokens with Transformers', and its log-probabilities' errors with three times Transformers'.
+
+    Args:
+        model: what the engine serves.
+        engine: has no requests.
+        slack: error that log-probabilities may have beyond that.
+    """
+    params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
+    requests = [engine.add_request(reference.prompt, params) for reference in model.references]
+    run_all(engine)
+    for request, reference in zip(requests, model.references, strict=True):
+        assert request.output_token_ids == reference.token_ids
+        found = [one.logprob for one in request.logprobs]
+        error = max(abs(a - b) for a, b in zip(found, reference.logprobs, strict=True))
+        assert error <= 3 * model.eager_error + slack, f"{error:.1e} beside Transformers' own {model.eager_error:.1e}"

@@ -1,8 +1,8 @@
 """Transformers with a cache that rounds keys and values as ours does: what smaller KV is compared with."""
 
-import torch
 import transformers
 from packaging.version import Version
+from tiny_models import generate_greedily
 from transformers import DynamicCache
 
 from longspan.kv.layout import STORED_DTYPES, KVSpec
@@ -36,18 +36,8 @@ class RoundingCache(DynamicCache):
 def clear_answer(model, dtype, num_tokens, prompts):
     """The first of some prompts whose greedy tokens are all clear, and these tokens."""
     for prompt in prompts:
-        with torch.inference_mode():
-            output = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                **{CACHE: RoundingCache(model.config, dtype)},
-                max_new_tokens=num_tokens,
-                do_sample=False,
-                eos_token_id=None,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        top = torch.cat(output.logits).topk(2).values
-        if float((top[:, 0] - top[:, 1]).min()) > CLEAR:
-            return prompt, output.sequences[0, len(prompt) :].tolist()
+        cache = RoundingCache(model.config, dtype)
+        tokens, leads = generate_greedily(model, prompt, num_tokens, **{CACHE: cache})
+        if min(leads) > CLEAR:
+            return prompt, tokens
     raise AssertionError("every prompt meets a near-tie")

@@ -240,9 +240,18 @@ def load_reference(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 @torch.inference_mode()
-def generate_reference(path: str, prompt: Sequence[int], num_tokens: int) -> Reference:
-    """Greedy tokens of Transformers' own generate."""
-    output = load_reference(path).generate(
+def generate_greedily(
+    model: nn.Module, prompt: Sequence[int], num_tokens: int, **options: object
+) -> tuple[list[int], list[float]]:
+    """Greedy tokens of Transformers' own `generate`, and the lead of each over the next best.
+
+    Args:
+        model: from Transformers.
+        prompt: token ids.
+        num_tokens: to generate, whatever they are.
+        options: further arguments of `generate`.
+    """
+    output = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=num_tokens,
@@ -250,9 +259,15 @@ def generate_reference(path: str, prompt: Sequence[int], num_tokens: int) -> Ref
         eos_token_id=None,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
     top = torch.cat(output.logits).topk(2).values
-    return Reference(list(prompt), output.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist())
+    return output.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
+
+
+def generate_reference(path: str, prompt: Sequence[int], num_tokens: int) -> Reference:
+    """What Transformers continues a prompt with."""
+    return Reference(list(prompt), *generate_greedily(load_reference(path), prompt, num_tokens))
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
