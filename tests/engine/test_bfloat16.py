@@ -86,6 +86,19 @@ def test_the_typical_error_of_a_mixture_is_that_of_eager_for_any_number_of_ranks
         assert root_mean_square(error) <= 2 * root_mean_square(eager_error)
 
 
+@pytest.mark.parametrize(
+    ("family", "shape"), [("llama", (1, 2)), ("llama", (1, 4)), ("qwen3", (2, 2)), ("gemma2", (2, 2))]
+)
+def test_the_error_of_ranks_of_several_processes_is_at_most_twice_that_of_eager(family, shape):
+    exact = eager_logprobs(family, torch.float64, PROMPT)
+    eager_error = eager_logprobs(family, torch.bfloat16, PROMPT) - exact
+    params = SamplingParams(max_tokens=1, prompt_logprobs=VOCAB_SIZE)
+    request = run(family, params, context_parallel_size=shape[0], tensor_parallel_size=shape[1])
+    error = as_tensor(request.prompt_logprobs) - exact
+    assert error.abs().max() <= 2 * eager_error.abs().max()
+    assert root_mean_square(error) <= 2 * root_mean_square(eager_error)
+
+
 def test_float32_partials_are_nearer_to_one_rank_than_rounded_ones():
     """Four ranks, keys and values in bfloat16: what partials lose on the wire is all the difference to one rank.
 

@@ -327,7 +327,7 @@ def test_weight_bytes_count_every_weight_once():
 
 
 @pytest.mark.cover
-@torch._dynamo.config.patch(recompile_limit=8)  # pytest's monkeypatch would delete it at the end: it is no plain attribute
+@torch._dynamo.config.patch(recompile_limit=8)  # pytest would delete what is no plain attribute
 def test_compiled_modules_compute_the_same_for_any_number_of_rows():
     model = copy.deepcopy(load_reference(tiny_model("llama").path))
     inputs = [torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (5, 3, 64)]
