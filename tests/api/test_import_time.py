@@ -99,6 +99,7 @@ def test_nothing_is_collected_inside_and_nothing_is_lost_afterwards(for_good):
         node.itself = node
         return weakref.ref(node)
 
+    gc.unfreeze()  # what pytest froze
     with quick_imports(for_good=for_good):
         assert not gc.isenabled()
         made_inside = cycle()
@@ -113,7 +114,7 @@ def test_nothing_is_collected_inside_and_nothing_is_lost_afterwards(for_good):
         assert (made_inside() is not None) == for_good
         assert (gc.get_freeze_count() > 0) == for_good
     finally:
-        gc.unfreeze()
+        gc.freeze()
 
 
 def test_the_package_lists_what_it_exports():

@@ -10,6 +10,7 @@ each. So a module is not called with the step's cache, but once for each run of 
 before them and takes that behind them. No family needs code of its own.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -197,13 +198,14 @@ def recurrent_modules(model: nn.Module) -> list[Any]:
     return sorted(found, key=lambda module: int(module.layer_idx))
 
 
-def _cache_calls(cls: type) -> list[bool]:
+@functools.cache  # Python parses the class's whole file to find it
+def _cache_calls(cls: type) -> tuple[bool, ...]:
     """Per call of `CACHE_CALLS`, whether a class makes it."""
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):
-        return []
-    return [name in source for name in CACHE_CALLS]
+        return ()
+    return tuple(name in source for name in CACHE_CALLS)
 
 
 def compute_runs_(model: Any) -> int:
