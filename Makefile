@@ -29,7 +29,7 @@ demo: $(STAMP)
 # three tests at a time, as they wait for each other more than they compute; then the long-running programs, which count
 # what they leave behind on the machine.
 test: $(STAMP)
-	$(PYTEST) -n auto -m "not slow and not processes" --cover-cases 6
+	$(PYTEST) -n auto -m "not slow and not processes" --cover-cases 2
 	$(PYTEST) -n 3 -m "processes and not slow" --ignore tests/endurance
 	$(PYTEST) -m "processes and not slow" tests/endurance
 

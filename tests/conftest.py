@@ -24,34 +24,42 @@ if os.environ.get("LONGSPAN_TEST_DEVICE", "cpu") == "cpu":  # `make test-gpu` sa
 
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, metavar="N", help="of each parametrised test, run N cases")
-    parser.addoption("--cover-cases", type=int, metavar="N", help="of each one marked cover and not every_case, run N")
+    parser.addoption("--cover-cases", type=int, metavar="N", help="of each marked cover, N or as many as it says")
 
 
+@pytest.hookimpl(trylast=True)  # behind `-m`: among the tests that are left
 def pytest_collection_modifyitems(config, items):
-    kept = _thinned(items, config.getoption("cases"), lambda item: True)
-    kept = _thinned(kept, config.getoption("cover_cases"), _is_thin)
+    kept = _thinned(items, lambda item: config.getoption("cases"))
+    kept = _thinned(kept, lambda item: _cover_cases(item, config.getoption("cover_cases")))
     if len(kept) < len(items):
         chosen = set(map(id, kept))
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
         items[:] = kept
 
 
-def _is_thin(item):
-    return item.get_closest_marker("cover") is not None and item.get_closest_marker("every_case") is None
+def pytest_collection_finish():
+    """What was imported is not searched for garbage again and again, which took a seventh of all time."""
+    gc.collect()
+    gc.freeze()
 
 
-def _thinned(items, wanted, matters):
-    """Of each parametrised test, `wanted` cases that lie evenly among all; everything if that is None."""
+def _cover_cases(item, common):
+    """How many cases of a cover run: `cover(cases=N)` says it for one test, the option for all others."""
+    mark = item.get_closest_marker("cover")
+    return None if mark is None or common is None else mark.kwargs.get("cases", common)
+
+
+def _thinned(items, wanted_of):
+    """Of each parametrised test, as many cases as wanted, evenly among all; everything if that is None."""
     cases = {}
-    for item in items if wanted is not None else ():
-        if matters(item):
+    for item in items:
+        if wanted_of(item) is not None:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    dropped = {
-        id(item)
-        for several in cases.values()
-        for place, item in enumerate(several)
-        if place not in {number * len(several) // wanted for number in range(wanted)}
-    }
+    dropped = set()
+    for several in cases.values():
+        wanted = wanted_of(several[0])
+        kept = {number * len(several) // wanted for number in range(wanted)}
+        dropped.update(id(item) for place, item in enumerate(several) if place not in kept)
     return [item for item in items if id(item) not in dropped]
 
 
@@ -124,7 +132,6 @@ def longspan(cache_home, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
         with pytest.raises(SystemExit) as ended:
             run_command()
-        gc.unfreeze()  # the command takes its process for its own
         captured = capsys.readouterr()
         return Outcome(ended.value.code, captured.out, captured.err)
 

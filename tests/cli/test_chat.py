@@ -212,7 +212,7 @@ def test_an_address_where_nobody_answers_is_named(longspan):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("over_http", [False, True])
+@pytest.mark.parametrize("over_http", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_ctrl_c_in_a_terminal_ends_the_answer_and_the_next_one_comes(cache_home, over_http):
     """In a real terminal, where Ctrl-C reaches every process of the foreground."""
     path = served_model().path

@@ -274,7 +274,7 @@ KINDS = pytest.mark.parametrize("kind", ["distributed", "sockets", "hosts"])
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["distributed", "sockets", "hosts", "batches"])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_processes_keep_the_contract(size, kind, tmp_path):
     assert_all_succeed(start_ranks(kind, "contract", size, tmp_path, 60.0))
 

@@ -15,14 +15,18 @@ import pytest
 import torch
 from attention_cases import DEVICE
 from tiny_models import (
+    FAMILIES,
+    TinyModel,
     all_pairs,
     generate_reference,
     greedy,
     memory_for,
+    model_root,
     random_prompt,
     run_all,
     tiny_engine,
     tiny_model,
+    write_model,
 )
 
 from longspan.attention.triton import power_of_two
@@ -151,6 +155,14 @@ def reference(path, length):
     return generate_reference(path, random_prompt(length, length), 24)
 
 
+@functools.cache
+def one_layer(family):
+    """A family's model with its first layer alone, for what does not depend on the family."""
+    model_type, fields = FAMILIES[family]
+    path = write_model(model_root() / f"{family}-one-layer", model_type, **{**fields, "num_hidden_layers": 1})
+    return TinyModel(f"{family}-one-layer", path, [])
+
+
 def generate(engine, model, num_tokens=6):
     references = [reference(model.path, length) for length in PROMPT_LENS]
     running = [engine.add_request(r.prompt, greedy(num_tokens)) for r in references]
@@ -222,7 +234,7 @@ def test_replayed_steps_give_them_too_and_count_what_they_send(family, size, pla
 @pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_latents_answer_two_other_homes_at_once(size, steps):
     """Their messages lie apart, which one message alone cannot show."""
-    model = tiny_model("youtu")
+    model = one_layer("youtu")
     references = [reference(model.path, length) for length in (40, 24, 41, 25, 8)]
     with tiny_engine(model, **OPTIONS, context_parallel_size=size, placement="striped", strategy="pass_q") as engine:
         running = [engine.add_request(r.prompt, greedy(4)) for r in references]
@@ -234,7 +246,7 @@ def test_latents_answer_two_other_homes_at_once(size, steps):
 @pytest.mark.cover
 def test_a_rank_that_cannot_capture_has_all_ranks_launch(captured, steps, monkeypatch, capsys):
     monkeypatch.setitem(globals(), "FAILING", {1})
-    model = tiny_model("llama")
+    model = one_layer("llama")
     with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
         generate(engine, model, 6)
     assert not captured, "nobody replays"
@@ -262,7 +274,7 @@ def test_the_shape_that_was_not_used_for_longest_makes_room(steps, monkeypatch):
     kept = weakref.WeakSet()
     init = FixedStepAttention.__init__
     monkeypatch.setattr(FixedStepAttention, "__init__", lambda self, *args: kept.add(self) or init(self, *args))
-    model = tiny_model("llama")
+    model = one_layer("llama")
     with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
         references = [reference(model.path, length) for length in PROMPT_LENS]
         running = [engine.add_request(r.prompt, greedy(n)) for r, n in zip(references, (8, 5, 2), strict=True)]
@@ -278,7 +290,7 @@ def test_the_shape_that_was_not_used_for_longest_makes_room(steps, monkeypatch):
 
 @pytest.mark.cover
 def test_requests_that_share_pages_and_come_and_go_change_shapes(steps):
-    model = tiny_model("llama")
+    model = one_layer("llama")
     with tiny_engine(model, **OPTIONS, context_parallel_size=2, placement="striped", strategy="pass_q") as engine:
         prompt = random_prompt(40, 1)
         counts = (3, 1, 4, 2)
@@ -355,7 +367,7 @@ def _swap_homes(monkeypatch):
 )
 def test_a_broken_fixed_step_changes_tokens(mutate, monkeypatch):
     mutate(monkeypatch)
-    model = tiny_model("llama")
+    model = one_layer("llama")
     with tiny_engine(model, **OPTIONS, context_parallel_size=3, placement="striped", strategy="pass_q") as engine:
         references = [reference(model.path, length) for length in PROMPT_LENS]
         running = [engine.add_request(r.prompt, greedy(6)) for r in references]

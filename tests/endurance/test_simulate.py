@@ -11,9 +11,9 @@ from longspan.scheduler.request import Request
 pytestmark = pytest.mark.cover
 
 
-@pytest.mark.parametrize("first", range(0, 100, 20))
+@pytest.mark.parametrize("first", range(0, 100, 10))
 def test_histories_of_lost_ranks_keep_every_promise(first):
-    for seed in range(first, first + 20):
+    for seed in range(first, first + 10):
         _, _, trace = simulate.run_seed(seed)
         assert not trace, f"{trace}\npython tests/endurance/simulate.py --seeds 1 --first {seed}"
 

@@ -19,7 +19,7 @@ def text(seed: int, length: int) -> str:
     return "".join(rng.choice(WORDS) for _ in range(length))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_lost_ranks_had_written_is_loaded_by_the_new_ones(num_ranks, cache_home, tmp_path):
     prompt, params = text(1, 1500), SamplingParams(max_tokens=30, ignore_eos=True)
     options = {"context_parallel_size": num_ranks, "placement": "striped", "max_restarts": 3, "threads_per_rank": 1}

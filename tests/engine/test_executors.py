@@ -38,7 +38,7 @@ def run(family, num_ranks, executor, **options):
 @pytest.mark.parametrize(
     ("family", "num_ranks", "options"),
     [
-        ("llama", 2, {"strategy": "pass_kv", "decode_strategy": "pass_q"}),
+        pytest.param("llama", 2, {"strategy": "pass_kv", "decode_strategy": "pass_q"}, marks=pytest.mark.slow),
         ("gemma3", 3, {}),
     ],
 )

@@ -35,7 +35,7 @@ def test_a_dropped_expert_changes_tokens(family):
     assert found != [reference.token_ids[:NUM_TOKENS] for reference in model.references[:3]]
 
 
-@pytest.mark.every_case
+@pytest.mark.cover(cases=16)
 @pytest.mark.parametrize("model_type", PROVEN_FAMILIES)
 def test_the_table_says_which_families_have_experts(model_type):
     names = [name for name, (its_type, _) in PROVEN_MODELS.items() if its_type == model_type]

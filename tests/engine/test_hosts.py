@@ -214,6 +214,7 @@ def test_a_worker_killed_on_another_host_is_named_with_its_host(hosts):
         assert "rank 1" in outcomes[0][1].partition("rank 0: ")[2]
 
 
+@pytest.mark.slow
 def test_workers_that_somebody_starts_again_go_on(hosts):
     model = tiny_model("llama")
     with workers(hosts[:2]) as running, Engine(config(model.path, 2, max_restarts=1)) as engine:
@@ -322,6 +323,7 @@ def test_rejects_other_model_files_on_one_host_on_both_sides(hosts, tmp_path, mo
         assert re.search(message, output), output
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_ends_its_workers_on_other_hosts(hosts):
     script = (
         "from longspan import LLM\n"

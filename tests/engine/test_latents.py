@@ -161,8 +161,7 @@ def generate(strategy):
     return [request.output_token_ids for request in requests]
 
 
-@pytest.mark.every_case
-@pytest.mark.cover
+@pytest.mark.cover(cases=6)
 @pytest.mark.parametrize("strategy", ["pass_q", "gather_kv"])
 @pytest.mark.parametrize(
     "mutation",

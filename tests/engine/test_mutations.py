@@ -127,7 +127,7 @@ def lose_every_third_message(monkeypatch):
     monkeypatch.setattr(ThreadCommunicator, "receive", receive)
 
 
-@pytest.mark.every_case
+@pytest.mark.cover(cases=12)
 @pytest.mark.parametrize(
     "family", [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 )

@@ -122,6 +122,7 @@ def test_strangers_at_the_socket_of_ranks_that_run_change_nothing(attacked):
     assert not llm.engine.restarts.num_done
 
 
+@pytest.mark.slow
 def test_strangers_do_not_keep_lost_ranks_from_being_replaced(attacked):
     llm, wanted = attacked
     for done in range(2):

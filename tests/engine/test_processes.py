@@ -139,8 +139,8 @@ def own_tmp(cache_home, monkeypatch):
 @pytest.mark.parametrize(
     ("phase", "number", "to_group", "code"),
     [
-        ("importing", signal.SIGINT, True, 130),
-        ("loading", signal.SIGINT, True, 130),
+        pytest.param("importing", signal.SIGINT, True, 130, marks=pytest.mark.slow),
+        pytest.param("loading", signal.SIGINT, True, 130, marks=pytest.mark.slow),
         ("prefill", signal.SIGINT, False, 130),
         ("decode", signal.SIGINT, True, 130),
         ("decode", signal.SIGTERM, False, 143),
@@ -166,7 +166,9 @@ def test_a_signal_ends_all_processes_in_time(command, phase, number, to_group, c
 
 
 @needs_processes
-@pytest.mark.parametrize("phase", ["importing", "loading", "prefill"])
+@pytest.mark.parametrize(
+    "phase", ["prefill", *(pytest.param(p, marks=pytest.mark.slow) for p in ("importing", "loading"))]
+)
 def test_workers_do_not_outlive_a_driver_that_was_killed(command, phase):
     running = command(*LONG_PREFILL)
     running.wait_for(phase)
@@ -201,6 +203,7 @@ time.sleep(60)
         driver.communicate()
 
 
+@pytest.mark.slow
 @needs_processes
 def test_a_script_that_forgets_to_close_ends_by_itself(cache_home, tmp_path):
     script = "from longspan import LLM; llm = LLM('recall'); print(llm.generate('ab')[0].outputs[0].token_ids != [])"
@@ -348,6 +351,7 @@ def test_a_stopped_rank_is_named_by_the_peer_that_waits_for_it(own_tmp):
     assert not is_alive(pid)
 
 
+@pytest.mark.slow
 @needs_processes
 def test_a_stopped_rank_that_no_peer_waits_for_is_noticed_by_the_driver(own_tmp, monkeypatch):
     monkeypatch.setattr(heartbeat, "MARGIN_S", 1.0)
@@ -362,6 +366,7 @@ def test_a_stopped_rank_that_no_peer_waits_for_is_noticed_by_the_driver(own_tmp,
 # -- opening and closing -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_processes
 def test_two_llms_at_once_and_one_after_another_leave_nothing_behind(own_tmp):
     params = SamplingParams(max_tokens=5)
@@ -384,7 +389,7 @@ def test_two_llms_at_once_and_one_after_another_leave_nothing_behind(own_tmp):
 @pytest.mark.cover
 def test_opening_and_closing_with_threads_leaks_nothing(cache_home):
     counts = []
-    for _ in range(20):
+    for _ in range(6):
         with LLM("recall", **TWO_RANKS, executor="threads") as llm:
             llm.generate("ab", SamplingParams(max_tokens=2))
         llm.close()

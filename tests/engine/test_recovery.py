@@ -176,7 +176,7 @@ def wanted(cache_home):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_ranks_that_are_killed_are_replaced_and_tokens_are_the_same(wanted, rank):
     """In prefill, twice in decode, and while nothing runs."""
     killed = set()
@@ -198,7 +198,7 @@ def test_ranks_that_are_killed_are_replaced_and_tokens_are_the_same(wanted, rank
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("kind", ["die", "raise"])
+@pytest.mark.parametrize("kind", ["raise", pytest.param("die", marks=pytest.mark.slow)])
 def test_a_rank_that_fails_within_a_layer_is_replaced(wanted, kind, monkeypatch):
     monkeypatch.setenv(VARIABLE, f"rank=1,plan=3,layer=1,kind={kind},generation=0")
     with LLM("recall", **RANKS, max_restarts=1, max_num_batched_tokens=256) as llm:
@@ -206,6 +206,7 @@ def test_a_rank_that_fails_within_a_layer_is_replaced(wanted, kind, monkeypatch)
         assert llm.engine.restarts.num_done == 1
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_new_ranks_need_no_imports(wanted):
     """They come from the process that the lost ones came from; if it is lost too, from a new one."""
@@ -221,8 +222,13 @@ def test_new_ranks_need_no_imports(wanted):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("how", ["stopped", "hangs"])
+@pytest.mark.parametrize(
+    ("num_ranks", "how"),
+    [
+        (2, "stopped"),
+        *(pytest.param(n, how, marks=pytest.mark.slow) for n, how in [(1, "stopped"), (1, "hangs"), (2, "hangs")]),
+    ],
+)
 def test_ranks_of_which_one_is_stopped_or_hangs_are_replaced(wanted, num_ranks, how, monkeypatch):
     """With a peer that waits for it, and without."""
     monkeypatch.setattr(heartbeat, "MARGIN_S", 0.5)
@@ -251,6 +257,7 @@ def test_a_damaged_message_counts_as_a_loss_of_the_ranks(wanted, monkeypatch, ca
     assert "was damaged on the way" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_start_that_fails_once_is_tried_again(wanted, monkeypatch):
     monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=die,generation=1")
@@ -260,6 +267,7 @@ def test_a_start_that_fails_once_is_tried_again(wanted, monkeypatch):
         assert len(ranks(os.getpid())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_first_start_that_fails_is_tried_again_with_as_many_ranks(wanted, monkeypatch):
     monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=die,generation=0")
@@ -299,6 +307,7 @@ def test_fewer_ranks_go_on_where_one_cannot_be_started_any_more(wanted, monkeypa
             llm.generate(FILLER[:6000])
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_who_gives_up_does_not_wait_for_new_ranks(cache_home, monkeypatch):
     monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=stall,since=1")
@@ -312,6 +321,7 @@ def test_who_gives_up_does_not_wait_for_new_ranks(cache_home, monkeypatch):
     assert not ranks(os.getpid())
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_text_ends_at_a_stop_string_whatever_was_done_before_a_loss(cache_home, monkeypatch):
     """Two plans may be done when the ranks are lost, one behind the other: the second one's token is behind the end."""
@@ -337,6 +347,7 @@ def test_text_ends_at_a_stop_string_whatever_was_done_before_a_loss(cache_home, 
         assert running.restarts.num_done == 1
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_too_few_ranks_are_none(cache_home, monkeypatch):
     monkeypatch.setenv(VARIABLE, "rank=1,plan=-1,kind=raise,since=1")
@@ -363,6 +374,7 @@ def test_without_restarts_the_first_loss_is_the_last(cache_home, monkeypatch):
         llm.generate(PROMPTS[:1], PARAMS[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_server_whose_rank_is_killed_pauses_and_goes_on(cache_home):
     body = {"model": "recall", "prompt": FILLER[:2000], "max_tokens": 150, "temperature": 1, "seed": 3, "stream": True}

@@ -59,6 +59,7 @@ def check(name, shape, prompts=slice(1, 3), **options):
     return sent
 
 
+@pytest.mark.cover(cases=3)
 @pytest.mark.parametrize(
     ("name", "shape", "strategy"),
     [

@@ -136,6 +136,7 @@ def test_pages_that_memory_cannot_hold_come_back_from_the_disk(tmp_path):
         assert counts(engine).hit_tokens == 6 * 288
 
 
+@pytest.mark.cover(cases=3)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize(("family", "placement"), [("llama", "striped"), ("gemma3", "striped"), ("youtu", "packed")])
 def test_pages_that_memory_cannot_hold_come_back_from_host_memory(family, placement, num_ranks, tmp_path):
@@ -217,6 +218,7 @@ def damage(path: Path, how: str, rng: random.Random) -> None:
         path.unlink()
 
 
+@pytest.mark.cover(cases=3)
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_damaged_and_lost_pages_are_counted_and_computed(family, how, tmp_path):

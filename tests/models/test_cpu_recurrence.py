@@ -155,7 +155,7 @@ def logits(model, tokens):
     return torch.cat(outs, dim=1)
 
 
-@pytest.mark.every_case
+@pytest.mark.cover(cases=11)
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_every_family_computes_the_same_with_the_kernels(monkeypatch, name):
     calls = []

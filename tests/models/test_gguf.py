@@ -46,7 +46,7 @@ def assert_same_model(path, expected):
         torch.testing.assert_close(found(ids).logits, logits, rtol=0, atol=1e-5 * logits.abs().max().item())
 
 
-@pytest.mark.every_case
+@pytest.mark.cover(cases=6)
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_and_logits_are_those_of_the_model_that_the_file_holds(tmp_path, architecture, kind):

@@ -132,7 +132,7 @@ def assert_same(found, wanted):
         assert torch.equal(found[name], weight), name
 
 
-@pytest.mark.every_case
+@pytest.mark.cover(cases=12)
 @pytest.mark.parametrize("name", REPOSITORIES)
 def test_weights_are_the_dense_ones(name, repository):
     made = repository(name)

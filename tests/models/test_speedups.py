@@ -78,11 +78,10 @@ def logits(model: nn.Module, num_tokens: int, rows: torch.Tensor | None = None) 
     return found if rows is None else found[rows]
 
 
+@pytest.mark.cover(cases=25)
 @pytest.mark.filterwarnings("ignore:Dynamo")  # it cannot trace into `linear`, which no GPU has
 @pytest.mark.parametrize("chosen", COMBINATIONS, ids=lambda chosen: "+".join(names(chosen)) or "none")
-@pytest.mark.parametrize(
-    "family", ["qwen2", *(pytest.param(f, marks=pytest.mark.cover) for f in ("gemma3", "qwen3_moe"))]
-)  # of qwen2 all, of the others some
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "qwen3_moe"])
 def test_every_combination_computes_what_the_plain_model_does(family, chosen, quick_compiler):
     model = tiny_model(family)
     module, plain = model.load(), model.load()
@@ -105,7 +104,7 @@ def test_every_combination_computes_what_the_plain_model_does(family, chosen, qu
     ]
 
 
-@pytest.mark.every_case
+@pytest.mark.cover(cases=8)
 @pytest.mark.skipif(DEVICE != "cpu", reason="all of them are for CPUs")
 @pytest.mark.parametrize(
     "chosen", combinations((LINEAR, EXPERTS, RECURRENCE, NORMS)), ids=lambda chosen: "+".join(names(chosen))

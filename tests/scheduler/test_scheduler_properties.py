@@ -572,19 +572,19 @@ ALWAYS_IN_MANY = OFTEN | {
 
 @pytest.mark.cover
 def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens():
-    run_machine(25, is_fixed=True)
+    run_machine(12, is_fixed=True)
     assert {name for name in OFTEN if not REACHED[name]} == set(), "else this proves little"
 
 
 @pytest.mark.cover
 def test_a_history_with_lost_ranks_keeps_every_promise_too():
-    run_machine(15, is_fixed=True, base=CrashingMachine, num_steps=12)
+    run_machine(10, is_fixed=True, base=CrashingMachine, num_steps=12)
     assert REACHED["crashes with plans in flight"]
 
 
 @pytest.mark.cover
 def test_a_history_with_tiers_keeps_every_promise_too():
-    run_machine(12, is_fixed=True, base=TieredMachine, num_steps=20)
+    run_machine(6, is_fixed=True, base=TieredMachine, num_steps=20)
     assert {name for name in WITH_TIERS if not REACHED[name]} == set(), "else this proves little"
 
 

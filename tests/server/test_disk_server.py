@@ -51,6 +51,7 @@ def test_a_restart_with_other_ranks_goes_on_from_the_disk(tmp_path):
     assert longspan("cache", str(tmp_path / "kv")).stdout == "no pages\n"
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_leaves_what_it_had_written(tmp_path):
     disk = ("--kv-disk", str(tmp_path), "--context-parallel-size", "2")
     with command(*disk) as served:

@@ -225,6 +225,7 @@ def test_sigterm_lets_running_requests_end_and_exits_with_0(cache_home):
         assert "no new requests; 1 still run" in served.said()
 
 
+@pytest.mark.slow
 def test_a_client_that_never_sends_the_rest_does_not_keep_a_server_from_ending(cache_home):
     with command() as served:
         host, port = served.url.removeprefix("http://").split(":")
@@ -235,6 +236,7 @@ def test_a_client_that_never_sends_the_rest_does_not_keep_a_server_from_ending(c
             assert served.end() == 0
 
 
+@pytest.mark.slow
 def test_an_idle_server_ends_at_once(cache_home):
     with command() as served:
         httpx.get(f"{served.url}/health").raise_for_status()
@@ -243,6 +245,7 @@ def test_an_idle_server_ends_at_once(cache_home):
         assert time.monotonic() - started < 10
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_server_at_once(cache_home):
     with command(*TWO_RANKS) as served:
         endless = {"prompt": "abc", "max_tokens": 500_000, "ignore_eos": True, "stream": True}
@@ -308,6 +311,7 @@ def test_when_a_worker_is_killed_for_good_every_client_is_told_and_the_exit_code
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_an_idle_server_notices_that_a_worker_died(cache_home):
     with command(*TWO_RANKS, "--max-restarts", "1") as served:
         first = served.workers()
@@ -340,7 +344,7 @@ def test_a_real_model_talks_to_openais_client(smollm2):
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer.choices[0].message.content
 
 
-@pytest.mark.parametrize("source", ["auto", "none"])
+@pytest.mark.parametrize("source", ["auto", pytest.param("none", marks=pytest.mark.slow)])
 def test_sampling_defaults_come_from_the_models_files(cache_home, tmp_path, source):
     path = shutil.copytree(recall_path(), tmp_path / "model")
     (path / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 1, "eos_token_id": 257}')

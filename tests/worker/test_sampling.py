@@ -82,7 +82,7 @@ def expected_probabilities(logits, temperature, top_k, top_p, min_p, banned=()):
 )
 def test_draws_follow_the_distribution(params):
     """The share of each token is within 5 standard deviations; what was dropped is never drawn."""
-    num_draws = 4000
+    num_draws = 1500
     counts = Counter(sample(LOGITS, row(position, **params)) for position in range(num_draws))
     probs = expected_probabilities(
         LOGITS,
