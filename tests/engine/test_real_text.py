@@ -69,7 +69,7 @@ def run(path, ids, params, ranks):
     return request
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [2, 1, 3])
 @pytest.mark.parametrize("length", CASES)
 def test_greedy_tokens_of_a_real_text_are_those_of_transformers(smollm2, length, ranks):
     path = str(smollm2)
@@ -78,7 +78,8 @@ def test_greedy_tokens_of_a_real_text_are_those_of_transformers(smollm2, length,
     assert request.output_token_ids == expected
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.cover(cases=1)
+@pytest.mark.parametrize("ranks", [2, 1])
 @pytest.mark.parametrize("length", [600, pytest.param(8000, marks=pytest.mark.slow)])
 def test_perplexity_is_that_of_transformers(smollm2, length, ranks):
     path = str(smollm2)

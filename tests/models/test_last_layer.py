@@ -146,6 +146,7 @@ def test_nothing_moves_in_the_last_layer_for_rows_that_nobody_reads(strategy, mo
         run_all(engine)
 
 
+@pytest.mark.cover(cases=7)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_a_last_layer_that_can_leave_rows_out(family):
     assert LAST_LAYER in speedups_of(tiny_model(family).module)

@@ -120,7 +120,7 @@ def test_nan_in_a_visible_key_is_not_hidden_from_many_rows_and_others_are():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("group_size", "num_queries", "num_threads"),
-    [(16, 1, 1), (16, 2, 3), (16, 3, 8), (128, 1, 3), (5, 40, 1), (5, 40, 3)],
+    [(16, 1, 1), (16, 2, 3), (16, 3, 8), pytest.param(128, 1, 3, marks=pytest.mark.slow), (5, 40, 1), (5, 40, 3)],
 )
 def test_values_that_are_the_first_elements_of_their_keys_and_keys_that_are_shared_by_threads(
     group_size, num_queries, dtype, num_threads

@@ -572,7 +572,7 @@ ALWAYS_IN_MANY = OFTEN | {
 
 @pytest.mark.cover
 def test_any_history_keeps_every_promise_and_gives_every_request_its_tokens():
-    run_machine(12, is_fixed=True)
+    run_machine(8, is_fixed=True)
     assert {name for name in OFTEN if not REACHED[name]} == set(), "else this proves little"
 
 
