@@ -1,7 +1,8 @@
 """longspan beside Transformers, vLLM and llama.cpp: the same weights, prompts and two cores, in one run.
 
     python benchmarks/compare.py [--models 20m,500m] [--lengths 1024,16384,65536] [--tokens 48] [--repeats 3]
-                                 [--peers transformers,vllm,llamacpp|none] [--cores 0,1] [--json] [--save]
+                                 [--peers transformers,vllm,llamacpp|none] [--cores 0,1]
+                                 [--neighbours none|low|equal|server] [--json] [--save]
 
 Takes about an hour by default (model 20m; prompts of 1k and 16k tokens three times, of 64k once); `--models 500m` takes
 another, at 1k and 16k only, and each model of `families.py` half an hour. Needs two cores, 24 GiB of memory and, for
@@ -18,6 +19,8 @@ cores (its default leaves one idle), Intel's OpenMP preloaded as its documentati
 its cache in F16, its default, and in F32 like everyone's. The floor: flops over the rate of `torch.mm`, bytes over the
 read bandwidth, of both cores, in this run. An engine with a faster matrix product than `torch.mm` can be below the
 first one, so oneDNN's rate is printed too.
+
+`--neighbours` measures each engine beside other programs on the same cores (`peers/neighbours.py`).
 
 Memory is the peak of an engine's largest compute process (VmHWM) after the first prompt, above what a process holds
 that has made the same imports and loaded nothing. Agreement is against Transformers' tokens: the index of the first
@@ -41,6 +44,7 @@ from peers.environments import InstallationError
 from peers.goals import goal_table
 from peers.measure import Comparison, say, write_gguf
 from peers.models import SIZES, BenchmarkModel, make
+from peers.neighbours import NEIGHBOURS
 from peers.plot import draw
 
 LONG = 32768
@@ -102,6 +106,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--repeats", type=count(1, 100), default=3, help=f"up to {LONG} tokens; longer prompts run once"
     )
     options.add_argument("--cores", type=cores, help="two cores for all engines; default: the first two allowed")
+    options.add_argument("--neighbours", choices=NEIGHBOURS, default="none", help="other programs on the same cores")
     options.add_argument("--json", action="store_true", help="print the result as JSON")
     options.add_argument("--save", action="store_true", help="write it, and a plot, to benchmarks/results/")
     parsed = options.parse_args(arguments)
@@ -131,7 +136,7 @@ def compare_model(
             repeats = 1 if length > LONG else options.repeats
             say(f"{size.name}, {length} tokens, {repeats} times")
             task = Task(model, length, options.tokens, options.cores)
-            comparison = Comparison(task, size.name, chosen(size, length, options.peers))
+            comparison = Comparison(task, size.name, chosen(size, length, options.peers), options.neighbours)
             measured = comparison.run(repeats)
             rows += comparison.rows(measured, TRANSFORMERS.name)
             facts[f"{size.name} {length}"] = comparison.facts() | {"repeats": repeats}
@@ -207,8 +212,9 @@ def main(arguments: list[str] | None = None) -> int:
     }
     text = json.dumps(result, indent=1)
     if options.save:
-        result_path("compare", "json").write_text(text + "\n")
-        draw(rows, result_path("compare", "png"))
+        theme = "compare" if options.neighbours == "none" else f"neighbours-{options.neighbours}"
+        result_path(theme, "json").write_text(text + "\n")
+        draw(rows, result_path(theme, "png"))
     if options.json:
         print(text)
     else:

@@ -20,6 +20,7 @@ from common import matmul_rate, median, random_prompt, read_bandwidth, seconds, 
 from peers.engines import DRIVERS, EngineSpec, Task, gguf_path
 from peers.environments import python_of
 from peers.models import sizes
+from peers.neighbours import neighbours
 from peers.process import EngineError, EngineProcess, imports_bytes
 
 WAKE_LEN = 64
@@ -91,8 +92,10 @@ def write_gguf(model: Path) -> None:
 class Comparison:
     """Engines started afresh for one model and one length."""
 
-    def __init__(self, task: Task, model_name: str, specs: Sequence[EngineSpec]) -> None:
+    def __init__(self, task: Task, model_name: str, specs: Sequence[EngineSpec], neighbours: str = "none") -> None:
+        """Args: `neighbours` says which other programs run beside each engine (`peers/neighbours.py`)."""
         self.task = task
+        self.neighbours = neighbours
         self.failures: list[str] = []
         self._model_name = model_name
         self._specs = specs
@@ -142,7 +145,8 @@ class Comparison:
         process.go_on()
         try:
             process.ask([(7 * i) % 256 for i in range(WAKE_LEN)], 2)
-            answer = process.ask(prompt, self.task.num_tokens)
+            with neighbours(self.neighbours, self.task.cores):
+                answer = process.ask(prompt, self.task.num_tokens)
             if is_first:
                 measured.peaks_bytes = process.peaks_bytes(measured.spec.rank_pattern)
         finally:

@@ -199,8 +199,8 @@ def recurrent_modules(model: nn.Module) -> list[Any]:
 
 
 @functools.cache  # Python parses the class's whole file to find it
-def _cache_calls(cls: type) -> tuple[bool, ...]:
-    """Per call of `CACHE_CALLS`, whether a class makes it."""
+def _cache_calls(cls: Any) -> tuple[bool, ...]:
+    """Per call of `CACHE_CALLS`, whether a class (`type[nn.Module]`) makes it."""
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):
