@@ -192,9 +192,8 @@ class _LayerRecorder:
 
 def recurrent_modules(model: nn.Module) -> list[Any]:
     """Modules of a model that keep a state, in the order of layers."""
-    found: list[Any] = [
-        module for module in model.modules() if hasattr(module, "layer_idx") and any(_cache_calls(type(module)))
-    ]
+    modules: Iterator[Any] = model.modules()
+    found = [module for module in modules if hasattr(module, "layer_idx") and any(_cache_calls(type(module)))]
     return sorted(found, key=lambda module: int(module.layer_idx))
 
 
