@@ -192,9 +192,13 @@ class _LayerRecorder:
 
 def recurrent_modules(model: nn.Module) -> list[Any]:
     """Modules of a model that keep a state, in the order of layers."""
-    modules: Iterator[Any] = model.modules()
-    found = [module for module in modules if hasattr(module, "layer_idx") and any(_cache_calls(type(module)))]
+    found: list[Any] = [module for module in model.modules() if _keeps_state(module)]
     return sorted(found, key=lambda module: int(module.layer_idx))
+
+
+def _keeps_state(module: nn.Module) -> bool:
+    cls: Any = type(module)
+    return hasattr(module, "layer_idx") and any(_cache_calls(cls))
 
 
 @functools.cache  # Python parses the class's whole file to find it
