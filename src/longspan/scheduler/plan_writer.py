@@ -105,14 +105,14 @@ class PlanWriter:
         last_step = chosen[0][0].delivery.last_step
         if last_step is None or len(chosen) != len(last_step.requests):
             return None
-        last, size = last_step.plan, self._config.page_size
+        last, size, states = last_step.plan, self._config.page_size, self._memory.states
         tokens: list[Tokens] = []
         for (request, end), run in zip(chosen, last.query_runs, strict=True):
             position = run.position + 1
             goes_on = request.delivery.last_step is last_step and request.request_id == run.request_id
             if not goes_on or end != position + 1 or not position % size or request.next_row is None:
                 return None
-            if self._memory.states is not None and self._memory.states.keeps_at(request, end):
+            if states is not None and states.keeps_at(request, end):
                 return None
             tokens.append(sampled or Literals((request.token_ids[position],)))
         if ranks != set(last.ranks):

@@ -300,12 +300,14 @@ class Scheduler:
         if not self._idle:
             return
         idle, self._idle = sorted(self._idle.values(), key=lambda request: request.request_id), {}
+        has_drafts = self.drafting.is_on
         for request in idle:
             allocation = request.allocation
             if allocation is None:
                 continue  # preempted for an older one
             if self._has_page(request, allocation):
-                self._place_drafts(request, allocation)
+                if has_drafts:
+                    self._place_drafts(request, allocation)
                 self._lanes.put(request, self._chunks.next_ranks(request, allocation))
             elif request.allocation is not None:
                 self._idle[request.request_id] = request
@@ -382,7 +384,7 @@ class Scheduler:
 
     def _write_plan(self, step: ChosenStep) -> Plan:
         """The plan of a step that is decided; it is in flight from now on."""
-        if step.behind is None:
+        if step.behind is None and self.drafting.is_on:
             step = self.drafting.choose(step)
         ranks, chosen, movers, flops, behind = step
         released: set[int] = set()
@@ -447,16 +449,20 @@ class Scheduler:
 
     def _take_sampled(self, plan: Plan, result: PlanResult, requests: Iterable[Request]) -> set[int]:
         """Give requests the tokens that a plan sampled for them; return the numbers of those with a row that failed."""
-        sampled: dict[int, dict[int, SampledToken]] = {row.request_id: {} for row in plan.samples}
-        for token in (token for rank_result in result.ranks for token in rank_result.sampled):
-            sampled[token.request_id][token.position] = token
+        asked = {row.request_id for row in plan.samples}
+        sampled: dict[int, dict[int, SampledToken]] = {}
+        for rank_result in result.ranks:
+            for token in rank_result.sampled:
+                sampled.setdefault(token.request_id, {})[token.position] = token
         rows = sorted((row for r in result.ranks for row in r.failed), key=lambda row: row.position, reverse=True)
         failed = {row.request_id: row.reason for row in rows}  # the first one's
         for request in requests:
-            if request.request_id in sampled:
+            request_id = request.request_id
+            if request_id in asked:
                 num_drafts = len(request.drafts)
-                num_right = request.take_sampled(sampled[request.request_id], failed.get(request.request_id))
-                self.drafting.note_checked(num_drafts, num_right)
+                num_right = request.take_sampled(sampled.get(request_id, {}), failed.get(request_id))
+                if num_drafts:
+                    self.drafting.note_checked(num_drafts, num_right)
         return set(failed)
 
     def take_moved(self, moved: Moved) -> list[Request]:
