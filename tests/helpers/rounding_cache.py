@@ -1,8 +1,8 @@
 """Transformers with a cache that rounds keys and values as ours does: what smaller KV is compared with."""
 
 import transformers
+from greedy import generate_greedily
 from packaging.version import Version
-from tiny_models import generate_greedily
 from transformers import DynamicCache
 
 from longspan.kv.layout import STORED_DTYPES, KVSpec

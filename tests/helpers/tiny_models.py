@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from attention_cases import DEVICE
+from greedy import generate_greedily
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -237,32 +238,6 @@ def load_reference(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     ).eval()
-
-
-@torch.inference_mode()
-def generate_greedily(
-    model: nn.Module, prompt: Sequence[int], num_tokens: int, **options: object
-) -> tuple[list[int], list[float]]:
-    """Greedy tokens of Transformers' own `generate`, and the lead of each over the next best.
-
-    Args:
-        model: from Transformers.
-        prompt: token ids.
-        num_tokens: to generate, whatever they are.
-        options: further arguments of `generate`.
-    """
-    output = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-    top = torch.cat(output.logits).topk(2).values
-    return output.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
 
 
 def generate_reference(path: str, prompt: Sequence[int], num_tokens: int) -> Reference:
