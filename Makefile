@@ -33,7 +33,7 @@ test: $(STAMP)
 	$(PYTEST) -n 3 -m "processes and not slow" --ignore tests/endurance
 	$(PYTEST) -m "processes and not slow" tests/endurance
 
-# The all-pairs cover of ranks, strategies, placements, page sizes and chunk cuts; under 30 minutes.
+# Also the all-pairs covers of ranks, strategies, placements, page sizes and chunk cuts; takes hours on two cores.
 test-all: $(STAMP)
 	$(PYTEST) -n auto -m "not processes"
 	$(PYTEST) -m processes
