@@ -70,8 +70,10 @@ class Chunks:
 
     def next_ranks(self, request: Request, allocation: Allocation) -> AbstractSet[int]:
         """Ranks that a request's next step may involve, if it has the whole token budget."""
-        if len(allocation.page_ranks) == 1 and allocation.source_ranks <= allocation.ranks:
-            return allocation.ranks
+        if len(allocation.page_ranks) == 1:
+            sources = allocation.source_ranks
+            if not sources or sources <= allocation.ranks:
+                return allocation.ranks
         end = len(request.token_ids) if request.phase is Phase.DECODE else self.end(request, self._full_budget)
         return self.ranks(request, end)
 

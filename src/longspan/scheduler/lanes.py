@@ -174,8 +174,8 @@ class Lanes:
             self._order[rank] = order
             if order:
                 heapq.heappush(self._heap, (order[0], rank, self._version[rank]))
-            oldest = min((turn.last_plan_id for turn in order if not turn.is_decode), default=None)
-            self._oldest[rank] = oldest
+            waiting = [turn.last_plan_id for turn in order if not turn.is_decode]
+            self._oldest[rank] = oldest = min(waiting) if waiting else None
             if oldest is not None:
                 self._oldest_of_all = oldest if self._oldest_of_all is None else min(self._oldest_of_all, oldest)
                 if self._turns.is_too_long(oldest, next_plan_id, num_running):
