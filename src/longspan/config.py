@@ -6,6 +6,7 @@ Read next: `longspan.option`, the statement at a field; `longspan.llm` and `long
 
 import json
 import os
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -84,6 +85,27 @@ def parse_weights(text: str, field: str = "rank_weights") -> tuple[float, ...] |
         raise ConfigError(f"{field}: got {text!r}, legal is auto, or a number per rank such as 2,1,1") from None
 
 
+ADAPTER_NAME_RULE = (
+    "a name of at most 64 letters, digits, '.', '_', '-' or ':', of which the first is a letter or a digit"
+)
+
+
+def split_adapter(entry: str) -> tuple[str | None, str]:
+    """Name and directory of an entry of `lora`; no name where it is a directory alone, such as `./a=b`."""
+    name, equals, directory = entry.partition("=")
+    return (name, directory) if equals and "/" not in name else (None, entry)
+
+
+def check_adapter_name(name: str, got: str, field: str = "lora") -> None:
+    """Refuse what cannot be an adapter's name.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", name):
+        raise ConfigError(f"{field}: got {got!r}, legal is {ADAPTER_NAME_RULE}")
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Options for splitting and running one model.
 
@@ -121,10 +143,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = "none"
     """Linear layers whose weights stay small on a CPU. `none` dequantises whatever the files hold; `keep` keeps weights
     of 8 or 4 bits that the kernels take, to which the answers are the same; `int8` and `int4` round dense weights."""
-    lora: Annotated[str | None, Option("LoRA adapter that is merged into the weights.", Group.MODEL, metavar="DIR")] = (
-        None
-    )
-    """Directory of a LoRA adapter, which peft merges into the weights while they are loaded; on every host the same."""
+    lora: Annotated[
+        tuple[str, ...],
+        Option(
+            "LoRA adapter: NAME=DIR for requests that name it, DIR merged into the weights; may be repeated.",
+            Group.MODEL,
+            metavar="NAME=DIR|DIR",
+        ),
+    ] = ()
+    """LoRA adapters. `NAME=DIR` is computed beside the weights, for the rows of requests that name it, any number of
+    them; a lone `DIR` is merged into the weights by peft while they are loaded, one at most. A dict of names and
+    directories, a list or a lone text will do. The same files lie on every host. See docs/adapters.md."""
     attention_backend: Annotated[
         AttentionName, Option("Attention kernels; auto: cpu on a CPU, triton on a GPU.", Group.MODEL)
     ] = "auto"
@@ -459,6 +488,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not isinstance(self.model, str):
             raise ConfigError(f"model: got {self.model!r}, legal is a text that names one")
+        self._take_adapters()
         take_texts_(self)
         check_options(self)
         self._check_overrides()
@@ -507,6 +537,36 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             pass
         raise ConfigError(f"hf_overrides: got {fields!r}, legal is a dict of fields of the model's config, as in JSON")
 
+    def _take_adapters(self) -> None:
+        """Take a lone text, a list or a dict for the tuple that it stands for, and check names.
+
+        Raises:
+            ConfigError: an entry is illegal, a name is given twice, or two adapters are to be merged.
+        """
+        given: Any = self.lora
+        if isinstance(given, dict):
+            given = [f"{name}={directory}" for name, directory in given.items()]
+        entries = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list | tuple) else None
+        if entries is None or not all(isinstance(entry, str) and entry for entry in entries):
+            raise ConfigError(f"lora: got {given!r}, legal is NAME=DIR or DIR, or several of them")
+        msgspec.structs.force_setattr(self, "lora", entries)
+        names: set[str] = set()
+        num_merged = 0
+        for entry in entries:
+            name, directory = split_adapter(entry)
+            if name is None:
+                num_merged += 1
+                continue
+            check_adapter_name(name, entry)
+            if not directory:
+                raise ConfigError(f"lora: got {entry!r}, legal is a directory behind the name")
+            if name in names or name == self.model:
+                owner = "another adapter" if name in names else "the model"
+                raise ConfigError(f"lora: got {entry!r}, whose name is that of {owner}, legal is another one")
+            names.add(name)
+        if num_merged > 1:
+            raise ConfigError(f"lora: got {num_merged} without a name, legal is one, which is merged into the weights")
+
     def _check_strategies(self) -> None:
         if self.context_parallel_size == 1 or self.placement not in ("striped", "spill"):
             return
@@ -525,10 +585,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"kv_cache_dtype: got 'float16' with device 'cpu', legal there is {legal}")
         if self.device == "cpu" and self.compile_dense:
             raise ConfigError("compile_dense: got true with device 'cpu', legal there is false")
-        if self.lora is not None and self.quantization == "keep":
+        if self.merged_lora is not None and self.quantization == "keep":
             raise ConfigError(
-                "lora: got one with quantization 'keep', legal there is none: kept weights are not merged"
+                f"lora: got {self.merged_lora!r} with quantization 'keep', legal there is NAME=DIR: kept weights are "
+                "not merged"
             )
+        if self.adapters and self.compile_dense:
+            raise ConfigError("compile_dense: got true with adapters of requests (lora), legal there is false")
         if self.device != "cuda":
             return
         if self.quantization != "none":
@@ -554,6 +617,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             if (value := getattr(self, name)) != legal:
                 shown = str(legal).lower()
                 raise ConfigError(f"{name}: got {value!r} with tensor_parallel_size {size}, legal there is {shown}")
+        if self.adapters:
+            raise ConfigError(
+                f"lora: got the adapter {next(iter(self.adapters))!r} of requests with tensor_parallel_size {size}, "
+                "legal there is one that is merged (DIR without a name)"
+            )
         for name in ("kv_host_memory", "kv_disk"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"{name}: got one with tensor_parallel_size {size}, legal there is none")
@@ -638,6 +706,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"min_ranks: got {self.min_ranks}, legal is none without max_restarts, and with executor external, "
                 "a topology file or simulated links: all ranks are started again there, or none"
             )
+
+    @property
+    def merged_lora(self) -> str | None:
+        """Directory of the adapter that is merged into the weights, or None."""
+        return next((directory for name, directory in map(split_adapter, self.lora) if name is None), None)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Directories of the adapters that requests name, by name."""
+        found = [split_adapter(entry) for entry in self.lora]
+        return {name: directory for name, directory in found if name is not None}
 
     @property
     def has_tiers(self) -> bool:

@@ -184,6 +184,7 @@ class LLM(ClosedAtExit):
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: str | Sequence[str | None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         clamps_max_tokens: bool = False,
     ) -> list[RequestOutput]:
@@ -192,6 +193,8 @@ class LLM(ClosedAtExit):
         Args:
             prompts: one prompt or several. Text is used raw: nothing stripped, no chat template.
             sampling_params: one for all prompts, or one per prompt; None takes the defaults.
+            lora: name of the LoRA adapter of all prompts, or one per prompt, None among them for the model alone; each
+                is one of the option `lora`, or was loaded since.
             on_progress: called after every step for every request that advanced.
             clamps_max_tokens: whether `max_tokens` counts only as far as it fits behind a prompt, instead of refusing
                 it; always so for the defaults.
@@ -211,15 +214,19 @@ class LLM(ClosedAtExit):
             raise ConfigError(
                 f"sampling_params: got {len(params)} for {len(several)} prompts, legal is one, or one each"
             )
+        names = [lora] * len(several) if lora is None or isinstance(lora, str) else [*lora]
+        if len(names) != len(several):
+            raise ConfigError(f"lora: got {len(names)} for {len(several)} prompts, legal is one, or one each")
+        adapters = [None if name is None else self.engine.adapters.find(name) for name in names]
         started = time.perf_counter()
         running: dict[int, _Running] = {}
         try:
-            for i, (prompt, one) in enumerate(zip(several, params, strict=True)):
+            for i, (prompt, one, adapter) in enumerate(zip(several, params, adapters, strict=True)):
                 text, token_ids = self._token_ids(prompt)
                 one = with_special_stops(self.tokenizer, one)
                 if clamps_max_tokens:
                     one = self._clamped(one, len(token_ids))
-                request = self.engine.add_request(token_ids, one, constraint=self._constraint(one))
+                request = self.engine.add_request(token_ids, one, constraint=self._constraint(one), adapter=adapter)
                 reader = OutputReader(self.tokenizer, token_ids, one)
                 running[request.request_id] = _Running(i, text, request, reader)
             while self.engine.has_requests:
@@ -275,6 +282,23 @@ class LLM(ClosedAtExit):
             spec = self.engine.spec
             self._grammars = make_grammars(self.tokenizer, spec.vocab_size, spec.eos_token_ids)
         return self._grammars.constraint(params)
+
+    def load_lora_adapter(self, name: str, directory: str) -> None:
+        """Load a LoRA adapter, whose name `generate` then takes.
+
+        Raises:
+            ConfigError: the name is illegal or taken, or the files are not those of an adapter of this model.
+            WorkerError: a worker died meanwhile.
+        """
+        self.engine.load_adapter(name, directory)
+
+    def unload_lora_adapter(self, name: str) -> None:
+        """Let go of a LoRA adapter.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        self.engine.unload_adapter(name)
 
     def rank_stats(self) -> "list[RankStats]":
         """Return what every rank holds and has done since the LLM was made."""

@@ -96,6 +96,19 @@ class ExpertWeights(msgspec.Struct, frozen=True):
         return ExpertWeights(-(-self.num_parameters // size), self.num_experts, self.num_chosen)
 
 
+class Adapter(msgspec.Struct, frozen=True):
+    """LoRA adapter that ranks have loaded, or are told to load, for the requests that name it."""
+
+    adapter_id: int
+    """Number of this load of it, never given twice in one engine: what plans say."""
+    name: str
+    """What requests call it."""
+    directory: str
+    """Where its files lie, on every host."""
+    digest: bytes
+    """Hash of its files, 16 bytes: what page hashes begin with, as keys and values depend on it."""
+
+
 class RopeLengths(msgspec.Struct, frozen=True):
     """Dependence of RoPE's frequencies on the length of a request.
 

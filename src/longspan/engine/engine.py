@@ -8,7 +8,7 @@ Read next: `longspan.llm`, the Python API on top; `longspan.scheduler.scheduler`
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 import torch
 from msgspec import structs
@@ -16,6 +16,7 @@ from msgspec import structs
 from longspan.config import EngineConfig
 from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs
+from longspan.engine.adapters import EngineAdapters
 from longspan.engine.closing import ClosedAtExit
 from longspan.engine.cost_parameters import gpu_costs, striped_from, weights_of
 from longspan.engine.gpus import choose_device
@@ -41,7 +42,7 @@ from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
 from longspan.sharding.capacity import pages_of_ranks
-from longspan.types import FinishReason, ModelSpec, SamplingParams
+from longspan.types import Adapter, FinishReason, ModelSpec, SamplingParams
 
 WITHOUT_KERNELS = (
     "without compiled kernels (no C compiler when it was installed) decode, prefill and small weights are slower on a "
@@ -104,11 +105,11 @@ class Engine(ClosedAtExit):
             raise ConfigError(f"platform: got {sys.platform!r}, legal is 'linux'")
         if model is not None and config.executor != "threads":
             raise ConfigError(f"executor: got {config.executor!r} with a loaded model, legal is 'threads'")
-        for field, value, legal in (("quantization", config.quantization, "none"), ("lora", config.lora, None)):
+        for field, value, legal in (("quantization", config.quantization, "none"), ("lora", config.lora, ())):
             if model is not None and value != legal:
                 raise ConfigError(f"{field}: got {value!r} with a loaded model, legal is none")
-        if config.lora is not None:
-            check_lora(config.lora)
+        if config.merged_lora is not None:
+            check_lora(config.merged_lora)
         device, gpus = choose_device(config, model)
         config = structs.replace(config, device=device)
         model_config, generation_config = load_config(config.model, config.hf_overrides)
@@ -123,6 +124,8 @@ class Engine(ClosedAtExit):
                 f"state_snapshot_tokens: got {config.state_snapshot_tokens} for a model without recurrent layers, "
                 "legal is none"
             )
+        self.adapters = EngineAdapters(config)
+        """LoRA adapters that requests may name."""
         hidden_size: int = model_config.get_text_config().hidden_size
         memories = rank_cache_memory(config, gpus, self.spec, hidden_size, is_loaded=model is not None)
         self.config = config = structs.replace(config, kv_cache_memory=max(memories))
@@ -144,8 +147,9 @@ class Engine(ClosedAtExit):
             self.scheduler.use_costs(costs, shortest, weights_of(config, costs))
 
         fingerprint = None if self.tiers is None else self.tiers.fingerprint
+        start = Start(config, self.spec, num_pages, None, fingerprint, self.adapters.told)
         known = gpu_costs(config, self.spec, [gpu.name for gpu in gpus])
-        self.ranks = Ranks(Start(config, self.spec, num_pages, None, fingerprint), model, launcher, use, known)
+        self.ranks = Ranks(start, model, launcher, use, known)
         """The ranks, and the means to start new ones."""
         self.restarts = self.ranks.restarts
         """Record of the replacements of lost ranks."""
@@ -164,16 +168,24 @@ class Engine(ClosedAtExit):
         *,
         constraint: Constraint | None = None,
         page_hashes: list[bytes] | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """Queue a request.
 
+        Args:
+            prompt_token_ids, params, constraint, page_hashes: as for `Scheduler.add_request`.
+            adapter: one of `adapters`, which it is continued with; None for the model alone.
+
         Raises:
-            ConfigError, CapacityError: as in `Scheduler.add_request`.
+            ConfigError, CapacityError: as in `Scheduler.add_request`; the adapter was unloaded meanwhile.
             BaseException: what made the ranks fail for good.
         """
         if self.ranks.failure is not None:
             raise self.ranks.failure
-        return self.scheduler.add_request(prompt_token_ids, params, constraint=constraint, page_hashes=page_hashes)
+        self.adapters.check(adapter)
+        return self.scheduler.add_request(
+            prompt_token_ids, params, constraint=constraint, page_hashes=page_hashes, adapter=adapter
+        )
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request early, for example because its text holds a stop string."""
@@ -240,7 +252,61 @@ class Engine(ClosedAtExit):
             advanced = self.take_in(self.in_flight.ended())
             if self.tiers is not None:
                 advanced = list(dict.fromkeys([*advanced, *self.tiers.take_in(self.scheduler)]))
+            self._drop_adapters()
             return advanced
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+
+    def begin_load_adapter(self, adapter: Adapter) -> "Future[None]":
+        """Let the ranks load an adapter that `adapters.read` has checked; hand the future's end to `end_load_adapter`.
+
+        Raises:
+            ConfigError: its name is taken.
+            BaseException: what made the ranks fail for good.
+        """
+        if self.ranks.failure is not None:
+            raise self.ranks.failure
+        return self.adapters.begin_load(adapter, self.executor)
+
+    def end_load_adapter(self, adapter: Adapter, loaded: "Future[None]") -> None:
+        """Take in that ranks have loaded an adapter: requests may name it.
+
+        Raises:
+            ConfigError: a rank could not.
+            BaseException: the ranks were lost meanwhile.
+        """
+        if loaded.exception() is not None:
+            self.adapters.abandon(adapter, self.executor)
+            loaded.result()
+        self.adapters.end_load(adapter)
+        self.ranks.tell_adapters(self.adapters.told)
+
+    def load_adapter(self, name: str, directory: str) -> None:
+        """Load an adapter, and wait until requests may name it.
+
+        Raises:
+            ConfigError: the name is illegal or taken, or the files are not those of an adapter of this model.
+            BaseException: the ranks were lost meanwhile.
+        """
+        adapter = self.adapters.read(name, directory, name_field="lora_name", field="lora_path")
+        loaded = self.begin_load_adapter(adapter)
+        wait([loaded])
+        self.end_load_adapter(adapter, loaded)
+
+    def unload_adapter(self, name: str) -> None:
+        """Let no more requests name an adapter; ranks let it go when those that run have ended.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        self.adapters.retire(name)
+        self._drop_adapters()
+
+    def _drop_adapters(self) -> None:
+        if self.adapters.drop_unused(self.scheduler.requests.values, self.executor):
+            self.ranks.tell_adapters(self.adapters.told)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
         """End the wait of the current `step`, or else of the next one. Any thread may call it."""

@@ -10,8 +10,10 @@ from typing import Protocol
 
 from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.launcher import Launcher
+from longspan.errors import ConfigError
 from longspan.plan.moves import Move, Moved
 from longspan.plan.types import Plan, PlanResult, RankResult
+from longspan.types import Adapter
 
 
 class Executor(Protocol):
@@ -47,6 +49,17 @@ class Executor(Protocol):
         Raises:
             LongspanError: the ranks have failed.
         """
+
+    def load_adapter(self, adapter: Adapter) -> "Future[None]":
+        """Let all ranks load an adapter, behind the plans that they were handed before.
+
+        Returns:
+            Future of their answers. It fails with a ConfigError where one of them cannot load it, and goes on without;
+            and as that of a plan does.
+        """
+
+    def unload_adapter(self, adapter_id: int) -> None:
+        """Let all ranks go of an adapter, if they have it, behind the plans that they were handed before."""
 
     @property
     def failure(self) -> BaseException | None:
@@ -147,6 +160,50 @@ class PendingMoves:
             self._error = self._error or error
             failed, self._futures = list(self._futures.values()), {}
         for future in failed:
+            future.set_exception(self._error)
+
+
+class PendingAdapters:
+    """Collects the processes' answers to adapters that are being loaded. Safe to use from several threads."""
+
+    def __init__(self, num_processes: int) -> None:
+        self._num_processes = num_processes
+        self._lock = threading.Lock()
+        self._futures: dict[int, tuple[Future[None], list[str | None]]] = {}
+        self._error: BaseException | None = None
+
+    def add(self, adapter_id: int) -> "Future[None]":
+        """Return a future for an adapter; it has failed already if the ranks have."""
+        future: Future[None] = Future()
+        with self._lock:
+            if self._error is None:
+                self._futures[adapter_id] = (future, [])
+                return future
+        future.set_exception(self._error)
+        return future
+
+    def answer(self, adapter_id: int, error: str | None) -> None:
+        """Note one process's answer; the last one completes the future. Answers after a failure are ignored."""
+        with self._lock:
+            if adapter_id not in self._futures:
+                return
+            future, errors = self._futures[adapter_id]
+            errors.append(error)
+            if len(errors) < self._num_processes:
+                return
+            del self._futures[adapter_id]
+        wrong = next((error for error in errors if error is not None), None)
+        if wrong is None:
+            future.set_result(None)
+        else:
+            future.set_exception(ConfigError(wrong))
+
+    def fail(self, error: BaseException) -> None:
+        """Fail all loads in flight and all later ones, with the first error that was given."""
+        with self._lock:
+            self._error = self._error or error
+            failed, self._futures = list(self._futures.values()), {}
+        for future, _ in failed:
             future.set_exception(self._error)
 
 

@@ -182,7 +182,7 @@ def tier_stats(tiers: Tiers) -> dict[str, TierStats]:
 def kv_fingerprint(config: EngineConfig, spec: ModelSpec) -> bytes:
     """Return 16 bytes that differ where the same tokens may have another KV: weights, adapter, options that change
     what is computed, how it is stored, and the versions of what computes it. Ranks and placements are not in it."""
-    adapter = None if config.lora is None else check_lora(config.lora)
+    adapter = None if config.merged_lora is None else check_lora(config.merged_lora)
     directory = local_directory(config.model)
     if directory is not None:
         weights = fingerprint(directory, adapter) + tensor_fingerprint(directory, adapter)

@@ -20,6 +20,7 @@ from longspan.engine.recovery import STARTS, Restarts, fewer_ranks
 from longspan.engine.start import start_executor
 from longspan.errors import LongspanError
 from longspan.group.messages import Start
+from longspan.types import Adapter
 
 
 class Ranks:
@@ -101,6 +102,10 @@ class Ranks:
 
     def _next_generation(self) -> None:
         self.told = structs.replace(self.told, generation=self.told.generation + 1)
+
+    def tell_adapters(self, adapters: tuple[Adapter, ...]) -> None:
+        """Let ranks that replace lost ones load these adapters, and no others."""
+        self.told = structs.replace(self.told, adapters=adapters)
 
     def take_restart(self, cause: BaseException) -> None:
         """Use up one restart.

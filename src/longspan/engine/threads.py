@@ -16,9 +16,9 @@ from longspan.attention.base import AttentionBackend
 from longspan.comm.base import PROCESSES
 from longspan.comm.threads import thread_group
 from longspan.costmodel.measured import RankMeasurement
-from longspan.engine.executor import PendingMoves, PendingPlans
+from longspan.engine.executor import PendingAdapters, PendingMoves, PendingPlans
 from longspan.errors import ConfigError, LongspanError, WorkerError
-from longspan.group.messages import Measure, Start
+from longspan.group.messages import Measure, Start, UnloadAdapter
 from longspan.group.plans import PlanReceiver, PlanSender
 from longspan.group.shape import GroupShape, ProcessId, speaker
 from longspan.models.loader import load_model, resolve_dtype
@@ -26,9 +26,21 @@ from longspan.models.speedups import COMPILED, speed_up_, speedups_of
 from longspan.models.tensor_parallel import Part, copy_of, cut_
 from longspan.plan.moves import Move, Moved
 from longspan.plan.types import Plan, PlanResult
-from longspan.worker.build import build_mover, build_runner, load_weights, open_device, peers_of, with_options
+from longspan.types import Adapter
+from longspan.worker.build import (
+    build_mover,
+    build_runner,
+    load_weights,
+    open_device,
+    peers_of,
+    try_load,
+    with_options,
+)
 from longspan.worker.measure import measure
 from longspan.worker.runner import ModelRunner
+
+_Order = Plan | Move | Adapter | UnloadAdapter | None
+"""What a rank's thread is told; an adapter is to be loaded, None ends it."""
 
 
 class ThreadExecutor:
@@ -47,22 +59,23 @@ class ThreadExecutor:
         elif start.config.compile_dense:
             speed_up_(model, [COMPILED])
         self._pending, self._moves, self._stop_s = PendingPlans(), PendingMoves(), start.config.stop_s
+        self._adapters = PendingAdapters(shape.world_size)
         self._sender, self._receivers = PlanSender(), [PlanReceiver(rank) for rank in range(shape.num_ranks)]
-        self._inboxes: list[queue.SimpleQueue[Plan | Move | None]] = []
+        self._inboxes: list[queue.SimpleQueue[_Order]] = []
         self._threads: list[threading.Thread] = []
         self._shape = shape
         self.runners = _build_runners(start, shape, model, tools.backend)
         """One runner per process, in the order of their numbers."""
         self._movers = [build_mover(start, runner, self._moves.answer) for runner in self.runners]
         for process, runner in zip(shape.processes, self.runners, strict=True):
-            inbox: queue.SimpleQueue[Plan | Move | None] = queue.SimpleQueue()
+            inbox: queue.SimpleQueue[_Order] = queue.SimpleQueue()
             name = f"longspan-{shape.name(process).replace(' ', '-')}"
             thread = threading.Thread(target=self._serve, args=(process, runner, inbox), name=name, daemon=True)
             self._inboxes.append(inbox)
             self._threads.append(thread)
             thread.start()
 
-    def _serve(self, process: ProcessId, runner: ModelRunner, inbox: "queue.SimpleQueue[Plan | Move | None]") -> None:
+    def _serve(self, process: ProcessId, runner: ModelRunner, inbox: "queue.SimpleQueue[_Order]") -> None:
         who = self._shape.name(process)
         while (plan := inbox.get()) is not None:
             if isinstance(plan, Move):
@@ -70,21 +83,31 @@ class ThreadExecutor:
                 assert mover is not None, "only ranks with tiers are told to move pages"
                 mover.take(plan)
                 continue
+            if isinstance(plan, Adapter):
+                self._adapters.answer(plan.adapter_id, try_load(runner, plan))
+                continue
+            if isinstance(plan, UnloadAdapter):
+                runner.unload_adapter(plan.adapter_id)
+                continue
             try:
                 result = runner.run(plan)
                 if process.speaks_for_rank:
                     self._pending.answer(result)
             except LongspanError as error:
                 error.add_note(f"{who}, plan {plan.plan_id} ({plan.phase})")
-                self._pending.fail(error)
+                self._fail(error)
                 return
             except Exception as error:
                 text = f"{type(error).__name__}: {error} in plan {plan.plan_id} ({plan.phase})"
                 failure = WorkerError(f"{who}: {text}")
                 failure.__cause__ = error
-                self._pending.fail(failure)
+                self._fail(failure)
                 return
         runner.close()
+
+    def _fail(self, error: BaseException) -> None:
+        self._pending.fail(error)
+        self._adapters.fail(error)
 
     def submit(self, plan: Plan) -> "Future[PlanResult]":
         future = self._pending.add(plan)
@@ -108,6 +131,16 @@ class ThreadExecutor:
             found = list(threads.map(lambda runner: measure(runner, message), self.runners))
         return found[:: self._shape.processes_per_rank]
 
+    def load_adapter(self, adapter: Adapter) -> "Future[None]":
+        future = self._adapters.add(adapter.adapter_id)
+        for inbox in self._inboxes:
+            inbox.put(adapter)
+        return future
+
+    def unload_adapter(self, adapter_id: int) -> None:
+        for inbox in self._inboxes:
+            inbox.put(UnloadAdapter(adapter_id))
+
     @property
     def failure(self) -> BaseException | None:
         return self._pending.error
@@ -120,6 +153,7 @@ class ThreadExecutor:
         closed = LongspanError("the engine is closed")
         self._pending.fail(closed)
         self._moves.fail(closed)
+        self._adapters.fail(closed)
         for mover in self._movers:
             if mover is not None:
                 mover.close()
@@ -144,7 +178,7 @@ def _load(start: Start, shape: GroupShape, device: torch.device) -> torch.nn.Mod
         resolve_dtype(config.dtype, device),
         show_progress=False,
         device=device,
-        lora=config.lora,
+        lora=config.merged_lora,
         overrides=config.hf_overrides,
     )
 

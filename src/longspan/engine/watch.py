@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 import msgspec
 
-from longspan.engine.executor import PendingMeasurements, PendingMoves, PendingPlans
+from longspan.engine.executor import PendingAdapters, PendingMeasurements, PendingMoves, PendingPlans
 from longspan.engine.launcher import Launcher
 from longspan.errors import ConfigError, LongspanError, WorkerError
 from longspan.group.driver_link import DriverLink
@@ -19,6 +19,7 @@ from longspan.group.failures import Failures
 from longspan.group.liveness import Liveness
 from longspan.group.membership import Membership
 from longspan.group.messages import (
+    AdapterLoaded,
     Alive,
     Answer,
     Failed,
@@ -51,6 +52,10 @@ GRACE_S = 0.5
 """Seconds that the driver listens after a first sign of failure, to tell the cause from its consequences."""
 
 
+FromMember = Answer | Moved | AdapterLoaded | Measured | Files | Ready | Failed
+"""Messages of a process that was admitted."""
+
+
 class Watch:
     """Receives the messages of one group's processes, in its own thread, until it is ended or the group has failed."""
 
@@ -78,6 +83,8 @@ class Watch:
         """Plans in flight."""
         self.moves = PendingMoves()
         """Moves of pages in flight."""
+        self.adapters = PendingAdapters(shape.world_size)
+        """Adapters that the processes were told to load."""
         self.measurements = PendingMeasurements(shape.num_ranks)
         """Measurements that the ranks were asked for."""
         self.ready: Future[None] = Future()
@@ -121,6 +128,7 @@ class Watch:
             finally:  # whatever happens to the processes, no caller may go on waiting for them
                 self.pending.fail(error)
                 self.moves.fail(error)
+                self.adapters.fail(error)
                 self.measurements.fail(error)
                 if not self.ready.done():
                     self.ready.set_exception(error)
@@ -208,7 +216,7 @@ class Watch:
         self._liveness.got_further(self.membership.admit(hello, peer))
         self._link.send(peer, self._start)
 
-    def _hear(self, process: ProcessId, message: Answer | Moved | Measured | Files | Ready | Failed) -> None:
+    def _hear(self, process: ProcessId, message: FromMember) -> None:
         """Take in a message of a process of the group.
 
         Raises:
@@ -219,6 +227,8 @@ class Watch:
             self.pending.answer(message.result)
         elif isinstance(message, Moved):
             self.moves.answer(message)
+        elif isinstance(message, AdapterLoaded):
+            self.adapters.answer(message.adapter_id, message.error)
         elif isinstance(message, Measured):
             self.measurements.answer(message.measurement)
         elif isinstance(message, Files):
@@ -300,7 +310,7 @@ def _pool_bytes(start: Start) -> list[int] | None:
     ]
 
 
-def _may_say(process: ProcessId, message: Answer | Moved | Measured | Files | Ready | Failed) -> bool:
+def _may_say(process: ProcessId, message: FromMember) -> bool:
     """Whether a process may send a message; answers and measurements come only from a rank's first process."""
     if isinstance(message, Answer):
         return process.speaks_for_rank and process.rank == message.result.rank

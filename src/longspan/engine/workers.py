@@ -15,11 +15,12 @@ from longspan.engine.watch import Watch
 from longspan.errors import LongspanError
 from longspan.group.driver_link import DriverLink
 from longspan.group.membership import Membership
-from longspan.group.messages import Measure, Start, Stop, encode
+from longspan.group.messages import LoadAdapter, Measure, Start, Stop, ToWorker, UnloadAdapter, encode
 from longspan.group.plans import PlanSender
 from longspan.group.shape import GroupShape
 from longspan.plan.moves import Move, Moved
 from longspan.plan.types import Plan, PlanResult
+from longspan.types import Adapter
 
 
 class WorkerExecutor:
@@ -72,10 +73,23 @@ class WorkerExecutor:
         return future
 
     def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:
-        message = encode(Measure(nodes, machines))
-        for member in self.membership.members:
-            self._link.send(member.voice, message)
+        self._tell(Measure(nodes, machines))
         return self._watch.measurements.all.result()
+
+    def load_adapter(self, adapter: Adapter) -> "Future[None]":
+        future = self._watch.adapters.add(adapter.adapter_id)
+        if not future.done():
+            self._tell(LoadAdapter(adapter))
+        return future
+
+    def unload_adapter(self, adapter_id: int) -> None:
+        self._tell(UnloadAdapter(adapter_id))
+
+    def _tell(self, message: ToWorker) -> None:
+        """Send a message to all processes, behind the plans that they were sent."""
+        encoded = encode(message)
+        for member in self.membership.members:
+            self._link.send(member.voice, encoded)
 
     @property
     def failure(self) -> BaseException | None:
@@ -117,6 +131,7 @@ class WorkerExecutor:
         closed = LongspanError("the engine is closed")
         watch.pending.fail(closed)
         watch.moves.fail(closed)
+        watch.adapters.fail(closed)
         is_idle = watch.ready.done() and watch.ready.exception() is None and not watch.pending.num_failed
         watch.end()
         if is_idle:

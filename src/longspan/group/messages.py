@@ -19,7 +19,7 @@ from longspan.group.shape import ProcessId
 from longspan.plan.moves import Move, Moved
 from longspan.plan.parts import OwnPart
 from longspan.plan.types import GraphStep, RankResult
-from longspan.types import ModelSpec
+from longspan.types import Adapter, ModelSpec
 
 
 class Versions(msgspec.Struct, frozen=True):
@@ -62,6 +62,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     """Directory where processes on the driver's machine meet, theirs alone; None: their environment says where."""
     kv_fingerprint: bytes | None = None
     """All that KV depends on beside tokens, where pages are kept on disk."""
+    adapters: tuple[Adapter, ...] = ()
+    """LoRA adapters that requests may name when the ranks are ready."""
     generation: int = 0
     """Number of earlier starts of this engine's ranks, which are started again after a loss."""
 
@@ -94,6 +96,18 @@ class Measure(msgspec.Struct, frozen=True, tag=True):
     """Node of every rank."""
     machines: tuple[int, ...]
     """Machine of every rank; ranks on one machine share its cores."""
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Driver to worker: load an adapter, before the plans that come behind this."""
+
+    adapter: Adapter
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Driver to worker: let go of an adapter, which no later plan names. One that could not be loaded is meant too."""
+
+    adapter_id: int
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -143,6 +157,15 @@ class Answer(msgspec.Struct, frozen=True, gc=False, tag=True):
     result: RankResult
 
 
+class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
+    """Worker to driver: answer to `LoadAdapter`."""
+
+    process: ProcessId
+    adapter_id: int
+    error: str | None = None
+    """Why the adapter cannot be loaded, in one line for the user; the worker goes on without it."""
+
+
 class Measured(msgspec.Struct, frozen=True, tag=True):
     """Worker to driver, once per rank: answer to `Measure`."""
 
@@ -185,8 +208,8 @@ class ForkedWorker(msgspec.Struct, frozen=True):
 
 Order = ForkWorkers | KillWorkers
 
-ToWorker = Start | RunPlan | RunNext | Move | Measure | Stop | Refused | Heartbeat
-ToDriver = Hello | Files | Ready | Alive | Answer | Moved | Measured | Failed
+ToWorker = Start | RunPlan | RunNext | Move | Measure | LoadAdapter | UnloadAdapter | Stop | Refused | Heartbeat
+ToDriver = Hello | Files | Ready | Alive | Answer | Moved | Measured | AdapterLoaded | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

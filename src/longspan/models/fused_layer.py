@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.models import fused_layer_gemm, fused_layer_part
+from longspan.models.adapters import UNFUSED
 from longspan.models.fused_layer_part import Joints
 from longspan.models.hook import AttendFunction, AttentionCall
 from longspan.models.last_layer import READ_ROWS
@@ -102,6 +103,7 @@ def _fused_forward(layer: Any, *, is_last: bool) -> Callable[..., Tensor]:
             return _behind_attention(fused, joints, attended, x, mlp)[None]
         return x.index_copy(0, read, _behind_attention(fused, joints, attended[read], x[read], mlp))[None]
 
+    setattr(forward, UNFUSED, own_forward)
     return forward
 
 

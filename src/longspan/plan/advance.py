@@ -22,7 +22,7 @@ def advance(plan: Plan, plan_id: int, tokens: Sequence[Tokens | None], graph: Gr
         graph: how the step runs in fixed shape; None: in any shape, or not yet decided.
     """
     runs = [
-        QueryRun(run.request_id, run.position + 1, 1, run.compute_rank, token, run.rope_len)
+        QueryRun(run.request_id, run.position + 1, 1, run.compute_rank, token, run.rope_len, run.adapter_id)
         for run, token in zip(plan.query_runs, tokens, strict=True)
     ]
     return Plan(

@@ -58,6 +58,8 @@ class RequestStep(msgspec.Struct, frozen=True, gc=False):
     """See `QueryRun.rope_len`."""
     is_packed: bool = False
     """Whether all its pages lie on the rank that computes it; see `Plan.packed`."""
+    adapter_id: int | None = None
+    """See `QueryRun.adapter_id`."""
     num_skipped: int = 0
     """Entries of `tokens` before the token at `start`."""
 
@@ -172,7 +174,8 @@ def _add_runs(query_runs: list[QueryRun], request: RequestStep, table: PageTable
                 named: Literals | SampledBy = tokens
             else:
                 named = Literals(tuple(tokens[position + offset : stop + offset]))
-            query_runs.append(QueryRun(request.request_id, position, stop - position, rank, named, request.rope_len))
+            count, rope_len = stop - position, request.rope_len
+            query_runs.append(QueryRun(request.request_id, position, count, rank, named, rope_len, request.adapter_id))
 
 
 def _num_tokens(runs: Iterable[QueryRun]) -> int:

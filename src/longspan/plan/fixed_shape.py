@@ -66,6 +66,12 @@ def fixed_shape(plan: Plan) -> FixedShape | None:
     return None if bucket is None else FixedShape(bucket, homes, tuple(participants))
 
 
+def has_adapters(plan: Plan) -> bool:
+    """Whether a row of a step is computed with an adapter, whose products a graph of the model alone has not. A rank is
+    not told of others' packed requests, so that the driver alone may ask."""
+    return any(run.adapter_id is not None for run in plan.query_runs)
+
+
 def has_fixed_steps(config: EngineConfig, model: ModelSpec) -> bool:
     """Whether decode steps have fixed shapes: our kernels run them, and all rows are launched alike.
 

@@ -48,6 +48,7 @@ class RequestRuns(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Rank that computes each run."""
     lengths: tuple[int, ...]
     """Tokens of each run."""
+    adapter_id: int | None = None
 
 
 class SharedPart(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -194,7 +195,8 @@ def _gathered(runs: Sequence[QueryRun]) -> list[RequestRuns]:
                 continue
         same = runs[first:i]
         ranks, lengths = tuple([run.compute_rank for run in same]), tuple([run.num_tokens for run in same])
-        found.append(RequestRuns(first, same[0].request_id, same[0].position, same[0].rope_len, ranks, lengths))
+        run = same[0]
+        found.append(RequestRuns(first, run.request_id, run.position, run.rope_len, ranks, lengths, run.adapter_id))
         first = i
     return found
 
@@ -205,7 +207,7 @@ def _spread(parts: list[RequestRuns]) -> list[QueryRun]:
     for part in sorted(parts, key=lambda part: part.place):
         position = part.position
         for rank, length in zip(part.ranks, part.lengths, strict=True):
-            found.append(QueryRun(part.request_id, position, length, rank, None, part.rope_len))
+            found.append(QueryRun(part.request_id, position, length, rank, None, part.rope_len, part.adapter_id))
             position += length
     return found
 

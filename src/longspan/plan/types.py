@@ -71,6 +71,8 @@ class QueryRun(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """None where they are not named: on a rank, in the runs of other ranks."""
     rope_len: int = 0
     """Length that counts for RoPE in every row, but where `position + 1` is more; 0 where it does not matter."""
+    adapter_id: int | None = None
+    """LoRA adapter of the request (`longspan.types.Adapter`); None for none."""
 
     @property
     def end(self) -> int:

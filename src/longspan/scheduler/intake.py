@@ -12,8 +12,8 @@ from longspan.config import EngineConfig
 from longspan.errors import ConfigError
 from longspan.kv.prefix import extend_hashes
 from longspan.scheduler.page_placer import PagePlacer
-from longspan.scheduler.request import Constraint, Request
-from longspan.types import ModelSpec, SamplingParams
+from longspan.scheduler.request import Constraint, Request, hash_root
+from longspan.types import Adapter, ModelSpec, SamplingParams
 
 
 class Intake:
@@ -29,8 +29,13 @@ class Intake:
         """
         self._model, self._config, self._placer = model, config, placer
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> list[bytes]:
+    def check(self, prompt: Sequence[int], params: SamplingParams, adapter: Adapter | None = None) -> list[bytes]:
         """Refuse a request that can never run. Reads only what never changes.
+
+        Args:
+            prompt: its tokens.
+            params: how to continue it.
+            adapter: what it is continued with beside the model, or None.
 
         Returns:
             Hashes of the prompt's full pages, for the prefix cache; none where it is off.
@@ -58,10 +63,8 @@ class Intake:
         self._placer.check_fits(len(prompt), params.max_tokens)
         page_hashes: list[bytes] = []
         if self._config.enable_prefix_caching:
-            rope = model.rope_lengths
-            extend_hashes(
-                page_hashes, prompt, self._config.page_size, b"" if rope is None else rope.hash_root(len(prompt))
-            )
+            root = hash_root(model.rope_lengths, len(prompt), adapter)
+            extend_hashes(page_hashes, prompt, self._config.page_size, root)
         return page_hashes
 
     def take(
@@ -71,6 +74,7 @@ class Intake:
         params: SamplingParams,
         constraint: Constraint | None,
         page_hashes: list[bytes] | None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """Make a request.
 
@@ -80,12 +84,13 @@ class Intake:
             params: how to continue it.
             constraint: which tokens are allowed next, or None.
             page_hashes: what `check` returned, if it has been called already.
+            adapter: what it is continued with beside the model, or None.
 
         Raises:
             ConfigError, CapacityError: as in `check`.
         """
         if page_hashes is None:
-            page_hashes = self.check(prompt, params)
+            page_hashes = self.check(prompt, params, adapter)
         else:
             self._placer.check_fits(len(prompt), params.max_tokens)  # there may be fewer ranks since
         if params.is_constrained and constraint is None:
@@ -102,4 +107,5 @@ class Intake:
             page_hashes=page_hashes,
             rope_lengths=rope,
             rope_len=0 if rope is None else len(prompt),
+            adapter=adapter,
         )

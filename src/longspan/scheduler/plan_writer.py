@@ -79,6 +79,10 @@ class PlanWriter:
             behind: the plan that samples the tokens; None if they are known.
         """
         sampled = None if behind is None else SampledBy(behind.plan_id)
+        if any(request.adapter is not None for request, _ in chosen):
+            chosen = sorted(
+                chosen, key=lambda entry: _adapter_key(entry[0])
+            )  # rows of an adapter are computed together
         if len(ranks) > 1:
             chosen = sorted(chosen, key=lambda entry: _is_packed(entry[0]))  # see `Plan.packed`
         plan = None if released else self._next(plan_id, ranks, chosen, sampled)
@@ -222,6 +226,11 @@ def _is_packed(request: Request) -> bool:
     return allocation is not None and len(allocation.ranks) == 1 and allocation.source_ranks <= allocation.ranks
 
 
+def _adapter_key(request: Request) -> int:
+    """Place of a request's adapter among others; those without one come first."""
+    return -1 if request.adapter is None else request.adapter.adapter_id
+
+
 def _request_step(
     request: Request, allocation: Allocation, end: int, sampled: SampledBy | None, *, is_packed: bool
 ) -> RequestStep:
@@ -238,6 +247,7 @@ def _request_step(
         samples=() if end < num_known else sample_rows(request, end - 1 - len(drafts)),
         scores=() if request.params.prompt_logprobs is None else _scores(request, allocation, start, end),
         rope_len=request.rope_len,
+        adapter_id=None if request.adapter is None else request.adapter.adapter_id,
         is_packed=is_packed,
     )
 

@@ -16,7 +16,7 @@ from longspan.plan.types import SampledToken, SampleRow
 from longspan.scheduler.allocation import Allocation
 from longspan.scheduler.delivery import Delivery
 from longspan.scheduler.drafter import Drafter
-from longspan.types import FinishReason, Phase, RopeLengths, SamplingParams, TokenLogprobs
+from longspan.types import Adapter, FinishReason, Phase, RopeLengths, SamplingParams, TokenLogprobs
 
 PRIORITY_REQUESTS = 1000
 """Requests that may come later and go first, per unit of `priority`: bounded, so that nothing waits for ever."""
@@ -47,6 +47,12 @@ class Draft(NamedTuple):
     """The request's constraint, if it has one, behind this draft and those before it."""
 
 
+def hash_root(rope: RopeLengths | None, rope_len: int, adapter: Adapter | None) -> bytes:
+    """What KV of a request depends on beside tokens, for its page hashes: 0, 8, 16 or 24 bytes."""
+    of_rope = b"" if rope is None else rope.hash_root(rope_len)
+    return of_rope + (b"" if adapter is None else adapter.digest)
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A request from admission to its end."""
@@ -65,6 +71,8 @@ class Request:
     """The model's."""
     rope_len: int = 0
     """Length that counts for RoPE in every row, but where `position + 1` is more; 0 where it does not matter."""
+    adapter: Adapter | None = None
+    """LoRA adapter that it is continued with; None for the model alone."""
     num_cached: int = 0
     """Prompt tokens whose KV was found in the prefix cache, or loaded from a tier behind it."""
     num_computed: int = 0
@@ -124,7 +132,7 @@ class Request:
 
     def hash_pages(self, page_size: int) -> list[bytes]:
         """Hashes of all full pages of `token_ids`, computed once."""
-        root = b"" if self.rope_lengths is None else self.rope_lengths.hash_root(self.rope_len)
+        root = hash_root(self.rope_lengths, self.rope_len, self.adapter)
         extend_hashes(self.page_hashes, self.token_ids, page_size, root)
         return self.page_hashes
 

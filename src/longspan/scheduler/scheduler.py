@@ -62,7 +62,7 @@ from longspan.scheduler.run_ahead import RunAhead
 from longspan.scheduler.step_graphs import StepGraphs
 from longspan.scheduler.suspects import Suspects
 from longspan.scheduler.turns import Turns
-from longspan.types import FinishReason, ModelSpec, Phase, SamplingParams
+from longspan.types import Adapter, FinishReason, ModelSpec, Phase, SamplingParams
 
 
 class InFlight(NamedTuple):
@@ -152,6 +152,7 @@ class Scheduler:
         *,
         constraint: Constraint | None = None,
         page_hashes: list[bytes] | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """Queue a request.
 
@@ -160,13 +161,14 @@ class Scheduler:
             params: how to continue it.
             constraint: which tokens are allowed next, or None.
             page_hashes: what `Intake.check` returned, if it has been called already.
+            adapter: what it is continued with beside the model, which all ranks have loaded; None for none.
 
         Raises:
             ConfigError: the prompt is empty, too long for the model, or holds a token that it does not know.
             CapacityError: it would not fit even on empty ranks.
         """
         prompt = list(prompt_token_ids)
-        request = self.intake.take(self.next_request_id, prompt, params, constraint, page_hashes)
+        request = self.intake.take(self.next_request_id, prompt, params, constraint, page_hashes, adapter)
         self.next_request_id += 1
         self.requests[request.request_id] = request
         self.drafting.begin(request)

@@ -23,7 +23,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from longspan.config import EngineConfig
-from longspan.plan.fixed_shape import MOST_SHARED, FixedShape, fixed_shape, has_fixed_steps, is_captured
+from longspan.plan.fixed_shape import (
+    MOST_SHARED,
+    FixedShape,
+    fixed_shape,
+    has_adapters,
+    has_fixed_steps,
+    is_captured,
+)
 from longspan.plan.types import GraphStep, Plan, PlanResult
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec
@@ -67,7 +74,7 @@ class StepGraphs:
             plan: the plan.
             tables: per KV group, page tables that have grown, or are new, since the last step of their requests.
         """
-        shape = fixed_shape(plan) if self._is_on else None
+        shape = fixed_shape(plan) if self._is_on and not has_adapters(plan) else None
         if shape is None or not self._has_room(plan, tables):
             return None
         key = (plan.ranks, shape)

@@ -17,6 +17,7 @@ from longspan.comm.base import PROCESSES, Communicator
 from longspan.comm.checking import CheckingCommunicator
 from longspan.comm.delaying import DelayingCommunicator
 from longspan.comm.peers import Peers
+from longspan.errors import ConfigError
 from longspan.group.heartbeat import ProcessProgress
 from longspan.group.messages import Start
 from longspan.group.shape import GroupShape, ProcessId
@@ -28,7 +29,7 @@ from longspan.models.tensor_parallel import Part, connect_, cut_
 from longspan.plan.fixed_shape import OWN_DECODE, has_fixed_steps, is_captured
 from longspan.plan.moves import Moved
 from longspan.plan.types import Plan
-from longspan.types import ModelSpec
+from longspan.types import Adapter, ModelSpec
 from longspan.worker.device import check_memory, device_backend, process_device
 from longspan.worker.fault import Injector
 from longspan.worker.page_mover import PageMover
@@ -102,7 +103,7 @@ def load_weights(
         show_progress=show_progress,
         device=device,
         quantization=start.config.quantization,
-        lora=start.config.lora,
+        lora=start.config.merged_lora,
         overrides=start.config.hf_overrides,
         tell=_tell if tells else _ignore,
         cut_=_ignore if part is None else lambda model: cut_(model, part, start.spec.kv_groups),
@@ -177,11 +178,22 @@ def build_runner(
         progress=progress,
         faults=faults,
     )
+    for adapter in start.adapters:
+        runner.load_adapter(adapter)
     if runner.fixed is not None and runner.device.type == "cuda":
         from longspan.worker.first_steps import compile_kernels  # imports Triton
 
         compile_kernels(runner.pools, runner.layer_params, backend, start.config.max_num_seqs)
     return runner
+
+
+def try_load(runner: ModelRunner, adapter: Adapter) -> str | None:
+    """Load an adapter while plans come and go; return why it cannot be loaded, or None."""
+    try:
+        runner.load_adapter(adapter)
+    except (ConfigError, MemoryError, RuntimeError) as error:  # torch has no error of its own for what has no room
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def _profiler(start: Start, comm: Communicator, peers: Peers | None) -> PlanProfiler | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longspan.cp.relay import ComputeLayer, Relay
 from longspan.cp.step import StepAttention
 from longspan.kv.state_layout import StateComponent
+from longspan.models.adapters import ROW_ADAPTERS
 from longspan.models.hook import AttentionCall
 from longspan.models.last_layer import READ_ROWS
 from longspan.models.recurrent import StepCache
@@ -70,6 +71,7 @@ class ModelForward:
         states: Relay | None = None,
         dense_threads: int | None = None,
         row_lengths: Sequence[int] | None = None,
+        row_adapters: Sequence[int | None] | None = None,
     ) -> Tensor:
         """Run the model over a rank's packed rows.
 
@@ -81,6 +83,7 @@ class ModelForward:
             states: states of the step, if the model has recurrent layers; without, every state is new.
             dense_threads: threads for all but attention and exchanges; None: as many as for these.
             row_lengths: [T] length that counts for RoPE in every row; None where it does not matter.
+            row_adapters: [T] adapter of every row, None for a row without; None where no row has one.
 
         Returns:
             [n, vocab] logits of `logit_rows`.
@@ -116,6 +119,7 @@ class ModelForward:
                 **{READ_ROWS: attention.read_rows},
                 **({} if states is None else {"cache": self._cache(states)}),
                 **({} if row_lengths is None else {ROW_LENGTHS: row_lengths}),
+                **({} if row_adapters is None else {ROW_ADAPTERS: row_adapters}),
             )
         finally:
             if is_lent:

@@ -27,6 +27,7 @@ from longspan.errors import LongspanError
 from longspan.group.heartbeat import ProcessProgress
 from longspan.kv.pool import PagePool
 from longspan.kv.state_pool import StatePool
+from longspan.models.adapters import adapters_of
 from longspan.models.latent import params_with_weights
 from longspan.plan.fixed_shape import fixed_shape
 from longspan.plan.types import (
@@ -42,7 +43,7 @@ from longspan.plan.types import (
     TableDelta,
 )
 from longspan.sharding.pages import PageTable
-from longspan.types import ModelSpec, RopeLengths, TokenLogprobs
+from longspan.types import Adapter, ModelSpec, RopeLengths, TokenLogprobs
 from longspan.worker.fault import Injector
 from longspan.worker.forward import ModelForward, StepOutput
 from longspan.worker.sampler import sample_all, token_logprobs
@@ -77,6 +78,8 @@ class _PackedStep(NamedTuple):
     """Packed rows that need logits: those of `samples`, then those of `scores`."""
     lengths: list[int] | None
     """Length that counts for RoPE in every row; None where it does not matter."""
+    adapters: list[int | None] | None
+    """Adapter of every row; None where no row has one."""
 
 
 class _LayerStart:
@@ -201,6 +204,18 @@ class ModelRunner:
             strategy_bytes=strategy_bytes,
         )
 
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Load an adapter, for plans whose runs name it.
+
+        Raises:
+            ConfigError: its files do not fit the model, or are not those that the driver has read.
+        """
+        adapters_of(self.model).load(adapter)
+
+    def unload_adapter(self, adapter_id: int) -> None:
+        """Let go of an adapter that no later plan names."""
+        adapters_of(self.model).unload(adapter_id)
+
     def close(self) -> None:
         """Finish what is written when a rank ends."""
         if self._profiler is not None:
@@ -270,7 +285,7 @@ class ModelRunner:
         for score in scores:
             rows += [row_of[score.request_id, score.position + i] for i in range(len(score.targets))]
         lengths = None if self.spec.rope_lengths is None else _row_lengths(runs, self.spec.rope_lengths)
-        return _PackedStep(token_ids, positions, samples, scores, rows, lengths)
+        return _PackedStep(token_ids, positions, samples, scores, rows, lengths, _row_adapters(runs))
 
     def _run_eagerly(self, plan: Plan, rows: _PackedStep) -> StepOutput:
         """Run a plan of any shape."""
@@ -288,6 +303,7 @@ class ModelRunner:
                 states=states,
                 dense_threads=None if self._dense_threads is None else self._dense_threads(plan, self.rank),
                 row_lengths=rows.lengths,
+                row_adapters=rows.adapters,
             )
         if states is None:
             return StepOutput(logits, attention.bytes_sent)
@@ -377,6 +393,13 @@ class ModelRunner:
 
     def _ids(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def _row_adapters(runs: Sequence[QueryRun]) -> list[int | None] | None:
+    """Adapter of every row of a rank's runs; None where no row has one."""
+    if all(run.adapter_id is None for run in runs):
+        return None
+    return [run.adapter_id for run in runs for _ in range(run.num_tokens)]
 
 
 def _row_lengths(runs: Sequence[QueryRun], rope: RopeLengths) -> list[int]:

@@ -14,8 +14,10 @@ from longspan.comm.connect import Meeting
 from longspan.errors import ConfigError
 from longspan.group.heartbeat import ProcessProgress
 from longspan.group.messages import (
+    AdapterLoaded,
     Answer,
     Files,
+    LoadAdapter,
     Measure,
     Measured,
     Ready,
@@ -24,6 +26,7 @@ from longspan.group.messages import (
     RunPlan,
     Start,
     ToWorker,
+    UnloadAdapter,
 )
 from longspan.group.plans import PlanReceiver
 from longspan.group.shape import GroupShape, ProcessId
@@ -34,7 +37,15 @@ from longspan.models.lora import check_lora
 from longspan.models.tensor_parallel import Part
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.moves import Move
-from longspan.worker.build import build_mover, build_runner, load_weights, open_device, peers_of, with_options
+from longspan.worker.build import (
+    build_mover,
+    build_runner,
+    load_weights,
+    open_device,
+    peers_of,
+    try_load,
+    with_options,
+)
 from longspan.worker.fault import Injector, read_fault
 from longspan.worker.join import join
 from longspan.worker.measure import measure
@@ -61,7 +72,7 @@ def serve(
     shape = GroupShape.of(start.config)
     is_first = shape.number(process) == 0
     tools = open_device(start, process)  # before anything that takes minutes
-    adapter = None if start.config.lora is None else check_lora(start.config.lora)
+    adapter = None if start.config.merged_lora is None else check_lora(start.config.merged_lora)
     if (directory := local_directory(start.config.model)) is not None:  # before weights are read: that may take minutes
         link.send(Files(process, fingerprint(directory, adapter)))
     part = Part(process.tp_index, shape.processes_per_rank) if shape.processes_per_rank > 1 else None
@@ -104,7 +115,15 @@ def _answer(
 ) -> None:
     """Follow the driver's messages until `Stop`, in all processes of a rank; the first process answers."""
     speaks, plans = process.speaks_for_rank, PlanReceiver(process.rank)
-    while isinstance(message := _next_message(mover, done, link), (RunPlan, RunNext, Measure)):
+    orders = (RunPlan, RunNext, Measure, LoadAdapter, UnloadAdapter)
+    while isinstance(message := _next_message(mover, done, link), orders):
+        if isinstance(message, LoadAdapter):
+            error = try_load(runner, message.adapter)
+            link.send(AdapterLoaded(process, message.adapter.adapter_id, error))
+            continue
+        if isinstance(message, UnloadAdapter):
+            runner.unload_adapter(message.adapter_id)
+            continue
         if isinstance(message, Measure):
             measurement = measure(runner, message)
             if speaks:
@@ -113,8 +132,8 @@ def _answer(
         plan = plans.take(message)
         try:
             result = runner.run(plan)
-        except Exception as error:
-            error.add_note(f"in plan {plan.plan_id} ({plan.phase})")
+        except Exception as failure:
+            failure.add_note(f"in plan {plan.plan_id} ({plan.phase})")
             raise
         if speaks:
             link.send(Answer(result))
