@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import peft
 import torch
@@ -51,6 +50,12 @@ def peft_model(path: str, adapter: str | None) -> torch.nn.Module:
         path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     return model if adapter is None else peft.PeftModel.from_pretrained(model, adapter).eval()
+
+
+def merged_model(path: str, adapter: str) -> torch.nn.Module:
+    """A model with an adapter merged into its weights."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 @torch.inference_mode()
@@ -111,4 +116,4 @@ def adapter_engine(path: str, lora: object, **options: object) -> Iterator[Engin
 
 def both(family: str) -> dict[str, str]:
     """The option for both adapters of a family."""
-    return {name: str(Path(tiny_adapter(family, name))) for name in ("a", "b")}
+    return {name: tiny_adapter(family, name) for name in ("a", "b")}
