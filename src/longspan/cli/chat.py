@@ -12,6 +12,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
+from longspan.cli.adapters import adapter_option, check_chosen
 from longspan.cli.chat_models import ChatModel, LoadedModel, ServedModel
 from longspan.cli.chat_session import ChatSession, ReadLine
 from longspan.cli.help import GroupedCommand
@@ -42,10 +43,17 @@ echo "What is context parallelism?" | longspan chat smollm2 --quiet"""
 )
 @click.option("--api-key", envvar="LONGSPAN_API_KEY", help="Key of the server; better in LONGSPAN_API_KEY.")
 @click.option("--quiet", is_flag=True, help="No line with tokens and times behind an answer.")
+@adapter_option(", or a name of the server's")
 @options_of(SamplingParams, {"max_tokens": Later(f"{MAX_TOKENS}, or what fits; of a server its own")})
 @options_of(EngineConfig, serves=False)
 def chat(
-    model: str, system: str | None, files: tuple[str, ...], api_key: str | None, quiet: bool, **options: Any
+    model: str,
+    system: str | None,
+    files: tuple[str, ...],
+    api_key: str | None,
+    quiet: bool,
+    adapter: str | None,
+    **options: Any,
 ) -> None:
     """Talk with MODEL (a directory, a .gguf file, `smollm2`, or a Hub id), or with the one behind a server's URL.
 
@@ -64,18 +72,19 @@ def chat(
     if re.match(r"https?://", model):
         if wrong := [name for name in given if name in options]:
             raise ConfigError(f"{wrong[0]}: got it with a server's address, legal is with a model that runs here")
-        _talk(session, ServedModel(model, api_key, {name: getattr(params, name) for name in given}))
+        _talk(session, ServedModel(model, api_key, {name: getattr(params, name) for name in given}, adapter))
         return
     if source_of("api_key") is ParameterSource.COMMANDLINE:
         raise ConfigError("api_key: got one with a model that runs here, legal is with a server's address")
     config = engine_config(model, options)
     assert not options
+    check_chosen(config, adapter)
     with loading(model), quick_imports(for_good=True):
         from longspan.llm import LLM
 
         opened = LLM(**msgspec.structs.asdict(config))
     with opened as llm:
-        _talk(session, LoadedModel(llm, model, params, clamps_max_tokens=is_default))
+        _talk(session, LoadedModel(llm, model, params, clamps_max_tokens=is_default, adapter=adapter))
 
 
 def _talk(session: ChatSession, model: ChatModel) -> None:

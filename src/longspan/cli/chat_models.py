@@ -59,7 +59,9 @@ class ChatModel(Protocol):
 class LoadedModel:
     """Model that this process runs."""
 
-    def __init__(self, llm: "LLM", name: str, params: SamplingParams, *, clamps_max_tokens: bool) -> None:
+    def __init__(
+        self, llm: "LLM", name: str, params: SamplingParams, *, clamps_max_tokens: bool, adapter: str | None = None
+    ) -> None:
         """Use a model that is loaded.
 
         Args:
@@ -67,6 +69,7 @@ class LoadedModel:
             name: how its user calls it.
             params: sampling parameters of every answer.
             clamps_max_tokens: whether `max_tokens` counts only as far as it fits.
+            adapter: name of the LoRA adapter of every answer, or None.
 
         Raises:
             ConfigError: the model is not made for chats.
@@ -76,7 +79,8 @@ class LoadedModel:
                 f"model: got {name!r}, which has no chat template, legal is a model for chats; "
                 "`longspan generate` continues plain text"
             )
-        self.name, self._llm, self._params, self._clamps = name, llm, params, clamps_max_tokens
+        self.name = name if adapter is None else f"{name} with {adapter}"
+        self._llm, self._params, self._clamps, self._adapter = llm, params, clamps_max_tokens, adapter
 
     def answer(self, messages: Sequence[Message], display: Display) -> Counts:
         from longspan.models.chat_template import encode_chat
@@ -84,7 +88,11 @@ class LoadedModel:
         started = time.perf_counter()
         prompt = encode_chat(self._llm.tokenizer, messages)
         (output,) = self._llm.generate(
-            prompt, self._params, on_progress=display.progress, clamps_max_tokens=self._clamps
+            prompt,
+            self._params,
+            lora=self._adapter,
+            on_progress=display.progress,
+            clamps_max_tokens=self._clamps,
         )
         (completion,) = output.outputs
         if completion.error is not None:
@@ -98,15 +106,17 @@ class LoadedModel:
 class ServedModel:
     """Model behind an address of OpenAI's API."""
 
-    def __init__(self, url: str, api_key: str | None, fields: Mapping[str, Any]) -> None:
-        """Ask the server for its model.
+    def __init__(self, url: str, api_key: str | None, fields: Mapping[str, Any], name: str | None = None) -> None:
+        """Ask the server for its models.
 
         Args:
             url: address of the server, with or without `/v1`.
             api_key: key that the server asks for, or None.
             fields: fields of every request beside its messages.
+            name: which of its models to ask; None for the first.
 
         Raises:
+            ConfigError: the server has no model of this name.
             LongspanError: no server answers there, or it refuses.
         """
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
@@ -117,7 +127,10 @@ class ServedModel:
             models = msgspec.json.decode(response.read())["data"]
         if not models:
             raise LongspanError(f"{self._base} serves no model")
-        self.name = str(models[0]["id"])
+        names = [str(model["id"]) for model in models]
+        if name is not None and name not in names:
+            raise ConfigError(f"adapter: got {name!r}, legal is one of {', '.join(names)}, which the server has")
+        self.name = names[0] if name is None else name
         self._fields: dict[str, Any] = {**fields, "model": self.name, "stream": True}
         self._fields["stream_options"] = {"include_usage": True}
         if models[0].get("owned_by") == "longspan":  # others may refuse what they do not know

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from longspan.cli.adapters import adapter_option, check_chosen
 from longspan.cli.explain import choices_text, shares_text, states_text
 from longspan.cli.help import GroupedCommand
 from longspan.cli.options import Later, engine_config, options_of, take
@@ -43,6 +44,7 @@ longspan generate recall --prompt-file book.txt --explain --context-parallel-siz
 @click.option("--explain", is_flag=True, help="Say on standard error which strategies were chosen, and why.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @click.option("--quiet", is_flag=True, help="No hints, and no last line with tokens and times.")
+@adapter_option()
 @options_of(SamplingParams, {"max_tokens": Later(f"{MAX_TOKENS}, or what fits")})
 @options_of(EngineConfig, serves=False)
 def generate(
@@ -54,6 +56,7 @@ def generate(
     explain: bool,
     as_json: bool,
     quiet: bool,
+    adapter: str | None,
     **options: Any,
 ) -> None:
     """Continue one prompt with MODEL: a directory, a .gguf file, `recall`, `smollm2`, or a Hub id.
@@ -67,6 +70,7 @@ def generate(
     params = SamplingParams(**take(SamplingParams, options))
     config = engine_config(model, options)  # refuse illegal values before anything is read or imported
     assert not options
+    check_chosen(config, adapter)
     text = read_prompt(prompt, prompt_file, stdin)
     if strip_newline:
         text = _stripped(text)
@@ -80,7 +84,7 @@ def generate(
             _hint(llm, model, text)
         started = time.perf_counter()
         with _Shown(params.max_tokens, streams=not as_json) as shown:
-            (output,) = llm.generate(text, params, on_progress=shown.update, clamps_max_tokens=is_default)
+            (output,) = llm.generate(text, params, lora=adapter, on_progress=shown.update, clamps_max_tokens=is_default)
         total_s = time.perf_counter() - started
         if explain:
             for line in (shares_text(llm.rank_stats()), states_text(llm.engine.spec)):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from longspan.cli.adapters import adapter_option, check_chosen
 from longspan.cli.help import GroupedCommand
 from longspan.cli.options import engine_config, options_of
 from longspan.cli.pictures import check_plot
@@ -59,9 +60,18 @@ longspan needle smollm2 --lengths 1k,4k,8000 --plot needle.png"""
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the facts.")
 @click.option("--plot", metavar="FILE.png", help="Write a heat map of depth and length.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@adapter_option()
 @options_of(EngineConfig, serves=False)
 def needle(
-    model: str, lengths: str, depths: str, max_tokens: int, seed: int, plot: str | None, as_json: bool, **options: Any
+    model: str,
+    lengths: str,
+    depths: str,
+    max_tokens: int,
+    seed: int,
+    plot: str | None,
+    as_json: bool,
+    adapter: str | None,
+    **options: Any,
 ) -> None:
     """Hide a random number in Python's standard library, and ask MODEL for it: at every length and every depth.
 
@@ -72,6 +82,7 @@ def needle(
     params = SamplingParams(max_tokens=max_tokens)
     config = engine_config(model, options)
     assert not options
+    check_chosen(config, adapter)
     if plot is not None:
         check_plot(plot)
     with loading(model), quick_imports(for_good=True):
@@ -82,7 +93,9 @@ def needle(
     with opened as llm:
         haystack = Haystack(llm.tokenizer, token_counts[-1])
         rng = random.Random(seed)
-        found = [_ask(llm, haystack, length, depth, rng, params) for length in token_counts for depth in percents]
+        found = [
+            _ask(llm, haystack, length, depth, rng, params, adapter) for length in token_counts for depth in percents
+        ]
     if plot is not None:
         from longspan.cli.needle_plot import write_heat_map
 
@@ -95,7 +108,13 @@ def needle(
 
 
 def _ask(
-    llm: "LLM", haystack: "Haystack", length: int, depth: float, rng: random.Random, params: SamplingParams
+    llm: "LLM",
+    haystack: "Haystack",
+    length: int,
+    depth: float,
+    rng: random.Random,
+    params: SamplingParams,
+    adapter: str | None,
 ) -> Found:
     """Ask one question, and show how far it is."""
     from longspan.cli.haystack import random_number, verdict
@@ -103,7 +122,7 @@ def _ask(
     number = random_number(rng)
     prompt = haystack.prompt(length, depth / 100, number)
     with ProgressPrinter(params.max_tokens) as progress:
-        (output,) = llm.generate(prompt, params, on_progress=progress.update)
+        (output,) = llm.generate(prompt, params, lora=adapter, on_progress=progress.update)
     text = output.outputs[0].text
     found, answered = verdict(text, number)
     return Found(length, depth, number, found.value, answered, text, output.ttft_s)

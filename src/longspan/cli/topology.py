@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from longspan.cli.adapters import check_chosen
 from longspan.cli.help import GroupedCommand
 from longspan.cli.options import engine_config, options_of
 from longspan.config import EngineConfig
@@ -37,6 +38,7 @@ def topology(model: str, save: str | None, as_json: bool, **options: Any) -> Non
     """
     config = engine_config(model, options)
     assert not options
+    check_chosen(config, None)
     if config.executor == "threads":
         raise ConfigError("executor: got 'threads', legal is processes, external or ray: threads never measure")
     if config.measure == "never":

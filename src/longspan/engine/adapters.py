@@ -18,16 +18,27 @@ Note [Loads while requests run]
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from typing import NamedTuple
 
 import torch
 
 from longspan.config import ADAPTER_NAME_RULE, EngineConfig, check_adapter_name
 from longspan.engine.executor import Executor
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, LongspanError
 from longspan.models.adapter_files import AdaptableModules, AdapterFiles, adaptable_modules
 from longspan.models.loader import load_config, model_on_meta
 from longspan.scheduler.request import Request
 from longspan.types import Adapter
+
+
+class AdapterLoad(NamedTuple):
+    """An adapter that ranks are loading."""
+
+    adapter: Adapter
+    loaded: "Future[None]"
+    """Ends when all ranks have loaded it; fails with the first error."""
+    executor: Executor
+    """Of these ranks: others, which have replaced them, were not told."""
 
 
 class EngineAdapters:
@@ -111,8 +122,8 @@ class EngineAdapters:
             self._next_id += 1
             return Adapter(self._next_id - 1, name, directory, files.digest)
 
-    def begin_load(self, adapter: Adapter, executor: Executor) -> "Future[None]":
-        """Let all ranks load an adapter; `end_load` comes behind it, or `abandon`.
+    def begin_load(self, adapter: Adapter, executor: Executor) -> AdapterLoad:
+        """Let all ranks load an adapter; `end_load` comes behind it.
 
         Raises:
             ConfigError: its name is taken.
@@ -120,17 +131,27 @@ class EngineAdapters:
         if adapter.name in self._named or adapter.name in self._loading:
             raise ConfigError(f"lora_name: got {adapter.name!r}, which is loaded, legal is {ADAPTER_NAME_RULE}")
         self._loading.add(adapter.name)
-        return executor.load_adapter(adapter)
+        return AdapterLoad(adapter, executor.load_adapter(adapter), executor)
 
-    def end_load(self, adapter: Adapter) -> None:
-        """Let requests name an adapter that all ranks have loaded."""
+    def end_load(self, load: AdapterLoad, executor: Executor) -> None:
+        """Let requests name an adapter that all ranks have loaded.
+
+        Args:
+            load: whose `loaded` has ended.
+            executor: of the ranks that run now.
+
+        Raises:
+            ConfigError: a rank could not load it; those that could let it go.
+            LongspanError: the ranks were lost meanwhile.
+        """
+        adapter = load.adapter
         self._loading.discard(adapter.name)
+        if load.executor is not executor:
+            raise LongspanError(f"the ranks were lost while they loaded the adapter {adapter.name!r}; load it again")
+        if load.loaded.exception() is not None:
+            executor.unload_adapter(adapter.adapter_id)
+            load.loaded.result()
         self._named = {**self._named, adapter.name: adapter}  # as other threads read
-
-    def abandon(self, adapter: Adapter, executor: Executor) -> None:
-        """Forget an adapter that a rank could not load; those that could let it go."""
-        self._loading.discard(adapter.name)
-        executor.unload_adapter(adapter.adapter_id)
 
     def retire(self, name: str) -> None:
         """Let no more requests name an adapter.

@@ -25,7 +25,7 @@ from longspan.engine.request_stream import OpenStreams, RequestStream
 from longspan.engine.stats import Capacity, EngineStats
 from longspan.errors import LongspanError
 from longspan.scheduler.request import Constraint, Request
-from longspan.types import ModelSpec, SamplingParams
+from longspan.types import Adapter, ModelSpec, SamplingParams
 
 CHECK_INLINE_TOKENS = 10_000
 """Tokens above which a prompt is checked and hashed in a thread: a million take more than 100 ms."""
@@ -36,6 +36,36 @@ class QueueFullError(LongspanError):
 
     def __init__(self, num_waiting: int, limit: int) -> None:
         super().__init__(f"{num_waiting} requests wait, legal is at most {limit}; try again later")
+
+
+class _Asked:
+    """What the engine's thread was asked to do, and somebody in an event loop waits for."""
+
+    def __init__(self, future: "asyncio.Future[None]") -> None:
+        self.future = future
+        self.is_ended = False
+
+    def end(self, last: Callable[[], None]) -> None:
+        """Do the last of it; whoever waits goes on, with what `last` raises."""
+        try:
+            last()
+        except Exception as error:
+            self.fail(error)
+        else:
+            self._give(lambda: self.future.set_result(None))
+
+    def fail(self, error: BaseException) -> None:
+        """Let whoever waits raise an error."""
+        self._give(lambda: self.future.set_exception(error))
+
+    def _give(self, give: Callable[[], None]) -> None:
+        def give_once() -> None:
+            if not self.future.done():  # else nobody waits any more
+                give()
+
+        self.is_ended = True
+        with contextlib.suppress(RuntimeError):  # the loop has closed
+            self.future.get_loop().call_soon_threadsafe(give_once)
 
 
 class AsyncEngine:
@@ -65,6 +95,7 @@ class AsyncEngine:
         self._streams = OpenStreams()  # only for the engine's thread
         self._num_waiting = 0  # when the engine's thread last tried to let requests in
         self._num_arriving = 0  # submitted, not yet seen by the engine's thread; guarded by _lock
+        self._asked: set[_Asked] = set()  # without an answer so far; only for the engine's thread
         self._is_open = True  # until `close`; only for the engine's thread
         self._takes_requests = True  # guarded by _lock
         self._lock = threading.Lock()
@@ -99,10 +130,62 @@ class AsyncEngine:
         scheduler = self.engine.scheduler
         return self._num_arriving + len(scheduler.waiting) + len(scheduler.running)
 
+    @property
+    def adapters(self) -> list[Adapter]:
+        """LoRA adapters that requests may name."""
+        return self.engine.adapters.named
+
+    async def load_adapter(self, name: str, directory: str) -> None:
+        """Load a LoRA adapter, and wait until requests may name it. Plans wait while ranks read its files.
+
+        Raises:
+            ConfigError: the name is illegal or taken, or the files are not those of an adapter of this model.
+            LongspanError: the ranks were lost meanwhile, or the engine has failed or is closed.
+        """
+        self._check_alive()
+        read = partial(self.engine.adapters.read, name, directory, name_field="lora_name", field="lora_path")
+        adapter = await asyncio.to_thread(read)
+
+        def begin(asked: _Asked) -> None:
+            load = self.engine.begin_load_adapter(adapter)
+            end = partial(self._answer, asked, lambda _: asked.end(partial(self.engine.end_load_adapter, load)))
+            load.loaded.add_done_callback(lambda _: self._call(end))
+
+        await self._ask(begin)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Let no more requests name a LoRA adapter; those that run go on.
+
+        Raises:
+            ConfigError: there is none of this name.
+            LongspanError: the engine has failed or is closed.
+        """
+        await self._ask(lambda asked: asked.end(partial(self.engine.unload_adapter, name)))
+
+    async def _ask(self, call: "Callable[[_Asked], None]") -> None:
+        """Let the engine's thread do something, and wait until it has ended what it was asked.
+
+        Raises:
+            LongspanError: what `call` raised; the engine has failed or is closed.
+        """
+        asked = _Asked(asyncio.get_running_loop().create_future())
+        with self._lock:
+            self._check_alive()
+            self._call(partial(self._answer, asked, call))
+        await asked.future
+
     async def submit(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, constraint: Constraint | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        constraint: Constraint | None = None,
+        adapter: Adapter | None = None,
     ) -> RequestStream:
         """Queue a request.
+
+        Args:
+            prompt_token_ids, params, constraint, adapter: as for `Engine.add_request`.
 
         Raises:
             ConfigError, CapacityError: as in `Intake.check`.
@@ -118,12 +201,17 @@ class AsyncEngine:
         try:
             check = self.engine.scheduler.intake.check
             if len(prompt_token_ids) > CHECK_INLINE_TOKENS:
-                page_hashes = await asyncio.to_thread(check, prompt_token_ids, params)
+                page_hashes = await asyncio.to_thread(check, prompt_token_ids, params, adapter)
             else:
-                page_hashes = check(prompt_token_ids, params)
+                page_hashes = check(prompt_token_ids, params, adapter)
             stream = RequestStream(lambda stream: self._call(partial(self._cancel, stream)))
             add = partial(
-                self.engine.add_request, prompt_token_ids, params, constraint=constraint, page_hashes=page_hashes
+                self.engine.add_request,
+                prompt_token_ids,
+                params,
+                constraint=constraint,
+                page_hashes=page_hashes,
+                adapter=adapter,
             )
             with self._lock:  # else the thread might end between the check and the call, which would stay unanswered
                 self._check_alive()
@@ -202,6 +290,8 @@ class AsyncEngine:
         self._streams.deliver()
         self._streams.end_all(self._reason)
         self._run_calls()  # requests that came too late are told so as well
+        for asked in self._asked:
+            asked.fail(self._reason)
 
     def _run_calls(self) -> None:
         while not self._calls.empty():
@@ -216,6 +306,18 @@ class AsyncEngine:
 
         with contextlib.suppress(RuntimeError):  # the loop has closed
             taken.get_loop().call_soon_threadsafe(give)
+
+    def _answer(self, asked: "_Asked", call: "Callable[[_Asked], None]") -> None:
+        """Do what was asked, or say that it cannot be done any more."""
+        self._asked.add(asked)
+        if not self._takes_requests:
+            asked.fail(self._reason)
+        else:
+            try:
+                call(asked)
+            except Exception as error:
+                asked.fail(error)
+        self._asked = {one for one in self._asked if not one.is_ended}
 
     def _stop(self) -> None:
         self._is_open = False

@@ -16,7 +16,7 @@ from msgspec import structs
 from longspan.config import EngineConfig
 from longspan.costmodel.explain import StrategyChoices
 from longspan.costmodel.parameters import Costs
-from longspan.engine.adapters import EngineAdapters
+from longspan.engine.adapters import AdapterLoad, EngineAdapters
 from longspan.engine.closing import ClosedAtExit
 from longspan.engine.cost_parameters import gpu_costs, striped_from, weights_of
 from longspan.engine.gpus import choose_device
@@ -257,8 +257,8 @@ class Engine(ClosedAtExit):
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 
-    def begin_load_adapter(self, adapter: Adapter) -> "Future[None]":
-        """Let the ranks load an adapter that `adapters.read` has checked; hand the future's end to `end_load_adapter`.
+    def begin_load_adapter(self, adapter: Adapter) -> AdapterLoad:
+        """Let the ranks load an adapter that `adapters.read` has checked; `end_load_adapter` comes behind it.
 
         Raises:
             ConfigError: its name is taken.
@@ -268,17 +268,14 @@ class Engine(ClosedAtExit):
             raise self.ranks.failure
         return self.adapters.begin_load(adapter, self.executor)
 
-    def end_load_adapter(self, adapter: Adapter, loaded: "Future[None]") -> None:
+    def end_load_adapter(self, load: AdapterLoad) -> None:
         """Take in that ranks have loaded an adapter: requests may name it.
 
         Raises:
             ConfigError: a rank could not.
-            BaseException: the ranks were lost meanwhile.
+            LongspanError: the ranks were lost meanwhile.
         """
-        if loaded.exception() is not None:
-            self.adapters.abandon(adapter, self.executor)
-            loaded.result()
-        self.adapters.end_load(adapter)
+        self.adapters.end_load(load, self.executor)
         self.ranks.tell_adapters(self.adapters.told)
 
     def load_adapter(self, name: str, directory: str) -> None:
@@ -286,12 +283,12 @@ class Engine(ClosedAtExit):
 
         Raises:
             ConfigError: the name is illegal or taken, or the files are not those of an adapter of this model.
-            BaseException: the ranks were lost meanwhile.
+            LongspanError: the ranks were lost meanwhile.
         """
         adapter = self.adapters.read(name, directory, name_field="lora_name", field="lora_path")
-        loaded = self.begin_load_adapter(adapter)
-        wait([loaded])
-        self.end_load_adapter(adapter, loaded)
+        load = self.begin_load_adapter(adapter)
+        wait([load.loaded])
+        self.end_load_adapter(load)
 
     def unload_adapter(self, name: str) -> None:
         """Let no more requests name an adapter; ranks let it go when those that run have ended.
@@ -320,6 +317,7 @@ class Engine(ClosedAtExit):
         """
         if self.ranks.failure is not None:
             raise self.ranks.failure
+        self._drop_adapters()
         num_plans = 0
         if self.tiers is not None:
             self.tiers.tell(self.scheduler)

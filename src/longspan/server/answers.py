@@ -54,7 +54,7 @@ class Answer(ABC):
             "id": f"{self.ID_PREFIX}-{asked.request_id or uuid.uuid4().hex}",
             "object": self.OBJECT,
             "created": int(time.time()),
-            "model": state.model_name,
+            "model": generation.model_name,
         }
 
     @abstractmethod

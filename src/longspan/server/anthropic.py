@@ -60,7 +60,7 @@ class _Message(BlockAnswer):
             "id": self._id,
             "type": "message",
             "role": "assistant",
-            "model": self.state.model_name,
+            "model": self.generation.model_name,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,

@@ -212,7 +212,7 @@ class CountRequest(Body):
 
     def chat_fields(self) -> dict[str, Any]:
         """Return the fields of the chat API's request."""
-        found: dict[str, Any] = {"messages": self.conversation()}
+        found: dict[str, Any] = {"model": self.model, "messages": self.conversation()}
         if self.tools:
             found["tools"] = [_tool(tool) for tool in self.tools]
         if self.thinking is not None:

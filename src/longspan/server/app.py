@@ -12,10 +12,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute, APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from longspan.errors import LongspanError
+from longspan.errors import ConfigError, LongspanError
 from longspan.models.detokenizer import encode_prompt
 from longspan.server.access_log import AccessLog, record_of
 from longspan.server.anthropic import count_tokens, messages
@@ -26,12 +27,20 @@ from longspan.server.completions import complete
 from longspan.server.errors import ApiError, as_api_error, error_handlers, json_response
 from longspan.server.limits import HEALTH_PATH, Gate
 from longspan.server.page import add_page_routes
-from longspan.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from longspan.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
 from longspan.server.responses import respond
 from longspan.server.responses_types import ResponsesRequest
 from longspan.server.sse import unless_gone
 from longspan.server.state import ServerState
 from longspan.server.templates import Conversation, render
+from longspan.types import Adapter
 
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -100,6 +109,8 @@ def make_app(state: ServerState) -> FastAPI:
     router = APIRouter(route_class=_json_route(state))
     _add_text_routes(router, state)
     _add_server_routes(router, state)
+    if state.config.allow_runtime_lora_updating:
+        _add_adapter_routes(router, state)
     if state.config.page:
         add_page_routes(router, state)
     app.include_router(router)
@@ -112,43 +123,43 @@ def _add_text_routes(router: APIRouter, state: ServerState) -> None:
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
-        state.check_model(body.model)
+        state.adapter_of(body.model)  # before anything else
         return await unless_gone(request, complete(state, body, record_of(request)))
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
-        state.check_model(body.model)
+        state.adapter_of(body.model)  # before anything else
         return await unless_gone(request, chat(state, body, record_of(request)))
 
     @router.post("/v1/responses")
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         """Continue a conversation, in items."""
-        state.check_model(body.model)
+        state.adapter_of(body.model)  # before anything else
         return await unless_gone(request, respond(state, body, record_of(request)))
 
     @router.post("/v1/messages")
     async def anthropic_messages(body: MessagesRequest, request: Request) -> Response:
         """Continue a conversation, in Anthropic's words."""
-        state.check_model(body.model)
+        state.adapter_of(body.model)  # before anything else
         return await unless_gone(request, messages(state, body, record_of(request)))
 
     @router.post("/v1/messages/count_tokens")
     async def anthropic_count(body: CountRequest, request: Request) -> Response:
         """Count the tokens of a conversation, in Anthropic's words."""
-        state.check_model(body.model)
+        state.adapter_of(body.model)  # before anything else
         return await unless_gone(request, count_tokens(state, body))
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Return the token ids of a text or a conversation."""
-        state.check_model(body.model)
+        state.adapter_of(body.model)  # before anything else
         return await unless_gone(request, _tokenize(state, body))
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """Return the text of token ids, special ones left out."""
-        state.check_model(body.model)
+        state.adapter_of(body.model)  # before anything else
         return await unless_gone(request, _detokenize(state, body))
 
 
@@ -157,14 +168,15 @@ def _add_server_routes(router: APIRouter, state: ServerState) -> None:
 
     @router.get("/v1/models")
     async def models() -> Response:
-        """List the only model."""
-        return json_response({"object": "list", "data": [_model(state)]})
+        """List the model, and the adapters that requests may name in its place."""
+        data = [_model(state), *(_adapter(state, adapter) for adapter in state.engine.adapters)]
+        return json_response({"object": "list", "data": data})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        """Describe the only model, by name."""
-        state.check_model(name)
-        return json_response(_model(state))
+        """Describe the model or an adapter, by name."""
+        adapter = state.adapter_of(name)
+        return json_response(_model(state) if adapter is None else _adapter(state, adapter))
 
     @router.head(HEALTH_PATH, include_in_schema=False)
     @router.get(HEALTH_PATH)
@@ -190,6 +202,28 @@ def _add_server_routes(router: APIRouter, state: ServerState) -> None:
         return Response(state.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
+def _add_adapter_routes(router: APIRouter, state: ServerState) -> None:
+    """Add the routes that load and unload adapters, with vLLM's names."""
+
+    @router.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(body: LoadAdapterRequest) -> Response:
+        """Load a LoRA adapter from a directory on all hosts."""
+        if body.lora_name == state.model_name:
+            text = f"lora_name: got {body.lora_name!r}, which is the model's name, legal is another one"
+            raise ApiError(400, text, param="lora_name")
+        await state.engine.load_adapter(body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(body: UnloadAdapterRequest) -> Response:
+        """Let go of a LoRA adapter; requests that run with it go on."""
+        try:
+            await state.engine.unload_adapter(body.lora_name)
+        except ConfigError as error:
+            raise ApiError(404, str(error), param="lora_name", code="model_not_found") from None
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
 def _model(state: ServerState) -> dict[str, Any]:
     return {
         "id": state.model_name,
@@ -199,6 +233,11 @@ def _model(state: ServerState) -> dict[str, Any]:
         "root": state.engine.config.model,
         "max_model_len": state.lengths.longest_request,
     }
+
+
+def _adapter(state: ServerState, adapter: Adapter) -> dict[str, Any]:
+    """Return an adapter in the shape of a model, as vLLM does."""
+    return {**_model(state), "id": adapter.name, "root": adapter.directory, "parent": state.model_name}
 
 
 def _tokenizer_info(state: ServerState) -> dict[str, Any]:

@@ -32,6 +32,7 @@ async def complete(state: ServerState, body: CompletionRequest, record: RequestR
     Raises:
         LongspanError, ApiError: the request is refused.
     """
+    adapter = state.adapter_of(body.model)
     defaults = {name: value for name, value in state.sampling_defaults.items() if name != "max_tokens"}
     least = max(DEFAULT_MAX_TOKENS, body.min_tokens or 1) if body.max_tokens is None else body.max_tokens
     await body.in_thread_if_long(lambda: body.sampling_params(least, defaults))  # refuses wrong values before any work
@@ -40,7 +41,9 @@ async def complete(state: ServerState, body: CompletionRequest, record: RequestR
     clamps = state.config.clamp_max_tokens
     max_tokens = state.lengths.max_tokens(longest, body.max_tokens, least, clamps=clamps)
     params = await body.in_thread_if_long(lambda: body.sampling_params(max_tokens, defaults))
-    generation = await Generation.start(state, prompts, params, body.num_choices, record, field=body.form_field)
+    generation = await Generation.start(
+        state, prompts, params, body.num_choices, record, adapter=adapter, field=body.form_field
+    )
     answer = _Completion(state, generation, body)
     return answer.stream() if body.stream else await answer.whole()
 

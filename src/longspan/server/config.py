@@ -143,6 +143,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         bool, Option("Cut max_tokens down to what fits, instead of refusing the request.", Group.SERVER)
     ] = False
     """Whether `max_tokens` that do not fit behind the prompt are cut down to what fits; else the request is refused."""
+    allow_runtime_lora_updating: Annotated[
+        bool, Option("Routes that load and unload LoRA adapters from this machine's directories.", Group.SERVER)
+    ] = False
+    """Whether `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` are there, as with vLLM's variable
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING. Whoever may send requests may then have any directory of an adapter read, so set
+    an API key."""
     page: Annotated[bool, Option("A page at / that shows what the server is doing, and chats.", Group.SERVER)] = True
     """Whether `/` is a page that shows what the server is doing, fed by `/live`; behind the API key like the rest."""
     access_log: Annotated[bool, Option("One line per request on standard error.", Group.SERVER)] = False

@@ -54,7 +54,7 @@ async def start_dialogue(state: ServerState, body: ChatRequest, record: RequestR
     Raises:
         LongspanError, ApiError: the request is refused.
     """
-    defaults, parsers = state.sampling_defaults, state.parsers
+    adapter, defaults, parsers = state.adapter_of(body.model), state.sampling_defaults, state.parsers
     asked = body.asked_max_tokens
     more = _forced(state, body)
     schemas = {tool.function.name: schema_of(tool) for tool in body.offered_tools} or None
@@ -74,6 +74,7 @@ async def start_dialogue(state: ServerState, body: ChatRequest, record: RequestR
         params,
         body.num_choices,
         record,
+        adapter=adapter,
         field="tools" if body.offered_tools and not body.form() else body.form_field,
         calls=_strict(state, body),
         wrap=_waits_for_thoughts(state, prompt),

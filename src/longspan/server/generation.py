@@ -25,7 +25,7 @@ from longspan.server.grammars import CallRule
 from longspan.server.metrics import RequestMetrics
 from longspan.server.protocol import MAX_PROMPTS, nth_choice
 from longspan.server.state import ServerState
-from longspan.types import FinishReason, SamplingParams
+from longspan.types import Adapter, FinishReason, SamplingParams
 
 MAX_BEHIND = 4096
 """Updates that may wait for a client that reads slowly; one more ends its answer."""
@@ -53,8 +53,12 @@ class AnswerChoice:
 class Generation:
     """All answers to one HTTP request."""
 
-    def __init__(self, state: ServerState, num_prompts: int, record: RequestRecord) -> None:
+    def __init__(
+        self, state: ServerState, num_prompts: int, record: RequestRecord, adapter: Adapter | None = None
+    ) -> None:
         self._state = state
+        self.model_name = state.name_of(adapter)
+        """What clients call what answers."""
         self.choices: list[AnswerChoice] = []
         self.num_prompts = num_prompts
         self._queue: asyncio.Queue[tuple[AnswerChoice, Update | LongspanError]] = asyncio.Queue()
@@ -72,6 +76,7 @@ class Generation:
         num_choices: int,
         record: RequestRecord,
         *,
+        adapter: Adapter | None = None,
         field: str = "response_format",
         calls: CallRule | None = None,
         wrap: Callable[[Constraint], Constraint] | None = None,
@@ -84,6 +89,7 @@ class Generation:
             params: sampling parameters of every prompt's first choice.
             num_choices: answers per prompt.
             record: where the log finds what is told of the request.
+            adapter: what all answers are generated with beside the model, or None.
             field: field of the request that says which form answers have, for errors.
             calls: rule for calls in an answer that is free else.
             wrap: makes of a choice's constraint the one that counts.
@@ -105,7 +111,7 @@ class Generation:
         for prompt in prompts:
             state.lengths.check(len(prompt.token_ids), params.max_tokens)
         record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        generation = cls(state, len(prompts), record)
+        generation = cls(state, len(prompts), record, adapter)
         params = with_special_stops(state.tokenizers.tokenizer, params)
         try:
             constraint = await state.grammars.constraints(params, field, calls)
@@ -114,7 +120,7 @@ class Generation:
                     one = nth_choice(params, i)
                     made = constraint()
                     made = wrap(made) if made is not None and wrap is not None else made
-                    stream = await state.engine.submit(prompt.token_ids, one, constraint=made)
+                    stream = await state.engine.submit(prompt.token_ids, one, constraint=made, adapter=adapter)
                     reader = OutputReader(state.tokenizers.tokenizer, prompt.token_ids, one)
                     generation.choices.append(AnswerChoice(len(generation.choices), prompt, stream, reader))
                     await asyncio.sleep(0)  # a thousand choices must not hold up other requests

@@ -448,3 +448,25 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: Annotated[list[int], PlainValidator(_check_token_ids, json_schema_input_type=list[int])]
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+class LoadAdapterRequest(Body):
+    """Body of `POST /v1/load_lora_adapter`."""
+
+    REFUSED: ClassVar = {"load_inplace": (False,), "is_3d_lora_weight": (False,)}
+
+    lora_name: str
+    """Name that requests call it by."""
+    lora_path: str
+    """Its directory, on all hosts."""
+
+
+class UnloadAdapterRequest(Body):
+    """Body of `POST /v1/unload_lora_adapter`."""
+
+    REFUSED: ClassVar = {"lora_int_id": ()}
+
+    lora_name: str

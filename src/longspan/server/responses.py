@@ -98,7 +98,7 @@ class _Response(BlockAnswer):
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "model": self.state.model_name,
+            "model": self.generation.model_name,
             "output": [self._item(block) for block in self.blocks.all] if is_over else [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,

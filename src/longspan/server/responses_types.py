@@ -253,6 +253,7 @@ class ResponsesRequest(Body):
         form = None if self.text is None or self.text.format is None else self.text.format.for_chat()
         return ChatRequest.model_validate(
             {
+                "model": self.model,
                 "messages": [*first, *earlier, *self.new_messages()],
                 "tools": None if self.tools is None else [tool.for_chat() for tool in self.tools],
                 "tool_choice": choice,

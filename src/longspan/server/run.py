@@ -28,7 +28,7 @@ from longspan.config import EngineConfig
 from longspan.engine.async_engine import AsyncEngine
 from longspan.engine.engine import Engine
 from longspan.engine.launcher import Launcher
-from longspan.errors import LongspanError
+from longspan.errors import ConfigError, LongspanError
 from longspan.models.generation import sampling_defaults, tokenizer_end_ids
 from longspan.models.grammar import make_grammars, marks_of, special_names
 from longspan.models.inspect import check_proven
@@ -99,6 +99,11 @@ def serve(engine_config: EngineConfig, config: ServerConfig, launcher: Launcher 
         ConfigError: something is illegal, or the port is in use.
         LongspanError: the ranks died.
     """
+    if config.served_model_name in engine_config.adapters:
+        raise ConfigError(
+            f"lora: got an adapter {config.served_model_name!r}, whose name is that of the model (served_model_name), "
+            "legal is another one"
+        )
     model_config, generation_config = load_config(engine_config.model, engine_config.hf_overrides)
     check_proven(model_config)
     defaults = sampling_defaults(generation_config) if config.generation_config == "auto" else {}
@@ -157,6 +162,8 @@ async def _serve(
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
         _say(_capacity(state))
+        if state.engine.adapters:
+            _say(f"adapters: {', '.join(adapter.name for adapter in state.engine.adapters)}")
         if defaults:
             _say(f"sampling defaults of generation_config.json: {', '.join(f'{k} {v}' for k, v in defaults.items())}")
         scheme = "http" if config.ssl_certfile is None else "https"

@@ -24,6 +24,7 @@ from longspan.server.protocol import pieces_of
 from longspan.server.response_store import ResponseStore
 from longspan.server.token_texts import TokenTexts
 from longspan.server.tokenizers import TokenizerPool
+from longspan.types import Adapter
 
 Result = TypeVar("Result")
 
@@ -86,19 +87,27 @@ class ServerState:
             message, param = describe(error.errors(include_url=False))
             raise ApiError(400, message, param=param) from None
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a request for another model.
+    def adapter_of(self, name: str | None) -> Adapter | None:
+        """Adapter that a request names as its model; None for the model itself, which need not be named.
 
         Raises:
-            ApiError: the name is not this server's.
+            ApiError: the name is none of this server's.
         """
-        if name is not None and name != self.model_name:
+        if name is None or name == self.model_name:
+            return None
+        adapters = {adapter.name: adapter for adapter in self.engine.adapters}
+        if name not in adapters:
             raise ApiError(
                 404,
-                f"model: got {name!r}, legal is {self.model_name!r}",
+                f"model: got {name!r}, legal is {' or '.join(map(repr, [self.model_name, *adapters]))}",
                 param="model",
                 code="model_not_found",
             )
+        return adapters[name]
+
+    def name_of(self, adapter: Adapter | None) -> str:
+        """What clients call the model with an adapter, or without."""
+        return self.model_name if adapter is None else adapter.name
 
     async def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         """Refuse token ids that the model does not know, and an empty list.
