@@ -6,11 +6,8 @@ import shutil
 import pytest
 import torch
 from drafts import SPECULATION, check_all_drafts, scripted
-from tiny_models import FAMILIES, VOCAB_SIZE, all_pairs, greedy, memory_for, run_all, tiny_model
-
-pytest.importorskip("peft")
-
 from lora_adapters import adapter_engine, adapter_references, both, generate_with, merged_model, tiny_adapter
+from tiny_models import FAMILIES, VOCAB_SIZE, all_pairs, greedy, memory_for, run_all, tiny_model
 from transformers import AutoModelForCausalLM
 
 from longspan.errors import ConfigError

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import peft
+import pytest
 import torch
 from tiny_models import NEAR_TIE, Reference, model_root, random_prompt, tiny_model
 from transformers import AutoModelForCausalLM
@@ -13,6 +13,8 @@ from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+peft = pytest.importorskip("peft")
+
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
 

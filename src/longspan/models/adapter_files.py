@@ -69,11 +69,19 @@ class AdaptableModules(NamedTuple):
     refused: Mapping[str, str]
     """What all other modules are, in words, by name."""
 
+    def why_refused(self, name: str) -> str:
+        """What a module is that an adapter may not change; files may have other names for what is inside of a part."""
+        found = self.refused.get(name, "not in this model")
+        while name := name.rpartition(".")[0]:
+            if self.refused.get(name, "").startswith("part of"):
+                return self.refused[name]
+        return found
+
 
 def adaptable_modules(model: Any) -> AdaptableModules:
     """Sort the modules of a model, which may be on the meta device. See Note [What an adapter may change]."""
     latents = {id(module) for module in projections_of_latents(model)}
-    mixtures = [f"{name}." for name, module in model.named_modules() if hasattr(module, "experts")]
+    mixtures = [f"{name}." for name in _mixtures(model)]
     recurrent = {id(module) for module in recurrent_modules(model)}
     states = [f"{name}." for name, module in model.named_modules() if id(module) in recurrent]
     ends = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
@@ -93,6 +101,15 @@ def adaptable_modules(model: Any) -> AdaptableModules:
         else:
             shapes[name] = Shape(module.out_features, module.in_features)
     return AdaptableModules(shapes, refused)
+
+
+def _mixtures(model: Any) -> set[str]:
+    """Names of mixtures of experts: what has experts, or a part whose matrices are those of several."""
+    found = {name for name, module in model.named_modules() if hasattr(module, "experts")}
+    for name, weight in model.named_parameters():
+        if weight.ndim == 3:  # [E, out, in]; a convolution's too, in layers with a state
+            found.add(name.rpartition(".")[0].rpartition(".")[0])
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +186,7 @@ class AdapterFiles:
     ) -> LowRank:
         shape = modules.shapes.get(name)
         if shape is None:
-            what = modules.refused.get(name, "not in this model")
+            what = modules.why_refused(name)
             raise self._refusal(f"an adapter of linear layers of attention and dense MLPs; {name} is {what}")
         if len(parts) < 2:
             raise self._refusal(f"an adapter with lora_A and lora_B of every module; {name} has one of them")
