@@ -16,8 +16,8 @@ Note [Rows of an adapter]
     Modules behind the last layer's attention may get the rows that are read alone. The number of rows says which they
     are: rows that are read keep their order, so if there are as many of them as rows, they are the same.
 
-    A step without adapters pays a look at one attribute in those modules, and nothing at all in fused layers: these
-    are left for a layer's own modules in steps with adapters alone.
+    A step without adapters pays a look at one attribute in those modules, or in fused layers once per layer: these
+    have another form for steps with adapters.
 """
 
 import threading
@@ -34,8 +34,8 @@ from longspan.types import Adapter
 ROW_ADAPTERS = "longspan_row_adapters"
 """Forward keyword argument: list of the number of every row's adapter, None for a row without."""
 
-UNFUSED = "longspan_unfused"
-"""Attribute of a layer's forward that replaces the calls of its modules: the forward that makes them."""
+WITH_ADAPTERS = "longspan_with_adapters"
+"""Attribute of a layer's forward that goes past its modules' own: the forward for steps with adapters."""
 
 _STORE = "longspan_adapters"
 """Attribute of a model: its `ModelAdapters`."""
@@ -114,15 +114,15 @@ class ModelAdapters:
         if name not in self._adapted:
             module: Any = self._model.get_submodule(name)
             self._adapted[name] = module.forward = _Adapted(module.forward, self._current)
-            self._unfuse(name)
+            self._adapt_layer(name)
         return self._adapted[name]
 
-    def _unfuse(self, name: str) -> None:
-        """Let the layer around a module call its modules in steps with adapters."""
+    def _adapt_layer(self, name: str) -> None:
+        """Let the layer around a module compute in its form for adapters, in steps with adapters."""
         outer = name
         while outer := outer.rpartition(".")[0]:
             layer: Any = self._model.get_submodule(outer)
-            own = getattr(layer.forward, UNFUSED, None)
+            own = getattr(layer.forward, WITH_ADAPTERS, None)
             if own is not None:
                 layer.forward = _of_two(layer.forward, own, self._current)
 
@@ -165,20 +165,37 @@ class _Adapted:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Multiply [..., width] and return [..., num_out]."""
-        out, by_rows = self._own(hidden), self._current.by_rows
-        if by_rows is None:
-            return out
-        rows, total = hidden.flatten(0, -2), out.view(-1, out.shape[-1])
+        out = self._own(hidden)
+        if self._current.by_rows is not None:
+            self.add_(hidden.flatten(0, -2), out.view(-1, out.shape[-1]))
+        return out
+
+    def add_(self, rows: Tensor, out: Tensor) -> None:
+        """Add to products `out` [n, num_out] of rows [n, width] what their adapters add."""
+        by_rows = self._current.by_rows
+        assert by_rows is not None, "a step with adapters"
         assert len(rows) in by_rows, f"a module with adapters got {len(rows)} rows of {max(by_rows)}"
         for adapter_id, start, end in by_rows[len(rows)]:
             product = self.products.get(adapter_id)
             if product is not None:
-                total[start:end].addmm_(rows[start:end] @ product.a, product.b)
-        return out
+                out[start:end].addmm_(rows[start:end] @ product.a, product.b)
+
+
+def add_products_(module: nn.Module, rows: Tensor, out: Tensor) -> None:
+    """Add what adapters add in a module to its products, computed elsewhere; in a step without adapters, nothing.
+
+    Args:
+        module: the linear layer, which may have no adapter.
+        rows: [n, width] of the step, or those that are read.
+        out: [n, num_out] products of `rows`, changed in place.
+    """
+    adapted = vars(module).get("forward")
+    if isinstance(adapted, _Adapted):
+        adapted.add_(rows, out)
 
 
 def _of_two(fused: Callable[..., Any], own: Callable[..., Any], current: _CurrentSpans) -> Callable[..., Any]:
-    """A forward that is `fused` in steps without adapters, and `own` in others."""
+    """A forward that is `fused` in steps without adapters, and `own`, which knows them, in others."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (fused if current.by_rows is None else own)(*args, **kwargs)

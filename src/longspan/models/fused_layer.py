@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.models import fused_layer_gemm, fused_layer_part
-from longspan.models.adapters import UNFUSED
+from longspan.models import fused_layer_adapted, fused_layer_gemm, fused_layer_part
+from longspan.models.adapters import WITH_ADAPTERS
 from longspan.models.fused_layer_part import Joints
 from longspan.models.hook import AttendFunction, AttentionCall
 from longspan.models.last_layer import READ_ROWS
@@ -74,7 +74,8 @@ def _fused_forward(layer: Any, *, is_last: bool) -> Callable[..., Tensor]:
     call, angles_width = _prove(layer, fused, joints)
     own_forward: Callable[..., Tensor] = layer.forward
 
-    def forward(
+    def compute(
+        has_adapters: bool,
         hidden_states: Tensor,
         *args: object,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -95,15 +96,23 @@ def _fused_forward(layer: Any, *, is_last: bool) -> Callable[..., Tensor]:
             )
         x = hidden_states[0].contiguous()
         cos, sin = (_full_width(angles[0], fused.width) for angles in position_embeddings)
-        q, k, v = _before_attention(fused, x, cos, sin)
+        if has_adapters:
+            q, k, v = fused_layer_adapted.before_attention(fused, layer.self_attn, x, cos, sin)
+            behind = partial(fused_layer_adapted.behind_attention, fused, layer)
+        else:
+            q, k, v = _before_attention(fused, x, cos, sin)
+            behind = partial(_behind_attention, fused, joints)
         attended = longspan_attend(replace(call, q=q, k=k, v=v)).contiguous()
         read = others.get(READ_ROWS) if is_last else None
         mlp = None if fused.inner else partial(_compute_mlp, layer.mlp, read, len(x))
         if read is None:
-            return _behind_attention(fused, joints, attended, x, mlp)[None]
-        return x.index_copy(0, read, _behind_attention(fused, joints, attended[read], x[read], mlp))[None]
+            return behind(attended, x, mlp)[None]
+        return x.index_copy(0, read, behind(attended[read], x[read], mlp))[None]
 
-    setattr(forward, UNFUSED, own_forward)
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        return compute(False, *args, **kwargs)
+
+    setattr(forward, WITH_ADAPTERS, partial(compute, True))
     return forward
 
 
@@ -305,4 +314,11 @@ def _prove(layer: Any, fused: FusedLayer, joints: Joints | None) -> tuple[Attent
         found = _behind_attention(fused, joints, attended, x[:num_rows], mlp)
         if not (torch.is_tensor(wanted) and wanted.shape[0] == 1 and agree(found, wanted[0, :num_rows])):
             raise _UnknownLayerError(f"{type(layer).__name__} computes something else")
+        if joints is None:  # a part of a layer has no adapters
+            again = fused_layer_adapted.before_attention(
+                fused, layer.self_attn, x[:num_rows], cos[:num_rows], sin[:num_rows]
+            )
+            found = fused_layer_adapted.behind_attention(fused, layer, attended, x[:num_rows], mlp)
+            if not all(agree(*pair) for pair in ((found, wanted[0, :num_rows]), *zip(again, (q, k, v), strict=True))):
+                raise _UnknownLayerError(f"{type(layer).__name__} computes something else where rows have adapters")
     return call, angles.shape[-1]
