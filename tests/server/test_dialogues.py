@@ -252,6 +252,32 @@ def test_responses_go_on_from_a_stored_one(server, llm):
     assert (error["code"], error["param"]) == ("previous_response_not_found", "previous_response_id")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_stored_responses_are_found_until_they_are_deleted(server, stream):
+    body = {"input": "Hi!", "temperature": 0, "max_output_tokens": 5, "metadata": {"a": "b"}}
+    if stream:
+        whole = events_of(server, RESPONSES, **body)[-1]["response"]
+    else:
+        whole = server.ok(RESPONSES, **body)
+    address = f"{RESPONSES}/{whole['id']}"
+    for query in ("", "?stream=false&include[]=reasoning.encrypted_content"):
+        answer = server.http.get(address + query)
+        assert (answer.status_code, answer.json()) == (200, whole)
+    error = error_of(server.http.get(address, params={"stream": "true"}), 400)
+    assert (error["param"], error["message"]) == ("stream", "stream: got 'true', legal is 'false'")
+    assert server.http.delete(address).json() == {"id": whole["id"], "object": "response", "deleted": True}
+    for method in ("GET", "DELETE"):
+        assert "response_id" in error_of(server.http.request(method, address), 404)["message"]
+    assert server.refused(RESPONSES, input="x", previous_response_id=whole["id"])["param"] == "previous_response_id"
+
+
+def test_responses_that_are_not_stored_are_not_found(server):
+    whole = server.ok(RESPONSES, input="Hi!", max_output_tokens=1, store=False)
+    error = error_of(server.http.get(f"{RESPONSES}/{whole['id']}"), 404)
+    assert error["type"] == "invalid_request_error"
+    error_of(server.http.delete("/v1/responses/resp_none"), 404)
+
+
 def test_responses_call_functions(server):
     tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
     body = {"input": "Hi!", "tools": tools, "tool_choice": "required", "temperature": 1.5, "max_output_tokens": 700}
@@ -303,13 +329,17 @@ def test_stored_conversations_take_bounded_memory():
     message = Message(role="user", content="x" * 100)
     for i in range(5):
         store.put(str(i), [message])
-    assert [store.get(str(i)) is not None for i in range(5)] == [False, False, True, True, True]
-    store.get("2")
+    assert [store.messages(str(i)) is not None for i in range(5)] == [False, False, True, True, True]
+    store.messages("2")
     store.put("5", [message])
-    assert [store.get(str(i)) is not None for i in range(6)] == [False, False, True, False, True, True]
+    assert [store.messages(str(i)) is not None for i in range(6)] == [False, False, True, False, True, True]
     store.put("long", [Message(role="user", content="x" * 1000)])
-    assert store.get("long") is None
-    assert store.get("5") is not None
+    assert store.messages("long") is None
+    assert store.messages("5") is not None
+    assert (store.delete("5"), store.delete("5"), store.messages("5")) == (True, False, None)
+    store.put("6", [message], b"x" * 300)  # an answer counts too, and what was deleted does not
+    assert [store.messages(name) is not None for name in ("2", "4", "6")] == [False, True, True]
+    assert store.answer("6") == b"x" * 300
 
 
 # -- Anthropic's API ---------------------------------------------------------------------------------------------------
@@ -538,6 +568,10 @@ def test_openais_client_runs_tools_and_responses(server):
     output = {"type": "function_call_output", "call_id": item.call_id, "output": "wet"}
     second = client.responses.create(model=model, previous_response_id=first.id, input=[output], max_output_tokens=3)
     assert 1 <= second.usage.output_tokens <= 3
+    assert client.responses.retrieve(first.id).output == first.output
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError, match="response_id"):
+        client.responses.retrieve(first.id)
     form = {"format": {"type": "json_schema", "name": "x", "schema": {"enum": ["a", "b"]}}}
     with client.responses.stream(model=model, input="Hi!", text=form, max_output_tokens=50) as stream:
         kinds = [event.type for event in stream]

@@ -35,7 +35,7 @@ from longspan.server.protocol import (
     TokenizeRequest,
     UnloadAdapterRequest,
 )
-from longspan.server.responses import respond
+from longspan.server.responses import delete_response, respond, stored_response
 from longspan.server.responses_types import ResponsesRequest
 from longspan.server.sse import unless_gone
 from longspan.server.state import ServerState
@@ -137,6 +137,16 @@ def _add_text_routes(router: APIRouter, state: ServerState) -> None:
         """Continue a conversation, in items."""
         state.adapter_of(body.model)  # before anything else
         return await unless_gone(request, respond(state, body, record_of(request)))
+
+    @router.get("/v1/responses/{response_id}")
+    async def find_response(response_id: str, request: Request) -> Response:
+        """Return a stored response."""
+        return stored_response(state, response_id, request)
+
+    @router.delete("/v1/responses/{response_id}")
+    async def forget_response(response_id: str) -> Response:
+        """Delete a stored response."""
+        return delete_response(state, response_id)
 
     @router.post("/v1/messages")
     async def anthropic_messages(body: MessagesRequest, request: Request) -> Response:

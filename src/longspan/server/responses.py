@@ -7,15 +7,16 @@ Read next: `longspan.server.responses_types`, the requests; `longspan.server.blo
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastapi import Response
+import msgspec
+from fastapi import Request, Response
 
 from longspan.server.access_log import RequestRecord
 from longspan.server.blocks import Block, BlockAnswer, BlockKind, Step
 from longspan.server.dialogue import Dialogue, start_dialogue
-from longspan.server.errors import ApiError
+from longspan.server.errors import ApiError, json_response
 from longspan.server.messages import FunctionCall, Message, ToolCall
 from longspan.server.responses_types import ResponsesRequest
 from longspan.server.state import ServerState
@@ -35,7 +36,7 @@ async def respond(state: ServerState, body: ResponsesRequest, record: RequestRec
     """
     earlier: Sequence[Message] = ()
     if body.previous_response_id is not None:
-        found = state.responses.get(body.previous_response_id)
+        found = state.responses.messages(body.previous_response_id)
         if found is None:
             raise ApiError(
                 400,
@@ -47,6 +48,52 @@ async def respond(state: ServerState, body: ResponsesRequest, record: RequestRec
     dialogue = await start_dialogue(state, state.checked(lambda: body.chat_request(earlier)), record)
     answer = _Response(state, dialogue, body, [*earlier, *body.new_messages()])
     return answer.stream() if body.stream else await answer.whole()
+
+
+def stored_response(state: ServerState, response_id: str, request: Request) -> Response:
+    """Answer with a stored response.
+
+    Args:
+        state: state of the server.
+        response_id: its id.
+        request: the HTTP request, whose query may ask for more.
+
+    Raises:
+        ApiError: there is no such response, or the query asks for what is not honoured.
+    """
+    for name, legal in _QUERY.items():
+        for value in request.query_params.getlist(name):
+            if value not in legal:
+                shown = " or ".join(map(repr, legal)) or "to leave it out"
+                raise ApiError(400, f"{name}: got {value[:100]!r}, legal is {shown}", param=name)
+    answer = state.responses.answer(response_id)
+    if answer is None:
+        raise _not_found(response_id)
+    return Response(answer, media_type="application/json")
+
+
+def delete_response(state: ServerState, response_id: str) -> Response:
+    """Forget a stored response, so that nothing can go on from it.
+
+    Raises:
+        ApiError: there is no such response.
+    """
+    if not state.responses.delete(response_id):
+        raise _not_found(response_id)
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+_QUERY: Mapping[str, tuple[str, ...]] = {
+    "stream": ("false",),
+    "starting_after": (),
+    "include": ("reasoning.encrypted_content",),
+    "include[]": ("reasoning.encrypted_content",),
+}
+"""Legal values of a query about a stored response; what it may ask for beside them is not kept."""
+
+
+def _not_found(response_id: str) -> ApiError:
+    return ApiError(404, f"response_id: got {response_id[:100]!r}, legal is a response that is stored")
 
 
 _PREFIXES = {BlockKind.TEXT: "msg", BlockKind.THOUGHTS: "rs", BlockKind.CALL: "fc"}
@@ -76,7 +123,7 @@ class _Response(BlockAnswer):
             reasoning_content=reader.thoughts or None,
             tool_calls=calls or None,
         )
-        self.state.responses.put(self._id, [*self._messages, answer])
+        self.state.responses.put(self._id, [*self._messages, answer], msgspec.json.encode(self.json()))
 
     # -- the answer --------------------------------------------------------------------------------------------------
 

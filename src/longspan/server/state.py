@@ -58,7 +58,7 @@ class ServerState:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     """Event that is set while no HTTP request is being answered."""
     responses: ResponseStore = field(default_factory=ResponseStore)
-    """Conversations that `/v1/responses` can go on from."""
+    """Stored responses of `/v1/responses`, and the conversations up to them."""
     _dropped: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
