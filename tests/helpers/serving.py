@@ -135,7 +135,7 @@ def listening(engine: AsyncEngine, path: str, config: ServerConfig | None = None
         server.should_exit = True
         engine.close()
         thread.join(timeout=20)
-        state.tokenizers.close()
+        state.close()
     assert not thread.is_alive()
 
 

@@ -255,10 +255,7 @@ def test_responses_go_on_from_a_stored_one(server, llm):
 @pytest.mark.parametrize("stream", [False, True])
 def test_stored_responses_are_found_until_they_are_deleted(server, stream):
     body = {"input": "Hi!", "temperature": 0, "max_output_tokens": 5, "metadata": {"a": "b"}}
-    if stream:
-        whole = events_of(server, RESPONSES, **body)[-1]["response"]
-    else:
-        whole = server.ok(RESPONSES, **body)
+    whole = events_of(server, RESPONSES, **body)[-1]["response"] if stream else server.ok(RESPONSES, **body)
     address = f"{RESPONSES}/{whole['id']}"
     for query in ("", "?stream=false&include[]=reasoning.encrypted_content"):
         answer = server.http.get(address + query)

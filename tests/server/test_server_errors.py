@@ -630,6 +630,9 @@ def _broken(plan):
         ("allowed_origins", ("https://a.example/path",)),
         ("unknown_fields", "ignore"),
         ("log_format", "xml"),
+        ("otlp_endpoint", "localhost:4318"),
+        ("otlp_endpoint", "http://"),
+        ("otlp_endpoint", "http://host:4318/v1?key=1"),
         ("tool_call_parser", "x"),
         ("reasoning_parser", "x"),
     ],
@@ -658,7 +661,8 @@ def test_every_option_of_the_command_arrives(longspan, monkeypatch):
         "--max-num-seqs=5 --max-step-ms=40 --no-enable-prefix-caching --max-body-size=1Ki --keep-alive-s=2 "
         "--context-parallel-size=3 --kv-cache-memory=2MiB --placement=packed --executor=threads --access-log "
         "--allowed-origins=https://a.example --allowed-origins=* --idle-timeout-s=9 --root-path=/llm --log-format=json "
-        "--unknown-fields=warn --clamp-max-tokens --tool-call-parser=hermes --reasoning-parser=none --chat-template=x"
+        "--unknown-fields=warn --clamp-max-tokens --tool-call-parser=hermes --reasoning-parser=none --chat-template=x "
+        "--otlp-endpoint=http://localhost:4318"
     )
     assert longspan("serve", "some/model", *options.split()).code == 0
     assert seen["launcher"] is None  # threads: there is nothing to start early
@@ -681,6 +685,7 @@ def test_every_option_of_the_command_arrives(longspan, monkeypatch):
         tool_call_parser="hermes",
         reasoning_parser="none",
         chat_template="x",
+        otlp_endpoint="http://localhost:4318/v1/traces",
     )
     engine = seen["engine"]
     assert (engine.model, engine.max_num_seqs, engine.max_step_ms) == ("some/model", 5, 40)

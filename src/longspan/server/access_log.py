@@ -1,7 +1,8 @@
 """One line per request on standard error, and the id by which client, proxy and log name it.
 
 Holds the middleware, and the record that handlers fill. Must not know routes, nor how requests run.
-Read next: `longspan.server.app`, which installs it; `longspan.server.generation`, which fills records.
+Read next: `longspan.server.app`, which installs it; `longspan.server.generation`, which fills records;
+`longspan.server.tracing`, which tells them too.
 """
 
 import re
@@ -18,6 +19,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longspan.server.config import ServerConfig
+from longspan.types import SamplingParams
 
 REQUEST_ID = "x-request-id"
 _LEGAL_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,200}")
@@ -37,14 +39,29 @@ class RequestRecord:
     generated_tokens: int | None = None
     first_token_s: float | None = None
     """Seconds from the submission to the first token."""
+    prefill_s: float | None = None
+    """Seconds from the first step of the choice with the first token to that token."""
+    ended_s: float | None = None
+    """Seconds from the submission to the end of the last choice."""
     reasons: tuple[str, ...] = ()
     """Finish reasons of the choices, each once."""
+    params: SamplingParams | None = None
+    """Sampling parameters of the first choice; None if the request was refused before they were known."""
+    num_choices: int = 0
+    """Answers per prompt."""
+    num_sequences: int = 0
+    """Answers to all prompts."""
+
+
+def record_of_scope(scope: Scope) -> RequestRecord:
+    """Return the record of the request that an ASGI scope describes."""
+    found: RequestRecord = scope.get(_RECORD) or RequestRecord("")
+    return found
 
 
 def record_of(request: Request) -> RequestRecord:
     """Return the record of a request."""
-    found: RequestRecord = request.scope.get(_RECORD) or RequestRecord("")
-    return found
+    return record_of_scope(request.scope)
 
 
 class AccessLog:

@@ -103,6 +103,10 @@ def make_app(state: ServerState) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    if state.traces is not None:
+        from longspan.server.tracing import Tracing  # its packages are optional
+
+        app.add_middleware(Tracing, traces=state.traces)
     app.add_middleware(AccessLog, config=state.config)
     if state.config.root_path:
         app.add_middleware(_UnderPath, path=state.config.root_path)

@@ -7,6 +7,7 @@ Read next: `longspan.cli.serve`, which sets these; `longspan.server.run`, which 
 import os
 import re
 import ssl
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 import msgspec
@@ -155,6 +156,17 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Whether every request, also a refused one, leaves one line on standard error."""
     log_format: Annotated[Literal["text", "json"], Option("Form of the lines of --access-log.", Group.SERVER)] = "text"
     """Form of the lines of `access_log`."""
+    otlp_endpoint: Annotated[
+        str | None,
+        Option(
+            "OpenTelemetry collector for traces, such as http://localhost:4318.",
+            Group.SERVER,
+            metavar="URL",
+            unset="no traces",
+        ),
+    ] = None
+    """Address of an OpenTelemetry collector, to which a span per request is sent, by OTLP over HTTP. Without a path it
+    is completed by `/v1/traces`. Needs the extra `otlp`."""
     keep_alive_s: Annotated[
         float, Option("Silence after which a stream sends a comment.", Group.SERVER, above=0, most=3600, note="seconds")
     ] = 5.0
@@ -172,6 +184,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"served_model_name: got {self.served_model_name!r}, legal is a name that is not empty")
         self._check_place()
         self._check_origins()
+        self._check_endpoint()
 
     def _check_place(self) -> None:
         if self.root_path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", self.root_path):
@@ -196,6 +209,32 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(
                     f"allowed_origins: got {origin!r}, legal is * or an origin such as https://chat.example.org"
                 )
+
+    def _check_endpoint(self) -> None:
+        if self.otlp_endpoint is None:
+            return
+        host = r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)"
+        found = re.fullmatch(rf"(https?://{host}(?::\d{{1,5}})?)(/[^\s?#]*)?", self.otlp_endpoint)
+        if found is None:
+            raise ConfigError(
+                f"otlp_endpoint: got {self.otlp_endpoint!r}, legal is an address such as http://localhost:4318"
+            )
+        if not _has_otlp():
+            raise ConfigError(
+                f"otlp_endpoint: got {self.otlp_endpoint!r}, legal is none without OpenTelemetry: pip install "
+                "'longspan[otlp]'"
+            )
+        path = found[2] if found[2] not in (None, "/") else "/v1/traces"
+        msgspec.structs.force_setattr(self, "otlp_endpoint", found[1] + path)
+
+
+def _has_otlp() -> bool:
+    """Whether what sends traces is installed."""
+    try:
+        names = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
+        return all(find_spec(name) is not None for name in names)
+    except ModuleNotFoundError:  # a package around it
+        return False
 
 
 MAX_UDS_BYTES = 107

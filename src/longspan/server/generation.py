@@ -111,6 +111,7 @@ class Generation:
         for prompt in prompts:
             state.lengths.check(len(prompt.token_ids), params.max_tokens)
         record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        record.params, record.num_choices, record.num_sequences = params, num_choices, total
         generation = cls(state, len(prompts), record, adapter)
         params = with_special_stops(state.tokenizers.tokenizer, params)
         try:
@@ -172,6 +173,7 @@ class Generation:
                 delta = choice.reader.read(update)
                 if self._record.first_token_s is None and update.token_ids:
                     self._record.first_token_s = time.perf_counter() - self._started_s
+                    self._record.prefill_s = update.since_start_s
                 self._metrics.advanced(choice.index, len(choice.prompt.token_ids), len(update.token_ids))
                 if delta.finish_reason is not None:
                     num_running -= 1
@@ -186,6 +188,7 @@ class Generation:
     def _note(self) -> None:
         """Take down for the log what became of the choices."""
         usage = self.usage()
+        self._record.ended_s = time.perf_counter() - self._started_s
         self._record.generated_tokens = usage["completion_tokens"]
         self._record.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
         reasons = [choice.reader.finish_reason for choice in self.choices]

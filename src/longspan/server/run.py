@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,9 @@ from longspan.server.state import ServerState
 from longspan.server.templates import template_text, use_template_
 from longspan.server.token_texts import TokenTexts
 from longspan.server.tokenizers import TokenizerPool
+
+if TYPE_CHECKING:
+    from longspan.server.tracing import Traces
 
 ANSWER_S = 5.0
 """Seconds that open requests may take to get an error when the server ends."""
@@ -84,7 +87,17 @@ def make_state(
         model_name=name,
         sampling_defaults=defaults or {},
         created=int(time.time()),
+        traces=_make_traces(config, name),
     )
+
+
+def _make_traces(config: ServerConfig, model_name: str) -> "Traces | None":
+    """Make what sends traces, if the option says so."""
+    if config.otlp_endpoint is None:
+        return None
+    from longspan.server.tracing import Traces  # its packages are optional
+
+    return Traces(config.otlp_endpoint, model_name)
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig, launcher: Launcher | None) -> int:
@@ -188,7 +201,7 @@ async def _serve(
         server.force_exit = number is not None  # uvicorn would wait for clients that do not read
         await serving
         close(listeners, config.uds)
-        state.tokenizers.close()
+        await asyncio.to_thread(state.close)
     if async_engine.failure is not None:
         raise LongspanError(str(async_engine.failure)) from async_engine.failure
     if number is not None:

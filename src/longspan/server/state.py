@@ -8,7 +8,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,9 @@ from longspan.server.response_store import ResponseStore
 from longspan.server.token_texts import TokenTexts
 from longspan.server.tokenizers import TokenizerPool
 from longspan.types import Adapter
+
+if TYPE_CHECKING:
+    from longspan.server.tracing import Traces  # its packages are optional
 
 Result = TypeVar("Result")
 
@@ -59,10 +62,18 @@ class ServerState:
     """Event that is set while no HTTP request is being answered."""
     responses: ResponseStore = field(default_factory=ResponseStore)
     """Stored responses of `/v1/responses`, and the conversations up to them."""
+    traces: "Traces | None" = None
+    """What sends a span per request, if the option says so."""
     _dropped: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.idle.set()
+
+    def close(self) -> None:
+        """End the threads of tokenizers and traces."""
+        self.tokenizers.close()
+        if self.traces is not None:
+            self.traces.close()
 
     def drops_unknown(self, names: Iterable[str]) -> bool:
         """Whether unknown fields are dropped; each is then named on standard error, once."""
