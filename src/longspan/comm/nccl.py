@@ -18,6 +18,7 @@ Note [Waiting on a GPU]
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -53,6 +54,37 @@ class BatchedCommunicator(GroupCommunicator):
         return _PendingBatch(self.rank, works)
 
 
+SHARED_BYTES = 64 * 2**20
+"""Size of /dev/shm, per rank, with which NCCL is let use it. A connection takes 10 MB, and a container has 64 MB."""
+
+
+def spare_shared_memory(rank: int, size: int, path: str = "/dev/shm") -> None:
+    """Keep NCCL off shared memory that is too small: it would fail when it connects GPUs without peer access.
+
+    It goes by sockets then. The whole size decides, not what is free at the moment: all ranks must decide the same.
+
+    Args:
+        rank: position of this process's rank; the first one says what it does on standard error.
+        size: number of ranks in the group.
+        path: where shared memory is.
+    """
+    try:
+        found = os.statvfs(path)
+        whole = found.f_blocks * found.f_frsize
+    except OSError:
+        whole = 0
+    if whole >= SHARED_BYTES * size or "NCCL_SHM_DISABLE" in os.environ:
+        return
+    os.environ["NCCL_SHM_DISABLE"] = "1"
+    if rank == 0:
+        print(
+            f"longspan: {path} has {whole / 2**20:.0f} MiB, too few for {size} GPUs: those without peer access talk over "
+            f"sockets, which is slower; give a container --shm-size={size * SHARED_BYTES // 2**20}m",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 class NCCLCommunicator(BatchedCommunicator, DistributedCommunicator):
     """One rank of the default process group, which it makes and destroys. See Note [Waiting on a GPU]."""
 
@@ -84,6 +116,7 @@ class NCCLCommunicator(BatchedCommunicator, DistributedCommunicator):
         # A graph's buffers would be registered with the network, and a registered sender waits for a registered
         # receiver: one rank may replay what another launches. Source: NVIDIA/nccl v2.28.9, src/device/prims_simple.h.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+        spare_shared_memory(rank, size)
         options = None
         if backend == "nccl":
             # A hop of a ring must not wait for an attention kernel that fills the GPU.

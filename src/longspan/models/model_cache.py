@@ -13,6 +13,8 @@ from pathlib import Path
 
 import platformdirs
 
+from longspan.errors import ConfigError
+
 
 def cache_path(name: str) -> Path:
     """Return the place of a directory of this name; on Linux, XDG_CACHE_HOME moves all of them."""
@@ -30,12 +32,21 @@ def draft_of(path: Path) -> Iterator[Path]:
         path: the directory to make; its parents are created.
 
     Raises:
-        OSError: the parent cannot be written.
+        ConfigError: the user's cache directory cannot be written.
+        OSError: another parent cannot be written.
     """
     path = path.resolve()  # a link is followed, not replaced
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # beside it: a rename must not cross file systems
-    draft.mkdir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+    except OSError as error:
+        if path.parent != cache_path(path.name).resolve().parent:
+            raise
+        raise ConfigError(
+            f"model: its files are made on first use, in the cache directory {path.parent}, which cannot be written: "
+            f"{error.strerror}; XDG_CACHE_HOME names another one"
+        ) from error
     try:
         yield draft
         _publish(draft, path)
