@@ -4,9 +4,9 @@
 
 Starts `longspan serve recall` with two ranks. Clients send requests that a seed makes: right ones with fields taken
 away, added, or set to what nobody expects (huge numbers, NaN, deep JSON, lone surrogates, long strings, other types),
-bodies that are cut off or no JSON, and connections that stop at every stage. `--idle` connections say nothing all the
-while, and one client asks the same short question again and again, whose answer is known. Ends with one line of JSON;
-exit status 0 if
+bodies that are cut off or no JSON, odd names, queries, headers and methods, and connections that stop at every stage.
+`--idle` connections say nothing all the while, and one client asks the same short question again and again, whose
+answer is known. Ends with one line of JSON; exit status 0 if
 
 - no answer was 5xx, and every 4xx has the shape of an error of its API,
 - every answer to the known question was right, at any time,
@@ -19,6 +19,7 @@ Note [Seeds]
 
 import argparse
 import contextlib
+import copy
 import json
 import random
 import socket
@@ -28,77 +29,82 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 from process_tree import children
 from served_command import command
 
+from longspan.server.anthropic_types import MessagesRequest
+from longspan.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from longspan.server.responses_types import ResponsesRequest
+
 QUESTION = {"model": "recall", "prompt": "The magic number is 4711. Once more: The magic number is ", "max_tokens": 4}
-RIGHT = {
-    "/v1/completions": {"prompt": "a b c", "max_tokens": 2},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2},
-    "/v1/responses": {"input": "hello", "max_output_tokens": 2},
-    "/v1/messages": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2},
-    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hello"}]},
-    "/tokenize": {"prompt": "a b c"},
-    "/detokenize": {"tokens": [65, 66]},
-}
-FIELDS = [
-    "prompt",
-    "messages",
-    "max_tokens",
-    "max_completion_tokens",
-    "n",
-    "stop",
-    "seed",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "min_tokens",
-    "ignore_eos",
-    "stop_token_ids",
-    "echo",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "logprobs",
-    "top_logprobs",
-    "stream",
-    "stream_options",
-    "response_format",
-    "model",
-    "user",
-    "metadata",
-    "return_progress",
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "structured_outputs",
-    "guided_regex",
-    "guided_choice",
-    "prompt_logprobs",
-    "truncate_prompt_tokens",
-    "priority",
-    "request_id",
-    "return_token_ids",
-    "skip_special_tokens",
-    "continue_final_message",
-    "chat_template_kwargs",
-    "reasoning_effort",
-    "input",
-    "instructions",
-    "previous_response_id",
-    "store",
-    "text",
-    "system",
-    "thinking",
-    "stop_sequences",
-    "tokens",
-    "add_special_tokens",
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
+CALL = {"name": "f", "arguments": '{"x": 1}'}
+FUNCTION = {"name": "f", "parameters": SCHEMA}
+FORM = {"name": "x", "schema": {"enum": ["a", "b"]}}
+HELLO = [{"role": "user", "content": "hello"}]
+TURNS = [
+    {"role": "user", "content": [{"type": "text", "text": "hello", "cache_control": {"type": "ephemeral"}}]},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", "function": CALL}]},
+    {"role": "tool", "tool_call_id": "a", "content": "1"},
 ]
+BLOCKS = [
+    *HELLO,
+    {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {"x": 1}}]},
+    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "1"}]},
+]
+ITEMS = [
+    {"role": "user", "content": [{"type": "input_text", "text": "hello"}]},
+    {"type": "function_call", "call_id": "a", **CALL},
+    {"type": "function_call_output", "call_id": "a", "output": "1"},
+]
+RIGHT: dict[str, list[dict[str, object]]] = {
+    "/v1/completions": [
+        {"prompt": "a b c", "max_tokens": 2},
+        {"prompt": [[65, 66], [67]], "max_tokens": 2, "logprobs": 1, "echo": True, "n": 2},
+    ],
+    "/v1/chat/completions": [
+        {"messages": HELLO, "max_tokens": 2},
+        {"messages": TURNS, "tools": [{"type": "function", "function": FUNCTION}], "max_tokens": 2},
+        {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": FORM}, "max_tokens": 2},
+    ],
+    "/v1/responses": [
+        {"input": "hello", "max_output_tokens": 2},
+        {"input": ITEMS, "tools": [{"type": "function", **FUNCTION}], "max_output_tokens": 2},
+        {"input": "hello", "text": {"format": {"type": "json_schema", **FORM}}, "max_output_tokens": 2},
+    ],
+    "/v1/messages": [
+        {"messages": HELLO, "max_tokens": 2},
+        {"messages": BLOCKS, "tools": [{"name": "f", "input_schema": SCHEMA}], "max_tokens": 2, "system": "s"},
+    ],
+    "/v1/messages/count_tokens": [{"messages": HELLO}, {"messages": BLOCKS}],
+    "/tokenize": [{"prompt": "a b c"}, {"messages": TURNS}],
+    "/detokenize": [{"tokens": [65, 66]}],
+}
+"""Bodies that are served, of every address that takes one."""
+
+OTHERS = (
+    ("GET", "/v1/responses/{response_id}"),
+    ("DELETE", "/v1/responses/{response_id}"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{name:path}"),
+    ("GET", "/health"),
+    ("HEAD", "/health"),
+    ("GET", "/tokenizer_info"),
+    ("GET", "/metrics"),
+    ("GET", "/"),
+    ("GET", "/page/{name}"),
+    ("GET", "/live"),
+    ("GET", "/openapi.json"),
+)
+"""Methods and addresses without a body."""
+
+REQUESTS = (CompletionRequest, ChatRequest, ResponsesRequest, MessagesRequest, TokenizeRequest, DetokenizeRequest)
+FIELDS = sorted({name for one in REQUESTS for name in (*one.model_fields, *one.REFUSED, *one.TAKEN)})
+"""Every field that a body may have, or that is refused by name."""
 
 
 def value(rng: random.Random, depth: int = 0) -> object:
@@ -121,9 +127,26 @@ def value(rng: random.Random, depth: int = 0) -> object:
     return nested
 
 
+def break_inside(rng: random.Random, fields: dict[str, object]) -> None:
+    """Replace or drop something, anywhere in a body."""
+    place: Any = fields
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = rng.choice(keys)
+        if not (isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8):
+            break
+        place = place[key]
+    if rng.random() < 0.3:
+        del place[key]
+    else:
+        place[key] = value(rng)
+
+
 def body(rng: random.Random, path: str) -> bytes:
     """A request's body: right but for something."""
-    fields: dict[str, object] = dict(RIGHT[path])
+    fields: dict[str, object] = copy.deepcopy(rng.choice(RIGHT[path]))
+    if rng.random() < 0.3:
+        break_inside(rng, fields)
     for _ in range(rng.choice((0, 1, 1, 2, 5))):
         name = rng.choice(FIELDS) if rng.random() < 0.9 else str(value(rng, 9))[:30]
         if rng.random() < 0.15:
@@ -143,9 +166,9 @@ def body(rng: random.Random, path: str) -> bytes:
 
 def break_off(rng: random.Random, address: tuple[str, int], path: str) -> None:
     """A connection that ends where it should not."""
-    data = json.dumps({**RIGHT[path], "stream": rng.random() < 0.5, "max_tokens": 50}).encode()
+    data = json.dumps({**RIGHT[path][0], "stream": rng.random() < 0.5, "max_tokens": 50}).encode()
     if path.endswith("tokenize"):
-        data = json.dumps(RIGHT[path]).encode()
+        data = json.dumps(RIGHT[path][0]).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     message = head.encode() + data
     stage = rng.choice(("head", "body", "answer", "garbage", "more", "half closed"))
@@ -170,6 +193,31 @@ def break_off(rng: random.Random, address: tuple[str, int], path: str) -> None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 
+def ask_oddly(rng: random.Random, client: httpx.Client, response_id: str) -> httpx.Response:
+    """A request without a body, with odd names, queries, headers or methods; of an endless answer the beginning."""
+    method, path = rng.choice(OTHERS)
+    names = [response_id, "recall", "main.js", "x" * rng.choice((1, 300, 3000)), "%00", "..%2f..%2fx", "%ff%fe", "%F0"]
+    path = path.replace(":path", "").replace("{response_id}", "{name}").replace("{name}", rng.choice(names))
+    if rng.random() < 0.2:
+        method = rng.choice(("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"))
+    if rng.random() < 0.3:
+        query = rng.choice(("stream=true", "include[]=x", "starting_after=-1", "a=%00&a=%ff", "&&==", "x" * 3000))
+        path = f"{path}?{query}"
+    odd = [
+        {"X-Request-Id": rng.choice(("a b", "x" * 5000, "{}"))},
+        {"traceparent": rng.choice(("00-0-0-0", "x" * 5000))},
+        {"Authorization": rng.choice(("Basic !", "Basic " + "A" * 999, "Bearer"))},
+        {"Origin": "null", "Access-Control-Request-Method": "x"},
+        {"Content-Type": "application/json", "Range": "bytes=5-1"},
+    ]
+    with client.stream(method, path, headers=rng.choice(odd) if rng.random() < 0.5 else {}) as answer:
+        if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+            answer.read()
+        elif rng.random() < 0.5:
+            next(answer.iter_raw())
+    return answer
+
+
 @dataclass
 class Found:
     """What the clients saw."""
@@ -186,8 +234,19 @@ def attack(url: str, seed: int, count: int, found: Found) -> None:
     rng = random.Random(seed)
     parts = urlsplit(url)
     address = (str(parts.hostname), int(parts.port or 80))
+    response_id = "resp_none"
     with httpx.Client(base_url=url, timeout=60) as client:
         for i in range(count):
+            if rng.random() < 0.15:
+                try:
+                    answer = ask_oddly(rng, client, response_id)
+                except httpx.HTTPError as error:
+                    found.wrong.append(f"seed {seed}, request {i}: {type(error).__name__} {error}")
+                    continue
+                found.codes[answer.status_code] += 1
+                if what := complaint(answer):
+                    found.wrong.append(f"seed {seed}, request {i}: {what} for {answer.request.url}"[:500])
+                continue
             path = rng.choice(list(RIGHT))
             if rng.random() < 0.15:
                 break_off(rng, address, path)
@@ -203,16 +262,17 @@ def attack(url: str, seed: int, count: int, found: Found) -> None:
                 found.wrong.append(f"seed {seed}, request {i}: {type(error).__name__} {error} for {sent[:200]!r}")
                 continue
             found.codes[answer.status_code] += 1
-            what = complaint(answer)
-            if what:
+            if what := complaint(answer):
                 found.wrong.append(f"seed {seed}, request {i}: {what} for {sent[:200]!r}")
+            if path == "/v1/responses" and answer.status_code == 200 and answer.text.startswith("{"):
+                response_id = answer.json()["id"]
 
 
 def complaint(answer: httpx.Response) -> str | None:
     """What is wrong with an answer."""
     if answer.status_code >= 500:
         return f"{answer.status_code} {answer.text[:200]}"
-    if answer.status_code >= 400:
+    if answer.status_code >= 400 and answer.request.method != "HEAD":
         try:
             error = answer.json()["error"]
             is_anthropic = answer.request.url.path.startswith("/v1/messages")

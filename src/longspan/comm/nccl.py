@@ -78,8 +78,8 @@ def spare_shared_memory(rank: int, size: int, path: str = "/dev/shm") -> None:
     os.environ["NCCL_SHM_DISABLE"] = "1"
     if rank == 0:
         print(
-            f"longspan: {path} has {whole / 2**20:.0f} MiB, too few for {size} GPUs: those without peer access talk over "
-            f"sockets, which is slower; give a container --shm-size={size * SHARED_BYTES // 2**20}m",
+            f"longspan: {path} has {whole / 2**20:.0f} MiB, too few for {size} GPUs: those without peer access talk "
+            f"over sockets, which is slower; give a container --shm-size={size * SHARED_BYTES // 2**20}m",
             file=sys.stderr,
             flush=True,
         )

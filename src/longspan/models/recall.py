@@ -47,7 +47,7 @@ def recall_path(variant: str = "smollm3") -> Path:
         variant: One of `RECALL_VARIANTS`.
 
     Raises:
-        ConfigError: Unknown variant, or the cache directory cannot be written; on Linux, XDG_CACHE_HOME names another one.
+        ConfigError: Unknown variant, or the cache directory cannot be written; on Linux, XDG_CACHE_HOME names another.
     """
     _find_variant(variant)
     path = cache_path(f"recall-{variant}-{builder_digest()}")

@@ -110,6 +110,12 @@ def make_app(state: ServerState) -> FastAPI:
     app.add_middleware(AccessLog, config=state.config)
     if state.config.root_path:
         app.add_middleware(_UnderPath, path=state.config.root_path)
+    app.include_router(make_router(state))
+    return app
+
+
+def make_router(state: ServerState) -> APIRouter:
+    """Make the router with all routes but that of the application's own description."""
     router = APIRouter(route_class=_json_route(state))
     _add_text_routes(router, state)
     _add_server_routes(router, state)
@@ -117,8 +123,7 @@ def make_app(state: ServerState) -> FastAPI:
         _add_adapter_routes(router, state)
     if state.config.page:
         add_page_routes(router, state)
-    app.include_router(router)
-    return app
+    return router
 
 
 def _add_text_routes(router: APIRouter, state: ServerState) -> None:
