@@ -424,7 +424,9 @@ def test_thoughts_text_and_calls_are_blocks_and_items(cache_home):
             call_format=CALL_FORMATS["hermes"],
             are_calls_special=False,
             are_thoughts_special=False,
-            make=lambda _schemas, _prompt: Scripted(),
+            reads_forced=True,
+            thought_marks=("<think>", "</think>"),
+            make=lambda _schemas, _prompt, **_: Scripted(),
             begins_inside=lambda _prompt: False,
         )
         body = {"messages": [{"role": "user", "content": "Hi!"}], "max_tokens": 9, "temperature": 0}

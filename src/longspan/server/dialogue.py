@@ -23,7 +23,6 @@ from longspan.server.messages import Tool
 from longspan.server.parsing.base import CallArguments, CallStart, Parser, Piece, Text, Thought
 from longspan.server.parsing.formats import Schemas
 from longspan.server.parsing.grammar import calls_grammar, strict_calls
-from longspan.server.parsing.select import REASONING_MARKS
 from longspan.server.protocol import ChatRequest
 from longspan.server.state import ServerState
 from longspan.server.templates import Conversation, RenderedPrompt, render
@@ -79,7 +78,10 @@ async def start_dialogue(state: ServerState, body: ChatRequest, record: RequestR
         calls=_strict(state, body),
         wrap=_waits_for_thoughts(state, prompt),
     )
-    return Dialogue(generation, lambda: parsers.make(schemas, prompt.text), parsers.call_format.short_ids)
+    is_forced = bool(body.forced_tools)
+    return Dialogue(
+        generation, lambda: parsers.make(schemas, prompt.text, is_forced=is_forced), parsers.call_format.short_ids
+    )
 
 
 def schema_of(tool: Tool) -> dict[str, object]:
@@ -116,6 +118,9 @@ def _strict(state: ServerState, body: ChatRequest) -> CallRule | None:
     tools = body.offered_tools
     if body.forced_tools or not any(tool.function.strict for tool in tools):
         return None
+    if not state.parsers.reads_forced:
+        legal = "none: this model's format of calls is known by its response template alone, which forces nothing"
+        raise ApiError(400, f"tools: got a strict one, legal is {legal}", param="tools")
     _check_schemas(schema_of(tool) for tool in tools)
     anything: dict[str, object] = {"type": "object"}
     schemas = {tool.function.name: schema_of(tool) if tool.function.strict else anything for tool in tools}
@@ -131,9 +136,9 @@ def _check_schemas(schemas: Iterable[Mapping[str, object]]) -> None:
 def _waits_for_thoughts(state: ServerState, prompt: RenderedPrompt) -> Callable[[Constraint], Constraint] | None:
     """Return what lets the model think before a constraint counts; None if it does not think."""
     parsers = state.parsers
-    if parsers.reasoning not in REASONING_MARKS:
+    if parsers.thought_marks is None:
         return None
-    start, end = (state.marks.get(mark) for mark in REASONING_MARKS[parsers.reasoning])
+    start, end = (state.marks.get(mark) for mark in parsers.thought_marks)
     if start is None or end is None:
         return None  # marks of several tokens: thoughts cannot be told from text, so there are none
     is_inside = parsers.begins_inside(prompt.text)

@@ -81,7 +81,11 @@ def make_state(
         metrics=Metrics(name, engine.stats),
         token_texts=TokenTexts(tokenizer),
         parsers=choose_parsers(
-            config.tool_call_parser, config.reasoning_parser, template_text(tokenizer), special_names(tokenizer)
+            config.tool_call_parser,
+            config.reasoning_parser,
+            template_text(tokenizer),
+            special_names(tokenizer),
+            getattr(tokenizer, "response_template", None),
         ),
         marks=marks_of(tokenizer),
         model_name=name,
@@ -181,8 +185,7 @@ async def _serve(
             _say(f"sampling defaults of generation_config.json: {', '.join(f'{k} {v}' for k, v in defaults.items())}")
         scheme = "http" if config.ssl_certfile is None else "https"
         if state.tokenizers.tokenizer.chat_template is not None:
-            thoughts = state.parsers.reasoning or "none"
-            _say(f"parsers: tool calls {state.parsers.calls}, reasoning {thoughts}")
+            _say(state.parsers.describe())
         _say(f"ready at {' and '.join(url_of(listener, scheme) for listener in listeners)}")
         number = await _next(signals, failed)
         state.is_draining = True
