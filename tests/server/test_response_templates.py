@@ -31,6 +31,14 @@ NAMED_CALLS = {
     "content_args": {"unquoted_keys": True},
     "transform": {"type": "function", "function": FUNCTION},
 }
+XML_CALLS = {
+    "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+    "close_pattern": r"</function>\s*</tool_call>",
+    "repeats": True,
+    "content": "xml-inline",
+    "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\s*(?P<value>.*?)\s*</parameter>"},
+    "transform": {"function": FUNCTION},
+}
 CONTENT = {"content": {"close": "<end>"}}
 
 
@@ -56,6 +64,13 @@ FIELDS = '{text: "a \\"b\\" {c}", count: "3"}'
         (HERMES_LIKE, "", '<tool_call>{"a": 1}</tool_call> So.', ('<tool_call>{"a": 1}</tool_call>So.', "", [])),
         (HERMES_LIKE, "", '<tool_call>{"name', ('<tool_call>{"name', "", [])),
         (OWN, "", f"Now.<call:find>{FIELDS}</call>", ("Now.", "", [CALL])),  # the schema makes "3" a number
+        (
+            spec(XML_CALLS),
+            "",
+            'Now.\n<tool_call>\n<function=find>\n<parameter=text>\na "b" {c}\n</parameter>\n<parameter=count>\n3\n'
+            "</parameter>\n</function>\n</tool_call>",
+            ("Now.", "", [CALL]),
+        ),
         (spec(JSON_CALLS, content={"content_args": {"strip": False}}), "", "\na\n", ("\na\n", "", [])),
     ],
 )
@@ -88,6 +103,7 @@ def test_calls_that_are_forced_are_read_in_the_format_that_forces_them():
         parser = choose_parsers("auto", "auto", "", response_template=template).make(SCHEMAS, "", is_forced=True)
         assert read(parser, CALL_TEXT, 3) == ("", "", [CALL])
     assert choose_parsers("auto", "auto", "", response_template=HERMES_LIKE).reads_forced
+    assert choose_parsers("auto", "auto", "<function=", response_template=spec(XML_CALLS)).reads_forced
 
 
 @pytest.mark.parametrize("broken", [5, {"fields": {}}, {"fields": {"content": {"open_pattern": "("}}}, {}])

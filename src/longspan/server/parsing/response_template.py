@@ -97,12 +97,11 @@ class ResponseTemplate:
         parser = _parser({**self._given, "fields": fields}, prompt[-_BEFORE:])
         return _ByTemplate(parser, self._call, tools, keeps_space)
 
-    def reads(self, text: str, name: str, arguments: Mapping[str, Any]) -> bool:
-        """Whether it finds a call in a text, and nothing else."""
-        parser = self.make({name: {}}, "", with_thoughts=True)
+    def reads(self, text: str, function: str, argument: str, value: int) -> bool:
+        """Whether it finds a call with one argument in a text, and nothing else."""
+        parser = self.make({function: {"properties": {argument: {"type": "integer"}}}}, "", with_thoughts=True)
         found = [*parser.feed(text), *parser.finish()]
-        written = "".join(piece.text for piece in found if isinstance(piece, CallArguments))
-        return found[:1] == [CallStart(name)] and len(found) == 2 and json.loads(written) == arguments
+        return found == [CallStart(function), CallArguments(json.dumps({argument: value}))]
 
 
 def _text_field(field: Mapping[str, Any]) -> dict[str, Any]:

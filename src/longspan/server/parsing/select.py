@@ -118,14 +118,15 @@ def choose_parsers(
     format = CALL_FORMATS[calls]
     if used is not None:
         before, middle, behind = format.call
-        text = f'{format.around[0]}{before}f{middle}{{"x": 1}}{behind}{format.around[1]}'
+        arguments = "<parameter=x>\n1\n</parameter>\n" if calls == "qwen_xml" else '{"x": 1}'
+        text = f"{format.around[0]}{before}f{middle}{arguments}{behind}{format.around[1]}"
         return Parsers(
             calls,
             None if reasoning == "none" else reasoning,
             are_calls_special=True,  # its marks may be special tokens, and it says what becomes of the others
             are_thoughts_special=True,
             template=used,
-            reads_forced=used.reads(text, "f", {"x": 1}),
+            reads_forced=used.reads(text, "f", "x", 1),
         )
     return Parsers(
         calls,
