@@ -1,6 +1,7 @@
 """What others feel of a long prefill, what many short requests get out of several ranks, and what the driver costs.
 
-    python benchmarks/serve.py [--length 65536] [--only short,alone,long,prefix,driver] [--repeats 3] [--json] [--save]
+    python benchmarks/serve.py [--length 65536] [--only short,alone,long,prefix,driver,http,parsers]
+        [--repeats 3] [--json] [--save]
 
 Each part runs the engines that it compares one after the other, `--repeats` times, in one process with real worker
 processes; numbers are medians. HTTP is left out: on two cores a client in the same machine would be most of the cost.
@@ -10,6 +11,9 @@ processes; numbers are medians. HTTP is left out: on two cores a client in the s
     long     one prompt of --length tokens over both ranks, with short requests beside it, against the same prompt alone
     prefix   a prompt of half that length, and again with another end
     driver   time that the driver needs per step with 64 running requests: schedule, ship, collect
+    http     1-token answers over 64 connections, and 64 streams, with SmolLM2; with LONGSPAN_BENCH_VLLM=PATH also vLLM's
+             server, whose command is there, on the same cores
+    parsers  CPU time of the server's process per token of a stream, with tools and thoughts, against neither
 """
 
 import asyncio
@@ -22,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import http_load
 from common import VOCAB_SIZE, median, parser, random_model, random_prompt, report
 from longspan.cli.serve import SHORT_STRIPE, STRIPED_FROM
 from longspan.config import EngineConfig
@@ -250,18 +255,20 @@ PARTS: dict[str, Callable[[Path, int, int], dict[str, Any]]] = {
     "prefix": prefix,
     "driver": driver,
 }
+OVER_HTTP = {"http": http_load.http, "parsers": http_load.parsers}
+"""Parts that run only if they are named."""
 
 
 def main() -> None:
     options = parser(__doc__)
     options.set_defaults(length=65536)
-    options.add_argument("--only", default=",".join(PARTS), help="parts to run")
+    options.add_argument("--only", default=",".join(PARTS), help=f"parts to run, also {', '.join(OVER_HTTP)}")
     chosen = options.parse_args()
     rows = []
     with random_model() as model:
         for name in chosen.only.split(","):
             repeats = 1 if name == "long" and chosen.length > 20_000 else chosen.repeats
-            found = PARTS[name](model, repeats, chosen.length)
+            found = (PARTS | OVER_HTTP)[name](model, repeats, chosen.length)
             rows += [{"part": name, "what": key, "value": value} for key, value in found.items()]
     report("serve", rows, {"vocabulary": VOCAB_SIZE, "max_step_ms": MAX_STEP_MS}, chosen)
 

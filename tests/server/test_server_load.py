@@ -84,4 +84,4 @@ def test_many_users_get_right_answers_and_leave_nothing_behind(cache_home, tmp_p
 
         assert served.end() == 0
         assert "Traceback" not in served.said()
-        assert len(served.lines) == 2, served.said()  # where it is and what it holds; nothing else happened
+        assert len(served.lines) == 3, served.said()  # where it is, what it holds, its parsers; nothing else happened

@@ -34,6 +34,21 @@ class Update(msgspec.Struct, frozen=True):
     """Whether the ranks are lost, so that new ones compute prompt and tokens again before the next token."""
 
 
+def merged(first: Update, second: Update) -> Update:
+    """Return one update that says what two of a request say, one after the other."""
+    return Update(
+        token_ids=[*first.token_ids, *second.token_ids],
+        logprobs=[*first.logprobs, *second.logprobs],
+        num_prefilled=second.num_prefilled,
+        num_cached=second.num_cached,
+        since_start_s=second.since_start_s,
+        finish_reason=second.finish_reason,
+        prompt_logprobs=first.prompt_logprobs if second.prompt_logprobs is None else second.prompt_logprobs,
+        num_accepted=second.num_accepted,
+        num_rejected=second.num_rejected,
+    )
+
+
 def update_of(request: Request, num_read: int, since_start_s: float) -> Update:
     """Make the update of a request that has advanced.
 

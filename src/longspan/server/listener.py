@@ -15,6 +15,7 @@ from longspan.errors import ConfigError
 from longspan.server.config import ServerConfig
 
 BACKLOG = 2048
+"""Connections that wait in a listening socket to be accepted."""
 
 
 def listen(config: ServerConfig) -> list[socket.socket]:
@@ -49,6 +50,12 @@ def listen(config: ServerConfig) -> list[socket.socket]:
             f"port: got {config.port} on {config.host}, legal is one that is free there: {failed.strerror}"
         ) from None
     return listeners
+
+
+def widen(listeners: list[socket.socket]) -> None:
+    """Let `BACKLOG` connections wait again, where asyncio has taken the number it accepts at a time for this one."""
+    for listener in listeners:
+        listener.listen(BACKLOG)
 
 
 def close(listeners: list[socket.socket], uds: str | None) -> None:

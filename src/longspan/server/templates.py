@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import ConfigError
 from longspan.models.chat_template import TEMPLATE_ERRORS
+from longspan.models.detokenizer import token_ids_of
 from longspan.server.errors import ApiError
 from longspan.server.messages import Message, Tool
 from longspan.server.state import ServerState
@@ -104,7 +105,7 @@ async def render(state: ServerState, conversation: Conversation) -> RenderedProm
         # A template that begins with the BOS token must not get a second one.
         has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
         adds = conversation.add_special_tokens and not has_bos
-        return RenderedPrompt(text, tokenizer(text, add_special_tokens=adds)["input_ids"])
+        return RenderedPrompt(text, token_ids_of(tokenizer, text, add_special_tokens=adds))
 
     prompt = await state.tokenizers.run(encode, sum(len(message.text) for message in conversation.messages))
     if not prompt.token_ids:
