@@ -1,4 +1,4 @@
-"""Load over HTTP on servers that are commands: longspan's, and vLLM's beside it. Parts `http` and `parsers` of serve.py.
+"""Load over HTTP on servers that are commands, longspan's and vLLM's: parts `http` and `parsers` of serve.py.
 
 Holds clients and server processes. Servers run on the cores of this process, one after the other; the clients too.
 """

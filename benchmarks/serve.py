@@ -11,8 +11,8 @@ processes; numbers are medians. HTTP is left out: on two cores a client in the s
     long     one prompt of --length tokens over both ranks, with short requests beside it, against the same prompt alone
     prefix   a prompt of half that length, and again with another end
     driver   time that the driver needs per step with 64 running requests: schedule, ship, collect
-    http     1-token answers over 64 connections, and 64 streams, with SmolLM2; with LONGSPAN_BENCH_VLLM=PATH also vLLM's
-             server, whose command is there, on the same cores
+    http     1-token answers over 64 connections, and 64 streams, with SmolLM2; with LONGSPAN_BENCH_VLLM=PATH also by
+             vLLM's server, whose command is there, on the same cores
     parsers  CPU time of the server's process per token of a stream, with tools and thoughts, against neither
 """
 

@@ -74,6 +74,7 @@ class JsonCalls:
         self._syntax = syntax
         self._header, self._trailer = regex.compile(syntax.header), regex.compile(syntax.trailer)
         self._closer = None if syntax.closer is None else regex.compile(syntax.closer)
+        self._firsts = {mark[0] for mark in syntax.begins}
         self._kept = ""
         self._read = self._read_text
         self._json = JsonEnd()
@@ -82,11 +83,20 @@ class JsonCalls:
 
     def feed(self, text: str) -> Sequence[Piece]:
         """Take the next text; return what is certain now."""
+        if self._is_plain(text):
+            self._is_between = False
+            return [Text(text)]
         self._kept += text
         found: list[Piece] = []
         while self._kept and self._read(found):
             pass
         return found
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether a text is one all of it, as nearly all are: nothing is open, and no mark can begin in it."""
+        if self._kept or self._has_called or self._read != self._read_text:
+            return False
+        return bool(text) and not text.isspace() and self._firsts.isdisjoint(text)
 
     def finish(self) -> Sequence[Piece]:
         """Return what was held back; the output ends here."""

@@ -33,6 +33,11 @@ class Thoughts:
 
     def feed(self, text: str) -> Sequence[Piece]:
         """Take the next text; return what is certain now."""
+        if not self._kept and not self._strips:  # as most are
+            if self._is_over:
+                return self._rest.feed(text)
+            if self._is_inside and text and self._end[0] not in text and not text[-1].isspace():
+                return [Thought(text)]
         self._kept += text
         found: list[Piece] = []
         while self._kept and not self._is_over:
