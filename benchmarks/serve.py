@@ -4,7 +4,8 @@
         [--repeats 3] [--json] [--save]
 
 Each part runs the engines that it compares one after the other, `--repeats` times, in one process with real worker
-processes; numbers are medians. HTTP is left out: on two cores a client in the same machine would be most of the cost.
+processes; numbers are medians. Only the last two go by HTTP, and must be asked for: on two cores a client in the same
+machine is much of the cost.
 
     short    64 requests (128 tokens in, 64 out) on 2 ranks x 1 thread, against 32 on 1 rank x 1 thread
     alone    one short request on 2 ranks x 1 thread, against 1 rank x 1 thread
