@@ -237,8 +237,8 @@ def test_every_option_arrives(longspan, monkeypatch):
         def __init__(self, model, **options):
             seen["config"] = EngineConfig(model=model, **options)
 
-        def generate(self, text, params, *, on_progress, clamps_max_tokens):
-            seen.update(text=text, params=params, clamps=clamps_max_tokens)
+        def generate(self, text, params, *, lora, on_progress, clamps_max_tokens):
+            seen.update(text=text, params=params, lora=lora, clamps=clamps_max_tokens)
             done = CompletionOutput("out", [1], FinishReason.LENGTH, None)
             return [RequestOutput(0, text, [1, 2], [done], None, 1.0, None, 0)]
 
@@ -253,10 +253,11 @@ def test_every_option_arrives(longspan, monkeypatch):
         "--prompt=p --max-tokens=7 --min-tokens=3 --temperature=0.5 --top-p=0.25 --top-k=9 --min-p=0.125 --seed=11 "
         "--stop=a --stop=b --ignore-eos --context-parallel-size=3 --threads-per-rank=2 --dtype=bfloat16 "
         "--placement=striped --strategy=pass_kv --decode-strategy=pass_q --page-size=32 --stripe-size=64 "
-        "--kv-cache-memory=2MiB --max-num-batched-tokens=99 --attention-backend=reference --executor=threads"
+        "--kv-cache-memory=2MiB --max-num-batched-tokens=99 --attention-backend=reference --executor=threads "
+        "--adapter=french"
     )
     assert longspan("generate", "some/model", *options.split()).out == "out\n"
-    assert seen["text"] == "p"
+    assert (seen["text"], seen["lora"]) == ("p", "french")
     assert seen["params"] == SamplingParams(
         max_tokens=7,
         min_tokens=3,
