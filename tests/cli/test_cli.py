@@ -254,7 +254,7 @@ def test_every_option_arrives(longspan, monkeypatch):
         "--stop=a --stop=b --ignore-eos --context-parallel-size=3 --threads-per-rank=2 --dtype=bfloat16 "
         "--placement=striped --strategy=pass_kv --decode-strategy=pass_q --page-size=32 --stripe-size=64 "
         "--kv-cache-memory=2MiB --max-num-batched-tokens=99 --attention-backend=reference --executor=threads "
-        "--adapter=french"
+        "--lora=french=/adapters/french --adapter=french"
     )
     assert longspan("generate", "some/model", *options.split()).out == "out\n"
     assert (seen["text"], seen["lora"]) == ("p", "french")
@@ -271,6 +271,7 @@ def test_every_option_arrives(longspan, monkeypatch):
     )
     assert seen["config"] == EngineConfig(
         model="some/model",
+        lora=("french=/adapters/french",),
         context_parallel_size=3,
         threads_per_rank=2,
         dtype="bfloat16",
