@@ -17,7 +17,6 @@ for exchanges in the order in which all ranks start them (`longspan.cp.pass_q`, 
 exchange's small messages before it waits for the large ones.
 """
 
-import os
 import select
 import time
 from collections import deque
@@ -118,9 +117,8 @@ class SocketCommunicator:
             unread = self._receive_all(unread)
             if not unread and all(self._num_sent[peer] >= num for peer, num in num_sent.items()):
                 return
-            if time.monotonic() < started + self._look_s:
-                os.sched_yield()
-            else:
+            # It looks without `sched_yield`: a program of low priority would get the core for milliseconds.
+            if time.monotonic() >= started + self._look_s:
                 self._wait_for([peer for peer, _ in unread], started + self._timeout_s)
 
     def _receive_all(self, unread: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
