@@ -245,7 +245,11 @@ def _talk(arguments):
         at = _until(main, seen, b">>> ", at)
         os.write(main, b"/reset\n")
         at = _until(main, seen, b"forgotten", at)
-        os.write(main, b"\x03")
+        at = _until(main, seen, b">>> ", at)
+        while b"ends the chat)" not in seen[at:]:  # a key just before Python reads is noticed with the next
+            os.write(main, b"\x03")
+            while select.select([main], [], [], 2)[0]:
+                _read(main, seen)
         at = _until(main, seen, b"ends the chat)", at)
         _until(main, seen, b">>> ", at)
         os.write(main, b"\x04")

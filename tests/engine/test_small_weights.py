@@ -254,7 +254,7 @@ def test_rejects_keeping_what_is_not_small(tmp_path):
 def test_rejects_small_weights_on_a_gpu_and_with_an_adapter():
     with pytest.raises(ConfigError, match="quantization: got 'int8' with device 'cuda', legal there is none"):
         config_of("recall", quantization="int8", device="cuda")
-    with pytest.raises(ConfigError, match="lora: got .* with quantization .keep., legal there is NAME=DIR"):
+    with pytest.raises(ConfigError, match=r"lora: got .* with quantization .keep., legal there is NAME=DIR"):
         config_of("recall", quantization="keep", lora="adapter")
     with pytest.raises(ConfigError, match="quantization: got 'int3', legal is one of none, keep, int8, int4"):
         config_of("recall", quantization="int3")
