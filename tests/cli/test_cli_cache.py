@@ -8,6 +8,7 @@ GENERATE = ("generate", "recall", "--executor", "threads", "--page-size", "4", "
 PROMPT = "The magic number is 4711. " + "Nothing else is of interest. " * 8 + "Once more: The magic number is "
 
 
+@pytest.mark.cover
 def test_a_second_question_about_a_text_is_answered_from_the_disk(longspan, cache_home, tmp_path, monkeypatch):
     monkeypatch.setattr(page_mover, "NICENESS", 0)  # on a busy machine the end would wait for long
     disk = str(tmp_path / "kv")

@@ -177,6 +177,7 @@ def test_a_million_tokens_of_llama_4_are_planned(plan, tmp_path):
     assert "(!)" not in text
 
 
+@pytest.mark.cover
 def test_the_text_part_of_a_multimodal_model_is_planned(plan, tmp_path):
     shape = load_shape(write_config(tmp_path, GEMMA_3_27B), "bfloat16")
     assert round(shape.num_weights / 1e9, 1) == 27.0

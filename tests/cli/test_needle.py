@@ -43,6 +43,7 @@ def test_a_prompt_has_its_length_and_the_fact_its_place(depth, has_template):
     assert text.endswith("[assistant]" if has_template else FACT)
 
 
+@pytest.mark.cover
 def test_recall_finds_every_needle_and_a_picture_shows_it(longspan, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "map.png"

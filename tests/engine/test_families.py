@@ -251,6 +251,7 @@ def test_decode_goes_round_the_ranks():
     assert request.output_token_ids == reference.token_ids
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-window-24"])
 @pytest.mark.parametrize("strategy", ["gather_kv", "pass_q"])
 def test_a_request_that_outgrows_its_rank_in_decode_is_joined_by_another(family, strategy):

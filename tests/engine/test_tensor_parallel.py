@@ -134,6 +134,7 @@ def test_everything_that_is_sampled_and_scored_is_as_with_one_process():
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
+@pytest.mark.cover
 def test_the_prefix_cache_and_preemption_work_on_parts():
     model = tiny_model("qwen3-window-mix")
     long, short = model.references[2], model.references[1]
@@ -223,6 +224,7 @@ def test_layers_of_a_part_are_fused_and_hold_nothing_else():
     assert model.plain.model.layers[0].self_attn.q_proj.out_features == 64, "the model that was given is whole"
 
 
+@pytest.mark.cover
 def test_fewer_kv_heads_than_processes_are_held_by_several():
     (group,) = inspect_model(load_config(tiny_model("mistral").path)[0], None, torch.float32, 4).kv_groups
     assert (group.num_query_heads, group.spec.layout.num_kv_heads) == (2, 1)

@@ -193,6 +193,7 @@ def test_both_tiers_get_every_page_and_memory_is_asked_first(tmp_path):
         assert engine.scheduler.memory.tiers.counts["disk"].num_loads == 1
 
 
+@pytest.mark.cover
 def test_preempted_requests_come_back_from_the_disk(tmp_path):
     model = tiny_model("mistral-window-24")
     prompts = [random_prompt(60, seed) for seed in range(6)]

@@ -157,6 +157,7 @@ def test_rejects_embeddings_and_logits(targets, what, tmp_path):
     refuses(write_adapter(tmp_path, tiny_model("llama").path, target_modules=targets), what)
 
 
+@pytest.mark.cover
 def test_modules_that_see_some_rows_alone_are_not_adapted():
     found = modules_of(tiny_model("qwen3_moe").path)
     assert "model.layers.0.self_attn.q_proj" in found.shapes

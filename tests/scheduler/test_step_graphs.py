@@ -49,6 +49,7 @@ def serve_traffic(num_ranks, placement, pages, requests, seed) -> FakeRanks:
     return ranks
 
 
+@pytest.mark.cover
 @settings(max_examples=25, deadline=None)
 @given(
     num_ranks=st.sampled_from([8, 3, 1]),

@@ -60,6 +60,7 @@ def test_events_begin_with_the_server_and_go_on_with_its_state(server):
     ]
 
 
+@pytest.mark.cover
 def test_a_running_request_is_seen_with_its_pages_and_its_progress(server):
     asked = threading.Thread(
         target=server.ok, args=("/v1/completions",), kwargs={"prompt": PROMPT, "max_tokens": 900, "ignore_eos": True}
@@ -88,6 +89,7 @@ def test_a_running_request_is_seen_with_its_pages_and_its_progress(server):
         assert one["strategy"] in {candidate["strategy"] for candidate in one["candidates"]}
 
 
+@pytest.mark.cover
 def test_watchers_share_a_snapshot_and_nobody_costs_nothing(server, monkeypatch):
     taken = []
     look = server.state.engine.look

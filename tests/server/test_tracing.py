@@ -96,6 +96,7 @@ def test_every_request_is_a_span_with_vllms_attributes(cache_home):
     assert (nothing["http.response.status_code"], nothing["url.path"]) == (404, "/nothing")
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("kind", ["gone", "silent", "refusing"])
 def test_a_collector_that_does_not_answer_disturbs_nobody(cache_home, capfd, monkeypatch, kind):
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")

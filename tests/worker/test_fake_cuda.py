@@ -105,6 +105,7 @@ def test_every_family_runs_on_a_gpu(family):
     assert WATCH.num_operators > 20
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("strategy", ["pass_q", "pass_kv", "gather_kv", pytest.param("tree", marks=pytest.mark.slow)])
 def test_every_strategy_runs_on_gpus(strategy):
     runs = serve("llama", 3, placement="striped", strategy=strategy)
