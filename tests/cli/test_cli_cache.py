@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from longspan.worker import page_mover
 
 GENERATE = ("generate", "recall", "--executor", "threads", "--page-size", "4", "--stripe-size", "8", "--json")
