@@ -13,13 +13,13 @@ def generate_greedily(
     """Greedy tokens of Transformers' own `generate`, and the lead of each over the next best.
 
     Args:
-        model: from Transformers.
+        model: from Transformers, or around one by peft.
         prompt: token ids.
         num_tokens: to generate, whatever they are.
         options: further arguments of `generate`.
     """
     output = model.generate(
-        torch.tensor([prompt]),
+        input_ids=torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=num_tokens,
         do_sample=False,

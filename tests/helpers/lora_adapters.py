@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from greedy import generate_greedily
 from tiny_models import NEAR_TIE, Reference, model_root, random_prompt, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -60,20 +61,10 @@ def merged_model(path: str, adapter: str) -> torch.nn.Module:
     return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
-@torch.inference_mode()
 def generate_with(path: str, adapter: str | None, prompt: Sequence[int], num_tokens: int) -> Reference:
     """Greedy tokens of peft's own generate."""
-    output = peft_model(path, adapter).generate(
-        input_ids=torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    top = torch.cat(output.logits).topk(2).values
-    return Reference(list(prompt), output.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist())
+    model = peft_model(path, adapter)
+    return Reference(list(prompt), *generate_greedily(model, prompt, num_tokens))
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import lora_adapters
 import pytest
 import torch
 from proven_models import NUM_TOKENS, proven_model, references_of
@@ -24,17 +25,8 @@ pytestmark = pytest.mark.cover
 peft = pytest.importorskip("peft")
 
 
-def write_adapter(path, base=None, seed=0, noisy=("lora_",), **options):
-    """Write an adapter with weights that matter to the next token."""
-    model = AutoModelForCausalLM.from_pretrained(base or proven_model("llama").path, dtype=torch.float32)
-    given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **given))
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in adapted.named_parameters():
-        if any(part in name for part in noisy):
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.3
-    adapted.save_pretrained(path)
-    return str(path)
+def write_adapter(path, base=None, **options):
+    return lora_adapters.write_adapter(path, base or proven_model("llama").path, **options)
 
 
 def engine_config(path, **options):
