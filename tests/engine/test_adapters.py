@@ -6,8 +6,18 @@ import shutil
 import pytest
 import torch
 from drafts import SPECULATION, check_all_drafts, scripted
-from lora_adapters import adapter_engine, adapter_references, both, generate_with, merged_model, tiny_adapter
-from tiny_models import FAMILIES, VOCAB_SIZE, all_pairs, greedy, memory_for, run_all, tiny_model
+from lora_adapters import (
+    adapter_engine,
+    adapter_references,
+    both,
+    check_adapter_beside_none,
+    generate_with,
+    merged_model,
+    tiny_adapter,
+    write_adapter,
+)
+from proven_models import proven_model
+from tiny_models import FAMILIES, VOCAB_SIZE, all_pairs, greedy, memory_for, random_prompt, run_all, tiny_model
 from transformers import AutoModelForCausalLM
 
 from longspan.errors import ConfigError
@@ -118,6 +128,25 @@ def one_by_one(engine, names, length=97):
 
 ORDER = (None, "a", "b", "a", None, "b")
 IS_CACHED = [False, False, False, True, True, True]
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize("num_ranks", [2, 1, 3])
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("qwen3_5_text", ["q_proj", "v_proj"]),
+        ("lfm2", ["q_proj", "v_proj"]),
+        ("falcon_h1", ["q_proj", "v_proj"]),
+        ("youtu", ["o_proj", "down_proj"]),
+    ],
+)
+def test_adapters_of_hybrids_and_latents_give_the_tokens_of_peft(name, modules, num_ranks, tmp_path):
+    path = proven_model(name).path
+    adapter = write_adapter(tmp_path, path, target_modules=modules)
+    spread = {**STRIPED, "context_parallel_size": num_ranks}
+    for length in (50, 97):
+        check_adapter_beside_none(path, adapter, random_prompt(length, length), **spread)
 
 
 def test_pages_are_shared_by_requests_of_one_adapter_alone():

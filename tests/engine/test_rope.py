@@ -212,6 +212,15 @@ def test_ranks_of_several_processes_cross_the_original_length(name):
     assert [r.output_token_ids for r in requests] == [reference(name, prompt) for prompt in prompts]
 
 
+@pytest.mark.parametrize("name", ["llama-longrope", "llama-dynamic"])
+def test_adapters_on_both_sides_of_the_original_length(name, tmp_path):
+    lora_adapters = pytest.importorskip("lora_adapters")  # needs peft
+    path = rope_model(name).path
+    adapter = lora_adapters.write_adapter(tmp_path, path, target_modules=["q_proj", "v_proj"])
+    for length in (50, 97):
+        lora_adapters.check_adapter_beside_none(path, adapter, prompt_of(length), **options("pass_q"))
+
+
 @pytest.mark.cover
 def test_prompt_log_probabilities_outlive_the_crossing():
     params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0, prompt_logprobs=0)

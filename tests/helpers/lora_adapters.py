@@ -7,11 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from greedy import generate_greedily
-from tiny_models import NEAR_TIE, Reference, model_root, random_prompt, tiny_model
+from tiny_models import NEAR_TIE, Reference, model_root, random_prompt, run_all, tiny_model
 from transformers import AutoModelForCausalLM
 
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
+from longspan.types import SamplingParams
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 peft = pytest.importorskip("peft")
@@ -110,3 +111,22 @@ def adapter_engine(path: str, lora: object, **options: object) -> Iterator[Engin
 def both(family: str) -> dict[str, str]:
     """The option for both adapters of a family."""
     return {name: tiny_adapter(family, name) for name in ("a", "b")}
+
+
+def check_adapter_beside_none(path: str, adapter: str, prompt: Sequence[int], **options: object) -> None:
+    """Ask twice without and with an adapter, in turns; tokens must be peft's, and the second time pages are found.
+
+    Args:
+        path: the model's directory.
+        adapter: the adapter's.
+        prompt: of all four requests.
+        options: of the engine's config.
+    """
+    with adapter_engine(path, {"a": adapter}, **options) as engine:
+        for name, is_cached in ((None, False), ("a", False), (None, True), ("a", True)):
+            peft_model.cache_clear()  # RoPE of some models keeps what longer requests left in the module
+            wanted = generate_with(path, None if name is None else adapter, prompt, 24)
+            found = None if name is None else engine.adapters.find(name)
+            one = engine.add_request(prompt, SamplingParams(max_tokens=24, ignore_eos=True), adapter=found)
+            run_all(engine)
+            assert (one.output_token_ids, one.num_cached > 0) == (wanted.token_ids, is_cached), name
