@@ -29,7 +29,7 @@ class Ranks:
         count = self.rng.choice([1, 1, 1, 2, self.num_ranks])
         ranks = frozenset(self.rng.sample(range(self.num_ranks), min(count, self.num_ranks)))
         self.ready[request_id] = (request, ranks)
-        self.lanes.put(request, ranks)
+        self.lanes.put([(request, ranks)])
 
     def sorted_turns(self) -> list[Turn]:
         return sorted(self.turns.of(*entry, self.next_plan_id, self.num_running) for entry in self.ready.values())
@@ -54,7 +54,7 @@ class Ranks:
             self.lanes.note_prefill(lead.ranks)
         for turn in list(members):
             if turn is lead or self.rng.random() < 0.5:
-                self.lanes.discard(turn.request)
+                self.lanes.discard([turn.request])
                 del self.ready[turn.request_id]
         self.busy |= lead.ranks
         self.next_plan_id += self.rng.choice([1, 1, 30])
@@ -71,7 +71,7 @@ def test_the_lead_is_the_first_of_all_turns_whose_ranks_are_idle_and_unclaimed()
                 ranks.add()
             elif action < 0.5 and ranks.ready:
                 request, _ = ranks.ready.pop(rng.choice(list(ranks.ready)))
-                ranks.lanes.discard(request)
+                ranks.lanes.discard([request])
             elif action < 0.7:
                 ranks.busy -= set(rng.sample(range(ranks.num_ranks), rng.randint(1, ranks.num_ranks)))
             elif action < 0.75:
@@ -95,7 +95,7 @@ def test_a_prompt_that_has_waited_too_long_goes_first_though_nothing_has_touched
     for last_plan_id, ranks_of in ((3, {0}), (1, {0})):
         request = Request(last_plan_id, SamplingParams(), 0, [5] * 9, 9, ())
         request.delivery.wait_from(last_plan_id)
-        ranks.lanes.put(request, frozenset(ranks_of))
+        ranks.lanes.put([(request, frozenset(ranks_of))])
     ranks.turns._last_prefill[0] = 5
     assert ranks.lanes.lead(set(), 6, 2).turn == 5
     patience = PATIENCE * 2 * (1 + 2)

@@ -26,7 +26,7 @@ class PlanSender:
         """Make the message of each rank of a plan."""
         last, follows = self._last, plan.follows
         found: dict[int, bytes] = {}
-        if follows is not None and all(last.get(rank) == follows for rank in plan.ranks):
+        if follows is not None and {last.get(rank) for rank in plan.ranks} == {follows}:
             token_ids: dict[int, list[int]] = {}
             for run in plan.query_runs:
                 if isinstance(run.tokens, Literals):

@@ -13,6 +13,8 @@ from longspan.plan.types import KeptState, PageCopy, StatePlace
 from longspan.scheduler.reservations import Claims
 from longspan.sharding.pages import PageRun, PageTable
 
+NO_RANKS: frozenset[int] = frozenset()
+
 
 class Allocation:
     """The pages of one request, from its admission to its end or its preemption."""
@@ -51,7 +53,7 @@ class Allocation:
         """Per run of `page_ranks`, one past its last page."""
         self.num_pages = 0
         """Pages that are placed."""
-        self.ranks: frozenset[int] = frozenset()
+        self.ranks = NO_RANKS
         """Ranks that have a page of the request, or will have."""
         self.claims = Claims(num_pools or num_groups)
         """What the request has been promised."""
@@ -97,7 +99,7 @@ class Allocation:
     def source_ranks(self) -> frozenset[int]:
         """Ranks with something that the next step takes from where it lies: pages to copy, the state."""
         if not self.copies and self.state is None and self.state_source is None:
-            return frozenset()
+            return NO_RANKS
         places = [copy.source.rank for copy in self.copies]
         states = [place.rank for place in (self.state or self.state_source,) if place is not None]
         return frozenset((*places, *states))

@@ -81,16 +81,17 @@ def fill_step(lead: Turn, ready: Sequence[Turn], config: EngineConfig, chunks: C
 def _again(lead: Turn, ready: Sequence[Turn], page_size: int) -> ChosenStep | None:
     """The step that takes the decodes of the last one a token further, if they are all that is ready.
 
-    They fitted together before, and their tokens go where those before them went.
+    They fitted together before, and their tokens go where those before them went. They stay in the order of that plan.
     """
     step, ranks = lead.request.delivery.last_step, lead.ranks
     if step is None or len(step.requests) != len(ready):
         return None
-    stays, ends = len(ranks) == 1, []
+    stays, ends = len(ranks) == 1, {}
     for turn in ready:
         request = turn.request
         position = request.num_computed
         if request.delivery.last_step is not step or not (stays or position % page_size):
             return None
-        ends.append((request, position + 1))
-    return ChosenStep(ranks, ends, None if stays else Phase.DECODE)
+        ends[request.request_id] = (request, position + 1)
+    chosen = [ends[run.request_id] for run in step.plan.query_runs]
+    return ChosenStep(ranks, chosen, None if stays else Phase.DECODE)

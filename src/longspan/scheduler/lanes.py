@@ -12,7 +12,7 @@ Note [Touched lanes]
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 
 from longspan.scheduler.request import Request
@@ -44,27 +44,37 @@ class Lanes:
     def __len__(self) -> int:
         return len(self._ranks_of)
 
-    def put(self, request: Request, ranks: AbstractSet[int]) -> None:
-        """Add a request that is ready; its next step may involve these ranks."""
-        self._ranks_of[request.request_id] = ranks
-        if len(ranks) > 1:
-            self._wide[request.request_id] = request
-            return
-        (rank,) = ranks
-        self._lanes[rank][request.request_id] = request
-        self._touch(rank)
+    def put(self, ready: Iterable[tuple[Request, AbstractSet[int]]]) -> None:
+        """Add requests that are ready, each with the ranks that its next step may involve."""
+        touched: set[int] = set()
+        for request, ranks in ready:
+            request_id = request.request_id
+            self._ranks_of[request_id] = ranks
+            if len(ranks) > 1:
+                self._wide[request_id] = request
+                continue
+            (rank,) = ranks
+            self._lanes[rank][request_id] = request
+            touched.add(rank)
+        for rank in touched:
+            self._touch(rank)
 
-    def discard(self, request: Request) -> None:
-        """Take a request out, if it is there."""
-        ranks = self._ranks_of.pop(request.request_id, None)
-        if ranks is None:
-            return
-        if len(ranks) > 1:
-            del self._wide[request.request_id]
-            return
-        (rank,) = ranks
-        del self._lanes[rank][request.request_id]
-        self._touch(rank)
+    def discard(self, requests: Iterable[Request]) -> None:
+        """Take requests out, those that are there."""
+        touched: set[int] = set()
+        for request in requests:
+            request_id = request.request_id
+            ranks = self._ranks_of.pop(request_id, None)
+            if ranks is None:
+                continue
+            if len(ranks) > 1:
+                del self._wide[request_id]
+                continue
+            (rank,) = ranks
+            del self._lanes[rank][request_id]
+            touched.add(rank)
+        for rank in touched:
+            self._touch(rank)
 
     def note_prefill(self, ranks: AbstractSet[int]) -> None:
         """Take down that a plan with a prompt takes prefill's turn on these ranks: others' turns change."""

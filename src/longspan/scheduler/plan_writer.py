@@ -46,6 +46,7 @@ class PlanWriter:
         """Args: `memory` allocates the pages; `graphs` decides what is captured."""
         self._model, self._config, self._memory, self._graphs = model, config, memory, graphs
         self._block_len = GPU_BLOCK_LEN if config.device == "cuda" else BLOCK_LEN
+        self._sliding = [i for i, group in enumerate(model.kv_groups) if group.spec.reach is not None]
         self.costs = costs_by_bytes(config.known_nodes or (0,) * config.context_parallel_size)
         """What the ranks and links can do; until they have measured it, every link is the same."""
         self.choices = StrategyChoices()
@@ -79,14 +80,9 @@ class PlanWriter:
             behind: the plan that samples the tokens; None if they are known.
         """
         sampled = None if behind is None else SampledBy(behind.plan_id)
-        if any(request.adapter is not None for request, _ in chosen):
-            chosen = sorted(
-                chosen, key=lambda entry: _adapter_key(entry[0])
-            )  # rows of an adapter are computed together
-        if len(ranks) > 1:
-            chosen = sorted(chosen, key=lambda entry: _is_packed(entry[0]))  # see `Plan.packed`
         plan = None if released else self._next(plan_id, ranks, chosen, sampled)
         if plan is None:
+            chosen = sorted(chosen, key=_place_in_plan)
             plan = self._new(plan_id, ranks, chosen, movers, released, sampled)
         else:
             self.choices.count_again(movers or plan.phase, plan.groups)
@@ -95,8 +91,8 @@ class PlanWriter:
         step = Step(plan, [request for request, _ in chosen]) if goes_on else None
         for request, end in chosen:
             request.note_planned(end)
-            is_spread = request.allocation is not None and len(request.allocation.page_ranks) > 1
-            request.delivery.note_plan(plan_id, moves_queries=moves_queries and is_spread, step=step)
+            is_moved = moves_queries and request.allocation is not None and len(request.allocation.page_ranks) > 1
+            request.delivery.note_plan(plan_id, moves_queries=is_moved, step=step)
         return plan
 
     def _next(
@@ -121,8 +117,7 @@ class PlanWriter:
             tokens.append(sampled or Literals((request.token_ids[position],)))
         if ranks != set(last.ranks):
             return None
-        groups = zip(last.groups, self._model.kv_groups, strict=True)
-        slides = any(step.nodes and group.spec.reach is not None for step, group in groups)
+        slides = self._sliding and any(last.groups[i].nodes for i in self._sliding)
         plan: Plan | None = advance(last, plan_id, tokens)
         if slides and plan is not None:
             plan = self._slid(plan, chosen)
@@ -226,9 +221,11 @@ def _is_packed(request: Request) -> bool:
     return allocation is not None and len(allocation.ranks) == 1 and allocation.source_ranks <= allocation.ranks
 
 
-def _adapter_key(request: Request) -> int:
-    """Place of a request's adapter among others; those without one come first."""
-    return -1 if request.adapter is None else request.adapter.adapter_id
+def _place_in_plan(entry: tuple[Request, int]) -> tuple[bool, int]:
+    """Key that puts a plan's requests in order: packed ones last (see `Plan.packed`), and rows of one adapter side by
+    side, as they are computed together."""
+    request, _ = entry
+    return _is_packed(request), -1 if request.adapter is None else request.adapter.adapter_id
 
 
 def _request_step(

@@ -40,6 +40,7 @@ Note [Lost ranks]
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from longspan.config import EngineConfig
@@ -218,7 +219,7 @@ class Scheduler:
         index = bisect_left(self.running, request.request_id, key=lambda r: r.request_id)
         assert self.running[index] is request
         del self.running[index]
-        self._lanes.discard(request)
+        self._lanes.discard((request,))
         self._idle.pop(request.request_id, None)
         self._load.remove(request)
         if request in self.loading:
@@ -302,17 +303,19 @@ class Scheduler:
         if not self._idle:
             return
         idle, self._idle = sorted(self._idle.values(), key=lambda request: request.request_id), {}
-        has_drafts = self.drafting.is_on
+        has_drafts, page_size = self.drafting.is_on, self.config.page_size
+        ready: list[tuple[Request, AbstractSet[int]]] = []
         for request in idle:
             allocation = request.allocation
             if allocation is None:
                 continue  # preempted for an older one
-            if self._has_page(request, allocation):
+            if len(request.token_ids) <= allocation.num_pages * page_size or self._has_page(request, allocation):
                 if has_drafts:
                     self._place_drafts(request, allocation)
-                self._lanes.put(request, self._chunks.next_ranks(request, allocation))
+                ready.append((request, self._chunks.next_ranks(request, allocation)))
             elif request.allocation is not None:
                 self._idle[request.request_id] = request
+        self._lanes.put(ready)
 
     def _schedule_alone(self, request: Request) -> Plan | None:
         """The next plan of a request with nobody beside it."""
@@ -391,8 +394,9 @@ class Scheduler:
         ranks, chosen, movers, flops, behind = step
         released: set[int] = set()
         for rank in ranks:
-            released |= self._unreported[rank]
-            self._unreported[rank].clear()
+            if unreported := self._unreported[rank]:
+                released |= unreported
+                unreported.clear()
         plan = self.writer.write(self.next_plan_id, ranks, chosen, movers, released, behind)
         self.next_plan_id += 1
         self._turns.note_plan(plan)
@@ -401,10 +405,11 @@ class Scheduler:
         self.busy_ranks |= ranks
         for rank in ranks:
             self._num_plans[rank] += 1
-        for request, _ in chosen:
-            self._lanes.discard(request)
-            self._idle.pop(request.request_id, None)
         requests = [request for request, _ in chosen]
+        self._lanes.discard(requests)
+        if self._idle:
+            for request in requests:
+                self._idle.pop(request.request_id, None)
         self._ahead.note_plan(plan, requests, behind)
         self.in_flight[plan.plan_id] = InFlight(plan, requests, flops)
         return plan
