@@ -123,33 +123,36 @@ def query_units(
         num_blocks: most blocks of one pair of ranks.
         rank: the rank whose part is wanted; None for all of them.
     """
-    own = None if rank is None else next((i for i, node in enumerate(nodes) if rank in node), None)
-    if rank is not None and own is None:
+    places = {member: (node_idx, i) for node_idx, node in enumerate(nodes) for i, member in enumerate(node)}
+    if rank is not None and rank not in places:
         return []
+    own = None if rank is None else places[rank][0]
+    inside: dict[int, dict[Pair, list[Range]]] = {}  # shift in a node to what it sends
+    between: dict[int, dict[int, list[tuple[int, int]]]] = {}  # shift of nodes to homes, with (place, owner) there
+    for home, owner in meets:
+        if home not in places or owner not in places:
+            continue
+        (home_node, i), (owner_node, j) = places[home], places[owner]
+        if home_node == owner_node:
+            if rank in (None, home, owner):
+                shift = (j - i) % len(nodes[home_node])
+                inside.setdefault(shift, {})[home, owner] = list(meets[home, owner])
+        elif rank in (None, home) or owner_node == own:
+            shift = (owner_node - home_node) % len(nodes)
+            between.setdefault(shift, {}).setdefault(home, []).append((j, owner))
     units: list[QueryUnit] = []
-    first = 0  # number of the shift's first unit
-    for shift in range(1, max((len(node) for node in nodes), default=0)):
+    for shift in sorted(inside):
+        units += _blocks(inside[shift], {}, meets, block_len, (shift - 1) * num_blocks, rank)
+    largest = max(map(len, nodes), default=1)
+    num_inside = largest - 1  # shifts
+    mates = {member: [other for other in node if other != member] for node in nodes for member in node if largest > 1}
+    for shift in sorted(between):
         pairs: dict[Pair, list[Range]] = {}
-        for node in nodes if own is None else (nodes[own],):
-            for i, home in enumerate(node):
-                pair = (home, node[(i + shift) % len(node)])
-                if shift < len(node) and pair in meets and rank in (None, *pair):
-                    pairs[pair] = list(meets[pair])
-        units += _blocks(pairs, {}, meets, block_len, first, rank)
-        first += num_blocks
-    mates = {member: [other for other in node if other != member] for node in nodes for member in node if len(node) > 1}
-    for shift in range(1, len(nodes)):
-        pairs = {}
-        for node_idx in range(len(nodes)) if own is None else {own, (own - shift) % len(nodes)}:
-            other = nodes[(node_idx + shift) % len(nodes)]
-            for i, home in enumerate(nodes[node_idx]):
-                if rank not in (None, home, *other):
-                    continue
-                owners = [owner for owner in other if (home, owner) in meets]
-                if owners:
-                    pairs[home, owners[i % len(owners)]] = _together([meets[home, owner] for owner in owners])
-        units += _blocks(pairs, mates, meets, block_len, first, rank)
-        first += num_blocks
+        for home, found in between[shift].items():
+            owners = [found[0][1]] if len(found) == 1 else [owner for _, owner in sorted(found)]
+            leader = owners[places[home][1] % len(owners)]
+            pairs[home, leader] = _together([meets[home, owner] for owner in owners])
+        units += _blocks(pairs, mates, meets, block_len, (num_inside + shift - 1) * num_blocks, rank)
     return units
 
 
@@ -170,12 +173,15 @@ def _blocks(
     rank: int | None,
 ) -> list[QueryUnit]:
     """Units of one shift, where leaders pass queries on to their `mates`."""
+    if len(pairs) == 1 and not mates:  # of many ranks, a decode's home sends one row to each
+        ((pair, runs),) = pairs.items()
+        return [QueryUnit(first + i, False, {pair: block}, {}) for i, block in enumerate(cut_blocks(runs, block_len))]
     cut = {pair: cut_blocks(runs, block_len) for pair, runs in sorted(pairs.items())}
     units: list[QueryUnit] = []
     for index in range(max((len(blocks) for blocks in cut.values()), default=0)):
         queries = {pair: blocks[index] for pair, blocks in cut.items() if index < len(blocks)}
         relayed: dict[Pair, list[Range]] = {}
-        for (home, leader), runs in queries.items():
+        for (home, leader), runs in queries.items() if mates else ():
             for owner in mates.get(leader, ()):
                 wanted = meets.get((home, owner), {})
                 passed_on = [run for run in runs if run in wanted]
