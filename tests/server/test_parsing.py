@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -121,6 +122,14 @@ def test_calls_are_found_however_the_text_is_cut(name, text, told, calls):
 
 def test_every_format_has_cases():
     assert set(OUTPUTS) == set(CALL_FORMATS)
+
+
+def test_harmony_reads_what_its_own_package_reads():
+    recorded = json.loads(Path(__file__).with_name("harmony_outputs.json").read_text(encoding="utf-8"))
+    for case in recorded["cases"]:
+        expected = case["text"], case["thoughts"], [(name, arguments) for name, arguments in case["calls"]]
+        for seed in (None, *range(6)):
+            assert read(choose_parsers("harmony", "harmony", "").make(SCHEMAS, ""), case["output"], seed) == expected
 
 
 THOUGHTS = [
