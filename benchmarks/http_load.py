@@ -23,7 +23,7 @@ from common import median
 
 CONNECTIONS = 64
 VLLM_VARIABLE = "LONGSPAN_BENCH_VLLM"
-"""Environment variable with the path of vLLM's command; without it longspan's server is measured alone."""
+"""Environment variable with the path of the Python that has vLLM; without it longspan's server is measured alone."""
 
 PLAIN_TEMPLATE = "{% if tools %}{% endif %}{{ messages[0].content }}"
 """Chat template that takes tools and shows none: prompts with and without them are the same."""
@@ -145,7 +145,20 @@ def http(_model: Path, repeats: int, _length: int) -> dict[str, Any]:
     ours = [sys.executable, "-m", "longspan", "serve", model, "--served-model-name", "m", "--threads-per-rank", cores]
     commands = {"longspan": [*ours, "--max-num-seqs", str(CONNECTIONS), "--kv-cache-memory", "1Gi"]}
     if vllm := os.environ.get(VLLM_VARIABLE):
-        theirs = [vllm, "serve", model, "--served-model-name", "m", "--dtype", "float32", "--max-model-len", "2048"]
+        module = "vllm.entrypoints.openai.api_server"  # its command asks for metadata that CPU builds lack
+        theirs = [
+            vllm,
+            "-m",
+            module,
+            "--model",
+            model,
+            "--served-model-name",
+            "m",
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            "2048",
+        ]
         commands["vllm"] = [*theirs, "--max-num-seqs", str(CONNECTIONS)]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for repeat in range(repeats):

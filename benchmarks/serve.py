@@ -13,7 +13,7 @@ machine is much of the cost.
     prefix   a prompt of half that length, and again with another end
     driver   time that the driver needs per step with 64 running requests: schedule, ship, collect
     http     1-token answers over 64 connections, and 64 streams, with SmolLM2; with LONGSPAN_BENCH_VLLM=PATH also by
-             vLLM's server, whose command is there, on the same cores
+             vLLM's server, with the Python that is there, on the same cores
     parsers  CPU time of the server's process per token of a stream, with tools and thoughts, against neither
 """
 
