@@ -5,13 +5,13 @@ Read next: `longspan.option`, the statement at a field; `longspan.llm` and `long
 """
 
 import json
-import os
 import re
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from longspan.cgroups import cpu_quota
+from longspan.cpu_binding import allowed_cores, parse_cpu_binding
 from longspan.errors import ConfigError
 from longspan.option import Group, Option, check_options, is_number, take_texts_
 from longspan.quantities import MAX_COUNT, parse_listen, parse_size
@@ -183,6 +183,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     """Compute threads of one rank; where `tensor_parallel_size` makes it several processes, of each of them. None is
     cores / processes."""
+    cpu_binding: Annotated[
+        str,
+        Option(
+            "Cores of each process: none, auto (its share, on one NUMA node), or lists such as '0-3|4-7'.",
+            Group.RANKS,
+            metavar="none|auto|LISTS",
+        ),
+    ] = "none"
+    """Cores that each worker process is bound to. `auto` gives every process its share of the cores that this one may
+    use, next to each other; lists give each process its own, and it has as many threads unless `threads_per_rank` says
+    otherwise. Bound processes do not lend each other threads. See docs/performance.md."""
     executor: Annotated[ExecutorName, Option("What runs the ranks; see docs/several-machines.md.", Group.RANKS)] = (
         "processes"
     )
@@ -495,6 +506,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.speculative_config is not None:
             read_speculation(self.speculative_config)
         self._check_device()
+        self._check_cpu_binding()
         self._check_tensor_parallel()
         if self.topology is not None and self.measure == "again":
             raise ConfigError("measure: got 'again' with a topology file, whose numbers hold, legal is auto or never")
@@ -523,6 +535,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"profile: got {self.profile!r} with executor 'threads' and {self.context_parallel_size} ranks, legal "
                 "there is one rank: a profile is of a whole process"
+            )
+
+    def _check_cpu_binding(self) -> None:
+        parse_cpu_binding(self.cpu_binding, self.context_parallel_size * self.tensor_parallel_size)
+        if self.cpu_binding != "none" and (self.executor != "processes" or self.device == "cuda"):
+            raise ConfigError(
+                f"cpu_binding: got {self.cpu_binding!r} with executor {self.executor!r} and device {self.device!r}, "
+                "legal there is none: processes of this machine that compute on CPUs are bound"
             )
 
     def _check_overrides(self) -> None:
@@ -755,7 +775,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def num_threads(self) -> int:
         """Compute threads of one process of a rank."""
         processes = self.context_parallel_size * self.tensor_parallel_size
-        return self.threads_per_rank or max(1, num_cores() // processes)
+        listed = parse_cpu_binding(self.cpu_binding, processes)
+        cores = num_cores() // processes if listed is None else min(map(len, listed))
+        return self.threads_per_rank or max(1, cores)
 
     @property
     def speculation(self) -> Speculation | None:
@@ -795,6 +817,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def num_cores() -> int:
     """Cores that this process may run on; at most as many whole ones as its quota of time is worth, but one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(allowed_cores())
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))

@@ -52,7 +52,7 @@ class MeasuredOn(msgspec.Struct, frozen=True):
     """Which weights are small, and the bytes of all, as text."""
     simulated_links: str | None
     executor: str
-    """Executor, and the network interface that it was told to use."""
+    """Executor, and the network interface and cores that it was told to use."""
     are_equal: bool
     """Whether the ranks are taken to be equally fast."""
     versions: tuple[str, ...]
@@ -241,7 +241,7 @@ def _measured_on(config: EngineConfig, model: ModelSpec, hosts: Sequence[str], n
         num_parameters=model.num_parameters,
         quantization=f"{config.quantization} {model.weight_bytes}",
         simulated_links=config.simulated_links,
-        executor=f"{config.executor} {config.interface}",
+        executor=f"{config.executor} {config.interface} {config.cpu_binding}",
         are_equal=config.rank_weights is None,
         versions=(version("longspan"), str(torch.__version__), platform.python_version()),
     )

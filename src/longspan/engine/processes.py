@@ -21,6 +21,7 @@ import msgspec
 from longspan.comm.secret import VARIABLE as SECRET_VARIABLE
 from longspan.comm.secret import Secret
 from longspan.config import EngineConfig
+from longspan.cpu_binding import check_cores
 from longspan.errors import ConfigError, WorkerError
 from longspan.group.failures import describe_end
 from longspan.group.messages import ForkedWorker, ForkWorkers, KillWorkers, Order
@@ -42,9 +43,11 @@ class LocalLauncher:
         """Make the directory of the group's sockets, and start the child process.
 
         Raises:
-            ConfigError: the directory for temporary files has too long a name for sockets.
+            ConfigError: the directory for temporary files has too long a name for sockets, or a process is bound to a
+                core that this one may not use.
             WorkerError: the directory or the child process cannot be made.
         """
+        check_cores(config.cpu_binding, config.context_parallel_size * config.tensor_parallel_size)
         self._directory = _socket_directory()
         self._generation = 0
         self.secret: Secret | None = None

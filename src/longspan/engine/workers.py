@@ -41,6 +41,7 @@ class WorkerExecutor:
             LongspanError: the start was given up.
         """
         self._launcher, self._stop_s = launcher, start.config.stop_s
+        self._are_bound = start.config.cpu_binding != "none"
         self._plans = PlanSender()
         self._is_closed = False
         try:
@@ -73,7 +74,7 @@ class WorkerExecutor:
         return future
 
     def measure(self, nodes: tuple[int, ...], machines: tuple[int, ...]) -> list[RankMeasurement]:
-        self._tell(Measure(nodes, machines))
+        self._tell(Measure(nodes, machines, self._are_bound))
         return self._watch.measurements.all.result()
 
     def load_adapter(self, adapter: Adapter) -> "Future[None]":

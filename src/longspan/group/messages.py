@@ -96,6 +96,8 @@ class Measure(msgspec.Struct, frozen=True, tag=True):
     """Node of every rank."""
     machines: tuple[int, ...]
     """Machine of every rank; ranks on one machine share its cores."""
+    are_bound: bool = False
+    """Whether every process has cores of its own all the same."""
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):

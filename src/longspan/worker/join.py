@@ -61,7 +61,8 @@ def join(
     Collective: all processes of the group.
     """
     config, timeout_s = start.config, start.config.exchange_timeout_s
-    has_core = config.executor == "processes" and shape.world_size * config.num_threads <= num_cores()
+    num_threads = config.num_threads * (shape.world_size if config.cpu_binding == "none" else 1)
+    has_core = config.executor == "processes" and num_threads <= num_cores()
     look_s = LOOK_S if may_look and has_core else 0.0
     if shape.world_size == 1:
         return Joined(thread_group(1, timeout_s=timeout_s)[0], None)

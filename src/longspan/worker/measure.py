@@ -40,8 +40,10 @@ def measure(runner: ModelRunner, message: Measure) -> RankMeasurement:
     """
     comm, group = runner.comm.inner, runner.spec.kv_groups[0]  # the inner one: measurements are no traffic of plans
 
-    # Processes of this machine.
+    # Processes that share this one's cores.
     num_processes = message.machines.count(message.machines[runner.rank]) * (runner.peers.size if runner.peers else 1)
+    if message.are_bound:
+        num_processes = 1
 
     def sync() -> None:
         barrier(comm)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from longspan.comm.connect import Meeting, local_meeting
+from longspan.cpu_binding import cores_of
 from longspan.errors import CommunicationError, ConfigError, LongspanError
 from longspan.group.heartbeat import HeartbeatThread, ProcessProgress
 from longspan.group.host_memory import memory_bytes
@@ -77,6 +78,8 @@ def run_local(number: int, world_size: int, address: str) -> int:
     link = WorkerLink(address, None)
     start = link.introduce(hello, timeout_s=None)
     assert start.directory is not None, "processes of one machine meet in a directory"
+    if (cores := cores_of(start.config.cpu_binding, number, world_size)) is not None:
+        os.sched_setaffinity(0, cores)  # threads that start from now on inherit it
     process = GroupShape.of(start.config).process(number)
     failed = run(process, start, link, local_meeting(Path(start.directory)), start.config.num_threads, progress)
     return 0 if failed is None else 1

@@ -81,7 +81,7 @@ def serve(
         link.send(Files(process, fingerprint(directory, adapter)))
     # Other executors may have ranks on other machines, which cannot lend their threads.
     is_local = start.config.executor == "processes" and tools.device.type == "cpu" and part is None
-    is_lent = is_local and lends(num_threads, model, start.spec)
+    is_lent = is_local and start.config.cpu_binding == "none" and lends(num_threads, model, start.spec)
     fault = read_fault(os.environ, process, start.generation)
     cp, tp = join(process, start, shape, meeting, tools.device, may_look=not is_lent)
     damaging = DamagingCommunicator(cp) if fault is not None and fault.kind == "corrupt" else None
