@@ -10,6 +10,7 @@ from longspan.models.packed_linear import rounded
 from longspan.native import kernels, packed
 from longspan.native.experts import NativeExperts
 
+pytestmark = pytest.mark.usefixtures("binary")
 needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="needs the compiled kernels")
 
 

@@ -14,6 +14,7 @@ from longspan.native import kernels, onednn
 from longspan.sharding.visibility import Visibility
 from longspan.types import AttentionParams
 
+pytestmark = pytest.mark.usefixtures("binary")
 needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")
 
 

@@ -6,6 +6,7 @@ import torch
 from longspan.models.packed_linear import PackedLinear, rounded
 from longspan.native import kernels, packed
 
+pytestmark = pytest.mark.usefixtures("binary")
 needs_kernel = pytest.mark.skipif(not kernels.is_available(), reason="no C compiler when longspan was installed")
 
 SHAPES = [(1, 32), (48, 64), (50, 96), (33, 224), (300, 896)]

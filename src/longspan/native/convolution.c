@@ -12,7 +12,7 @@
 INLINE vec finished(vec sum, long is_silu) { return is_silu ? sum * sigmoid(sum) : sum; }
 
 /* Output of tokens [from, to) of one request; x and out are its first rows. */
-MULTIVERSION static void convolve(const float *x, long x_stride, const float *weight, const float *bias, long channels,
+static void convolve(const float *x, long x_stride, const float *weight, const float *bias, long channels,
                                   long taps, long is_silu, long from, long to, float *out)
 {
     for (long block = 0; block < channels; block += CHANNELS)
@@ -22,7 +22,7 @@ MULTIVERSION static void convolve(const float *x, long x_stride, const float *we
                 for (long j = t < taps - 1 ? taps - 1 - t : 0; j < taps; j++)
                     sum += load(x, (t - taps + 1 + j) * x_stride + c, 0) * load(weight, j * channels + c, 0);
                 sum = finished(sum, is_silu);
-                memcpy(out + t * channels + c, &sum, sizeof sum);
+                put(out + t * channels + c, sum);
             }
 }
 
@@ -46,7 +46,7 @@ int longspan_convolve(const float *x, long batch_stride, long token_stride, cons
     return 0;
 }
 
-MULTIVERSION static void step(const float *x, float *state, const float *weight, const float *bias, long taps,
+static void step(const float *x, float *state, const float *weight, const float *bias, long taps,
                               long is_silu, float *out)
 {
     float sums[LANES];
@@ -60,7 +60,7 @@ MULTIVERSION static void step(const float *x, float *state, const float *weight,
         sums[c] = sum + x[c] * weight[c * taps + taps - 1];
     }
     const vec value = finished(load(sums, 0, 0), is_silu);
-    memcpy(out, &value, sizeof value);
+    put(out, value);
 }
 
 /* One token x [batch, channels] of each request, behind the inputs in state [batch, channels, taps], which takes it in.

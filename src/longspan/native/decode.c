@@ -24,7 +24,6 @@
 #define MAX_ROWS 8
 #define MAX_WIDTH 576   /* that of latent attention */
 
-INLINE void put(float *base, vec value) { memcpy(base, &value, sizeof value); }
 
 INLINE vec larger(vec a, vec b)
 {
@@ -32,14 +31,14 @@ INLINE vec larger(vec a, vec b)
     return (vec)(((veci)a & mask) | ((veci)b & ~mask));
 }
 
-/* Keys or values of one KV head; stride in elements; kind and wide are constants in every kernel. */
+/* Keys or values of one KV head; stride in elements; kind is a constant in every kernel. */
 struct matrix {
     const void *base;
     long stride;
-    int kind, wide;
+    int kind;
 };
 
-INLINE vec part_of(struct matrix m, long row, long c) { return stored(m.base, row * m.stride + c, m.kind, m.wide); }
+INLINE vec part_of(struct matrix m, long row, long c) { return stored(m.base, row * m.stride + c, m.kind); }
 
 /* Multiply what belongs to each key, values [keys, padded], by the scale of the key's row in m. */
 INLINE void apply_scales(struct matrix m, long first, long keys, long padded, long width, float *values)
@@ -63,30 +62,29 @@ INLINE void prefetch(struct matrix m, long row, long c, long count)
 }
 
 /* scores [keys, padded] of keys from `first` on; -inf up to a whole vector. */
-INLINE void score(const float *q, struct matrix k, long first, long keys, long rows, long padded, long width, long tile,
+INLINE void score(const float *q, struct matrix k, long first, long keys, long rows, long padded, long width,
                   float *scores)
 {
-    const long together = padded < tile ? padded : tile, step = tile / together; /* rows and keys of a tile */
+    const long together = padded < TILE ? padded : TILE, step = TILE / together; /* rows and keys of a tile */
     long s = 0;
     for (; s + step <= keys; s += step)
+        UNROLL
         for (long r = 0; r < padded; r += together) {
             if (r == 0)
                 prefetch(k, first + s, 0, step * width);
-            vec dot[WIDE_TILE];
-            for (long i = 0; i < tile; i++)
+            vec dot[TILE];
+            UNROLL
+            for (long i = 0; i < TILE; i++)
                 dot[i] = (vec){0};
             for (long c = 0; c < width; c += LANES)
+                UNROLL
                 for (long i = 0; i < step; i++) {
                     const vec part = part_of(k, first + s + i, c);
-                    for (long j = 0; j < together && r + j < rows; j++)
+                    UNROLL
+                    for (long j = 0; j < (together < rows - r ? together : rows - r); j++)
                         dot[i * together + j] += part * load(q, (r + j) * width + c, 0);
                 }
-            if (tile == WIDE_TILE)
-                put(scores + s * padded, sum_16(dot));
-            else {
-                const vec4 sums = sum_4(dot);
-                memcpy(scores + s * padded + r, &sums, sizeof sums);
-            }
+            put(scores + s * padded + r, sum_each(dot));
         }
     for (; s < keys; s++) /* fewer than a tile */
         for (long r = 0; r < padded; r++) {
@@ -107,20 +105,19 @@ struct softmax {
 };
 
 /* scores [num] to weights. A function of its own, lest its constants take registers from the tiles around it. */
-MULTIVERSION __attribute__((noinline)) static void soften(float *scores, long num, long padded, struct softmax *state)
+__attribute__((noinline)) static void soften(float *scores, long num, long padded, struct softmax *state)
 {
     const vec before = load(state->top, 0, 0);
     vec top = before;
     for (long i = 0; i < num; i += LANES)
         top = larger(load(scores, i, 0), top);
-#define LARGER_ACROSS(n)                                                                                               \
-    if (padded <= n)                                                                                                   \
-        top = larger(top, __builtin_shufflevector(top, top, n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7, n + 8, \
-                                                  n + 9, n + 10, n + 11, n + 12, n + 13, n + 14, n + 15));
-    LARGER_ACROSS(8)
-    LARGER_ACROSS(4)
-    LARGER_ACROSS(2)
-    LARGER_ACROSS(1)
+    for (long n = LANES / 2; n >= padded; n /= 2) { /* across lanes of one row */
+        float lane[LANES], other[LANES];
+        put(lane, top);
+        for (long i = 0; i < LANES; i++)
+            other[i] = lane[(i + n) % LANES];
+        top = larger(top, load(other, 0, 0));
+    }
     const vec shrink = exp_lanes(before - top); /* first block: e^-inf, which is next to 0, of nothing */
     vec sum = load(state->sum, 0, 0) * shrink;
     for (long i = 0; i < num; i += LANES) {
@@ -138,42 +135,52 @@ MULTIVERSION __attribute__((noinline)) static void soften(float *scores, long nu
 INLINE void add_tile(struct matrix v, long first, long keys, long row, long num_rows, long padded, long width, long c,
                      long num, const float *weights, const float *shrink, float *acc)
 {
-    vec sum[WIDE_TILE];
+    vec sum[TILE];
     acc += row * width + c;
     weights += row;
+    UNROLL
     for (long r = 0; r < num_rows; r++)
+        UNROLL
         for (long i = 0; i < num; i++)
             sum[r * num + i] = load(acc, r * width + i * LANES, 0) * shrink[row + r];
     for (long s = 0; s < keys; s++) {
         if (row == 0)
             prefetch(v, first + s, c, num * LANES);
+        UNROLL
         for (long i = 0; i < num; i++) {
             const vec part = part_of(v, first + s, c + i * LANES);
+            UNROLL
             for (long r = 0; r < num_rows; r++)
                 sum[r * num + i] += part * weights[s * padded + r];
         }
     }
+    UNROLL
     for (long r = 0; r < num_rows; r++)
+        UNROLL
         for (long i = 0; i < num; i++)
             put(acc + r * width + i * LANES, sum[r * num + i]);
 }
 
 /* Update acc for all rows and columns. Whole rows of V first: memory is read as it lies, the next rows find it in
  * cache. */
-INLINE void add_values(struct matrix v, long first, long keys, long rows, long padded, long width, long tile,
+INLINE void add_values(struct matrix v, long first, long keys, long rows, long padded, long width,
                        const float *weights, const float *shrink, float *acc)
 {
     long c = 0;
 #define COLUMNS(num)                                                                                                   \
-    if (num <= tile)                                                                                                   \
-        for (const long most = tile / num; c + num * LANES <= width; c += num * LANES) {                               \
+    if (num <= TILE)                                                                                                   \
+        for (const long most = TILE / num; c + num * LANES <= width; c += num * LANES) {                               \
             for (long row = 0; row + most <= rows; row += most)                                                        \
                 add_tile(v, first, keys, row, most, padded, width, c, num, weights, shrink, acc);                      \
             if (rows % most)                                                                                           \
                 add_tile(v, first, keys, rows - rows % most, rows % most, padded, width, c, num, weights, shrink, acc);\
         }
+#if LANES >= 16
     COLUMNS(16)
+#endif
+#if LANES >= 8
     COLUMNS(8)
+#endif
     COLUMNS(4)
     COLUMNS(2)
     COLUMNS(1)
@@ -181,7 +188,7 @@ INLINE void add_values(struct matrix v, long first, long keys, long rows, long p
 
 /* Attention of one KV head's rows over runs of consecutive keys. out [rows, v_width] and lse [rows] are float32. */
 INLINE void attend(const float *q, struct matrix k, struct matrix v, const long *starts, const long *lengths,
-                   long num_runs, long rows, long width, long v_width, long tile, float *out, float *lse)
+                   long num_runs, long rows, long width, long v_width, float *out, float *lse)
 {
     const long padded = rows <= 2 ? rows : rows <= 4 ? 4 : 8, most = BLOCK / padded; /* keys at a time */
     float scores[BLOCK] __attribute__((aligned(64)));
@@ -195,11 +202,11 @@ INLINE void attend(const float *q, struct matrix k, struct matrix v, const long 
         const long first = starts[run] + start, left = lengths[run] - start, keys = left < most ? left : most;
         start = left > most ? start + most : 0;
         run += left <= most;
-        score(q, k, first, keys, rows, padded, width, tile, scores);
+        score(q, k, first, keys, rows, padded, width, scores);
         apply_scales(k, first, keys, padded, width, scores);
         soften(scores, keys * padded, padded, &state);
         apply_scales(v, first, keys, padded, v_width, scores);
-        add_values(v, first, keys, rows, padded, v_width, tile, scores, state.shrink, acc);
+        add_values(v, first, keys, rows, padded, v_width, scores, state.shrink, acc);
     }
     for (long r = 0; r < rows; r++) {
         float total = 0.0f;
@@ -213,51 +220,46 @@ INLINE void attend(const float *q, struct matrix k, struct matrix v, const long 
 }
 
 /* A constant number of rows lets the compiler keep tiles in registers. */
-#define ROWS(n, tile)                                                                                                  \
+#define ROWS(n)                                                                                                        \
     case n:                                                                                                            \
-        attend(q, k, v, starts, lengths, num_runs, n, width, v_width, tile, out, lse);                                 \
+        attend(q, k, v, starts, lengths, num_runs, n < LANES ? n : LANES, width, v_width, out, lse);                   \
         break;
-#define HEAD(attributes, name, tile, stored_kind)                                                                             \
-    attributes static void name(const float *q, struct matrix k, struct matrix v, const long *starts,                  \
-                                const long *lengths, long num_runs, int rows, int width, int v_width, float *out,      \
-                                float *lse)                                                                            \
+#define HEAD(name, stored_kind)                                                                                        \
+    static void name(const float *q, struct matrix k, struct matrix v, const long *starts, const long *lengths,        \
+                     long num_runs, int rows, int width, int v_width, float *out, float *lse)                          \
     {                                                                                                                  \
         k.kind = v.kind = stored_kind;                                                                                 \
-        k.wide = v.wide = tile == WIDE_TILE;                                                                           \
+        for (; rows > LANES; rows -= LANES) { /* keys are read again: a lane is of one row */                          \
+            attend(q, k, v, starts, lengths, num_runs, LANES, width, v_width, out, lse);                               \
+            q += LANES * width;                                                                                        \
+            out += LANES * v_width;                                                                                    \
+            lse += LANES;                                                                                              \
+        }                                                                                                              \
         switch (rows) {                                                                                                \
-            ROWS(1, tile)                                                                                              \
-            ROWS(2, tile)                                                                                              \
-            ROWS(3, tile)                                                                                              \
-            ROWS(4, tile)                                                                                              \
-            ROWS(5, tile)                                                                                              \
-            ROWS(6, tile)                                                                                              \
-            ROWS(7, tile)                                                                                              \
-            ROWS(8, tile)                                                                                              \
+            ROWS(1)                                                                                                    \
+            ROWS(2)                                                                                                    \
+            ROWS(3)                                                                                                    \
+            ROWS(4)                                                                                                    \
+            ROWS(5)                                                                                                    \
+            ROWS(6)                                                                                                    \
+            ROWS(7)                                                                                                    \
+            ROWS(8)                                                                                                    \
         }                                                                                                              \
     }
 
 typedef void head(const float *, struct matrix, struct matrix, const long *, const long *, long, int, int, int,
                   float *, float *);
 
-HEAD(MULTIVERSION, narrow_float32, NARROW_TILE, FLOAT32)
-HEAD(MULTIVERSION, narrow_bfloat16, NARROW_TILE, BFLOAT16)
-#ifdef WIDE
-HEAD(WIDE, wide_float32, WIDE_TILE, FLOAT32)
-HEAD(WIDE, wide_bfloat16, WIDE_TILE, BFLOAT16)
-HEAD(WIDE, wide_int8, WIDE_TILE, INT8)
-HEAD(WIDE, wide_float8, WIDE_TILE, FLOAT8)
-#endif
+HEAD(attend_float32, FLOAT32)
+HEAD(attend_bfloat16, BFLOAT16)
+HEAD(attend_int8, INT8)
+HEAD(attend_float8, FLOAT8)
 
-/* The kernel for a kind on this CPU; NULL if there is none. */
+/* The kernel for a kind; NULL if there is none. */
 static head *head_for(int kind)
 {
-#ifdef WIDE
-    if (longspan_has_wide_registers()) {
-        head *const wide[] = {wide_float32, wide_bfloat16, wide_int8, wide_float8};
-        return kind >= FLOAT32 && kind <= FLOAT8 ? wide[kind] : NULL;
-    }
-#endif
-    return kind == FLOAT32 ? narrow_float32 : kind == BFLOAT16 ? narrow_bfloat16 : NULL;
+    head *const kernels[] = {attend_float32, attend_bfloat16, attend_int8, attend_float8};
+    return kind >= FLOAT32 && kind <= FLOAT8 ? kernels[kind] : NULL;
 }
 
 static int is_width(int width) { return width >= LANES && width <= MAX_WIDTH && width % LANES == 0; }
@@ -321,7 +323,7 @@ int longspan_decode_batch(const void *q, const void *k, const void *v, long k_he
             const long row = (query_rows[i] * heads + h) * rows;
             for (long c = 0; c < (long)rows * width; c += LANES) {
                 const vec value = load(q, row * width + c, is_q_bf16) * scale;
-                memcpy(scaled + c, &value, sizeof value);
+                put(scaled + c, value);
             }
             const struct matrix keys = {(const char *)k + h * k_head_stride * item, k_stride};
             const struct matrix values = {(const char *)v + h * v_head_stride * item, v_stride};

@@ -21,7 +21,7 @@
 #include "lanes.h"
 
 #define GROUP 4
-#define TILE 32       /* tokens between two copies of a block of columns */
+#define PIECE 32      /* tokens between two copies of a block of columns */
 #define MOST_WIDTH 256
 #define ROW (MOST_WIDTH + LANES) /* of what is read in columns: no power of 2 */
 #define VECTORS 2     /* of columns in a block: 16 sums, 2 of S and a factor fit 32 registers */
@@ -45,7 +45,6 @@ struct group {
 };
 
 INLINE vec at(const float *base) { return load(base, 0, 0); }
-INLINE void put(float *base, vec value) { memcpy(base, &value, sizeof value); }
 
 INLINE float inverse_length(const float *row, long width)
 {
@@ -165,12 +164,12 @@ INLINE void run_block(const longspan_delta *c, long batch, long head, long token
 }
 
 /* All tokens of one head of one request. */
-MULTIVERSION static void run_head(const longspan_delta *c, long batch, long head, float *scratch)
+static void run_head(const longspan_delta *c, long batch, long head, float *scratch)
 {
     struct group *groups = (struct group *)scratch;
-    float *block = (float *)(groups + TILE / GROUP + GROUP);
-    for (long token = 0; token < c->tokens; token += TILE) {
-        const long count = smaller(TILE, c->tokens - token), whole = count / GROUP;
+    float *block = (float *)(groups + PIECE / GROUP + GROUP);
+    for (long token = 0; token < c->tokens; token += PIECE) {
+        const long count = smaller(PIECE, c->tokens - token), whole = count / GROUP;
         for (long g = 0; g < whole; g++)
             make_group(c, batch, head, token + g * GROUP, GROUP, groups + g);
         for (long t = whole * GROUP; t < count; t++)
@@ -186,7 +185,7 @@ MULTIVERSION static void run_head(const longspan_delta *c, long batch, long head
 /* Floats of scratch per thread. */
 long longspan_delta_scratch(void)
 {
-    return sizeof(struct group) / sizeof(float) * (TILE / GROUP + GROUP) + MOST_WIDTH * COLUMNS;
+    return sizeof(struct group) / sizeof(float) * (PIECE / GROUP + GROUP) + MOST_WIDTH * COLUMNS;
 }
 
 /* Changes the state to that behind the last token; at least one token.

@@ -51,14 +51,14 @@ static int sort_pairs(const int64_t *chosen, long pairs, long experts, int64_t *
 }
 
 /* Some elements of a token's sum over its pairs. */
-MULTIVERSION static void add_pairs(const float *each, const int64_t *place, const float *scores, long chosen, long hidden,
+static void add_pairs(const float *each, const int64_t *place, const float *scores, long chosen, long hidden,
                                    long from, long to, float *y)
 {
     for (long c = from; c < to; c += LANES) {
         vec sum = {0};
         for (long k = 0; k < chosen; k++)
             sum += scores[k] * load(each, place[k] * hidden + c, 0);
-        memcpy(y + c, &sum, sizeof sum);
+        put(y + c, sum);
     }
 }
 

@@ -22,14 +22,14 @@ INLINE vec sigmoid(vec x)
 }
 
 /* gate = activation(gate) * up */
-MULTIVERSION static void gated(float *gate, const float *up, long width, long activation)
+static void gated(float *gate, const float *up, long width, long activation)
 {
     for (long c = 0; c < width; c += LANES) {
         const vec x = load(gate, c, 0);
         /* gelu: x / 2 * (1 + tanh(z)) with z = sqrt(2 / pi) * (x + 0.044715 x^3), and 1 + tanh(z) = 2 * sigmoid(2 z) */
         const vec z = activation == SILU ? x : 1.5957691216f * (x + 0.044715f * x * x * x);
         const vec value = x * sigmoid(z) * load(up, c, 0);
-        memcpy(gate + c, &value, sizeof value);
+        put(gate + c, value);
     }
 }
 

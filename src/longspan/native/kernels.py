@@ -28,14 +28,16 @@ from longspan.kv.stored import row_width
 MAX_ROWS, MAX_WIDTH, LANES = 8, 576, 16
 """Limits of decode.c and linear.h (FEW_ROWS), and the vector width of lanes.h."""
 
-STATE_ROWS, MIN_RUN_KEYS = 48, 512
-"""ROWS of prefill.c: as many query rows meet every key together, on one thread. Fewest keys that another thread is
-worth."""
+MIN_PREFILL_LANES = 8
+"""Fewest lanes of registers for which `prefill` is chosen."""
+
+MIN_RUN_KEYS = 512
+"""Fewest keys that another thread is worth in prefill."""
 
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
-INTERFACE = 6
+INTERFACE = 7
 """Number of the signatures below, as in prefill.c; it changes with them, so that an older binary is not called."""
 
 FAR = 1 << 40
@@ -47,11 +49,44 @@ _KINDS = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 """Of keys and values, in the order of `lanes.h`. See `longspan.kv.stored`, Note [Stored rows]."""
 
 
+_NAMES = {4: "_kernels", 8: "_kernels_avx2", 16: "_kernels_avx512"}
+"""Names of the binaries of the same kernels, by the lanes of the registers that they are compiled for."""
+
+
+def binaries() -> dict[int, Path]:
+    """Paths of the libraries that were compiled when the package was installed and that this CPU can run, by lanes."""
+    paths = {
+        lanes: path
+        for lanes, name in _NAMES.items()
+        for suffix in EXTENSION_SUFFIXES
+        if (path := Path(__file__).with_name(f"{name}{suffix}")).is_file()
+    }
+    if 4 not in paths or not _load_openmp():
+        return {}
+    try:
+        most = ctypes.CDLL(str(paths[4])).longspan_lanes()
+    except (OSError, AttributeError):  # it cannot be loaded, or is of older sources
+        return {}
+    return {lanes: path for lanes, path in paths.items() if lanes <= most}
+
+
 @cache
 def _binary() -> Path | None:
-    """Path of the library that was compiled when the package was installed, or None where that was not possible."""
-    paths = (Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
+    """Path of the library for this CPU's largest registers; None where none could be compiled."""
+    found = binaries()
+    return found[max(found)] if found else None
+
+
+@cache
+def _load_openmp() -> bool:
+    """Let kernels find the OpenMP runtime that torch has loaded; return whether there is one."""
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        (openmp, *_) = [line.split()[-1] for line in maps if "libgomp" in line or "libiomp5" in line]
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @cache
@@ -61,11 +96,8 @@ def library() -> ctypes.CDLL | None:
     if binary is None:
         return None
     try:
-        maps = Path("/proc/self/maps").read_text().splitlines()
-        (openmp, *_) = [line.split()[-1] for line in maps if "libgomp" in line or "libiomp5" in line]
-        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
         kernels = ctypes.CDLL(str(binary))
-    except (OSError, ValueError):
+    except OSError:
         return None
     if not hasattr(kernels, "longspan_interface") or kernels.longspan_interface() != INTERFACE:
         return None
@@ -129,8 +161,7 @@ def _is_width(width: int) -> bool:
 
 def can_decode(num_rows: int, width: int, v_width: int, dtype: torch.dtype) -> bool:
     """Whether `decode` takes this number of query rows per KV head, these head sizes and this dtype of keys."""
-    is_kind = dtype in DTYPES or (dtype in _KINDS and _has_wide_registers())
-    return 1 <= num_rows <= MAX_ROWS and _is_width(width) and _is_width(v_width) and is_kind
+    return 1 <= num_rows <= MAX_ROWS and _is_width(width) and _is_width(v_width) and dtype in _KINDS
 
 
 def decode(rows: Tensor, k: Tensor, v: Tensor, scale: float, num_runs: int) -> tuple[Tensor, Tensor]:
@@ -212,16 +243,11 @@ def decode_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: DecodeBat
     assert status == 0, f"decode kernel refused {batch.num_queries} queries of {q.shape[1]} heads of {width}"
 
 
-@cache
-def _has_wide_registers() -> bool:
-    found = library()
-    return found is not None and bool(found.longspan_has_wide_registers())
-
-
 def can_prefill(width: int, v_width: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
-    """Whether `prefill` takes these head sizes and dtypes of queries and keys, and this CPU has 512-bit registers."""
+    """Whether `prefill` takes these head sizes and dtypes of queries and keys, and this CPU has registers for it."""
     fits = _is_width(width) and _is_width(v_width) and dtype in DTYPES and kv_dtype in _KINDS
-    return fits and is_available() and _has_wide_registers()
+    found = library() if fits else None
+    return found is not None and found.longspan_own_lanes() >= MIN_PREFILL_LANES
 
 
 class SeenKeys(NamedTuple):
@@ -255,7 +281,8 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Sequence[SeenKe
     num_queries, num_heads, width = q.shape
     num_kv_heads, num_threads = k.shape[0], torch.get_num_threads()
     spans = np.array(seen, dtype=np.int64)  # [runs, 4]
-    tasks = num_kv_heads * -(-num_queries * (num_heads // num_kv_heads) // STATE_ROWS)
+    state_rows = found.longspan_state_rows()  # query rows that meet every key together, on one thread
+    tasks = num_kv_heads * -(-num_queries * (num_heads // num_kv_heads) // state_rows)
     num_runs = max(1, min(num_threads // tasks, sum(run.num_keys for run in seen) // MIN_RUN_KEYS))
     outs, lses = (
         (out, lse) if num_runs == 1 else (out.new_empty(num_runs, *out.shape), lse.new_empty(num_runs, *lse.shape))

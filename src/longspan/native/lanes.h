@@ -1,6 +1,10 @@
-/* Vectors of sixteen floats, which all kernels use.
+/* Vectors of LANES floats, which all kernels use.
  *
  * Plain C with vector extensions (GCC 12 or newer, or clang). Must not know what a kernel computes.
+ *
+ * All kernels are compiled once per size of a CPU's registers, with LANES and the instructions for it (pyproject.toml), and
+ * longspan/native/kernels.py loads the binary for the CPU that there is: a compiler takes larger vectors apart and keeps
+ * them in memory.
  */
 
 #ifndef LONGSPAN_LANES_H
@@ -9,74 +13,67 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16
+#ifndef LANES
+#define LANES 4
+#endif
+#if LANES != 4 && LANES != 8 && LANES != 16
+#error "LANES is 4, 8 or 16"
+#endif
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t veci __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t vecu __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t half16 __attribute__((vector_size(32), aligned(2)));
-typedef float vec8 __attribute__((vector_size(32)));
-typedef float vec4 __attribute__((vector_size(16)));
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t veci __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vecu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+/* The same in memory, at any address. Copying by memcpy would go through the stack. */
+typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves_at __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t bytes_at __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MULTIVERSION
-#endif
+/* Before a loop of constant length over vectors: without it they stay in memory. */
+#define UNROLL _Pragma("GCC unroll 16")
 
-/* A tile of sums takes so many vectors: they fit the registers, beside what is multiplied. */
-#if defined(__x86_64__) && defined(__GNUC__)
-#define WIDE __attribute__((target("arch=x86-64-v4")))
-#endif
-#define WIDE_TILE 16  /* of 32 registers of 512 bits */
-#define NARROW_TILE 4 /* of 16 registers of 256 bits */
+/* A tile of sums: as many vectors as one has lanes, which fit the registers beside what is multiplied. */
+#define TILE LANES
 
-int longspan_has_wide_registers(void); /* prefill.c */
-
-/* 16 elements as float32; is_bf16 is a constant in every caller. */
+/* LANES elements as float32; is_bf16 is a constant in every caller. */
 INLINE vec load(const void *base, long element, int is_bf16)
 {
     if (is_bf16) {
-        half16 raw;
-        memcpy(&raw, (const uint16_t *)base + element, sizeof raw);
-        vecu wide = __builtin_convertvector(raw, vecu) << 16;
-        return (vec)wide;
+        const halves raw = *(const halves_at *)((const uint16_t *)base + element);
+        return (vec)(__builtin_convertvector(raw, vecu) << 16);
     }
-    vec value;
-    memcpy(&value, (const float *)base + element, sizeof value);
-    return value;
+    return *(const vec_at *)((const float *)base + element);
 }
 
-typedef int16_t shorts16 __attribute__((vector_size(32), aligned(2)));
-typedef int8_t bytes16 __attribute__((vector_size(16), aligned(1)));
-typedef uint8_t ubytes16 __attribute__((vector_size(16), aligned(1)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef uint8_t ubytes __attribute__((vector_size(LANES)));
 
-#if defined(WIDE) && !defined(__clang__)
-#define LOOKUP
+#if LANES == 16 && defined(__AVX512BW__) && !defined(__clang__)
+#define LOOKUP /* one instruction widens sixteen bytes, one looks sixteen numbers up */
 #endif
 
-/* Sixteen bytes as whole numbers; is_signed and wide are constants in every caller.
+/* LANES bytes as whole numbers; is_signed is a constant in every caller.
  *
- * In two steps, as GCC takes vectors apart where it should widen fourfold; with wide registers by the one instruction. */
-INLINE veci widen(const uint8_t *data, int is_signed, int wide)
+ * In two steps, as GCC takes vectors apart where it should widen fourfold; with the largest registers by the instruction. */
+INLINE veci widen(const uint8_t *data, int is_signed)
 {
 #ifdef LOOKUP
-    if (wide) {
-        veci numbers;
-        if (is_signed)
-            __asm__("vpmovsxbd %1, %0" : "=v"(numbers) : "m"(*(const bytes16 *)data));
-        else
-            __asm__("vpmovzxbd %1, %0" : "=v"(numbers) : "m"(*(const bytes16 *)data));
-        return numbers;
-    }
-#endif
-    bytes16 raw;
-    memcpy(&raw, data, sizeof raw);
+    veci numbers;
     if (is_signed)
-        return __builtin_convertvector(__builtin_convertvector(raw, shorts16), veci);
-    return (veci)__builtin_convertvector(__builtin_convertvector((ubytes16)raw, half16), vecu);
+        __asm__("vpmovsxbd %1, %0" : "=v"(numbers) : "m"(*(const bytes_at *)data));
+    else
+        __asm__("vpmovzxbd %1, %0" : "=v"(numbers) : "m"(*(const bytes_at *)data));
+    return numbers;
+#else
+    const ubytes raw = *(const bytes_at *)data;
+    if (is_signed)
+        return __builtin_convertvector(__builtin_convertvector((bytes)raw, shorts), veci);
+    return (veci)__builtin_convertvector(__builtin_convertvector(raw, halves), vecu);
+#endif
 }
 
 /* Kinds of stored keys and values, in the order of kernels.py. Rows of the last two end with a float32 scale. */
@@ -84,17 +81,17 @@ enum { FLOAT32, BFLOAT16, INT8, FLOAT8 };
 
 INLINE long bytes_of(int kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
 
-/* 16 stored elements as float32, a scale not applied; kind and wide are constants in every caller. */
-INLINE vec stored(const void *base, long element, int kind, int wide)
+/* LANES stored elements as float32, a scale not applied; kind is a constant in every caller. */
+INLINE vec stored(const void *base, long element, int kind)
 {
     if (kind < INT8)
         return load(base, element, kind == BFLOAT16);
     const uint8_t *data = (const uint8_t *)base + element;
     if (kind == INT8)
-        return __builtin_convertvector(widen(data, 1, wide), vec);
+        return __builtin_convertvector(widen(data, 1), vec);
     /* Sign, 4 bits of exponent, 3 of fraction. As float32 the exponent moves by 120; a number without one is 2^-6 too
      * large when it gets the next. */
-    const veci bits = widen(data, 0, wide), low = (bits & 127) << 20, sign = (bits & 128) << 24;
+    const veci bits = widen(data, 0), low = (bits & 127) << 20, sign = (bits & 128) << 24;
     const veci is_small = low < (1 << 23);
     const vec number = (vec)(low + (((120 << 23) & ~is_small) | ((121 << 23) & is_small)));
     const vec shift = (vec)((veci)((vec){0} + 0.015625f) & is_small);
@@ -109,27 +106,22 @@ INLINE float scale_behind(const void *base, long row, long stride, long width)
     return scale;
 }
 
+INLINE void put(float *base, vec value) { *(vec_at *)base = value; }
+
 INLINE long smaller(long a, long b)
 {
     return a < b ? a : b;
 }
 
-INLINE float sum_lanes(vec x)
-{
-    vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    vec4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    return (b[0] + b[2]) + (b[1] + b[3]);
-}
-
-/* Lane i: the lanes of x[i] added up. Neighbours are added while they are transposed: 15 additions for 16 sums. */
+/* Lane i of `sum_each`: the lanes of x[i] added up, for LANES vectors. Neighbours are added while they are transposed. */
+#if LANES == 16
 #define HALVES(a, b, i, j, k, l)                                                                                       \
     __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12,  \
                             k + 12, l + 12)
 #define QUARTERS(a, b, i, j)                                                                                           \
     __builtin_shufflevector(a, b, i, i + 1, i + 2, i + 3, j, j + 1, j + 2, j + 3, i + 16, i + 17, i + 18, i + 19,      \
                             j + 16, j + 17, j + 18, j + 19)
-INLINE vec sum_16(const vec *x)
+INLINE vec sum_each(const vec *x)
 {
     vec four[4]; /* in every quarter: sums over it of x[4 i] .. x[4 i + 3] */
     for (int i = 0; i < 4; i++) {
@@ -142,21 +134,46 @@ INLINE vec sum_16(const vec *x)
     const vec b = QUARTERS(four[2], four[3], 0, 8) + QUARTERS(four[2], four[3], 4, 12);
     return QUARTERS(a, b, 0, 8) + QUARTERS(a, b, 4, 12);
 }
-
-INLINE vec4 quarter(vec x)
+#elif LANES == 8
+#define HALVES(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
+INLINE vec sum_each(const vec *x)
 {
-    vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    vec four[2]; /* in both halves: sums over it of x[4 i] .. x[4 i + 3] */
+    for (int i = 0; i < 2; i++) {
+        const vec *y = x + 4 * i;
+        const vec a = HALVES(y[0], y[1], 0, 8, 1, 9) + HALVES(y[0], y[1], 2, 10, 3, 11);
+        const vec b = HALVES(y[2], y[3], 0, 8, 1, 9) + HALVES(y[2], y[3], 2, 10, 3, 11);
+        four[i] = HALVES(a, b, 0, 1, 8, 9) + HALVES(a, b, 2, 3, 10, 11);
+    }
+    return __builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
-
-/* Lane i: the lanes of x[i] added up, for 4 vectors. */
-INLINE vec4 sum_4(const vec *x)
+#else
+INLINE vec sum_each(const vec *x)
 {
-    const vec4 y[4] = {quarter(x[0]), quarter(x[1]), quarter(x[2]), quarter(x[3])};
-    const vec4 a = __builtin_shufflevector(y[0], y[1], 0, 4, 1, 5) + __builtin_shufflevector(y[0], y[1], 2, 6, 3, 7);
-    const vec4 b = __builtin_shufflevector(y[2], y[3], 0, 4, 1, 5) + __builtin_shufflevector(y[2], y[3], 2, 6, 3, 7);
+    const vec a = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5) + __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+    const vec b = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5) + __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
     return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+}
+#endif
+
+typedef float vec4 __attribute__((vector_size(16)));
+typedef float vec8 __attribute__((vector_size(32)));
+
+INLINE float sum_lanes(vec x)
+{
+#if LANES == 16
+    const vec8 half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LANES == 8
+    const vec8 half = x;
+#endif
+#if LANES > 4
+    const vec4 four = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#else
+    const vec4 four = x;
+#endif
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 /* e^x for x <= 0: 2^n * e^r with |r| <= ln(2) / 2; relative error below 2e-7. Under -87 it is 0 to float32's eyes. */

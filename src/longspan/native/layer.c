@@ -29,7 +29,7 @@ typedef struct {
 } longspan_layer;
 
 /* y = x * weight / sqrt(mean(x^2) + epsilon); x and y may be one. */
-MULTIVERSION static void rms_norm(const float *x, const float *weight, long width, double epsilon, float *y)
+static void rms_norm(const float *x, const float *weight, long width, double epsilon, float *y)
 {
     vec squares = {0};
     for (long c = 0; c < width; c += LANES) {
@@ -39,21 +39,21 @@ MULTIVERSION static void rms_norm(const float *x, const float *weight, long widt
     const float factor = 1.0f / __builtin_sqrtf(sum_lanes(squares) / (float)width + (float)epsilon);
     for (long c = 0; c < width; c += LANES) {
         const vec value = load(x, c, 0) * factor * load(weight, c, 0);
-        memcpy(y + c, &value, sizeof value);
+        put(y + c, value);
     }
 }
 
 /* y = a + b; y and b may be one. */
-MULTIVERSION static void add(const float *a, const float *b, long width, float *y)
+static void add(const float *a, const float *b, long width, float *y)
 {
     for (long c = 0; c < width; c += LANES) {
         const vec value = load(a, c, 0) + load(b, c, 0);
-        memcpy(y + c, &value, sizeof value);
+        put(y + c, value);
     }
 }
 
 /* One head of one row: bias, norm and rotary embedding, from x to y. */
-MULTIVERSION static void finish_head(const float *x, const float *bias, const float *norm, double epsilon,
+static void finish_head(const float *x, const float *bias, const float *norm, double epsilon,
                                      const float *cos, const float *sin, long width, float *y)
 {
     memcpy(y, x, width * sizeof *y);

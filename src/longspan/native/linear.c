@@ -6,14 +6,16 @@
  * takes three times as long as to read them. Here they are read as they lie:
  *
  *     FEW_ROWS   weights are one stream, met with all rows in registers: the speed of memory
- *     more       a panel of weights stays in cache while four rows after the other meet it, in tiles of 4 rows x 4
- *                outputs, each tile's lanes added up together: the speed of arithmetic
+ *     more       a panel of weights stays in cache while rows after rows meet it, in tiles of TILE_ROWS x TILE_OUTPUTS,
+ *                each tile's lanes added up together: the speed of arithmetic
  */
 
 #include "linear.h"
 
 #define AHEAD_BYTES 4096   /* prefetch distance; measured: 0 and 1024 are up to 15 % slower */
 #define PANEL_BYTES 32768  /* measured: 16 and 64 KiB are 6 to 15 % slower */
+#define TILE_OUTPUTS (LANES < 16 ? LANES / 2 : 4)
+#define TILE_ROWS (LANES < 16 ? 2 : 4)
 
 /* One output of all rows: x [rows, width] times w [width]; several sums, because one would wait for itself. */
 INLINE void dot(const float *x, const void *w, long width, int rows, int is_bf16, float *y, long y_stride)
@@ -21,22 +23,29 @@ INLINE void dot(const float *x, const void *w, long width, int rows, int is_bf16
     const int unroll = rows == 1 ? 4 : rows <= 4 ? 2 : 1; /* 8 to 16 sums fit the registers */
     const long item = is_bf16 ? 2 : 4;
     vec sums[4][FEW_ROWS];
+    UNROLL
     for (int u = 0; u < unroll; u++)
+        UNROLL
         for (int r = 0; r < rows; r++)
             sums[u][r] = (vec){0};
     long c = 0;
     for (; c + unroll * LANES <= width; c += unroll * LANES) {
+        UNROLL
         for (int u = 0; u < unroll; u++) {
             const vec part = load(w, c + u * LANES, is_bf16);
             __builtin_prefetch((const char *)w + (c + u * LANES) * item + AHEAD_BYTES);
+            UNROLL
             for (int r = 0; r < rows; r++)
                 sums[u][r] += part * load(x, r * width + c + u * LANES, 0);
         }
     }
     for (; c < width; c += LANES)
+        UNROLL
         for (int r = 0; r < rows; r++)
             sums[0][r] += load(w, c, is_bf16) * load(x, r * width + c, 0);
+    UNROLL
     for (int r = 0; r < rows; r++) {
+        UNROLL
         for (int u = 1; u < unroll; u++)
             sums[0][r] += sums[u][r];
         y[r * y_stride] = sum_lanes(sums[0][r]);
@@ -51,7 +60,7 @@ INLINE void dot(const float *x, const void *w, long width, int rows, int is_bf16
         break;
 
 #define OUTPUTS(name, is_bf16)                                                                                         \
-    MULTIVERSION static void name(const float *x, const void *w, long width, int rows, long first, long last,         \
+    static void name(const float *x, const void *w, long width, int rows, long first, long last,         \
                                   float *y, long num_out)                                                             \
     {                                                                                                                  \
         switch (rows) {                                                                                                \
@@ -69,94 +78,77 @@ INLINE void dot(const float *x, const void *w, long width, int rows, int is_bf16
 OUTPUTS(outputs_float32, 0)
 OUTPUTS(outputs_bfloat16, 1)
 
-/* Sums of `tile` vectors: y [rows, num] = x [rows, width] times w [num, width], with rows * num <= tile. `ahead`: bytes
- * from a weight to the one that is asked for meanwhile, or 0. */
-INLINE void multiply_tile(const float *x, const float *w, long width, int rows, int num, int tile, long ahead, float *y,
+/* y [rows, num] = x [rows, width] times w [num, width], with rows * num <= TILE. `ahead`: bytes from a weight to the one
+ * that is asked for meanwhile, or 0. */
+INLINE void multiply_tile(const float *x, const float *w, long width, int rows, int num, long ahead, float *y,
                           long y_stride)
 {
-    vec sums[WIDE_TILE];
-    for (int i = 0; i < tile; i++)
+    vec sums[TILE];
+    UNROLL
+    for (int i = 0; i < TILE; i++)
         sums[i] = (vec){0};
     for (long c = 0; c < width; c += LANES) {
-        vec parts[4];
+        vec parts[TILE_OUTPUTS];
+        UNROLL
         for (int i = 0; i < num; i++) {
             parts[i] = load(w, i * width + c, 0);
             if (ahead)
                 __builtin_prefetch((const char *)(w + i * width + c) + ahead);
         }
+        UNROLL
         for (int r = 0; r < rows; r++) {
             const vec value = load(x, r * width + c, 0);
+            UNROLL
             for (int i = 0; i < num; i++)
                 sums[r * num + i] += parts[i] * value;
         }
     }
-    float found[WIDE_TILE];
-    if (tile == WIDE_TILE) {
-        const vec all = sum_16(sums);
-        memcpy(found, &all, sizeof all);
-    } else {
-        const vec4 all = sum_4(sums);
-        memcpy(found, &all, sizeof all);
-    }
+    const vec all = sum_each(sums);
+    UNROLL
     for (int r = 0; r < rows; r++)
+        UNROLL
         for (int i = 0; i < num; i++)
-            y[r * y_stride + i] = found[r * num + i];
+            y[r * y_stride + i] = all[r * num + i];
 }
 
 /* A panel of weights and the rows of one tile. All passes over a panel together ask once for the panel behind it. */
-INLINE void multiply_panel(const float *x, const float *w, long width, int rows, long num_out, int side, long pass,
+INLINE void multiply_panel(const float *x, const float *w, long width, int rows, long num_out, long pass,
                            long num_passes, float *y, long y_stride)
 {
     long out = 0;
-    for (; out + side <= num_out; out += side)
-        if (out / side % num_passes == pass)
-            multiply_tile(x, w + out * width, width, rows, side, side * side, num_out * width * sizeof *w, y + out,
-                          y_stride);
+    for (; out + TILE_OUTPUTS <= num_out; out += TILE_OUTPUTS)
+        if (out / TILE_OUTPUTS % num_passes == pass)
+            multiply_tile(x, w + out * width, width, rows, TILE_OUTPUTS, num_out * width * sizeof *w, y + out, y_stride);
         else
-            multiply_tile(x, w + out * width, width, rows, side, side * side, 0, y + out, y_stride);
+            multiply_tile(x, w + out * width, width, rows, TILE_OUTPUTS, 0, y + out, y_stride);
     for (; out < num_out; out++)
-        multiply_tile(x, w + out * width, width, rows, 1, side * side, 0, y + out, y_stride);
+        multiply_tile(x, w + out * width, width, rows, 1, 0, y + out, y_stride);
 }
 
-#define PANEL(n, side)                                                                                                 \
+#define PANEL(n)                                                                                                       \
     case n:                                                                                                            \
-        multiply_panel(x + row * width, w + out * width, width, n, num, side, pass, num_passes, y + row * y_stride + out,\
+        multiply_panel(x + row * width, w + out * width, width, n, num, pass, num_passes, y + row * y_stride + out,    \
                        y_stride);                                                                                      \
         break;
-#define PANELS(attributes, name, side)                                                                                 \
-    attributes static void name(const float *x, const float *w, long width, int rows, long first, long last, float *y, \
-                                long y_stride)                                                                         \
-    {                                                                                                                  \
-        const long num_passes = (rows + side - 1) / side;                                                              \
-        const long fitting = PANEL_BYTES / (width * (long)sizeof *w) / side * side, most = fitting ? fitting : side;   \
-        for (long out = first; out < last; out += most) {                                                              \
-            const long num = last - out < most ? last - out : most;                                                    \
-            for (long pass = 0; pass < num_passes; pass++) {                                                           \
-                const long row = rows * pass / num_passes;                                                             \
-                switch (rows * (pass + 1) / num_passes - row) {                                                        \
-                    PANEL(1, side)                                                                                     \
-                    PANEL(2, side)                                                                                     \
-                    PANEL(3, side)                                                                                     \
-                    PANEL(4, side)                                                                                     \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
-
-PANELS(MULTIVERSION, narrow_panels, 2)
-#ifdef WIDE
-PANELS(WIDE, wide_panels, 4)
-#endif
-
 static void panels(const float *x, const float *w, long width, int rows, long first, long last, float *y, long y_stride)
 {
-#ifdef WIDE
-    if (longspan_has_wide_registers()) {
-        wide_panels(x, w, width, rows, first, last, y, y_stride);
-        return;
-    }
+    const long num_passes = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const long fitting = PANEL_BYTES / (width * (long)sizeof *w) / TILE_OUTPUTS * TILE_OUTPUTS;
+    const long most = fitting ? fitting : TILE_OUTPUTS;
+    for (long out = first; out < last; out += most) {
+        const long num = last - out < most ? last - out : most;
+        for (long pass = 0; pass < num_passes; pass++) {
+            const long row = rows * pass / num_passes;
+            switch (rows * (pass + 1) / num_passes - row) {
+                PANEL(1)
+                PANEL(2)
+#if LANES == 16
+                PANEL(3)
+                PANEL(4)
 #endif
-    narrow_panels(x, w, width, rows, first, last, y, y_stride);
+            }
+        }
+    }
 }
 
 void longspan_outputs(const float *x, const void *w, long width, int rows, long first, long last, int is_bf16, float *y,

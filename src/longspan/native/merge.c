@@ -9,7 +9,7 @@
 
 #define SERIAL (1 << 16) /* elements that one thread merges before others are woken up */
 
-MULTIVERSION static void blend(float *acc, const float *out, float share, float rest, int width)
+static void blend(float *acc, const float *out, float share, float rest, int width)
 {
     if (share < 0.5f) /* the smaller share is what is rounded */
         for (int c = 0; c < width; c++)

@@ -24,11 +24,11 @@ INLINE void norm_row(const float *x, const float *weight, const float *gate, lon
             const vec z = load(gate, c, 0);
             value *= gated == BY_SILU ? z * sigmoid(z) : sigmoid(z);
         }
-        memcpy(y + c, &value, sizeof value);
+        put(y + c, value);
     }
 }
 
-MULTIVERSION static void norm_rows(const float *x, const float *weight, const float *gate, long rows, long width,
+static void norm_rows(const float *x, const float *weight, const float *gate, long rows, long width,
                                    float epsilon, long gated, float *y)
 {
     for (long r = 0; r < rows; r++, x += width, y += width) {

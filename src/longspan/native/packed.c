@@ -13,33 +13,38 @@
 #include "linear.h"
 
 #define BLOCK 32         /* weights that are unpacked together; a group is a multiple */
+#define PARTS (BLOCK / LANES)
 #define AHEAD_BYTES 2048 /* prefetch distance; measured: 512 is 30 % slower, 4096 about the same */
 
+#ifdef LOOKUP
 /* Values of the sixteen numbers of four bits in one group. */
 INLINE vec table_of(float scale, float zero)
 {
     const vec numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return (numbers - zero) * scale;
 }
+#endif
 
-/* One block of weights; bits and wide are constants in every caller. */
-INLINE void unpack(const uint8_t *data, int bits, int wide, float scale, float zero, vec table, vec *low, vec *high)
+/* One block of weights, in order; bits is a constant in every caller. */
+INLINE void unpack(const uint8_t *data, int bits, float scale, float zero, vec table, vec *parts)
 {
     if (bits == 8) {
-        *low = __builtin_convertvector(widen(data, 1, wide), vec) * scale;
-        *high = __builtin_convertvector(widen(data + LANES, 1, wide), vec) * scale;
+        UNROLL
+        for (int i = 0; i < PARTS; i++)
+            parts[i] = __builtin_convertvector(widen(data + i * LANES, 1), vec) * scale;
         return;
     }
-    const vecu both = (vecu)widen(data, 0, wide);
-#ifdef LOOKUP
-    if (wide) { /* one instruction looks sixteen numbers up, by their lowest four bits */
-        *low = __builtin_shuffle(table, (veci)both);
-        *high = __builtin_shuffle(table, (veci)(both >> 4));
-        return;
-    }
+    UNROLL
+    for (int i = 0; i < PARTS / 2; i++) {
+        const vecu both = (vecu)widen(data + i * LANES, 0);
+#ifdef LOOKUP /* by the lowest four bits */
+        parts[i] = __builtin_shuffle(table, (veci)both);
+        parts[PARTS / 2 + i] = __builtin_shuffle(table, (veci)(both >> 4));
+#else
+        parts[i] = (__builtin_convertvector((veci)(both & 15), vec) - zero) * scale;
+        parts[PARTS / 2 + i] = (__builtin_convertvector((veci)(both >> 4), vec) - zero) * scale;
 #endif
-    *low = (__builtin_convertvector(both & 15, vec) - zero) * scale;
-    *high = (__builtin_convertvector(both >> 4, vec) - zero) * scale;
+    }
 }
 
 /* A walk over the blocks of one output, which knows the group of the next one. */
@@ -61,52 +66,58 @@ INLINE walk start(const longspan_matrix *w, long width, long out, int bits)
     return at;
 }
 
-INLINE void next(walk *at, long group, int bits, int wide, vec *low, vec *high)
+INLINE void next(walk *at, long group, int bits, vec *parts)
 {
     if (!at->left) {
         at->left = group / BLOCK;
         at->scale_now = *at->scale++;
         if (bits == 4) {
             at->zero_now = *at->zero++;
-            if (wide)
-                at->table = table_of(at->scale_now, at->zero_now);
+#ifdef LOOKUP
+            at->table = table_of(at->scale_now, at->zero_now);
+#endif
         }
     }
     at->left--;
     __builtin_prefetch(at->data + AHEAD_BYTES);
-    unpack(at->data, bits, wide, at->scale_now, at->zero_now, at->table, low, high);
+    unpack(at->data, bits, at->scale_now, at->zero_now, at->table, parts);
     at->data += BLOCK * bits / 8;
 }
 
 /* One output of all rows, as `dot` in linear.c: x [rows, width] times one row of the matrix. */
-INLINE void dot(const float *x, const longspan_matrix *w, long width, long out, int rows, int bits, int wide, float *y,
+INLINE void dot(const float *x, const longspan_matrix *w, long width, long out, int rows, int bits, float *y,
                 long y_stride)
 {
     const int unroll = rows == 1 ? 4 : rows <= 4 ? 2 : 1;
     const long blocks = width / BLOCK;
     walk at = start(w, width, out, bits);
-    vec sums[4][FEW_ROWS], low, high;
+    vec sums[4][FEW_ROWS], parts[PARTS];
+    UNROLL
     for (int u = 0; u < unroll; u++)
+        UNROLL
         for (int r = 0; r < rows; r++)
             sums[u][r] = (vec){0};
     long b = 0;
     for (; b + 2 <= blocks; b += 2)
+        UNROLL
         for (int half = 0; half < 2; half++) {
-            next(&at, w->group, bits, wide, &low, &high);
-            const long c = (b + half) * BLOCK;
-            for (int r = 0; r < rows; r++) {
-                sums[2 * half % unroll][r] += low * load(x, r * width + c, 0);
-                sums[(2 * half + 1) % unroll][r] += high * load(x, r * width + c + LANES, 0);
-            }
+            next(&at, w->group, bits, parts);
+            UNROLL
+            for (int r = 0; r < rows; r++)
+                UNROLL
+                for (int i = 0; i < PARTS; i++)
+                    sums[(half * PARTS + i) % unroll][r] += parts[i] * load(x, r * width + (b + half) * BLOCK + i * LANES, 0);
         }
     if (b < blocks) {
-        next(&at, w->group, bits, wide, &low, &high);
-        for (int r = 0; r < rows; r++) {
-            sums[0][r] += low * load(x, r * width + b * BLOCK, 0);
-            sums[unroll == 2][r] += high * load(x, r * width + b * BLOCK + LANES, 0);
-        }
+        next(&at, w->group, bits, parts);
+        UNROLL
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < PARTS; i++) /* `dot` there takes what is left of an unrolled step one by one */
+                sums[unroll <= PARTS ? i % unroll : 0][r] += parts[i] * load(x, r * width + b * BLOCK + i * LANES, 0);
     }
+    UNROLL
     for (int r = 0; r < rows; r++) {
+        UNROLL
         for (int u = 1; u < unroll; u++)
             sums[0][r] += sums[u][r];
         y[r * y_stride] = sum_lanes(sums[0][r]);
@@ -114,75 +125,47 @@ INLINE void dot(const float *x, const longspan_matrix *w, long width, long out, 
 }
 
 /* Constants for rows let the compiler keep the sums in registers. */
-#define ROWS(n, bits, wide)                                                                                            \
+#define ROWS(n, bits)                                                                                                  \
     case n:                                                                                                            \
         for (long out = first; out < last; out++)                                                                      \
-            dot(x, w, width, out, n, bits, wide, y + out, y_stride);                                                        \
+            dot(x, w, width, out, n, bits, y + out, y_stride);                                                         \
         break;
 
-#define OUTPUTS(attributes, name, bits, wide)                                                                          \
-    attributes static void name(const float *x, const longspan_matrix *w, long width, int rows, long first, long last, \
-                                float *y, long y_stride)                                                               \
+#define OUTPUTS(name, bits)                                                                                            \
+    static void name(const float *x, const longspan_matrix *w, long width, int rows, long first, long last, float *y,  \
+                     long y_stride)                                                                                    \
     {                                                                                                                  \
         switch (rows) {                                                                                                \
-            ROWS(1, bits, wide)                                                                                        \
-            ROWS(2, bits, wide)                                                                                        \
-            ROWS(3, bits, wide)                                                                                        \
-            ROWS(4, bits, wide)                                                                                        \
-            ROWS(5, bits, wide)                                                                                        \
-            ROWS(6, bits, wide)                                                                                        \
-            ROWS(7, bits, wide)                                                                                        \
-            ROWS(8, bits, wide)                                                                                        \
+            ROWS(1, bits)                                                                                              \
+            ROWS(2, bits)                                                                                              \
+            ROWS(3, bits)                                                                                              \
+            ROWS(4, bits)                                                                                              \
+            ROWS(5, bits)                                                                                              \
+            ROWS(6, bits)                                                                                              \
+            ROWS(7, bits)                                                                                              \
+            ROWS(8, bits)                                                                                              \
         }                                                                                                              \
     }
 
 /* Rows of the matrix as float32 [last - first, width]. */
-#define WEIGHTS(attributes, name, bits, wide)                                                                          \
-    attributes static void name(const longspan_matrix *w, long width, long first, long last, float *y)                 \
+#define WEIGHTS(name, bits)                                                                                            \
+    static void name(const longspan_matrix *w, long width, long first, long last, float *y)                            \
     {                                                                                                                  \
         for (long out = first; out < last; out++) {                                                                    \
             walk at = start(w, width, out, bits);                                                                      \
             for (long c = 0; c < width; c += BLOCK, y += BLOCK) {                                                      \
-                vec both[2];                                                                                           \
-                next(&at, w->group, bits, wide, &both[0], &both[1]);                                                   \
-                memcpy(y, both, sizeof both);                                                                          \
+                vec parts[PARTS];                                                                                      \
+                next(&at, w->group, bits, parts);                                                                      \
+                for (int i = 0; i < PARTS; i++)                                                                        \
+                    put(y + i * LANES, parts[i]);                                                                      \
             }                                                                                                          \
         }                                                                                                              \
     }
 
-OUTPUTS(MULTIVERSION, narrow_outputs_8, 8, 0)
-OUTPUTS(MULTIVERSION, narrow_outputs_4, 4, 0)
-WEIGHTS(MULTIVERSION, narrow_weights_8, 8, 0)
-WEIGHTS(MULTIVERSION, narrow_weights_4, 4, 0)
-#ifdef LOOKUP
-OUTPUTS(WIDE, wide_outputs_8, 8, 1)
-OUTPUTS(WIDE, wide_outputs_4, 4, 1)
-WEIGHTS(WIDE, wide_weights_8, 8, 1)
-WEIGHTS(WIDE, wide_weights_4, 4, 1)
-#endif
-
-static void outputs(const float *x, const longspan_matrix *w, long width, int rows, long first, long last, float *y,
-                    long y_stride)
-{
-#ifdef LOOKUP
-    if (longspan_has_wide_registers()) {
-        (w->bits == 8 ? wide_outputs_8 : wide_outputs_4)(x, w, width, rows, first, last, y, y_stride);
-        return;
-    }
-#endif
-    (w->bits == 8 ? narrow_outputs_8 : narrow_outputs_4)(x, w, width, rows, first, last, y, y_stride);
-}
-
-static void weights(const longspan_matrix *w, long width, long first, long last, float *y)
-{
-#ifdef LOOKUP
-    if (longspan_has_wide_registers()) {
-        (w->bits == 8 ? wide_weights_8 : wide_weights_4)(w, width, first, last, y);
-        return;
-    }
-#endif
-    (w->bits == 8 ? narrow_weights_8 : narrow_weights_4)(w, width, first, last, y);
-}
+OUTPUTS(outputs_8, 8)
+OUTPUTS(outputs_4, 4)
+WEIGHTS(weights_8, 8)
+WEIGHTS(weights_4, 4)
 
 void longspan_matrix_outputs(const float *x, const longspan_matrix *w, long width, int rows, long first, long last,
                              float *y, long y_stride)
@@ -192,8 +175,8 @@ void longspan_matrix_outputs(const float *x, const longspan_matrix *w, long widt
         return;
     }
     for (int r = 0; r < rows; r += FEW_ROWS)
-        outputs(x + r * width, w, width, rows - r < FEW_ROWS ? rows - r : FEW_ROWS, first, last, y + r * y_stride,
-                y_stride);
+        (w->bits == 8 ? outputs_8 : outputs_4)(x + r * width, w, width, rows - r < FEW_ROWS ? rows - r : FEW_ROWS, first,
+                                               last, y + r * y_stride, y_stride);
 }
 
 static int is_legal(long width, long group, int bits, long num_out, int num_threads)
@@ -236,7 +219,7 @@ int longspan_unpack(const void *data, const float *scale, const void *zero, long
         const long first = part * share;
         const long last = first + share < num_out ? first + share : num_out;
         if (first < last)
-            weights(&w, width, first, last, y + first * width);
+            (bits == 8 ? weights_8 : weights_4)(&w, width, first, last, y + first * width);
     }
     return 0;
 }

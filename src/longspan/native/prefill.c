@@ -1,6 +1,6 @@
 /* Attention of many query rows over runs of keys, at the speed of the arithmetic units.
  *
- * Holds one kernel for CPUs with 512-bit registers, in plain C with vector extensions (GCC 12 or newer, or clang). Must
+ * Holds one kernel for CPUs, in plain C with vector extensions (GCC 12 or newer, or clang). Must
  * not know Python, torch or pages. Called from longspan/native/kernels.py; `docs/decisions/0016-prefill-kernel.md` says
  * why it exists.
  *
@@ -9,26 +9,22 @@
  * no sum or maximum across lanes, and is kept online: a row's state (`struct rows`) meets block after block of keys, of
  * any number of runs, and is divided by its denominator at the end.
  *
- *     scores [keys, rows] = K [keys, width] Q^T [width, rows]      tiles of TILE keys x ROWS rows in registers
- *     state  [v_width, rows] += V^T [v_width, keys] exp(scores)    tiles of TILE elements x ROWS rows in registers
+ *     scores [keys, rows] = K [keys, width] Q^T [width, rows]      tiles of SIDE keys x ROWS rows in registers
+ *     state  [v_width, rows] += V^T [v_width, keys] exp(scores)    tiles of SIDE elements x ROWS rows in registers
  */
 
 #include <stdlib.h>
 
 #include "lanes.h"
 
-#define TILE 8           /* with 3 vectors of rows: 24 sums, 3 vectors and a broadcast in 32 registers */
+#define SIDE (LANES < 16 ? 4 : 8) /* with 3 vectors of rows: 12 or 24 sums, 3 vectors and a broadcast in 16 or 32 registers */
 #define MAX_VECTORS 3
 #define ROWS (MAX_VECTORS * LANES)
 #define MOST_QUERIES (1 << 29)
 #define AHEAD 16         /* keys between one that is computed and one that memory is asked for; 8 to 24 are as fast */
 #define PART 192         /* elements of queries that stay in the first-level cache while a block of keys meets them */
-#define BLOCK 128        /* keys per block: the scores of ROWS rows take 24 KiB of the first-level cache */
+#define BLOCK 128        /* keys per block: the scores of ROWS rows take up to 24 KiB of the first-level cache */
 #define STATE_BYTES (384 << 10) /* states of the rows that meet a block of keys while it is in the second-level cache */
-
-#ifdef WIDE
-/* GCC takes vectors apart that a function's own target does not have. */
-#define WIDE_INLINE static inline __attribute__((always_inline, target("arch=x86-64-v4")))
 
 /* A run of keys. Query i sees its keys j with i + lead - window < j <= i + lead. */
 struct span {
@@ -46,14 +42,13 @@ struct rows {
 };
 
 /* Index of a query; no index comes near the ends. */
-WIDE_INLINE int near(long query) { return (int)(query < -MOST_QUERIES ? -MOST_QUERIES : query > MOST_QUERIES ? MOST_QUERIES : query); }
-WIDE_INLINE vec at(const float *base) { return load(base, 0, 0); }
-WIDE_INLINE void put(float *base, vec value) { memcpy(base, &value, sizeof value); }
-WIDE_INLINE vec choose(veci mask, vec a, vec b) { return (vec)(((veci)a & mask) | ((veci)b & ~mask)); }
-WIDE_INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
+INLINE int near(long query) { return (int)(query < -MOST_QUERIES ? -MOST_QUERIES : query > MOST_QUERIES ? MOST_QUERIES : query); }
+INLINE vec at(const float *base) { return load(base, 0, 0); }
+INLINE vec choose(veci mask, vec a, vec b) { return (vec)(((veci)a & mask) | ((veci)b & ~mask)); }
+INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
 
 /* 2^x for x <= 0, relative error below 2e-7; 0 below -126, NaN for NaN. */
-WIDE_INLINE vec exp2_lanes(vec x)
+INLINE vec exp2_lanes(vec x)
 {
     const vec shift = (vec){0} + 12582912.0f; /* 1.5 * 2^23 rounds to the nearest integer */
     const vec n = x + shift;
@@ -67,40 +62,48 @@ WIDE_INLINE vec exp2_lanes(vec x)
     return (vec)(((veci)p + ((veci)n << 23)) & ~(x <= -126.0f)); /* the low bits of n are an integer: added to the exponent */
 }
 
-/* Products of up to TILE keys with queries over elements [from, to), added to what `scores` holds of the elements before.
+/* Products of up to SIDE keys with queries over elements [from, to), added to what `scores` holds of the elements before.
  * After the last ones they are scores, which count for the maximum so far. Under a mask, queries [first, end) see the
  * first of the keys, and those one further on the next. `is_masked` and `vectors` are constants in every caller. */
-WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stride, int from, int to, int width,
+INLINE void score_tile(const struct rows *rows, const float *k, long k_stride, int from, int to, int width,
                             long count, int first, int end, int is_first, int is_masked, int vectors, float *scores,
                             vec *top)
 {
     const vec unseen = (vec){0} - __builtin_inff();
-    const float *keys[TILE];
-    vec acc[TILE][MAX_VECTORS];
-    for (int i = 0; i < TILE; i++) {
+    const float *keys[SIDE];
+    vec acc[SIDE][MAX_VECTORS];
+    UNROLL
+    for (int i = 0; i < SIDE; i++) {
         keys[i] = k + (i < count ? i : count - 1) * k_stride; /* a short tile repeats its last key */
+        UNROLL
         for (int v = 0; v < vectors; v++)
             acc[i][v] = from ? at(scores + i * ROWS + v * LANES) : (vec){0};
     }
-    const int part = (to - from) / TILE;
-    for (int s = 0; s < TILE; s++) {
+    const int part = (to - from) / SIDE;
+    for (int s = 0; s < SIDE; s++) {
         const float *next = k + (AHEAD + s) * k_stride + from;
         for (int d = from + s * part; d < from + (s + 1) * part; d += 2) {
             if (is_first) /* a row ahead is asked for bit by bit, while this one is computed */
                 __builtin_prefetch(next, 0, 2);
             next += LANES;
+            UNROLL
             for (int e = d; e < d + 2; e++) {
                 vec q[MAX_VECTORS];
+                UNROLL
                 for (int v = 0; v < vectors; v++)
                     q[v] = at(rows->queries + e * ROWS + v * LANES);
-                for (int i = 0; i < TILE; i++)
+                UNROLL
+                for (int i = 0; i < SIDE; i++)
+                    UNROLL
                     for (int v = 0; v < vectors; v++)
                         acc[i][v] += q[v] * keys[i][e];
             }
         }
     }
-    for (int i = 0; i < TILE; i++) {
+    UNROLL
+    for (int i = 0; i < SIDE; i++) {
         const int key = i < count ? i : (int)count - 1;
+        UNROLL
         for (int v = 0; v < vectors; v++) {
             if (to == width) {
                 if (is_masked) {
@@ -115,31 +118,33 @@ WIDE_INLINE void score_tile(const struct rows *rows, const float *k, long k_stri
 }
 
 /* Ask for a row of the next block: hardware does not foresee rows that are read in columns. */
-WIDE_INLINE void prefetch(const float *row, int width)
+INLINE void prefetch(const float *row, int width)
 {
     for (int d = 0; d < width; d += LANES)
         __builtin_prefetch(row + d, 0, 2);
 }
 
 /* One state meets up to BLOCK keys, of which it sees some; the first to do so asks for the next block. */
-WIDE_INLINE void meet(struct rows *rows, const float *k, long k_stride, const float *v, long v_stride, int width,
+INLINE void meet(struct rows *rows, const float *k, long k_stride, const float *v, long v_stride, int width,
                  int v_width, long key, long count, const struct span *span, int is_first, int is_masked, int vectors, float *scores)
 {
     const int first = near(key - span->lead), end = near(key - span->lead + span->window);
     vec top[MAX_VECTORS], decay[MAX_VECTORS], sum[MAX_VECTORS];
+    UNROLL
     for (int x = 0; x < vectors; x++)
         top[x] = at(rows->top + x * LANES);
     const int most = vectors == MAX_VECTORS ? PART : width; /* fewer rows leave the first-level cache to keys */
     for (int from = 0; from < width; from += most) {
         const int to = from + most < width ? from + most : width;
-        for (int j = 0; j < count; j += TILE) {
+        for (int j = 0; j < count; j += SIDE) {
             if (is_first && from == 0 && v != k) /* else values are the first elements of keys */
-                for (int i = j + BLOCK; i < j + BLOCK + TILE; i++)
+                for (int i = j + BLOCK; i < j + BLOCK + SIDE; i++)
                     prefetch(v + i * v_stride, v_width);
             score_tile(rows, k + j * k_stride, k_stride, from, to, width, count - j, first + j, end + j, is_first,
                        is_masked, vectors, scores + j * ROWS, top);
         }
     }
+    UNROLL
     for (int x = 0; x < vectors; x++) {
         const vec before = at(rows->top + x * LANES);
         put(rows->top + x * LANES, top[x]);
@@ -149,28 +154,37 @@ WIDE_INLINE void meet(struct rows *rows, const float *k, long k_stride, const fl
         sum[x] = at(rows->sum + x * LANES) * decay[x];
     }
     for (long j = 0; j < count; j++)
+        UNROLL
         for (int x = 0; x < vectors; x++) {
             float *place = scores + j * ROWS + x * LANES;
             const vec weight = exp2_lanes(at(place) - top[x]);
             sum[x] += weight;
             put(place, weight);
         }
+    UNROLL
     for (int x = 0; x < vectors; x++)
         put(rows->sum + x * LANES, sum[x]);
-    for (int d = 0; d < v_width; d += TILE) {
-        vec acc[TILE][MAX_VECTORS];
-        for (int i = 0; i < TILE; i++)
+    for (int d = 0; d < v_width; d += SIDE) {
+        vec acc[SIDE][MAX_VECTORS];
+        UNROLL
+        for (int i = 0; i < SIDE; i++)
+            UNROLL
             for (int x = 0; x < vectors; x++)
                 acc[i][x] = at(rows->values + (d + i) * ROWS + x * LANES) * decay[x];
         for (long j = 0; j < count; j++) {
             vec weight[MAX_VECTORS];
+            UNROLL
             for (int x = 0; x < vectors; x++)
                 weight[x] = at(scores + j * ROWS + x * LANES);
-            for (int i = 0; i < TILE; i++)
+            UNROLL
+            for (int i = 0; i < SIDE; i++)
+                UNROLL
                 for (int x = 0; x < vectors; x++)
                     acc[i][x] += weight[x] * v[j * v_stride + d + i];
         }
-        for (int i = 0; i < TILE; i++)
+        UNROLL
+        for (int i = 0; i < SIDE; i++)
+            UNROLL
             for (int x = 0; x < vectors; x++)
                 put(rows->values + (d + i) * ROWS + x * LANES, acc[i][x]);
     }
@@ -180,7 +194,7 @@ WIDE_INLINE void meet(struct rows *rows, const float *k, long k_stride, const fl
 #define MEET(w, vw, is_masked, vectors)                                                                                   \
     meet(rows, k, k_stride, v, v_stride, w, vw, key, count, span, is_first, is_masked, vectors, scores)
 #define MEET_ALL(name, is_masked)                                                                                         \
-    WIDE static void name(struct rows *rows, const float *k, long k_stride, const float *v, long v_stride, int width,  \
+    static void name(struct rows *rows, const float *k, long k_stride, const float *v, long v_stride, int width,  \
                           int v_width, long key, long count, const struct span *span, int is_first, int vectors, float *scores)  \
     {                                                                                                                  \
         if (vectors == 1)                                                                                              \
@@ -202,7 +216,7 @@ struct call {
     float scale;
 };
 
-WIDE static float element(const void *base, long i, int is_bf16)
+static float element(const void *base, long i, int is_bf16)
 {
     if (!is_bf16)
         return ((const float *)base)[i];
@@ -214,12 +228,12 @@ WIDE static float element(const void *base, long i, int is_bf16)
 
 /* [count, width] rows of a kind as float32, contiguous. */
 #define CONVERT(name, kind)                                                                                            \
-    WIDE static void name(const void *base, long stride, long count, int width, float *out)                            \
+    static void name(const void *base, long stride, long count, int width, float *out)                            \
     {                                                                                                                  \
         for (long j = 0; j < count; j++) {                                                                             \
             const float scale = kind < INT8 ? 1.0f : scale_behind(base, j, stride, width);                             \
             for (int d = 0; d < width; d += LANES)                                                                     \
-                put(out + j * width + d, stored(base, j * stride + d, kind, 1) * scale);                               \
+                put(out + j * width + d, stored(base, j * stride + d, kind) * scale);                               \
         }                                                                                                              \
     }
 CONVERT(convert_bfloat16, BFLOAT16)
@@ -232,7 +246,7 @@ static void convert(const void *base, int kind, long stride, long count, int wid
 }
 
 /* A new state of `count` rows from `row` of a head's matrix of queries. */
-WIDE static void read_rows(const struct call *c, int head, long row, long count, struct rows *rows)
+static void read_rows(const struct call *c, int head, long row, long count, struct rows *rows)
 {
     const float scale = c->scale * 1.44269504f; /* for powers of 2 */
     memset(rows->queries, 0, sizeof(float) * c->width * ROWS);
@@ -252,7 +266,7 @@ WIDE static void read_rows(const struct call *c, int head, long row, long count,
     rows->last = (row + count - 1) / c->group;
 }
 
-WIDE static void write_rows(const struct call *c, int head, long row, long count, const struct rows *rows, float *out,
+static void write_rows(const struct call *c, int head, long row, long count, const struct rows *rows, float *out,
                             float *lse)
 {
     for (int lane = 0; lane < count; lane++) {
@@ -271,7 +285,7 @@ static long state_floats(const struct call *c) { return (c->width + c->v_width +
 static long block_floats(const struct call *c) { return BLOCK * (ROWS + (c->kind != FLOAT32 ? c->width + c->v_width : 0)); }
 
 /* Rows [first, first + num_rows) of a KV head's matrix of queries, over one run of every span's keys. */
-WIDE static void run_task(const struct call *c, int head, long first, long num_rows, long run, float *out, float *lse,
+static void run_task(const struct call *c, int head, long first, long num_rows, long run, float *out, float *lse,
                           float *scratch)
 {
     const long num_states = (num_rows + ROWS - 1) / ROWS, item = bytes_of(c->kind);
@@ -321,21 +335,25 @@ WIDE static void run_task(const struct call *c, int head, long first, long num_r
     for (long s = 0; s < num_states; s++)
         write_rows(c, head, first + s * ROWS, smaller(num_rows - s * ROWS, ROWS), &states[s], out, lse);
 }
-#endif
-
 /* Number of the kernels' signatures, INTERFACE of kernels.py: a binary of other ones must not be called. */
-int longspan_interface(void) { return 6; }
+int longspan_interface(void) { return 7; }
 
-/* Whether this CPU has the registers that the kernel is made of. */
-int longspan_has_wide_registers(void)
+/* Most lanes that this CPU has registers and instructions for; the binary for the fewest is asked. */
+int longspan_lanes(void)
 {
-#ifdef WIDE
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-    return 0;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return 16;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+        return 8;
 #endif
+    return 4;
 }
+
+/* LANES and ROWS, for kernels.py. */
+int longspan_own_lanes(void) { return LANES; }
+int longspan_state_rows(void) { return ROWS; }
 
 /* Consecutive queries over spans of keys.
  *
@@ -343,14 +361,13 @@ int longspan_has_wide_registers(void)
  * kind, with scales behind rows where it has them; strides in elements, contiguous in the last dimension. The keys of every span are cut into num_runs equal runs, each with a
  * partial of its own. out [num_runs, num_queries, heads * group, v_width] and lse [num_runs, num_queries, heads * group]:
  * float32, contiguous, natural logarithm; 0 and -inf for a query that sees nothing of a run.
- * Returns 0, or 1 when a size or this CPU is not supported or memory is short (nothing is written then).
+ * Returns 0, or 1 when a size is not supported or memory is short (nothing is written then).
  */
 int longspan_prefill(const void *q, const void *k, const void *v, long q_stride, long q_head_stride, long k_head_stride,
                      long k_stride, long v_head_stride, long v_stride, int heads, int group, int width, int v_width,
                      int is_q_bf16, int kind, long num_queries, const struct span *spans, long num_spans, float scale,
                      long num_runs, int num_threads, float *out, float *lse)
 {
-#ifdef WIDE
     if (num_threads < 1 || heads < 1 || group < 1 || width < LANES || width % LANES || v_width < LANES ||
         v_width % LANES || kind < FLOAT32 || kind > FLOAT8 || num_queries < 1 || num_queries > MOST_QUERIES || num_runs < 1)
         return 1;
@@ -382,7 +399,4 @@ int longspan_prefill(const void *q, const void *k, const void *v, long q_stride,
         }
     free(scratch);
     return 0;
-#else
-    return 1;
-#endif
 }
