@@ -23,7 +23,8 @@ from longspan.group.plans import PlanReceiver, PlanSender
 from longspan.group.shape import GroupShape, ProcessId, speaker
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import COMPILED, speed_up_, speedups_of
-from longspan.models.tensor_parallel import Part, copy_of, cut_
+from longspan.models.tensor_parallel import copy_of, cut_
+from longspan.models.tensor_part import Part
 from longspan.plan.moves import Move, Moved
 from longspan.plan.types import Plan, PlanResult
 from longspan.types import Adapter

@@ -25,7 +25,8 @@ from longspan.kv.page_bytes import PageBytes
 from longspan.kv.page_directory import ModelPages
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import ALWAYS, SPEEDUPS, speed_up_
-from longspan.models.tensor_parallel import Part, connect_, cut_
+from longspan.models.tensor_parallel import connect_, cut_
+from longspan.models.tensor_part import Part
 from longspan.plan.fixed_shape import OWN_DECODE, has_fixed_steps, is_captured
 from longspan.plan.moves import Moved
 from longspan.plan.types import Plan

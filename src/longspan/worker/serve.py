@@ -34,7 +34,7 @@ from longspan.group.worker_link import WorkerLink
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
 from longspan.models.loader import quiet_transformers
 from longspan.models.lora import check_lora
-from longspan.models.tensor_parallel import Part
+from longspan.models.tensor_part import Part
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.moves import Move
 from longspan.worker.build import (
