@@ -35,7 +35,7 @@ worth."""
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
-INTERFACE = 6
+INTERFACE = 7
 """Number of the signatures below, as in prefill.c; it changes with them, so that an older binary is not called."""
 
 FAR = 1 << 40
@@ -100,6 +100,10 @@ def library() -> ctypes.CDLL | None:
     kernels.longspan_rms_norm.argtypes = [pointer] * 3 + [long] * 2 + [ctypes.c_double, long, integer, pointer]
     kernels.longspan_convolve.argtypes = [pointer, long, long, pointer, pointer, *[long] * 5, integer, pointer]
     kernels.longspan_convolve_step.argtypes = [pointer] * 4 + [long] * 4 + [integer, pointer]
+    kernels.longspan_shared_sum.argtypes = [
+        *(pointer, integer, integer, long, ctypes.c_uint32, integer, pointer, pointer, long),
+        *(ctypes.c_int64, ctypes.c_int64),
+    ]
     kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
     kernels.longspan_packed_linear.argtypes = [
         *(pointer, pointer, pointer, pointer),

@@ -83,11 +83,11 @@ def serve(
     is_local = start.config.executor == "processes" and tools.device.type == "cpu" and part is None
     is_lent = is_local and lends(num_threads, model, start.spec)
     fault = read_fault(os.environ, process, start.generation)
-    cp, tp = join(process, start, shape, meeting, tools.device, may_look=not is_lent)
+    cp, tp, sums = join(process, start, shape, meeting, tools.device, may_look=not is_lent)
     damaging = DamagingCommunicator(cp) if fault is not None and fault.kind == "corrupt" else None
     comm, faults = with_options(damaging or cp, start), Injector(fault, damaging)
     threads = borrowed_threads if is_lent else None
-    peers = None if tp is None else peers_of(tp, start)
+    peers = None if tp is None else peers_of(tp, sums, start)
     runner = build_runner(start, model, comm, tools.backend, threads, peers=peers, progress=progress, faults=faults)
     keep_freed_memory()  # after loading, whose freed memory goes back to the system
     faults.at_start()
