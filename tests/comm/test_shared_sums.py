@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from longspan.comm.base import PROCESSES
-from longspan.comm.peers import Peers
+from longspan.comm.peers import Peers, span
+from longspan.comm.recording import RecordingCommunicator
 from longspan.comm.shared_sums import SLOT_BYTES, Look, shared_by_processes, shared_by_threads
 from longspan.comm.threads import thread_group
 from longspan.errors import CommunicationError
@@ -65,6 +66,30 @@ def test_counts_what_the_others_read_and_leaves_other_dtypes_to_messages():
         assert [peer.bytes_summed for peer in peers] == [3 * 2 * 40] * 3
         halves = list(threads.map(Peers.sum, peers, parts_of(3, 10).bfloat16()))
     assert all(half.dtype is torch.bfloat16 and torch.equal(half, halves[0]) for half in halves)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, SLOT_BYTES // 16 + 1])
+def test_columns_are_joined_in_the_first_process_between_sums(num_rows):
+    """Of few rows in shared memory, of many as messages."""
+    size, width = 3, 11
+    shared = shared_by_threads(size, names=PROCESSES, timeout_s=20.0)
+    comms = [RecordingCommunicator(comm) for comm in thread_group(size, timeout_s=20.0)]
+    whole, parts = parts_of(1, num_rows, width)[0], parts_of(size, 3)
+
+    def run(index):
+        peers, found = Peers(comms[index], shared[index]), []
+        for turn in range(4):
+            found.append(peers.gather((whole + turn)[:, span(width, index, size)], width))
+            found.append(peers.sum(parts[index] + turn))
+        return found
+
+    with ThreadPoolExecutor(size) as threads:
+        found = list(threads.map(run, range(size)))
+    for turn in range(4):
+        assert torch.equal(found[0][2 * turn], whole + turn)
+        assert torch.equal(found[2][2 * turn], (whole + turn)[:, span(width, 2, size)]), "its own columns"
+        assert all(torch.equal(one[2 * turn + 1], found[0][2 * turn + 1]) for one in found)
+    assert (comms[1].messages_sent == 0) == (num_rows < SLOT_BYTES // 16)
 
 
 def test_a_process_that_does_not_come_is_named():

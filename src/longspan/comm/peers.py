@@ -100,11 +100,14 @@ class Peers:
         """
         if self.size == 1:
             return part
+        spans = (span(width, peer, self.size) for peer in range(self.size))
+        widths = [one.stop - one.start for one in spans]
+        if self._shared is not None and can_add(part) and self._shared.can_gather(part, widths):
+            return self._shared.gather(part, widths)
         if self.index:
             self._comm.exchange([(0, part.contiguous())], []).wait()
             return part
-        spans = [span(width, peer, self.size) for peer in range(1, self.size)]
-        parts = [part.new_empty(*part.shape[:-1], one.stop - one.start) for one in spans]
+        parts = [part.new_empty(*part.shape[:-1], columns) for columns in widths[1:]]
         self._comm.exchange([], list(enumerate(parts, start=1))).wait()
         return torch.cat([part, *parts], dim=-1)
 

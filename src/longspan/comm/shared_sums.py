@@ -4,7 +4,7 @@ Holds that memory, pieces of large parts, and what happens when a process does n
 Read next: `longspan.native.sums` and its C source, Note [Two slots]; `longspan.comm.peers`, which chooses between this
 and messages.
 
-A sum of one row of 896 between two processes takes some 5 us here, and 50 over a socket, most of it in system calls
+A sum of one row of 896 between two processes takes 9 us here, and 47 over a socket, most of it in system calls
 (docs/decisions/0090-sums-in-shared-memory.md). Other messages of a rank's processes stay with its communicator.
 """
 
@@ -13,7 +13,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -86,6 +86,31 @@ class SharedSums:
         for start in range(0, len(whole), count):
             self._add(whole[start : start + count], total[start : start + count])
         return out
+
+    def gather(self, part: Tensor, widths: Sequence[int]) -> Tensor:
+        """Join the processes' columns in the first process. See `Peers.gather`.
+
+        Args:
+            part: [..., w] of what `add` takes; `can_gather` holds.
+            widths: columns of each process.
+
+        Collective: all processes of the rank.
+        """
+        rows = part.shape[:-1]
+        slots = [
+            torch.from_numpy(self._memory[start : start + rows.numel() * columns * part.itemsize].view(np.float32))
+            for start, columns in zip(map(self._sum.next_slot, range(self._size)), widths, strict=True)
+        ]
+        slots[self._index].copy_(part.reshape(-1))
+        nothing = part.new_empty(0)
+        self._add(nothing, nothing)
+        if self._index:
+            return part
+        return torch.cat([slot.view(*rows, columns) for slot, columns in zip(slots, widths, strict=True)], dim=-1)
+
+    def can_gather(self, part: Tensor, widths: Sequence[int]) -> bool:
+        """Whether the columns of every process fit; the answer is the same in all of them."""
+        return part.shape[:-1].numel() * max(widths) * part.itemsize <= SLOT_BYTES
 
     def _add(self, part: Tensor, out: Tensor) -> None:
         look_s, wait_s = self._look.next_s(), min(CHECK_S, self._timeout_s)

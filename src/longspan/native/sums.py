@@ -55,6 +55,11 @@ class SharedSum:
         self._fixed = (address, index, size, slot_bytes)
         self._step = 0
 
+    def next_slot(self, member: int) -> int:
+        """Start in bytes of a member's slot of the next sum, in which a sum of no elements leaves what is there."""
+        _, _, size, slot_bytes = self._fixed
+        return size * LINE + (2 * member + (self._step + 1) % 2) * slot_bytes
+
     def add(self, part: Tensor, out: Tensor, look_s: float, wait_s: float) -> Waited:
         """Write this member's part of the next sum, and add the parts of all.
 
