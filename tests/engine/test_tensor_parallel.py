@@ -13,19 +13,17 @@ from tiny_models import FAMILIES, all_pairs, greedy, run_all, tiny_engine, tiny_
 from longspan.comm.peers import Peers, span
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError, UnsupportedModelError
-from longspan.models import tensor_parallel
+from longspan.models import part_norms, tensor_cuts, tensor_parallel, tensor_plans
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config
 from longspan.models.speedups import speedups_of
-from longspan.models.tensor_parallel import Part
+from longspan.models.tensor_part import Part
 from longspan.types import SamplingParams
 
-CUT = [name for name, (model_type, _) in FAMILIES.items() if model_type not in ("gpt_oss", "llama4_text", "youtu")]
+CUT = [name for name, (model_type, _) in FAMILIES.items() if model_type != "youtu"]
 _REFUSED = """
-    afmoe aria_text axk1 biogpt bitnet deepseek_v2 deepseek_v3 flex_olmo glm glm4 glm4_moe_lite gpt-sw3 gpt2
-    gpt_bigcode gpt_oss granite_swa granitemoe granitemoe_swa granitemoeshared hunyuan_v1_dense hunyuan_v1_moe
-    llama4_text mimo_v2_flash minicpm3 minimax_m2 modernbert-decoder olmo2 olmo3 olmoe opt persimmon phi3 phimoe
-    sarvam_mla stablelm youtu bamba falcon_h1 granitemoehybrid kimi_linear lfm2 lfm2_moe nemotron_h olmo_hybrid
+    axk1 biogpt deepseek_v2 deepseek_v3 glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode minicpm3 modernbert-decoder opt
+    persimmon sarvam_mla youtu bamba falcon_h1 granitemoehybrid kimi_linear lfm2 lfm2_moe nemotron_h olmo_hybrid
     qwen3_5_moe_text qwen3_5_text qwen3_next
 """
 REFUSED = frozenset(_REFUSED.split())
@@ -67,6 +65,7 @@ def check(name, shape, prompts=slice(1, 3), **options):
         ("qwen3_moe", (2, 2), "gather_kv"),
         ("gemma2", (3, 2), "pass_q"),
         ("qwen2-window-mix", (1, 4), "auto"),
+        ("gpt_oss", (2, 2), "pass_kv"),
     ],
 )
 def test_ranks_of_several_processes_give_the_tokens_of_transformers(name, shape, strategy):
@@ -172,13 +171,13 @@ def skip_a_sum(monkeypatch):
 
 def swap_positions(monkeypatch):
     """The processes of a rank have each other's columns, and their own rows."""
-    original = tensor_parallel._cut_columns_
+    original = tensor_parallel.cut_columns_
 
-    def mutated(module, columns):
+    def mutated(module, columns, peers):
         half = module.in_features // 2
-        original(module, slice(0, half) if columns.start else slice(half, 2 * half))
+        original(module, slice(0, half) if columns.start else slice(half, 2 * half), peers)
 
-    monkeypatch.setattr(tensor_parallel, "_cut_columns_", mutated)
+    monkeypatch.setattr(tensor_parallel, "cut_columns_", mutated)
 
 
 def compute_a_head_twice(monkeypatch):
@@ -205,6 +204,59 @@ def test_the_comparison_notices(mutate, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(AssertionError):
         check("qwen3_moe", (1, 2))
+
+
+def skip_the_sum_of_a_norm(monkeypatch):
+    """Each process scales its heads by their own squares."""
+    original = tensor_parallel.cut_norm_
+    monkeypatch.setattr(
+        tensor_parallel, "cut_norm_", lambda norm, kept, add, size: original(norm, kept, lambda mean: mean * size, size)
+    )
+
+
+def give_all_processes_the_sinks_of_the_first(monkeypatch):
+    original = tensor_parallel.cut_heads_
+    monkeypatch.setattr(
+        tensor_parallel, "cut_heads_", lambda module, name, part: original(module, name, Part(0, part.size))
+    )
+
+
+def add_the_bias_of_experts_in_every_process(monkeypatch):
+    original = tensor_parallel.cut_experts_
+
+    def mutated(module, part, peers):
+        bias = module.down_proj_bias
+        original(module, part, peers)
+        module.down_proj_bias = bias
+
+    monkeypatch.setattr(tensor_parallel, "cut_experts_", mutated)
+
+
+def take_gate_and_up_for_one_matrix(monkeypatch):
+    monkeypatch.setattr(
+        tensor_parallel,
+        "cut_gate_up_",
+        lambda module, part: tensor_cuts.cut_rows_(module, part.of(module.out_features)),
+    )
+
+
+@pytest.mark.cover(cases=1)
+@pytest.mark.parametrize(
+    ("name", "mutate"),
+    [
+        ("olmo2", skip_the_sum_of_a_norm),
+        ("gpt_oss", give_all_processes_the_sinks_of_the_first),
+        ("gpt_oss", add_the_bias_of_experts_in_every_process),
+        ("glm4", take_gate_and_up_for_one_matrix),
+    ],
+)
+def test_the_comparison_notices_what_a_family_has_of_its_own(name, mutate, monkeypatch):
+    model, spread = proven_model(name), {"tensor_parallel_size": 2, **SPREADS["gather_kv"]}
+    with proven_engine(model, **spread) as engine:
+        check_proven(model, engine)
+    mutate(monkeypatch)
+    with proven_engine(model, **spread) as engine, pytest.raises(AssertionError):
+        check_proven(model, engine)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -240,13 +292,7 @@ def test_fewer_kv_heads_than_processes_are_held_by_several():
     [
         ("qwen2", 4, r"got 4 with 14 query and 2 KV heads.*, legal is 1, 2$"),
         ("llama-yarn", 2, r"got 2 with 7 query and 1 KV heads.*, legal is 1$"),
-        (
-            "gpt_oss",
-            2,
-            "got 2 with GptOssForCausalLM, for which Transformers has no plan that cuts attention, legal is 1",
-        ),
         ("youtu", 2, "got 2 with latents, which every process would need, legal is 1"),
-        ("llama4", 2, "got 2 with Llama4ForCausalLM, in which Transformers' plan cuts .*, legal is 1"),
     ],
 )
 def test_rejects_models_that_cannot_be_shared_and_names_the_sizes_that_work(name, size, message):
@@ -255,6 +301,18 @@ def test_rejects_models_that_cannot_be_shared_and_names_the_sizes_that_work(name
         tiny_engine(tiny_model(name), tensor_parallel_size=size),
     ):
         pass
+
+
+def test_rejects_families_without_a_plan_and_what_no_part_can_compute(monkeypatch):
+    def check_refused(name, message):
+        with pytest.raises(UnsupportedModelError, match=f"tensor_parallel_size: got 2 with {message}, legal is 1$"):
+            inspect_model(make_config(name), None, torch.float32, 2)
+
+    check_refused("gpt2", "GPT2LMHeadModel, for which there is no plan that cuts attention")
+    monkeypatch.setitem(tensor_plans.OWN_PLANS, "llama", {"mlp.act_fn": "colwise"})
+    check_refused("llama", r"LlamaForCausalLM, in which Transformers' plan cuts model.layers.0.mlp.act_fn as 'colwise'")
+    monkeypatch.setattr(part_norms, "EPSILONS", ())
+    check_refused("olmo2", "Olmo2ForCausalLM, whose heads go through Olmo2RMSNorm, which is no RMS norm that is known")
 
 
 @pytest.mark.parametrize(

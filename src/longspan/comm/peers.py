@@ -6,10 +6,12 @@ Read next: `longspan.comm.base`; `longspan.models.tensor_parallel`, whose layers
 Note [Same sums]
     Every process goes on with a sum as if it had computed it alone: it normalises it, chooses experts by it. So sums
     must be equal to the bit in all of them. Whoever adds, adds the parts in the order of processes, in float32 at
-    least. Few bytes go to all others at once. Of many, three or more processes add a piece each, and hand it out:
+    least. Where they have memory in common, each writes its part there, and adds all parts. As messages, few bytes go
+    to all others at once; of many, three or more processes add a piece each, and hand it out. Bytes that each of N
+    processes sends, or has the others read:
 
-        bytes sent by each of N processes      few       (N - 1) * S
-                                               many      2 * (N - 1) / N * S
+        shared memory, or few       (N - 1) * S
+        many                        2 * (N - 1) / N * S
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ import torch
 from torch import Tensor
 
 from longspan.comm.base import Communicator
+from longspan.comm.shared_sums import SharedSums
+from longspan.native.sums import can_add
 
 FEW_BYTES = 32 * 1024
 """Largest part that each process sends whole to all others, however many they are: one exchange is sooner than two."""
@@ -26,12 +30,17 @@ FEW_BYTES = 32 * 1024
 class Peers:
     """Processes of a rank, as one of them sees them. All of them make the same calls in the same order."""
 
-    def __init__(self, comm: Communicator) -> None:
-        """Take the communicator of the rank's processes, in which a process has its `tp_index` as its rank."""
-        self._comm = comm
+    def __init__(self, comm: Communicator, shared: SharedSums | None = None) -> None:
+        """Take what the rank's processes have in common.
+
+        Args:
+            comm: their communicator, in which a process has its `tp_index` as its rank.
+            shared: their sums in shared memory; None where all sums are messages.
+        """
+        self._comm, self._shared = comm, shared
         self.index, self.size = comm.rank, comm.size
         self.bytes_summed = 0
-        """Bytes that all processes of the rank have sent for sums."""
+        """Bytes that all processes of the rank have sent for sums, or had each other read."""
 
     def sum(self, part: Tensor) -> Tensor:
         """Add the parts of all processes; the result is equal to the bit in all of them.
@@ -47,6 +56,9 @@ class Peers:
         if self.size == 1 or not part.numel():
             return part
         part = part.contiguous()
+        if self._shared is not None and can_add(part):
+            self.bytes_summed += self.size * (self.size - 1) * part.nbytes
+            return self._shared.add(part)
         if self.size == 2 or part.nbytes <= FEW_BYTES:
             self.bytes_summed += self.size * (self.size - 1) * part.nbytes
             return _add([*self._exchange_whole(part)])
@@ -88,11 +100,14 @@ class Peers:
         """
         if self.size == 1:
             return part
+        spans = (span(width, peer, self.size) for peer in range(self.size))
+        widths = [one.stop - one.start for one in spans]
+        if self._shared is not None and can_add(part) and self._shared.can_gather(part, widths):
+            return self._shared.gather(part, widths)
         if self.index:
             self._comm.exchange([(0, part.contiguous())], []).wait()
             return part
-        spans = [span(width, peer, self.size) for peer in range(1, self.size)]
-        parts = [part.new_empty(*part.shape[:-1], one.stop - one.start) for one in spans]
+        parts = [part.new_empty(*part.shape[:-1], columns) for columns in widths[1:]]
         self._comm.exchange([], list(enumerate(parts, start=1))).wait()
         return torch.cat([part, *parts], dim=-1)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from longspan.comm.base import Pending
 from longspan.comm.connect import Meeting, connect_all
 from longspan.comm.distributed import DistributedCommunicator, GroupCommunicator
+from longspan.comm.shared_sums import SharedSums, shared_by_processes
 from longspan.errors import CommunicationError
 
 SMALL_BYTES = 32 * 1024
@@ -96,6 +97,15 @@ class SocketCommunicator:
             num_sent[peer] = self._num_sent[peer] + len(self._unsent[peer])
             self._send(peer)
         return _PendingMessages(self, large, num_sent, incoming)
+
+    def share_sums(self) -> SharedSums | None:
+        """Make sums of this group in memory that all members share; None where they are on several hosts.
+
+        Collective: all members, before their first exchange.
+        """
+        return shared_by_processes(
+            self._sockets, self.rank, names=self._names, timeout_s=self._timeout_s, look_s=self._look_s
+        )
 
     def close(self) -> None:
         for connection in self._sockets.values():

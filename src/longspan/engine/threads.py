@@ -14,6 +14,7 @@ import torch
 
 from longspan.attention.base import AttentionBackend
 from longspan.comm.base import PROCESSES
+from longspan.comm.shared_sums import shared_by_threads
 from longspan.comm.threads import thread_group
 from longspan.costmodel.measured import RankMeasurement
 from longspan.engine.executor import PendingAdapters, PendingMoves, PendingPlans
@@ -23,7 +24,8 @@ from longspan.group.plans import PlanReceiver, PlanSender
 from longspan.group.shape import GroupShape, ProcessId, speaker
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import COMPILED, speed_up_, speedups_of
-from longspan.models.tensor_parallel import Part, copy_of, cut_
+from longspan.models.tensor_parallel import copy_of, cut_
+from longspan.models.tensor_part import Part
 from longspan.plan.moves import Move, Moved
 from longspan.plan.types import Plan, PlanResult
 from longspan.types import Adapter
@@ -196,10 +198,11 @@ def _build_runners(
     runners = []
     for rank in range(shape.num_ranks):
         tp_group = thread_group(size, timeout_s=timeout_s, names=PROCESSES)
+        sums = shared_by_threads(size, names=PROCESSES, timeout_s=timeout_s)
         for index, comm in enumerate(tp_group):
             part = copy_of(model)
             cut_(part, Part(index, size), start.spec.kv_groups)
             speed_up_(part)
-            cp = with_options(cp_groups[index][rank], start)
-            runners.append(build_runner(start, part, cp, backend, peers=peers_of(comm, start)))
+            cp, peers = with_options(cp_groups[index][rank], start), peers_of(comm, sums[index], start)
+            runners.append(build_runner(start, part, cp, backend, peers=peers))
     return runners

@@ -27,7 +27,7 @@ from longspan.models.hook import AttendFunction, AttentionCall
 from longspan.models.last_layer import READ_ROWS
 from longspan.models.packed_linear import PackedLinear
 from longspan.models.same_result import activation_name, agree, random_rows
-from longspan.models.tensor_parallel import JOINT, Joint, bias_behind
+from longspan.models.tensor_part import JOINT, Joint, bias_behind
 from longspan.native.kernels import MAX_LINEAR_ROWS, MAX_ROWS
 from longspan.native.layer import ACTIVATIONS, FusedLayer, LayerWeights
 from longspan.native.matrix import Matrix

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.models.fused_layer_gemm import blocks, product
-from longspan.models.tensor_parallel import Joint
+from longspan.models.tensor_part import Joint
 from longspan.native import kernels
 from longspan.native.layer import FusedLayer
 from longspan.native.matrix import Matrix

@@ -26,7 +26,8 @@ from longspan.models.quantization import check_quantization, dense_config
 from longspan.models.recurrent import TraceCache, recurrent_modules
 from longspan.models.rope import check_applied, check_rope, longest_request, rope_lengths
 from longspan.models.state_proof import check_recurrence
-from longspan.models.tensor_parallel import Part, check_divisible, check_part, cut_
+from longspan.models.tensor_parallel import check_divisible, check_part, cut_
+from longspan.models.tensor_part import Part
 from longspan.types import AttentionParams, ModelSpec
 
 MAX_SIZES = {
@@ -177,6 +178,9 @@ def _traced(
                 f"attention arguments: layer {call.layer} got {', '.join(sorted(call.other_arguments))}, which "
                 "longspan does not know"
             )
+        if call.sinks is not None and call.sinks.shape != call.q.shape[1:2]:
+            shape = tuple(call.sinks.shape)
+            raise UnsupportedModelError(f"sinks: got {shape} in layer {call.layer}, proven is ({call.q.shape[1]},)")
         spec = _kv_spec(call, str(dtype).removeprefix("torch."))
         groups.setdefault((spec, call.q.shape[1]), []).append(call.layer)
     _check_reaches([spec for spec, _ in groups])

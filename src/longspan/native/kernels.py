@@ -132,6 +132,10 @@ def library() -> ctypes.CDLL | None:
     kernels.longspan_rms_norm.argtypes = [pointer] * 3 + [long] * 2 + [ctypes.c_double, long, integer, pointer]
     kernels.longspan_convolve.argtypes = [pointer, long, long, pointer, pointer, *[long] * 5, integer, pointer]
     kernels.longspan_convolve_step.argtypes = [pointer] * 4 + [long] * 4 + [integer, pointer]
+    kernels.longspan_shared_sum.argtypes = [
+        *(pointer, integer, integer, long, ctypes.c_uint32, integer, pointer, pointer, long),
+        *(ctypes.c_int64, ctypes.c_int64),
+    ]
     kernels.longspan_linear.argtypes = [pointer, pointer, long, integer, long, integer, integer, pointer]
     kernels.longspan_packed_linear.argtypes = [
         *(pointer, pointer, pointer, pointer),

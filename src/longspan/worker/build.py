@@ -17,6 +17,7 @@ from longspan.comm.base import PROCESSES, Communicator
 from longspan.comm.checking import CheckingCommunicator
 from longspan.comm.delaying import DelayingCommunicator
 from longspan.comm.peers import Peers
+from longspan.comm.shared_sums import SharedSums
 from longspan.errors import ConfigError
 from longspan.group.heartbeat import ProcessProgress
 from longspan.group.messages import Start
@@ -25,7 +26,8 @@ from longspan.kv.page_bytes import PageBytes
 from longspan.kv.page_directory import ModelPages
 from longspan.models.loader import load_model, resolve_dtype
 from longspan.models.speedups import ALWAYS, SPEEDUPS, speed_up_
-from longspan.models.tensor_parallel import Part, connect_, cut_
+from longspan.models.tensor_parallel import connect_, cut_
+from longspan.models.tensor_part import Part
 from longspan.plan.fixed_shape import OWN_DECODE, has_fixed_steps, is_captured
 from longspan.plan.moves import Moved
 from longspan.plan.types import Plan
@@ -137,14 +139,17 @@ def with_options(comm: Communicator, start: Start) -> Communicator:
     return DelayingCommunicator(comm, links)
 
 
-def peers_of(comm: Communicator, start: Start) -> Peers:
+def peers_of(comm: Communicator, sums: SharedSums | None, start: Start) -> Peers:
     """Return the processes of a rank, whose messages are checked if the user asked for it; no slow link is simulated.
 
     Args:
         comm: communicator of the rank's processes.
+        sums: their sums in shared memory, if there are any; not used where messages are checked.
         start: the driver's start message.
     """
-    return Peers(CheckingCommunicator(comm, names=PROCESSES) if start.config.check_messages else comm)
+    if start.config.check_messages:
+        return Peers(CheckingCommunicator(comm, names=PROCESSES))
+    return Peers(comm, sums)
 
 
 def build_runner(

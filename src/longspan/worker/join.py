@@ -25,6 +25,7 @@ from longspan.comm.base import Communicator, GroupNames
 from longspan.comm.connect import Meeting, Store
 from longspan.comm.distributed import DistributedCommunicator, GroupCommunicator
 from longspan.comm.nccl import BatchedCommunicator, NCCLCommunicator
+from longspan.comm.shared_sums import SharedSums
 from longspan.comm.sockets import LOOK_S, SocketCommunicator
 from longspan.comm.threads import thread_group
 from longspan.config import num_cores
@@ -40,6 +41,8 @@ class Joined(NamedTuple):
     """One process of every rank; a process has its rank's number in it."""
     tp: Communicator | None
     """The processes of this rank; a process has its `tp_index` as its number in it. None if it is the only one."""
+    sums: SharedSums | None
+    """Sums of the processes of this rank in memory that they share; None where there is none, or no other process."""
 
 
 def join(
@@ -65,13 +68,13 @@ def join(
     has_core = config.executor == "processes" and num_threads <= num_cores()
     look_s = LOOK_S if may_look and has_core else 0.0
     if shape.world_size == 1:
-        return Joined(thread_group(1, timeout_s=timeout_s)[0], None)
+        return Joined(thread_group(1, timeout_s=timeout_s)[0], None, None)
     if shape.processes_per_rank > 1:
         return _join_both(process, shape, meeting, device, timeout_s, look_s)
     rank, size = process.rank, shape.num_ranks
     if device.type == "cuda":
-        return Joined(NCCLCommunicator(rank, size, meeting.init_method, device, timeout_s=timeout_s), None)
-    return Joined(SocketCommunicator(rank, size, meeting, timeout_s=timeout_s, look_s=look_s), None)
+        return Joined(NCCLCommunicator(rank, size, meeting.init_method, device, timeout_s=timeout_s), None, None)
+    return Joined(SocketCommunicator(rank, size, meeting, timeout_s=timeout_s, look_s=look_s), None, None)
 
 
 def _join_both(
@@ -102,7 +105,8 @@ def _join_both(
 
     rank, index = process
     cp = member(f"c{index}", cp_groups[index], rank, shape.num_ranks, "rank")
-    return Joined(cp, member(f"t{rank}", tp_groups[rank], index, shape.processes_per_rank, "process"))
+    tp = member(f"t{rank}", tp_groups[rank], index, shape.processes_per_rank, "process")
+    return Joined(cp, tp, tp.share_sums() if isinstance(tp, SocketCommunicator) else None)
 
 
 class _Within:

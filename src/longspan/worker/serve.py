@@ -34,7 +34,7 @@ from longspan.group.worker_link import WorkerLink
 from longspan.models.fingerprint import fingerprint, hub_directory, local_directory
 from longspan.models.loader import quiet_transformers
 from longspan.models.lora import check_lora
-from longspan.models.tensor_parallel import Part
+from longspan.models.tensor_part import Part
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.moves import Move
 from longspan.worker.build import (
@@ -83,11 +83,11 @@ def serve(
     is_local = start.config.executor == "processes" and tools.device.type == "cpu" and part is None
     is_lent = is_local and start.config.cpu_binding == "none" and lends(num_threads, model, start.spec)
     fault = read_fault(os.environ, process, start.generation)
-    cp, tp = join(process, start, shape, meeting, tools.device, may_look=not is_lent)
+    cp, tp, sums = join(process, start, shape, meeting, tools.device, may_look=not is_lent)
     damaging = DamagingCommunicator(cp) if fault is not None and fault.kind == "corrupt" else None
     comm, faults = with_options(damaging or cp, start), Injector(fault, damaging)
     threads = borrowed_threads if is_lent else None
-    peers = None if tp is None else peers_of(tp, start)
+    peers = None if tp is None else peers_of(tp, sums, start)
     runner = build_runner(start, model, comm, tools.backend, threads, peers=peers, progress=progress, faults=faults)
     keep_freed_memory()  # after loading, whose freed memory goes back to the system
     faults.at_start()
