@@ -37,7 +37,7 @@ MIN_RUN_KEYS = 512
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
-INTERFACE = 7
+INTERFACE = 8
 """Number of the signatures below, as in prefill.c; it changes with them, so that an older binary is not called."""
 
 FAR = 1 << 40
