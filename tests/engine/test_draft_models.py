@@ -20,9 +20,10 @@ from tiny_models import (
 )
 
 from longspan.config import EngineConfig
+from longspan.engine import ranks
 from longspan.engine.engine import Engine
 from longspan.engine.memory import share_with_draft
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, WorkerError
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.scheduler.request import Draft, Request
 from longspan.types import ModelSpec, SamplingParams
@@ -85,6 +86,8 @@ def check(case):
             allocator.num_used for of_rank in engine.drafts.scheduler.memory.allocators for allocator in of_rank
         )
     assert [request.output_token_ids for request in running] == [output for _, _, output in requests]
+    if options["max_num_batched_tokens"] == 5 and not drafting.num_drafted:
+        return  # the requests end while the draft model computes their prompts, five tokens at a time
     assert drafting.num_drafted
     if kind == "same":
         assert drafting.num_accepted > 10 * drafting.num_rejected
@@ -101,7 +104,8 @@ def test_tokens_are_those_without_a_draft_model(case):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("kind", ["same", "like", "other"])
 def test_tokens_are_the_same_however_good_the_drafts_are(kind, temperature):
-    check({"family": "llama", "kind": kind, "temperature": temperature, "strategy": "auto", **STRIPED})
+    case = {"family": "llama", "kind": kind, "temperature": temperature, "strategy": "auto", **STRIPED}
+    check({**case, "max_num_batched_tokens": 64})
 
 
 def test_a_draft_model_of_another_family_with_windows():
@@ -136,6 +140,73 @@ def test_preempted_requests_and_prefix_hits_have_the_same_tokens():
         assert engine.drafts.scheduler.memory.num_hit_tokens > hits
     (expected,) = run_requests(model, [(following, greedy(10))])
     assert again.output_token_ids == expected.output_token_ids
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_cache_dtype": "int8"},
+        {"context_parallel_size": 3, "rank_weights": (2.0, 1.0, 1.0)},
+        {"kv_host_memory": 2**22},
+        {"max_step_ms": 5, "max_num_seqs": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_options_give_the_same_tokens_with_a_draft_model(options):
+    found = []
+    for drafts in (None, drafts_of("llama", "like")):
+        with tiny_engine(
+            tiny_model("llama"), speculative_config=drafts, check_invariants=1, **{**STRIPED, **options}
+        ) as engine:
+            requests = [engine.add_request(prompt, params) for prompt, params, _ in asked("llama", 0.0)]
+            run_all(engine)
+            found.append([request.output_token_ids for request in requests])
+            assert drafts is None or engine.scheduler.drafting.num_accepted
+    assert found[0] == found[1]
+
+
+def test_a_draft_model_of_small_weights_gives_the_same_tokens():
+    found, model = [], tiny_model("llama")
+    for drafts in (None, drafts_of("llama", "same")):
+        config = EngineConfig(
+            model=model.path,
+            executor="threads",
+            threads_per_rank=1,
+            quantization="int8",
+            kv_cache_memory=2**25,
+            speculative_config=drafts,
+        )
+        with Engine(config) as engine:
+            requests = [engine.add_request(prompt, params) for prompt, params, _ in asked("llama", 0.0)]
+            run_all(engine)
+            found.append([request.output_token_ids for request in requests])
+            assert drafts is None or engine.scheduler.drafting.num_accepted > engine.scheduler.drafting.num_rejected
+    assert found[0] == found[1]
+
+
+def test_fewer_ranks_go_on_with_the_draft_model(monkeypatch):
+    """Two ranks are lost, and one of them cannot be started again."""
+    start, model, requests = ranks.start_executor, tiny_model("llama"), asked("llama", 0.0)
+    is_lost = []
+
+    def start_executor(told, *arguments):
+        if is_lost and told.config.context_parallel_size == 2:
+            raise WorkerError("a rank cannot be started")
+        return start(told, *arguments)
+
+    monkeypatch.setattr(ranks, "start_executor", start_executor)
+    drafts = drafts_of("llama", "same")
+    with tiny_engine(model, speculative_config=drafts, max_restarts=9, check_invariants=1, **STRIPED) as engine:
+        running = [engine.add_request(prompt, params) for prompt, params, _ in requests]
+        while not engine.scheduler.drafting.num_accepted:
+            engine.step()
+        before = engine.scheduler.drafting.num_accepted
+        is_lost.append(True)
+        engine._lost = WorkerError("a rank was killed")
+        run_all(engine)
+        assert engine.config.context_parallel_size == 1
+        assert engine.scheduler.drafting.num_accepted > before + 10
+    assert [request.output_token_ids for request in running] == [output for _, _, output in requests]
 
 
 def test_a_prompt_that_does_not_fit_the_draft_models_ranks_has_no_drafts():
