@@ -285,6 +285,19 @@ def test_drafts_that_take_too_long_are_not_asked_for(monkeypatch):
         assert pays or pair.main.scheduler.drafting.num_drafted < 4
 
 
+def test_drafts_that_took_long_once_are_tried_again(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(fake_ranks, "fake_token", token_of)
+    monkeypatch.setattr(Pair, "wrong", 0.0)
+    pair = make_pair(1)
+    pair.main.rng.uniform = lambda low, high: 0.01
+    pair.small.rng.uniform = lambda low, high: 0.03 if len(pair.small.plans) < 5 else 0.0001
+    pair.main.scheduler.add_request([5] * 9, params(500))
+    pair.run_to_the_end()
+    assert len(pair.main.plans) < 350
+    assert pair.main.scheduler.drafting.num_accepted > 150
+
+
 def test_step_time_is_known_with_the_first_step():
     rows = row_time.RowTime()
     assert rows.step_s(1) is None

@@ -28,11 +28,14 @@ from longspan.errors import CapacityError, ConfigError
 from longspan.plan.types import Plan, PlanResult
 from longspan.scheduler.request import Request
 from longspan.scheduler.scheduler import Scheduler
-from longspan.types import FinishReason, Phase, SamplingParams
+from longspan.types import FinishReason, SamplingParams
 
-GROWTH = 1.1
-"""Factor by which a step is believed to take longer than the shortest one lately: a first step, which may take ten
-times as long as the next, must not keep requests from drafts."""
+MEMORY = 0.5
+"""Factor on the time of steps so far when a new one is learnt."""
+
+DOUBT = 0.98
+"""Factor on the predicted time with every step that asks for nothing, until a step shows it again: what was slow once,
+such as a first step, must not keep requests from drafts for ever."""
 
 
 class Follower:
@@ -121,9 +124,18 @@ class DraftModel:
         self.scheduler = scheduler
         """Scheduler of the draft model; replaced with the ranks."""
         self.most = most
-        self.step_s = 0.0
-        """Predicted seconds of a step that makes a draft of each request that asks; 0 while nothing is known."""
+        self._learnt_s: float | None = None
+        self._doubt = 1.0
         self._rounds: list[_Round] = []
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of a step that makes a draft of each request that asks; 0 while nothing is known."""
+        return self._doubt * (self._learnt_s or 0.0)
+
+    def rest(self) -> None:
+        """Take down that a step of decodes asks for nothing."""
+        self._doubt *= DOUBT
 
     def follow(self, request: Request) -> Follower:
         """Proposer of a new request."""
@@ -145,9 +157,11 @@ class DraftModel:
 
     def update(self, result: PlanResult) -> None:
         """Take in what a plan's ranks answered."""
-        if self.scheduler.in_flight[result.plan_id].plan.phase is Phase.DECODE:
-            step_s = max(rank_result.step_s for rank_result in result.ranks)
-            self.step_s = min(step_s, GROWTH * self.step_s) if self.step_s else step_s
+        plan = self.scheduler.in_flight[result.plan_id].plan
+        if sum(plan.num_tokens) <= (1 + self.most) * len(plan.samples):  # guesses, and tokens that were given before
+            step_s, before = max(rank_result.step_s for rank_result in result.ranks), self._learnt_s
+            self._learnt_s = step_s if before is None else MEMORY * before + (1 - MEMORY) * step_s
+            self._doubt = 1.0
         self.scheduler.update(result)
 
     def schedule(self) -> Plan | None:

@@ -49,6 +49,9 @@ class DraftSource(Protocol):
             held: requests that wait until all of them have come.
         """
 
+    def rest(self) -> None:
+        """Take down that a step of decodes asks for nothing."""
+
 
 class Drafting:
     """Choice of drafts for all requests of one scheduler."""
@@ -133,6 +136,7 @@ class Drafting:
         counts = self._paying(held, [_num_offered(request) for request in held])
         wanted = [(request, count) for request, count in zip(held, counts, strict=True) if count]
         if not wanted:
+            self.source.rest()
             return []
         self.source.ask(wanted, held)
         return held
