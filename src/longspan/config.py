@@ -16,7 +16,7 @@ from longspan.errors import ConfigError
 from longspan.option import Group, Option, check_options, is_number, take_texts_
 from longspan.quantities import MAX_COUNT, parse_listen, parse_size
 from longspan.simulation import SimulatedLinks, parse_simulated_links
-from longspan.speculation import Speculation, read_speculation
+from longspan.speculation import ModelDrafts, NgramDrafts, read_speculation
 from longspan.types import Placement, Strategy
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -393,8 +393,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Speculative decoding, in vLLM's spelling.
     `{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}` looks the 4 newest tokens of a request up
     among its earlier ones, and checks the 4 that followed there. At most 32 drafts and n-grams of 64 tokens;
-    `prompt_lookup_min` is `prompt_lookup_max` if it is not given, and both are 5 without either. See
-    docs/speculation.md."""
+    `prompt_lookup_min` is `prompt_lookup_max` if it is not given, and both are 5 without either.
+    `{"method": "draft_model", "model": "DIR", "num_speculative_tokens": 4}` checks what a smaller model with the same
+    tokenizer generates. See docs/speculation.md."""
     listen: Annotated[
         str | None, Option("Where workers on other hosts find the driver.", Group.NETWORK, metavar="HOST:PORT")
     ] = None
@@ -503,8 +504,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         take_texts_(self)
         check_options(self)
         self._check_overrides()
-        if self.speculative_config is not None:
-            read_speculation(self.speculative_config)
+        self._check_speculation()
         self._check_device()
         self._check_cpu_binding()
         self._check_tensor_parallel()
@@ -544,6 +544,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"cpu_binding: got {self.cpu_binding!r} with executor {self.executor!r} and device {self.device!r}, "
                 "legal there is none: processes of this machine that compute on CPUs are bound"
             )
+
+    def _check_speculation(self) -> None:
+        """Refuse illegal values, and what a draft model beside this one cannot do yet."""
+        if (draft := self.draft_model) is None:
+            return
+        for name, legal in (("device", "cpu"), ("tensor_parallel_size", 1)):
+            value = getattr(self, name)
+            if value != legal and value != "auto":
+                raise ConfigError(
+                    f"speculative_config: got the draft model {draft!r} with {name} {value!r}, legal there is "
+                    f"{name} {legal!r}"
+                )
 
     def _check_overrides(self) -> None:
         fields = self.hf_overrides
@@ -780,9 +792,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.threads_per_rank or max(1, cores)
 
     @property
-    def speculation(self) -> Speculation | None:
+    def speculation(self) -> NgramDrafts | ModelDrafts | None:
         """What `speculative_config` says, or None."""
         return None if self.speculative_config is None else read_speculation(self.speculative_config)
+
+    @property
+    def draft_model(self) -> str | None:
+        """Model that makes drafts, or None."""
+        speculation = self.speculation
+        return speculation.model if isinstance(speculation, ModelDrafts) else None
 
     @property
     def simulation(self) -> SimulatedLinks | None:

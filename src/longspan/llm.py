@@ -28,7 +28,7 @@ from longspan.errors import ConfigError
 from longspan.imports import quick_imports
 from longspan.kv.page_directory import open_directory
 from longspan.models.detokenizer import encode_prompt, with_special_stops
-from longspan.models.names import check_early
+from longspan.models.names import check_draft_early, check_early
 from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams, TokenLogprobs
 
@@ -162,6 +162,7 @@ class LLM(ClosedAtExit):
                 raise ConfigError(f"option: got {name!r}, legal is one of {', '.join(legal)}")
         config = EngineConfig(model=model, **options)
         check_early(model, config.hf_overrides)
+        check_draft_early(config.draft_model)
         if config.kv_disk is not None:  # before ranks start
             open_directory(Path(config.kv_disk).expanduser())
         started = time.perf_counter()
@@ -172,8 +173,10 @@ class LLM(ClosedAtExit):
                 from longspan.models.generation import tokenizer_end_ids
                 from longspan.models.inspect import check_proven
                 from longspan.models.loader import load_config, load_tokenizer
+                from longspan.models.vocabulary import check_draft_tokenizer
             check_proven(load_config(model, config.hf_overrides)[0])  # before anything that an unproven one may lack
             self.tokenizer = load_tokenizer(model)
+            check_draft_tokenizer(config.draft_model, self.tokenizer)
             self.engine = Engine(config, launcher=launcher, end_token_ids=tokenizer_end_ids(self.tokenizer))
             """Engine that runs the requests, for tools and tests that look deeper than text."""
         self.load_s = time.perf_counter() - started

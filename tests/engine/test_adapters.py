@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from draft_models import drafts_of
 from drafts import SPECULATION, check_all_drafts, scripted
 from lora_adapters import (
     adapter_engine,
@@ -105,6 +106,17 @@ def test_drafts_change_no_token(monkeypatch):
             0.3,
             VOCAB_SIZE,
         )
+        running = add_all(engine, "llama")
+        run_all(engine)
+        assert engine.scheduler.drafting.num_accepted
+        assert engine.scheduler.drafting.num_rejected
+    assert [one.output_token_ids for one, _ in running] == [wanted for _, wanted in running]
+
+
+def test_a_draft_model_without_the_adapters_changes_no_token(monkeypatch):
+    check_all_drafts(monkeypatch)
+    drafts = drafts_of("llama", "same")
+    with adapter_engine(MODEL.path, both("llama"), **STRIPED, speculative_config=drafts) as engine:
         running = add_all(engine, "llama")
         run_all(engine)
         assert engine.scheduler.drafting.num_accepted

@@ -14,7 +14,7 @@ from longspan.group.plans import PlanReceiver, PlanSender
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.plan.advance import advance
 from longspan.plan.build import RequestStep, build_plan, score_runs
-from longspan.plan.types import Literals, Plan, SampledBy, SampleRow, TableDelta
+from longspan.plan.types import FIRST_DRAFT_PLAN, Literals, Plan, SampledBy, SampleRow, TableDelta, is_draft_plan
 from longspan.sharding.pages import PageTable
 from longspan.types import Phase, SamplingParams, Strategy
 
@@ -114,6 +114,20 @@ def test_a_rank_that_ran_another_plan_meanwhile_gets_the_whole_plan():
     for rank, message in sender.messages(plan).items():
         assert isinstance(decode_to_worker(message), RunPlan)
         assert received(PlanReceiver(rank), message).query_runs[0].position == 17
+
+
+def test_plans_of_two_models_go_on_each_from_its_own():
+    sender, receiver, first = PlanSender(), PlanReceiver(1), {True: FIRST_DRAFT_PLAN + 3, False: 7}
+    last = {is_draft: decode_plan(plan_id) for is_draft, plan_id in first.items()}
+    for plan in last.values():
+        received(receiver, sender.messages(plan)[1])
+    for is_draft in (False, True, True, False):
+        last[is_draft] = plan = advance(last[is_draft], last[is_draft].plan_id + 1, [Literals((55,))])
+        message = sender.messages(plan)[1]
+        assert isinstance(decode_to_worker(message), RunNext)
+        got = received(receiver, message)
+        assert (got.plan_id, is_draft_plan(got.plan_id)) == (plan.plan_id, is_draft)
+        assert got.query_runs[0].position == plan.query_runs[0].position
 
 
 def test_a_rank_refuses_to_go_on_from_a_plan_that_was_not_its_last():

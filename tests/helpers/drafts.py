@@ -14,12 +14,17 @@ SPECULATION = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_ma
 class ScriptedProposer:
     """Proposes the right tokens, each replaced by another one with a given probability."""
 
+    num_coming = 0
+
     def __init__(self, truth: Sequence[int], wrong: float, vocab_size: int, seed: int = 0) -> None:
         """Args: `truth` is prompt and output; behind its end nothing is proposed."""
         self._truth, self._wrong, self._vocab_size, self._seed = truth, wrong, vocab_size, seed
 
     def read(self, token_ids: Sequence[int], end: int) -> None:
         """Take in nothing: all is known."""
+
+    def end(self) -> None:
+        """Do nothing."""
 
     def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
         """As long a draft as may be, the same for the same tokens."""

@@ -15,7 +15,7 @@ from longspan.cli.options import Later, engine_config, options_of, take
 from longspan.config import EngineConfig
 from longspan.imports import quick_imports
 from longspan.kv.page_directory import open_directory
-from longspan.models.names import check_early
+from longspan.models.names import check_draft_early, check_early
 from longspan.server.config import ServerConfig
 from longspan.server.listener import close, listen
 
@@ -71,6 +71,7 @@ def serve(model: str, **options: Any) -> None:
     # Checked before anything is imported; opened when all is ready, so that no client waits.
     close(listen(server_config), server_config.uds)
     check_early(model, config.hf_overrides)
+    check_draft_early(config.draft_model)
     if config.kv_disk is not None:
         open_directory(Path(config.kv_disk).expanduser())
 

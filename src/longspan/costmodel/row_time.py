@@ -52,16 +52,25 @@ class RowTime:
 
     def share(self, num_rows: int) -> float:
         """Time of one row more, as a share of a step of so many rows."""
+        found = self._predicted(num_rows)
+        return FIRST_SHARE if found is None else found[0] / found[1] if found[1] > 0 else 0.0
+
+    def step_s(self, num_rows: int) -> float | None:
+        """Seconds of a step of so many rows; None while nothing is known."""
+        found = self._predicted(num_rows)
+        return None if found is None else found[1]
+
+    def _predicted(self, num_rows: int) -> tuple[float, float] | None:
+        """Seconds of one row more, and of a step of so many rows; None while nothing is known."""
         weight, rows_sum, seconds_sum, squares, products = self._sums
         if not weight:
-            return FIRST_SHARE
+            return None
         mean_rows, mean_s = rows_sum / weight, seconds_sum / weight
         spread = max(0.0, squares / weight - mean_rows**2)
         assumed_s = mean_s * FIRST_SHARE / (1 + FIRST_SHARE * max(0.0, mean_rows - 1))
         row_s = (products / weight - mean_rows * mean_s + PRIOR_ROWS * assumed_s) / (spread + PRIOR_ROWS)
         row_s = min(max(mean_s * LEAST_SHARE, row_s), mean_s / mean_rows)  # without rows it takes no less than nothing
-        step_s = mean_s + (num_rows - mean_rows) * row_s
-        return row_s / step_s if step_s > 0 else 0.0
+        return row_s, mean_s + (num_rows - mean_rows) * row_s
 
 
 def count_drafts(

@@ -19,6 +19,7 @@ from longspan.costmodel.parameters import Costs
 from longspan.engine.adapters import AdapterLoad, EngineAdapters
 from longspan.engine.closing import ClosedAtExit
 from longspan.engine.cost_parameters import gpu_costs, striped_from, weights_of
+from longspan.engine.drafts import draft_scheduler, draft_spec, draft_start, make_draft_model
 from longspan.engine.gpus import choose_device
 from longspan.engine.in_flight import PlansInFlight
 from longspan.engine.interrupts import deferred_interrupt
@@ -37,7 +38,7 @@ from longspan.models.lora import check_lora
 from longspan.models.names import is_gguf
 from longspan.models.small_weights import with_small_weights
 from longspan.native import kernels
-from longspan.plan.types import PlanResult
+from longspan.plan.types import Plan, PlanResult, is_draft_plan
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
@@ -62,7 +63,7 @@ def _completed(spec: ModelSpec, config: EngineConfig, end_token_ids: Sequence[in
     if is_gguf(config.model):
         memory_gb, dtype = spec.weight_bytes / 1e9, spec.kv_groups[0].spec.compute_dtype
         print(f"longspan: {config.model}: dequantised weights take {memory_gb:.2f} GB of {dtype}", file=sys.stderr)
-    if config.speculation is not None and spec.state_groups:
+    if config.speculation is not None and config.draft_model is None and spec.state_groups:
         print(
             "longspan: speculative_config: no drafts for a model with recurrent layers, whose state cannot be taken "
             "back behind a wrong one",
@@ -124,13 +125,17 @@ class Engine(ClosedAtExit):
                 f"state_snapshot_tokens: got {config.state_snapshot_tokens} for a model without recurrent layers, "
                 "legal is none"
             )
+        draft = draft_spec(config, self.spec, dtype)
         self.adapters = EngineAdapters(config)
         """LoRA adapters that requests may name."""
         hidden_size: int = model_config.get_text_config().hidden_size
-        memories = rank_cache_memory(config, gpus, self.spec, hidden_size, is_loaded=model is not None)
+        whole = rank_cache_memory(config, gpus, self.spec, hidden_size, is_loaded=model is not None)
+        memories, told_of_draft = draft_start(config, self.spec, draft, whole)
         self.config = config = structs.replace(config, kv_cache_memory=max(memories))
         num_pages = pages_of_ranks(self.spec, memories, config.page_size, config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.spec, config, num_pages)
+        self.drafts = make_draft_model(config, told_of_draft, self.scheduler)
+        """Model that makes drafts, if there is one."""
         self.in_flight = PlansInFlight()
         """Plans that the ranks have not answered."""
         self.tiers = PageTiers(config, self.spec, self.wake) if config.has_tiers else None
@@ -147,7 +152,7 @@ class Engine(ClosedAtExit):
             self.scheduler.use_costs(costs, shortest, weights_of(config, costs))
 
         fingerprint = None if self.tiers is None else self.tiers.fingerprint
-        start = Start(config, self.spec, num_pages, None, fingerprint, self.adapters.told)
+        start = Start(config, self.spec, num_pages, None, fingerprint, self.adapters.told, draft=told_of_draft)
         known = gpu_costs(config, self.spec, [gpu.name for gpu in gpus])
         self.ranks = Ranks(start, model, launcher, use, known)
         """The ranks, and the means to start new ones."""
@@ -322,13 +327,21 @@ class Engine(ClosedAtExit):
         if self.tiers is not None:
             self.tiers.tell(self.scheduler)
         while True:
-            plan = self.scheduler.schedule()
+            plan = self._next_plan()
             if self.tiers is not None:
                 self.tiers.send(self.scheduler, self.executor)
             if plan is None:
                 return num_plans
             self.in_flight.add(self.executor.submit(plan))
             num_plans += 1
+
+    def _next_plan(self) -> Plan | None:
+        """The next plan of either model, or None when nothing can start now. Drafts first: requests wait for them."""
+        if self.drafts is not None:
+            if (plan := self.drafts.schedule()) is not None:
+                return plan
+            self.scheduler.take_drafts(self.drafts.release())
+        return self.scheduler.schedule()
 
     def take_in(self, done: Iterable[Future[PlanResult]]) -> list[Request]:
         """Hand results to the scheduler. A failed plan sets `failure`; results of replaced ranks are ignored.
@@ -346,7 +359,13 @@ class Engine(ClosedAtExit):
                 results.append(future.result())
             else:
                 self._lost = self._lost or error
-        for result in sorted(results, key=lambda result: result.plan_id):  # one may be queued behind another
+        results.sort(key=lambda result: result.plan_id)  # one may be queued behind another
+        if self.drafts is not None:
+            for result in results:
+                if is_draft_plan(result.plan_id):
+                    self.drafts.update(result)
+            results = [result for result in results if not is_draft_plan(result.plan_id)]
+        for result in results:
             self._work.note(result.ranks)
             advanced.update(dict.fromkeys(self.scheduler.update(result)))
         self._num_unchecked += len(results)
@@ -355,6 +374,8 @@ class Engine(ClosedAtExit):
             self._num_unchecked = 0
             try:
                 check_books(self.scheduler)
+                if self.drafts is not None:
+                    check_books(self.drafts.scheduler)
             except AssertionError as broken:
                 self.ranks.fail(broken)  # no token of these ranks can be trusted
                 raise
@@ -388,6 +409,8 @@ class Engine(ClosedAtExit):
             self._recovered += fail_poison(self.scheduler, cause)
             self._work.lose_ranks()
         self.executor = self.ranks.start(self._lose_rank)
+        if self.drafts is not None and self.ranks.told.draft is not None:
+            self.drafts.begin_again(draft_scheduler(self.ranks.told.draft))
         self.restarts.note_ready(time.monotonic() - self._recovery_began_s, len(self.scheduler.waiting))
         recovered, self._recovered = list(dict.fromkeys(self._recovered)), []
         self._lost = self._recovery_began_s = None

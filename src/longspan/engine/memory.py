@@ -89,6 +89,24 @@ def kv_cache_memory(asked: int | None, num_shares: float) -> int:
     return asked
 
 
+def share_with_draft(
+    memories: Sequence[int], spec: ModelSpec, draft: ModelSpec
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Divide every rank's bytes for KV, so that the ranks hold as many tokens of the draft model as of the model.
+
+    Args:
+        memories: bytes of every rank.
+        spec: the model's facts.
+        draft: those of the model that makes drafts.
+
+    Returns:
+        Bytes of the model, and of the draft model, per rank.
+    """
+    own, drafts = (sum(group.token_bytes for group in of.kv_groups) for of in (spec, draft))
+    for_draft = tuple([memory * drafts // (own + drafts) for memory in memories])
+    return tuple([memory - taken for memory, taken in zip(memories, for_draft, strict=True)]), for_draft
+
+
 CONTEXT_BYTES = 2**30
 """Bytes of a rank's CUDA context, libraries, and their workspaces."""
 STEP_WIDTHS = 16

@@ -13,6 +13,7 @@ from msgspec import structs
 from longspan.config import EngineConfig
 from longspan.costmodel.parameters import Costs
 from longspan.engine.cost_parameters import file_costs, find_costs
+from longspan.engine.drafts import fewer_for_draft
 from longspan.engine.executor import Executor
 from longspan.engine.interrupts import deferred_interrupt
 from longspan.engine.launcher import Launcher
@@ -83,7 +84,9 @@ class Ranks:
             if (config := fewer_ranks(self.told.config)) is not None:
                 with deferred_interrupt():
                     num_pages = self.told.num_pages[: config.context_parallel_size]
-                    self.told, self.costs = structs.replace(self.told, config=config, num_pages=num_pages), None
+                    draft = fewer_for_draft(self.told.draft, config)
+                    self.told = structs.replace(self.told, config=config, num_pages=num_pages, draft=draft)
+                    self.costs = None
                     lose_rank(config)
 
     def _start_once(self, launcher: Launcher | None) -> Executor:

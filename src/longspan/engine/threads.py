@@ -8,6 +8,7 @@ import platform
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -27,7 +28,7 @@ from longspan.models.speedups import COMPILED, speed_up_, speedups_of
 from longspan.models.tensor_parallel import copy_of, cut_
 from longspan.models.tensor_part import Part
 from longspan.plan.moves import Move, Moved
-from longspan.plan.types import Plan, PlanResult
+from longspan.plan.types import Plan, PlanResult, is_draft_plan
 from longspan.types import Adapter
 from longspan.worker.build import (
     build_mover,
@@ -68,6 +69,7 @@ class ThreadExecutor:
         self._shape = shape
         self.runners = _build_runners(start, shape, model, tools.backend)
         """One runner per process, in the order of their numbers."""
+        self._draft_runners = _build_draft_runners(start, self.runners, tools.device)
         self._movers = [build_mover(start, runner, self._moves.answer) for runner in self.runners]
         for process, runner in zip(shape.processes, self.runners, strict=True):
             inbox: queue.SimpleQueue[_Order] = queue.SimpleQueue()
@@ -92,7 +94,7 @@ class ThreadExecutor:
                 runner.unload_adapter(plan.adapter_id)
                 continue
             try:
-                result = runner.run(plan)
+                result = self._runner_of(plan, process, runner).run(plan)
                 if process.speaks_for_rank:
                     self._pending.answer(result)
             except LongspanError as error:
@@ -106,6 +108,10 @@ class ThreadExecutor:
                 self._fail(failure)
                 return
         runner.close()
+
+    def _runner_of(self, plan: Plan, process: ProcessId, runner: ModelRunner) -> ModelRunner:
+        """The runner of a plan in a process: that of its model."""
+        return self._draft_runners[self._shape.number(process)] if is_draft_plan(plan.plan_id) else runner
 
     def _fail(self, error: BaseException) -> None:
         self._pending.fail(error)
@@ -165,6 +171,7 @@ class ThreadExecutor:
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         self.runners.clear()  # frees the page pools, which may be most of a GPU
+        self._draft_runners.clear()
 
     def replace(self) -> None:
         self.close()
@@ -206,3 +213,12 @@ def _build_runners(
             cp, peers = with_options(cp_groups[index][rank], start), peers_of(comm, sums[index], start)
             runners.append(build_runner(start, part, cp, backend, peers=peers))
     return runners
+
+
+def _build_draft_runners(start: Start, runners: Sequence[ModelRunner], device: torch.device) -> list[ModelRunner]:
+    """Build the draft model's runners, beside the model's and with their communicators; none where there is none."""
+    if start.draft is None:
+        return []
+    backend = open_device(start.draft, speaker(0)).backend
+    model = load_weights(start.draft, device, show_progress=False, tells=True)
+    return [build_runner(start.draft, model, runner.comm.inner, backend) for runner in runners]

@@ -305,9 +305,9 @@ def _pool_bytes(start: Start) -> list[int] | None:
     if start.spec.state_groups:
         sizes.append(start.spec.state_bytes)
     parts = start.config.tensor_parallel_size
-    return [
-        parts * sum(count * size for count, size in zip(of_rank, sizes, strict=True)) for of_rank in start.num_pages
-    ]
+    own = [parts * sum(count * size for count, size in zip(of_rank, sizes, strict=True)) for of_rank in start.num_pages]
+    drafts = None if start.draft is None else _pool_bytes(start.draft)
+    return own if drafts is None else [sum(of_rank) for of_rank in zip(own, drafts, strict=True)]
 
 
 def _may_say(process: ProcessId, message: FromMember) -> bool:

@@ -66,6 +66,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     """LoRA adapters that requests may name when the ranks are ready."""
     generation: int = 0
     """Number of earlier starts of this engine's ranks, which are started again after a loss."""
+    draft: "Start | None" = None
+    """The same for the model that makes drafts, on the same ranks: its options, facts and pages; None for none."""
 
 
 class RunPlan(msgspec.Struct, frozen=True, gc=False, tag=True):

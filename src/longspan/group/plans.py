@@ -1,7 +1,7 @@
 """Plans as messages: what the driver sends to each rank, and how a rank puts a plan together again.
 
-Holds the memory of the last plan at both ends, so that a decode step that goes on from it is a few bytes. Must not know
-sockets, or what a plan does.
+Holds the memory of each model's last plan at both ends, so that a decode step that goes on from it is a few bytes. Must
+not know sockets, or what a plan does.
 Read next: `longspan.plan.parts`, what a rank gets; `longspan.plan.advance`; `longspan.group.messages`.
 """
 
@@ -10,7 +10,7 @@ import msgspec
 from longspan.group.messages import RunNext, RunPlan, decode_to_worker, encode
 from longspan.plan.advance import advance
 from longspan.plan.parts import SharedPart, join, split
-from longspan.plan.types import Literals, Plan, SampledBy, Tokens
+from longspan.plan.types import Literals, Plan, SampledBy, Tokens, is_draft_plan
 
 _encode_part = msgspec.msgpack.Encoder().encode
 _decode_shared = msgspec.msgpack.Decoder(SharedPart).decode
@@ -20,11 +20,11 @@ class PlanSender:
     """The driver's end: makes the messages of every plan, in the order of plans."""
 
     def __init__(self) -> None:
-        self._last: dict[int, int] = {}  # rank to the number of the last plan that it got
+        self._last: tuple[dict[int, int], dict[int, int]] = ({}, {})  # per model, rank to its last plan's number
 
     def messages(self, plan: Plan) -> dict[int, bytes]:
         """Make the message of each rank of a plan."""
-        last, follows = self._last, plan.follows
+        last, follows = self._last[is_draft_plan(plan.plan_id)], plan.follows
         found: dict[int, bytes] = {}
         if follows is not None and {last.get(rank) for rank in plan.ranks} == {follows}:
             token_ids: dict[int, list[int]] = {}
@@ -48,7 +48,7 @@ class PlanReceiver:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._last: Plan | None = None
+        self._last: list[Plan | None] = [None, None]  # per model
 
     def take(self, message: RunPlan | RunNext | bytes) -> Plan:
         """Put together the plan that a message tells, decoded or not, as this rank knows it."""
@@ -59,11 +59,11 @@ class PlanReceiver:
         if isinstance(message, RunPlan):
             plan = join(_decode_shared(message.shared), message.own, self._rank)
         else:
-            last = self._last
+            last = self._last[is_draft_plan(message.plan_id)]
             assert last is not None, "a plan follows none"
             assert last.plan_id == message.follows, f"plan {message.plan_id} follows {message.follows}"
             plan = advance(last, message.plan_id, self._tokens(last, message), message.graph)
-        self._last = plan
+        self._last[is_draft_plan(plan.plan_id)] = plan
         return plan
 
     def _tokens(self, last: Plan, message: RunNext) -> list[Tokens | None]:

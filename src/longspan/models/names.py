@@ -73,3 +73,28 @@ def check_early(model: str, overrides: Mapping[str, Any] | None) -> None:
         return  # a multimodal repository: what counts is its text part
     if kind not in TEXT_PARTS and kind not in PROVEN_FAMILIES:
         check_family(kind)
+
+
+def check_draft_early(draft: str | None) -> None:
+    """Refuse of a draft model what `check_early` refuses of a model.
+
+    Args:
+        draft: model that makes drafts, as the user named it; None for none.
+
+    Raises:
+        ConfigError: there is no model at the path, or one of a family that is not proven.
+    """
+    if draft is None:
+        return
+    try:
+        check_early(draft, None)
+    except ConfigError as error:
+        raise draft_refusal(draft, error) from error
+
+
+def draft_refusal(draft: str, error: ConfigError) -> ConfigError:
+    """The error of a draft model that cannot be loaded."""
+    return ConfigError(
+        f"speculative_config: got the draft model {draft!r}, legal is one that can be loaded and has the model's "
+        f"tokenizer: {error}"
+    )

@@ -39,6 +39,16 @@ Operand: TypeAlias = Literal["query", "partial", "kv"]
 """Kind of rows that an exchange moves."""
 
 
+FIRST_DRAFT_PLAN = 2**62
+"""Number of the draft model's first plan: a rank with two models knows by its number whose plan it is. Both count on
+from their first ones."""
+
+
+def is_draft_plan(plan_id: int) -> bool:
+    """Whether a plan is the draft model's."""
+    return plan_id >= FIRST_DRAFT_PLAN
+
+
 class Literals(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="literal"):
     """Input tokens that the driver knows, or proposes: drafts of tokens that are not sampled yet."""
 

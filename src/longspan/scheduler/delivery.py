@@ -80,6 +80,10 @@ class Delivery:
         self.moves_queries = False
         self.last_step = None
 
+    def go_back(self) -> None:
+        """Take down that the next step does not go on where the last one ended."""
+        self.last_step = None
+
     def lose_ranks(self) -> None:
         """Take down that the ranks are gone, and new ones have heard of nothing."""
         self.forget_tables()

@@ -14,15 +14,26 @@ FIRST_HIT_RATE = 0.5
 MEMORY = 0.85
 """Factor on the hit rate so far when a token shows whether a draft was right."""
 
+FORGETTING = 0.02
+"""Share by which the hit rate goes back to `FIRST_HIT_RATE` with a token for which there might have been a draft: what
+was seen long ago must not keep a request from drafts for ever."""
+
 
 class Proposer(Protocol):
     """Source of drafts for one request. Drafts may be wrong: they decide how fast tokens come, and never which."""
+
+    @property
+    def num_coming(self) -> int:
+        """Drafts that come when they are asked for, later than `propose` is called; 0 where there are none."""
 
     def read(self, token_ids: Sequence[int], end: int) -> None:
         """Take in the request's tokens before position `end`; those before an earlier `end` are the same."""
 
     def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
-        """Drafts of the tokens behind all of these, at most so many; none where there is no telling."""
+        """Drafts of the tokens behind all of these, at most so many; none where there is no telling, or not yet."""
+
+    def end(self) -> None:
+        """The request has ended; nothing is called any more."""
 
 
 @dataclass(slots=True)
@@ -48,6 +59,8 @@ class Drafter:
 
     def read(self, token_ids: Sequence[int]) -> None:
         """Take in new tokens at the end of all, see whether they were proposed, and propose what follows."""
+        if not self.proposal and self.proposer.num_coming:
+            self.hit_rate += FORGETTING * (FIRST_HIT_RATE - self.hit_rate)
         new = token_ids[self._num_read :] if self.proposal else ()
         for token_id, draft in zip(new, self.proposal, strict=False):
             is_hit = token_id == draft
@@ -56,6 +69,10 @@ class Drafter:
                 break
         self._num_read = len(token_ids)
         self.proposal = self.proposer.propose(token_ids, self.most)
+
+    def take(self, proposal: list[int]) -> None:
+        """Take drafts of the tokens behind those that were read last, which came later."""
+        self.proposal = proposal
 
     def note_checked(self, num_drafts: int, num_accepted: int) -> None:
         """Count the drafts that a step has checked."""

@@ -16,6 +16,7 @@ Note [Drafts]
 
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Protocol
 
 from longspan.config import EngineConfig
 from longspan.costmodel.row_time import WAIT_SHARE, RowTime, count_drafts
@@ -26,7 +27,30 @@ from longspan.scheduler.filling import ChosenStep
 from longspan.scheduler.ngrams import NgramProposer
 from longspan.scheduler.request import Draft, Request
 from longspan.scheduler.sampling import make_drafts
+from longspan.speculation import NgramDrafts
 from longspan.types import ModelSpec, Phase
+
+
+class DraftSource(Protocol):
+    """What makes drafts of several requests together, and takes its time."""
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of one draft of each request that asks."""
+
+    def begin(self, request: Request) -> None:
+        """Get ready to make drafts of a request, unless that was begun before."""
+
+    def ask(self, wanted: Sequence[tuple[Request, int]], held: Sequence[Request]) -> None:
+        """Make drafts of the next tokens.
+
+        Args:
+            wanted: requests whose source is ready, and how many drafts of each.
+            held: requests that wait until all of them have come.
+        """
+
+    def rest(self) -> None:
+        """Take down that a step of decodes asks for nothing."""
 
 
 class Drafting:
@@ -47,8 +71,10 @@ class Drafting:
         self._row_time = RowTime()
         self.make_proposer: Callable[[Request], Proposer] | None = None
         """Maker of a request's source of drafts; None for no drafts."""
-        if speculation is not None:
+        if isinstance(speculation, NgramDrafts):
             self.make_proposer = lambda request: NgramProposer(speculation.longest, speculation.shortest)
+        self.source: DraftSource | None = None
+        """What makes the drafts that proposers do not have at once; None where there is no such thing."""
         self.num_drafted = 0
         """Times that a step checked drafts of a request."""
         self.num_accepted = 0
@@ -61,9 +87,18 @@ class Drafting:
         """Whether steps may check drafts."""
         return self.make_proposer is not None and self._most > 0
 
+    def use(self, source: DraftSource, make_proposer: Callable[[Request], Proposer]) -> None:
+        """Let all new requests have drafts of a source.
+
+        Args:
+            source: makes the drafts.
+            make_proposer: makes a request's part of it.
+        """
+        self.source, self.make_proposer = source, make_proposer
+
     def take_over(self, other: "Drafting") -> None:
         """Go on with the counts and the proposers of another one, which is not to be used any more."""
-        self.make_proposer = other.make_proposer
+        self.make_proposer, self.source = other.make_proposer, other.source
         self.num_drafted = other.num_drafted
         self.num_accepted, self.num_rejected = other.num_accepted, other.num_rejected
 
@@ -80,8 +115,43 @@ class Drafting:
 
     def pays(self, requests: Sequence[Request]) -> bool:
         """Whether a step that decodes these requests should have drafts, as far as is known before it."""
-        offers = [(r.drafter.hit_rate, min(len(r.drafter.proposal), r.most_drafts())) for r in requests if r.drafter]
-        return any(num_offered for _, num_offered in offers) and any(self._counts(offers, len(requests), len(requests)))
+        return any(self._paying(requests, [_num_offered(request) for request in requests]))
+
+    def ask(self, requests: Sequence[Request]) -> list[Request]:
+        """Ask the source for drafts of the next tokens, as far as they pay.
+
+        Args:
+            requests: those that a step of decodes has advanced.
+
+        Returns:
+            The requests that wait until the drafts have come: all that take their next step together.
+        """
+        if self.source is None:
+            return []
+        most = [0 if request.drafter is None else min(self._most, request.most_drafts()) for request in requests]
+        for request, count in zip(requests, self._paying(requests, most), strict=True):
+            if count:
+                self.source.begin(request)
+        held = [request for request in requests if not request.in_flight]
+        counts = self._paying(held, [_num_offered(request) for request in held])
+        wanted = [(request, count) for request, count in zip(held, counts, strict=True) if count]
+        if not wanted:
+            self.source.rest()
+            return []
+        self.source.ask(wanted, held)
+        return held
+
+    def _paying(self, requests: Sequence[Request], numbers: Sequence[int]) -> list[int]:
+        """Drafts of each request that pay, if they decode together, and one has so many at most. Those that a source
+        makes take its time too, which all that ask share."""
+        num_asking = sum(number > 0 for number in numbers)
+        if not num_asking:
+            return [0] * len(numbers)
+        num_rows, share = len(requests), self._row_time.share(len(requests))
+        if self.source is not None and (step_s := self._row_time.step_s(num_rows)):
+            share += self.source.step_s / step_s / num_asking
+        rates = [0.0 if request.drafter is None else request.drafter.hit_rate for request in requests]
+        return count_drafts(list(zip(rates, numbers, strict=True)), num_rows, share, self._wait_share)
 
     def choose(self, step: ChosenStep) -> ChosenStep:
         """Add the drafts that pay to a step, as far as its ranks, budgets and pages go."""
@@ -90,15 +160,12 @@ class Drafting:
         if not offers:
             return step
         num_rows = sum(end - request.num_computed for request, end in step.chosen)
-        counts = self._counts(offers, len(decodes), num_rows)
+        counts = count_drafts(offers, len(decodes), self._row_time.share(num_rows), self._wait_share)
         left = self._left(step)
         for request, count in zip([r for r in decodes if self.num_wanted(r)], counts, strict=True):
             request.note_drafts(_legal(request, self._chunks.ranks(request, len(request.token_ids)), count, left))
             self.num_drafted += bool(request.drafts)
         return step._replace(chosen=[(request, end + len(request.drafts)) for request, end in step.chosen])
-
-    def _counts(self, offers: Sequence[tuple[float, int]], num_decodes: int, num_rows: int) -> list[int]:
-        return count_drafts(offers, num_decodes, self._row_time.share(num_rows), self._wait_share)
 
     def _left(self, step: ChosenStep) -> dict[int, int]:
         """Tokens that every rank of a step may compute beside those that are chosen."""
@@ -119,6 +186,14 @@ class Drafting:
         """Count the drafts of one request that a step has checked."""
         self.num_accepted += num_accepted
         self.num_rejected += num_drafts - num_accepted
+
+
+def _num_offered(request: Request) -> int:
+    """Drafts that the next step of a request may check: those that are there, or that come when they are asked for."""
+    drafter = request.drafter
+    if drafter is None:
+        return 0
+    return min(max(len(drafter.proposal), drafter.proposer.num_coming), request.most_drafts())
 
 
 def _legal(request: Request, ranks: AbstractSet[int], count: int, left: dict[int, int]) -> list[Draft]:

@@ -309,10 +309,10 @@ class KVMemory:
         return added
 
     def publish(self, request: Request) -> None:
-        """Let others find the pages that are full and computed."""
+        """Let others find the pages that are full and computed, and stay."""
         allocation = request.allocation
         assert allocation is not None
-        full = request.num_computed // self.config.page_size
+        full = request.num_settled // self.config.page_size
         if allocation.kept_states and self.states is not None:
             self.states.publish(request, request.hash_pages(self.config.page_size))
             self.refused = None
@@ -361,7 +361,7 @@ class KVMemory:
         assert allocation is not None
         for group_idx, spec in enumerate(self._specs):
             if spec.reach is not None:
-                oldest = spec.first_key(request.num_computed)
+                oldest = spec.first_key(request.num_settled)
                 freed = allocation.tables[group_idx].free_before(oldest // self.config.page_size)
                 self._release(allocation, group_idx, freed)
 

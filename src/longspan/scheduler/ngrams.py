@@ -36,6 +36,8 @@ BULK_TOKENS = 64
 class NgramProposer:
     """Index of the n-grams of one sequence, which only grows at its end."""
 
+    num_coming = 0
+
     def __init__(self, longest: int, shortest: int) -> None:
         """Begin without tokens.
 
@@ -77,6 +79,9 @@ class NgramProposer:
         while len(found) < most:  # the sequence goes on with the drafts themselves
             found.append(found[len(found) - period])
         return found
+
+    def end(self) -> None:
+        """Do nothing: the tables go with the request."""
 
     def _empty_tables(self) -> list["array[int]"]:
         return [array("i", bytes(4 << self._bits)) for _ in self._lengths]

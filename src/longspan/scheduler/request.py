@@ -102,6 +102,11 @@ class Request:
     """Where drafts come from; None for none."""
     drafts: Sequence[Draft] = ()
     """Drafts that the plan in flight checks: they may come behind the newest token, and are no part of `token_ids`."""
+    num_given: int | None = None
+    """Of a request that follows another one, tokens that it was given: those behind them are guesses, which may be
+    taken back. None for one that follows none."""
+    pauses_at: int | None = None
+    """Number of tokens with which it pauses until it is given more; None where it never does."""
     next_row: SampleRow | None = None
     """How all next tokens are sampled but for their positions, once they are sampled alike."""
     _counts: Counter[int] | None = None
@@ -116,6 +121,16 @@ class Request:
     def in_flight(self) -> bool:
         """Whether a plan that computes some of the tokens has not come back."""
         return self.num_planned > self.num_computed
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it has as many tokens as were asked for, and computes no more before it is given others."""
+        return self.pauses_at is not None and len(self.token_ids) >= self.pauses_at and self.phase is Phase.DECODE
+
+    @property
+    def num_settled(self) -> int:
+        """Tokens whose KV is stored and stays, however the request goes on."""
+        return self.num_computed if self.num_given is None else min(self.num_computed, self.num_given)
 
     @property
     def queue_key(self) -> int:
@@ -190,6 +205,29 @@ class Request:
     def forget_ranks(self) -> None:
         """Take down that the ranks are gone, and new ones have heard nothing of the request."""
         self.delivery.lose_ranks()
+
+    def follow(self, token_ids: Sequence[int], pauses_at: int, page_size: int) -> None:
+        """Go on behind another request's tokens: own guesses that differ are taken back, with all behind them.
+
+            given 7 8, guessed 9 4 5, KV of 7 8 9 4     given now 7 8 9 6: 6 is to be computed where 4 was, 5 is gone
+                                                        given now 7 8 9: nothing is to be computed again
+
+        Args:
+            token_ids: the other request's, which begin with those that were given before.
+            pauses_at: number of tokens with which to pause.
+            page_size: tokens per page.
+        """
+        assert not self.in_flight, "a plan computes what may be taken back"
+        own, same = self.token_ids, self.prompt_len if self.num_given is None else self.num_given
+        known = min(len(own), len(token_ids))
+        while same < known and own[same] == token_ids[same]:
+            same += 1
+        if same < len(token_ids):
+            own[same:] = token_ids[same:]
+            self.num_computed = self.num_planned = min(self.num_computed, same)
+            del self.page_hashes[same // page_size :]
+        self.num_given, self.pauses_at = len(token_ids), pauses_at
+        self.delivery.go_back()
 
     def note_planned(self, end: int) -> None:
         """Take down that a plan computes all tokens up to `end`."""

@@ -85,6 +85,8 @@ class RunAhead:
                 continue
             if start + 1 - request.prompt_len >= request.params.max_tokens:
                 continue  # ends with the token that is being sampled
+            if request.pauses_at is not None and start + 1 >= request.pauses_at:
+                continue  # pauses with it
             if start != len(request.token_ids) or not can_sample_ahead(request) or request.crosses(end):
                 return []
             allocation = request.allocation

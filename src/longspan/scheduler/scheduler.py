@@ -104,6 +104,8 @@ class Scheduler:
         self._lanes = Lanes(self._turns, config.context_parallel_size)
         self._idle: dict[int, Request] = {}
         """Running requests that are neither in flight nor ready: new ones, and those that lack a page."""
+        self._held: dict[int, Request] = {}
+        """Running requests that wait for drafts."""
         self.drafting = Drafting(model, config, self._chunks)
         """Drafts of running requests."""
         self._ahead = RunAhead(config.page_size, self._chunks, self._extend, self.drafting.pays)
@@ -193,6 +195,8 @@ class Scheduler:
         request.end(reason)
         self.cancelled.discard(request.request_id)
         self.requests.pop(request.request_id, None)
+        if request.drafter is not None:
+            request.drafter.proposer.end()
         if request.allocation is None:
             self.waiting.remove(request)
         else:
@@ -221,6 +225,7 @@ class Scheduler:
         del self.running[index]
         self._lanes.discard((request,))
         self._idle.pop(request.request_id, None)
+        self._held.pop(request.request_id, None)
         self._load.remove(request)
         if request in self.loading:
             self.loading.leave(request)
@@ -254,6 +259,7 @@ class Scheduler:
         self.running = []
         self._lanes.clear()
         self._idle.clear()
+        self._held.clear()
         self._load.clear()
         self._suspects.note_loss()
         self.loading.clear()
@@ -336,7 +342,7 @@ class Scheduler:
 
     def _run_ahead(self) -> Plan | None:
         """The plan behind one of decodes that is in flight, unless a request waits for a rank or for a page."""
-        if not self.config.async_scheduling or self._idle or len(self._lanes):
+        if not self.config.async_scheduling or self._idle or self._held or len(self._lanes):
             return None
         found = self._ahead.find(self.cancelled)
         if found is None:
@@ -407,9 +413,10 @@ class Scheduler:
             self._num_plans[rank] += 1
         requests = [request for request, _ in chosen]
         self._lanes.discard(requests)
-        if self._idle:
+        if self._idle or self._held:
             for request in requests:
                 self._idle.pop(request.request_id, None)
+                self._held.pop(request.request_id, None)
         self._ahead.note_plan(plan, requests, behind)
         self.in_flight[plan.plan_id] = InFlight(plan, requests, flops)
         return plan
@@ -452,7 +459,35 @@ class Scheduler:
         for run in scored:
             if (going_on := self.requests.get(run.request_id)) is not None:
                 going_on.add_prompt_logprobs(run.logprobs)
-        return list(self._settle(requests))
+        advanced = list(self._settle(requests))
+        if plan.phase is Phase.DECODE and self.drafting.source is not None:
+            self._ask_for_drafts(advanced)
+        return advanced
+
+    def _ask_for_drafts(self, advanced: Sequence[Request]) -> None:
+        """Hold requests of a decode step back whose drafts come later, if that pays."""
+        going_on = [r for r in advanced if r.finish_reason is None and r.allocation is not None]
+        for request in self.drafting.ask(going_on):
+            if self._idle.pop(request.request_id, None) is not None:
+                self._held[request.request_id] = request
+
+    def take_drafts(self, requests: Iterable[Request]) -> None:
+        """Let requests go on for which there are drafts now, or none will come."""
+        for request in requests:
+            if self._held.pop(request.request_id, None) is not None:
+                self._idle[request.request_id] = request
+
+    def follow(self, request: Request, token_ids: Sequence[int], pauses_at: int) -> None:
+        """Let a request go on behind another one's tokens. Arguments as in `Request.follow`.
+
+        Args:
+            request: has not ended, and is not in flight.
+        """
+        request.follow(token_ids, pauses_at, self.config.page_size)
+        if request.allocation is not None:
+            self.memory.slide(request)  # as far as it was given more, before pages for these are taken
+            self._lanes.discard((request,))
+            self._idle[request.request_id] = request
 
     def _take_sampled(self, plan: Plan, result: PlanResult, requests: Iterable[Request]) -> set[int]:
         """Give requests the tokens that a plan sampled for them; return the numbers of those with a row that failed."""
@@ -509,6 +544,6 @@ class Scheduler:
                 request.cross()
             else:
                 self.memory.slide(request)
-                if not request.in_flight:
+                if not (request.in_flight or request.is_paused):
                     self._idle[request.request_id] = request
             yield request

@@ -33,6 +33,7 @@ from longspan.models.generation import sampling_defaults, tokenizer_end_ids
 from longspan.models.grammar import make_grammars, marks_of, special_names
 from longspan.models.inspect import check_proven
 from longspan.models.loader import load_config, load_tokenizer
+from longspan.models.vocabulary import check_draft_tokenizer
 from longspan.server.app import make_app
 from longspan.server.config import ServerConfig
 from longspan.server.garbage import collect_new_objects_only, collect_when_idle
@@ -134,6 +135,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, launcher: Launcher 
     check_proven(model_config)
     defaults = sampling_defaults(generation_config) if config.generation_config == "auto" else {}
     tokenizer = load_tokenizer(engine_config.model)
+    check_draft_tokenizer(engine_config.draft_model, tokenizer)
     use_template_(tokenizer, config.chat_template)
     with Engine(engine_config, launcher=launcher, end_token_ids=tokenizer_end_ids(tokenizer)) as engine:
         check_max_model_len(config.max_model_len, engine.spec.max_position)

@@ -37,6 +37,7 @@ from longspan.models.lora import check_lora
 from longspan.models.tensor_part import Part
 from longspan.native.heap import keep_freed_memory
 from longspan.plan.moves import Move
+from longspan.plan.types import is_draft_plan
 from longspan.worker.build import (
     build_mover,
     build_runner,
@@ -72,6 +73,7 @@ def serve(
     shape = GroupShape.of(start.config)
     is_first = shape.number(process) == 0
     tools = open_device(start, process)  # before anything that takes minutes
+    draft_tools = None if start.draft is None else open_device(start.draft, process)
     adapter = None if start.config.merged_lora is None else check_lora(start.config.merged_lora)
     if (directory := local_directory(start.config.model)) is not None:  # before weights are read: that may take minutes
         link.send(Files(process, fingerprint(directory, adapter)))
@@ -79,6 +81,9 @@ def serve(
     model = load_weights(start, tools.device, part, show_progress=is_first and sys.stderr.isatty(), tells=is_first)
     if directory is None and (directory := hub_directory(start.config.model)) is not None:
         link.send(Files(process, fingerprint(directory, adapter)))
+    draft_model = None
+    if start.draft is not None:
+        draft_model = load_weights(start.draft, tools.device, show_progress=False, tells=is_first)
     # Other executors may have ranks on other machines, which cannot lend their threads.
     is_local = start.config.executor == "processes" and tools.device.type == "cpu" and part is None
     is_lent = is_local and start.config.cpu_binding == "none" and lends(num_threads, model, start.spec)
@@ -89,12 +94,15 @@ def serve(
     threads = borrowed_threads if is_lent else None
     peers = None if tp is None else peers_of(tp, sums, start)
     runner = build_runner(start, model, comm, tools.backend, threads, peers=peers, progress=progress, faults=faults)
+    draft_runner = None
+    if start.draft is not None and draft_model is not None and draft_tools is not None:
+        draft_runner = build_runner(start.draft, draft_model, comm, draft_tools.backend, progress=progress)
     keep_freed_memory()  # after loading, whose freed memory goes back to the system
     faults.at_start()
     done = MovesDone()
     mover = build_mover(start, runner, done.put)
     link.send(Ready(process))
-    _answer(process, runner, mover, done, link)
+    _answer(process, runner, draft_runner, mover, done, link)
 
 
 def _next_message(mover: PageMover | None, done: MovesDone, link: WorkerLink) -> ToWorker:
@@ -111,7 +119,12 @@ def _next_message(mover: PageMover | None, done: MovesDone, link: WorkerLink) ->
 
 
 def _answer(
-    process: ProcessId, runner: ModelRunner, mover: PageMover | None, done: MovesDone, link: WorkerLink
+    process: ProcessId,
+    runner: ModelRunner,
+    draft_runner: ModelRunner | None,
+    mover: PageMover | None,
+    done: MovesDone,
+    link: WorkerLink,
 ) -> None:
     """Follow the driver's messages until `Stop`, in all processes of a rank; the first process answers."""
     speaks, plans = process.speaks_for_rank, PlanReceiver(process.rank)
@@ -131,7 +144,9 @@ def _answer(
             continue
         plan = plans.take(message)
         try:
-            result = runner.run(plan)
+            chosen = draft_runner if is_draft_plan(plan.plan_id) else runner
+            assert chosen is not None, "only ranks with a draft model get its plans"
+            result = chosen.run(plan)
         except Exception as failure:
             failure.add_note(f"in plan {plan.plan_id} ({plan.phase})")
             raise
