@@ -68,6 +68,6 @@ def test_memory_limits_of_version_1_are_found(tmp_path):
 
 @pytest.mark.parametrize(("quota", "threads"), [(0.3, 1), (1.9, 1), (2.0, 2), (100.0, 64), (None, 64)])
 def test_threads_follow_the_quota(monkeypatch, quota, threads):
-    monkeypatch.setattr("longspan.config.os.sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setattr("longspan.config.cpu_quota", lambda: quota)
     assert num_cores() == EngineConfig(model="recall").num_threads == threads
