@@ -7,8 +7,9 @@ from process_tree import ranks
 
 from longspan import LLM, SamplingParams
 from longspan.config import EngineConfig
-from longspan.cpu_binding import cores_of, parse_cpu_binding
+from longspan.cpu_binding import cores_of, parse_cpu_binding, with_processes
 from longspan.engine.processes import LocalLauncher
+from longspan.engine.recovery import fewer_ranks
 from longspan.errors import ConfigError
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -41,7 +42,7 @@ def eight_cores(monkeypatch, tmp_path):
         (2, [{0, 1, 4, 5}, {2, 3, 6, 7}]),
         (4, [{0, 4}, {1, 5}, {2, 6}, {3, 7}]),
         (3, [{0, 4}, {1, 5, 2}, {6, 3, 7}]),
-        (10, [{0}, {4}, {1}, {5}, {2}, {6}, {3}, {7}, {0}, {4}]),
+        (8, [{0}, {4}, {1}, {5}, {2}, {6}, {3}, {7}]),
     ],
 )
 def test_shares_lie_on_one_node_and_keep_hardware_threads_together(eight_cores, num_processes, shares):
@@ -65,6 +66,10 @@ def test_lists_name_the_cores_of_each_process(eight_cores):
         ({"cpu_binding": "0||1"}, "cpu_binding: got '0||1', legal is none, auto"),
         ({"cpu_binding": ""}, "cpu_binding: got '', legal is none, auto"),
         ({"cpu_binding": "0-3"}, "cpu_binding: got one list in '0-3', legal are 2, one for each process"),
+        (
+            {"cpu_binding": "0-2|2,3"},
+            "cpu_binding: got core 2 twice in '0-2|2,3', legal are lists without",
+        ),
         ({"cpu_binding": "0|1|2"}, "cpu_binding: got 3 lists in '0|1|2', legal are 2"),
         ({"cpu_binding": "auto", "executor": "threads"}, "cpu_binding: got 'auto' with executor 'threads'"),
         (
@@ -84,6 +89,18 @@ def test_cores_of_others_are_refused_before_ranks_start(eight_cores):
         ConfigError, match=r"cpu_binding: got core 9 in '0\|9', legal are the cores that this process may"
     ):
         LocalLauncher(config)
+    config = EngineConfig(model="recall", context_parallel_size=9, cpu_binding="auto")
+    with pytest.raises(ConfigError, match="cpu_binding: got 'auto' for 9 processes on 8 cores, legal there is none"):
+        LocalLauncher(config)
+
+
+def test_fewer_ranks_keep_the_first_lists(eight_cores):
+    config = EngineConfig(model="recall", context_parallel_size=3, cpu_binding="0|1|2-3", max_restarts=1)
+    assert fewer_ranks(config).cpu_binding == "0|1"
+    two_each = EngineConfig(model="m", context_parallel_size=2, tensor_parallel_size=2, cpu_binding="0|1|2|3")
+    assert with_processes(two_each.cpu_binding, 2) == "0|1"
+    auto = EngineConfig(model="recall", context_parallel_size=3, cpu_binding="auto", max_restarts=1)
+    assert fewer_ranks(auto).cpu_binding == "auto"
 
 
 @pytest.mark.processes

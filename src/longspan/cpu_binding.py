@@ -5,13 +5,15 @@ Read next: `longspan.worker.process`, which binds itself; docs/performance.md.
 
 Note [Neighbouring cores]
     Processes get cores that are next to each other in the machine: all of one NUMA node before those of the next, both
-    hardware threads of a core together. So a process reads the memory of its own node, and two processes share a core
-    only where there are fewer cores than processes.
+    hardware threads of a core together. So a process reads the memory of its own node. No core is of two processes:
+    bound ones count on having theirs alone, when they look for messages and when they measure themselves.
 """
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from longspan.cgroups import ROOT
@@ -29,7 +31,7 @@ def parse_cpu_binding(text: str, num_processes: int) -> tuple[frozenset[int], ..
         num_processes: processes of all ranks.
 
     Raises:
-        ConfigError: the text is no list of cores, or does not name cores for every process.
+        ConfigError: the text is no list of cores, does not name cores for every process, or names one twice.
     """
     if text in ("none", "auto"):
         return None
@@ -37,16 +39,29 @@ def parse_cpu_binding(text: str, num_processes: int) -> tuple[frozenset[int], ..
     if len(found) != num_processes:
         count = f"{len(found)} lists" if len(found) > 1 else "one list"
         raise ConfigError(f"{FIELD}: got {count} in {text!r}, legal are {num_processes}, one for each process")
+    counts = Counter(chain(*found))
+    shared = min((core for core, count in counts.items() if count > 1), default=None)
+    if shared is not None:
+        raise ConfigError(f"{FIELD}: got core {shared} twice in {text!r}, legal are lists without a common core")
     return tuple(found)
 
 
+def with_processes(text: str, num_processes: int) -> str:
+    """The option's value for fewer processes, the first ones of those before."""
+    return "|".join(text.split("|")[:num_processes])
+
+
 def check_cores(text: str, num_processes: int) -> None:
-    """Refuse cores that this process may not use.
+    """Refuse cores that this process may not use, or fewer than there are processes.
 
     Raises:
-        ConfigError: a list names one.
+        ConfigError: a list names one, or there are too few to share them out.
     """
     allowed = allowed_cores()
+    if text == "auto" and len(allowed) < num_processes:
+        raise ConfigError(
+            f"{FIELD}: got 'auto' for {num_processes} processes on {len(allowed)} cores, legal there is none"
+        )
     missing = sorted(set().union(*(parse_cpu_binding(text, num_processes) or ())) - set(allowed))
     if missing:
         raise ConfigError(
@@ -70,8 +85,6 @@ def cores_of(text: str, number: int, num_processes: int, root: Path = ROOT) -> f
     if listed is not None:
         return listed[number]
     cores = _by_place(allowed_cores(), root)
-    if len(cores) < num_processes:
-        return frozenset([cores[number % len(cores)]])
     first, end = (len(cores) * i // num_processes for i in (number, number + 1))
     return frozenset(cores[first:end])
 

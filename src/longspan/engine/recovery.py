@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from msgspec import structs
 
 from longspan.config import EngineConfig
+from longspan.cpu_binding import with_processes
 from longspan.errors import CapacityError, ConfigError, LongspanError, WorkerError
 from longspan.plan.types import RankResult
 from longspan.scheduler.request import Request
@@ -116,7 +117,8 @@ def fewer_ranks(config: EngineConfig) -> EngineConfig | None:
         nodes = tuple(names.index(node) for node in nodes[:size])
     weights = config.rank_weights
     weights = weights[:size] if isinstance(weights, tuple) else weights
-    return structs.replace(config, context_parallel_size=size, nodes=nodes, rank_weights=weights)
+    binding = with_processes(config.cpu_binding, size * config.tensor_parallel_size)
+    return structs.replace(config, context_parallel_size=size, nodes=nodes, rank_weights=weights, cpu_binding=binding)
 
 
 def fail_unfit(scheduler: Scheduler) -> list[Request]:
