@@ -113,49 +113,44 @@ INLINE long smaller(long a, long b)
     return a < b ? a : b;
 }
 
-/* Lane i of `sum_each`: the lanes of x[i] added up, for LANES vectors. Neighbours are added while they are transposed. */
+/* The lanes i, j, k, l of a and b together, and so on in every group of four lanes. */
 #if LANES == 16
-#define HALVES(a, b, i, j, k, l)                                                                                       \
+#define FOURS(a, b, i, j, k, l)                                                                                        \
     __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12,  \
                             k + 12, l + 12)
+#elif LANES == 8
+#define FOURS(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
+#else
+#define FOURS(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#endif
+
+/* In every group of four lanes: the sums over it of x[0] to x[3]. Neighbours are added while they are transposed. */
+INLINE vec sum_fours(const vec *x)
+{
+    const vec a = FOURS(x[0], x[1], 0, LANES, 1, LANES + 1) + FOURS(x[0], x[1], 2, LANES + 2, 3, LANES + 3);
+    const vec b = FOURS(x[2], x[3], 0, LANES, 1, LANES + 1) + FOURS(x[2], x[3], 2, LANES + 2, 3, LANES + 3);
+    return FOURS(a, b, 0, 1, LANES, LANES + 1) + FOURS(a, b, 2, 3, LANES + 2, LANES + 3);
+}
+
+/* Lane i: the lanes of x[i] added up, for LANES vectors. */
+INLINE vec sum_each(const vec *x)
+{
+#if LANES == 16
 #define QUARTERS(a, b, i, j)                                                                                           \
     __builtin_shufflevector(a, b, i, i + 1, i + 2, i + 3, j, j + 1, j + 2, j + 3, i + 16, i + 17, i + 18, i + 19,      \
                             j + 16, j + 17, j + 18, j + 19)
-INLINE vec sum_each(const vec *x)
-{
-    vec four[4]; /* in every quarter: sums over it of x[4 i] .. x[4 i + 3] */
-    for (int i = 0; i < 4; i++) {
-        const vec *y = x + 4 * i;
-        const vec a = HALVES(y[0], y[1], 0, 16, 1, 17) + HALVES(y[0], y[1], 2, 18, 3, 19);
-        const vec b = HALVES(y[2], y[3], 0, 16, 1, 17) + HALVES(y[2], y[3], 2, 18, 3, 19);
-        four[i] = HALVES(a, b, 0, 1, 16, 17) + HALVES(a, b, 2, 3, 18, 19);
-    }
+    const vec four[4] = {sum_fours(x), sum_fours(x + 4), sum_fours(x + 8), sum_fours(x + 12)};
     const vec a = QUARTERS(four[0], four[1], 0, 8) + QUARTERS(four[0], four[1], 4, 12);
     const vec b = QUARTERS(four[2], four[3], 0, 8) + QUARTERS(four[2], four[3], 4, 12);
     return QUARTERS(a, b, 0, 8) + QUARTERS(a, b, 4, 12);
-}
 #elif LANES == 8
-#define HALVES(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
-INLINE vec sum_each(const vec *x)
-{
-    vec four[2]; /* in both halves: sums over it of x[4 i] .. x[4 i + 3] */
-    for (int i = 0; i < 2; i++) {
-        const vec *y = x + 4 * i;
-        const vec a = HALVES(y[0], y[1], 0, 8, 1, 9) + HALVES(y[0], y[1], 2, 10, 3, 11);
-        const vec b = HALVES(y[2], y[3], 0, 8, 1, 9) + HALVES(y[2], y[3], 2, 10, 3, 11);
-        four[i] = HALVES(a, b, 0, 1, 8, 9) + HALVES(a, b, 2, 3, 10, 11);
-    }
-    return __builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-           __builtin_shufflevector(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
-}
+    const vec a = sum_fours(x), b = sum_fours(x + 4);
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 #else
-INLINE vec sum_each(const vec *x)
-{
-    const vec a = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5) + __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
-    const vec b = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5) + __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-}
+    return sum_fours(x);
 #endif
+}
 
 typedef float vec4 __attribute__((vector_size(16)));
 typedef float vec8 __attribute__((vector_size(32)));

@@ -117,7 +117,7 @@ class PlanWriter:
             tokens.append(sampled or Literals((request.token_ids[position],)))
         if ranks != set(last.ranks):
             return None
-        slides = self._sliding and any(last.groups[i].nodes for i in self._sliding)
+        slides = any(last.groups[i].nodes for i in self._sliding)
         plan: Plan | None = advance(last, plan_id, tokens)
         if slides and plan is not None:
             plan = self._slid(plan, chosen)
