@@ -21,6 +21,7 @@ os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="nobind",  # more processes than cores
     OMP_NUM_THREADS="1",
 )
+torch.set_num_threads(1)  # torch is loaded already; a fork of a process whose OpenMP threads have run waits for them
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "tie_word_embeddings": False}
