@@ -1,13 +1,12 @@
 """Text is the same with a draft model: grammars, streams of a server, several answers, ranks that are killed while they
 make drafts, and a draft model of another tokenizer is refused before weights are loaded."""
 
-import argparse
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
+from draft_texts import SCHEMA, STRIPED, TEXT, THREADS, VALUE, plain_and_drafting
 from drafts import check_all_drafts
 from process_tree import ranks
 from serving import served_model, serving, texts
@@ -17,17 +16,7 @@ from longspan import LLM, ConfigError, SamplingParams
 from longspan.models.loader import load_tokenizer
 from longspan.models.recall_tokenizer import VOCAB_SIZE
 
-TEXT = Path(argparse.__file__).read_text()[:700]
 DRAFTS = {"method": "draft_model", "model": "recall", "num_speculative_tokens": 5}
-STRIPED = {"context_parallel_size": 2, "placement": "striped", "page_size": 16, "stripe_size": 32}
-THREADS = {"executor": "threads", "threads_per_rank": 1, "kv_cache_memory": 2**26, **STRIPED}
-SCHEMA = json.dumps(
-    {
-        "type": "object",
-        "properties": {"city": {"type": "string"}, "digits": {"type": "array", "items": {"type": "integer"}}},
-        "required": ["city", "digits"],
-    }
-)
 
 
 @pytest.fixture(autouse=True)
@@ -38,15 +27,14 @@ def whatever_steps_take(monkeypatch):
 
 @pytest.fixture(scope="module")
 def llms(cache_home):
-    with LLM("recall", **THREADS) as plain, LLM("recall", speculative_config=DRAFTS, **THREADS) as drafting:
-        yield plain, drafting
+    with plain_and_drafting(DRAFTS) as both:
+        yield both
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_an_output_follows_its_schema_with_a_draft_model(llms, temperature):
-    value = '{"city": "Lima", "digits": [1, 2, 3, 4, 5, 6, 7, 8, 9]}'
     params = SamplingParams(max_tokens=90, json_schema=SCHEMA, temperature=temperature, seed=2)
-    found, expected = (llm.generate(f"a: {value}\nb: {value}\nc: ", params)[0].outputs[0] for llm in reversed(llms))
+    found, expected = (llm.generate(f"a: {VALUE}\nb: {VALUE}\nc: ", params)[0].outputs[0] for llm in reversed(llms))
     assert found.text == expected.text
     assert set(json.loads(found.text)) == {"city", "digits"}
     assert llms[1].engine.scheduler.drafting.num_accepted

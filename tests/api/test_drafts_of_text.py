@@ -1,13 +1,12 @@
 """Text is the same with drafts from n-grams: stop strings in the middle of a step's tokens, grammars, streams of a
 server, and ranks that are killed while they check drafts."""
 
-import argparse
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
+from draft_texts import SCHEMA, STRIPED, TEXT, VALUE, plain_and_drafting
 from drafts import check_all_drafts
 from process_tree import ranks
 from serving import served_model, serving, texts
@@ -15,17 +14,7 @@ from serving import served_model, serving, texts
 from longspan import LLM, SamplingParams
 from longspan.types import FinishReason
 
-TEXT = Path(argparse.__file__).read_text()[:700]
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-STRIPED = {"context_parallel_size": 2, "placement": "striped", "page_size": 16, "stripe_size": 32}
-THREADS = {"executor": "threads", "threads_per_rank": 1, "kv_cache_memory": 2**25, **STRIPED}
-SCHEMA = json.dumps(
-    {
-        "type": "object",
-        "properties": {"city": {"type": "string"}, "digits": {"type": "array", "items": {"type": "integer"}}},
-        "required": ["city", "digits"],
-    }
-)
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +25,8 @@ def whatever_steps_take(monkeypatch):
 
 @pytest.fixture(scope="module")
 def llms(cache_home):
-    with LLM("recall", **THREADS) as plain, LLM("recall", speculative_config=DRAFTS, **THREADS) as drafting:
-        yield plain, drafting
+    with plain_and_drafting(DRAFTS) as both:
+        yield both
 
 
 def generate(llms, prompt, params):
@@ -72,9 +61,8 @@ def test_a_stop_string_may_end_in_the_middle_of_a_steps_tokens(llms, stop):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_an_output_follows_its_schema_with_drafts(llms, temperature):
-    value = '{"city": "Lima", "digits": [1, 2, 3, 4, 5, 6, 7, 8, 9]}'
     params = SamplingParams(max_tokens=90, json_schema=SCHEMA, temperature=temperature, seed=2)
-    found, num_right = generate(llms, f"a: {value}\nb: {value}\nc: ", params)
+    found, num_right = generate(llms, f"a: {VALUE}\nb: {VALUE}\nc: ", params)
     assert num_right
     assert set(json.loads(found.text)) == {"city", "digits"}
 

@@ -1,13 +1,22 @@
 """Tokens are the same with and without a draft model, whatever it guesses, for every family and every way to spread a
 request; and whoever cannot have drafts goes on without."""
 
-import functools
-
 import pytest
 from draft_models import draft_path, drafts_of
+from draft_requests import (
+    NUM_TOKENS,
+    SPREADS,
+    STRIPED,
+    OddAndEven,
+    accept_one_too_many,
+    asked,
+    name_of,
+    options_of,
+    params_of,
+    prompts_alike,
+)
 from drafts import check_all_drafts
 from tiny_models import (
-    FAMILIES,
     all_pairs,
     greedy,
     memory_for,
@@ -25,30 +34,10 @@ from longspan.engine.engine import Engine
 from longspan.engine.memory import share_with_draft
 from longspan.errors import ConfigError, WorkerError
 from longspan.kv.layout import KVGroup, KVSpec
-from longspan.scheduler.request import Draft, Request
+from longspan.scheduler.request import Request
 from longspan.types import ModelSpec, SamplingParams
 
-PROMPTS = slice(1, 3)  # 31 and 97 tokens
-NUM_TOKENS = 30
-STRIPED = {"context_parallel_size": 2, "placement": "striped", "page_size": 4, "stripe_size": 4}
-
-CASES = all_pairs(
-    {
-        "family": tuple(FAMILIES),
-        "strategy": ("pass_q", "auto", "gather_kv", "pass_kv", "tree"),
-        "placement": ("striped", "packed", "spill", "auto"),
-        "context_parallel_size": (2, 1, 3, 4),
-        "kind": ("same", "like", "other"),
-        "page_size": (4, 16, 1),
-        "temperature": (0.0, 0.8),
-        "async_scheduling": (True, False),
-        "max_num_batched_tokens": (64, 5, 2048),
-    }
-)
-
-
-def name_of(case):
-    return "-".join(str(value) for value in case.values())
+CASES = all_pairs({**SPREADS, "kind": ("same", "like", "other"), "max_num_batched_tokens": (64, 16, 2048)})
 
 
 @pytest.fixture(autouse=True)
@@ -56,28 +45,12 @@ def all_drafts_are_checked(monkeypatch):
     check_all_drafts(monkeypatch)
 
 
-def params_of(temperature, seed):
-    return SamplingParams(max_tokens=NUM_TOKENS, temperature=temperature, top_p=0.95, seed=seed, ignore_eos=True)
-
-
-@functools.cache
-def asked(family, temperature):
-    """(prompt, parameters, output alone on one rank) of a few requests."""
-    model = tiny_model(family)
-    requests = [(r.prompt, params_of(temperature, i)) for i, r in enumerate(model.references[PROMPTS])]
-    outputs = [request.output_token_ids for request in run_requests(model, requests)]
-    return [(*request, output) for request, output in zip(requests, outputs, strict=True)]
-
-
 def check(case):
-    options = dict(case)
-    family, temperature, kind = options.pop("family"), options.pop("temperature"), options.pop("kind")
-    model, requests = tiny_model(family), asked(family, temperature)
-    size = options["context_parallel_size"]
-    if options["strategy"] == "tree":
-        options["nodes"] = tuple(rank * 2 // size for rank in range(size))
-    options["stripe_size"] = 2 * options["page_size"]
-    drafts = drafts_of(family, kind)
+    model, requests = tiny_model(case["family"]), asked(case["family"], case["temperature"])
+    options = options_of(case)
+    drafts = drafts_of(case["family"], kind := options.pop("kind"))
+    if options["placement"] == "spill":  # both models have half of it, if they are alike
+        options["kv_cache_memory"] = 2 * memory_for(model, 240 // options["context_parallel_size"] + 32)
     with tiny_engine(model, speculative_config=drafts, check_invariants=1, **options) as engine:
         running = [engine.add_request(prompt, params) for prompt, params, _ in requests]
         run_all(engine)
@@ -86,8 +59,6 @@ def check(case):
             allocator.num_used for of_rank in engine.drafts.scheduler.memory.allocators for allocator in of_rank
         )
     assert [request.output_token_ids for request in running] == [output for _, _, output in requests]
-    if options["max_num_batched_tokens"] == 5 and not drafting.num_drafted:
-        return  # the requests end while the draft model computes their prompts, five tokens at a time
     assert drafting.num_drafted
     if kind == "same":
         assert drafting.num_accepted > 10 * drafting.num_rejected
@@ -121,12 +92,7 @@ def test_a_draft_model_of_another_family_with_windows():
 def test_preempted_requests_and_prefix_hits_have_the_same_tokens():
     """Five requests that outgrow the memory, whose prompts begin alike; then the same again, from cached answers."""
     model = tiny_model("llama")
-    prompts = [random_prompt(40, 1) + random_prompt(1 + i, 2 + i) for i in range(5)]
-    alone = [
-        request.output_token_ids
-        for i, prompt in enumerate(prompts)
-        for request in run_requests(model, [(prompt, params_of(0.8, i))])
-    ]
+    prompts, alone = prompts_alike()
     options = {"kv_cache_memory": 2 * memory_for(model, 110), "check_invariants": 1, **STRIPED}
     with tiny_engine(model, speculative_config=drafts_of("llama", "like"), **options) as engine:
         requests = [engine.add_request(prompt, params_of(0.8, i)) for i, prompt in enumerate(prompts)]
@@ -234,23 +200,6 @@ def test_a_request_may_be_cancelled_while_its_drafts_are_made():
     assert second.output_token_ids == requests[1][2]
 
 
-class OddAndEven:
-    """Constraint under which odd and even tokens alternate."""
-
-    def __init__(self, num_taken=0):
-        self._num_taken = num_taken
-
-    def allowed(self):
-        return bytes([0b10101010 if self._num_taken % 2 else 0b01010101]) * 37
-
-    def accept(self, token_id):
-        assert token_id % 2 == self._num_taken % 2
-        self._num_taken += 1
-
-    def copy(self):
-        return OddAndEven(self._num_taken)
-
-
 @pytest.mark.parametrize(
     "rule", [{"presence_penalty": 1.5}, {"repetition_penalty": 1.4}, {"logprobs": 2}, {"stop_token_ids": (10, 11, 12)}]
 )
@@ -272,19 +221,7 @@ def test_what_rows_depend_on_is_the_same_with_a_draft_model(rule, is_constrained
 
 
 def test_keeping_the_first_wrong_draft_changes_tokens(monkeypatch):
-    original = Request.take_sampled
-
-    def take_sampled(self, sampled, failed):
-        drafts = list(self.drafts)
-        for i, draft in enumerate(drafts):
-            token_id = sampled[len(self.token_ids) + i].token_id
-            if draft.token_id != token_id:
-                drafts[i] = Draft(token_id, draft.constraint)
-                break
-        self.drafts = drafts
-        return original(self, sampled, failed)
-
-    monkeypatch.setattr(Request, "take_sampled", take_sampled)
+    accept_one_too_many(monkeypatch)
     requests = asked("llama", 0.8)
     with tiny_engine(tiny_model("llama"), speculative_config=drafts_of("llama", "like"), **STRIPED) as engine:
         running = [engine.add_request(prompt, params) for prompt, params, _ in requests]

@@ -1,10 +1,21 @@
 """Tokens are the same with and without drafts, however good the drafts are, for every family and every way to spread a
 request, greedy and sampled; and broken ways to accept drafts change them."""
 
-import functools
 from contextlib import contextmanager
 
 import pytest
+from draft_requests import (
+    NUM_TOKENS,
+    SPREADS,
+    STRIPED,
+    OddAndEven,
+    accept_one_too_many,
+    asked,
+    name_of,
+    options_of,
+    params_of,
+    prompts_alike,
+)
 from drafts import SPECULATION, check_all_drafts, scripted
 from tiny_models import (
     FAMILIES,
@@ -20,33 +31,14 @@ from tiny_models import (
 )
 
 from longspan.cp import eager
-from longspan.scheduler.request import Draft, Request
 from longspan.types import FinishReason, SamplingParams
 from longspan.worker import runner
 
 WRONG = (0.3, 0.0, 1.0)
 """Probability that a draft is wrong."""
-PROMPTS = slice(1, 3)  # 31 and 97 tokens
-NUM_TOKENS = 30
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "ignore_eos": True}
 
-CASES = all_pairs(
-    {
-        "family": tuple(FAMILIES),
-        "strategy": ("pass_q", "auto", "gather_kv", "pass_kv", "tree"),
-        "placement": ("striped", "packed", "spill", "auto"),
-        "context_parallel_size": (2, 1, 3, 4),
-        "wrong": WRONG,
-        "page_size": (4, 16, 1),
-        "temperature": (0.0, 0.8),
-        "async_scheduling": (True, False),
-        "max_num_batched_tokens": (64, 5, 2048),
-    }
-)
-
-
-def name_of(case):
-    return "-".join(str(value) for value in case.values())
+CASES = all_pairs({**SPREADS, "wrong": WRONG, "max_num_batched_tokens": (64, 5, 2048)})
 
 
 @pytest.fixture(autouse=True)
@@ -64,30 +56,13 @@ def drafting_engine(model, truths, wrong, **options):
         yield engine
 
 
-def params_of(temperature, seed):
-    return SamplingParams(max_tokens=NUM_TOKENS, temperature=temperature, top_p=0.95, seed=seed, ignore_eos=True)
-
-
-@functools.cache
-def asked(family, temperature):
-    """(prompt, parameters, output alone on one rank) of a few requests."""
-    model = tiny_model(family)
-    requests = [(r.prompt, params_of(temperature, i)) for i, r in enumerate(model.references[PROMPTS])]
-    outputs = [request.output_token_ids for request in run_requests(model, requests)]
-    return [(*request, output) for request, output in zip(requests, outputs, strict=True)]
-
-
 def check(case):
-    options = dict(case)
-    family, temperature = options.pop("family"), options.pop("temperature")
-    model, requests = tiny_model(family), asked(family, temperature)
+    model, requests = tiny_model(case["family"]), asked(case["family"], case["temperature"])
     truths = {tuple(prompt): output for prompt, _, output in requests}
-    wrong, size = options.pop("wrong"), options["context_parallel_size"]
-    if options["strategy"] == "tree":
-        options["nodes"] = tuple(rank * 2 // size for rank in range(size))
+    options = options_of(case)
+    wrong = options.pop("wrong")
     if options["placement"] == "spill":
-        options["kv_cache_memory"] = memory_for(model, 240 // size + 32)
-    options["stripe_size"] = 2 * options["page_size"]
+        options["kv_cache_memory"] = memory_for(model, 240 // options["context_parallel_size"] + 32)
     with drafting_engine(model, truths, wrong, **options) as engine:
         running = [engine.add_request(prompt, params) for prompt, params, _ in requests]
         run_all(engine)
@@ -116,24 +91,6 @@ def test_tokens_are_those_without_drafts_for_all(family, strategy, wrong, temper
 
 
 # -- what rows depend on beside their positions ---------------------------------------------------------------------
-
-
-class OddAndEven:
-    """Constraint under which odd and even tokens alternate, and which counts the tokens that it has taken."""
-
-    def __init__(self, num_taken=0):
-        self._num_taken = num_taken
-
-    def allowed(self):
-        odd = self._num_taken % 2
-        return bytes([0b10101010 if odd else 0b01010101]) * (VOCAB_SIZE // 8)
-
-    def accept(self, token_id):
-        assert token_id % 2 == self._num_taken % 2
-        self._num_taken += 1
-
-    def copy(self):
-        return OddAndEven(self._num_taken)
 
 
 RULES = {
@@ -165,8 +122,7 @@ def test_rows_behind_drafts_are_sampled_as_if_the_drafts_stood(rule, wrong):
     with tiny_engine(model) as engine:
         alone = run_with_rule(rule, engine, prompt)
     truths = {tuple(prompt): alone.output_token_ids}
-    options = {"context_parallel_size": 2, "placement": "striped", "page_size": 4, "stripe_size": 4}
-    with drafting_engine(model, truths, wrong, **options) as engine:
+    with drafting_engine(model, truths, wrong, **STRIPED) as engine:
         request = run_with_rule(rule, engine, prompt)
         assert engine.scheduler.drafting.num_accepted > 1
     assert request.output_token_ids == alone.output_token_ids
@@ -181,15 +137,9 @@ def test_rows_behind_drafts_are_sampled_as_if_the_drafts_stood(rule, wrong):
 def test_preempted_requests_and_prefix_hits_have_the_same_tokens():
     """Five requests that outgrow the memory, whose prompts begin alike; then the same again, from cached answers."""
     model = tiny_model("llama")
-    prompts = [random_prompt(40, 1) + random_prompt(1 + i, 2 + i) for i in range(5)]
-    alone = [
-        request.output_token_ids
-        for i, prompt in enumerate(prompts)
-        for request in run_requests(model, [(prompt, params_of(0.8, i))])
-    ]
+    prompts, alone = prompts_alike()
     truths = {tuple(prompt): output for prompt, output in zip(prompts, alone, strict=True)}
-    options = {"context_parallel_size": 2, "placement": "striped", "page_size": 4, "stripe_size": 4}
-    with drafting_engine(model, truths, 0.3, kv_cache_memory=memory_for(model, 110), **options) as engine:
+    with drafting_engine(model, truths, 0.3, kv_cache_memory=memory_for(model, 110), **STRIPED) as engine:
         requests = [engine.add_request(prompt, params_of(0.8, i)) for i, prompt in enumerate(prompts)]
         run_all(engine)
         assert [request.output_token_ids for request in requests] == alone
@@ -220,23 +170,6 @@ def test_a_request_may_be_cancelled_while_its_drafts_are_checked():
 
 
 # -- mutations -------------------------------------------------------------------------------------------------------
-
-
-def accept_one_too_many(monkeypatch):
-    """The first wrong draft counts as right: the token sampled behind it is kept."""
-    original = Request.take_sampled
-
-    def take_sampled(self, sampled, failed):
-        drafts = list(self.drafts)
-        for i, draft in enumerate(drafts):
-            token_id = sampled[len(self.token_ids) + i].token_id
-            if draft.token_id != token_id:
-                drafts[i] = Draft(token_id, draft.constraint)
-                break
-        self.drafts = drafts
-        return original(self, sampled, failed)
-
-    monkeypatch.setattr(Request, "take_sampled", take_sampled)
 
 
 def keep_keys_of_wrong_drafts(monkeypatch):
