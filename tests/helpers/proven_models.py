@@ -123,6 +123,7 @@ PROVEN_MODELS: dict[str, tuple[str, Mapping[str, object]]] = {
     "biogpt": ("biogpt", NO_GROUPS),
     "bitnet": ("bitnet", NO_HEAD_DIM),
     "cohere": ("cohere", {}),
+    "cohere-qk-norm": ("cohere", {"use_qk_norm": True}),
     "cohere2": ("cohere2", LAYERS),
     "cohere2_moe": ("cohere2_moe", {**EXPERTS, **LAYERS, "moe_intermediate_size": None}),
     "cwm": ("cwm", LAYERS),
