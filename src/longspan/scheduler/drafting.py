@@ -81,11 +81,8 @@ class Drafting:
         """Drafts that became tokens."""
         self.num_rejected = 0
         """Drafts that were wrong."""
-
-    @property
-    def is_on(self) -> bool:
+        self.is_on = self.make_proposer is not None and self._most > 0
         """Whether steps may check drafts."""
-        return self.make_proposer is not None and self._most > 0
 
     def use(self, source: DraftSource, make_proposer: Callable[[Request], Proposer]) -> None:
         """Let all new requests have drafts of a source.
@@ -94,11 +91,11 @@ class Drafting:
             source: makes the drafts.
             make_proposer: makes a request's part of it.
         """
-        self.source, self.make_proposer = source, make_proposer
+        self.source, self.make_proposer, self.is_on = source, make_proposer, self._most > 0
 
     def take_over(self, other: "Drafting") -> None:
         """Go on with the counts and the proposers of another one, which is not to be used any more."""
-        self.make_proposer, self.source = other.make_proposer, other.source
+        self.make_proposer, self.source, self.is_on = other.make_proposer, other.source, other.is_on
         self.num_drafted = other.num_drafted
         self.num_accepted, self.num_rejected = other.num_accepted, other.num_rejected
 

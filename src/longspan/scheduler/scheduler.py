@@ -41,6 +41,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from operator import attrgetter
 from typing import NamedTuple
 
 from longspan.config import EngineConfig
@@ -64,6 +65,8 @@ from longspan.scheduler.step_graphs import StepGraphs
 from longspan.scheduler.suspects import Suspects
 from longspan.scheduler.turns import Turns
 from longspan.types import Adapter, FinishReason, ModelSpec, Phase, SamplingParams
+
+_by_age = attrgetter("request_id")
 
 
 class InFlight(NamedTuple):
@@ -308,7 +311,7 @@ class Scheduler:
         """Give idle requests their next page, the oldest first: who is preempted for it is younger."""
         if not self._idle:
             return
-        idle, self._idle = sorted(self._idle.values(), key=lambda request: request.request_id), {}
+        idle, self._idle = sorted(self._idle.values(), key=_by_age), {}
         has_drafts, page_size = self.drafting.is_on, self.config.page_size
         ready: list[tuple[Request, AbstractSet[int]]] = []
         for request in idle:
