@@ -153,9 +153,11 @@ INLINE vec sum_each(const vec *x)
 }
 
 typedef float vec4 __attribute__((vector_size(16)));
+typedef float vec4_at __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float vec8 __attribute__((vector_size(32)));
 
-INLINE float sum_lanes(vec x)
+/* Its groups of four lanes added up. */
+INLINE vec4 add_fours(vec x)
 {
 #if LANES == 16
     const vec8 half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
@@ -164,12 +166,22 @@ INLINE float sum_lanes(vec x)
     const vec8 half = x;
 #endif
 #if LANES > 4
-    const vec4 four = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
 #else
-    const vec4 four = x;
+    return x;
 #endif
+}
+
+INLINE float sum_lanes(vec x)
+{
+    const vec4 four = add_fours(x);
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
+
+/* Lane i: the lanes of x[i] added up, for four vectors. */
+INLINE vec4 sum_four(const vec *x) { return add_fours(sum_fours(x)); }
+
+INLINE void put4(float *base, vec4 value) { *(vec4_at *)base = value; }
 
 /* e^x for x <= 0: 2^n * e^r with |r| <= ln(2) / 2; relative error below 2e-7. Under -87 it is 0 to float32's eyes. */
 INLINE vec exp_lanes(vec x)

@@ -13,9 +13,9 @@
 #include "linear.h"
 
 #define AHEAD_BYTES 4096   /* prefetch distance; measured: 0 and 1024 are up to 15 % slower */
-#define PANEL_BYTES 32768  /* measured: 16 and 64 KiB are 6 to 15 % slower */
-#define TILE_OUTPUTS (LANES < 16 ? LANES / 2 : 4)
-#define TILE_ROWS (LANES < 16 ? 2 : 4)
+#define PANEL_BYTES (LANES < 16 ? 16384 : 32768) /* measured, with 32 and 48 KiB of nearest cache: others are slower */
+#define TILE_OUTPUTS 4
+#define TILE_ROWS (LANES < 16 ? 3 : 4) /* 12 sums, 3 rows and a weight are 16 registers */
 
 /* One output of all rows: x [rows, width] times w [width]; several sums, because one would wait for itself. */
 INLINE void dot(const float *x, const void *w, long width, int rows, int is_bf16, float *y, long y_stride)
@@ -78,37 +78,39 @@ INLINE void dot(const float *x, const void *w, long width, int rows, int is_bf16
 OUTPUTS(outputs_float32, 0)
 OUTPUTS(outputs_bfloat16, 1)
 
-/* y [rows, num] = x [rows, width] times w [num, width], with rows * num <= TILE. `ahead`: bytes from a weight to the one
- * that is asked for meanwhile, or 0. */
+/* y [rows, num] = x [rows, width] times w [num, width], with at most TILE_ROWS rows and num of 1 or TILE_OUTPUTS.
+ * `ahead`: bytes from a weight to the one that is asked for meanwhile, or 0. */
 INLINE void multiply_tile(const float *x, const float *w, long width, int rows, int num, long ahead, float *y,
                           long y_stride)
 {
-    vec sums[TILE];
-    UNROLL
-    for (int i = 0; i < TILE; i++)
-        sums[i] = (vec){0};
-    for (long c = 0; c < width; c += LANES) {
-        vec parts[TILE_OUTPUTS];
-        UNROLL
-        for (int i = 0; i < num; i++) {
-            parts[i] = load(w, i * width + c, 0);
-            if (ahead)
-                __builtin_prefetch((const char *)(w + i * width + c) + ahead);
-        }
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            const vec value = load(x, r * width + c, 0);
-            UNROLL
-            for (int i = 0; i < num; i++)
-                sums[r * num + i] += parts[i] * value;
-        }
-    }
-    const vec all = sum_each(sums);
+    vec sums[TILE_ROWS][TILE_OUTPUTS];
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
         for (int i = 0; i < num; i++)
-            y[r * y_stride + i] = all[r * num + i];
+            sums[r][i] = (vec){0};
+    for (long c = 0; c < width; c += LANES) {
+        vec values[TILE_ROWS];
+        UNROLL
+        for (int r = 0; r < rows; r++)
+            values[r] = load(x, r * width + c, 0);
+        UNROLL
+        for (int i = 0; i < num; i++) {
+            const vec part = load(w, i * width + c, 0);
+            if (ahead)
+                __builtin_prefetch((const char *)(w + i * width + c) + ahead);
+            UNROLL
+            for (int r = 0; r < rows; r++)
+                sums[r][i] += part * values[r];
+        }
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        if (num == TILE_OUTPUTS)
+            put4(y + r * y_stride, sum_four(sums[r]));
+        else
+            y[r * y_stride] = sum_lanes(sums[r][0]);
+    }
 }
 
 /* A panel of weights and the rows of one tile. All passes over a panel together ask once for the panel behind it. */
@@ -142,8 +144,8 @@ static void panels(const float *x, const float *w, long width, int rows, long fi
             switch (rows * (pass + 1) / num_passes - row) {
                 PANEL(1)
                 PANEL(2)
-#if LANES == 16
                 PANEL(3)
+#if LANES == 16
                 PANEL(4)
 #endif
             }
