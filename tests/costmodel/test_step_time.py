@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from longspan.costmodel.step_time import FIRST_FLOPS_PER_S, StepTime
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.plan.types import Plan, PlanResult, RankResult, SampledToken
+from longspan.scheduler import filling
 from longspan.scheduler.scheduler import Scheduler
 from longspan.types import AttentionParams, ModelSpec, SamplingParams, Strategy
 
@@ -182,6 +183,15 @@ class TimedRanks(FakeRanks):
         )
 
 
+@pytest.fixture
+def ends_are_cut(monkeypatch):
+    """Prompts that end in a step make it no longer than others: most tests look at how prompts are cut."""
+    monkeypatch.setattr(filling, "STEPS_OF_ENDS", 1)
+
+
+cut = pytest.mark.usefixtures("ends_are_cut")
+
+
 def timed_ranks(num_ranks: int, windows=(None,), rate=RATE, **options) -> TimedRanks:
     config = make_config(
         num_ranks, **{"max_num_batched_tokens": 256, "max_step_ms": 100, "max_num_seqs": 64, **options}
@@ -201,6 +211,7 @@ def chunks_of(ranks: FakeRanks, request_id: int) -> list[tuple[Plan, int, int]]:
     return chunks
 
 
+@cut
 @pytest.mark.parametrize("windows", [(None,), (None, 9), (30,)])
 @pytest.mark.parametrize(
     ("num_ranks", "placement"), [(1, "auto"), (2, "striped"), (3, "striped"), (4, "auto"), (2, "spill"), (3, "packed")]
@@ -218,6 +229,7 @@ def test_no_chunk_is_predicted_to_take_longer_than_asked_unless_it_is_one_page(n
     assert_all_free(ranks.scheduler)
 
 
+@cut
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_a_prompt_behind_a_prefix_on_one_rank_is_cut_by_what_the_others_compute(num_ranks):
     """Its first pages lie on another rank than this chunk's: that rank does not share the work."""
@@ -231,6 +243,7 @@ def test_a_prompt_behind_a_prefix_on_one_rank_is_cut_by_what_the_others_compute(
         assert max(ranks.flops(plan)) <= LIMIT or end - start <= 4
 
 
+@cut
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_chunks_cut_by_time_end_where_snake_order_has_come_round(num_ranks):
     """So that the ranks share the work of every chunk: each of them has as many tokens, as dear."""
@@ -247,6 +260,7 @@ def test_chunks_cut_by_time_end_where_snake_order_has_come_round(num_ranks):
         assert max(work) == pytest.approx(min(work))
 
 
+@cut
 @pytest.mark.cover
 @pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_short_chunk_behind_a_long_context_is_cut_by_what_its_strategy_lets_each_rank_compute(num_ranks):
@@ -262,6 +276,7 @@ def test_a_short_chunk_behind_a_long_context_is_cut_by_what_its_strategy_lets_ea
     assert num_chunks["pass_q"] < 0.8 * num_chunks["pass_kv"]
 
 
+@cut
 def test_a_limit_that_no_page_keeps_is_one_page_per_step():
     ranks = timed_ranks(2, max_step_ms=1, placement="striped", stripe_size=4, rate=RATE / 100)
     request = ranks.scheduler.add_request([6] * 103, SamplingParams(max_tokens=3, ignore_eos=True, seed=0))
@@ -286,6 +301,7 @@ def test_prompts_cut_by_time_all_get_on_beside_many_decodes(num_ranks):
     assert all(request.finish_reason is None for request in decoding)
 
 
+@cut
 def test_in_one_step_the_chunks_of_several_prompts_share_the_time():
     ranks = timed_ranks(1)
     for i in range(6):
@@ -296,6 +312,7 @@ def test_in_one_step_the_chunks_of_several_prompts_share_the_time():
     assert all(max(ranks.flops(plan)) <= LIMIT for plan in several)
 
 
+@cut
 @pytest.mark.cover
 def test_the_learnt_rate_cuts_the_next_chunks():
     """The first guess is far too high; a few steps later every chunk takes about as long as asked."""
@@ -306,6 +323,41 @@ def test_the_learnt_rate_cuts_the_next_chunks():
     seconds = [max(ranks.flops(plan)) / RATE for plan, _, _ in chunks_of(ranks, 0)]
     assert max(seconds[:3]) > 0.2
     assert max(seconds[6:]) <= 0.11
+
+
+def prompts_beside(ranks: TimedRanks, num_decoding: int) -> list[Plan]:
+    """Plans with the prompts of 12 requests, begun when some others decode."""
+    params = SamplingParams(max_tokens=200, ignore_eos=True, seed=0)
+    decoding = [ranks.scheduler.add_request([6], params) for _ in range(num_decoding)]
+    while not all(request.num_generated for request in decoding):
+        ranks.step()
+    requests = [ranks.scheduler.add_request([6 + i] * 200, SamplingParams(max_tokens=1, seed=0)) for i in range(12)]
+    ids = {request.request_id for request in requests}
+    while any(request.finish_reason is None for request in requests):
+        ranks.step()
+    return [plan for plan in ranks.plans if ids & {run.request_id for run in plan.query_runs}]
+
+
+def test_prompts_that_end_in_a_step_share_a_longer_one_while_no_request_decodes():
+    """Each step reads all weights, and steps of the longest time would read them several times as often."""
+    ranks = timed_ranks(1, max_num_batched_tokens=4000)
+    times = [max(ranks.flops(plan)) / LIMIT for plan in prompts_beside(ranks, 0)]
+    assert 1 < max(times) <= filling.STEPS_OF_ENDS
+    beside = timed_ranks(1, max_num_batched_tokens=4000)
+    shorter = [max(beside.flops(plan)) / LIMIT for plan in prompts_beside(beside, 1)]
+    assert max(shorter) <= 1.05, "decodes wait no longer"
+    assert len(times) < len(shorter)
+
+
+def test_a_prompt_that_does_not_end_is_cut_by_the_longest_time_beside_prompts_that_do():
+    ranks = timed_ranks(1, max_num_batched_tokens=4000)
+    long = ranks.scheduler.add_request([6] * 1500, SamplingParams(max_tokens=1, seed=0))
+    for i in range(4):
+        ranks.scheduler.add_request([7 + i] * 30, SamplingParams(max_tokens=1, seed=0))
+    ranks.run_to_the_end()
+    for _, start, end in chunks_of(ranks, long.request_id):
+        if end < 1500:
+            assert ranks.scheduler.step_time.chunk_flops(start, end) <= LIMIT
 
 
 def test_without_a_limit_chunks_are_cut_by_tokens_alone_and_nothing_is_learnt():

@@ -145,6 +145,10 @@ class Chunks:
             held[rank] = held.get(rank, 0) + end - start
         return {rank: num_keys / (request.num_computed + 1 - first) for rank, num_keys in held.items()}
 
+    def fits(self, request: Request, end: int, left: Sequence[float]) -> bool:
+        """Whether a step that takes a request to `end` is predicted to take no more flops than are left on any rank."""
+        return all(flops <= left[rank] for rank, flops in self.work(request, end).items())
+
     def end_in_time(self, request: Request, end: int, left: Sequence[float], *, is_lead: bool) -> int:
         """The end of a chunk that is predicted to take no more flops than are left on every rank.
 

@@ -305,7 +305,7 @@ class Scheduler:
         if lead is None:
             return self._run_ahead()
         ready = self._lanes.members(lead, self.next_plan_id, len(self.running))
-        return self._write_plan(fill_step(lead, ready, self.config, self._chunks))
+        return self._write_plan(fill_step(lead, ready, self.config, self._chunks, self.running))
 
     def _make_ready(self) -> None:
         """Give idle requests their next page, the oldest first: who is preempted for it is younger."""
@@ -341,7 +341,7 @@ class Scheduler:
         self._place_drafts(request, allocation)
         ranks = self._chunks.next_ranks(request, allocation)
         lead = self._turns.of(request, ranks, self.next_plan_id, len(self.running))
-        return self._write_plan(fill_step(lead, [lead], self.config, self._chunks))
+        return self._write_plan(fill_step(lead, [lead], self.config, self._chunks, self.running))
 
     def _run_ahead(self) -> Plan | None:
         """The plan behind one of decodes that is in flight, unless a request waits for a rank or for a page."""
