@@ -102,6 +102,14 @@ def _longspan(num_ranks: int, num_threads: int) -> EngineSpec:
 LONGSPAN_1X1 = _longspan(1, 1)
 LONGSPAN_1X2 = _longspan(1, 2)
 LONGSPAN_2X1 = _longspan(2, 1)
+LONGSPAN_TP2 = EngineSpec(
+    "longspan TP 2 x 1",
+    None,
+    2,
+    "longspan_engine.py",
+    {"num_ranks": 1, "num_threads": 1, "config": {"tensor_parallel_size": 2}},
+    LONGSPAN_WORKER,
+)
 TRANSFORMERS = EngineSpec("transformers sdpa 1 x 2", "transformers", 1, "transformers_engine.py", {"num_threads": 2})
 VLLM_WORKER = r"VLLM::Worker"
 VLLM_TP1 = EngineSpec("vllm TP 1 x 2", "vllm", 1, "vllm_engine.py", {}, VLLM_WORKER)

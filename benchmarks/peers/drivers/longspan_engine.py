@@ -27,7 +27,8 @@ class LongspanEngine:
         from common import LongspanRunner
         from longspan.native import kernels
 
-        self._runner = LongspanRunner(Path(options["model"]), options["num_ranks"], options["num_threads"])
+        config = options.get("config", {})
+        self._runner = LongspanRunner(Path(options["model"]), options["num_ranks"], options["num_threads"], **config)
         self.facts = {"torch": torch.__version__, "compiled kernels": kernels.is_available()}
         self.facts["version"] = getattr(longspan, "__version__", "of this checkout")
 
