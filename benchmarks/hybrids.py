@@ -6,6 +6,7 @@ A Qwen3.5-like model of 106 M random weights, float32: 12 layers, of which every
 gated delta rule. What is measured, each kind with engines of its own, which idle while others run; numbers are medians:
 
     prompts   first token and time per token of a long prompt: 1 x 1, 2 x 1, 1 x 2 ranks x threads, Transformers
+    parts     first token of a long prompt on 1 x 1, and on 2 x 1 by the parts in which states are handed on
     hits      first token of the same prompt again, from pages and states that were kept, on 2 x 1
     short     time per token of a prompt of 512 tokens that lies on one of two ranks, and on a single one
     contexts  time per token behind 1,024 tokens and behind 65,536 on 2 x 1, and the floor of bytes of each
@@ -88,6 +89,22 @@ def long_prompts(model: Path, options: argparse.Namespace) -> list[dict[str, Any
     ]
 
 
+def state_parts(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    prompts = [random_prompt(options.length, repeat) for repeat in range(options.repeats)]
+    runners = {"": LongspanRunner(model, 1, 1)}
+    for num_parts in (1, 2, 4, 12, None):
+        parts = "auto" if num_parts is None else str(num_parts)
+        runners[parts] = LongspanRunner(model, 2, 1, placement="striped", state_parts=num_parts)
+    timings: dict[str, list[Timing]] = {parts: [] for parts in runners}
+    for prompt in prompts:
+        for parts, runner in runners.items():
+            timings[parts].append(runner.run(prompt, 2))
+    rows = [row("parts", runners[parts].name, options.length, own, parts=parts) for parts, own in timings.items()]
+    for runner in runners.values():
+        runner.close()
+    return [{**one, "speedup": rows[0]["ttft_s"] / one["ttft_s"]} for one in rows]
+
+
 def prefix_hits(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     runner = LongspanRunner(model, 2, 1, placement="striped", enable_prefix_caching=True)
     prompts = [random_prompt(options.length, repeat) for repeat in range(options.repeats)]
@@ -124,7 +141,13 @@ def contexts(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-KINDS = {"prompts": long_prompts, "hits": prefix_hits, "short": short_requests, "contexts": contexts}
+KINDS = {
+    "prompts": long_prompts,
+    "parts": state_parts,
+    "hits": prefix_hits,
+    "short": short_requests,
+    "contexts": contexts,
+}
 
 
 def main() -> None:

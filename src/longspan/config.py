@@ -212,6 +212,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         StrategyName | None, Option("Overrides --strategy for decode.", Group.RANKS, unset="as --strategy")
     ] = None
     """Movement strategy of decode; None takes that of `strategy`."""
+    state_parts: Annotated[
+        int | None,
+        Option(
+            "Parts in which a recurrent state goes from rank to rank.",
+            Group.RANKS,
+            least=1,
+            most=MAX_COUNT,
+            unset="as many as take the least predicted time",
+        ),
+    ] = None
+    """Parts, of whole heads, in which the state of a recurrent layer goes from rank to rank inside a chunk: a rank
+    computes the first heads of a run while the rank before computes the next ones of its own. 1 hands states on whole;
+    None takes the number with the least predicted time. Where no kernel takes parts (GPUs, Mamba 2), a run waits for
+    all of them."""
     partial_dtype: Annotated[
         PartialDTypeName, Option("How partials travel; auto: in the dtype of queries.", Group.RANKS)
     ] = "auto"
@@ -825,6 +839,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Strategy forced for decode, or None."""
         name = self.decode_strategy or self.strategy
         return None if name == "auto" else Strategy(name)
+
+    @property
+    def forced_state_parts(self) -> int | None:
+        """Parts in which every state is handed on, or None. Only kernels for CPUs compute head by head."""
+        return 1 if self.state_parts is None and self.device == "cuda" else self.state_parts
 
     @property
     def forced_placement(self) -> Placement | None:

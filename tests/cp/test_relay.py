@@ -1,7 +1,7 @@
 """States handed along a request's runs are those of one device, whatever ranks the runs lie on.
 
-The layer is a sum with a decay, written out here in one loop per request. Slots start as NaN, so that a state that
-nobody wrote cannot pass for one.
+The layer is a sum with a decay, written out here in one loop per request; its channels do not meet, so that they can be
+handed on one by one. Slots start as NaN, so that a state that nobody wrote cannot pass for one.
 """
 
 import random
@@ -23,7 +23,7 @@ WIDTH, NUM_SLOTS, LAYERS = 3, 12, (1, 4)
 GROUPS = (
     StateGroup(
         LAYERS,
-        (StateComponent("conv", 0, (WIDTH, 2), "float64"), StateComponent("recurrent", 0, (WIDTH,), "float64")),
+        (StateComponent("conv", 0, (WIDTH, 2), "float64"), StateComponent("recurrent", 0, (WIDTH,), "float64", WIDTH)),
     ),
 )
 
@@ -42,11 +42,28 @@ def compute(rows, state, is_new):
     return torch.stack(outs, dim=1)
 
 
-def compute_rows(hidden, rows, state, is_new):
+def compute_rows(hidden, rows, state, is_new, handover, by_heads=False):
     """The layer as ranks call it, over some of the packed rows [T, width]."""
-    if rows.are_of_one:
+    if not rows.are_of_one:
+        return compute(hidden[rows.index][:, None], state, is_new)[:, 0]
+    if handover is None or not by_heads:
+        if handover is not None:
+            handover.arrive()
         return compute(hidden[None, rows.index], state, is_new)[0]
-    return compute(hidden[rows.index][:, None], state, is_new)[:, 0]
+    handover.arrive(0)
+    halo = state[0].clone()
+    if is_new:
+        for part in (halo, *state):
+            part.zero_()
+    inputs = torch.cat([halo.transpose(1, 2), hidden[None, rows.index]], dim=1)  # [1, 2 + t, width]
+    state[0].copy_(inputs[:, -2:].transpose(1, 2))
+    handover.note_written(0)
+    outs = []
+    for heads in handover.heads(1):
+        some = slice(heads.start, heads.stop)
+        before = [inputs[:, :2, some].transpose(1, 2).clone(), state[1][:, some]]
+        outs.append(compute(inputs[:, 2:, some], before, False)[0])
+    return torch.cat(outs, dim=-1)
 
 
 def alone(rows):
@@ -76,7 +93,8 @@ def make_plan(plan_id, runs, states, ranks):
 class Ranks:
     """Slots of some ranks that are threads."""
 
-    def __init__(self, size):
+    def __init__(self, size, *, by_heads=False):
+        self.by_heads = by_heads
         self.comms = [RecordingCommunicator(comm) for comm in thread_group(size, timeout_s=20.0)]
         self.pools = [StatePool(GROUPS, NUM_SLOTS, torch.device("cpu")) for _ in range(size)]
         for pool in self.pools:
@@ -95,7 +113,8 @@ class Ranks:
             rows = torch.cat([tokens[run.request_id][run.position : run.end] for run in own])
             found = {}
             for layer in LAYERS:
-                out = relay.run_layer(layer, partial(compute_rows, rows)).split([run.num_tokens for run in own])
+                out = relay.run_layer(layer, partial(compute_rows, rows, by_heads=self.by_heads))
+                out = out.split([run.num_tokens for run in own])
                 found.update({(layer, run.request_id, run.position): part for run, part in zip(own, out, strict=True)})
             return found
 
@@ -107,10 +126,23 @@ class Ranks:
         return [part[0] for part in self.pools[place.rank].state(layer, place.slot)]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_states_and_outputs_are_those_of_one_device(size):
-    """Several requests, several steps: runs of any length on any ranks, states that move between steps and are kept."""
-    rng, ranks = random.Random(size), Ranks(size)
+@pytest.mark.parametrize(
+    ("size", "num_parts", "by_heads"),
+    [
+        (1, 1, False),
+        (2, 1, False),
+        (3, 1, True),
+        (5, 1, False),
+        (2, 3, True),
+        (3, 2, True),
+        (5, 7, True),
+        (3, 2, False),
+    ],
+)
+def test_states_and_outputs_are_those_of_one_device(size, num_parts, by_heads):
+    """Several requests, several steps: runs of any length on any ranks, states that move between steps and are kept,
+    handed on in any number of parts, whether or not what computes takes parts."""
+    rng, ranks = random.Random(size), Ranks(size, by_heads=by_heads)
     generator = torch.Generator().manual_seed(size)
     tokens = [torch.randn(40, WIDTH, dtype=torch.float64, generator=generator) for _ in range(3)]
     references = [alone(rows) for rows in tokens]
@@ -138,7 +170,7 @@ def test_states_and_outputs_are_those_of_one_device(size):
                 for p, owner in owners.items()
                 if rng.random() < 0.2
             ]
-            states.append(StateStep(request_id, source, target, tuple(kept)))
+            states.append(StateStep(request_id, source, target, tuple(kept), num_parts))
             places[request_id], done[request_id] = target, position
         if not runs:
             continue
@@ -189,9 +221,9 @@ def test_single_rows_of_many_requests_are_one_call_and_no_message():
 
     hidden = torch.stack([rows[3] for rows in tokens])
 
-    def counted(rows, state, is_new):
+    def counted(rows, state, is_new, handover):
         calls.append(rows.index)
-        return compute_rows(hidden, rows, state, is_new)
+        return compute_rows(hidden, rows, state, is_new, handover)
 
     out = relay.run_layer(LAYERS[0], counted)
     assert calls == [slice(0, 5)]

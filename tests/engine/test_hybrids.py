@@ -16,7 +16,7 @@ from tiny_models import all_pairs, generate_reference, greedy, random_prompt, ru
 from transformers import AutoModelForCausalLM
 
 from longspan.config import EngineConfig
-from longspan.cp import relay
+from longspan.cp import handover, relay
 from longspan.engine.engine import Engine
 from longspan.errors import ConfigError, UnsupportedModelError
 from longspan.models import inspect, recurrent, state_proof
@@ -40,6 +40,7 @@ CASES = all_pairs(
         "max_num_batched_tokens": (33, 64, 200, 7),
         "page_size": (4, 16),
         "async_scheduling": (True, False),
+        "state_parts": (None, 1, 3),
     }
 )
 
@@ -98,13 +99,14 @@ def test_tokens_are_those_of_transformers_in_every_spread(case):
     assert generate(name, **options) == expected(name)
 
 
+@pytest.mark.parametrize("name", [BOTH, DELTA])
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_preempted_requests_get_their_tokens(num_ranks):
-    name = BOTH
+def test_preempted_requests_get_their_tokens(name, num_ranks):
     model = proven_model(name)
     spec = inspect.inspect_model(load_config(model.path)[0], None, recurrent.torch.float32)
     memory = pool_bytes(spec, 360 // PAGE // num_ranks + 8, PAGE, 50)
-    options = striped(num_ranks, kv_cache_memory=memory) if num_ranks > 1 else {"kv_cache_memory": memory}
+    options = striped(num_ranks, state_parts=3) if num_ranks > 1 else {}
+    options["kv_cache_memory"] = memory
     with hybrid_engine(name, **options) as engine:
         requests = [engine.add_request(r.prompt, greedy(NUM_TOKENS)) for r in (*model.references, *model.references)]
         run_all(engine)
@@ -217,16 +219,37 @@ def test_without_the_prefix_cache_no_state_is_kept():
 
 
 def forget_what_is_handed_on(monkeypatch):
-    original = relay.Relay._state_before
+    original = handover.Handover._arrive
 
-    def state_before(self, piece, layer, states):
-        state = original(self, piece, layer, states)
-        if piece.before is not None:
-            for part in state:
-                part.zero_()
-        return state
+    def arrive(self, end):
+        first = len(self._messages) - len(self._arriving)
+        original(self, end)
+        for message in self._messages[first:end]:
+            message.tensor.zero_()
 
-    monkeypatch.setattr(relay.Relay, "_state_before", state_before)
+    monkeypatch.setattr(handover.Handover, "_arrive", arrive)
+
+
+def compute_heads_that_have_not_come(monkeypatch):
+    original = handover.Handover.heads
+
+    def heads(self, component):
+        found = [message.heads for message in self._messages if message.component == component]
+        for wrong, _ in zip(reversed(found), original(self, component), strict=True):
+            yield wrong
+
+    monkeypatch.setattr(handover.Handover, "heads", heads)
+
+
+def hand_on_heads_before_they_are_computed(monkeypatch):
+    original = handover.Handover.heads
+
+    def heads(self, component):
+        for found in original(self, component):
+            self._hand_on(len(self._messages))
+            yield found
+
+    monkeypatch.setattr(handover.Handover, "heads", heads)
 
 
 def hand_to_the_wrong_run(monkeypatch):
@@ -261,6 +284,62 @@ def test_a_mutation_changes_tokens(name, mutate, monkeypatch):
     found = generate(name, prompts, **striped(2))
     wanted = [reference.token_ids for reference in model.references[1:] for _ in range(len(prompts) // 3)]
     assert found != wanted
+
+
+@pytest.mark.parametrize("mutate", [compute_heads_that_have_not_come, hand_on_heads_before_they_are_computed])
+def test_a_mutation_of_parts_changes_tokens(mutate, monkeypatch):
+    references = proven_model(DELTA).references[1:]
+    mutate(monkeypatch)
+    found = generate(DELTA, [reference.prompt for reference in references], **striped(2, state_parts=4))
+    assert found != [reference.token_ids for reference in references]
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "olmo_hybrid", "kimi_linear", DELTA])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_states_in_parts_are_whole_states(name, num_ranks):
+    """The same tokens, in more messages of as many bytes; every family with a delta rule has heads."""
+    references = proven_model(name).references
+    sent = []
+    for num_parts in (1, 4):
+        with hybrid_engine(name, **striped(num_ranks, state_parts=num_parts)) as engine:
+            requests = [engine.add_request(reference.prompt, greedy(NUM_TOKENS)) for reference in references]
+            run_all(engine)
+            assert {note.num_parts for note in engine.state_parts} == {num_parts}
+            sent.append(engine.stats().bytes_per_strategy["states"])
+        assert [request.output_token_ids for request in requests] == [reference.token_ids for reference in references]
+        assert all(component.num_heads == 4 for component in recurrent_components(engine.spec))
+    assert sent[0] == sent[1] > 0
+
+
+def recurrent_components(spec):
+    return [part for group in spec.state_groups for part in group.components if part.role == "recurrent"]
+
+
+def test_heads_are_computed_as_they_come(monkeypatch):
+    """Without states in parts, nothing of the sort is asked for; with them, the kernel asks for every part."""
+    asked = []
+    original = handover.Handover.heads
+
+    def heads(self, component):
+        for found in original(self, component):
+            asked.append(len(found))
+            yield found
+
+    monkeypatch.setattr(handover.Handover, "heads", heads)
+    reference = proven_model(DELTA).references[LONG]
+    for num_parts, lengths in ((4, {1}), (3, {1, 2}), (1, {4})):
+        asked.clear()
+        assert generate(DELTA, [reference.prompt], **striped(2, state_parts=num_parts)) == [reference.token_ids]
+        assert set(asked) == lengths
+
+
+def test_mamba_takes_no_parts_and_gets_its_tokens():
+    references = proven_model(BOTH).references
+    with hybrid_engine(BOTH, **striped(3, state_parts=4)) as engine:
+        assert all(component.num_heads == 1 for component in recurrent_components(engine.spec))
+        requests = [engine.add_request(reference.prompt, greedy(NUM_TOKENS)) for reference in references]
+        run_all(engine)
+    assert [request.output_token_ids for request in requests] == [reference.token_ids for reference in references]
 
 
 def test_a_kept_state_of_the_wrong_position_changes_tokens(monkeypatch):
@@ -313,9 +392,10 @@ def test_rejects_options_that_no_state_fits(options, message):
         pass
 
 
-def test_rejects_kept_states_of_a_model_without_any():
-    message = "state_snapshot_tokens: got 64 for a model without recurrent layers, legal is none"
-    with pytest.raises(ConfigError, match=message), hybrid_engine("qwen3", state_snapshot_tokens=64):
+@pytest.mark.parametrize("name", ["state_snapshot_tokens", "state_parts"])
+def test_rejects_options_of_states_for_a_model_without_any(name):
+    message = f"{name}: got 64 for a model without recurrent layers, legal is none"
+    with pytest.raises(ConfigError, match=message), hybrid_engine("qwen3", **{name: 64}):
         pass
 
 

@@ -101,6 +101,30 @@ def test_pieces_and_batches_give_what_single_requests_in_one_piece_give():
         torch.testing.assert_close(own[0], whole_state[request], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("num_threads", [1, 3, 16])
+@pytest.mark.parametrize("gate_ndim", [3, 4], ids=["by_head", "by_channel"])
+def test_heads_one_after_the_other_are_all_heads_at_once(num_threads, gate_ndim):
+    """To the bit, in parts of any number, and where threads share the columns of one head."""
+    *inputs, state = delta_inputs(2, 37, 6 if gate_ndim == 4 else 2, 6, 32, 80, gate_ndim)
+    states = [state.clone(), torch.full_like(state, torch.nan)]
+    wanted = recurrence.delta_rule(*inputs, states[0], is_normed=True)
+
+    def arriving():
+        for heads in (range(1), range(1, 4), range(4, 6)):
+            some = slice(heads.start, heads.stop)
+            states[1][:, some] = state[:, some]
+            yield heads
+            assert torch.equal(states[1][:, some], states[0][:, some])
+
+    torch.set_num_threads(num_threads)
+    try:
+        found = recurrence.delta_rule(*inputs, states[1], is_normed=True, heads=arriving())
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(found, wanted)
+    assert torch.equal(*states)
+
+
 def test_the_delta_rule_takes_views_of_wider_rows():
     q, k, v, gate, rate, state = delta_inputs(2, 9, 2, 4, 16, 32, 3)
     rows = torch.cat((q.flatten(2), k.flatten(2), v.flatten(2)), dim=-1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # it imports numpy, which no help text needs
     from longspan.costmodel.explain import StrategyChoice
     from longspan.engine.stats import RankStats
+    from longspan.scheduler.state_parts import PartsNote
     from longspan.types import ModelSpec
 
 
@@ -28,14 +29,31 @@ def shares_text(ranks: "Sequence[RankStats]") -> str | None:
     return f"unequal ranks: {'; '.join(each)}"
 
 
-def states_text(spec: "ModelSpec") -> str | None:
-    """Line that says how recurrent layers are computed; None where there are none."""
+def states_text(spec: "ModelSpec", notes: "Sequence[PartsNote]" = ()) -> str | None:
+    """Paragraph that says how recurrent layers are computed; None where there are none.
+
+    Args:
+        spec: facts of the model.
+        notes: in how many parts states were handed from rank to rank.
+    """
     num_layers = sum(len(group.layers) for group in spec.state_groups)
     if not num_layers:
         return None
-    return (
+    head = (
         f"recurrent layers: {num_layers} of {spec.num_layers}, {spec.state_bytes / 1e6:.3g} MB of state per request; a "
         "run waits for the state of the run before it, on whatever rank; decode steps are no CUDA graphs"
+    )
+    return "\n".join([head, *(f"    {_parts_text(note)}" for note in notes)])
+
+
+def _parts_text(note: "PartsNote") -> str:
+    which = "whole" if note.num_parts == 1 else f"in {note.num_parts} parts"
+    forced = ", forced," if note.is_forced else ""
+    steps = f"{note.num_steps} step{'s' * (note.num_steps > 1)}"
+    whole = "" if note.num_parts == 1 else f", whole {note.whole_s * 1e3:.3f} ms"
+    return (
+        f"states handed on {which}{forced} in {steps}; first {note.num_tokens} tokens on {note.num_ranks} ranks: "
+        f"predicted {note.predicted_s * 1e3:.3f} ms in all layers{whole}"
     )
 
 

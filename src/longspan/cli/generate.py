@@ -87,7 +87,7 @@ def generate(
             (output,) = llm.generate(text, params, lora=adapter, on_progress=shown.update, clamps_max_tokens=is_default)
         total_s = time.perf_counter() - started
         if explain:
-            for line in (shares_text(llm.rank_stats()), states_text(llm.engine.spec)):
+            for line in (shares_text(llm.rank_stats()), states_text(llm.engine.spec, llm.engine.state_parts)):
                 if line is not None:
                     click.echo(line, err=True)
             click.echo(choices_text(llm.explain()), err=True)

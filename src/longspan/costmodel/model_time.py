@@ -12,7 +12,7 @@ Note [Parts of a step's time]
     heads     with tensor parallelism, two all-reduces over the devices of a rank in every layer
     attention strategy and time as `longspan.costmodel.choose` finds them, per KV group, from the same page tables, runs
               and segments that a plan would have
-    states    recurrent layers, one run behind the other over all ranks, and the states' way from rank to rank
+    states    recurrent layers, whose states are handed from rank to rank, whole or head by head
     logits    of one row, in the last step of a prompt and in every decode; of a prompt's other rows the last layer
               computes keys and values only
 """
@@ -56,6 +56,8 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Fixed time of a step outside its layers."""
     rank_weights: tuple[float, ...] | None = None
     """What each rank's part of a prompt is in proportion to; None: all parts are equal."""
+    state_parts: int | None = 1
+    """Parts in which states of recurrent layers are handed on; None: as many as take the least predicted time."""
 
     def geometry(self, num_ranks: int) -> StepGeometry:
         """Cuts of prompts for so many ranks."""
@@ -155,7 +157,7 @@ def predict_step(
         ),
         attention_s=attention_s,
         sums_s=_sums_s(shape, most, costs, tensor_parallel_size, are_all_read=are_all_read),
-        recurrence_s=predict_recurrence(shape.spec.state_groups, runs, costs),
+        recurrence_s=predict_recurrence(shape.spec.state_groups, runs, costs, options.state_parts),
         fixed_s=shape.spec.num_layers * costs.rates.layer_s + options.step_s,
     )
 

@@ -1,16 +1,20 @@
-"""Predicted time of a step's recurrent layers, which ranks compute one after the other.
+"""Predicted time of a step's recurrent layers, whose states ranks hand on, and the number of parts that take least.
 
 Holds arithmetic. Must not know kernels, or what a layer multiplies before and behind its recurrence: those are matrix
 products like others, and shared.
-Read next: `longspan.costmodel.model_time`, which adds it; `longspan.cp.relay`, whose order of work this is.
+Read next: `longspan.costmodel.model_time`, which adds it; `longspan.scheduler.state_parts`, which goes by it;
+`longspan.cp.relay`, whose order of work this is; `longspan.cp.handover`, Note [Parts of a state].
 
-    seconds of all layers = tokens of all ranks * FLOPS * elements of a state / rate      a run waits for the run before
-                          + changes of rank * (bytes of a state over the link, a message per tensor)
+    seconds of a run and part = tokens * FLOPS * elements of the part / rate
+    a part of a run begins      when the rank is done with the part before, and the same part of the run before is here:
+                                bytes over the link, a message per tensor and part
+    seconds of a layer        = until the last rank is done with its last part
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import lru_cache
 from math import prod
+from typing import NamedTuple, TypeAlias
 
 from longspan.costmodel.parameters import Costs
 from longspan.kv.state_layout import StateGroup
@@ -19,33 +23,105 @@ from longspan.plan.types import QueryRun
 FLOPS = 8
 """Per token and element of a recurrence's state: it decays, is read by a key, is written, and is read by a query."""
 
+Spans: TypeAlias = tuple[tuple[int, int], ...]
+"""(rank, tokens) of every run of a request, in the order of positions."""
 
-def predict_recurrence(groups: Sequence[StateGroup], runs: Sequence[QueryRun], costs: Costs) -> float:
+
+class PartsChoice(NamedTuple):
+    """Number of parts in which states are handed on, and the predicted time."""
+
+    num_parts: int
+    predicted_s: float
+    """Seconds of all recurrent layers."""
+    whole_s: float
+    """The same with states that are handed on whole."""
+
+
+def predict_recurrence(
+    groups: Sequence[StateGroup], runs: Sequence[QueryRun], costs: Costs, num_parts: int | None = 1
+) -> float:
     """Predict the seconds of all recurrent layers in a step of one request.
 
     Args:
         groups: recurrent layers and their states.
         runs: runs of the request, in the order of positions.
         costs: rates and links of one device per rank.
+        num_parts: parts of a state; None: as many as `choose_parts` finds.
     """
-    elements = sum(
-        len(group.layers) * prod(component.shape)
-        for group in groups
-        for component in group.components
-        if component.role == "recurrent"
-    )
-    state_bytes = sum(group.state_bytes for group in groups)
-    total_s = 0.0
-    for run in runs:
-        by_flops = run.num_tokens * FLOPS * elements / costs.rates.attention_rate(run.num_tokens)
-        by_bytes = 2 * state_bytes / costs.rates.read_bytes_per_s  # a state is read and written once at least
-        total_s += max(by_flops, by_bytes) / costs.speed(run.compute_rank) / costs.rates.ranks_per_device
-    for before, after in pairwise(runs):
-        if before.compute_rank != after.compute_rank:
-            link = costs.topology.link(before.compute_rank, after.compute_rank)
-            total_s += sum(
-                len(group.layers) * link.message_s(component.num_bytes)
-                for group in groups
-                for component in group.components
-            )
-    return total_s
+    if num_parts is None:
+        return choose_parts(groups, runs, costs).predicted_s
+    return _predict(groups, spans_of(runs), costs, num_parts)
+
+
+def choose_parts(groups: Sequence[StateGroup], runs: Sequence[QueryRun], costs: Costs) -> PartsChoice:
+    """Choose the number of parts with the least predicted time, the fewest among equals. Arguments:
+    `predict_recurrence`."""
+    return _choose(tuple(groups), spans_of(runs), costs)
+
+
+def spans_of(runs: Sequence[QueryRun]) -> Spans:
+    """Ranks and tokens of runs."""
+    return tuple([(run.compute_rank, run.num_tokens) for run in runs])
+
+
+@lru_cache(maxsize=1024)  # a prompt's chunks are alike
+def _choose(groups: tuple[StateGroup, ...], spans: Spans, costs: Costs) -> PartsChoice:
+    whole_s = _predict(groups, spans, costs, 1)
+    best = PartsChoice(1, whole_s, whole_s)
+    most = max((_num_heads(group) for group in groups), default=1)
+    if len({rank for rank, _ in spans}) == 1:
+        return best
+    num_parts = 1
+    while num_parts < most:
+        num_parts = min(2 * num_parts, most)
+        seconds = _predict(groups, spans, costs, num_parts)
+        if seconds < best.predicted_s:
+            best = PartsChoice(num_parts, seconds, whole_s)
+    return best
+
+
+def _predict(groups: Sequence[StateGroup], spans: Spans, costs: Costs, num_parts: int) -> float:
+    return sum(len(group.layers) * _layer_s(group, spans, costs, num_parts) for group in groups)
+
+
+def _num_heads(group: StateGroup) -> int:
+    return max(component.num_heads for component in group.components)
+
+
+def _layer_s(group: StateGroup, spans: Spans, costs: Costs, num_parts: int) -> float:
+    """Seconds of one layer."""
+    headed = max(group.components, key=lambda component: component.num_heads)
+    parts = headed.parts(num_parts)
+    shares = [len(heads) / headed.num_heads for heads in parts]
+    messages = [share * headed.num_bytes for share in shares]
+    others = [component.num_bytes for component in group.components if component is not headed]
+    num_busy = 1 if len(parts) == 1 else len({rank for rank, _ in spans})
+    free_s: dict[int, float] = {}  # by rank
+    ready_s, before = [0.0] * len(parts), spans[0][0] if spans else 0
+    for rank, num_tokens in spans:
+        exchange_s = 0.0
+        if rank != before:
+            link, exchange_s = costs.topology.link(before, rank), costs.rates.exchange_s
+            left_s = ready_s[0] + sum(link.message_s(num_bytes) for num_bytes in others)
+            for i, num_bytes in enumerate(messages):
+                left_s = max(left_s, ready_s[i]) + num_bytes / link.bytes_per_s
+                ready_s[i] = left_s + link.latency_of(num_bytes)
+        run_s = _run_s(group, rank, num_tokens, costs, num_busy)
+        now = free_s.get(rank, 0.0)
+        for i, share in enumerate(shares):
+            now = max(now, ready_s[i]) + share * run_s + 2 * exchange_s
+            ready_s[i] = now
+        free_s[rank], before = now, rank
+    return max(free_s.values(), default=0.0)
+
+
+def _run_s(group: StateGroup, rank: int, num_tokens: int, costs: Costs, num_busy: int) -> float:
+    """Seconds of one run in one layer, while so many ranks compute."""
+    rates = costs.rates
+    elements = sum(prod(component.shape) for component in group.components if component.role == "recurrent")
+    by_flops = num_tokens * FLOPS * elements / rates.attention_rate(num_tokens)
+    # a state is read and written once at least
+    by_bytes = 2 * group.state_bytes / len(group.layers) / rates.read_bytes_per_s
+    # Rates are those of ranks that all compute; where they share a device, few of them are faster.
+    sharing = max(1.0, rates.ranks_per_device * num_busy / costs.topology.num_ranks)
+    return max(by_flops, by_bytes) / costs.speed(rank) * sharing / rates.ranks_per_device

@@ -2,11 +2,13 @@
 
 Holds one step's pieces of requests, and the messages between them. Must not know models: a layer's arithmetic is a
 function that it is given.
-Read next: `longspan.plan.types`, `StateStep`; `longspan.kv.state_pool`; `longspan.models.recurrent`, which calls this.
+Read next: `longspan.cp.handover`, the messages between two pieces; `longspan.plan.types`, `StateStep`;
+`longspan.kv.state_pool`; `longspan.models.recurrent`, which calls this.
 
 Note [Relay]
     A recurrent layer computes a token from the state behind the token before. Query runs of one request follow each
-    other, so the rank of a run waits for the state of the run before, computes its run, and sends the state on:
+    other, so the rank of a run waits for the state of the run before, computes its run, and sends the state on, whole
+    or head by head (`longspan.cp.handover`, Note [Parts of a state]):
 
         positions      0..511    512..1023    1024..1535    1536..2047      ranks 0 and 1, one chunk in snake order
         rank           0    -->  1            1        -->  0
@@ -29,11 +31,9 @@ import torch
 from torch import Tensor
 
 from longspan.comm.base import Communicator, Pending
+from longspan.cp.handover import Handover, State
 from longspan.kv.state_pool import StatePool
 from longspan.plan.types import Plan, StatePlace, StateStep
-
-State: TypeAlias = list[Tensor]
-"""State of B requests in one layer: [B, *shape] per component."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,10 @@ class Rows:
     """Whether they are consecutive tokens of one request; else single tokens of B requests."""
 
 
-ComputeLayer: TypeAlias = Callable[[Rows, State, bool], Tensor]
-"""Function from rows, the state before them, which it changes to that behind them, and whether there is none yet, to
-output [t, out] or [B, out]."""
+ComputeLayer: TypeAlias = Callable[[Rows, State, bool, Handover | None], Tensor]
+"""Function from rows, the state before them, which it changes to that behind them, whether there is none yet, and what
+brings the state and takes it on (None if it is there and stays; it must be let arrive), to output [t, out] or [B, out].
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +118,13 @@ class Relay:
         states: dict[int, State] = {}  # of requests between two pieces
         for piece in self._chained:
             state = self._state_before(piece, layer, states)
+            handover = self._handover(piece, layer, state)
             tokens = Rows(slice(piece.row, piece.row + piece.num_tokens), are_of_one=True)
-            parts.append((tokens, compute(tokens, state, piece.position == 0)))
+            parts.append((tokens, compute(tokens, state, piece.position == 0, handover)))
+            if handover is not None:
+                sent += handover.finish()
             if piece.kept is not None:
                 _copy_(self._pool.state(layer, piece.kept.slot), state)
-            if piece.after is not None:
-                sent.append(self._exchange([(piece.after, part.clone()) for part in state], []))
         if self._together:
             parts.append((self._rows, self._run_together(layer, compute)))
         for pending in sent:
@@ -137,14 +139,28 @@ class Relay:
     def _run_together(self, layer: int, compute: ComputeLayer) -> Tensor:
         """Compute the single rows of requests that hand nothing on; return [B, out]."""
         if len(self._together) == 1:  # in its slot: a state is large
-            return compute(self._rows, self._pool.state(layer, self._together[0].step.target.slot), False)
+            return compute(self._rows, self._pool.state(layer, self._together[0].step.target.slot), False, None)
         state = self._pool.gather(layer, self._slots)
-        out = compute(self._rows, state, False)
+        out = compute(self._rows, state, False, None)
         self._pool.scatter(layer, self._slots, state)
         return out
 
+    def _handover(self, piece: _Piece, layer: int, state: State) -> Handover | None:
+        """What brings the state before a piece, or takes it on behind it; None if it is here and stays."""
+        if piece.before is None and piece.after is None:
+            return None
+        return Handover(
+            state,
+            self._pool.components[layer],
+            piece.step.num_parts,
+            before=piece.before,
+            after=piece.after,
+            exchange=self._exchange,
+        )
+
     def _state_before(self, piece: _Piece, layer: int, states: dict[int, State]) -> State:
-        """Make the state before a piece ready to be changed, in the target's slot if that is on this rank."""
+        """Tensors of the state before a piece, to be changed: the target's slot if that is on this rank. They hold it
+        unless a rank is to send it."""
         step = piece.step
         is_target = step.target.rank == self._rank
         if step.request_id not in states:
@@ -152,9 +168,7 @@ class Relay:
                 self._pool.state(layer, step.target.slot) if is_target else self._pool.empty(layer)
             )
         state = states[step.request_id]
-        if piece.before is not None:
-            self._exchange([], [(piece.before, part) for part in state]).wait()
-        elif piece.is_first and step.request_id in self._arrived:
+        if piece.is_first and step.request_id in self._arrived:
             _copy_(state, self._arrived[step.request_id][layer])
         elif piece.is_first and step.source is not None and step.source != step.target:
             _copy_(state, self._pool.state(layer, step.source.slot))

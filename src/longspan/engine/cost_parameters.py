@@ -186,6 +186,7 @@ def step_options(config: EngineConfig, costs: Costs | None) -> StepOptions:
         stripe_size=config.stripe_size,
         max_num_batched_tokens=config.max_num_batched_tokens,
         rank_weights=weights_of(config, costs),
+        state_parts=config.forced_state_parts,
     )
 
 

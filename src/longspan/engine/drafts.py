@@ -48,6 +48,7 @@ def draft_config(config: EngineConfig) -> EngineConfig | None:
         kv_disk=None,
         kv_disk_size=None,
         state_snapshot_tokens=None,
+        state_parts=None,
         profile=None,
     )
 

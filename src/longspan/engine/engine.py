@@ -42,6 +42,7 @@ from longspan.plan.types import Plan, PlanResult, is_draft_plan
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Constraint, Request
 from longspan.scheduler.scheduler import Scheduler
+from longspan.scheduler.state_parts import PartsNote
 from longspan.sharding.capacity import pages_of_ranks
 from longspan.types import Adapter, FinishReason, ModelSpec, SamplingParams
 
@@ -120,11 +121,11 @@ class Engine(ClosedAtExit):
         spec = inspect_model(model_config, generation_config, dtype, config.tensor_parallel_size)
         spec = with_small_weights(spec, config.model, model_config, dtype, config.quantization)
         self.spec: ModelSpec = _completed(spec, config, end_token_ids)
-        if config.state_snapshot_tokens is not None and not spec.state_groups:
-            raise ConfigError(
-                f"state_snapshot_tokens: got {config.state_snapshot_tokens} for a model without recurrent layers, "
-                "legal is none"
-            )
+        for name in ("state_snapshot_tokens", "state_parts"):
+            if getattr(config, name) is not None and not spec.state_groups:
+                raise ConfigError(
+                    f"{name}: got {getattr(config, name)} for a model without recurrent layers, legal is none"
+                )
         draft = draft_spec(config, self.spec, dtype)
         self.adapters = EngineAdapters(config)
         """LoRA adapters that requests may name."""
@@ -210,6 +211,11 @@ class Engine(ClosedAtExit):
     def choices(self) -> StrategyChoices:
         """Strategies that were chosen so far, and why."""
         return self.scheduler.writer.choices
+
+    @property
+    def state_parts(self) -> Sequence[PartsNote]:
+        """In how many parts states of recurrent layers were handed on so far, and why."""
+        return self.scheduler.writer.state_parts.all
 
     @property
     def strategy_counts(self) -> dict[str, int]:

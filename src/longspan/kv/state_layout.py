@@ -25,11 +25,21 @@ class StateComponent(msgspec.Struct, frozen=True, gc=False):
     """Of one request."""
     dtype: str
     """Name of the torch dtype; a recurrence usually carries float32 whatever the weights are."""
+    num_heads: int = 1
+    """First dimension of `shape`, where it counts heads that can be computed one after the other; else 1."""
+
+    def __post_init__(self) -> None:
+        assert self.num_heads in (1, *self.shape[:1])
 
     @property
     def num_bytes(self) -> int:
         """Bytes of one request's tensor."""
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def parts(self, num_parts: int) -> list[range]:
+        """Cut the heads to so many ranges, or to one for each head if they are fewer."""
+        num_parts = min(num_parts, self.num_heads)
+        return [range(self.num_heads * i // num_parts, self.num_heads * (i + 1) // num_parts) for i in range(num_parts)]
 
 
 class StateGroup(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ class gets the same `forward` with other functions behind these names; the funct
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import FunctionType
 from typing import Any, TypeAlias
@@ -18,7 +18,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from longspan.models.recurrent import recurrent_modules
+from longspan.cp.handover import StateByHeads
+from longspan.models.recurrent import HEADED, TAKES_HEADS, recurrent_modules
 from longspan.models.same_result import agree
 from longspan.native import recurrence
 
@@ -58,7 +59,9 @@ def _fast_class(cls: type) -> type | None:
         own.__code__, {**own.__globals__, **functions}, own.__name__, own.__defaults__, own.__closure__
     )
     forward.__kwdefaults__ = own.__kwdefaults__
-    return type(cls.__name__, (cls,), {"forward": forward})
+    headed = [name for name in own.__code__.co_names if any(part in name for part in HEADED)]
+    takes_heads = headed and all(name in functions for name in headed)
+    return type(cls.__name__, (cls,), {"forward": forward, **({TAKES_HEADS: True} if takes_heads else {})})
 
 
 def _proven(names: Mapping[str, Any], used: tuple[str, ...]) -> dict[str, Function]:
@@ -86,15 +89,23 @@ def _delta_rule(
     value: Tensor,
     g: Tensor,
     beta: Tensor,
-    initial_state: Tensor | None = None,
+    initial_state: Tensor | StateByHeads | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated delta rule with Transformers' arguments; changes a float32 `initial_state` to the final one."""
+    """Gated delta rule with Transformers' arguments; changes a float32 `initial_state` to the final one. Of one that
+    comes by heads, they are computed as they come."""
     dtype, (batch, num_tokens, _, width) = query.dtype, key.shape
     num_heads, v_width = value.shape[2:]
-    if not num_tokens or value.device.type != "cpu" or not recurrence.can_carry(width, v_width):
+    can_carry = num_tokens > 0 and value.device.type == "cpu" and recurrence.can_carry(width, v_width)
+    heads: Iterator[range] | None = None
+    if isinstance(initial_state, StateByHeads):
+        if can_carry and initial_state.tensor.dtype is torch.float32:
+            heads, initial_state = initial_state.heads(), initial_state.tensor
+        else:
+            initial_state = initial_state.whole()
+    if not can_carry:
         out, state = own(
             query,
             key,
@@ -112,7 +123,7 @@ def _delta_rule(
     else:
         final = initial_state.float().contiguous()
     query, key, value, g, beta = (tensor.float() for tensor in (query, key, value, g, beta))
-    out = recurrence.delta_rule(query, key, value, g, beta, final, is_normed=use_qk_l2norm_in_kernel)
+    out = recurrence.delta_rule(query, key, value, g, beta, final, is_normed=use_qk_l2norm_in_kernel, heads=heads)
     return out.to(dtype), final if output_final_state else None
 
 

@@ -18,13 +18,21 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from longspan.cp.relay import ComputeLayer, Rows, State
+from longspan.cp.handover import Handover, State, StateByHeads
+from longspan.cp.relay import ComputeLayer, Rows
 from longspan.errors import UnsupportedModelError
 from longspan.kv.state_layout import StateComponent, StateGroup
 from longspan.models.row_products import RowProducts, find_products
 
 CACHE_CALLS = ("update_conv_state", "update_recurrent_state")
 """Calls in a module's source that say that it keeps a state."""
+
+TAKES_HEADS = "longspan_takes_heads"
+"""Attribute of a module's class that computes a recurrence head by head: the state that its cache gives it may be a
+`StateByHeads`."""
+
+HEADED = ("gated_delta_rule", "kimi_delta_attention")
+"""In the names of functions that compute a recurrence whose heads do not meet. Its state's first dimension is heads."""
 
 RunLayer: TypeAlias = Callable[[int, ComputeLayer], Tensor]
 """Function of (layer, the layer's arithmetic) that returns output rows [T, out]."""
@@ -56,7 +64,9 @@ class StepCache:
         """Keys that queries see and the first one's position, without a cache."""
         return query_len, 0
 
-    def run(self, layer: int, hidden: Tensor, forward: Callable[..., Any], products: RowProducts) -> Tensor:
+    def run(
+        self, layer: int, hidden: Tensor, forward: Callable[..., Any], products: RowProducts, cls: type[nn.Module]
+    ) -> Tensor:
         """Compute a recurrent layer, for its module.
 
         Args:
@@ -64,11 +74,15 @@ class StepCache:
             hidden: [1, T, width] input.
             forward: the module's own.
             products: what is computed for all rows at once.
+            cls: the module's class.
         """
         components, first = self._layouts[layer], products.first(hidden)
+        takes_heads = hasattr(cls, TAKES_HEADS)
 
-        def compute(rows: Rows, state: State, is_new: bool) -> Tensor:
-            cache = LayerCache(components, state, is_new=is_new)
+        def compute(rows: Rows, state: State, is_new: bool, handover: Handover | None) -> Tensor:
+            if handover is not None and not takes_heads:
+                handover.arrive()
+            cache = LayerCache(components, state, is_new=is_new, handover=handover if takes_heads else None)
             with products.run({module: _some(out, rows) for module, out in first.items()}):
                 out: Tensor = forward(_some(hidden, rows), cache=cache)
             return out[0] if rows.are_of_one else out[:, 0]
@@ -85,20 +99,37 @@ def _some(hidden: Tensor, rows: Rows) -> Tensor:
 class LayerCache:
     """Stands where a module expects a cache: the state of one layer, of B requests."""
 
-    def __init__(self, components: Sequence[StateComponent], state: State, *, is_new: bool) -> None:
-        """Take a state [B, *shape] per component, which the module's calls change. Values of a new one do not count."""
+    def __init__(
+        self, components: Sequence[StateComponent], state: State, *, is_new: bool, handover: Handover | None = None
+    ) -> None:
+        """Take a state.
+
+        Args:
+            components: its layout.
+            state: [B, *shape] per component, which the module's calls change.
+            is_new: whether there is none yet, and values of `state` do not count.
+            handover: brings the state, and takes it on; None if it is there and stays.
+        """
         self._tensors: dict[Key, Tensor] = {
             (component.role, component.idx): tensor for component, tensor in zip(components, state, strict=True)
         }
-        self._is_new = is_new
+        self._is_new, self._handover = is_new, handover
+        self._places = {key: i for i, key in enumerate(self._tensors)}
 
     def get_conv_state(self, _layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Last inputs [B, channels, kernel] of a convolution, or None; the caller may change them in place."""
+        if self._handover is not None:
+            self._handover.arrive(self._places["conv", state_idx])
         return None if self._is_new else self._tensors["conv", state_idx]
 
-    def get_recurrent_state(self, _layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """State [B, ...] of a recurrence, or None."""
-        return None if self._is_new else self._tensors["recurrent", state_idx]
+    def get_recurrent_state(self, _layer_idx: int, state_idx: int = 0) -> Tensor | StateByHeads | None:
+        """State [B, ...] of a recurrence, or None; one that is handed on is never None, but zeros."""
+        tensor = self._tensors["recurrent", state_idx]
+        if self._handover is None:
+            return None if self._is_new else tensor
+        if self._is_new:
+            tensor.zero_()
+        return StateByHeads(tensor, self._handover, self._places["recurrent", state_idx])
 
     def update_conv_state(
         self, inputs: Tensor, _layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int | None = None
@@ -115,6 +146,8 @@ class LayerCache:
             found[..., :num_before] = 0 if self._is_new else kept
         found[..., num_before:] = inputs
         kept.copy_(found[..., -width:])
+        if self._handover is not None:
+            self._handover.note_written(self._places["conv", state_idx])
         return found
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int = 0, state_idx: int = 0) -> Tensor:
@@ -134,9 +167,11 @@ class TraceCache(StepCache):
         self.layers: dict[int, tuple[StateComponent, ...]] = {}
         """Layout by layer, in the order of calls."""
 
-    def run(self, layer: int, hidden: Tensor, forward: Callable[..., Any], products: RowProducts) -> Tensor:
+    def run(
+        self, layer: int, hidden: Tensor, forward: Callable[..., Any], products: RowProducts, cls: type[nn.Module]
+    ) -> Tensor:
         """Note the state that a module keeps. See `StepCache.run`."""
-        recorder = _LayerRecorder()
+        recorder = _LayerRecorder(has_heads=_has_heads(cls))
         out: Tensor = forward(hidden, cache=recorder)
         if layer in self.layers or not recorder.components or not isinstance(out, Tensor):
             raise UnsupportedModelError(
@@ -157,7 +192,8 @@ class TraceCache(StepCache):
 class _LayerRecorder:
     """Cache of one layer, without a state, that notes what is to be kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_heads: bool = False) -> None:
+        self._has_heads = has_heads
         self.components: dict[Key, StateComponent] = {}
 
     def get_conv_state(self, _layer_idx: int, state_idx: int = 0) -> None:
@@ -187,7 +223,8 @@ class _LayerRecorder:
         self, role: Literal["conv", "recurrent"], state_idx: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         name = str(dtype).removeprefix("torch.")
-        self.components[role, state_idx] = StateComponent(role, state_idx, shape, name)
+        num_heads = shape[0] if self._has_heads and role == "recurrent" else 1
+        self.components[role, state_idx] = StateComponent(role, state_idx, shape, name, num_heads)
 
 
 def recurrent_modules(model: nn.Module) -> list[Any]:
@@ -209,6 +246,12 @@ def _cache_calls(cls: Any) -> tuple[bool, ...]:
     except (OSError, TypeError):
         return ()
     return tuple(name in source for name in CACHE_CALLS)
+
+
+def _has_heads(cls: type[nn.Module]) -> bool:
+    """Whether a class computes a recurrence whose heads do not meet."""
+    code = inspect.unwrap(cls.forward).__code__
+    return any(part in name for name in code.co_names for part in HEADED)
 
 
 def compute_runs_(model: Any) -> int:
@@ -235,7 +278,7 @@ def _by_runs(module: nn.Module, layer: int, products: RowProducts) -> Callable[.
 
     def forward(hidden_states: Tensor, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
         if isinstance(cache, StepCache):
-            return cache.run(layer, hidden_states, own, products)
+            return cache.run(layer, hidden_states, own, products, type(module))
         return own(hidden_states, *args, cache=cache, **kwargs)
 
     return forward

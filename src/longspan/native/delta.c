@@ -163,8 +163,8 @@ INLINE void run_block(const longspan_delta *c, long batch, long head, long token
             put(state + d * c->v_width + x * LANES, at(block + d * COLUMNS + x * LANES));
 }
 
-/* All tokens of one head of one request. */
-static void run_head(const longspan_delta *c, long batch, long head, float *scratch)
+/* All tokens of one head of one request meet the columns [first_column, end_column) of its state. */
+static void run_head(const longspan_delta *c, long batch, long head, long first_column, long end_column, float *scratch)
 {
     struct group *groups = (struct group *)scratch;
     float *block = (float *)(groups + PIECE / GROUP + GROUP);
@@ -174,10 +174,10 @@ static void run_head(const longspan_delta *c, long batch, long head, float *scra
             make_group(c, batch, head, token + g * GROUP, GROUP, groups + g);
         for (long t = whole * GROUP; t < count; t++)
             make_group(c, batch, head, token + t, 1, groups + whole + t - whole * GROUP);
-        long column = 0;
-        for (; column + COLUMNS <= c->v_width; column += COLUMNS)
+        long column = first_column;
+        for (; column + COLUMNS <= end_column; column += COLUMNS)
             run_block(c, batch, head, token, count, column, VECTORS, groups, block);
-        for (; column < c->v_width; column += LANES)
+        for (; column < end_column; column += LANES)
             run_block(c, batch, head, token, count, column, 1, groups, block);
     }
 }
@@ -188,21 +188,31 @@ long longspan_delta_scratch(void)
     return sizeof(struct group) / sizeof(float) * (PIECE / GROUP + GROUP) + MOST_WIDTH * COLUMNS;
 }
 
-/* Changes the state to that behind the last token; at least one token.
+/* Changes the state of the heads [first_head, end_head) to that behind the last token, and writes their outputs; at least
+ * one token and one head.
  *
  * scratch: longspan_delta_scratch() floats per thread. width and v_width are multiples of LANES, width at most MOST_WIDTH.
+ * Where there are more threads than heads, several share a head's columns, and each makes the groups of tokens for itself.
  * Returns 0, or 1 when a size is not supported (nothing is written then).
  */
-int longspan_delta_rule(const longspan_delta *c, int num_threads, float *scratch)
+int longspan_delta_rule(const longspan_delta *c, long first_head, long end_head, int num_threads, float *scratch)
 {
     if (num_threads < 1 || c->batch < 1 || c->tokens < 1 || c->heads < 1 || c->v_heads % c->heads || c->width < LANES ||
-        c->width % LANES || c->width > MOST_WIDTH || c->v_width < LANES || c->v_width % LANES)
+        c->width % LANES || c->width > MOST_WIDTH || c->v_width < LANES || c->v_width % LANES || first_head < 0 ||
+        first_head >= end_head || end_head > c->v_heads)
         return 1;
-    const long tasks = c->batch * c->v_heads;
+    const long num_heads = end_head - first_head, whole = c->batch * num_heads;
+    const long blocks = (c->v_width + COLUMNS - 1) / COLUMNS;
+    const long cuts = smaller(blocks, (num_threads + whole - 1) / whole), tasks = whole * cuts;
     const int parts = (int)smaller(num_threads, tasks);
 #pragma omp parallel for schedule(static, 1) num_threads(parts) if (parts > 1)
     for (int part = 0; part < parts; part++)
-        for (long task = part; task < tasks; task += parts)
-            run_head(c, task / c->v_heads, task % c->v_heads, scratch + part * longspan_delta_scratch());
+        for (long task = part; task < tasks; task += parts) {
+            const long head = task / cuts, cut = task % cuts;
+            const long first = blocks * cut / cuts * COLUMNS;
+            const long end = smaller(blocks * (cut + 1) / cuts * COLUMNS, c->v_width);
+            run_head(c, head / num_heads, first_head + head % num_heads, first, end,
+                     scratch + part * longspan_delta_scratch());
+        }
     return 0;
 }

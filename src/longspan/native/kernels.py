@@ -37,7 +37,7 @@ MIN_RUN_KEYS = 512
 MAX_LINEAR_ROWS = 128
 """MAX_ROWS of linear.h. From more rows on oneDNN is as fast: rearranging the weights is spread over more rows."""
 
-INTERFACE = 8
+INTERFACE = 9
 """Number of the signatures below, as in prefill.c; it changes with them, so that an older binary is not called."""
 
 FAR = 1 << 40
@@ -128,7 +128,7 @@ def library() -> ctypes.CDLL | None:
     kernels.longspan_merge_rows.argtypes = [pointer] * 4 + [long, integer, integer]
     kernels.longspan_experts.argtypes = [pointer] * 4 + [integer] * 3 + [pointer] * 3
     kernels.longspan_delta_scratch.restype = long
-    kernels.longspan_delta_rule.argtypes = [pointer, integer, pointer]
+    kernels.longspan_delta_rule.argtypes = [pointer, long, long, integer, pointer]
     kernels.longspan_rms_norm.argtypes = [pointer] * 3 + [long] * 2 + [ctypes.c_double, long, integer, pointer]
     kernels.longspan_convolve.argtypes = [pointer, long, long, pointer, pointer, *[long] * 5, integer, pointer]
     kernels.longspan_convolve_step.argtypes = [pointer] * 4 + [long] * 4 + [integer, pointer]

@@ -5,6 +5,7 @@ Read next: `longspan.models.cpu_recurrence`, which calls them.
 """
 
 import ctypes
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -33,7 +34,15 @@ def can_carry(width: int, v_width: int) -> bool:
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, rate: Tensor, state: Tensor, *, is_normed: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    rate: Tensor,
+    state: Tensor,
+    *,
+    is_normed: bool,
+    heads: Iterable[range] | None = None,
 ) -> Tensor:
     """Compute the gated delta rule over consecutive tokens of B requests.
 
@@ -45,6 +54,8 @@ def delta_rule(
         rate: [B, t, Hv], how much of the state's error a token corrects.
         state: [B, Hv, D, Dv], contiguous; becomes that behind the last token.
         is_normed: whether queries and keys are divided by their length first.
+        heads: ranges of heads of values, which are computed one after the other, each when it is asked for: `state` may
+            be written up to then. All heads must be among them. None: all at once.
 
     Returns:
         [B, t, Hv, Dv].
@@ -67,9 +78,10 @@ def delta_rule(
         *(batch, num_tokens, num_heads, num_v_heads, width, v_width, has_channel_gates, is_normed),
     )
     num_threads = torch.get_num_threads()
-    scratch = torch.empty(min(num_threads, batch * num_v_heads) * found.longspan_delta_scratch())
-    status = found.longspan_delta_rule(ctypes.byref(call), num_threads, scratch.data_ptr())
-    assert status == 0, f"delta kernel refused {num_v_heads} heads of {width} and {v_width}"
+    scratch = torch.empty(num_threads * found.longspan_delta_scratch())
+    for some in [range(num_v_heads)] if heads is None else heads:
+        status = found.longspan_delta_rule(ctypes.byref(call), some.start, some.stop, num_threads, scratch.data_ptr())
+        assert status == 0, f"delta kernel refused {some} of {num_v_heads} heads of {width} and {v_width}"
     return out
 
 

@@ -177,6 +177,8 @@ class StateStep(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """State behind the step's last token."""
     kept: tuple[KeptState, ...] = ()
     """In the order of positions."""
+    num_parts: int = 1
+    """Parts of heads in which it goes from rank to rank (`longspan.cp.handover`)."""
 
 
 class GraphStep(msgspec.Struct, frozen=True, gc=False, array_like=True):

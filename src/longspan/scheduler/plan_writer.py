@@ -31,6 +31,7 @@ from longspan.scheduler.delivery import Step
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
 from longspan.scheduler.sampling import sample_rows
+from longspan.scheduler.state_parts import StateParts
 from longspan.scheduler.step_graphs import StepGraphs
 from longspan.sharding.pages import PageTable
 from longspan.types import ModelSpec, Phase, Strategy
@@ -51,6 +52,8 @@ class PlanWriter:
         """What the ranks and links can do; until they have measured it, every link is the same."""
         self.choices = StrategyChoices()
         """Which strategies were chosen so far, and why."""
+        self.state_parts = StateParts(model.state_groups, config.forced_state_parts)
+        """In how many parts states were handed on so far, and why."""
 
     def use_costs(self, costs: Costs) -> None:
         """Choose strategies by these numbers from now on."""
@@ -59,6 +62,7 @@ class PlanWriter:
     def take_over(self, other: "PlanWriter") -> None:
         """Go on with the notes of a writer for other ranks, which is not to be used any more."""
         self.choices = other.choices
+        self.state_parts.take_over(other.state_parts)
 
     def write(
         self,
@@ -185,6 +189,8 @@ class PlanWriter:
             released=released,
             block_len=self._block_len,
         )
+        if states:
+            plan = self.state_parts.choose(plan, self.costs)
         if (graph := self._graphs.step(plan, tables)) is not None:
             plan = structs.replace(plan, graph=graph)
         for i, step in enumerate(plan.groups):
