@@ -498,16 +498,23 @@ class TieredMachine(CrashingMachine):
 
 
 def run_machine(
-    max_examples: int, *, is_fixed: bool, base: type[SchedulerMachine] = SchedulerMachine, num_steps: int = 30
+    max_examples: int,
+    *,
+    is_fixed: bool,
+    base: type[SchedulerMachine] = SchedulerMachine,
+    num_steps: int = 30,
+    number: int = 0,
 ) -> None:
-    """Run the machine. Args: `is_fixed` takes the same examples every time, for one version of hypothesis."""
+    """Run the machine. Args: `is_fixed` takes the examples of `number` every time, for one version of hypothesis."""
     REACHED.clear()
     with pytest.MonkeyPatch.context() as patch:
         check_all_drafts(patch)
-        _run_machine(max_examples, is_fixed=is_fixed, base=base, num_steps=num_steps)
+        _run_machine(max_examples, is_fixed=is_fixed, base=base, num_steps=num_steps, number=number)
 
 
-def _run_machine(max_examples: int, *, is_fixed: bool, base: type[SchedulerMachine], num_steps: int) -> None:
+def _run_machine(
+    max_examples: int, *, is_fixed: bool, base: type[SchedulerMachine], num_steps: int, number: int
+) -> None:
 
     class Machine(base):
         pass
@@ -516,7 +523,7 @@ def _run_machine(max_examples: int, *, is_fixed: bool, base: type[SchedulerMachi
         tiers, "FIRST_BYTES_PER_S", {"host": 1e30, "disk": 1e30}
     ):  # else nothing is loaded: these models compute nothing
         run_state_machine_as_test(
-            seed(0)(Machine) if is_fixed else Machine,
+            seed(number)(Machine) if is_fixed else Machine,
             settings=settings(
                 max_examples=max_examples,
                 stateful_step_count=num_steps,
@@ -584,8 +591,11 @@ def test_a_history_with_lost_ranks_keeps_every_promise_too():
 
 @pytest.mark.cover
 def test_a_history_with_tiers_keeps_every_promise_too():
-    run_machine(6, is_fixed=True, base=TieredMachine, num_steps=20)
-    assert {name for name in WITH_TIERS if not REACHED[name]} == set(), "else this proves little"
+    missing, number = set(WITH_TIERS), 0
+    while missing and number < 5:  # which histories a number stands for changes with the code
+        run_machine(6, is_fixed=True, base=TieredMachine, num_steps=20, number=number)
+        missing, number = {name for name in missing if not REACHED[name]}, number + 1
+    assert not missing, "else this proves little"
 
 
 @pytest.mark.slow
