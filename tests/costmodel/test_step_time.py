@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from longspan.costmodel.step_time import FIRST_FLOPS_PER_S, StepTime
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.plan.types import Plan, PlanResult, RankResult, SampledToken
-from longspan.scheduler import filling
+from longspan.scheduler.chunks import ENDING_FACTOR
 from longspan.scheduler.scheduler import Scheduler
 from longspan.types import AttentionParams, ModelSpec, SamplingParams, Strategy
 
@@ -186,7 +186,7 @@ class TimedRanks(FakeRanks):
 @pytest.fixture
 def ends_are_cut(monkeypatch):
     """Prompts that end in a step make it no longer than others: most tests look at how prompts are cut."""
-    monkeypatch.setattr(filling, "STEPS_OF_ENDS", 1)
+    monkeypatch.setattr("longspan.scheduler.chunks.ENDING_FACTOR", 1)
 
 
 cut = pytest.mark.usefixtures("ends_are_cut")
@@ -342,7 +342,7 @@ def test_prompts_that_end_in_a_step_share_a_longer_one_while_no_request_decodes(
     """Each step reads all weights, and steps of the longest time would read them several times as often."""
     ranks = timed_ranks(1, max_num_batched_tokens=4000)
     times = [max(ranks.flops(plan)) / LIMIT for plan in prompts_beside(ranks, 0)]
-    assert 1 < max(times) <= filling.STEPS_OF_ENDS
+    assert 1 < max(times) <= ENDING_FACTOR
     beside = timed_ranks(1, max_num_batched_tokens=4000)
     shorter = [max(beside.flops(plan)) / LIMIT for plan in prompts_beside(beside, 1)]
     assert max(shorter) <= 1.05, "decodes wait no longer"

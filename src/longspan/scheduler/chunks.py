@@ -21,6 +21,10 @@ MAX_SCORED_TOKENS = 512
 vocabulary."""
 
 
+ENDING_FACTOR = 4
+"""Longest time of a step with prompts that end in it, as a multiple of `max_step_ms`, while no request decodes."""
+
+
 class Chunks:
     """Cuts the prompts of one scheduler."""
 
@@ -38,12 +42,6 @@ class Chunks:
     def use_geometry(self, geometry: StepGeometry) -> None:
         """Cut prompts that are striped in another way from now on."""
         self._geometry = geometry
-
-    @property
-    def step_flops(self) -> list[float]:
-        """What every rank may compute in one step, if `max_step_ms` is set; ranks are as fast as their shares say."""
-        flops = self._step_time.flops_within((self._config.max_step_ms or 0) * 1e-3)
-        return [flops * share for share in self._geometry.relative_shares]
 
     def busiest(self, flops: Sequence[float]) -> float:
         """Flops that the fastest rank would do in the time of a step with these, one number per rank."""
@@ -145,23 +143,34 @@ class Chunks:
             held[rank] = held.get(rank, 0) + end - start
         return {rank: num_keys / (request.num_computed + 1 - first) for rank, num_keys in held.items()}
 
-    def fits(self, request: Request, end: int, left: Sequence[float]) -> bool:
-        """Whether a step that takes a request to `end` is predicted to take no more flops than are left on any rank."""
-        return all(flops <= left[rank] for rank, flops in self.work(request, end).items())
+    def end_in_time(self, request: Request, end: int, done: Sequence[float], *, is_lead: bool, is_awaited: bool) -> int:
+        """The end of a chunk with which the step is predicted to take no longer than `max_step_ms` on any rank.
 
-    def end_in_time(self, request: Request, end: int, left: Sequence[float], *, is_lead: bool) -> int:
-        """The end of a chunk that is predicted to take no more flops than are left on every rank.
+        A lead goes on by a page anyway, others not at all where even that would be too much. While no request waits for
+        its next token, a prompt that ends with the chunk may make the step `ENDING_FACTOR` times as long: every step
+        reads all weights, so that short prompts in one long step are done sooner than in many short ones.
 
-        A lead goes on by a page anyway, others not at all where even that would be too much.
+        Args:
+            request: one whose prompt is computed.
+            end: how far it may go.
+            done: flops of each rank that the step has already.
+            is_lead: whether the step is made for this request.
+            is_awaited: whether some request waits for its next token.
         """
         allocation = request.allocation
         assert allocation is not None
         start, size = request.num_computed, allocation.page_size
         key_shares = self._key_shares(request, allocation)
+        # Of the fastest rank; ranks are as fast as their shares say.
+        step_flops = self._step_time.flops_within((self._config.max_step_ms or 0) * 1e-3)
+        shares = self._geometry.relative_shares
 
-        def fits(end: int) -> bool:
-            return all(flops <= left[rank] for rank, flops in self._work(start, allocation, end, key_shares).items())
+        def fits(end: int, factor: int = 1) -> bool:
+            work = self._work(start, allocation, end, key_shares)
+            return all(done[rank] + flops <= factor * step_flops * shares[rank] for rank, flops in work.items())
 
+        if not is_awaited and end == len(request.token_ids) and fits(end, ENDING_FACTOR):
+            return end
         if end == start or fits(end):
             return end
         low, high = start, end  # low fits, high does not

@@ -15,9 +15,6 @@ from longspan.scheduler.request import Request
 from longspan.scheduler.turns import Turn
 from longspan.types import Phase
 
-STEPS_OF_ENDS = 4
-"""Steps of the longest time (`max_step_ms`) that prompts may take together which end in one step, if none decodes."""
-
 
 class ChosenStep(NamedTuple):
     """A step that is decided, and not written yet."""
@@ -55,11 +52,8 @@ def fill_step(
     budget = [most - reserved] * size
     # Decodes alone are never cut by time, and nothing is learnt from them.
     is_timed = config.max_step_ms is not None and any(not other.is_decode and other.ranks <= ranks for other in ready)
-    flops_left, flops = chunks.step_flops if is_timed else [], [0.0] * size
-    # While no request waits for its next token, prompts that end with this step may make it longer: it reads all
-    # weights once, which steps of their own would do each.
-    is_urgent = is_timed and any(request.phase is Phase.DECODE for request in running)
-    flops_of_ends = [] if is_urgent else [STEPS_OF_ENDS * most_flops for most_flops in flops_left]
+    flops = [0.0] * size
+    is_awaited = is_timed and any(request.phase is Phase.DECODE for request in running)
     movers = lead.request.phase if len(ranks) > 1 else None  # the phase of all requests that move something
     chosen: list[tuple[Request, int]] = []
     # Decodes first, they are small; the lead before all others of its phase.
@@ -76,15 +70,10 @@ def fill_step(
             budget = [tokens + reserved for tokens in budget]
         end = chunks.end(request, budget)
         if is_timed and not other.is_decode:
-            is_ending = not is_urgent and end == request.prompt_len and chunks.fits(request, end, flops_of_ends)
-            if not is_ending:
-                end = chunks.end_in_time(request, end, flops_left, is_lead=other is lead)
+            end = chunks.end_in_time(request, end, flops, is_lead=other is lead, is_awaited=is_awaited)
         if end == request.num_computed:
             continue
         for rank, work in chunks.work(request, end).items() if is_timed else ():
-            flops_left[rank] -= work
-            if not is_urgent:
-                flops_of_ends[rank] -= work
             flops[rank] += work
         for rank, start, stop in allocation.ranks_of(request.num_computed, end):
             budget[rank] -= stop - start
