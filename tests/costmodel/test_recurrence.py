@@ -69,14 +69,16 @@ def test_ranks_compute_parts_at_the_same_time():
     # rank 0 is never idle: the first part of its second run is there when it is done with the first run
     there_and_back = runs((0, 40), (1, 40), (0, 40))
     assert predict_recurrence([HEADED], there_and_back, costs, 2) == pytest.approx(0.08)
-    assert choose_parts([HEADED], there_and_back, costs) == (2, pytest.approx(0.08), pytest.approx(0.12))
+    assert predict_recurrence([HEADED], there_and_back, costs) == pytest.approx(0.12)
+    assert choose_parts([HEADED], there_and_back, costs) == 2
+    assert predict_recurrence([HEADED], there_and_back, costs, None) == pytest.approx(0.08)
 
 
 def test_parts_cost_messages_and_the_fewest_are_chosen_among_equals():
     slow = costs_of(topology=Topology((0, 0, 0), Link(1e-3, FREE), Link(0.0, FREE)), rates=rates(exchange_s=1e-3))
-    assert choose_parts([HEADED], runs((0, 8), (1, 8)), slow).num_parts == 1
-    assert choose_parts([HEADED], runs((1, 8), (1, 8)), costs_of()).num_parts == 1
-    assert choose_parts([], runs((0, 8), (1, 8)), costs_of()) == (1, 0, 0)
+    assert choose_parts([HEADED], runs((0, 8), (1, 8)), slow) == 1
+    assert choose_parts([HEADED], runs((1, 8), (1, 8)), costs_of()) == 1
+    assert choose_parts([], runs((0, 8), (1, 8)), costs_of()) == 1
     assert predict_recurrence([HEADED], runs((0, 8), (1, 8)), slow, None) == pytest.approx(
         predict_recurrence([HEADED], runs((0, 8), (1, 8)), slow)
     )
@@ -86,7 +88,7 @@ def test_ranks_that_share_a_device_gain_nothing_from_computing_at_the_same_time(
     shared = costs_of(rates=rates(attention_flops_per_s=((1, NUM_ELEMENTS * FLOPS * 1000.0),), ranks_per_device=3.0))
     spread = runs((0, 30), (1, 30), (2, 30))
     assert predict_recurrence([HEADED], spread, shared) == pytest.approx(0.03)
-    assert choose_parts([HEADED], spread, shared).num_parts == 1
+    assert choose_parts([HEADED], spread, shared) == 1
 
 
 def test_nothing_takes_time_without_recurrent_layers_or_known_rates():

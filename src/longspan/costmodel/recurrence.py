@@ -14,7 +14,7 @@ Read next: `longspan.costmodel.model_time`, which adds it; `longspan.scheduler.s
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from longspan.costmodel.parameters import Costs
 from longspan.kv.state_layout import StateGroup
@@ -25,16 +25,6 @@ FLOPS = 8
 
 Spans: TypeAlias = tuple[tuple[int, int], ...]
 """(rank, tokens) of every run of a request, in the order of positions."""
-
-
-class PartsChoice(NamedTuple):
-    """Number of parts in which states are handed on, and the predicted time."""
-
-    num_parts: int
-    predicted_s: float
-    """Seconds of all recurrent layers."""
-    whole_s: float
-    """The same with states that are handed on whole."""
 
 
 def predict_recurrence(
@@ -49,11 +39,11 @@ def predict_recurrence(
         num_parts: parts of a state; None: as many as `choose_parts` finds.
     """
     if num_parts is None:
-        return choose_parts(groups, runs, costs).predicted_s
+        num_parts = choose_parts(groups, runs, costs)
     return _predict(groups, spans_of(runs), costs, num_parts)
 
 
-def choose_parts(groups: Sequence[StateGroup], runs: Sequence[QueryRun], costs: Costs) -> PartsChoice:
+def choose_parts(groups: Sequence[StateGroup], runs: Sequence[QueryRun], costs: Costs) -> int:
     """Choose the number of parts with the least predicted time, the fewest among equals. Arguments:
     `predict_recurrence`."""
     return _choose(tuple(groups), spans_of(runs), costs)
@@ -65,18 +55,12 @@ def spans_of(runs: Sequence[QueryRun]) -> Spans:
 
 
 @lru_cache(maxsize=1024)  # a prompt's chunks are alike
-def _choose(groups: tuple[StateGroup, ...], spans: Spans, costs: Costs) -> PartsChoice:
-    whole_s = _predict(groups, spans, costs, 1)
-    best = PartsChoice(1, whole_s, whole_s)
+def _choose(groups: tuple[StateGroup, ...], spans: Spans, costs: Costs) -> int:
     most = max((_num_heads(group) for group in groups), default=1)
     if len({rank for rank, _ in spans}) == 1:
-        return best
-    num_parts = 1
-    while num_parts < most:
-        num_parts = min(2 * num_parts, most)
-        seconds = _predict(groups, spans, costs, num_parts)
-        if seconds < best.predicted_s:
-            best = PartsChoice(num_parts, seconds, whole_s)
+        return 1
+    numbers = [2**i for i in range((most - 1).bit_length())] + [most]
+    best: int = min(numbers, key=lambda num_parts: _predict(groups, spans, costs, num_parts))
     return best
 
 

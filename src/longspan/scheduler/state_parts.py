@@ -64,7 +64,7 @@ class StateParts:
         ranks = {run.compute_rank for run in runs}
         if len(ranks) == 1:
             return 1
-        num_parts = self._forced or choose_parts(self._groups, runs, costs).num_parts
+        num_parts = self._forced or choose_parts(self._groups, runs, costs)
         note = self._found.get(num_parts)
         if note is not None:
             note.num_steps += 1
