@@ -2,7 +2,7 @@
 
 import pytest
 from fake_ranks import make_config, make_model, pools_of
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longspan.errors import CapacityError
@@ -62,6 +62,39 @@ def test_pages_are_placed_where_every_group_has_room(windows, placement, prompt_
     assert sum(counts) == prompt_pages + tail_pages
     assert all(pools.fit(pages, rooms[rank]) for rank, pages in enumerate(counts) if pages)
     assert placement is not Placement.PACKED or len(runs) == 1
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    windows=st.sampled_from([(None,), (None, 9), (9,), (9, None), (None, 20, 3)]),
+    placement=st.sampled_from(["auto", "packed", "striped", "spill"]),
+    pools=st.lists(st.lists(st.integers(1, 12), min_size=3, max_size=3), min_size=3, max_size=3),
+    weights=st.none() | st.lists(st.sampled_from([1.0, 0.5, 0.25]), min_size=3, max_size=3),
+    prompt_len=st.integers(1, 120),
+    max_tokens=st.integers(1, 60),
+)
+@example((9, None), "auto", [[1, 1, 1], [1, 2, 1], [3, 3, 1]], None, 1, 13)
+def test_a_request_that_is_not_refused_fits_empty_ranks_however_much_of_it_is_known(
+    windows, placement, pools, weights, prompt_len, max_tokens
+):
+    """A request may be preempted after any of its tokens, and nobody makes room for the only one."""
+    model, config = make_model(*windows), make_config(3, placement=placement, rank_weights=weights)
+    rooms = [tuple(of_rank[: len(windows)]) for of_rank in pools]
+    placer = PagePlacer(model, config, RankPools.of(model, config, rooms))
+    try:
+        placer.check_fits(prompt_len, max_tokens)
+    except CapacityError:
+        return
+    for num_tokens in range(prompt_len, prompt_len + max_tokens):
+        assert placer.place(pages_for(num_tokens, 4), 0, placer.placement_of(num_tokens), rooms) is not None
+
+
+def test_ranks_without_room_for_a_window_leave_its_pages_to_others():
+    placer = make_placer((9, 9), windows=(None, 100), num_ranks=3, placement="striped")
+    assert placer.place(12, 0, Placement.STRIPED, [(9, 2), (9, 9), (9, 0)]) is None, "eleven pages fit"
+    runs = placer.place(11, 0, Placement.STRIPED, [(9, 2), (9, 9), (9, 0)])
+    assert runs is not None
+    assert [sum(pages for r, pages in runs if r == rank) for rank in range(3)] == [2, 9, 0]
 
 
 def test_generated_tokens_stay_at_home_or_follow_snake_order_behind_the_prompt():

@@ -28,9 +28,9 @@ def test_a_rank_holds_all_pages_of_a_request_or_those_of_a_window_and_a_step():
 
 @pytest.mark.parametrize(
     ("most_held", "limiting", "limit"),
-    [((None, 4), 0, 40), ((4, None), 1, 10), ((4, 5), None, 40), ((None, None), 0, 40)],
+    [((None, 4), 0, 40), ((4, None), 1, 10), ((4, 5), None, 40), ((None, None), 0, 10)],
 )
-def test_the_first_group_without_a_window_limits_lengths(most_held, limiting, limit):
+def test_the_least_room_of_groups_without_a_window_limits_lengths(most_held, limiting, limit):
     pools = RankPools(((40, 10),), most_held)
     assert (pools.limiting_group, pools.limits) == (limiting, (limit,))
 

@@ -88,22 +88,13 @@ class PagePlacer:
             (rank, pages) runs in sequence order, or None when they do not fit.
         """
         total = prompt_pages + tail_pages
-        limiting = self._pools.limiting_group
-        free = [of_rank[limiting or 0] if self._pools.fit(1, of_rank) else 0 for of_rank in room]
-        by_rank = free
-        if limiting is None:
-            # Windows only: a rank with room for one window and one step holds any length, as pages get freed.
-            by_rank = [total if self._pools.needed(0, total) <= pages else pages for pages in free]
-        home = max(range(self._num_ranks), key=lambda rank: (free[rank], -rank))
+        most = [self._pools.most_pages(of_rank) for of_rank in room]
+        by_rank = [total if pages is None else pages for pages in most]
+        limiting = self._pools.limiting_group or 0
+        home = max(range(self._num_ranks), key=lambda rank: (by_rank[rank], room[rank][limiting], -rank))
         is_striped = placement is Placement.STRIPED
         stripes = self.geometry.stripes(prompt_pages, tail_pages, home) if is_striped else [total]
-        runs = place(placement, stripes, by_rank, home)
-        if runs is None:
-            return None
-        counts = [0] * self._num_ranks
-        for rank, pages in runs:
-            counts[rank] += pages
-        return runs if all(self._pools.fit(pages, room[rank]) for rank, pages in enumerate(counts) if pages) else None
+        return place(placement, stripes, by_rank, home)
 
     def room_beside(self, rank: int, num_pages: int, room: Sequence[Sequence[int]]) -> list[list[int]] | None:
         """The room of all ranks beside new pages on one of them; None if these do not fit."""

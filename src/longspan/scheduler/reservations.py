@@ -62,8 +62,17 @@ class RankPools:
 
     @property
     def limits(self) -> tuple[int, ...]:
-        """Per rank, pages of the group that limits a request's length, or of the first if all have windows."""
-        return tuple([of_rank[self.limiting_group or 0] for of_rank in self.num_pages])
+        """Per rank, most pages of a request that fit it if it is empty; the first group's where any number does."""
+        most = [self.most_pages(of_rank) for of_rank in self.num_pages]
+        return tuple([of_rank[0] if n is None else n for n, of_rank in zip(most, self.num_pages, strict=True)])
+
+    def most_pages(self, room: Sequence[int]) -> int | None:
+        """Most new pages of a request that fit the room of one rank; None where any number does.
+
+        A group with a window limits them only where the room is less than a request of any length holds at once.
+        """
+        limits = [free for free, most in zip(room, self.most_held, strict=True) if most is None or free < most]
+        return min(limits, default=None)
 
     def needed(self, group_idx: int, num_pages: int) -> int:
         """Pages that a request with `num_pages` new pages on a rank ever holds there at once."""
@@ -72,7 +81,8 @@ class RankPools:
 
     def fit(self, num_pages: int, room: Sequence[int]) -> bool:
         """Whether so many new pages of a request fit the room of one rank."""
-        return all(self.needed(group_idx, num_pages) <= free for group_idx, free in enumerate(room))
+        most = self.most_pages(room)
+        return most is None or num_pages <= most
 
     def fit_some_rank(self, num_pages: int) -> bool:
         """Whether some rank, if it is empty, has room for so many pages of a request."""
