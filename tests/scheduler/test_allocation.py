@@ -42,3 +42,18 @@ def test_copies_go_where_there_are_slots_and_follow_the_pages_before_them():
     ]
     assert allocation.tables[1].runs == [PageRun(0, 1, 10, 5), PageRun(5, 1, 20, 2)]
     assert allocation.tables[0].runs == []
+
+
+def test_pages_that_no_token_sees_any_more_need_not_be_copied():
+    allocation = Allocation(4, 2)
+    allocation.copy_to(1, 0, PageRun(0, 0, 30, 8), [(10, 2), (20, 3), (40, 3)])
+    allocation.copy_to(1, 1, PageRun(0, 0, 30, 8), [(10, 8)])
+    assert allocation.leave_copies_before(0, 3) == [PageRun(0, 0, 30, 2), PageRun(2, 0, 32, 1)]
+    assert allocation.copies == [
+        PageCopy(0, PageRun(3, 0, 33, 2), PageRun(3, 1, 21, 2)),
+        PageCopy(0, PageRun(5, 0, 35, 3), PageRun(5, 1, 40, 3)),
+        PageCopy(1, PageRun(0, 0, 30, 8), PageRun(0, 1, 10, 8)),
+    ]
+    assert allocation.leave_copies_before(0, 3) == []
+    assert allocation.leave_copies_before(1, 9) == [PageRun(0, 0, 30, 8)]
+    assert [copy.group_idx for copy in allocation.copies] == [0, 0]

@@ -10,6 +10,7 @@ from longspan.plan.moves import Moved
 from longspan.plan.types import FailedRow
 from longspan.scheduler import tiers
 from longspan.scheduler.host_pages import HostPages
+from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Request
 from longspan.types import FinishReason, SamplingParams
 
@@ -99,6 +100,35 @@ def test_pages_that_arrive_stay_taken_until_they_have(how):
         assert ranks.end_move() == []
     assert request.finish_reason is (FinishReason.ABORT if how == "cancel" else FinishReason.STOP)
     ranks.run_to_the_end()
+    assert_all_free(scheduler)
+
+
+@pytest.mark.parametrize("windows", [(None, 5), (None, 20, 3), (7,)])
+def test_pages_to_copy_that_loaded_ones_leave_behind_their_windows_are_not_copied(windows):
+    """Else the copies would go to pages that are others' by then."""
+    ranks = make_ranks(*windows, placement="packed")
+    scheduler = ranks.scheduler
+    serve(ranks, TEXT[:100])
+    ranks.crash()
+    serve(ranks, TEXT[:40])
+    (home,) = {rank for plan in ranks.plans[-1:] for rank in plan.ranks}
+    busy = [scheduler.add_request([7] * 90, PARAMS) for _ in range(2)]  # one of them beside the copied pages
+    ranks.submit_all()
+    other = next(request for request in busy if request.allocation.ranks == {home})
+    scheduler.cancel(next(request for request in busy if request is not other))
+    ranks.complete(next(plan for plan in ranks.first_plans() if plan.ranks != (home,)))
+    request = scheduler.add_request(TEXT[:100], PARAMS)
+    assert request.allocation is None
+    ranks.submit_all()
+    assert request in scheduler.loading
+    assert request.allocation.copies
+    while request in scheduler.loading:
+        ranks.end_move()
+        check_books(scheduler)
+    others = [scheduler.add_request([i] * 40, PARAMS) for i in range(4)]
+    ranks.run_to_the_end()
+    for each in (request, other, *others):
+        assert each.output_token_ids == tokens_alone(each)
     assert_all_free(scheduler)
 
 

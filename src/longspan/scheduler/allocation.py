@@ -131,3 +131,25 @@ class Allocation:
             self.copies.append(PageCopy(group_idx, source, target))
             self.tables[group_idx].apply([target])
             first += num_pages
+
+    def leave_copies_before(self, group_idx: int, page_idx: int) -> list[PageRun]:
+        """Do without the copies of one KV group's pages before `page_idx`; return the pages that were to be copied."""
+        left: list[PageRun] = []
+        copies: list[PageCopy] = []
+        for copy in self.copies:
+            num_left = min(page_idx - copy.source.page_idx, copy.source.num_pages) if copy.group_idx == group_idx else 0
+            if num_left <= 0:
+                copies.append(copy)
+                continue
+            left.append(PageRun(copy.source.page_idx, copy.source.rank, copy.source.slot, num_left))
+            if num_left < copy.source.num_pages:
+                copies.append(
+                    PageCopy(group_idx, _without_first(copy.source, num_left), _without_first(copy.target, num_left))
+                )
+        self.copies = copies
+        return left
+
+
+def _without_first(run: PageRun, num_pages: int) -> PageRun:
+    """A run without its first pages."""
+    return PageRun(run.page_idx + num_pages, run.rank, run.slot + num_pages, run.num_pages - num_pages)

@@ -20,6 +20,17 @@ def check_books(scheduler: Scheduler) -> None:
         assert not request.drafts, "drafts of a request that waits are being checked"
     for request in scheduler.running:
         _check_progress(request)
+        _check_copies(request)
+
+
+def _check_copies(request: Request) -> None:
+    """What is copied for a request in its next step goes to pages that it holds."""
+    allocation = request.allocation
+    assert allocation is not None, "a request that runs has no pages"
+    for copy in allocation.copies:
+        table, target = allocation.tables[copy.group_idx], copy.target
+        places = [(target.rank, target.slot + i) for i in range(target.num_pages)]
+        assert [table.page(target.page_idx + i) for i in range(target.num_pages)] == places, "a copy to another's page"
 
 
 def _check_progress(request: Request) -> None:

@@ -361,9 +361,10 @@ class KVMemory:
         assert allocation is not None
         for group_idx, spec in enumerate(self._specs):
             if spec.reach is not None:
-                oldest = spec.first_key(request.num_settled)
-                freed = allocation.tables[group_idx].free_before(oldest // self.config.page_size)
-                self._release(allocation, group_idx, freed)
+                first = spec.first_key(request.num_settled) // self.config.page_size
+                for source in allocation.leave_copies_before(group_idx, first) if allocation.copies else ():
+                    self._drop(group_idx, source)  # the window of loaded pages may begin behind those to copy
+                self._release(allocation, group_idx, allocation.tables[group_idx].free_before(first))
 
     def free(self, request: Request) -> None:
         """Take back everything that a request holds and has been promised."""
