@@ -9,17 +9,20 @@ Read next: `longspan.scheduler.plan_writer`; `longspan.plan.types`, `TableDelta`
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from longspan.plan.types import Plan, TableDelta
 from longspan.sharding.pages import PageRun, PageTable
+
+if TYPE_CHECKING:
+    from longspan.scheduler.request import Request
 
 
 class Step(NamedTuple):
     """A decode step that a plan has written."""
 
     plan: Plan
-    requests: Sequence[object]
+    requests: Sequence["Request"]
     """The requests that it computes, in plan order."""
 
 

@@ -89,12 +89,10 @@ def _again(lead: Turn, ready: Sequence[Turn], page_size: int) -> ChosenStep | No
     step, ranks = lead.request.delivery.last_step, lead.ranks
     if step is None or len(step.requests) != len(ready):
         return None
-    stays, ends = len(ranks) == 1, {}
+    stays = len(ranks) == 1
     for turn in ready:
         request = turn.request
-        position = request.num_computed
-        if request.delivery.last_step is not step or not (stays or position % page_size):
+        if request.delivery.last_step is not step or not (stays or request.num_computed % page_size):
             return None
-        ends[request.request_id] = (request, position + 1)
-    chosen = [ends[run.request_id] for run in step.plan.query_runs]
+    chosen = [(request, request.num_computed + 1) for request in step.requests]  # the ready ones: there are as many
     return ChosenStep(ranks, chosen, None if stays else Phase.DECODE)

@@ -46,7 +46,7 @@ class Lanes:
 
     def put(self, ready: Iterable[tuple[Request, AbstractSet[int]]]) -> None:
         """Add requests that are ready, each with the ranks that its next step may involve."""
-        touched: set[int] = set()
+        version, touched = self._version, self._touched
         for request, ranks in ready:
             request_id = request.request_id
             self._ranks_of[request_id] = ranks
@@ -55,13 +55,12 @@ class Lanes:
                 continue
             (rank,) = ranks
             self._lanes[rank][request_id] = request
+            version[rank] += 1
             touched.add(rank)
-        for rank in touched:
-            self._touch(rank)
 
     def discard(self, requests: Iterable[Request]) -> None:
         """Take requests out, those that are there."""
-        touched: set[int] = set()
+        version, touched = self._version, self._touched
         for request in requests:
             request_id = request.request_id
             ranks = self._ranks_of.pop(request_id, None)
@@ -72,9 +71,8 @@ class Lanes:
                 continue
             (rank,) = ranks
             del self._lanes[rank][request_id]
+            version[rank] += 1
             touched.add(rank)
-        for rank in touched:
-            self._touch(rank)
 
     def note_prefill(self, ranks: AbstractSet[int]) -> None:
         """Take down that a plan with a prompt takes prefill's turn on these ranks: others' turns change."""

@@ -297,12 +297,11 @@ class Scheduler:
         suspect = self._suspects.find(self.requests.values(), self.running)
         if suspect is not None:
             return self._schedule_alone(suspect)
-        num_preemptions = self.num_preemptions
         self._make_ready()
-        if not self.running and self.num_preemptions > num_preemptions:
-            return self.schedule()  # the only one has outgrown its rank, and is let in again on a larger one
         lead = self._lanes.lead(self.busy_ranks, self.next_plan_id, len(self.running))
         if lead is None:
+            if not self.running and self.waiting and self.waiting[0] is not self.memory.refused:
+                return self.schedule()  # the only one has outgrown its rank, and is let in again on a larger one
             return self._run_ahead()
         ready = self._lanes.members(lead, self.next_plan_id, len(self.running))
         return self._write_plan(fill_step(lead, ready, self.config, self._chunks, self.running))
