@@ -16,10 +16,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from longspan.config import num_cores
 from longspan.costmodel.choose import plan_group, predict_candidates
 from longspan.costmodel.measured import combine
 from longspan.costmodel.parameters import Costs
+from longspan.cpu_binding import num_cores
 from longspan.kv.layout import KVGroup, KVSpec
 from longspan.plan.build import count_tokens
 from longspan.plan.group_step import make_group_step

@@ -3,7 +3,8 @@
 import pytest
 
 from longspan.cgroups import MemoryLimit, cpu_quota, memory_limits
-from longspan.config import EngineConfig, num_cores
+from longspan.config import EngineConfig
+from longspan.cpu_binding import num_cores
 
 V2_MOUNT = "31 24 0:26 {mounted} /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1_MOUNTS = (
@@ -69,5 +70,5 @@ def test_memory_limits_of_version_1_are_found(tmp_path):
 @pytest.mark.parametrize(("quota", "threads"), [(0.3, 1), (1.9, 1), (2.0, 2), (100.0, 64), (None, 64)])
 def test_threads_follow_the_quota(monkeypatch, quota, threads):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr("longspan.config.cpu_quota", lambda: quota)
+    monkeypatch.setattr("longspan.cpu_binding.cpu_quota", lambda: quota)
     assert num_cores() == EngineConfig(model="recall").num_threads == threads

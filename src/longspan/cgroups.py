@@ -1,7 +1,7 @@
 """What control groups of Linux leave to this process: cores and memory, as containers and job schedulers set them.
 
 Holds the search for this process's groups, versions 1 and 2, and their limits. Must not know ranks or pools.
-Read next: `longspan.config` (`num_cores`), `longspan.engine.memory`, which use it.
+Read next: `longspan.cpu_binding` (`num_cores`), `longspan.engine.memory`, which use it.
 
 Note [Nested groups]
     A limit of a group holds for all groups inside it, so the least limit on the way from this process's group up to the

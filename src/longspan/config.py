@@ -5,16 +5,15 @@ Read next: `longspan.option`, the statement at a field; `longspan.llm` and `long
 """
 
 import json
-import re
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from longspan.cgroups import cpu_quota
-from longspan.cpu_binding import allowed_cores, parse_cpu_binding
+from longspan.adapter_names import check_adapter_name, split_adapter
+from longspan.cpu_binding import num_cores, parse_cpu_binding
 from longspan.errors import ConfigError
 from longspan.option import Group, Option, check_options, is_number, take_texts_
-from longspan.quantities import MAX_COUNT, parse_listen, parse_size
+from longspan.quantities import MAX_COUNT, parse_listen, parse_nodes, parse_size, parse_weights
 from longspan.simulation import SimulatedLinks, parse_simulated_links
 from longspan.speculation import ModelDrafts, NgramDrafts, read_speculation
 from longspan.types import Placement, Strategy
@@ -40,18 +39,6 @@ MAX_TIMEOUT_S = 10**6
 DEFAULT_DISK_BYTES = 32 * 2**30
 
 
-def parse_nodes(text: str, field: str = "nodes") -> tuple[int, ...]:
-    """Node of every rank, from a text such as `0,0,1,1`.
-
-    Raises:
-        ConfigError: the text is no list of whole numbers.
-    """
-    try:
-        return tuple(int(node) for node in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{field}: got {text!r}, legal is a node per rank such as 0,0,1,1") from None
-
-
 _EXAMPLES = {
     "hf_overrides": '{"rope_parameters": {...}}',
     "speculative_config": '{"method": "ngram", "num_speculative_tokens": 4}',
@@ -69,41 +56,6 @@ def parse_json(text: str, field: str) -> dict[str, Any]:
     except (ValueError, msgspec.DecodeError, RecursionError) as error:
         legal = f"a JSON object such as {_EXAMPLES[field]}"
         raise ConfigError(f"{field}: got {text[:200]!r}, legal is {legal}: {error}") from None
-
-
-def parse_weights(text: str, field: str = "rank_weights") -> tuple[float, ...] | Literal["auto"]:
-    """Weight of every rank, from a text such as `2,1,1`, or `auto`.
-
-    Raises:
-        ConfigError: the text is neither.
-    """
-    if text == "auto":
-        return "auto"
-    try:
-        return tuple([float(weight) for weight in text.split(",")])
-    except ValueError:
-        raise ConfigError(f"{field}: got {text!r}, legal is auto, or a number per rank such as 2,1,1") from None
-
-
-ADAPTER_NAME_RULE = (
-    "a name of at most 64 letters, digits, '.', '_', '-' or ':', of which the first is a letter or a digit"
-)
-
-
-def split_adapter(entry: str) -> tuple[str | None, str]:
-    """Name and directory of an entry of `lora`; no name where it is a directory alone, such as `./a=b`."""
-    name, equals, directory = entry.partition("=")
-    return (name, directory) if equals and "/" not in name else (None, entry)
-
-
-def check_adapter_name(name: str, got: str, field: str = "lora") -> None:
-    """Refuse what cannot be an adapter's name.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", name):
-        raise ConfigError(f"{field}: got {got!r}, legal is {ADAPTER_NAME_RULE}")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -851,10 +803,3 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.placement == "auto":
             return Placement.PACKED if "local" in (self.strategy, self.decode_strategy) else None
         return Placement(self.placement)
-
-
-def num_cores() -> int:
-    """Cores that this process may run on; at most as many whole ones as its quota of time is worth, but one."""
-    cores = len(allowed_cores())
-    quota = cpu_quota()
-    return cores if quota is None else max(1, min(cores, int(quota)))

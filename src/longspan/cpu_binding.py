@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from longspan.cgroups import ROOT
+from longspan.cgroups import ROOT, cpu_quota
 from longspan.errors import ConfigError
 
 FIELD = "cpu_binding"
@@ -94,6 +94,13 @@ def allowed_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def num_cores() -> int:
+    """Cores that this process may run on; at most as many whole ones as its quota of time is worth, but one."""
+    cores = len(allowed_cores())
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def _cores(text: str, part: str) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""Parsers of numbers and addresses as people write them: sizes, token counts, HOST:PORT.
+"""Parsers of numbers and addresses as people write them: sizes, token counts, a number per rank, HOST:PORT.
 
 Holds parsers of one text each. Must not know which option a text belongs to.
 Read next: `longspan.config`, the options with such values.
@@ -6,6 +6,7 @@ Read next: `longspan.config`, the options with such values.
 
 import re
 from fractions import Fraction
+from typing import Literal
 
 from longspan.errors import ConfigError
 
@@ -42,6 +43,32 @@ def parse_tokens(text: str | int, field: str = "context") -> int:
             "(1024 * 1024)"
         )
     return int(tokens)
+
+
+def parse_nodes(text: str, field: str = "nodes") -> tuple[int, ...]:
+    """Node of every rank, from a text such as `0,0,1,1`.
+
+    Raises:
+        ConfigError: the text is no list of whole numbers.
+    """
+    try:
+        return tuple(int(node) for node in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{field}: got {text!r}, legal is a node per rank such as 0,0,1,1") from None
+
+
+def parse_weights(text: str, field: str = "rank_weights") -> tuple[float, ...] | Literal["auto"]:
+    """Weight of every rank, from a text such as `2,1,1`, or `auto`.
+
+    Raises:
+        ConfigError: the text is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return tuple([float(weight) for weight in text.split(",")])
+    except ValueError:
+        raise ConfigError(f"{field}: got {text!r}, legal is auto, or a number per rank such as 2,1,1") from None
 
 
 def parse_listen(text: str) -> tuple[str, int]:

@@ -13,11 +13,11 @@ import msgspec
 
 from longspan.cli.help import GroupedCommand
 from longspan.cli.pictures import check_plot
-from longspan.config import KVDTypeName, parse_json, parse_weights
+from longspan.config import KVDTypeName, parse_json
 from longspan.costmodel.gpus import GPUS
 from longspan.errors import ConfigError
 from longspan.imports import quick_imports
-from longspan.quantities import parse_size, parse_tokens
+from longspan.quantities import parse_size, parse_tokens, parse_weights
 
 if TYPE_CHECKING:
     from longspan.costmodel.shapes import PlannedDType

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from longspan.config import ADAPTER_NAME_RULE, EngineConfig, check_adapter_name
+from longspan.adapter_names import ADAPTER_NAME_RULE, check_adapter_name
+from longspan.config import EngineConfig
 from longspan.engine.executor import Executor
 from longspan.errors import ConfigError, LongspanError
 from longspan.models.adapter_files import AdaptableModules, AdapterFiles, adaptable_modules

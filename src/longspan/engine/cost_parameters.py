@@ -17,7 +17,7 @@ import msgspec
 import platformdirs
 import torch
 
-from longspan.config import EngineConfig, num_cores
+from longspan.config import EngineConfig
 from longspan.costmodel.measured import combine
 from longspan.costmodel.model_time import StepOptions
 from longspan.costmodel.parameters import Costs
@@ -25,6 +25,7 @@ from longspan.costmodel.placement_choice import LONGEST_LEN, shortest_striped_le
 from longspan.costmodel.published import known_costs
 from longspan.costmodel.shapes import ModelShape
 from longspan.costmodel.topology_file import load_topology
+from longspan.cpu_binding import num_cores
 from longspan.engine.executor import Executor
 from longspan.errors import ConfigError
 from longspan.native import kernels

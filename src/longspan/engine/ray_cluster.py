@@ -24,7 +24,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from longspan.comm.connect import interface_address
 from longspan.comm.secret import Secret, read_secret
-from longspan.config import EngineConfig, num_cores
+from longspan.config import EngineConfig
+from longspan.cpu_binding import num_cores
 from longspan.engine.external import tcp_address
 from longspan.errors import ConfigError, WorkerError
 from longspan.group.shape import GroupShape, ProcessId

@@ -28,7 +28,7 @@ from longspan.comm.nccl import BatchedCommunicator, NCCLCommunicator
 from longspan.comm.shared_sums import SharedSums
 from longspan.comm.sockets import LOOK_S, SocketCommunicator
 from longspan.comm.threads import thread_group
-from longspan.config import num_cores
+from longspan.cpu_binding import num_cores
 from longspan.errors import CommunicationError
 from longspan.group.messages import Start
 from longspan.group.shape import GroupShape, ProcessId

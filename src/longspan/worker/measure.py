@@ -14,9 +14,9 @@ from torch import Tensor
 
 from longspan.attention.measure import measure_kernels
 from longspan.comm.measure import barrier, measure_links
-from longspan.config import num_cores
 from longspan.costmodel.measured import RankMeasurement
 from longspan.cp.measure import measure_messages
+from longspan.cpu_binding import num_cores
 from longspan.group.messages import Measure
 from longspan.types import AttentionParams
 from longspan.worker.forward import ModelForward

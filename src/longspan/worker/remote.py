@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from longspan.comm.connect import Meeting, interface_address, interface_with, is_loopback, reachable_address
 from longspan.comm.secret import Secret
-from longspan.config import num_cores
+from longspan.cpu_binding import num_cores
 from longspan.errors import ConfigError, LongspanError
 from longspan.group.heartbeat import HeartbeatThread, ProcessProgress, say_last, silence_limit_s
 from longspan.group.shape import GroupShape

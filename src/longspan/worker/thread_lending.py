@@ -6,7 +6,7 @@ Read next: `longspan.worker.runner`, which sets the threads; docs/decisions/0018
 
 from torch import nn
 
-from longspan.config import num_cores
+from longspan.cpu_binding import num_cores
 from longspan.plan.types import Plan
 from longspan.types import ModelSpec, Phase
 
