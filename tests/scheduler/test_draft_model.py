@@ -303,3 +303,59 @@ def test_step_time_is_known_with_the_first_step():
     assert rows.step_s(1) is None
     rows.learn(1, 0.01)
     assert rows.step_s(1) == pytest.approx(0.01)
+
+
+def follower(prompt, pauses_at, *windows):
+    """Ranks of a draft model, and a request that follows another one's prompt and has guessed up to `pauses_at`."""
+    ranks = FakeRanks(
+        make_scheduler(make_model(*(windows or (None,))), make_config(1, placement="packed"), 400), random.Random(0)
+    )
+    request = ranks.scheduler.add_request(prompt, params())
+    ranks.scheduler.follow(request, prompt, pauses_at)
+    run_until_idle(ranks)
+    assert request.is_paused
+    return ranks, request
+
+
+def run_until_idle(ranks):
+    ranks.submit_all()
+    while ranks.in_flight:
+        ranks.complete(ranks.first_plans()[0])
+        ranks.check_cached()
+        ranks.submit_all()
+
+
+def test_a_follower_that_is_let_in_again_with_all_its_tokens_cached_waits_to_be_given_more():
+    ranks, guessing = follower([5] * 8, 9)
+    ranks.scheduler._preempt(guessing)
+    ranks.submit_all()
+    assert not guessing.in_flight, "it computes nothing in vain"
+    ranks.scheduler.follow(guessing, [5] * 8 + [7], 13)
+    run_until_idle(ranks)
+    assert guessing.is_paused
+
+
+def test_a_follower_that_has_guessed_far_enough_already_computes_nothing():
+    ranks, guessing = follower([5] * 8, 12)
+    drafts = DraftModel(ranks.scheduler, MOST)
+    proposer = drafts.follow(guessing)
+    ranks.scheduler.follow(guessing, guessing.token_ids[:9], 12)
+    ranks.submit_all()
+    assert guessing.is_paused
+    assert not guessing.in_flight
+    assert proposer.num_coming == 0, "it has not begun"
+    ranks.scheduler.follow(guessing, guessing.token_ids[:10], 12)
+
+
+@pytest.mark.parametrize("windows", [(None,), (4,)])
+def test_a_follower_takes_no_cached_pages_for_its_guesses(windows):
+    """They may be taken back, and then it would write to pages that others read."""
+    ranks, guessing = follower([5] * 8, 13, *windows)
+    ranks.scheduler.add_request([*guessing.token_ids[:12], 9], params(3, seed=8))
+    run_until_idle(ranks)
+    ranks.scheduler._preempt(guessing)
+    run_until_idle(ranks)
+    assert guessing.num_cached <= 8
+    ranks.scheduler.follow(guessing, [5] * 8 + [(guessing.token_ids[8] + 1) % VOCAB], 14)
+    run_until_idle(ranks)
+    assert guessing.is_paused

@@ -57,7 +57,7 @@ class Follower:
         guessing = self.guessing
         if guessing is None or guessing.finish_reason is not None or guessing.allocation is None:
             return 0
-        return self._model.most if guessing.is_paused else 0
+        return self._model.most if guessing.is_paused and not guessing.in_flight else 0
 
     def read(self, token_ids: Sequence[int], end: int) -> None:
         """Do nothing: tokens are given when drafts are asked for."""

@@ -129,7 +129,7 @@ class KVMemory:
         copies_on: list[frozenset[int]] = []
         if _may_hit(request, self.config):
             hashes = request.hash_pages(size)
-            copies_on = self.lookup.find(hashes[: (num_tokens - 1) // size])  # the last token's logits are not cached
+            copies_on = self.lookup.find(hashes[: _most_hit(request, size)])
 
         def taken(hit: Sequence[int], home: int | None) -> Room | None:
             return self.lookup.taken(request.page_hashes, hit, home)
@@ -137,7 +137,7 @@ class KVMemory:
         placement, pages = self.placer.placement_of(num_tokens), pages_for(num_tokens, size)
         held: list[int] = []
         if self.tiers is not None and _may_hit(request, self.config):
-            held = self.tiers.held_on(request.page_hashes, len(copies_on), (num_tokens - 1) // size)
+            held = self.tiers.held_on(request.page_hashes, len(copies_on), _most_hit(request, size))
         if placement is Placement.PACKED:
             slowness = [1 / share for share in self.placer.geometry.relative_shares]
             load = _without(load, held, size)
@@ -191,7 +191,7 @@ class KVMemory:
         assert allocation is not None
         if self.tiers is None or not _may_hit(request, self.config):
             return request.num_computed
-        last = (len(request.token_ids) - 1) // size  # the last token's logits are in no page
+        last = _most_hit(request, size)
         ranks: list[int] = []
         for rank, start, end in allocation.ranks_of(request.num_computed, last * size):
             ranks += [rank] * ((end - start) // size)
@@ -430,6 +430,13 @@ def _without(load: Sequence[float], held: Sequence[int], page_size: int) -> Sequ
     if not held:
         return load
     return [work - page_size * held.count(rank) for rank, work in enumerate(load)]
+
+
+def _most_hit(request: Request, page_size: int) -> int:
+    """Pages of a request that need not be computed if they are cached: those before its last token, whose logits are in
+    no page, and of one that follows another those of tokens that it was given, as the others may be taken back."""
+    most = len(request.token_ids) - 1
+    return (most if request.num_given is None else min(most, request.num_given)) // page_size
 
 
 def _may_hit(request: Request, config: EngineConfig) -> bool:

@@ -366,7 +366,7 @@ class Scheduler:
             insort(self.running, request, key=lambda r: r.request_id)
             self._load.note(request)
             if not self.loading.begin(request):
-                self._idle[request.request_id] = request
+                self._let_go_on(request)
 
     def _extend(self, request: Request) -> bool:
         """Place one more page of a request; False when no rank has room."""
@@ -489,6 +489,12 @@ class Scheduler:
         if request.allocation is not None:
             self.memory.slide(request)  # as far as it was given more, before pages for these are taken
             self._lanes.discard((request,))
+            self._let_go_on(request)
+
+    def _let_go_on(self, request: Request) -> None:
+        """Let a running request that is not in flight take its next step, unless it waits to be given more tokens."""
+        self._idle.pop(request.request_id, None)
+        if not request.is_paused:
             self._idle[request.request_id] = request
 
     def _take_sampled(self, plan: Plan, result: PlanResult, requests: Iterable[Request]) -> set[int]:
@@ -516,7 +522,7 @@ class Scheduler:
             The request that goes on with it, unless it was cancelled meanwhile.
         """
         assert self.memory.tiers is not None
-        ended = self.loading.take(self.memory.tiers.take(moved), moved)
+        ended = self.loading.take(*self.memory.tiers.take(moved))
         if ended is None or not ended.is_wanted:
             return []
         request = ended.request
@@ -530,7 +536,7 @@ class Scheduler:
             return []
         self._load.note(request)
         request.delivery.wait_from(self.next_plan_id - 1)
-        self._idle[request.request_id] = request
+        self._let_go_on(request)
         return [request]
 
     def _settle(self, requests: Iterable[Request]) -> Iterable[Request]:
