@@ -185,6 +185,40 @@ def test_ranks_that_are_lost_while_pages_arrive_leave_nothing_behind():
     assert_all_free(ranks.scheduler)
 
 
+def test_host_memory_that_does_not_answer_is_asked_once():
+    ranks = make_ranks(None, num_ranks=1, memory_tokens=120, kv_disk=None, kv_host_memory=100_000)
+    scheduler = ranks.scheduler
+    serve(ranks, TEXT[:100])
+    serve(ranks, [7] * 100)  # the pool forgets the first one
+    request = scheduler.add_request(TEXT[:100], PARAMS)
+    ranks.submit_all()
+    assert request in scheduler.loading
+    (move_id, (move, _)) = next((i, m) for i, m in ranks.tiers.moves.items() if m[0].loads)
+    del ranks.tiers.moves[move_id]
+    ranks.tiers.arriving.clear()
+    scheduler.take_moved(Moved(move_id, 0, tuple(range(len(move.loads)))))
+    ranks.run_to_the_end()
+    assert request.output_token_ids == tokens_alone(request)
+    assert request.num_cached < len(move.loads) * 4
+    assert computed(ranks, request) == 104 - request.num_cached
+    assert_all_free(scheduler)
+
+
+def test_pages_that_come_to_be_in_doubt_while_they_are_loaded_are_not_used():
+    ranks, request = waiting_for_pages(num_ranks=1)
+    tiers_, loads = ranks.scheduler.memory.tiers, ranks.tiers.moves
+    tiers_.note_withdrawn(request.page_hashes[3:5])
+    tiers_.note_found(ranks.tiers.files)  # a look at the disk that comes before they are removed there
+    while any(move.loads for move, _ in loads.values()):
+        ranks.end_move()
+    allocator = ranks.scheduler.memory.allocators[0][0]
+    assert [allocator.find(page_hash) is None for page_hash in request.page_hashes[2:6]] == [False, True, True, False]
+    ranks.run_to_the_end()
+    assert request.num_cached == 12
+    assert request.output_token_ids == tokens_alone(request)
+    assert_all_free(ranks.scheduler)
+
+
 def test_pages_in_doubt_leave_the_disk():
     ranks = make_ranks(None, num_ranks=1)
     request = ranks.scheduler.add_request(TEXT[:40], PARAMS)

@@ -16,10 +16,11 @@ Note [Waiting for pages]
     may still be written.
 """
 
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from longspan.costmodel.step_time import StepTime
-from longspan.plan.moves import Move, Moved, PagePlace
+from longspan.plan.moves import Move, PagePlace
 from longspan.scheduler.memory import KVMemory
 from longspan.scheduler.request import Request
 
@@ -97,15 +98,14 @@ class Loading:
         """Take down that a request has ended: its pages are given back when its load ends."""
         self._left[request.request_id] = request
 
-    def take(self, move: Move, moved: Moved) -> Ended | None:
-        """Take in a rank's answer to a move; return the wait that ends with it, if one does."""
-        load = self._by_move.pop(moved.move_id, None)
+    def take(self, move: Move, failed: AbstractSet[int]) -> Ended | None:
+        """Take in that a move has ended, and which of its loads are of no use; return the wait that ends with it."""
+        load = self._by_move.pop(move.move_id, None)
         if load is None:
             return None
-        failed = set(moved.failed)
         load.has_failed |= bool(failed)
         load.came += [(move.rank, place) for i, place in enumerate(move.loads) if i not in failed]
-        load.move_ids.discard(moved.move_id)
+        load.move_ids.discard(move.move_id)
         if load.move_ids:
             return None
         request = load.request

@@ -14,6 +14,7 @@ Note [Tiers]
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -112,6 +113,7 @@ class Tiers:
         self._unsent: list[Move] = []
         self._used: list[list[PageKey]] = []
         self._doubted: list[PageKey] = []
+        self._loads_in_doubt: dict[int, set[int]] = {}  # move to those of its loads that nobody may use
         self._bytes_per_s = dict(FIRST_BYTES_PER_S)
         self.next_move_id = 0
         self.counts: dict[TierName, TierCounts] = {}
@@ -135,9 +137,10 @@ class Tiers:
 
     def note_found(self, keys: Iterable[PageKey]) -> None:
         """Take down that a look at the disk has found pages."""
-        for pool_idx, page_hash in keys:
-            if pool_idx < len(self._on_disk):
-                self._on_disk[pool_idx].add(page_hash)
+        doubted = set(self._doubted)
+        for key in keys:
+            if key.pool_idx < len(self._on_disk) and key not in doubted:
+                self._on_disk[key.pool_idx].add(key.page_hash)
 
     def note_gone(self, keys: Iterable[PageKey]) -> None:
         """Take down that pages were removed from the disk."""
@@ -239,7 +242,11 @@ class Tiers:
         return to_host, page_idx < most and key.page_hash not in self._on_disk[key.pool_idx]
 
     def note_withdrawn(self, hashes: Sequence[bytes]) -> None:
-        """Take down that what pages hold is in doubt: they are not to be found any more."""
+        """Take down that what pages hold is in doubt: they are not to be found any more, nor to be loaded."""
+        for move in (*self._sent.values(), *self._unsent):
+            in_doubt = {i for i, place in enumerate(move.loads) if place.page_hash in hashes}
+            if in_doubt:
+                self._loads_in_doubt.setdefault(move.move_id, set()).update(in_doubt)
         for pool_idx, on_disk in enumerate(self._on_disk):
             for page_hash in hashes:
                 key = PageKey(pool_idx, page_hash)
@@ -312,20 +319,26 @@ class Tiers:
         drops = tuple(key for key, was in was_kept.items() if was and key not in host)
         return Move(self._next_id(), rank, stores=tuple(places), drops=drops)
 
-    def take(self, moved: Moved) -> Move:
-        """Take in a rank's answer; return the move that it answers."""
+    def take(self, moved: Moved) -> tuple[Move, AbstractSet[int]]:
+        """Take in a rank's answer; return the move that it answers, and which of its loads are of no use."""
         move = self._sent.pop(moved.move_id)
         if move.loads:
             self._take_loads(move, moved)
         elif move.stores:
             self._take_stores(move, moved)
-        return move
+        return move, self._loads_in_doubt.pop(moved.move_id, set()).union(moved.failed)
 
     def _take_loads(self, move: Move, moved: Moved) -> None:
+        """Forget the pages that could not be loaded, or they would be loaded again, and for ever."""
         tier = _tier(move.loads[0])
         counts = self.counts[tier]
         for i in moved.failed:
-            self._on_disk[move.loads[i].pool_idx].discard(move.loads[i].page_hash)
+            place = move.loads[i]
+            key = PageKey(place.pool_idx, place.page_hash)
+            if tier == "disk":
+                self._on_disk[place.pool_idx].discard(place.page_hash)
+            elif self._ranks[move.rank].host.drop(key):
+                self._unsent.append(Move(self._next_id(), move.rank, drops=(key,)))
         counts.failed_pages += len(moved.failed)
         counts.damaged_pages += moved.num_damaged
         counts.loaded_pages += len(move.loads) - len(moved.failed)
@@ -365,6 +378,7 @@ class Tiers:
             rank.queue.clear()
             rank.storing_bytes = 0
         self._storing.clear()
+        self._loads_in_doubt.clear()
         self._sent.clear()
         self._unsent.clear()
 

@@ -125,7 +125,9 @@ class PageMover:
                 batch = indices[first : first + count]
                 pages = torch.empty(len(batch), pool.page_bytes, dtype=torch.uint8)
                 places, copies = [move.loads[i] for i in batch], [held[i] for i in batch]
-                found = self._reader.run(partial(self._fetch, places, copies, pages))
+                fetch = partial(self._fetch, places, copies, pages)
+                # Memory answers, also while a disk does not.
+                found = fetch() if all(place.on_host for place in places) else self._reader.run(fetch)
                 if found is None:  # whatever still comes goes to memory that nobody reads
                     found = _Faults([*range(len(batch))], error=f"{self._where} did not answer for {READ_S:g} s")
                 faults.add(found, batch)
