@@ -14,7 +14,8 @@ A send never blocks: what a socket's buffer does not take waits in a queue, and 
 goes on sending from all queues. Only a wait for a large message sends nothing; `SMALL_BYTES` is so small that the
 queues are empty then. Where they are not (a `tree` over many nodes), the order prevents a deadlock: every rank waits
 for exchanges in the order in which all ranks start them (`longspan.cp.pass_q`, Note [Order]), and receives an
-exchange's small messages before it waits for the large ones.
+exchange's small messages before it waits for the large ones. A relay has many small messages under way, parts of
+states, and waits for those that it has sent before it receives others (`longspan.cp.relay`).
 """
 
 import select

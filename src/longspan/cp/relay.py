@@ -15,10 +15,12 @@ Note [Relay]
         source: none                                        target: a slot of rank 0
 
     All ranks take the pieces of a layer in one order, that of the plan, so the first piece that is not done never waits
-    for one behind it, and nothing can deadlock. What a rank has of a state between two of its pieces is not a slot's:
-    only the state before the step (`source`) and behind it (`target`) lie in slots. A source on another rank than the
-    first run's is sent before the model runs, for all layers at once: its rank may have no rows, and no layer to wait
-    in.
+    for one behind it. And none waits for a state while messages of earlier pieces wait here to be sent: of many small
+    ones a socket takes no more than its buffer holds, and sends no more while its rank waits for a large one
+    (`longspan.comm.sockets`, Note [No deadlock]). So nothing can deadlock. What a rank has of a state between two of
+    its pieces is not a slot's: only the state before the step (`source`) and behind it (`target`) lie in slots. A
+    source on another rank than the first run's is sent before the model runs, for all layers at once: its rank may have
+    no rows, and no layer to wait in.
 
     Requests that decode on one rank hand nothing on. Their single rows are computed by one call (`_run_together`).
 """
@@ -117,6 +119,8 @@ class Relay:
         sent: list[Pending] = []
         states: dict[int, State] = {}  # of requests between two pieces
         for piece in self._chained:
+            if piece.before is not None:  # see Note [Relay]; whoever receives them computes a piece before this one
+                _wait(sent)
             state = self._state_before(piece, layer, states)
             handover = self._handover(piece, layer, state)
             tokens = Rows(slice(piece.row, piece.row + piece.num_tokens), are_of_one=True)
@@ -127,8 +131,7 @@ class Relay:
                 _copy_(self._pool.state(layer, piece.kept.slot), state)
         if self._together:
             parts.append((self._rows, self._run_together(layer, compute)))
-        for pending in sent:
-            pending.wait()
+        _wait(sent)
         if len(parts) == 1:  # all rows, in their order
             return parts[0][1]
         out = parts[0][1].new_empty(sum(len(part) for _, part in parts), parts[0][1].shape[-1])
@@ -245,6 +248,13 @@ def _own_pieces(plan: Plan, steps: dict[int, StateStep], rank: int) -> list[_Pie
             start = end
         row += run.num_tokens
     return pieces
+
+
+def _wait(sent: list[Pending]) -> None:
+    """Wait until messages are on their way, and forget them."""
+    for pending in sent:
+        pending.wait()
+    sent.clear()
 
 
 def _index(rows: Sequence[int], device: torch.device) -> slice | Tensor:
