@@ -167,7 +167,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     state_parts: Annotated[
         int | None,
         Option(
-            "Parts in which a recurrent state goes from rank to rank.",
+            "Parts in which a recurrent state goes from rank to rank; 1: whole.",
             Group.RANKS,
             least=1,
             most=MAX_COUNT,
@@ -176,8 +176,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     """Parts, of whole heads, in which the state of a recurrent layer goes from rank to rank inside a chunk: a rank
     computes the first heads of a run while the rank before computes the next ones of its own. 1 hands states on whole;
-    None takes the number with the least predicted time. Where no kernel takes parts (GPUs, Mamba 2), a run waits for
-    all of them."""
+    None takes the number with the least predicted time. On GPUs parts are sent, and a run waits for all of them; states
+    without heads of their own (Mamba 2, short convolutions) go whole."""
     partial_dtype: Annotated[
         PartialDTypeName, Option("How partials travel; auto: in the dtype of queries.", Group.RANKS)
     ] = "auto"

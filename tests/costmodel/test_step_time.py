@@ -350,7 +350,7 @@ def test_prompts_that_end_in_a_step_share_a_longer_one_while_no_request_decodes(
 
 
 def test_a_prompt_that_does_not_end_is_cut_by_the_longest_time_beside_prompts_that_do():
-    ranks = timed_ranks(1, max_num_batched_tokens=4000)
+    ranks = timed_ranks(1, max_num_batched_tokens=700)
     long = ranks.scheduler.add_request([6] * 1500, SamplingParams(max_tokens=1, seed=0))
     for i in range(4):
         ranks.scheduler.add_request([7 + i] * 30, SamplingParams(max_tokens=1, seed=0))

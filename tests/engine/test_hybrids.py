@@ -91,6 +91,8 @@ def striped(num_ranks=3, **options):
 def test_tokens_are_those_of_transformers_in_every_spread(case):
     options = dict(case)
     name, strategy = options.pop("name"), options["strategy"]
+    if name != DELTA:  # whose states alone have heads
+        del options["state_parts"]
     if strategy == "tree":
         options["nodes"] = tuple(min(rank, 1) for rank in range(options["context_parallel_size"]))
     if options["placement"] == "packed" or options["context_parallel_size"] == 1:
@@ -105,7 +107,7 @@ def test_preempted_requests_get_their_tokens(name, num_ranks):
     model = proven_model(name)
     spec = inspect.inspect_model(load_config(model.path)[0], None, recurrent.torch.float32)
     memory = pool_bytes(spec, 360 // PAGE // num_ranks + 8, PAGE, 50)
-    options = striped(num_ranks, state_parts=3) if num_ranks > 1 else {}
+    options = striped(num_ranks, state_parts=3 if name == DELTA else None) if num_ranks > 1 else {}
     options["kv_cache_memory"] = memory
     with hybrid_engine(name, **options) as engine:
         requests = [engine.add_request(r.prompt, greedy(NUM_TOKENS)) for r in (*model.references, *model.references)]
@@ -333,13 +335,14 @@ def test_heads_are_computed_as_they_come(monkeypatch):
         assert set(asked) == lengths
 
 
-def test_mamba_takes_no_parts_and_gets_its_tokens():
-    references = proven_model(BOTH).references
-    with hybrid_engine(BOTH, **striped(3, state_parts=4)) as engine:
-        assert all(component.num_heads == 1 for component in recurrent_components(engine.spec))
-        requests = [engine.add_request(reference.prompt, greedy(NUM_TOKENS)) for reference in references]
-        run_all(engine)
-    assert [request.output_token_ids for request in requests] == [reference.token_ids for reference in references]
+@pytest.mark.parametrize(
+    ("name", "got", "legal"),
+    [(BOTH, 2, "1: states of this model go whole"), (CONV, 4, "1: states"), (DELTA, 5, "4, the heads of its states")],
+)
+def test_rejects_more_parts_than_states_have_heads(name, got, legal):
+    message = f"state_parts: got {got}, legal is at most {legal}"
+    with pytest.raises(ConfigError, match=message), hybrid_engine(name, **striped(3, state_parts=got)):
+        pass
 
 
 def test_a_kept_state_of_the_wrong_position_changes_tokens(monkeypatch):

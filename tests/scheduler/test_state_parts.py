@@ -2,7 +2,7 @@
 
 import msgspec
 
-from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology
+from longspan.costmodel.parameters import Costs, KernelRates, Link, Topology, costs_by_bytes
 from longspan.kv.state_layout import StateComponent, StateGroup
 from longspan.plan.types import GroupStep, Plan, QueryRun, StatePlace, StateStep
 from longspan.scheduler.state_parts import StateParts
@@ -54,8 +54,13 @@ def test_a_number_can_be_forced_and_notes_go_on_with_other_ranks():
     parts, plan = StateParts([GROUP], 3), plan_of((0, 1), (0, 0))
     for _ in range(2):
         assert [step.num_parts for step in parts.choose(plan, costs_of(FAR)).states] == [3, 1]
-    assert StateParts([GROUP], 9).choose(plan, costs_of(FAR)).states[0].num_parts == 4
     other = StateParts([GROUP], 3)
     other.take_over(parts)
     other.choose(msgspec.structs.replace(plan, plan_id=1), costs_of(FAR))
     assert [(note.num_parts, note.is_forced, note.num_steps) for note in other.all] == [(3, True, 3)]
+
+
+def test_states_are_handed_on_whole_and_no_time_is_told_where_nothing_was_measured():
+    parts, plan = StateParts([GROUP], None), plan_of((0, 1, 0))
+    assert parts.choose(plan, costs_by_bytes((0, 0))) is plan
+    assert [(note.num_parts, note.predicted_s, note.whole_s) for note in parts.all] == [(1, None, None)]

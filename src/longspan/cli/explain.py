@@ -41,7 +41,7 @@ def states_text(spec: "ModelSpec", notes: "Sequence[PartsNote]" = ()) -> str | N
         return None
     head = (
         f"recurrent layers: {num_layers} of {spec.num_layers}, {spec.state_bytes / 1e6:.3g} MB of state per request; a "
-        "run waits for the state of the run before it, on whatever rank; decode steps are no CUDA graphs"
+        "run waits for the state of the run before it, whole or head by head; decode steps are no CUDA graphs"
     )
     return "\n".join([head, *(f"    {_parts_text(note)}" for note in notes)])
 
@@ -49,11 +49,14 @@ def states_text(spec: "ModelSpec", notes: "Sequence[PartsNote]" = ()) -> str | N
 def _parts_text(note: "PartsNote") -> str:
     which = "whole" if note.num_parts == 1 else f"in {note.num_parts} parts"
     forced = ", forced," if note.is_forced else ""
-    steps = f"{note.num_steps} step{'s' * (note.num_steps > 1)}"
-    whole = "" if note.num_parts == 1 else f", whole {note.whole_s * 1e3:.3f} ms"
+    times = f"{note.num_steps} time{'s' * (note.num_steps > 1)}"
+    predicted = ""
+    if note.predicted_s is not None:
+        predicted = f": predicted {note.predicted_s * 1e3:.3f} ms in all layers"
+    if note.whole_s is not None and note.num_parts > 1:
+        predicted += f", whole {note.whole_s * 1e3:.3f} ms"
     return (
-        f"states handed on {which}{forced} in {steps}; first {note.num_tokens} tokens on {note.num_ranks} ranks: "
-        f"predicted {note.predicted_s * 1e3:.3f} ms in all layers{whole}"
+        f"states handed on {which}{forced} {times}; first {note.num_tokens} tokens on {note.num_ranks} ranks{predicted}"
     )
 
 

@@ -167,6 +167,11 @@ class Costs(msgspec.Struct, frozen=True):
         if len(self.speeds) != self.topology.num_ranks or not all(0 < speed < math.inf for speed in self.speeds):
             raise ConfigError(f"speeds: got {self.speeds!r}, legal is none or one number above 0 per rank")
 
+    @property
+    def are_measured(self) -> bool:
+        """Whether predicted times are seconds, not bytes as those of `costs_by_bytes`."""
+        return self.rates.read_bytes_per_s < math.inf
+
     def speed(self, rank: int) -> float:
         """Speed of a rank relative to `rates`."""
         return 1.0 if self.speeds is None else self.speeds[rank]

@@ -44,8 +44,10 @@ def predict_recurrence(
 
 
 def choose_parts(groups: Sequence[StateGroup], runs: Sequence[QueryRun], costs: Costs) -> int:
-    """Choose the number of parts with the least predicted time, the fewest among equals. Arguments:
-    `predict_recurrence`."""
+    """Choose the number of parts with the least predicted time, the fewest among equals; 1 where nothing was measured.
+    Arguments: `predict_recurrence`."""
+    if not costs.are_measured:
+        return 1
     return _choose(tuple(groups), spans_of(runs), costs)
 
 
@@ -56,7 +58,7 @@ def spans_of(runs: Sequence[QueryRun]) -> Spans:
 
 @lru_cache(maxsize=1024)  # a prompt's chunks are alike
 def _choose(groups: tuple[StateGroup, ...], spans: Spans, costs: Costs) -> int:
-    most = max((_num_heads(group) for group in groups), default=1)
+    most = max((group.num_heads for group in groups), default=1)
     if len({rank for rank, _ in spans}) == 1:
         return 1
     numbers = [2**i for i in range((most - 1).bit_length())] + [most]
@@ -66,10 +68,6 @@ def _choose(groups: tuple[StateGroup, ...], spans: Spans, costs: Costs) -> int:
 
 def _predict(groups: Sequence[StateGroup], spans: Spans, costs: Costs, num_parts: int) -> float:
     return sum(len(group.layers) * _layer_s(group, spans, costs, num_parts) for group in groups)
-
-
-def _num_heads(group: StateGroup) -> int:
-    return max(component.num_heads for component in group.components)
 
 
 def _layer_s(group: StateGroup, spans: Spans, costs: Costs, num_parts: int) -> float:

@@ -126,6 +126,10 @@ class Engine(ClosedAtExit):
                 raise ConfigError(
                     f"{name}: got {getattr(config, name)} for a model without recurrent layers, legal is none"
                 )
+        most = max((group.num_heads for group in spec.state_groups), default=1)
+        if (config.state_parts or 1) > most:
+            heads = f"{most}, the heads of its states" if most > 1 else "1: states of this model go whole"
+            raise ConfigError(f"state_parts: got {config.state_parts}, legal is at most {heads}")
         draft = draft_spec(config, self.spec, dtype)
         self.adapters = EngineAdapters(config)
         """LoRA adapters that requests may name."""

@@ -54,3 +54,8 @@ class StateGroup(msgspec.Struct, frozen=True):
     def state_bytes(self) -> int:
         """Bytes of one request's state in all layers of the group."""
         return len(self.layers) * sum(component.num_bytes for component in self.components)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of its states that can be computed one after the other: most parts in which they can be handed on."""
+        return max(component.num_heads for component in self.components)

@@ -24,9 +24,9 @@ class PartsNote(msgspec.Struct):
     """Tokens of the request in the first step."""
     num_ranks: int
     """Ranks that they lie on."""
-    predicted_s: float
-    """Seconds of all recurrent layers for the request in the first step."""
-    whole_s: float
+    predicted_s: float | None
+    """Seconds of all recurrent layers for the request in the first step; None where nothing was measured."""
+    whole_s: float | None
     """The same with a state that is handed on whole."""
     num_steps: int = 1
     """(request, step) pairs that used it."""
@@ -36,9 +36,8 @@ class StateParts:
     """Choices made so far."""
 
     def __init__(self, groups: Sequence[StateGroup], forced: int | None) -> None:
-        """Args: `forced` is the number that the user asks for, or None."""
-        most = max((part.num_heads for group in groups for part in group.components), default=1)
-        self._groups, self._forced = groups, None if forced is None else min(forced, most)
+        """Args: `forced` is the number that the user asks for, at most that of heads, or None."""
+        self._groups, self._forced = groups, forced
         self._found: dict[int, PartsNote] = {}
 
     @property
@@ -74,7 +73,7 @@ class StateParts:
             self._forced is not None,
             sum(run.num_tokens for run in runs),
             len(ranks),
-            predict_recurrence(self._groups, runs, costs, num_parts),
-            predict_recurrence(self._groups, runs, costs),
+            predict_recurrence(self._groups, runs, costs, num_parts) if costs.are_measured else None,
+            predict_recurrence(self._groups, runs, costs) if costs.are_measured else None,
         )
         return num_parts
