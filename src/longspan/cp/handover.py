@@ -4,7 +4,7 @@ Holds the messages of a state between two ranks. Must not know models, plans or 
 Read next: `longspan.cp.relay`, which makes one for every piece; `longspan.models.recurrent`, which waits for its parts.
 
 Note [Parts of a state]
-    Heads of a recurrence do not meet each other. So the rank of a run need not wait for the whole state of the run
+    Heads of a recurrence are independent of each other. So the rank of a run need not wait for the whole state of the run
     before: it computes the first heads as soon as theirs has come, and sends theirs on while it computes the next.
     Two ranks, the four runs of Note [Relay], one and four parts (a to d) of equal heads:
 
@@ -71,6 +71,9 @@ class Handover:
             before: rank that the state comes from; None if it is here.
             after: rank that it goes to; None if it stays.
             exchange: starts messages.
+
+        Collective: the ranks before and behind make one with the same `num_parts`; a component without heads is one
+        message, and each part of another one.
         """
         self._state, self._after, self._exchange = state, after, exchange
         self._messages = [
@@ -86,12 +89,12 @@ class Handover:
             self._arriving = [exchange([], [(before, message.tensor)]) for message in self._messages]
 
     def arrive(self, component: int | None = None) -> None:
-        """Wait until a component is the state before the piece, and all before it; or all of them."""
+        """Wait until the messages of a component, and of all components before it, have arrived; None: all messages."""
         last = len(self._state) - 1 if component is None else component
         self._arrive(sum(message.component <= last for message in self._messages))
 
     def note_written(self, component: int) -> None:
-        """Let a component go that is the state behind the piece already, once those before it went."""
+        """Say that a component is what lies behind the piece already; it is sent when all components before it are."""
         self._written[component] = True
         end = self._num_sent
         while end < len(self._messages) and self._written[self._messages[end].component]:

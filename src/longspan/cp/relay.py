@@ -49,8 +49,14 @@ class Rows:
 
 
 ComputeLayer: TypeAlias = Callable[[Rows, State, bool, Handover | None], Tensor]
-"""Function from rows, the state before them, which it changes to that behind them, whether there is none yet, and what
-brings the state and takes it on (None if it is there and stays; it must be let arrive), to output [t, out] or [B, out].
+"""Arithmetic of a layer: a function that returns the output, [t, out] or [B, out].
+
+Args:
+    rows: which rows of the step.
+    state: before the rows; the function changes it to the state behind them.
+    is_new: whether nothing lies before the rows: the state holds no values yet.
+    handover: brings the state and takes it on; the function waits for what it reads (`Handover.arrive`). None where the
+        state is there, and stays.
 """
 
 

@@ -32,7 +32,7 @@ TAKES_HEADS = "longspan_takes_heads"
 `StateByHeads`."""
 
 HEADED = ("gated_delta_rule", "kimi_delta_attention")
-"""In the names of functions that compute a recurrence whose heads do not meet. Its state's first dimension is heads."""
+"""In the names of functions that compute a recurrence whose heads are independent. Its state's first dimension is heads."""
 
 RunLayer: TypeAlias = Callable[[int, ComputeLayer], Tensor]
 """Function of (layer, the layer's arithmetic) that returns output rows [T, out]."""
@@ -249,7 +249,7 @@ def _cache_calls(cls: Any) -> tuple[bool, ...]:
 
 
 def _has_heads(cls: type[nn.Module]) -> bool:
-    """Whether a class computes a recurrence whose heads do not meet."""
+    """Whether a class computes a recurrence whose heads are independent."""
     code = inspect.unwrap(cls.forward).__code__
     return any(part in name for name in code.co_names for part in HEADED)
 

@@ -53,7 +53,8 @@ def fill_step(
     # Decodes alone are never cut by time, and nothing is learnt from them.
     is_timed = config.max_step_ms is not None and any(not other.is_decode and other.ranks <= ranks for other in ready)
     flops = [0.0] * size
-    is_awaited = is_timed and any(request.phase is Phase.DECODE for request in running)
+    # Also one that is computed again after it was preempted, whose user waits for its next token.
+    is_awaited = is_timed and any(request.num_generated for request in running)
     movers = lead.request.phase if len(ranks) > 1 else None  # the phase of all requests that move something
     chosen: list[tuple[Request, int]] = []
     # Decodes first, they are small; the lead before all others of its phase.
