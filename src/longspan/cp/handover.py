@@ -4,8 +4,8 @@ Holds the messages of a state between two ranks. Must not know models, plans or 
 Read next: `longspan.cp.relay`, which makes one for every piece; `longspan.models.recurrent`, which waits for its parts.
 
 Note [Parts of a state]
-    Heads of a recurrence are independent of each other. So the rank of a run need not wait for the whole state of the run
-    before: it computes the first heads as soon as theirs has come, and sends theirs on while it computes the next.
+    Heads of a recurrence are independent. So the rank of a run need not wait for the whole state of the run before: it
+    computes the first heads as soon as theirs has come, and sends theirs on while it computes the next.
     Two ranks, the four runs of Note [Relay], one and four parts (a to d) of equal heads:
 
         whole    rank 0   aabbccdd                        aabbccdd

@@ -32,7 +32,7 @@ TAKES_HEADS = "longspan_takes_heads"
 `StateByHeads`."""
 
 HEADED = ("gated_delta_rule", "kimi_delta_attention")
-"""In the names of functions that compute a recurrence whose heads are independent. Its state's first dimension is heads."""
+"""In the names of functions that compute a recurrence of independent heads, the first dimension of its state."""
 
 RunLayer: TypeAlias = Callable[[int, ComputeLayer], Tensor]
 """Function of (layer, the layer's arithmetic) that returns output rows [T, out]."""
