@@ -16,7 +16,7 @@ import resource, torch
 from longspan.native.heap import keep_freed_memory
 assert keep_freed_memory()
 faults = []
-for _ in range(20):
+for _ in range(60):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     kept = torch.empty(4 << 20).fill_(1)
     del kept
@@ -30,7 +30,7 @@ print(*faults)
 def test_freed_memory_is_used_again_without_page_faults():
     output = subprocess.run([sys.executable, "-c", _PROGRAM], check=True, capture_output=True, text=True).stdout
     faults = list(map(int, output.split()))
-    # The first ones still find places for an aligned block.
+    # The first ones, sometimes a dozen, still find places for an aligned block.
     assert max(faults[-10:]) < (16 << 20) // resource.getpagesize() // 10, faults
 
 
