@@ -28,14 +28,13 @@ from longspan.engine.memory import rank_cache_memory
 from longspan.engine.page_tiers import PageTiers, tier_stats
 from longspan.engine.ranks import Ranks
 from longspan.engine.recovery import fail_poison, fail_unfit
+from longspan.engine.served_model import complete
 from longspan.engine.stats import Capacity, EngineStats, RankStats, WorkDone
 from longspan.errors import ConfigError
 from longspan.group.messages import Start
-from longspan.kv.layout import stored_as
 from longspan.models.inspect import inspect_model
 from longspan.models.loader import load_config, resolve_dtype
 from longspan.models.lora import check_lora
-from longspan.models.names import is_gguf
 from longspan.models.small_weights import with_small_weights
 from longspan.native import kernels
 from longspan.plan.types import Plan, PlanResult, is_draft_plan
@@ -54,30 +53,6 @@ WITHOUT_KERNELS = (
 
 IDLE_CHECK_S = 0.5
 """Seconds between checks of idle ranks: the death of one must be noticed before the next request."""
-
-
-def _completed(spec: ModelSpec, config: EngineConfig, end_token_ids: Sequence[int]) -> ModelSpec:
-    """Return a model's facts with what options and tokenizer add, and say on standard error what a user should know."""
-    groups = [structs.replace(g, float32_partials=config.partial_dtype == "float32") for g in spec.kv_groups]
-    ends = {*spec.eos_token_ids, *end_token_ids}
-    ends = {token_id for token_id in ends if token_id < spec.vocab_size}  # others can never come
-    if is_gguf(config.model):
-        memory_gb, dtype = spec.weight_bytes / 1e9, spec.kv_groups[0].spec.compute_dtype
-        print(f"longspan: {config.model}: dequantised weights take {memory_gb:.2f} GB of {dtype}", file=sys.stderr)
-    if config.speculation is not None and config.draft_model is None and spec.state_groups:
-        print(
-            "longspan: speculative_config: no drafts for a model with recurrent layers, whose state cannot be taken "
-            "back behind a wrong one",
-            file=sys.stderr,
-        )
-    if not ends:
-        print("longspan: the model names no end token: answers end by max_tokens or a stop text", file=sys.stderr)
-    if spec.state_groups and config.device == "cuda" and config.cuda_graphs != "never":
-        print(
-            "longspan: the model has recurrent layers: decode steps are launched without CUDA graphs", file=sys.stderr
-        )
-    stored = stored_as(groups, config.kv_cache_dtype)
-    return structs.replace(spec, kv_groups=stored, eos_token_ids=tuple(sorted(ends)))
 
 
 class Engine(ClosedAtExit):
@@ -120,16 +95,7 @@ class Engine(ClosedAtExit):
             print(f"longspan: {WITHOUT_KERNELS}", file=sys.stderr)
         spec = inspect_model(model_config, generation_config, dtype, config.tensor_parallel_size)
         spec = with_small_weights(spec, config.model, model_config, dtype, config.quantization)
-        self.spec: ModelSpec = _completed(spec, config, end_token_ids)
-        for name in ("state_snapshot_tokens", "state_parts"):
-            if getattr(config, name) is not None and not spec.state_groups:
-                raise ConfigError(
-                    f"{name}: got {getattr(config, name)} for a model without recurrent layers, legal is none"
-                )
-        most = max((group.num_heads for group in spec.state_groups), default=1)
-        if (config.state_parts or 1) > most:
-            heads = f"{most}, the heads of its states" if most > 1 else "1: states of this model go whole"
-            raise ConfigError(f"state_parts: got {config.state_parts}, legal is at most {heads}")
+        self.spec: ModelSpec = complete(spec, config, end_token_ids)
         draft = draft_spec(config, self.spec, dtype)
         self.adapters = EngineAdapters(config)
         """LoRA adapters that requests may name."""
