@@ -76,7 +76,7 @@ class FakeTiers:
             del self.arriving[place.pool_idx, move.rank, place.slot]
             found = held if place.on_host else self.files.get(_key(place))
             self.counts["loaded from memory"] += place.on_host
-            if found is None or (place.on_disk and rng.random() < self.failures):
+            if found is None or rng.random() < self.failures:
                 failed.append(i)
                 self.counts["not loaded"] += 1
                 continue

@@ -14,7 +14,8 @@ from fake_ranks import (
     pools_of,
     tokens_alone,
 )
-from scheduler_machine import REACHED, CrashingMachine, SchedulerMachine, TieredMachine, run_machine
+from lossy_machines import CrashingMachine, TieredMachine
+from scheduler_machine import REACHED, SchedulerMachine, run_machine
 
 from longspan.scheduler.invariants import check_books
 from longspan.scheduler.request import Request
