@@ -36,6 +36,7 @@ from longspan.errors import ConfigError
 from longspan.kv.page_bytes import PageBytes
 from longspan.kv.page_directory import MARK, MODEL, ModelPages, all_pages
 from longspan.scheduler import tiers as tiers_module
+from longspan.scheduler.loading import Loading
 from longspan.scheduler.request import Request
 from longspan.scheduler.tiers import TierCounts
 from longspan.worker import page_mover
@@ -134,6 +135,41 @@ def test_pages_that_memory_cannot_hold_come_back_from_the_disk(tmp_path):
             assert [request.output_token_ids for request in found] == alone
         assert [request.num_cached for request in found] == [288] * 6
         assert counts(engine).hit_tokens == 6 * 288
+
+
+@pytest.mark.parametrize("family", ["mistral-window-24", "gemma3", "gpt_oss"])
+def test_copied_pages_and_loaded_ones_of_a_request_leave_others_theirs(family, tmp_path, monkeypatch):
+    """Loaded pages may lie so far behind those to copy that windows have left these before any is copied."""
+    began: dict[int, tuple[bool, bool]] = {}  # request to whether it waits for pages, and has others to copy
+    original = Loading.begin
+
+    def begin(self, request):
+        has_copies = bool(request.allocation.copies)
+        began[request.request_id] = (original(self, request), has_copies)
+        return began[request.request_id][0]
+
+    monkeypatch.setattr(Loading, "begin", begin)
+    model = tiny_model(family)
+    wanted, others = reference(model, 1025), [random_prompt(150, seed) for seed in range(4)]
+    options = {"context_parallel_size": 2, "placement": "packed", "kv_cache_memory": memory_for(model, 2500)}
+    with engine_on(model, tmp_path, **options) as engine:
+        alone = [serve(engine, prompt)[0].output_token_ids for prompt in others]
+        serve(engine, wanted.prompt)
+    with engine_on(model, tmp_path, **options) as engine:
+        (start,) = serve(engine, wanted.prompt[:300])
+        pools = enumerate(engine.scheduler.memory.allocators)
+        (home,) = [rank for rank, of_rank in pools if of_rank[0].find(start.page_hashes[17]) is not None]
+        busy = [engine.add_request(random_prompt(900, seed), greedy(1)) for seed in (7, 8)]
+        engine.step()
+        elsewhere = next(request for request in busy if request.allocation.ranks != {home})
+        engine.scheduler.cancel(elsewhere)
+        while elsewhere.finish_reason is None:
+            engine.step()
+        requests = [engine.add_request(prompt, greedy(NUM_TOKENS)) for prompt in (wanted.prompt, *others)]
+        run_all(engine)
+    assert began[requests[0].request_id] == (True, True)
+    assert [request.output_token_ids for request in requests] == [wanted.token_ids, *alone]
+    assert requests[0].num_cached == 1024
 
 
 @pytest.mark.cover(cases=3)

@@ -243,8 +243,9 @@ class Tiers:
 
     def note_withdrawn(self, hashes: Sequence[bytes]) -> None:
         """Take down that what pages hold is in doubt: they are not to be found any more, nor to be loaded."""
+        withdrawn = set(hashes)
         for move in (*self._sent.values(), *self._unsent):
-            in_doubt = {i for i, place in enumerate(move.loads) if place.page_hash in hashes}
+            in_doubt = {i for i, place in enumerate(move.loads) if place.page_hash in withdrawn}
             if in_doubt:
                 self._loads_in_doubt.setdefault(move.move_id, set()).update(in_doubt)
         for pool_idx, on_disk in enumerate(self._on_disk):
