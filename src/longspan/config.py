@@ -328,7 +328,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         int | None,
         Option(
             "Cut prefill so that a step is predicted to take no longer; prompts that end in it may make it four times "
-            "as long while no request decodes; 0 cuts by tokens alone.",
+            "as long while no request waits for its next token; 0 cuts by tokens alone.",
             Group.SCHEDULING,
             least=1,
             most=MAX_COUNT,

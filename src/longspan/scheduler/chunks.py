@@ -22,7 +22,8 @@ vocabulary."""
 
 
 ENDING_FACTOR = 4
-"""Longest time of a step with prompts that end in it, as a multiple of `max_step_ms`, while no request decodes."""
+"""Longest time of a step with prompts that end in it, as a multiple of `max_step_ms`, while no request waits for its
+next token."""
 
 
 class Chunks:
